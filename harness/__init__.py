@@ -1,0 +1,1 @@
+"""Measure, judge and report: everything around the method that turns runs into verdicts."""

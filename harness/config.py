@@ -1,0 +1,268 @@
+"""Suites as data: validated, frozen models of what `suites/*.toml` may say."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from harness.errors import UserError
+
+SUITE_SCHEMA_VERSION = 1
+
+
+class Frozen(BaseModel):
+    """Base of every configuration and record model: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TinyModelSpec(Frozen):
+    """A random Llama-shaped model made on the spot, for suites that test the machinery and time nothing."""
+
+    vocab_size: int = Field(ge=8)
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    max_positions: int
+    seed: int
+
+
+class ModelSpec(Frozen):
+    """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them."""
+
+    asset: str | None = None
+    path: str | None = None
+    tiny: TinyModelSpec | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSpec:
+        if sum(source is not None for source in (self.asset, self.path, self.tiny)) != 1:
+            raise ValueError("give exactly one of asset, path, tiny")
+        return self
+
+
+class HeadsSpec(Frozen):
+    """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only)."""
+
+    path: str | None = None
+    train_steps: int | None = None
+    num_heads: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> HeadsSpec:
+        if (self.path is None) == (self.train_steps is None):
+            raise ValueError("give exactly one of path, train_steps")
+        return self
+
+
+class PromptSpec(Frozen):
+    """Which prompts are decoded; `path` names a file of the user's own, `source` a known set."""
+
+    source: Literal["mt_bench", "human_eval", "random", "file"]
+    path: str | None = None
+    per_category: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class ChainTree(Frozen):
+    """A chain of the first `depth` heads: the best token of each and no branches."""
+
+    kind: Literal["chain"]
+    depth: int = Field(ge=1)
+
+
+class CartesianTree(Frozen):
+    """All combinations of the top `widths[k]` tokens of head k + 1, or the largest such tree of at most `max_nodes` nodes."""
+
+    kind: Literal["cartesian"]
+    widths: tuple[int, ...] | None = None
+    max_nodes: int | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CartesianTree:
+        if (self.widths is None) == (self.max_nodes is None):
+            raise ValueError("give exactly one of widths, max_nodes")
+        return self
+
+
+class FileTree(Frozen):
+    """A tree from a JSON file."""
+
+    kind: Literal["file"]
+    path: str
+
+
+class SearchedTree(Frozen):
+    """The tree grown on the calibration trace with `num_nodes` nodes, root included (paper, Section 2.3.3)."""
+
+    kind: Literal["searched"]
+    num_nodes: int = Field(ge=2)
+    values: Literal["marginals", "joint"] = "joint"
+
+
+class FastestTree(Frozen):
+    """The tree that maximises calibrated tokens a step over this machine's own step times, measured before the arms run."""
+
+    kind: Literal["fastest"]
+    max_nodes: int = Field(ge=2)
+
+
+TreeSpec = Annotated[ChainTree | CartesianTree | FileTree | SearchedTree | FastestTree, Field(discriminator="kind")]
+
+
+class GreedyAcceptance(Frozen):
+    """Accept a draft token where it is the backbone's argmax; lossless."""
+
+    rule: Literal["greedy"] = "greedy"
+
+
+class TypicalAcceptance(Frozen):
+    """Accept x where p(x) > min(epsilon, delta * exp(-H)); lossy (paper, Section 2.3.1)."""
+
+    rule: Literal["typical"]
+    temperature: float = Field(gt=0)
+    epsilon: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0)
+    root: Literal["sampled", "greedy"] = "sampled"
+
+
+class RejectionAcceptance(Frozen):
+    """Rejection sampling with point-mass proposals; lossless in distribution."""
+
+    rule: Literal["rejection"]
+    temperature: float = Field(gt=0)
+
+
+AcceptanceSpec = Annotated[GreedyAcceptance | TypicalAcceptance | RejectionAcceptance, Field(discriminator="rule")]
+
+
+class ArmSpec(Frozen):
+    """One configuration that decodes every prompt.
+
+    `baseline` names the vanilla arm that it is compared with; `temperature` is that of a sampled vanilla arm (a Medusa arm's
+    stands in its acceptance); `seeds` are refused where no random number is drawn, since they could not matter.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    method: Literal["vanilla", "medusa", "hf_greedy", "hf_prompt_lookup"]
+    baseline: str | None = None
+    tree: TreeSpec | None = None
+    num_heads: int | None = Field(default=None, ge=1)
+    acceptance: AcceptanceSpec | None = None
+    temperature: float = Field(default=0.0, ge=0)
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the arm draws random numbers."""
+        if self.acceptance is None or self.acceptance.rule == "greedy":
+            return self.temperature > 0
+        return self.acceptance.rule == "rejection" or self.acceptance.root == "sampled"
+
+    @property
+    def sampling_temperature(self) -> float:
+        """The temperature of the law that the arm follows; 0 is greedy."""
+        if self.acceptance is None or self.acceptance.rule == "greedy":
+            return self.temperature
+        return self.acceptance.temperature
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ArmSpec:
+        if (self.method == "medusa") != (self.tree is not None) or (self.method == "medusa") != (self.acceptance is not None):
+            raise ValueError(f"arm {self.name!r}: a medusa arm, and no other, has a tree and an acceptance rule")
+        if self.method == "medusa" and self.temperature:
+            raise ValueError(f"arm {self.name!r}: a medusa arm's temperature stands in its acceptance")
+        if self.stochastic != bool(self.seeds):
+            raise ValueError(f"arm {self.name!r}: found seeds {list(self.seeds)}, need seeds exactly where random numbers are drawn")
+        if (self.method == "vanilla") != (self.baseline is None):
+            raise ValueError(f"arm {self.name!r}: every arm but vanilla names its baseline")
+        return self
+
+
+class IntervalSpec(Frozen):
+    """How intervals are formed: bootstrap over prompts, both arms of a prompt drawn together."""
+
+    level: float = Field(default=0.95, gt=0.5, lt=1)
+    num_resamples: int = Field(default=4000, ge=100)
+    seed: int = 20240119
+
+
+class ProbeSpec(Frozen):
+    """What is measured apart from the timed generations."""
+
+    step_nodes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+    step_context_tokens: int = 192
+    step_repeats: int = 12
+    profile_prompts: int = 2
+    profile_new_tokens: int = 48
+
+
+class SuiteSpec(Frozen):
+    """One suite: model, heads, prompts, arms, and how they are measured."""
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    reports_speed: bool = True
+    max_new_tokens: int = Field(ge=2)
+    rounds: int = Field(default=1, ge=1)
+    warmup_prompts: int = Field(default=1, ge=0)
+    plan_seed: int = 1
+    engine: Literal["auto", "eager", "packed"] = "auto"
+    calibration_trace: str | None = None
+    model: ModelSpec
+    heads: HeadsSpec
+    prompts: PromptSpec
+    interval: IntervalSpec = IntervalSpec()
+    probes: ProbeSpec = ProbeSpec()
+    arms: tuple[ArmSpec, ...]
+
+    @model_validator(mode="after")
+    def _arms_consistent(self) -> SuiteSpec:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names):
+            raise ValueError("arm names must be distinct")
+        vanilla = {arm.name: arm for arm in self.arms if arm.method == "vanilla"}
+        for arm in self.arms:
+            if arm.baseline is None:
+                continue
+            if arm.baseline not in vanilla:
+                raise ValueError(f"arm {arm.name!r}: baseline {arm.baseline!r} is no vanilla arm of this suite")
+            if arm.sampling_temperature != vanilla[arm.baseline].temperature:
+                raise ValueError(f"arm {arm.name!r}: its baseline {arm.baseline!r} samples at another temperature")
+        return self
+
+    def arm(self, name: str) -> ArmSpec:
+        """Return the arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def load_suite(path: Path) -> SuiteSpec:
+    """Read and validate a suite file.
+
+    Raises: UserError naming the key at fault.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(found=f"no readable suite file ({error.strerror})", need="a TOML suite", where=path.name) from error
+    return parse_suite(text, where=path.name)
+
+
+def parse_suite(text: str, *, where: str) -> SuiteSpec:
+    """Validate the text of a suite file; `where` names it in errors."""
+    try:
+        return SuiteSpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need="a TOML suite", where=where) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "suite"
+        raise UserError(found=f"{key}: {first['msg']}", need="a key and value that the suite schema knows", where=where) from error

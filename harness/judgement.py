@@ -1,0 +1,153 @@
+"""The typed values that judging a record yields: intervals, metrics, comparisons, check outcomes, verdicts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from harness.config import Frozen
+
+FigureKind = Literal["measured", "composed", "predicted", "quoted", "hypothetical", "replayed", "computed"]
+
+
+class Interval(Frozen):
+    """An estimate with its bootstrap interval over prompts; `num_prompts` is what was resampled."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    num_prompts: int
+
+
+class CategoryMetrics(Frozen):
+    """One arm on one prompt category."""
+
+    category: str
+    num_prompts: int
+    acceleration_rate: float
+    speedup: float | None
+
+
+class ArmMetrics(Frozen):
+    """One arm over all its generations: counts first, ratios formed once from totals.
+
+    Units: `_s` seconds, `_per_s` a second, `_bytes` bytes. Speed figures are None where the suite reports no speed.
+    `step_cost` is the backbone step at this arm's nodes over one node, from separately timed steps.
+    `bandwidth_share` is bytes of weights (plus heads) read a step over the measured read bandwidth, as a share of step time.
+    """
+
+    arm: str
+    method: str
+    num_generations: int
+    num_failures: int
+    num_prompts: int
+    num_nodes: int
+    tokens: int
+    steps: int
+    acceleration_rate: Interval
+    tokens_per_s: Interval | None
+    wall_tokens_per_s: float | None
+    first_token_s: float | None
+    step_p50_s: float | None
+    step_p95_s: float | None
+    step_cost: float | None
+    bandwidth_share: float | None
+    peak_memory_bytes: int | None
+    cache_bytes: int | None
+    replayed_tokens_per_step: float | None
+    calibrated_tokens_per_step: float | None
+    categories: tuple[CategoryMetrics, ...]
+    diagnosis: str
+
+
+class Comparison(Frozen):
+    """An arm against its baseline, paired by prompt (design.md, section 7).
+
+    `speedup` is tokens/s over tokens/s from totals on the decode clock; `overhead` mean step latency over mean step latency;
+    `separate_overhead` the same from separately timed steps at one context length.
+    """
+
+    arm: str
+    baseline: str
+    speedup: Interval
+    wall_speedup: Interval
+    overhead: Interval
+    separate_overhead: float | None
+    identity_gap: float
+
+
+class CheckStatus(StrEnum):
+    """What a validity check says."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+class CheckOutcome(Frozen):
+    """One named validity check on one record: found X, need Y."""
+
+    name: str
+    status: CheckStatus
+    found: str
+    need: str
+
+
+class Divergence(Frozen):
+    """The first place where a greedy arm's tokens differ from its reference's, and its class."""
+
+    arm: str
+    reference: str
+    prompt_key: str
+    position: int
+    gap: float | None
+    kind: Literal["tie", "bug"]
+
+
+class ParityReport(Frozen):
+    """Greedy parity of all deterministic arms with their references, by prompt key and lengths included."""
+
+    num_compared: int
+    num_tokens: int
+    num_identical: int
+    divergences: tuple[Divergence, ...]
+
+
+class VerdictKind(StrEnum):
+    """What a claim's test says."""
+
+    REPRODUCED = "reproduced"
+    NOT_REPRODUCED = "not reproduced"
+    INCONCLUSIVE = "inconclusive"
+    NOT_TESTED = "not tested"
+
+
+class ClaimVerdict(Frozen):
+    """One claim's verdict with its evidence in words and figures."""
+
+    claim_id: str
+    stated: str
+    place: str
+    paper_figure: str
+    form: Literal["literal", "transfer", "paper-only", "none"]
+    kind: VerdictKind
+    ours: str
+    figure_kind: FigureKind | None
+    reason: str
+
+
+class Judgement(Frozen):
+    """Everything derived from one record: a pure function of its files."""
+
+    suite: str
+    arms: tuple[ArmMetrics, ...]
+    comparisons: tuple[Comparison, ...]
+    parity: ParityReport
+    checks: tuple[CheckOutcome, ...]
+    verdicts: tuple[ClaimVerdict, ...]
+
+    @property
+    def valid(self) -> bool:
+        """Whether no validity check failed."""
+        return all(check.status is not CheckStatus.FAILED for check in self.checks)

@@ -1,0 +1,161 @@
+"""Benchmark prompts and the check that no training prompt overlaps with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from harness.config import Frozen
+from harness.errors import UserError
+
+
+class BenchmarkPrompt(Frozen):
+    """One prompt of a benchmark: its turns and, where the set has them, reference answers."""
+
+    key: str
+    category: str
+    turns: tuple[str, ...]
+    reference: tuple[str, ...] | None = None
+
+
+class Overlap(Frozen):
+    """A word n-gram that a training and a benchmark prompt share."""
+
+    training: int
+    benchmark: int
+    ngram: str
+
+
+class OverlapReport(Frozen):
+    """All shared word n-grams; clean means none."""
+
+    ngram_words: int
+    overlaps: tuple[Overlap, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether no n-gram is shared."""
+        return not self.overlaps
+
+
+def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) -> tuple[BenchmarkPrompt, ...]:
+    """Read FastChat's `question.jsonl` and, where given, its reference answers."""
+    references: dict[int, tuple[str, ...]] = {}
+    if reference_file is not None:
+        for row, _ in _json_lines(reference_file):
+            references[row["question_id"]] = tuple(row["choices"][0]["turns"])
+    prompts = []
+    for row, where in _json_lines(question_file):
+        try:
+            identity = row["question_id"]
+            prompts.append(
+                BenchmarkPrompt(
+                    key=f"mt_bench-{identity}", category=row["category"], turns=tuple(row["turns"]), reference=references.get(identity)
+                )
+            )
+        except (KeyError, ValueError) as error:
+            raise UserError(found=f"a row without {error}", need="question_id, category, turns", where=where) from error
+    return tuple(prompts)
+
+
+def load_human_eval(path: Path) -> tuple[BenchmarkPrompt, ...]:
+    """Read HumanEval's gzipped task file; each task becomes an instruction to complete the function."""
+    with gzip.open(path, "rt") as file:
+        tasks = [json.loads(line) for line in file if line.strip()]
+    return tuple(
+        BenchmarkPrompt(
+            key=task["task_id"].replace("/", "-").lower(),
+            category="coding",
+            turns=(f"Complete this Python function.\n\n```python\n{task['prompt'].rstrip()}\n```",),
+            reference=(task["canonical_solution"],),
+        )
+        for task in tasks
+    )
+
+
+def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
+    """Read a user's own prompts: `.jsonl` with `prompt` or `turns` (and perhaps `category`, `key`), or text with one prompt a line.
+
+    Raises: UserError naming the line at fault.
+    """
+    if not path.exists():
+        raise UserError(found="no such file", need="a .jsonl or .txt file of prompts", where=path.name)
+    prompts: list[BenchmarkPrompt] = []
+    if path.suffix != ".jsonl":
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        prompts = [BenchmarkPrompt(key=f"{path.stem}-{number}", category="own", turns=(line,)) for number, line in enumerate(lines)]
+    else:
+        for number, (row, where) in enumerate(_json_lines(path)):
+            turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else None)
+            if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
+                raise UserError(found=f"keys {sorted(row)}", need="a non-empty `prompt` string or `turns` list", where=where)
+            prompts.append(BenchmarkPrompt(key=str(row.get("key", f"{path.stem}-{number}")), category=str(row.get("category", "own")), turns=tuple(turns)))
+    if len({prompt.key for prompt in prompts}) != len(prompts):
+        raise UserError(found="a key used twice", need="distinct keys", where=path.name)
+    if not prompts:
+        raise UserError(found="no prompt", need="at least one", where=path.name)
+    return tuple(prompts)
+
+
+def select_prompts(
+    prompts: Sequence[BenchmarkPrompt], *, per_category: int | None = None, limit: int | None = None
+) -> tuple[BenchmarkPrompt, ...]:
+    """Return the first `per_category` prompts of each category, categories taken in turn, so that a `limit` stays balanced."""
+    groups: dict[str, list[BenchmarkPrompt]] = defaultdict(list)
+    for prompt in prompts:
+        if per_category is None or len(groups[prompt.category]) < per_category:
+            groups[prompt.category].append(prompt)
+    interleaved = [prompt for row in zip_longest(*groups.values()) for prompt in row if prompt is not None]
+    return tuple(interleaved[:limit])
+
+
+def render_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the token ids of one user message through the tokenizer's own chat template, ready for the answer.
+
+    A tokenizer without a template gets the plain text.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return tuple(tokenizer(text)["input_ids"])
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)
+    return tuple(rendered["input_ids"])
+
+
+def overlap_report(training: Iterable[str], benchmark: Iterable[str], *, ngram_words: int = 8) -> OverlapReport:
+    """List every word n-gram (lower case, punctuation dropped) that a training prompt shares with a benchmark prompt, once a pair."""
+    index: dict[tuple[str, ...], int] = {}
+    for number, text in enumerate(benchmark):
+        for ngram in _ngrams(text, ngram_words):
+            index.setdefault(ngram, number)
+    overlaps: dict[tuple[int, int], Overlap] = {}
+    for number, text in enumerate(training):
+        for ngram in _ngrams(text, ngram_words):
+            if ngram in index:
+                overlaps.setdefault((number, index[ngram]), Overlap(training=number, benchmark=index[ngram], ngram=" ".join(ngram)))
+    return OverlapReport(ngram_words=ngram_words, overlaps=tuple(overlaps.values()))
+
+
+def _ngrams(text: str, size: int) -> list[tuple[str, ...]]:
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+
+
+def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path.name}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(found=f"invalid JSON ({error.msg})", need="one JSON object a line", where=where) from error
+        if not isinstance(row, dict):
+            raise UserError(found=f"a {type(row).__name__}", need="one JSON object a line", where=where)
+        rows.append((row, where))
+    return rows

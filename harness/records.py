@@ -1,0 +1,401 @@
+"""What a run leaves on disk: versioned, validated records; everything after them is a function of them.
+
+A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by line), the probes
+(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`), `trace.npz`, and, last, `manifest.json`, which seals it with the
+SHA-256 of every other file. No clock, device or torch is needed to read one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, computed_field
+
+from harness.config import Frozen, SuiteSpec, parse_suite
+from harness.errors import UserError
+from harness.trace import Trace
+from medusa_impl.tree import DraftTree
+
+RECORD_SCHEMA_VERSION = 1
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class TrialKey(Frozen):
+    """One arm on one prompt in one round with one seed: the unit that is run once."""
+
+    arm: str
+    prompt_key: str
+    round: int
+    seed: int | None = None
+
+
+class Generation(Frozen):
+    """One finished trial: raw token ids, raw per-step counts and times.
+
+    `token_ids` are y_1..y_n after the shared cut (end-of-sequence or budget). `step_tokens[s]` counts the kept tokens of decoding step
+    s and sums to n - 1, since the prefill yields y_1; `step_times_s` are aligned with it. The decode clock starts when y_1 is on the host.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["generation"] = "generation"
+    trial: TrialKey
+    order: int
+    attempt: int = 0
+    category: str | None
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    ended_by: Literal["eos", "budget"]
+    step_tokens: tuple[int, ...]
+    step_times_s: tuple[float, ...]
+    prefill_s: float
+    timing_valid: bool = True
+    peak_memory_bytes: int | None = None
+    cache_bytes: int | None = None
+    load_average: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Kept tokens, y_1 included."""
+        return len(self.token_ids)
+
+    @property
+    def num_steps(self) -> int:
+        """Decoding steps after the prefill."""
+        return len(self.step_tokens)
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds on the decode clock."""
+        return sum(self.step_times_s)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds with the prefill."""
+        return self.prefill_s + self.decode_s
+
+
+class Failure(Frozen):
+    """A trial that raised: no metric, never a data point."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["failure"] = "failure"
+    trial: TrialKey
+    order: int
+    attempt: int = 0
+    error_type: str
+    message: str
+
+
+TrialOutcome = Annotated[Generation | Failure, Field(discriminator="kind")]
+_OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
+
+
+class DeviceInfo(Frozen):
+    """The device under test; no host name, no user name."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    num_cores: int
+    num_threads: int
+    memory_bytes: int
+    details: dict[str, str] = {}
+
+
+class Environment(Frozen):
+    """Where a record comes from. `commit` is None outside a git checkout, and the report says so."""
+
+    schema_version: Literal[1] = 1
+    commit: str | None
+    dirty: bool | None
+    command: str
+    python: str
+    packages: dict[str, str]
+    device: DeviceInfo
+    engine: str
+    dtype: str
+    blas: str
+    variables: dict[str, str]
+    backbone_sha256: str
+    heads_sha256: str | None
+    prompts_sha256: str
+    model_name: str
+    weight_bytes: int
+    heads_bytes: int
+    heads_provenance: dict[str, Any] = {}
+    assets: dict[str, str] = {}
+    started_utc: str
+
+
+class StepCost(Frozen):
+    """Separately timed steps of one shape: backbone alone, and the whole step with heads, candidates, acceptance and compaction."""
+
+    arm: str | None = None
+    num_nodes: int
+    num_heads: int
+    context_tokens: int
+    backbone_s: tuple[float, ...]
+    step_s: tuple[float, ...] = ()
+
+
+class StepCosts(Frozen):
+    """All separately timed steps of a run; shapes are interleaved within it."""
+
+    schema_version: Literal[1] = 1
+    costs: tuple[StepCost, ...]
+
+
+class ProfileRow(Frozen):
+    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its steps)."""
+
+    arm: str
+    num_steps: int
+    step_s: float
+    backbone_s: float
+    heads_s: float
+    candidates_s: float
+    acceptance_s: float
+    cache_s: float
+
+    @property
+    def own_code_share(self) -> float:
+        """1 - (backbone + heads) / step: what our own code costs."""
+        return 1 - (self.backbone_s + self.heads_s) / self.step_s
+
+
+class Profile(Frozen):
+    """The profiling run."""
+
+    schema_version: Literal[1] = 1
+    rows: tuple[ProfileRow, ...]
+
+
+class DeviceLimits(Frozen):
+    """What this device can do, measured in the same run: best of several repeats of a read-only and a matrix product benchmark."""
+
+    schema_version: Literal[1] = 1
+    read_bandwidth_bytes_per_s: float
+    matmul_flop_per_s: float
+    method: str
+
+
+class HeadsControl(Frozen):
+    """Trained heads against freshly initialised and randomly weighted ones, before any timing is kept (held-out top-1 share per head)."""
+
+    schema_version: Literal[1] = 1
+    num_positions: int
+    trained_top1: tuple[float, ...]
+    random_top1: tuple[float, ...]
+    identity_top1: tuple[float, ...]
+
+
+class ArmTree(Frozen):
+    """The tree an arm decoded with, and where it came from."""
+
+    paths: tuple[tuple[int, ...], ...]
+    origin: str
+    predicted_tokens_per_step: float | None = None
+
+    def tree(self) -> DraftTree:
+        """Return the validated tree."""
+        return DraftTree.from_paths(self.paths)
+
+
+class ArmTrees(Frozen):
+    """The resolved trees by arm."""
+
+    schema_version: Literal[1] = 1
+    trees: dict[str, ArmTree]
+
+
+class Likelihood(Frozen):
+    """Mean log-likelihood of one sampled generation under the original backbone at temperature 1 (nats a token)."""
+
+    trial: TrialKey
+    mean_log_likelihood: float
+
+
+class Likelihoods(Frozen):
+    """Likelihoods of all sampled generations, scored after the timed part."""
+
+    schema_version: Literal[1] = 1
+    rows: tuple[Likelihood, ...]
+
+
+class Manifest(Frozen):
+    """Written last: a folder without it is an unfinished run."""
+
+    schema_version: Literal[1] = 1
+    suite: str
+    num_planned: int
+    num_generations: int
+    num_failures: int
+    finished_utc: str
+    elapsed_s: float
+    peak_memory_bytes: int
+    sha256: dict[str, str]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def complete(self) -> bool:
+        """Whether every planned trial has an outcome."""
+        return self.num_generations + self.num_failures >= self.num_planned
+
+
+class RunRecord:
+    """A record folder, read lazily and validated.
+
+    Raises: UserError for a missing, truncated, altered or unreadable file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(found="no such folder", need="a record folder", where=str(folder.name))
+
+    @cached_property
+    def suite(self) -> SuiteSpec:
+        return parse_suite(self._text("suite.toml"), where="suite.toml")
+
+    @cached_property
+    def environment(self) -> Environment:
+        return self._read("environment.json", Environment)
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        return self._read("manifest.json", Manifest) if (self.folder / "manifest.json").exists() else None
+
+    @cached_property
+    def outcomes(self) -> tuple[Generation | Failure, ...]:
+        return read_outcomes(self.folder / "generations.jsonl")
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Trials that failed and were not repeated with success."""
+        done = {outcome.trial for outcome in self.outcomes if isinstance(outcome, Generation)}
+        return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done)
+
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """One generation a trial: the last whose timing is valid, else the last."""
+        chosen: dict[TrialKey, Generation] = {}
+        for outcome in self.outcomes:
+            if isinstance(outcome, Generation):
+                before = chosen.get(outcome.trial)
+                if before is None or outcome.timing_valid or not before.timing_valid:
+                    chosen[outcome.trial] = outcome
+        return tuple(sorted(chosen.values(), key=lambda generation: generation.order))
+
+    @cached_property
+    def trees(self) -> dict[str, ArmTree]:
+        return dict(self._read("trees.json", ArmTrees).trees)
+
+    @cached_property
+    def step_costs(self) -> StepCosts | None:
+        return self._optional("step_costs.json", StepCosts)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        return self._optional("profile.json", Profile)
+
+    @cached_property
+    def device_limits(self) -> DeviceLimits | None:
+        return self._optional("device_limits.json", DeviceLimits)
+
+    @cached_property
+    def heads_control(self) -> HeadsControl | None:
+        return self._optional("heads_control.json", HeadsControl)
+
+    @cached_property
+    def likelihoods(self) -> Likelihoods | None:
+        return self._optional("likelihoods.json", Likelihoods)
+
+    @cached_property
+    def trace(self) -> Trace | None:
+        """The trace of the greedy vanilla generations, with the backbone's top-two gaps and the heads' losses."""
+        path = self.folder / "trace.npz"
+        return Trace.load(path) if path.exists() else None
+
+    def check_seal(self) -> None:
+        """Refuse a record whose files differ from what its manifest says."""
+        if self.manifest is None:
+            raise UserError(found="no manifest.json", need="a finished run", where=self.folder.name, do="resume it with the same command")
+        for name, digest in self.manifest.sha256.items():
+            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
+            if found != digest:
+                raise UserError(found=f"SHA-256 {found[:12]}", need=f"{digest[:12]}", where=name, do="restore the file or run the suite again")
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text()
+        except OSError as error:
+            raise UserError(found=f"no readable {name}", need="a record folder", where=self.folder.name) from error
+
+    def _read(self, name: str, model: type[ModelT]) -> ModelT:
+        try:
+            return model.model_validate_json(self._text(name))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "file"
+            raise UserError(found=f"{key}: {first['msg']}", need=f"a {model.__name__} record", where=name) from error
+
+    def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
+        return self._read(name, model) if (self.folder / name).exists() else None
+
+
+def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
+    """Read a `generations.jsonl`.
+
+    With `allow_torn_tail` a last line without its newline (a run killed while writing) is left out instead of refused.
+    Raises: UserError naming file and line.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
+    lines = text.split("\n")
+    tail = lines.pop()
+    if tail and not allow_torn_tail:
+        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")
+    outcomes = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            outcomes.append(_OUTCOME.validate_json(line))
+        except ValidationError as error:
+            raise UserError(found=error.errors()[0]["msg"], need="one trial outcome a line", where=f"{path.name}:{number}") from error
+    return tuple(outcomes)
+
+
+def write_json(path: Path, record: BaseModel) -> None:
+    """Write a record atomically: temporary file in the same folder, flushed to disk, renamed."""
+    write_bytes(path, (record.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically; on any error nothing half-written stays."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def canonical_sha256(value: Any) -> str:
+    """Return the SHA-256 of a JSON-serialisable value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

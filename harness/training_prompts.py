@@ -1,0 +1,123 @@
+"""The project's own training prompts: templates filled with slot values, thousands of combinations a category, none from a benchmark."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import string
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from harness.config import Frozen
+from harness.errors import UserError
+
+HELD_OUT_PERCENT = 5
+_MAX_TRIES = 2000  # fresh draws for one prompt before a catalogue counts as exhausted
+
+
+class NumberRange(Frozen):
+    """A slot filled with a whole number from `min` to `max`, both included."""
+
+    min: int
+    max: int
+
+
+class CategoryCatalogue(Frozen):
+    """One category's templates in `str.format` syntax and the values of their slots."""
+
+    schema_version: Literal[1]
+    category: str
+    templates: tuple[str, ...] = Field(min_length=1)
+    slots: dict[str, tuple[str, ...]] = {}
+    ranges: dict[str, NumberRange] = {}
+
+    @model_validator(mode="after")
+    def _slots_match(self) -> CategoryCatalogue:
+        known, used = {*self.slots, *self.ranges}, set()
+        for template in self.templates:
+            used |= (names := _slot_names(template))
+            if missing := names - known:
+                raise ValueError(f"template {template[:60]!r} uses slots without values: {sorted(missing)}")
+        if unused := known - used:
+            raise ValueError(f"slots that no template uses: {sorted(unused)}")
+        return self
+
+
+class TrainingPrompt(Frozen):
+    """One prompt; its key follows from its text."""
+
+    key: str
+    category: str
+    text: str
+
+
+Split = Literal["train", "held_out"]
+
+
+def load_catalogue(folder: Path | None = None) -> tuple[CategoryCatalogue, ...]:
+    """Read every category file of a folder (the shipped one by default), sorted by category.
+
+    Raises: UserError naming file and fault.
+    """
+    root = folder if folder is not None else Path(str(resources.files("suites") / "prompts"))
+    catalogues = []
+    for path in sorted(root.glob("*.toml")):
+        try:
+            catalogues.append(CategoryCatalogue.model_validate(tomllib.loads(path.read_text())))
+        except (tomllib.TOMLDecodeError, ValidationError, ValueError) as error:
+            fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise UserError(found=fault, need="a prompt catalogue, schema 1", where=path.name) from error
+    if not catalogues:
+        raise UserError(found="no *.toml file", need="prompt catalogues", where=root.name)
+    return tuple(catalogues)
+
+
+def training_prompts(
+    *, num_prompts: int, seed: int, split: Split = "train", catalogue: Sequence[CategoryCatalogue] | None = None
+) -> tuple[TrainingPrompt, ...]:
+    """Return distinct prompts, categories taken in turn; the first n do not depend on how many are asked for.
+
+    The splits are disjoint: a prompt's text decides by its hash whether it is held out.
+    Raises: UserError where a category has too few combinations.
+    """
+    categories = tuple(catalogue) if catalogue is not None else load_catalogue()
+    sources = [random.Random(f"{seed}-{split}-{category.category}") for category in categories]
+    prompts: list[TrainingPrompt] = []
+    seen: set[str] = set()
+    while len(prompts) < num_prompts:
+        category, source = categories[len(prompts) % len(categories)], sources[len(prompts) % len(categories)]
+        for _ in range(_MAX_TRIES):
+            text = _fill(category, source)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if digest not in seen and (int(digest[:8], 16) % 100 < HELD_OUT_PERCENT) == (split == "held_out"):
+                break
+        else:
+            raise UserError(
+                found=f"no new prompt in {_MAX_TRIES} draws for category {category.category!r}",
+                need=f"{num_prompts} distinct {split} prompts",
+                where="the prompt catalogue",
+                do="ask for fewer prompts or add templates",
+            )
+        seen.add(digest)
+        prompts.append(TrainingPrompt(key=f"{category.category}-{digest[:12]}", category=category.category, text=text))
+    return tuple(prompts)
+
+
+def _slot_names(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+def _fill(category: CategoryCatalogue, source: random.Random) -> str:
+    template = category.templates[source.randrange(len(category.templates))]
+    values: Mapping[str, str] = {
+        name: category.slots[name][source.randrange(len(category.slots[name]))]
+        if name in category.slots
+        else str(source.randint(category.ranges[name].min, category.ranges[name].max))
+        for name in sorted(_slot_names(template))
+    }
+    return template.format_map(values)

@@ -1,0 +1,192 @@
+"""Any causal language model of transformers as a Medusa backbone, through its public interface only.
+
+One forward pass takes N new tokens a row, with explicit positions and a 4-D additive mask, and returns the logits and the last hidden
+states of all of them: a prompt, a single token and a draft tree differ in the mask alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from medusa_impl.errors import UserError
+from medusa_impl.kv_cache import TreeCache
+
+_REFUSED_MODEL_TYPES = {"bloom", "mpt"}  # ALiBi: biases follow cache slots, not tree depths (MPT would be silently wrong)
+GROUPED_ATTENTION = "medusa_grouped_sdpa"
+
+
+def grouped_sdpa_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Masked attention that reads each key-value head once: the query heads of a group are stacked as further query rows.
+
+    Stock transformers repeats keys and values for every query head as soon as a step has more than one token and a mask.
+    Shapes: query `[B, Hq, N, d]`, key and value `[B, Hkv, T, d]`, mask `[B, 1, N, T]`; returns `[B, N, Hq, d]`.
+    """
+    batch, num_heads, num_new, _ = query.shape
+    groups = num_heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], groups * num_new, query.shape[-1])
+    mask = attention_mask
+    if mask is not None and groups > 1:
+        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(mask.shape[0], 1, groups * num_new, mask.shape[-1])
+    mixed = scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return mixed.reshape(batch, num_heads, num_new, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED_ATTENTION, grouped_sdpa_attention)
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """What one forward pass yields.
+
+    Shapes: logits `[B, N, V]` (or the last position only), hidden `[B, N, H]`, the states that the LM head reads.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class Backbone:
+    """A causal LM in evaluation mode that scores N new tokens a row on top of a `TreeCache`.
+
+    Raises: UserError for architectures whose attention cannot follow a tree through the public interface (ALiBi).
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.model_type in _REFUSED_MODEL_TYPES or getattr(config, "alibi", False):
+            raise UserError(
+                found=f"model type {config.model_type!r} with ALiBi position biases",
+                need="a model with rotary or learned positions",
+                where="the backbone",
+                do="choose another model: its biases would follow cache slots instead of tree depths",
+            )
+        self.model = model.eval()
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")
+        elif getattr(config, "_attn_implementation", None) == "sdpa":
+            model.set_attn_implementation(GROUPED_ATTENTION)
+        self.lm_head: nn.Module = model.get_output_embeddings()
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(self.lm_head.weight.shape[1])  # type: ignore[union-attr,arg-type]
+        self.vocab_size = int(config.vocab_size)
+        self.max_positions = int(getattr(config, "max_position_embeddings", 0)) or None
+        window, layer_types = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+        if "full_attention" in layer_types and len(layer_types) == 1:
+            window = None
+        self.sliding_window: int | None = window
+        self._mixed_layers = len(layer_types) > 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the weights."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.model.device
+
+    def new_cache(self, *, batch_size: int, max_length: int) -> TreeCache:
+        """Return an empty cache for `batch_size` rows of at most `max_length` tokens, draft nodes included."""
+        return TreeCache(num_layers=self.num_layers, batch_size=batch_size, max_length=max_length)
+
+    def check_positions(self, *, prompt_tokens: int, max_new_tokens: int, depth: int) -> None:
+        """Refuse a generation whose last draft node would lie beyond the positions that the model knows."""
+        needed = prompt_tokens + max_new_tokens + depth
+        if self.max_positions is not None and needed > self.max_positions:
+            raise UserError(
+                found=f"a prompt of {prompt_tokens} tokens with a budget of {max_new_tokens} and a tree of depth {depth}",
+                need=f"at most {self.max_positions} positions",
+                where="the backbone",
+                do="shorten the prompt or lower the token budget",
+            )
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Tensor, *, depths: Tensor, visible: Tensor, cache: TreeCache, rows: slice | None = None, last_only: bool = False
+    ) -> BackboneOutput:
+        """Score N new tokens a row and write their keys and values behind the kept prefix (nothing is kept yet).
+
+        Shapes: token_ids `[B, N]`; depths `[N]`, position minus kept length; visible `[N, N]` boolean, whether node n sees node m
+        (itself included). With `last_only` the logits are `[B, 1, V]`.
+        Paper: Section 2.1.2, tree attention.
+        """
+        chosen = rows if rows is not None else slice(0, cache.num_rows)
+        view_length = cache.begin_step(num_new=token_ids.shape[1], rows=chosen, device=self.device)
+        lengths = torch.tensor(cache.lengths[chosen], device=self.device)
+        position_ids = lengths[:, None] + depths[None, :]
+        mask = self._mask(lengths, position_ids, visible, view_length)
+        with self._capture_hidden() as captured:
+            output = self.model(
+                input_ids=token_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+            )
+        return BackboneOutput(logits=output.logits, hidden=captured[0])
+
+    def prefill(self, token_ids: Tensor, *, cache: TreeCache, row: int = 0) -> BackboneOutput:
+        """Run one row's prompt and keep all of it; logits are those of its last token, hidden those of every token.
+
+        Shapes: token_ids `[T]`; logits `[1, 1, V]`, hidden `[1, T, H]`.
+        """
+        num_tokens = token_ids.shape[0]
+        positions = torch.arange(num_tokens, device=self.device)
+        visible = positions[:, None] >= positions[None, :]
+        output = self.forward(
+            token_ids[None].to(self.device), depths=positions, visible=visible, cache=cache, rows=slice(row, row + 1), last_only=True
+        )
+        cache.keep([list(range(num_tokens))], first_row=row)
+        return output
+
+    def _mask(self, lengths: Tensor, position_ids: Tensor, visible: Tensor, view_length: int) -> Tensor | dict[str, Tensor]:
+        """Additive 4-D mask `[B, 1, N, view_length]`: 0 over the kept prefix and the visible nodes, the dtype's minimum elsewhere.
+
+        A row with 3 kept tokens, a root r with children a and b, and one unused slot:
+
+              k0 k1 k2  r  a  b  -
+          r    0  0  0  0  .  .  .
+          a    0  0  0  0  0  .  .
+          b    0  0  0  0  .  0  .
+        """
+        num_new = visible.shape[0]
+        hidden = torch.finfo(self.dtype).min
+        nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, hidden)
+        table = torch.cat([nodes.new_zeros(num_new, 1), nodes, nodes.new_full((num_new, 1), hidden)], dim=1)
+        slots = torch.arange(view_length, device=self.device)
+        column = (slots[None, :] - lengths[:, None] + 1).clamp_(0, num_new + 1)
+        mask = table[:, column].transpose(0, 1).unsqueeze(1)
+        if self.sliding_window is None:
+            return mask
+        distance = position_ids[:, None, :, None] - slots[None, None, None, :]
+        outside = (distance >= self.sliding_window) & (slots[None, :] < lengths[:, None])[:, None, None, :]
+        windowed = mask.masked_fill(outside, hidden)
+        return {"full_attention": mask, "sliding_attention": windowed} if self._mixed_layers else windowed
+
+    @contextlib.contextmanager
+    def _capture_hidden(self) -> Iterator[list[Tensor]]:
+        captured: list[Tensor] = []
+        hook = self.model.base_model.register_forward_hook(lambda module, inputs, output: captured.append(output.last_hidden_state))
+        try:
+            yield captured
+        finally:
+            hook.remove()

@@ -1,0 +1,192 @@
+"""Self-distillation corpora: prompts answered by the backbone itself, kept in resumable shards with the states that produced them.
+
+Paper: Section 2.3.2 (answers of the model itself, temperature 0.3 or greedy). One state a token is all that Medusa-1 needs of the
+frozen backbone, and decoding has it at hand: keeping it here saves a second pass over the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medusa_impl.backbone import Backbone
+from medusa_impl.decode import StreamRequest, decode_stream
+from medusa_impl.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CorpusPrompt:
+    """One prompt to answer: its identity, its rendered tokens and how to sample (temperature 0 is greedy)."""
+
+    key: str
+    category: str
+    prompt_ids: tuple[int, ...]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class CorpusSample:
+    """One answer: tokens y_1..y_n and, where kept, states whose row i - 1 is the state that produced y_i.
+
+    Shapes: token_ids n integers; states `[n, H]` float16 or None.
+    """
+
+    key: str
+    category: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    ended_by: Literal["eos", "budget"]
+    temperature: float
+    seed: int
+    states: Tensor | None
+
+
+class CorpusStore:
+    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at most one shard."""
+
+    def __init__(self, folder: Path, *, shard_samples: int = 256) -> None:
+        self.folder = folder
+        self.shard_samples = shard_samples
+        self._pending: list[CorpusSample] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def shard_files(self) -> list[Path]:
+        """Return the finished text shards in order."""
+        return sorted(self.folder.glob("corpus-*.jsonl"))
+
+    def finished_keys(self) -> set[str]:
+        """Return the keys of all answers on disk."""
+        return {json.loads(line)["key"] for shard in self.shard_files() for line in shard.read_text().splitlines()}
+
+    def add(self, sample: CorpusSample) -> None:
+        """Take one answer; a full shard is written at once."""
+        self._pending.append(sample)
+        if len(self._pending) >= self.shard_samples:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as a shard of its own."""
+        if not self._pending:
+            return
+        index = len(self.shard_files())
+        states = {str(row): sample.states for row, sample in enumerate(self._pending) if sample.states is not None}
+        if states:
+            _replace(self.folder / f"states-{index:05d}.safetensors", lambda path: save_file(states, path))
+        lines = [json.dumps(_row(sample), separators=(",", ":")) for sample in self._pending]
+        _replace(self.folder / f"corpus-{index:05d}.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        self._pending = []
+
+    def samples(self, *, with_states: bool = True) -> Iterator[CorpusSample]:
+        """Yield all answers on disk in order.
+
+        Raises: UserError for a shard that cannot be read or has another schema version.
+        """
+        for shard in self.shard_files():
+            states_file = shard.with_name(shard.name.replace("corpus-", "states-")).with_suffix(".safetensors")
+            states = load_file(states_file) if with_states and states_file.exists() else {}
+            for index, line in enumerate(shard.read_text().splitlines()):
+                yield _sample(line, states.get(str(index)), where=f"{shard.name}:{index + 1}")
+
+
+def generate_corpus(
+    backbone: Backbone,
+    prompts: Sequence[CorpusPrompt],
+    *,
+    store: CorpusStore,
+    num_rows: int,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    on_sample: Callable[[CorpusSample], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and states.
+
+    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early, losing nothing.
+    """
+    finished = store.finished_keys()
+    by_key = {prompt.key: prompt for prompt in prompts if prompt.key not in finished}
+    requests: Iterable[StreamRequest] = (
+        StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed) for p in by_key.values()
+    )
+    for completion in decode_stream(
+        backbone, requests, num_rows=num_rows, max_new_tokens=max_new_tokens, eos_ids=eos_ids, keep_states=True
+    ):
+        prompt = by_key[completion.key]
+        sample = CorpusSample(
+            key=prompt.key,
+            category=prompt.category,
+            prompt_ids=prompt.prompt_ids,
+            token_ids=tuple(completion.token_ids),
+            ended_by=completion.ended_by,
+            temperature=prompt.temperature,
+            seed=prompt.seed,
+            states=completion.states,
+        )
+        store.add(sample)
+        if on_sample is not None:
+            on_sample(sample)
+        if stop is not None and stop():
+            break
+    store.flush()
+
+
+def _row(sample: CorpusSample) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "key": sample.key,
+        "category": sample.category,
+        "temperature": sample.temperature,
+        "seed": sample.seed,
+        "ended_by": sample.ended_by,
+        "prompt_ids": sample.prompt_ids,
+        "token_ids": sample.token_ids,
+    }
+
+
+def _sample(line: str, states: Tensor | None, *, where: str) -> CorpusSample:
+    try:
+        row = json.loads(line)
+        if row.pop("schema_version") != SCHEMA_VERSION:
+            raise ValueError("unknown schema version")
+        row["prompt_ids"], row["token_ids"] = tuple(row["prompt_ids"]), tuple(row["token_ids"])
+        sample = CorpusSample(**row, states=states)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(found=f"an unreadable answer ({error})", need="one JSON object a line, schema 1", where=where) from error
+    if states is not None and states.shape[0] != len(sample.token_ids):
+        raise UserError(found=f"{states.shape[0]} states for {len(sample.token_ids)} tokens", need="one state a token", where=where)
+    return sample
+
+
+def _replace(target: Path, write: Callable[[Path], Any]) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+def pack_samples(samples: Iterable[CorpusSample]) -> dict[str, Tensor]:
+    """Return the tokens of many answers as flat tensors for shipping (no states, no text of the prompts).
+
+    Shapes: `token_ids` `[sum n]` int32, `lengths` `[samples]` int32, `prompt_ids` and `prompt_lengths` likewise.
+    """
+    kept = list(samples)
+    flat = torch.tensor([token for sample in kept for token in sample.token_ids], dtype=torch.int32)
+    prompts = torch.tensor([token for sample in kept for token in sample.prompt_ids], dtype=torch.int32)
+    return {
+        "token_ids": flat,
+        "lengths": torch.tensor([len(sample.token_ids) for sample in kept], dtype=torch.int32),
+        "prompt_ids": prompts,
+        "prompt_lengths": torch.tensor([len(sample.prompt_ids) for sample in kept], dtype=torch.int32),
+    }

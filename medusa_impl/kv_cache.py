@@ -1,0 +1,164 @@
+"""A preallocated key-value cache that takes all nodes of a draft tree and keeps one root-to-leaf path of them.
+
+It stands behind the public `Cache` interface of transformers, so that any causal LM writes into it unchanged.
+Slots of a row are positions: the kept prefix fills slots `0 .. length - 1`, the N nodes of a step lie in the N slots behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from medusa_impl.errors import UserError
+
+BUCKET_TOKENS = 64  # attention reads the filled part of the cache rounded up to this, so that few shapes occur
+
+
+class _WritePlan:
+    """Where the forward pass under way writes and how far attention may read; shared by all layers of a cache."""
+
+    def __init__(self) -> None:
+        self.rows = slice(0, 0)
+        self.flat_slots: Tensor | None = None
+        self.view_length = 0
+
+
+class TreeCacheLayer(CacheLayerMixin):
+    """One layer's keys and values: a window into the storage that all layers share."""
+
+    is_sliding = False
+
+    def __init__(self, cache: TreeCache, layer_index: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer_index = layer_index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._cache.allocate(key_states, value_states)
+        self.keys, self.values = self._cache.layer_storage(self._layer_index)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new rows and return keys and values over the filled part of the cache.
+
+        Shapes: states `[B', Hkv, N, d]`, returned views `[B', Hkv, view_length, d]`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        plan = self._cache.plan
+        assert plan.flat_slots is not None
+        views = []
+        for storage, states in ((self.keys, key_states), (self.values, value_states)):
+            if states.shape[1] != storage.shape[2] or states.shape[3] != storage.shape[3]:
+                raise UserError(
+                    found=f"layer {self._layer_index} with key-value shape {tuple(states.shape[1::2])}",
+                    need=f"the same shape in every layer, {tuple(storage.shape[2:])}",
+                    where="the backbone",
+                    do="use a model whose layers have equal key-value heads",
+                )
+            storage.flatten(0, 1).index_copy_(0, plan.flat_slots, states.transpose(1, 2).flatten(0, 1))
+            views.append(storage[plan.rows, : plan.view_length].transpose(1, 2))
+        return views[0], views[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.plan.view_length, 0
+
+    def get_seq_length(self) -> int:
+        return max(self._cache.lengths)
+
+    def get_max_length(self) -> int:
+        return self._cache.max_length
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None
+            self.keys.zero_()
+            self.values.zero_()
+
+
+class TreeCache(Cache):
+    """Keys and values of `batch_size` rows, each with its own kept length.
+
+    Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated with zeros (uninitialised memory may hold NaN, which
+    survives masking) on the first forward pass.
+    Raises: UserError where a step does not fit into `max_length`.
+    """
+
+    def __init__(self, *, num_layers: int, batch_size: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.num_rows = batch_size
+        self.lengths: list[int] = [0] * batch_size
+        self.plan = _WritePlan()
+        self._storage: Tensor | None = None
+        super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated for keys and values; 0 before the first forward pass."""
+        return 0 if self._storage is None else self._storage.numel() * self._storage.element_size()
+
+    def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the storage of all layers in the shape of the first layer's states."""
+        if self._storage is not None:
+            return
+        if key_states.shape[-1] != value_states.shape[-1]:
+            raise UserError(
+                found=f"keys of size {key_states.shape[-1]} and values of size {value_states.shape[-1]}",
+                need="keys and values of equal size",
+                where="the backbone's attention",
+            )
+        shape = (len(self.layers), 2, self.num_rows, self.max_length, key_states.shape[1], key_states.shape[3])
+        self._storage = torch.zeros(shape, dtype=key_states.dtype, device=key_states.device)
+
+    def layer_storage(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of one layer, `[B, max_length, Hkv, d]` each, as views of the shared storage."""
+        assert self._storage is not None
+        return self._storage[layer_index, 0], self._storage[layer_index, 1]
+
+    def begin_step(self, *, num_new: int, rows: slice | None, device: torch.device) -> int:
+        """Plan to write `num_new` slots behind the kept prefix of `rows`; return how many slots attention will read."""
+        rows = rows if rows is not None else slice(0, self.num_rows)
+        lengths = self.lengths[rows]
+        needed = max(lengths) + num_new
+        if needed > self.max_length:
+            raise UserError(
+                found=f"{max(lengths)} kept tokens and {num_new} new ones",
+                need=f"at most {self.max_length} slots",
+                where="the key-value cache",
+                do="shorten the prompt, lower the token budget or allocate a longer cache",
+            )
+        starts = torch.tensor([row * self.max_length + length for row, length in zip(range(rows.start, rows.stop), lengths, strict=True)])
+        self.plan.rows = rows
+        self.plan.flat_slots = (starts[:, None] + torch.arange(num_new)[None, :]).flatten().to(device)
+        self.plan.view_length = min(-(-needed // BUCKET_TOKENS) * BUCKET_TOKENS, self.max_length)
+        return self.plan.view_length
+
+    def keep(self, kept_nodes: list[list[int]], *, first_row: int = 0) -> None:
+        """Keep the named nodes of the step just written (in path order, the root first) and drop the others.
+
+        `kept_nodes[b]` lists node indices of row `first_row + b`; an empty list leaves that row as it was.
+        """
+        source: list[int] = []
+        target: list[int] = []
+        for offset, nodes in enumerate(kept_nodes):
+            row = first_row + offset
+            start = row * self.max_length + self.lengths[row]
+            for new, node in enumerate(nodes):
+                if new != node:
+                    source.append(start + node)
+                    target.append(start + new)
+            self.lengths[row] += len(nodes)
+        if source:
+            assert self._storage is not None
+            flat = self._storage.flatten(0, 1).flatten(1, 2)
+            moved = flat.index_select(1, torch.tensor(source, device=flat.device))
+            flat.index_copy_(1, torch.tensor(target, device=flat.device), moved)
+
+    def clear_rows(self, rows: slice | None = None) -> None:
+        """Forget the kept tokens of `rows` (all by default); storage stays allocated."""
+        for row in range(*(rows or slice(0, self.num_rows)).indices(self.num_rows)):
+            self.lengths[row] = 0

@@ -1,0 +1,197 @@
+"""The heads' loss, Eq. 1, over a bounded slice of logits at a time.
+
+Paper: Section 2.2.1. L1 = sum over k of lambda_k CE(head k, y_{i+k}), lambda_k = 0.8^k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
+
+from medusa_impl.errors import UserError
+from medusa_impl.heads import MedusaHeads
+
+NO_TARGET = -1
+OUTSIDE_SUBSET = -2
+DEFAULT_LOGITS_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Medusa1Loss:
+    """Eq. 1 of one batch, with the sums behind it.
+
+    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted), num_targets and num_hits `[K]`. A hit is a target that no other
+    token's logit exceeds, so equal logits count as hits. num_outside: targets left out because they are not in the token subset.
+    """
+
+    loss: Tensor
+    loss_sums: Tensor
+    num_targets: Tensor
+    num_hits: Tensor
+    num_positions: int
+    num_outside: int
+
+
+@dataclass(frozen=True)
+class TokenSubset:
+    """The tokens that a restricted vocabulary keeps.
+
+    Shapes: token_ids `[V']` ascending; local_ids `[V]`, a token's row in the subset or `OUTSIDE_SUBSET`.
+    """
+
+    token_ids: Tensor
+    local_ids: Tensor
+
+    @staticmethod
+    def most_frequent(counts: Tensor, *, size: int) -> TokenSubset:
+        """Return the `size` most frequent tokens (of equal counts, the lower id).
+
+        Shapes: counts `[V]`, occurrences of each token.
+        """
+        token_ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+        local_ids = torch.full(counts.shape, OUTSIDE_SUBSET, dtype=torch.int32)
+        local_ids[token_ids] = torch.arange(len(token_ids), dtype=torch.int32)
+        return TokenSubset(token_ids=token_ids, local_ids=local_ids)
+
+    def localise(self, targets: Tensor) -> Tensor:
+        """Return targets as rows of the subset; `NO_TARGET` stays, a token outside becomes `OUTSIDE_SUBSET`."""
+        return torch.where(targets >= 0, self.local_ids[targets.clamp_min(0).long()], targets)
+
+
+def head_weights(*, num_heads: int, lambda_base: float) -> tuple[float, ...]:
+    """Return lambda_k = `lambda_base` ** k for k = 1..K.
+
+    Paper: Section 2.2.1, base 0.8. Departs: some released recipes count k from 0, which scales every weight by 1 / 0.8.
+    """
+    return tuple(lambda_base**k for k in range(1, num_heads + 1))
+
+
+def medusa1_loss(
+    states: Tensor,
+    targets: Tensor,
+    *,
+    heads: MedusaHeads,
+    lm_head_weight: Tensor,
+    lambdas: Sequence[float],
+    subset: TokenSubset | None = None,
+    num_positions: int | None = None,
+    max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+) -> Medusa1Loss:
+    """Return Eq. 1 over a batch of positions: the weighted sum over all targets, divided by the number of positions.
+
+    One normaliser for all heads: the positions that have a target for head 1, in the subset or not (or `num_positions`, for a batch
+    given in parts). Padding rows, all `NO_TARGET`, change nothing. The products with a shared unembedding run in `lm_head_weight`'s
+    dtype, the softmax in float32.
+    Shapes: states `[T, H]`; targets `[T, K]` token ids, rows of the subset where one is given, `NO_TARGET` where there is none;
+    lm_head_weight `[V', H]`, already restricted to the subset (unused by `own` unembeddings).
+    Paper: Section 2.2.1, Eq. 1.
+    """
+    if targets.shape != (states.shape[0], heads.num_heads) or len(lambdas) != heads.num_heads:
+        raise UserError(
+            found=f"targets of shape {tuple(targets.shape)} and {len(lambdas)} weights for {states.shape[0]} states",
+            need=f"one row a state and one column and one weight for each of {heads.num_heads} heads",
+            where="the heads' loss",
+        )
+    if num_positions is None:
+        num_positions = int((targets[:, 0] != NO_TARGET).sum())
+    head_states = heads.states(states)
+    scales = torch.tensor(lambdas, dtype=torch.float32) / max(num_positions, 1)
+    if heads.architecture == "shared":
+        loss, row_losses, row_hits, row_heads = _shared_loss(head_states, targets, lm_head_weight, scales, max_logits_bytes)
+    else:
+        loss, row_losses, row_hits, row_heads = _own_loss(head_states, targets, heads, scales, subset, max_logits_bytes)
+    num_heads = heads.num_heads
+    return Medusa1Loss(
+        loss=loss,
+        loss_sums=torch.zeros(num_heads, dtype=torch.float64).index_add_(0, row_heads, row_losses.double()),
+        num_targets=torch.bincount(row_heads, minlength=num_heads),
+        num_hits=torch.bincount(row_heads[row_hits], minlength=num_heads),
+        num_positions=num_positions,
+        num_outside=int((targets == OUTSIDE_SUBSET).sum()),
+    )
+
+
+def _shared_loss(
+    head_states: Tensor, targets: Tensor, weight: Tensor, scales: Tensor, max_logits_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if weight.requires_grad:
+        raise UserError(
+            found="an unembedding that asks for gradients", need="a frozen one", where="the heads' loss", do="detach the LM head's weight"
+        )
+    num_heads = head_states.shape[1]
+    flat_targets = targets.reshape(-1)
+    rows = (flat_targets >= 0).nonzero().squeeze(1)
+    row_heads = rows % num_heads
+    chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
+    loss, row_losses, row_hits = _FrozenUnembeddingLoss.apply(  # type: ignore[no-untyped-call]
+        head_states.reshape(-1, head_states.shape[-1]), weight, rows, flat_targets[rows].long(), scales[row_heads], chunk_rows
+    )
+    return loss, row_losses, row_hits, row_heads
+
+
+class _FrozenUnembeddingLoss(torch.autograd.Function):
+    """Weighted cross-entropy behind a frozen unembedding, whose gradient is known before the logits are dropped.
+
+    With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass, chunk by chunk, so that
+    neither pass holds more than one chunk of logits and no logit is computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, scales: Tensor, chunk_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
+        row_losses, row_hits = states.new_empty(len(rows), dtype=torch.float32), torch.empty(len(rows), dtype=torch.bool)
+        for start in range(0, len(rows), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = linear(states[rows[part]].to(weight.dtype), weight).float()
+            log_probabilities = torch.log_softmax(logits, dim=-1)
+            chosen = targets[part, None]
+            row_losses[part] = -log_probabilities.gather(1, chosen).squeeze(1)
+            row_hits[part] = logits.gather(1, chosen).squeeze(1) >= logits.amax(1)
+            if gradient is not None:
+                residual = log_probabilities.exp_()
+                residual.scatter_add_(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen))
+                gradient[rows[part]] = (residual.to(weight.dtype) @ weight).to(gradient.dtype) * scales[part, None]
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(row_losses, row_hits)
+        return (row_losses * scales).sum(), row_losses, row_hits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None, None, None
+
+
+def _own_loss(
+    head_states: Tensor, targets: Tensor, heads: MedusaHeads, scales: Tensor, subset: TokenSubset | None, max_logits_bytes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss = head_states.sum() * 0.0
+    losses, hits, row_heads = [], [], []
+    for head, unembedding in enumerate(heads.unembeddings):
+        rows = (targets[:, head] >= 0).nonzero().squeeze(1)
+        weight: Tensor = unembedding.weight  # type: ignore[assignment]
+        weight = weight if subset is None else weight.index_select(0, subset.token_ids)
+        chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
+        for part in torch.split(rows, chunk_rows):
+            row_loss, row_hit = checkpoint(_chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False)
+            loss = loss + scales[head] * row_loss.sum()
+            losses.append(row_loss.detach())
+            hits.append(row_hit)
+            row_heads.append(torch.full_like(part, head))
+    if not losses:
+        return loss, torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.long)
+    return loss, torch.cat(losses), torch.cat(hits), torch.cat(row_heads)
+
+
+def _chunk_loss(states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = linear(states, weight).float()
+    hits = logits.detach().gather(1, targets[:, None]).squeeze(1) >= logits.detach().amax(1)
+    return cross_entropy(logits, targets, reduction="none"), hits

@@ -1,0 +1,95 @@
+"""Entry points of the project; every session runs one command in one shared environment.
+
+nox would make an environment per session, and torch alone is 1.7 GB, so the sessions use none of nox's own and call the
+Python of `.nox/shared` instead. It is installed once per content of pyproject.toml and the constraints file.
+
+Environment:
+    MEDUSA_REPRO_CONSTRAINTS: another pip constraints file than constraints.txt; empty for none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.default_venv_backend = "none"
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT / ".nox" / "shared"
+PYPROJECT = ROOT / "pyproject.toml"
+
+
+def shared_python(session: nox.Session) -> str:
+    """Returns the Python of the shared environment, made or brought up to date first where its stamp does not match."""
+    python = SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    constraints = os.environ.get("MEDUSA_REPRO_CONSTRAINTS", str(ROOT / "constraints.txt"))
+    if constraints and not Path(constraints).is_file():
+        session.error(f"found no file {constraints}; need MEDUSA_REPRO_CONSTRAINTS to name a constraints file, or to be empty for none")
+    inputs = [PYPROJECT.read_bytes(), Path(constraints).read_bytes() if constraints else b"", sys.version.encode(), str(ROOT).encode()]
+    fingerprint = hashlib.sha256(b"\0".join(inputs)).hexdigest()
+    stamp = SHARED / "installed.sha256"
+    if stamp.is_file() and stamp.read_text() == fingerprint:
+        return str(python)
+
+    stamp.unlink(missing_ok=True)  # an install that is cut short leaves no stamp
+    groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "lint", "types", "tests")
+    pinned = ["--constraint", constraints] if constraints else []
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True)
+    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots]", *groups, external=True)
+    stamp.write_text(fingerprint)
+    return str(python)
+
+
+def run_module(session: nox.Session, module: str, *args: str) -> None:
+    """Runs `python -m module args`, then what the user wrote after `--`, in the shared environment."""
+    session.run(shared_python(session), "-m", module, *args, *session.posargs, external=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    python = shared_python(session)
+    session.run(python, "-m", "ruff", "check", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", external=True)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    run_module(session, "mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; benchmarks run once, untimed."""
+    run_module(session, "pytest", "--benchmark-disable")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time the project's own code (pytest-benchmark)."""
+    run_module(session, "pytest", "--benchmark-only")
+
+
+@nox.session
+def smoke(session: nox.Session) -> None:
+    """Decode, check and report on a tiny random model; prints no speed."""
+    run_module(session, "harness", "reproduce", "smoke")
+
+
+@nox.session
+def reproduce(session: nox.Session) -> None:
+    """Fetch, measure, judge and report: the embedded suite, or the one named after --."""
+    run_module(session, "harness", "reproduce")
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Write the report of the record or suite named after -- again; measures nothing."""
+    run_module(session, "harness", "report")

@@ -1,0 +1,1 @@
+"""Suites, claims, trees, recipes and hardware as data."""
