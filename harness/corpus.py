@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,7 @@ class CorpusSpec(Frozen):
     max_prompt_tokens: int = 512
     sampled_share: float = 0.34
     temperature: float = 0.3
-    num_rows: int = 64
+    num_rows: int = 48
     seed: int = 1
     split: Split = "train"
 
@@ -47,10 +48,14 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
 
 
 def make_corpus(
-    backbone: Backbone, prompts: Sequence[CorpusPrompt], *, store: CorpusStore, spec: CorpusSpec, eos_ids: frozenset[int], console: Console
+    backbone: Backbone, prompts: Sequence[CorpusPrompt], *, store: CorpusStore, spec: CorpusSpec, eos_ids: frozenset[int], console: Console, rate_file: Path | None = None
 ) -> int:
-    """Generate until the store holds `num_tokens` answer tokens or the prompts run out; return how many it holds."""
-    held = sum(len(sample.token_ids) for sample in store.samples(with_states=False))
+    """Generate until the store holds `num_tokens` tokens of answers to these prompts or they run out; return how many it holds.
+
+    `rate_file` is kept up to date with the tokens a second, for the estimate of a later run.
+    """
+    own = {prompt.key for prompt in prompts}
+    held = sum(len(sample.token_ids) for sample in store.samples(with_states=False) if sample.key in own)
     started, before = time.monotonic(), held
     columns = (TextColumn("corpus"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -61,6 +66,8 @@ def make_corpus(
             held += len(sample.token_ids)
             rate = (held - before) / max(time.monotonic() - started, 1e-9)
             progress.update(task, completed=held, rate=f"{rate:.0f}")
+            if rate_file is not None:
+                rate_file.write_text(f"{rate:.3f}\n")
 
         if held < spec.num_tokens:
             generate_corpus(

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, computed_field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from harness.config import Frozen, SuiteSpec, parse_suite
 from harness.errors import UserError
@@ -240,7 +240,6 @@ class Manifest(Frozen):
     peak_memory_bytes: int
     sha256: dict[str, str]
 
-    @computed_field  # type: ignore[prop-decorator]
     @property
     def complete(self) -> bool:
         """Whether every planned trial has an outcome."""

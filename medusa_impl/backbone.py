@@ -55,7 +55,7 @@ AttentionInterface.register(GROUPED_ATTENTION, grouped_sdpa_attention)
 class BackboneOutput:
     """What one forward pass yields.
 
-    Shapes: logits `[B, N, V]` (or the last position only), hidden `[B, N, H]`, the states that the LM head reads.
+    Shapes: logits `[B, N, V]` (or of the last tokens only), hidden `[B, N, H]`, the states that the LM head reads.
     """
 
     logits: Tensor
@@ -78,9 +78,10 @@ class Backbone:
                 do="choose another model: its biases would follow cache slots instead of tree depths",
             )
         self.model = model.eval()
+        self._stock_attention: str = config._attn_implementation
         if getattr(config, "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")
-        elif getattr(config, "_attn_implementation", None) == "sdpa":
+        elif self._stock_attention == "sdpa":
             model.set_attn_implementation(GROUPED_ATTENTION)
         self.lm_head: nn.Module = model.get_output_embeddings()
         self.num_layers = int(config.num_hidden_layers)
@@ -120,12 +121,12 @@ class Backbone:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Tensor, *, depths: Tensor, visible: Tensor, cache: TreeCache, rows: slice | None = None, last_only: bool = False
+        self, token_ids: Tensor, *, depths: Tensor, visible: Tensor, cache: TreeCache, rows: slice | None = None, num_logits: int = 0
     ) -> BackboneOutput:
         """Score N new tokens a row and write their keys and values behind the kept prefix (nothing is kept yet).
 
         Shapes: token_ids `[B, N]`; depths `[N]`, position minus kept length; visible `[N, N]` boolean, whether node n sees node m
-        (itself included). With `last_only` the logits are `[B, 1, V]`.
+        (itself included). The logits are those of the last `num_logits` tokens, of all by default.
         Paper: Section 2.1.2, tree attention.
         """
         chosen = rows if rows is not None else slice(0, cache.num_rows)
@@ -140,7 +141,7 @@ class Backbone:
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1 if last_only else 0,
+                logits_to_keep=num_logits,
             )
         return BackboneOutput(logits=output.logits, hidden=captured[0])
 
@@ -153,7 +154,7 @@ class Backbone:
         positions = torch.arange(num_tokens, device=self.device)
         visible = positions[:, None] >= positions[None, :]
         output = self.forward(
-            token_ids[None].to(self.device), depths=positions, visible=visible, cache=cache, rows=slice(row, row + 1), last_only=True
+            token_ids[None].to(self.device), depths=positions, visible=visible, cache=cache, rows=slice(row, row + 1), num_logits=1
         )
         cache.keep([list(range(num_tokens))], first_row=row)
         return output
@@ -181,6 +182,16 @@ class Backbone:
         outside = (distance >= self.sliding_window) & (slots[None, :] < lengths[:, None])[:, None, None, :]
         windowed = mask.masked_fill(outside, hidden)
         return {"full_attention": mask, "sliding_attention": windowed} if self._mixed_layers else windowed
+
+    @contextlib.contextmanager
+    def stock_attention(self) -> Iterator[None]:
+        """Give the model its stock attention back for the length of a block."""
+        ours = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self._stock_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(ours)
 
     @contextlib.contextmanager
     def _capture_hidden(self) -> Iterator[list[Tensor]]:

@@ -21,7 +21,6 @@ from medusa_impl.errors import UserError
 from medusa_impl.heads import HeadArchitecture, MedusaHeads
 from medusa_impl.training import Medusa1Recipe, TrainingFigures
 
-SCHEMA_VERSION = 1
 _METADATA_KEY = "medusa_repro"
 _HEAD_NAME = re.compile(r"^(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
 _RELEASED_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -91,7 +90,7 @@ def save_heads(path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, d
     """
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous().clone() for name, tensor in _named_tensors(heads).items()}
     header = _FileHeader(
-        schema_version=SCHEMA_VERSION,
+        schema_version=1,
         architecture=heads.architecture,
         num_heads=heads.num_heads,
         num_layers=heads.num_layers,
@@ -127,8 +126,8 @@ def load_heads(path: Path, *, backbone_sha256: str | None) -> tuple[MedusaHeads,
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            found=f"metadata that does not fit schema {SCHEMA_VERSION} ({'.'.join(map(str, first['loc']))}: {first['msg']})",
-            need=f"schema version {SCHEMA_VERSION}",
+            found=f"metadata that does not fit schema 1 ({'.'.join(map(str, first['loc']))}: {first['msg']})",
+            need="schema version 1",
             where=path.name,
         ) from error
     if tensors_sha256(tensors) != header.tensors_sha256:
@@ -196,7 +195,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         num_bytes = tensor.numel() * tensor.element_size()
         digest.update(json.dumps([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), num_bytes]).encode())
         if num_bytes:
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -220,7 +219,7 @@ def backbone_sha256(model: nn.Module) -> str:
 def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
     tensors = {f"{head}.{name}": tensor for head, blocks in enumerate(heads.blocks) for name, tensor in blocks.state_dict().items()}
     for head, unembedding in enumerate(heads.unembeddings):
-        tensors[f"{head}.{heads.num_layers}.weight"] = unembedding.weight  # type: ignore[assignment]
+        tensors[f"{head}.{heads.num_layers}.weight"] = unembedding.weight
     return tensors
 
 
@@ -249,7 +248,7 @@ def _some(names: list[str]) -> str:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -288,7 +287,7 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
 def _read_model_shard(shard: Path) -> dict[str, Tensor]:
     """Return a full model's `medusa_head.` tensors without that prefix; the backbone's are never read."""
     try:
-        with safe_open(shard, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(shard, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("medusa_head.")]  # noqa: SIM118
             return {name.removeprefix("medusa_head."): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
@@ -328,10 +327,11 @@ def _configured_num_heads(config_file: Path) -> int | None:
 
 
 def _repeated_blocks(heads: MedusaHeads) -> tuple[tuple[int, int], ...]:
-    repeated = []
+    repeated: list[tuple[int, int]] = []
     for head, blocks in enumerate(heads.blocks):
-        states = [block.state_dict() for block in blocks]  # type: ignore[union-attr]
+        states = [block.state_dict() for block in blocks.children()]
+        first = states[0]
         repeated += [
-            (head, layer) for layer in range(1, len(states)) if all(torch.equal(states[layer][name], states[0][name]) for name in states[0])
+            (head, layer) for layer, state in enumerate(states) if layer and all(torch.equal(state[name], first[name]) for name in first)
         ]
     return tuple(repeated)

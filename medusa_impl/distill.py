@@ -53,10 +53,14 @@ class CorpusSample:
 
 
 class CorpusStore:
-    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at most one shard."""
+    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at most one shard.
 
-    def __init__(self, folder: Path, *, shard_samples: int = 256) -> None:
+    Several processes may write to one folder, each under its own `writer` name.
+    """
+
+    def __init__(self, folder: Path, *, writer: str = "0", shard_samples: int = 256) -> None:
         self.folder = folder
+        self.writer = writer
         self.shard_samples = shard_samples
         self._pending: list[CorpusSample] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +83,12 @@ class CorpusStore:
         """Write what is pending as a shard of its own."""
         if not self._pending:
             return
-        index = len(self.shard_files())
+        index = f"{self.writer}-{len(list(self.folder.glob(f'corpus-{self.writer}-*.jsonl'))):05d}"
         states = {str(row): sample.states for row, sample in enumerate(self._pending) if sample.states is not None}
         if states:
-            _replace(self.folder / f"states-{index:05d}.safetensors", lambda path: save_file(states, path))
+            _replace(self.folder / f"states-{index}.safetensors", lambda path: save_file(states, path))
         lines = [json.dumps(_row(sample), separators=(",", ":")) for sample in self._pending]
-        _replace(self.folder / f"corpus-{index:05d}.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        _replace(self.folder / f"corpus-{index}.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
         self._pending = []
 
     def samples(self, *, with_states: bool = True) -> Iterator[CorpusSample]:

@@ -6,7 +6,6 @@ State i of an answer produced y_i; head k reads it and is asked for y_{i+k}. The
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +76,10 @@ def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 
     targets = torch.full((num_rows, num_heads), NO_TARGET, dtype=torch.int32)
     states: Tensor | None = None
     start = 0
-    # The store may grow while it is read: only the answers of the first pass are taken.
-    with_states = (sample for sample in store.samples() if len(sample.token_ids) > 1)
-    for sample in itertools.islice(with_states, len(samples)):
+    wanted = {sample.key for sample in samples}  # the store may grow, in the middle too, between the two passes
+    for sample in store.samples():
+        if sample.key not in wanted:
+            continue
         part = _finite_states(sample)
         if states is None:
             states = torch.empty(num_rows, part.shape[1], dtype=torch.float16)

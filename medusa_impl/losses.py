@@ -19,7 +19,7 @@ from medusa_impl.heads import MedusaHeads
 
 NO_TARGET = -1
 OUTSIDE_SUBSET = -2
-DEFAULT_LOGITS_BYTES = 16 * 2**20
+DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this size are alive at once
 
 
 @dataclass(frozen=True)

@@ -24,24 +24,35 @@ def packing_available(dtype: torch.dtype) -> bool:
     return torch.allclose(product.float(), nn.functional.linear(rows, weight).float(), atol=1e-4 if dtype == torch.float32 else 0.2)
 
 
-def pack_linears(model: nn.Module, *, rows_hint: int) -> int:
-    """Route every CPU linear layer under `model` through a packed copy of its weight; return how many were packed.
+class PackedLinears:
+    """Packed copies of every CPU linear layer under some modules, attached and detached at will.
 
-    The parameters stay where they are (hashing, saving and training see them unchanged); training must not run while packed.
+    The parameters stay where they are (hashing and saving see them unchanged); nothing may train while packed copies are attached.
     """
-    num_packed = 0
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and packing_available(module.weight.dtype):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows_hint)
+
+    def __init__(self, *modules: nn.Module | None, rows_hint: int) -> None:
+        self._packed: dict[nn.Linear, Tensor] = {}
+        for root in modules:
+            for module in root.modules() if root is not None else ():
+                if type(module) is nn.Linear and module.weight.device.type == "cpu" and packing_available(module.weight.dtype):
+                    self._packed[module] = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows_hint)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed copies."""
+        return sum(module.weight.numel() * module.weight.element_size() for module in self._packed)
+
+    def attach(self) -> None:
+        """Route the layers through their packed copies."""
+        for module, packed in self._packed.items():
             module.forward = functools.partial(_packed_forward, packed, module.bias)  # type: ignore[method-assign]
-            num_packed += 1
-    return num_packed
 
-
-def unpack_linears(model: nn.Module) -> None:
-    """Undo `pack_linears`."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
+    def detach(self) -> None:
+        """Give the layers their stock forward back."""
+        for module in self._packed:
             module.__dict__.pop("forward", None)
 
 

@@ -1,0 +1,292 @@
+"""The command line. Exit codes: 0 ok, 1 gate regression, 2 invalid measurement or a failed trial, 3 user error, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub; --hub asks it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
+from harness.claim_specs import load_claims
+from harness.config import SuiteSpec, load_suite
+from harness.doctor import default_results, examine
+from harness.errors import ExitCode, InvalidMeasurement, UserError
+from harness.export import export
+from harness.judge import judge
+from harness.judgement import Judgement
+from harness.records import RunRecord, write_bytes
+from harness.report.markdown import headline, render_report
+from harness.report.readme import update_readme
+from harness.report.terminal import print_verdicts
+from harness.validate import validate_record, write_schemas
+
+app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and this machine?", no_args_is_help=True, add_completion=False)
+console = Console(stderr=True)
+
+SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
+HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
+
+
+@app.command()
+def assets(
+    names: Annotated[list[str] | None, typer.Argument(help="assets to fetch and verify; none lists them")] = None, hub: HubOption = False
+) -> None:
+    """List assets, or fetch and verify some."""
+    specs = load_asset_specs()
+    for name in names or []:
+        if name not in specs:
+            raise UserError(found=f"asset {name!r}", need=f"one of {sorted(specs)}", where="the command line")
+        fetched = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=hub)
+        console.print(f"{name}: {fetched.source}, {fetched.licence}, every hash right")
+    if not names:
+        table = Table("asset", "kind", "licence", "cached", "MB", "source")
+        for row in asset_rows(specs, cache_dir()):
+            size = f"{row.size_bytes / 1e6:.1f}" if row.size_bytes is not None else "-"
+            table.add_row(row.name, row.kind, row.licence, "yes" if row.is_cached else "no", size, row.source)
+        Console().print(table)
+
+
+@app.command()
+def reproduce(
+    suite: SuiteArgument = "embedded",
+    limit: Annotated[int | None, typer.Option(help="only the first N prompts, categories in turn", min=1)] = None,
+    time_budget: Annotated[float | None, typer.Option(help="minutes after which no further prompt begins", min=0.1)] = None,
+    prompts: Annotated[Path | None, typer.Option(help="prompts of your own: .jsonl or .txt")] = None,
+    tree: Annotated[Path | None, typer.Option(help="a tree (JSON) instead of the searched ones")] = None,
+    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
+    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its minutes, run nothing")] = False,
+    readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Run a suite, judge it against the paper's claims, write the report; resumes an unfinished run of the same kind."""
+    from harness.run import RunOptions, effective_suite, run_suite
+
+    spec, file = find_suite(suite)
+    registry = load_claims(claims)
+    options = RunOptions(
+        results=results or default_results(),
+        limit=limit,
+        time_budget_s=time_budget * 60 if time_budget is not None else None,
+        prompts_file=prompts,
+        tree_file=tree,
+        resume=resume,
+        allow_hub=hub,
+        command=_command(),
+    )
+    if dry_run:
+        from harness.estimate import print_plan
+
+        print_plan(effective_suite(spec, options), results=options.results, console=Console())
+        return
+    folder = run_suite(spec, suite_file=file, options=options, console=console)
+    record = RunRecord(folder)
+    _finish(record, judge(record, claims=registry), readme=readme)
+
+
+@app.command()
+def report(
+    record: Annotated[str, typer.Argument(help="a record folder, or a suite's name for its newest record")] = "embedded",
+    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
+) -> None:
+    """Judge a record again and write its report; needs no device."""
+    found = RunRecord(find_record(record))
+    _finish(found, judge(found, claims=load_claims(claims)), readme=readme)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
+    out: Annotated[Path | None, typer.Option(help="folder for heads and calibration trace")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for corpus and training state")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")] = False,
+    hub: HubOption = False,
+) -> None:
+    """Train draft heads: corpus, features, Eq. 1, held-out figures, calibration trace; resumes where it stopped."""
+    from harness.training_run import TrainingSuite, announce, train_suite
+
+    path = _find_data(recipe, folder="recipes")
+    try:
+        spec = TrainingSuite.model_validate(tomllib.loads(path.read_text()))
+    except (ValidationError, tomllib.TOMLDecodeError) as error:
+        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        raise UserError(found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=path.name) from error
+    place = work or cache_dir() / "training" / spec.name
+    announce(spec, work=place, from_scratch=from_scratch, console=console)
+    target = out or place / "out"
+    target.mkdir(parents=True, exist_ok=True)
+    files = train_suite(
+        spec, work=place, heads_file=target / "medusa1.safetensors", calibration_file=target / "calibration.npz", console=console, allow_hub=hub
+    )
+    print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
+
+
+@app.command()
+def trace(
+    suite: SuiteArgument,
+    out: Annotated[Path, typer.Argument(help="the .npz file to write")],
+    limit: Annotated[int | None, typer.Option(help="only the first N prompts", min=1)] = None,
+    hub: HubOption = False,
+) -> None:
+    """Answer a suite's prompts greedily and record how its heads rank the answers."""
+    from harness.tracing import trace_suite
+
+    spec, file = find_suite(suite)
+    written = trace_suite(spec, suite_file=file, out=out, limit=limit, allow_hub=hub, console=console)
+    print(json.dumps({"trace": out.name, "prompts": len(written.prompts), "positions": written.num_positions}))
+
+
+@app.command("search-tree")
+def search_tree(
+    calibration: Annotated[Path, typer.Argument(help="the trace (.npz) to grow trees on")],
+    num_nodes: Annotated[int, typer.Option(help="nodes, root included", min=2)] = 64,
+    values: Annotated[str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")] = "joint",
+    check: Annotated[Path | None, typer.Option(help="a second trace to replay the trees on")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the tree as JSON")] = None,
+) -> None:
+    """Grow the best tree on a trace and print what it promises and what it yields."""
+    from harness.search import print_search
+
+    if values not in ("joint", "marginals"):
+        raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
+    tree = print_search(calibration, num_nodes=num_nodes, values=values, check=check, console=console)
+    text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
+    if out is not None:
+        write_bytes(out, (text + "\n").encode())
+    print(text)
+
+
+@app.command()
+def doctor() -> None:
+    """Say whether this machine is fit to measure on."""
+    table = Table("", "what", "found", "advice")
+    for line in examine():
+        table.add_row("ok" if line.fine else "!", line.name, line.found, "" if line.fine else line.advice)
+    Console().print(table)
+
+
+@app.command()
+def validate(record: Annotated[Path, typer.Argument(help="a record folder")]) -> None:
+    """Check every file of a record: schema, seal, counts."""
+    faults = validate_record(record)
+    for fault in faults:
+        console.print(fault, markup=False)
+    print(json.dumps({"record": record.name, "valid": not faults, "num_faults": len(faults)}))
+    if faults:
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+@app.command("export")
+def export_command(
+    record: Annotated[str, typer.Argument(help="a record folder or a suite's name")],
+    target: Annotated[Path, typer.Argument(help="a .csv or .parquet file")],
+    steps: Annotated[bool, typer.Option("--steps", help="one row a step instead of one a trial")] = False,
+) -> None:
+    """Write a record as one flat table for pandas."""
+    export(RunRecord(find_record(record)), target, table="steps" if steps else "generations")
+
+
+@app.command()
+def schemas(folder: Annotated[Path, typer.Argument(help="where to write them")]) -> None:
+    """Write the JSON schemas of all record files."""
+    for path in write_schemas(folder):
+        console.print(path.name)
+
+
+def find_suite(text: str) -> tuple[SuiteSpec, Path]:
+    """Return a suite and its file, by path or by the name of a shipped one."""
+    path = _find_data(text, folder=".")
+    return load_suite(path), path
+
+
+def find_record(text: str) -> Path:
+    """Return a record folder: as given, or the newest sealed one of a suite in the results folder."""
+    if Path(text).is_dir():
+        return Path(text)
+    sealed = sorted((default_results() / text).glob("*/*/manifest.json"), key=lambda path: path.parent.name)
+    if not sealed:
+        raise UserError(found=f"no record {text!r}", need="a record folder or a suite with a finished run", where="results")
+    return sealed[-1].parent
+
+
+def _find_data(text: str, *, folder: str) -> Path:
+    if Path(text).suffix == ".toml":
+        if Path(text).is_file():
+            return Path(text)
+        raise UserError(found=f"no file {text}", need="a TOML file", where="the command line")
+    home = Path(str(resources.files("suites"))) / folder
+    path = home / f"{text}.toml"
+    if not path.is_file():
+        raise UserError(found=f"no {text!r}", need=f"one of {sorted(found.stem for found in home.glob('*.toml'))}", where="the shipped suites")
+    return path
+
+
+def _finish(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
+    """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
+    write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
+    if readme is not None:
+        update_readme(readme, record, judgement)
+    print_verdicts(Console(), judgement)
+    print(json.dumps(headline(judgement, record)))
+    if not judgement.valid or record.failures:
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+def _command() -> str:
+    """Return the command as it would be typed, with file names instead of paths."""
+    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    return shlex.join(["medusa-repro", *words])
+
+
+def main() -> None:
+    """Run the command line and exit with the project's codes."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        code = ExitCode.USER_ERROR
+    except InvalidMeasurement as error:
+        console.print(f"[red]invalid measurement:[/red] {error}", highlight=False, soft_wrap=True)
+        code = ExitCode.INVALID_MEASUREMENT
+    except OSError as error:
+        console.print(f"[red]error:[/red] {_disk_message(error)}", highlight=False, soft_wrap=True)
+        code = ExitCode.USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("interrupted: what was measured is on disk; the same command resumes")
+        code = ExitCode.INTERRUPTED
+    except Exception as error:
+        code = _usage_code(error)
+    sys.exit(int(code or 0))
+
+
+def _disk_message(error: OSError) -> str:
+    name = Path(str(error.filename)).name if error.filename else "a file"
+    return f"found {error.strerror or error} at {name}; need a writable place with room; what was measured before is on disk"
+
+
+def _usage_code(error: Exception) -> int:
+    """Return the exit code of a usage error that typer raised; anything else is a defect and goes on with its traceback."""
+    show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if show is None or exit_code is None:
+        raise error
+    show()
+    return ExitCode.USER_ERROR
+
+
+if __name__ == "__main__":
+    main()

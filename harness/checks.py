@@ -1,0 +1,377 @@
+"""The named list of validity checks that every record must pass before a figure of it counts: each says what it found and needs.
+
+A check that does not apply (no such arm, no speed reported) is skipped and says why. One that fails makes the run invalid.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from math import ceil, isfinite, sqrt
+from statistics import median
+
+from harness.config import ArmSpec
+from harness.errors import UserError
+from harness.judgement import CheckOutcome, CheckStatus
+from harness.metrics import bandwidth_share
+from harness.quality.parity import is_deterministic, parity_report, replay_differences
+from harness.records import Generation, RunRecord, TrialKey
+
+Check = Callable[[RunRecord], CheckOutcome]
+
+TOKENS_PER_TIE = 10_000  # design.md, section 7: at most 1 tie in 10,000 tokens, begun ones counted
+MAX_EOS_IDS = 4  # chat models have one to three; more means that ordinary tokens were taken for ends
+STANDARD_ERRORS_OVER_RANDOM = 3.0
+MAX_LOAD_PER_CORE = 3.0  # our own threads make at most 1; a competitor that takes all cores makes it 2
+MAX_BANDWIDTH_SHARE = 1.1  # a step cannot read faster than the device; 10 % for the spread of the bandwidth benchmark
+SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jsonl")
+
+
+def trials_complete(record: RunRecord) -> CheckOutcome:
+    """Every arm has an outcome for every prompt, round and seed, and the manifest counts them all."""
+    trials = {outcome.trial for outcome in record.outcomes}
+    prompts = sorted({trial.prompt_key for trial in trials})
+    planned = {
+        TrialKey(arm=arm.name, prompt_key=key, round=number, seed=seed)
+        for arm in record.suite.arms
+        for key in prompts
+        for number in range(record.suite.rounds)
+        for seed in (arm.seeds or (None,))
+    }
+    counted = record.manifest.num_planned if record.manifest is not None else 0
+    missing, strange = sorted(map(_name, planned - trials)), sorted(map(_name, trials - planned))
+    found = f"{len(trials)} trials with an outcome"
+    found += _first(", missing", missing) + _first(", not planned", strange)
+    is_whole = bool(trials) and not missing and not strange and counted == len(planned)
+    return _outcome("trials_complete", is_whole, found=found, need=f"the {counted} of the manifest, {len(planned)} of the suite")
+
+
+def no_failures(record: RunRecord) -> CheckOutcome:
+    """No trial is left failed."""
+    failures = [f"{_name(failure.trial)}: {failure.error_type}" for failure in record.failures]
+    return _none_wrong("no_failures", failures, checked=f"{len(record.outcomes)} outcomes", need="no failed trial")
+
+
+def seal_intact(record: RunRecord) -> CheckOutcome:
+    """The manifest is there, lists the files that matter, and every hash agrees."""
+    need = "a manifest whose SHA-256 agree with every file"
+    try:
+        record.check_seal()
+    except UserError as error:
+        return _outcome("seal_intact", False, found=f"{error.found} in {error.where}", need=need)
+    sealed = record.manifest.sha256 if record.manifest is not None else {}
+    unsealed = [name for name in SEALED_FILES if name not in sealed]
+    return _outcome("seal_intact", not unsealed, found=f"{len(sealed)} sealed files" + _first(", not sealed", unsealed), need=need)
+
+
+def token_counts(record: RunRecord) -> CheckOutcome:
+    """Steps add up: every step keeps at least one token, all of them n - 1, with one time each, within the budget."""
+    budget = record.suite.max_new_tokens
+
+    def is_wrong(generation: Generation) -> bool:
+        steps = generation.step_tokens
+        return (
+            sum(steps) != generation.num_tokens - 1
+            or any(kept < 1 for kept in steps)
+            or len(generation.step_times_s) != len(steps)
+            or not 1 <= generation.num_tokens <= budget
+        )
+
+    wrong = [_name(generation.trial) for generation in _generations(record) if is_wrong(generation)]
+    need = f"steps of at least 1 token that sum to n - 1, a time each, n <= {budget}"
+    return _none_wrong("token_counts", wrong, checked=f"{len(_generations(record))} generations", need=need)
+
+
+def stop_rule(record: RunRecord) -> CheckOutcome:
+    """End-of-sequence ends a generation and stands nowhere else; any other generation fills the budget.
+
+    The end-of-sequence ids are the last ids of the generations that say they ended so.
+    """
+    generations = _generations(record)
+    ends = {generation.token_ids[-1] for generation in generations if generation.ended_by == "eos" and generation.token_ids}
+
+    def is_wrong(generation: Generation) -> bool:
+        *inner, last = generation.token_ids or (-1,)
+        if ends.intersection(inner):
+            return True
+        return generation.ended_by == "budget" and (last in ends or generation.num_tokens != record.suite.max_new_tokens)
+
+    wrong = [_name(generation.trial) for generation in generations if is_wrong(generation)]
+    found = f"{len(generations)} generations, {len(ends)} end-of-sequence ids" + _first(", wrong", wrong)
+    need = f"end-of-sequence last or {record.suite.max_new_tokens} tokens, at most {MAX_EOS_IDS} such ids"
+    return _outcome("stop_rule", not wrong and len(ends) <= MAX_EOS_IDS, found=found, need=need)
+
+
+def vanilla_steps(record: RunRecord) -> CheckOutcome:
+    """Vanilla takes n - 1 steps: one token each, the prefill yields the first."""
+    generations = _of_arms(record, lambda arm: arm.method == "vanilla")
+    wrong = [_name(generation.trial) for generation in generations if generation.num_steps != generation.num_tokens - 1]
+    return _none_wrong("vanilla_steps", wrong, checked=f"{len(generations)} vanilla generations", need="n - 1 steps for n tokens")
+
+
+def equal_prompts(record: RunRecord) -> CheckOutcome:
+    """All arms decode the same prompts: same keys, same number of prompt tokens, same category."""
+    seen = {arm.name: {_prompt(generation) for generation in _generations(record, arm=arm.name)} for arm in record.suite.arms}
+    reference = next(iter(seen.values()), set())
+    different = [arm for arm, prompts in seen.items() if prompts != reference]
+    found = f"{len(reference)} prompts in {len(seen)} arms" + _first(", others in", different)
+    return _outcome("equal_prompts", bool(reference) and not different, found=found, need="the same prompts in every arm")
+
+
+def equal_budgets(record: RunRecord) -> CheckOutcome:
+    """Every generation that the budget ended has as many tokens as any other, in the trace too."""
+    lengths = {generation.num_tokens for generation in _generations(record) if generation.ended_by == "budget"}
+    if record.trace is not None:
+        lengths.add(record.trace.provenance.max_new_tokens)
+    found, need = f"budgets of {sorted(lengths)} tokens", f"{record.suite.max_new_tokens} tokens in every arm"
+    return _outcome("equal_budgets", lengths <= {record.suite.max_new_tokens}, found=found, need=need)
+
+
+def greedy_parity(record: RunRecord) -> CheckOutcome:
+    """Greedy arms yield their baseline's tokens in float32, but for few shown ties; several arms may part at the same place."""
+    report = parity_report(record)
+    if not report.num_compared:
+        return _skipped("greedy_parity", "no greedy arm with a baseline")
+    ties = len({(row.prompt_key, row.position) for row in report.divergences if row.kind == "tie"})
+    bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"]
+    found = f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in {report.num_tokens}"
+    found += _first(f", {len(bugs)} bugs", bugs)
+    if record.environment.dtype != "float32":
+        return _skipped("greedy_parity", f"{found}; {record.environment.dtype}, whose rounding is not measured here")
+    allowed = ceil(report.num_tokens / TOKENS_PER_TIE)
+    return _outcome("greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties")
+
+
+def replay_equals_decode(record: RunRecord) -> CheckOutcome:
+    """Replaying the trace gives every greedy Medusa generation's steps in float32, but for shown ties."""
+    generations = _of_arms(record, lambda arm: arm.method == "medusa" and is_deterministic(arm))
+    if not generations:
+        return _skipped("replay_equals_decode", "no greedy Medusa arm")
+    if record.trace is None:
+        return _outcome("replay_equals_decode", False, found="no trace", need="the trace of the greedy vanilla generations")
+    differences = replay_differences(record)
+    traced = {prompt.key for prompt in record.trace.prompts}
+    bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in differences if row.kind == "bug"]
+    bugs += [f"{_name(generation.trial)} has no trace" for generation in generations if generation.trial.prompt_key not in traced]
+    found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(", unexplained", bugs)
+    if record.environment.dtype != "float32":
+        return _skipped("replay_equals_decode", f"{found}; {record.environment.dtype}, where replay is an approximation")
+    return _outcome("replay_equals_decode", not bugs, found=found, need="the replayed steps, or a shown tie")
+
+
+def heads_beat_random(record: RunRecord) -> CheckOutcome:
+    """Every trained head is right more often than a random one on held-out text, the first by three standard errors."""
+    need = f"every head above random, the first by {STANDARD_ERRORS_OVER_RANDOM:.0f} standard errors"
+    if all(arm.method != "medusa" for arm in record.suite.arms):
+        return _skipped("heads_beat_random", "no Medusa arm")
+    control = record.heads_control
+    if control is None or not control.num_positions or not 0 < len(control.trained_top1) == len(control.random_top1):
+        return _outcome("heads_beat_random", False, found="no control of the heads", need=need)
+    pairs = list(zip(control.trained_top1, control.random_top1, strict=True))
+    error = sqrt(sum(share * (1 - share) for share in pairs[0]) / control.num_positions)
+    is_better = all(trained > random for trained, random in pairs)
+    is_better &= pairs[0][0] - pairs[0][1] >= STANDARD_ERRORS_OVER_RANDOM * error
+    found = ", ".join(f"{trained:.3f} over {random:.3f}" for trained, random in pairs)
+    return _outcome("heads_beat_random", is_better, found=f"{found} at {control.num_positions} positions", need=need)
+
+
+def repeats_agree(record: RunRecord) -> CheckOutcome:
+    """A greedy arm gives the same tokens whenever it decodes the same prompt: in every round, in every attempt."""
+    texts: dict[tuple[str, str], list[tuple[int, ...]]] = defaultdict(list)
+    for generation in _attempts(record):
+        texts[generation.trial.arm, generation.trial.prompt_key].append(generation.token_ids)
+    deterministic = {arm.name for arm in record.suite.arms if is_deterministic(arm)}
+    repeated = {key: ids for key, ids in texts.items() if key[0] in deterministic and len(ids) > 1}
+    if not repeated:
+        return _skipped("repeats_agree", "no greedy trial was repeated")
+    wrong = [" ".join(key) for key, ids in repeated.items() if len(set(ids)) > 1]
+    return _none_wrong("repeats_agree", wrong, checked=f"{len(repeated)} repeated trials", need="the same tokens every time")
+
+
+def seeds_matter(record: RunRecord) -> CheckOutcome:
+    """The seeds of a sampling arm give different texts on at least one prompt."""
+    sampling = [arm.name for arm in record.suite.arms if len(arm.seeds) > 1]
+    if not sampling:
+        return _skipped("seeds_matter", "no arm with several seeds")
+    idle = [arm for arm in sampling if not _seeds_differ(_generations(record, arm=arm))]
+    return _none_wrong("seeds_matter", idle, checked=f"{len(sampling)} sampling arms", need="seeds that change the text of some prompt")
+
+
+def acceptance_within_tree(record: RunRecord) -> CheckOutcome:
+    """No step keeps more tokens than the longest path of the arm's tree, root counted."""
+    arms = [arm for arm in record.suite.arms if arm.method == "medusa"]
+    if not arms:
+        return _skipped("acceptance_within_tree", "no Medusa arm")
+    wrong = []
+    for arm in arms:
+        depth = record.trees[arm.name].tree().depth if arm.name in record.trees else 0
+        longest = max((max(generation.step_tokens, default=1) for generation in _generations(record, arm=arm.name)), default=1)
+        limit = 1 + min(depth, arm.num_heads or depth)
+        if longest > limit:
+            wrong.append(f"{arm.name} keeps {longest} of {limit}")
+    return _none_wrong("acceptance_within_tree", wrong, checked=f"{len(arms)} trees", need="at most depth + 1 tokens a step")
+
+
+def timings_valid(record: RunRecord) -> CheckOutcome:
+    """Every time is positive and finite, and every trial has a timing that counts; timings marked invalid are left out."""
+    if not record.suite.reports_speed:
+        return _skipped("timings_valid", "the suite reports no speed")
+    generations = _generations(record)
+    unusable = [generation.trial for generation in generations if not generation.timing_valid or not _times_positive(generation)]
+    excluded = sum(not generation.timing_valid for generation in _attempts(record))
+    found = f"{len(generations)} generations, {excluded} timings left out" + _first(", unusable", map(_name, unusable))
+    return _outcome(
+        "timings_valid", bool(generations) and not unusable, found=found, need="a valid timing of positive times for every trial"
+    )
+
+
+def machine_quiet(record: RunRecord) -> CheckOutcome:
+    """The machine did not do far more than this measurement: median load per core within a generous bound."""
+    if not record.suite.reports_speed:
+        return _skipped("machine_quiet", "the suite reports no speed")
+    loads = [generation.load_average for generation in _generations(record) if generation.load_average is not None]
+    if not loads:
+        return _skipped("machine_quiet", "no load was recorded")
+    device = record.environment.device
+    found = f"median load {median(loads):.1f} (highest {max(loads):.1f}) on {device.num_cores} cores with {device.num_threads} threads"
+    bound = MAX_LOAD_PER_CORE * device.num_cores
+    return _outcome("machine_quiet", median(loads) <= bound, found=found, need=f"a median of at most {bound:.0f}")
+
+
+def arms_interleaved(record: RunRecord) -> CheckOutcome:
+    """All arms decode one prompt before any decodes the next, and not always in the same order."""
+    if not record.suite.reports_speed:
+        return _skipped("arms_interleaved", "the suite reports no speed")
+    blocks: dict[tuple[int, str], list[Generation]] = defaultdict(list)
+    for generation in _generations(record):
+        blocks[generation.trial.round, generation.trial.prompt_key].append(generation)
+    if len(blocks) < 2 or len(record.suite.arms) < 2:
+        return _skipped("arms_interleaved", "one block or one arm")
+    ranges = sorted((rows[0].order, rows[-1].order) for rows in blocks.values())
+    apart = all(before[1] < after[0] for before, after in pairwise(ranges))
+    orders = {tuple((row.trial.arm, row.trial.seed) for row in rows) for rows in blocks.values()}
+    found = f"{len(blocks)} blocks {'one after another' if apart else 'that overlap'} in {len(orders)} orders of arms"
+    return _outcome("arms_interleaved", apart and len(orders) > 1, found=found, need="blocks one after another, in more than one order")
+
+
+def provenance_agrees(record: RunRecord) -> CheckOutcome:
+    """The trace is of the model, heads and precision that the environment names; commit and dirty flag are shown."""
+    environment = record.environment
+    wrong = []
+    if record.trace is not None:
+        traced = record.trace.provenance
+        pairs = {
+            "backbone": (traced.model_hash, environment.backbone_sha256),
+            "heads": (traced.heads_hash, environment.heads_sha256),
+            "dtype": (traced.dtype, environment.dtype),
+        }
+        wrong = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if environment.dtype != record.suite.model.dtype:
+        wrong.append("dtype of the suite")
+    commit = f"commit {environment.commit[:8]}" if environment.commit is not None else "no git commit"
+    state = {True: ", with uncommitted changes", False: ", clean", None: ""}[environment.dirty]
+    found = commit + state + _first(", disagreeing", wrong)
+    return _outcome("provenance_agrees", not wrong, found=found, need="a trace of the same backbone, heads and dtype")
+
+
+def bandwidth_sane(record: RunRecord) -> CheckOutcome:
+    """Vanilla does not read its weights faster than the device can."""
+    if not record.suite.reports_speed:
+        return _skipped("bandwidth_sane", "the suite reports no speed")
+    shares = {arm.name: bandwidth_share(record, arm.name) for arm in record.suite.arms if arm.method == "vanilla"}
+    known = {arm: share for arm, share in shares.items() if share is not None}
+    if not known:
+        return _skipped("bandwidth_sane", "no bandwidth was measured")
+    found = ", ".join(f"{arm} reads at {share:.2f} of the measured bandwidth" for arm, share in known.items())
+    return _outcome("bandwidth_sane", max(known.values()) <= MAX_BANDWIDTH_SHARE, found=found, need=f"at most {MAX_BANDWIDTH_SHARE}")
+
+
+CHECKS: tuple[Check, ...] = (
+    trials_complete,
+    no_failures,
+    seal_intact,
+    token_counts,
+    stop_rule,
+    vanilla_steps,
+    equal_prompts,
+    equal_budgets,
+    greedy_parity,
+    replay_equals_decode,
+    heads_beat_random,
+    repeats_agree,
+    seeds_matter,
+    acceptance_within_tree,
+    timings_valid,
+    machine_quiet,
+    arms_interleaved,
+    provenance_agrees,
+    bandwidth_sane,
+)
+
+
+def run_checks(record: RunRecord) -> tuple[CheckOutcome, ...]:
+    """The outcome of every check, in order; one that cannot read what it judges has failed."""
+    return tuple(_run(check, record) for check in CHECKS)
+
+
+def _run(check: Check, record: RunRecord) -> CheckOutcome:
+    try:
+        return check(record)
+    except UserError as error:
+        where = f" in {error.where}" if error.where is not None else ""
+        return _outcome(getattr(check, "__name__", "check"), False, found=f"{error.found}{where}", need=error.need)
+
+
+def _outcome(name: str, passed: bool, *, found: str, need: str) -> CheckOutcome:
+    return CheckOutcome(name=name, status=CheckStatus.PASSED if passed else CheckStatus.FAILED, found=found, need=need)
+
+
+def _skipped(name: str, why: str) -> CheckOutcome:
+    return CheckOutcome(name=name, status=CheckStatus.SKIPPED, found=why, need="nothing")
+
+
+def _none_wrong(name: str, wrong: list[str], *, checked: str, need: str) -> CheckOutcome:
+    return _outcome(name, not wrong, found=f"{checked}, {len(wrong)} wrong" + _first("", wrong), need=need)
+
+
+def _first(label: str, names: Iterable[str]) -> str:
+    """A label with the first of the names and how many more there are; nothing if there is none."""
+    listed = list(names)
+    more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
+    return f"{label}: {listed[0]}{more}" if listed else ""
+
+
+def _name(trial: TrialKey) -> str:
+    seed = f" seed {trial.seed}" if trial.seed is not None else ""
+    return f"{trial.arm} {trial.prompt_key} round {trial.round}{seed}"
+
+
+def _generations(record: RunRecord, *, arm: str | None = None) -> list[Generation]:
+    return [generation for generation in record.generations if arm in (None, generation.trial.arm)]
+
+
+def _attempts(record: RunRecord) -> list[Generation]:
+    """Every generation on disk, those whose trial was repeated included."""
+    return [outcome for outcome in record.outcomes if isinstance(outcome, Generation)]
+
+
+def _of_arms(record: RunRecord, chosen: Callable[[ArmSpec], bool]) -> list[Generation]:
+    arms = {arm.name for arm in record.suite.arms if chosen(arm)}
+    return [generation for generation in record.generations if generation.trial.arm in arms]
+
+
+def _prompt(generation: Generation) -> tuple[str, int, str | None]:
+    return generation.trial.prompt_key, generation.prompt_tokens, generation.category
+
+
+def _seeds_differ(generations: list[Generation]) -> bool:
+    texts: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for generation in generations:
+        if generation.trial.round == 0:
+            texts[generation.trial.prompt_key].add(generation.token_ids)
+    return any(len(ids) > 1 for ids in texts.values())
+
+
+def _times_positive(generation: Generation) -> bool:
+    return all(isfinite(time) and time > 0 for time in (generation.prefill_s, *generation.step_times_s))

@@ -1,0 +1,96 @@
+"""Transfer forms about curves over the number of nodes: tokens/step by replay, speed by composing it with measured step times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+
+from harness.claim_evidence import Evidence, Floats, ratio_of_rates, replay_counts, replays, search_split
+from harness.claim_forms import LogGrowthForm, SpeedPeaksForm
+from harness.claim_outcomes import Finding, NotTestable, combined, holds, shown
+from harness.intervals import above, bootstrap_totals
+from harness.judgement import VerdictKind
+
+
+def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
+    """Judge whether tokens/step of the best trees rises with log n.
+
+    Raises: NotTestable without a trace or where no tree of the largest size can be grown.
+    """
+    split = search_split(evidence)
+    grown = split.grow(max(form.sizes), max_rank=form.max_rank)
+    counts = [replay_counts(one) for one in replays(split.held_out, [grown.nested(size) for size in form.sizes])]
+    spec = evidence.record.suite.interval
+    columns = [column for tokens, steps in counts for column in (tokens, steps)]
+    interval = bootstrap_totals(lambda *totals: log_fit(totals, form.sizes)[2], *columns, spec=spec, rng=np.random.default_rng(spec.seed))
+    totals = [column.sum() for column in columns]
+    intercept, slope, _ = (float(value) for value in log_fit(totals, form.sizes))
+    rates = [float(tokens / steps) for tokens, steps in zip(totals[::2], totals[1::2], strict=True)]
+    gains = [(rates[i + 1] - rates[i]) / (form.sizes[i + 1] - form.sizes[i]) for i in range(len(rates) - 1)]
+    rising = all(gain > 0 for gain in gains)
+    slowing = all(later <= earlier for earlier, later in pairwise(gains))
+    kind = above(interval, form.min_r_squared) if rising and slowing else VerdictKind.NOT_REPRODUCED
+    shape = f"{'rising' if rising else 'not rising'} throughout, {'ever more slowly' if slowing else 'not ever more slowly'}"
+    reason = (
+        f"from {rates[0]:.2f} at {form.sizes[0]} nodes to {rates[-1]:.2f} at {form.sizes[-1]}, {shape}; "
+        f"R^2 {shown(interval, digits=3)}, needed {form.min_r_squared:g} ({split.origin})"
+    )
+    return Finding(kind=kind, ours=f"{intercept:.2f} + {slope:.3f} ln n", reason=reason, figure_kind="replayed")
+
+
+def log_fit(totals: Sequence[Floats], sizes: Sequence[int]) -> tuple[Floats, Floats, Floats]:
+    """Return intercept, slope and R^2 of rates against ln n, by least squares.
+
+    Shapes: `totals` are numerator and denominator for each size in turn, arrays of one shape; so are the three results.
+    """
+    rates = np.stack([np.asarray(top / bottom) for top, bottom in zip(totals[::2], totals[1::2], strict=True)], axis=-1)
+    logs = np.log(np.asarray(sizes, dtype=np.float64))
+    centred = logs - logs.mean()
+    mean = rates.mean(axis=-1)
+    slope = rates @ centred / (centred @ centred)
+    residuals = rates - mean[..., None] - slope[..., None] * centred
+    spread = ((rates - mean[..., None]) ** 2).sum(axis=-1)
+    fit = 1 - (residuals**2).sum(axis=-1) / np.where(spread > 0, spread, np.inf)  # a flat curve: nothing for the line to explain
+    fit = np.where(spread > 0, fit, 0.0)
+    return np.asarray(mean - slope * logs.mean()), np.asarray(slope), np.asarray(fit)
+
+
+def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
+    """Judge whether speed, composed of replayed tokens/step and measured step times, peaks and falls while tokens/step still rises.
+
+    Raises: NotTestable without speed, a trace, or step times at three of the sizes.
+    """
+    evidence.require_speed()
+    split = search_split(evidence)
+    cost_s = _step_seconds(evidence)
+    sizes = [size for size in form.sizes if size in cost_s]
+    if len(sizes) < 3:
+        raise NotTestable(f"step times at {len(sizes)} of the sizes {list(form.sizes)}, three are needed to see a peak")
+    grown = split.grow(max(sizes), max_rank=form.max_rank)
+    trees = [grown.nested(size) for size in sizes]
+    predicted = [one.tokens_per_step / cost_s[size] for one, size in zip(replays(split.growth, trees), sizes, strict=True)]
+    best, last = int(np.argmax(predicted)), len(sizes) - 1
+    if best == last:
+        reason = f"speed still rises at {sizes[last]} nodes, the largest timed: the device has arithmetic to spare there ({split.origin})"
+        return Finding(kind=VerdictKind.INCONCLUSIVE, ours=f"no peak up to {sizes[last]} nodes", reason=reason, figure_kind="composed")
+    peak, end = (replay_counts(one) for one in replays(split.held_out, [trees[best], trees[last]]))
+    spec = evidence.record.suite.interval
+    falls = ratio_of_rates((peak[0], peak[1] * cost_s[sizes[best]]), over=(end[0], end[1] * cost_s[sizes[last]]), spec=spec)
+    rises = ratio_of_rates(end, over=peak, spec=spec)
+    parts = []
+    for name, interval in ((f"speed at {sizes[best]} over {sizes[last]} nodes", falls), ("tokens/step the other way", rises)):
+        kind = above(interval, form.bound)
+        reason = f"{name}: {holds(kind)}"
+        parts.append(Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="composed"))
+    return combined(parts)
+
+
+def _step_seconds(evidence: Evidence) -> dict[int, float]:
+    """The median separately timed step by nodes, heads included where they were timed."""
+    costs = evidence.record.step_costs
+    if costs is None:
+        raise NotTestable("the record has no separately timed steps")
+    return {cost.num_nodes: median(cost.step_s or cost.backbone_s) for cost in costs.costs if cost.arm is None}

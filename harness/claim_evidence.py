@@ -1,0 +1,163 @@
+"""What the transfer forms are judged on: a record with its metrics, and per-prompt counts drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.claim_outcomes import NotTestable
+from harness.config import IntervalSpec
+from harness.errors import UserError
+from harness.intervals import bootstrap_ratio_of_ratios, bootstrap_totals
+from harness.judgement import ArmMetrics, Comparison, Interval, ParityReport
+from harness.metrics import paired_totals
+from harness.records import Generation, RunRecord
+from harness.trace import Replay, ReplayIndex, Trace
+from medusa_impl.tree import DraftTree
+from medusa_impl.tree_search import GrownTree, grow_by_joint_hits
+
+Floats = NDArray[np.float64]
+EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 %
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One record and what was derived from it; `calibration` is the trace that its trees were grown on, where it is at hand."""
+
+    record: RunRecord
+    arms: tuple[ArmMetrics, ...]
+    comparisons: tuple[Comparison, ...]
+    parity: ParityReport
+    calibration: Trace | None = None
+
+    def comparison(self, arm: str) -> Comparison:
+        """Return the comparison of an arm with its baseline.
+
+        Raises: NotTestable if the arm was not run or the suite reports no speed.
+        """
+        self.require_speed()
+        found = next((comparison for comparison in self.comparisons if comparison.arm == arm), None)
+        if found is None:
+            raise NotTestable(f"the record compares no arm {arm} with a baseline")
+        return found
+
+    def require_speed(self) -> None:
+        """Refuse a speed from a suite that reports none."""
+        if not self.record.suite.reports_speed:
+            raise NotTestable(f"suite {self.record.suite.name} reports no speed")
+
+    def tree(self, arm: str) -> DraftTree:
+        """Return the tree that an arm decoded with."""
+        self.generations(arm)
+        trees = self.record.trees
+        if arm not in trees:
+            raise NotTestable(f"the record has no tree of arm {arm}")
+        return trees[arm].tree()
+
+    def trace(self) -> Trace:
+        """Return the trace of the record's greedy vanilla generations."""
+        if self.record.trace is None:
+            raise NotTestable("the record has no trace")
+        return self.record.trace
+
+    def generations(self, arm: str) -> tuple[Generation, ...]:
+        """Return an arm's generations."""
+        found = tuple(generation for generation in self.record.generations if generation.trial.arm == arm)
+        if not found:
+            raise NotTestable(f"the record has no generation of arm {arm}")
+        return found
+
+
+@dataclass(frozen=True)
+class PairedCounts:
+    """Two arms' decoded tokens, steps and seconds over the prompts that both have, the first arm first: [prompts] each."""
+
+    tokens: tuple[Floats, Floats]
+    steps: tuple[Floats, Floats]
+    seconds: tuple[Floats, Floats]
+
+
+def paired_counts(evidence: Evidence, arm: str, *, over: str, timed: bool) -> PairedCounts:
+    """Return two arms' counts by prompt; `timed` leaves out generations whose timing is invalid.
+
+    Raises: NotTestable if they share no prompt on which both took a step.
+    """
+    pairs = list(zip(*paired_totals(evidence.record, arm, baseline=over, timed=timed), strict=True))
+    pairs = [pair for pair in pairs if all(side.steps for side in pair)]
+    if not pairs:
+        raise NotTestable(f"arms {arm} and {over} share no {'timed ' if timed else ''}generation")
+
+    def columns(name: str) -> tuple[Floats, Floats]:
+        first, second = (np.array([getattr(pair[side], name) for pair in pairs], dtype=np.float64) for side in (0, 1))
+        return first, second
+
+    return PairedCounts(tokens=columns("decode_tokens"), steps=columns("steps"), seconds=columns("decode_s"))
+
+
+@dataclass(frozen=True)
+class SearchSplit:
+    """Text to grow trees on and other text to judge them on."""
+
+    growth: Trace
+    held_out: Trace
+    origin: str
+
+    def grow(self, num_nodes: int, *, max_rank: int, max_depth: int | None = None) -> GrownTree:
+        """Return the best trees up to `num_nodes` nodes on the text for growth."""
+        try:
+            return grow_by_joint_hits(self.growth.ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth)
+        except UserError as error:
+            raise NotTestable(f"no tree of {num_nodes} nodes can be grown ({error})") from error
+
+
+def search_split(evidence: Evidence) -> SearchSplit:
+    """Split: the calibration trace for growth where it is at hand, else every other prompt of the record's own trace.
+
+    Raises: NotTestable without a trace, with a calibration of other heads, or with too few prompts to halve.
+    """
+    trace = evidence.trace()
+    if evidence.calibration is not None:
+        if evidence.calibration.provenance.heads_hash != trace.provenance.heads_hash:
+            raise NotTestable("the calibration trace is of other heads than the record's")
+        return SearchSplit(growth=evidence.calibration, held_out=trace, origin="trees grown on calibration text")
+    if len(trace.prompts) < 4:
+        raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
+    growth, held_out = (Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1))
+    return SearchSplit(growth=growth, held_out=held_out, origin="trees grown on every other prompt, judged on the rest")
+
+
+def replays(trace: Trace, trees: Iterable[DraftTree]) -> list[Replay]:
+    """Return the replays of several trees over one trace.
+
+    Raises: NotTestable if a tree is deeper than the traced heads.
+    """
+    index = ReplayIndex(trace)
+    try:
+        return [index.replay(tree) for tree in trees]
+    except UserError as error:
+        raise NotTestable(f"a tree cannot be replayed ({error})") from error
+
+
+def replay_counts(replay: Replay) -> tuple[Floats, Floats]:
+    """Return a replay's decoded tokens and steps by prompt."""
+    return (replay.num_kept_tokens - 1).astype(np.float64), replay.num_steps.astype(np.float64)
+
+
+def ratio_of_rates(rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec) -> Interval:
+    """Return one rate over another, each from totals (numerator, denominator) of the same prompts, with its interval."""
+    rng = np.random.default_rng(spec.seed)
+    return bootstrap_ratio_of_ratios(rate[0], rate[1], base_numerator=over[0], base_denominator=over[1], spec=spec, rng=rng)
+
+
+def relative_gain(rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec, scale: float = 1.0) -> Interval:
+    """Return scale x rate / other rate - 1 with its 90 % interval, as an equivalence test takes it."""
+    return bootstrap_totals(
+        lambda a, b, c, d: scale * (a / b) / (c / d) - 1,
+        *rate,
+        *over,
+        spec=spec.model_copy(update={"level": EQUIVALENCE_LEVEL}),
+        rng=np.random.default_rng(spec.seed),
+    )

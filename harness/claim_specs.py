@@ -1,0 +1,157 @@
+"""The registry of claims as data: what `suites/claims.toml`, or a file of the user's own in its place, may say."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from harness.claim_forms import LiteralForm, PaperOnlyForm, TransferForm
+from harness.config import Frozen
+from harness.errors import UserError
+
+CLAIMS_FILE = Path(__file__).parent.parent / "suites" / "claims.toml"
+ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
+
+Kind = Literal["claim", "repo", "definition", "hyperparameter", "derived", "third_party", "inconsistency"]
+Reading = Literal["read", "read-from-figure", "digitised", "computed", "secondary", "memory"]
+
+
+class OperatorTable(Frozen):
+    """A table of Appendix G: throughput and intensity, one row a context length or batch, one column a number of candidates."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    tflop_per_s: tuple[tuple[float, ...], ...]
+    intensity: tuple[tuple[float, ...], ...]
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> OperatorTable:
+        for name, grid in (("tflop_per_s", self.tflop_per_s), ("intensity", self.intensity)):
+            if len(grid) != len(self.rows) or any(len(row) != len(self.columns) for row in grid):
+                raise ValueError(f"{name} must have {len(self.rows)} rows of {len(self.columns)} figures")
+        return self
+
+
+class ClaimSpec(Frozen):
+    """One claim: what is stated and where, the figure, and the forms in which it can be judged.
+
+    `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
+    """
+
+    id: str = Field(min_length=1)
+    kind: Kind
+    stated: str = Field(min_length=1)
+    place: str
+    version: str
+    figure: str
+    value: float | tuple[float, ...] | dict[str, float | tuple[float, ...]] | None = None
+    reading: Reading
+    note: str | None = None
+    table: OperatorTable | None = None
+    literal: LiteralForm | None = None
+    transfer: TransferForm | None = None
+    paper_only: PaperOnlyForm | None = None
+    needs: str | None = None
+
+    @model_validator(mode="after")
+    def _judged_somehow(self) -> ClaimSpec:
+        if self.literal is None and self.transfer is None and self.paper_only is None and not self.needs:
+            raise ValueError(f"claim {self.id!r}: give a form, or needs: what it would take")
+        return self
+
+
+class ClaimsFile(Frozen):
+    """A registry: roles of arms, shared texts and literal forms by name, and the claims."""
+
+    schema_version: Literal[1]
+    roles: dict[str, str] = Field(default_factory=dict)
+    needs: dict[str, str] = Field(default_factory=dict)
+    literal: dict[str, LiteralForm] = Field(default_factory=dict)
+    claims: tuple[ClaimSpec, ...]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ClaimsFile:
+        seen: set[str] = set()
+        for claim in self.claims:
+            if claim.id in seen:
+                raise ValueError(f"claim {claim.id!r} stands twice")
+            seen.add(claim.id)
+        return self
+
+
+def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = None) -> tuple[ClaimSpec, ...]:
+    """Return the claims of a registry file, roles and shared texts filled in; without a path those that ship.
+
+    `roles` overrides which arm of the suite plays a role, such as {"optimised": "searched_64"}.
+    Raises: UserError for an unreadable file, an unknown key, role, text or literal form, or an id that stands twice.
+    """
+    path = CLAIMS_FILE if path is None else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable claims file ({error})", need="a TOML registry of claims", where=path.name) from error
+    return parse_claims(text, where=path.name, roles=roles)
+
+
+def parse_claims(text: str, *, where: str, roles: Mapping[str, str] | None = None) -> tuple[ClaimSpec, ...]:
+    """Validate the text of a registry; `where` names it in errors, `roles` is as in `load_claims`."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need="a TOML registry of claims", where=where) from error
+    if roles is not None:
+        data["roles"] = _overridden(data.get("roles", {}), roles, where=where)
+    try:
+        return ClaimsFile.model_validate(_filled(data, where=where)).claims
+    except ValidationError as error:
+        first = error.errors()[0]
+        need = "a key and value that the schema of claims knows"
+        raise UserError(found=f"{_key(data, first['loc'])}: {first['msg']}", need=need, where=where) from error
+
+
+def _overridden(given: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> dict[str, str]:
+    if unknown := sorted(set(roles) - set(given)):
+        raise UserError(found=f"role {unknown[0]!r}", need=f"one of {', '.join(sorted(given))}", where=where)
+    return {**given, **roles}
+
+
+def _filled(data: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """The registry with names of roles, needs and literal forms replaced by what they stand for."""
+    claims = data.get("claims")
+    if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
+        return data
+    return {**data, "claims": [_filled_claim(claim, data, where=f"{where}, claim {claim.get('id')!r}") for claim in claims]}
+
+
+def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) -> dict[str, Any]:
+    def look_up(table: str, name: str) -> Any:
+        entries = data.get(table, {})
+        if name not in entries:
+            raise UserError(found=f"{table} {name!r}", need=f"one of {', '.join(sorted(entries))}", where=where)
+        return entries[name]
+
+    filled = dict(claim)
+    for table in ("needs", "literal"):
+        if isinstance(filled.get(table), str):
+            filled[table] = look_up(table, filled[table])
+    if isinstance(transfer := filled.get("transfer"), dict):
+        filled["transfer"] = dict(transfer)
+        for key in ROLE_KEYS:
+            role = transfer.get(key)
+            if isinstance(role, str):
+                filled["transfer"][key] = look_up("roles", role)
+            elif isinstance(role, list) and all(isinstance(name, str) for name in role):
+                filled["transfer"][key] = [look_up("roles", name) for name in role]
+    return filled
+
+
+def _key(data: dict[str, Any], location: tuple[int | str, ...]) -> str:
+    """The key at fault, with a claim's id in place of its index."""
+    parts = [str(part) for part in location] or ["claims file"]
+    if len(location) > 1 and location[0] == "claims" and isinstance(location[1], int):
+        parts[1] = str(data["claims"][location[1]].get("id", location[1]))
+    return ".".join(parts)

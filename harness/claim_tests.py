@@ -1,0 +1,209 @@
+"""Transfer forms: a claim's shape tested on one record, as pure functions of the record and the form's bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from harness.claim_curves import judge_log_growth, judge_speed_peaks
+from harness.claim_evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
+from harness.claim_forms import (
+    ExtraHeadForm,
+    FasterForm,
+    LadderStepForm,
+    LogGrowthForm,
+    LossGrowsForm,
+    LosslessForm,
+    SearchDepthForm,
+    SparseBeatsDenseForm,
+    SpeedIdentityForm,
+    SpeedPeaksForm,
+    TransferForm,
+)
+from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
+from harness.intervals import above, bootstrap_ratio, equivalence
+from harness.judgement import VerdictKind
+from medusa_impl.tree_search import random_dense
+
+
+def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
+    """Judge one claim on one record.
+
+    Raises: NotTestable if the record lacks what the form needs.
+    """
+    return _TESTS[type(form)](form, evidence)
+
+
+def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
+    greedy = {arm.name for arm in evidence.record.suite.arms if arm.method == "medusa" and not arm.stochastic}
+    decoded = [generation for generation in evidence.record.generations if generation.trial.arm in greedy]
+    if not decoded or not evidence.parity.num_compared:
+        raise NotTestable("the record compares no greedy Medusa generation with vanilla")
+    divergences = [divergence for divergence in evidence.parity.divergences if divergence.arm in greedy]
+    bugs = [divergence for divergence in divergences if divergence.kind == "bug"]
+    num_ties = len(divergences) - len(bugs)
+    num_tokens = sum(generation.num_tokens for generation in decoded)
+    allowed = max(1, math.floor(form.max_tie_rate * num_tokens))
+    if bugs:
+        first = bugs[0]
+        gap = "no known gap" if first.gap is None else f"a gap of {first.gap:.2g}"
+        kind, reason = VerdictKind.NOT_REPRODUCED, f"{first.arm} leaves vanilla at token {first.position} of {first.prompt_key}, {gap}"
+    elif num_ties > allowed:
+        kind, reason = VerdictKind.INCONCLUSIVE, f"{num_ties} ties in {num_tokens} tokens, where rounding explains {allowed}"
+    else:
+        kind, reason = VerdictKind.REPRODUCED, f"all equal vanilla but {num_ties} shown ties, {allowed} allowed in {num_tokens} tokens"
+    ours = f"{len(decoded)} generations of {len(greedy)} arms, {num_ties} ties, {len(bugs)} other divergences"
+    return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
+
+
+def _faster(form: FasterForm, evidence: Evidence) -> Finding:
+    comparison = evidence.comparison(form.arm)
+    kind = above(comparison.speedup, form.bound)
+    reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x {holds(kind)}"
+    speed = Finding(kind=kind, ours=shown(comparison.speedup, "x"), reason=reason, figure_kind="measured")
+    bugs = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm and divergence.kind == "bug"]
+    if not evidence.parity.num_compared:
+        raise NotTestable(f"no output of {form.arm} was compared with vanilla, so its quality is open")
+    quality = Finding(
+        kind=VerdictKind.NOT_REPRODUCED if bugs else VerdictKind.REPRODUCED,
+        ours="not lossless" if bugs else "lossless",
+        reason=f"{len(bugs) or 'no'} outputs part from vanilla's but at a tie",
+        figure_kind="measured",
+    )
+    return combined([speed, quality])
+
+
+def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
+    sizes = {name: evidence.tree(name).num_nodes for name in (form.arm, form.over) if name in evidence.record.trees}
+    if form.arm not in sizes:
+        raise NotTestable(f"the record has no tree of arm {form.arm}")
+    if form.max_nodes is not None and max(sizes.values()) > form.max_nodes:
+        raise NotTestable(f"a tree of {max(sizes.values())} nodes stands where the rung allows {form.max_nodes}")
+    spec = evidence.record.suite.interval
+    counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
+    rate = ratio_of_rates((counts.tokens[0], counts.steps[0]), over=(counts.tokens[1], counts.steps[1]), spec=spec)
+    if not evidence.record.suite.reports_speed:
+        raise NotTestable(
+            f"suite {evidence.record.suite.name} reports no speed; tokens/step alone, {shown(rate, 'x')}, does not decide the rung"
+        )
+    timed = paired_counts(evidence, form.arm, over=form.over, timed=True)
+    speed = ratio_of_rates((timed.tokens[0], timed.seconds[0]), over=(timed.tokens[1], timed.seconds[1]), spec=spec)
+    nodes = " to ".join(str(sizes.get(name, 1)) for name in (form.over, form.arm))
+    parts = []
+    for name, interval in (("tokens/step", rate), ("speed", speed)):
+        kind = above(interval, form.bound)
+        reason = f"{form.arm} over {form.over} in {name} {holds(kind)}"
+        parts.append(Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="measured"))
+    both = combined(parts)
+    return replace(both, reason=f"{both.reason} (bound {form.bound:g}, {nodes} nodes)")
+
+
+def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Finding:
+    sparse_tree = evidence.tree(form.tree)
+    if sparse_tree.num_nodes > form.max_nodes:
+        raise NotTestable(f"the sparse tree has {sparse_tree.num_nodes} nodes, allowed {form.max_nodes}")
+    trace = evidence.trace()
+    rng = np.random.default_rng(form.seed)
+    dense_trees = [random_dense(form.dense_nodes, num_heads=trace.num_heads, rng=rng) for _ in range(form.num_dense)]
+    sparse, *dense = replays(trace, [sparse_tree, *dense_trees])
+    tokens, steps = (np.sum(columns, axis=0) for columns in zip(*map(replay_counts, dense), strict=True))
+    interval = ratio_of_rates(replay_counts(sparse), over=(tokens, steps), spec=evidence.record.suite.interval)
+    kind = above(interval, form.bound)
+    num_below = sum(one.tokens_per_step < sparse.tokens_per_step for one in dense)
+    reason = (
+        f"{sparse_tree.num_nodes} sparse nodes yield {sparse.tokens_per_step:.2f} tokens/step, {len(dense)} random dense trees of about "
+        f"{form.dense_nodes} pooled {float(tokens.sum() / steps.sum()):.2f}: the order {holds(kind)}; {num_below} lie below"
+    )
+    return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="replayed")
+
+
+def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
+    tree = evidence.tree(form.tree)
+    if tree.num_nodes != form.num_nodes:
+        raise NotTestable(f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}")
+    if (num_heads := evidence.trace().num_heads) <= form.max_depth:
+        raise NotTestable(f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice")
+    kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
+    levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
+    reason = f"with {num_heads} heads the search went to depth {tree.depth}, at most {form.max_depth} claimed; nodes a level {levels}"
+    return Finding(kind=kind, ours=f"{tree.num_nodes} nodes, depth {tree.depth}", reason=reason, figure_kind="computed")
+
+
+def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
+    trace = evidence.trace()
+    if trace.num_heads < 2 or trace.prompts[0].nll is None:
+        raise NotTestable("the trace has no losses of two heads or more")
+    losses = [prompt.nll.astype(np.float64) for prompt in trace.prompts if prompt.nll is not None]
+    spec = evidence.record.suite.interval
+    parts = []
+    for head in range(1, trace.num_heads):
+        rises = [loss[:, head] - loss[:, head - 1] for loss in losses]  # nan where the later head has no target
+        sums, counts = (np.array([float(f(rise)) for rise in rises]) for f in (np.nansum, lambda rise: np.isfinite(rise).sum()))
+        if not counts.sum():
+            raise NotTestable(f"no position has a target for head {head + 1}")
+        interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
+        kind = above(interval, form.bound)
+        reason = f"head {head} to {head + 1} {holds(kind)}"
+        parts.append(Finding(kind=kind, ours=shown(interval), reason=reason, figure_kind="measured"))
+    both = combined(parts)
+    return replace(both, ours=f"+nats a head: {both.ours}", reason=f"each rise in mean loss against {form.bound:g} nats: {both.reason}")
+
+
+def _extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:
+    split = search_split(evidence)
+    if split.held_out.num_heads < form.with_heads:
+        raise NotTestable(f"the trace has {split.held_out.num_heads} heads, the claim is about {form.with_heads}")
+    trees = [split.grow(form.num_nodes, max_rank=form.max_rank, max_depth=heads).tree for heads in (form.with_heads, form.without_heads)]
+    more, fewer = replays(split.held_out, trees)
+    spec = evidence.record.suite.interval
+    gain = relative_gain(replay_counts(more), over=replay_counts(fewer), spec=spec)
+    kind = equivalence(gain, form.margin)
+    reason = (
+        f"{more.tokens_per_step:.3f} tokens/step with {form.with_heads} heads, {fewer.tokens_per_step:.3f} with {form.without_heads}, "
+        f"{form.num_nodes} nodes each; the 90 % interval of the gain against +-{form.margin:.0%} {holds(kind)} ({split.origin})"
+    )
+    return Finding(kind=kind, ours=percent(gain), reason=reason, figure_kind="replayed")
+
+
+def _speed_identity(form: SpeedIdentityForm, evidence: Evidence) -> Finding:
+    evidence.require_speed()
+    known = {comparison.arm: comparison for comparison in evidence.comparisons}
+    arms = [arm for arm in dict.fromkeys(form.arms) if arm in known]
+    if not arms:
+        raise NotTestable(f"the record compares none of {', '.join(form.arms)} with a baseline")
+    parts = []
+    for arm in arms:
+        separate = known[arm].separate_overhead
+        if separate is None:
+            raise NotTestable(f"no separately timed steps of {arm} or its baseline")
+        counts = paired_counts(evidence, arm, over=known[arm].baseline, timed=True)
+        gap = relative_gain(
+            (counts.steps[0], counts.seconds[0]),
+            over=(counts.steps[1], counts.seconds[1]),
+            spec=evidence.record.suite.interval,
+            scale=separate,
+        )
+        kind = equivalence(gap, form.margin)
+        expected = float(counts.tokens[0].sum() / counts.steps[0].sum() / separate)
+        reason = f"{arm} {holds(kind)} (rate over overhead {expected:.2f}x, separate overhead {separate:.3f})"
+        parts.append(Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured"))
+    both = combined(parts)
+    prefix = f"measured speedup against rate over overhead, 90 % interval against +-{form.margin:.0%}"
+    return replace(both, reason=f"{prefix}: {both.reason}")
+
+
+_TESTS: dict[type, Callable[..., Finding]] = {
+    LosslessForm: _lossless,
+    FasterForm: _faster,
+    LadderStepForm: _ladder_step,
+    SparseBeatsDenseForm: _sparse_beats_dense,
+    SearchDepthForm: _search_depth,
+    LossGrowsForm: _loss_grows,
+    ExtraHeadForm: _extra_head,
+    SpeedIdentityForm: _speed_identity,
+    LogGrowthForm: judge_log_growth,
+    SpeedPeaksForm: judge_speed_peaks,
+}

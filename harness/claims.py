@@ -1,0 +1,80 @@
+"""Verdicts: every claim of a registry judged on one record, as a pure function of both.
+
+A claim is judged by its transfer form where the record allows it, else by its paper-only form; where neither decides, the verdict is
+`not tested` and says what it would take. Literal forms are data so far: no suite of this project runs the published weights yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from harness.claim_arithmetic import Figures, judge_paper_only
+from harness.claim_evidence import Evidence
+from harness.claim_forms import LiteralForm
+from harness.claim_outcomes import Finding, NotTestable
+from harness.claim_specs import CLAIMS_FILE, ClaimSpec, load_claims, parse_claims
+from harness.claim_tests import judge_transfer
+from harness.judgement import ClaimVerdict, VerdictKind
+
+__all__ = ["CLAIMS_FILE", "ClaimSpec", "Evidence", "evaluate_claims", "load_claims", "parse_claims"]
+
+FormName = Literal["literal", "transfer", "paper-only", "none"]
+
+
+def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[ClaimVerdict, ...]:
+    """Return one verdict a claim, in the order of the registry.
+
+    What the evidence lacks makes a verdict `not tested` with the reason.
+    Raises: UserError for a record file that cannot be read.
+    """
+    figures = Figures({claim.id: claim for claim in claims})
+    return tuple(_judge(claim, evidence, figures=figures) for claim in claims)
+
+
+def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> ClaimVerdict:
+    tries: list[tuple[FormName, Callable[[], Finding]]] = []
+    if (transfer := claim.transfer) is not None:
+        tries.append(("transfer", lambda: judge_transfer(transfer, evidence=evidence)))
+    if (paper_only := claim.paper_only) is not None:
+        tries.append(("paper-only", lambda: judge_paper_only(claim, paper_only, figures=figures)))
+    missing = []
+    for form, judge in tries:
+        try:
+            return _verdict(claim, form, judge())
+        except NotTestable as gap:
+            missing.append(str(gap))
+    form = tries[0][0] if tries else ("literal" if claim.literal is not None else "none")
+    return _not_tested(claim, form, needs="; ".join(missing) or claim.needs or _literal_needs(claim.literal))
+
+
+def _verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
+    return ClaimVerdict(
+        claim_id=claim.id,
+        stated=claim.stated,
+        place=claim.place,
+        paper_figure=claim.figure,
+        form=form,
+        kind=finding.kind,
+        ours=finding.ours,
+        figure_kind=finding.figure_kind,
+        reason=finding.reason,
+    )
+
+
+def _not_tested(claim: ClaimSpec, form: FormName, *, needs: str) -> ClaimVerdict:
+    return ClaimVerdict(
+        claim_id=claim.id,
+        stated=claim.stated,
+        place=claim.place,
+        paper_figure=claim.figure,
+        form=form,
+        kind=VerdictKind.NOT_TESTED,
+        ours="",
+        figure_kind=None,
+        reason=needs,
+    )
+
+
+def _literal_needs(form: LiteralForm | None) -> str:
+    return "" if form is None else f"{form.backbone} with {form.heads}, {form.device}, {form.benchmark}"

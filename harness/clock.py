@@ -1,0 +1,40 @@
+"""The one clock of the harness: monotonic seconds read after the device has finished its work."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+Clock = Callable[[], float]
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Return a clock that synchronises `device` before it reads the time, so that queued kernels count where they were started."""
+    if device.type == "cuda":
+
+        def now() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return now
+    return time.perf_counter
+
+
+class SectionTimer:
+    """Adds up the seconds of named parts of a step; use only apart from the timed generations."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.last: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = self._clock()
+        yield
+        self.last[name] = self._clock() - started
+        self.seconds[name] += self.last[name]

@@ -1,0 +1,92 @@
+"""Is this machine fit to measure on: threads, memory, disk, load of other processes, device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+from harness.assets import cache_dir
+from harness.config import Frozen
+from harness.engine import best_device
+from harness.environment import device_info
+from medusa_impl.packed_linear import packing_available
+
+_NEEDED_MEMORY_BYTES, _NEEDED_DISK_BYTES, _QUIET_SHARE = 8 * 10**9, 3 * 10**9, 0.25
+
+
+class DoctorLine(Frozen):
+    """One finding: what it is, whether it is fine, and what to do where it is not."""
+
+    name: str
+    fine: bool
+    found: str
+    advice: str = ""
+
+
+def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
+    """Return the findings of this machine; takes `interval_s` to watch other processes."""
+    device = device_info(best_device())
+    busy = psutil.cpu_percent(interval=interval_s) / 100
+    free_memory = psutil.virtual_memory().available
+    place = cache_dir()
+    while not place.exists():
+        place = place.parent
+    free_disk = shutil.disk_usage(place).free
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    lines = [
+        DoctorLine(name="device", fine=True, found=f"{device.kind}: {device.name}, {device.memory_bytes / 1e9:.1f} GB"),
+        DoctorLine(
+            name="threads",
+            fine=threads <= cores,
+            found=f"{threads} threads on {cores} cores",
+            advice="set OMP_NUM_THREADS to the number of cores or less",
+        ),
+        DoctorLine(
+            name="load of other processes",
+            fine=busy <= _QUIET_SHARE,
+            found=f"{100 * busy:.0f} % of all cores busy over {interval_s:g} s",
+            advice="stop other work: it moves timings",
+        ),
+        DoctorLine(
+            name="memory",
+            fine=free_memory >= _NEEDED_MEMORY_BYTES or device.kind == "cuda",
+            found=f"{free_memory / 1e9:.1f} GB free",
+            advice=f"the embedded suite needs up to {_NEEDED_MEMORY_BYTES / 1e9:.0f} GB",
+        ),
+        DoctorLine(
+            name="disk",
+            fine=free_disk >= _NEEDED_DISK_BYTES,
+            found=f"{free_disk / 1e9:.1f} GB free at the cache",
+            advice="set MEDUSA_REPRO_CACHE to a roomier place",
+        ),
+        DoctorLine(
+            name="packed linear layers",
+            fine=device.kind == "cuda" or packing_available(torch.float32),
+            found="available" if packing_available(torch.float32) else "missing in this PyTorch",
+            advice="the engine falls back to eager mode, which is slower for trees",
+        ),
+    ]
+    return tuple(lines)
+
+
+def foreign_gpu_processes() -> int | None:
+    """Return how many other processes use the GPU, where the driver tells; None elsewhere."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        listed = torch.cuda.list_gpu_processes()
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+    own = str(os.getpid())
+    return sum("process" in line and own not in line for line in listed.splitlines())
+
+
+def default_results() -> Path:
+    """Return the results folder of the checkout, or of the working directory outside one."""
+    beside = Path(__file__).resolve().parent.parent / "results"
+    return beside if beside.is_dir() else Path("results")

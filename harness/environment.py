@@ -1,0 +1,95 @@
+"""What machine, software and commit a record comes from; nothing here names a host, a user or a path."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from harness.records import DeviceInfo
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY", "OPENBLAS_CORETYPE", "MALLOC_ARENA_MAX", "CUDA_VISIBLE_DEVICES")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python packages that can move a figure."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout that holds `folder` and whether tracked files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!README.md") if commit else None
+    return commit, None if changes is None else bool(changes)
+
+
+def device_info(device: torch.device) -> DeviceInfo:
+    """Return what the device is, by its own name."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        details = {"capability": f"{properties.major}.{properties.minor}", "cuda": str(torch.version.cuda)}
+        kind, name, memory = "cuda", properties.name, properties.total_memory
+    else:
+        kind, name, memory, details = "cpu", _cpu_name(), psutil.virtual_memory().total, {"capability": torch.backends.cpu.get_cpu_capability()}
+    return DeviceInfo.model_validate(
+        {
+            "kind": kind,
+            "name": name,
+            "num_cores": os.cpu_count() or 1,
+            "num_threads": torch.get_num_threads(),
+            "memory_bytes": memory,
+            "details": details,
+        }
+    )
+
+
+def machine_slug(device: DeviceInfo) -> str:
+    """Return the folder name of a machine: kind, device name and cores, fit for a path."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{device.kind}-{device.name}-{device.num_cores}c".lower())
+    return words.strip("-")
+
+
+def blas_settings() -> str:
+    """Return the BLAS and vector settings that PyTorch was built with, in one line."""
+    shown = torch.__config__.show()
+    parts = [line.strip(" -") for line in shown.splitlines() if any(word in line for word in ("BLAS", "MKL", "capability", "OpenMP"))]
+    return "; ".join(part.split("Build settings")[0].strip()[:90] for part in parts if part and "Build settings" not in part)
+
+
+def settings() -> dict[str, str]:
+    """Return the environment variables that change threading or kernels, where set."""
+    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+
+
+def python_version() -> str:
+    """Return the interpreter's version."""
+    return platform.python_version()
+
+
+def _cpu_name() -> str:
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        return line.split(":", 1)[1].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

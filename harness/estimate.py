@@ -1,0 +1,50 @@
+"""`--dry-run`: the plan of a suite and how long each arm should take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from harness.config import SuiteSpec
+from harness.environment import device_info, machine_slug
+from harness.records import RunRecord
+
+
+def print_plan(suite: SuiteSpec, *, results: Path, console: Console) -> None:
+    """Print arms, trials and, where this machine has a sealed record of the suite's model, the minutes an arm should take.
+
+    The estimate takes each arm's seconds a generation from the newest such record, scaled by the token budget; an arm that it lacks shows
+    none.
+    """
+    from harness.engine import best_device
+
+    device = device_info(best_device())
+    seconds, origin = _known_seconds(suite, results=results, slug=machine_slug(device))
+    num_prompts = suite.prompts.limit or (80 if suite.prompts.per_category is None else 8 * suite.prompts.per_category)
+    table = Table("arm", "method", "tree", "seeds", "trials", "minutes")
+    total = 0.0
+    for arm in suite.arms:
+        trials = num_prompts * suite.rounds * max(1, len(arm.seeds))
+        minutes = seconds[arm.name] * trials / 60 if arm.name in seconds else None
+        total += minutes or 0.0
+        tree = arm.tree.kind if arm.tree is not None else "-"
+        table.add_row(arm.name, arm.method, tree, str(len(arm.seeds) or "-"), str(trials), f"{minutes:.1f}" if minutes is not None else "?")
+    console.print(table)
+    console.print(f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each")
+    console.print(f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown")
+
+
+def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[str, float], str | None]:
+    sealed = sorted(results.glob(f"*/{slug}/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
+    for path in sealed:
+        record = RunRecord(path.parent)
+        if record.suite.model != suite.model:
+            continue
+        scale = suite.max_new_tokens / record.suite.max_new_tokens
+        arms = {generation.trial.arm for generation in record.generations}
+        mean = {arm: float(np.mean([item.wall_s for item in record.generations if item.trial.arm == arm])) for arm in arms}
+        return {arm: value * scale for arm, value in mean.items()}, path.parent.name
+    return {}, None

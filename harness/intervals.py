@@ -1,0 +1,152 @@
+"""Bootstrap intervals over prompts: both arms of a prompt drawn together, the statistic formed from totals.
+
+A plain percentile interval is too narrow for few prompts, as a standard deviation with divisor n is. Moving its tails from Phi(-z) to
+Phi(-sqrt(n / (n - 1)) * t) makes up for the divisor and for the normal quantile. Rates at which a nominal 95 % interval of a speedup
+covered the truth (log-normal prompts, 2,000 records each; `tests/test_intervals.py` measures the last column on 400):
+
+    n     percentile   BCa     widened percentile (used)
+    8     0.881        0.882   0.938
+    16    0.911        0.906   0.939
+    80    0.939        0.944   0.945
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from harness.config import IntervalSpec
+from harness.judgement import Interval, VerdictKind
+
+Floats = NDArray[np.float64]
+
+
+def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
+    """The ratio of two totals over prompts, such as tokens over seconds.
+
+    Shapes: [P] each, one entry a prompt.
+    Raises: ValueError as `bootstrap_totals` does.
+    """
+    return bootstrap_totals(_ratio, numerator, denominator, spec=spec, rng=rng)
+
+
+def bootstrap_ratio_of_ratios(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    base_numerator: ArrayLike,
+    base_denominator: ArrayLike,
+    spec: IntervalSpec,
+    rng: np.random.Generator,
+) -> Interval:
+    """One arm's ratio of totals over another's on the same prompts, such as a speedup.
+
+    Shapes: [P] each, entry p of all four from prompt p.
+    Raises: ValueError as `bootstrap_totals` does.
+    """
+    columns = (numerator, denominator, base_numerator, base_denominator)
+    return bootstrap_totals(lambda a, b, c, d: _ratio(a, b) / _ratio(c, d), *columns, spec=spec, rng=rng)
+
+
+def difference_of_ratios(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    base_numerator: ArrayLike,
+    base_denominator: ArrayLike,
+    spec: IntervalSpec,
+    rng: np.random.Generator,
+) -> Interval:
+    """One arm's ratio of totals minus another's on the same prompts, such as a gain in tokens a step.
+
+    Shapes: [P] each, entry p of all four from prompt p.
+    Raises: ValueError as `bootstrap_totals` does.
+    """
+    columns = (numerator, denominator, base_numerator, base_denominator)
+    return bootstrap_totals(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), *columns, spec=spec, rng=rng)
+
+
+def paired_difference(first: ArrayLike, second: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
+    """The mean over prompts of `first` - `second`, such as log-likelihoods of two arms on the same prompts.
+
+    Shapes: [P] each.
+    Raises: ValueError as `bootstrap_totals` does.
+    """
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return bootstrap_totals(_ratio, difference, np.ones_like(difference), spec=spec, rng=rng)
+
+
+def bootstrap_totals(statistic: Callable[..., Floats], *columns: ArrayLike, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
+    """A statistic of column totals with its interval; prompts are resampled whole, all columns of a prompt together.
+
+    `statistic` maps one array of totals a column to an array of the same shape. A single prompt bounds nothing: its interval is
+    (-inf, inf). `spec.seed` is not read; the draws come from `rng`.
+    Raises: ValueError if there is no prompt, the columns differ in length, or a value is not finite.
+    """
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
+        raise ValueError(f"found columns of shapes {[array.shape for array in arrays]}, need one entry a prompt in each, and a prompt")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError("found a value that is not finite, need finite values for every prompt")
+    num_prompts = len(arrays[0])
+    estimate = float(statistic(*(array.sum() for array in arrays)))
+    low, high = -math.inf, math.inf
+    if num_prompts > 1:
+        # One index column, so that every resample takes the same prompts in all columns.
+        result = stats.bootstrap(
+            (np.arange(num_prompts),),
+            lambda index, axis: statistic(*(array[index].sum(axis=axis) for array in arrays)),
+            n_resamples=spec.num_resamples,
+            confidence_level=widened_level(spec.level, num_prompts=num_prompts),
+            method="percentile",
+            vectorized=True,
+            rng=rng,
+        ).confidence_interval
+        low, high = float(result.low), float(result.high)
+    return Interval(estimate=estimate, low=low, high=high, level=spec.level, num_prompts=num_prompts)
+
+
+def widened_level(level: float, *, num_prompts: int) -> float:
+    """The level at which to read a percentile interval so that it covers at about `level` with few prompts.
+
+    Departs: from the plain percentile interval; this is Hesterberg's expanded one ("What Teachers Should Know About the Bootstrap", 2015).
+    """
+    quantile = stats.t.ppf((1 + level) / 2, num_prompts - 1) * math.sqrt(num_prompts / (num_prompts - 1))
+    return float(1 - 2 * stats.norm.sf(quantile))
+
+
+def equivalence(interval90: Interval, margin: float) -> VerdictKind:
+    """Whether a difference lies within +-margin, by its 90 % interval (two one-sided tests at 5 %).
+
+    Inside: reproduced. Wholly outside: not reproduced. Else inconclusive.
+    Raises: ValueError if the margin is not positive or the interval is of another level.
+    """
+    if margin <= 0 or not math.isclose(interval90.level, 0.9):
+        raise ValueError(f"found margin {margin} and level {interval90.level}, need a positive margin and a 90 % interval")
+    if -margin < interval90.low and interval90.high < margin:
+        return VerdictKind.REPRODUCED
+    if interval90.low > margin or interval90.high < -margin:
+        return VerdictKind.NOT_REPRODUCED
+    return VerdictKind.INCONCLUSIVE
+
+
+def above(interval: Interval, bound: float) -> VerdictKind:
+    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    if interval.low > bound:
+        return VerdictKind.REPRODUCED
+    return VerdictKind.NOT_REPRODUCED if interval.high <= bound else VerdictKind.INCONCLUSIVE
+
+
+def below(interval: Interval, bound: float) -> VerdictKind:
+    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    if interval.high < bound:
+        return VerdictKind.REPRODUCED
+    return VerdictKind.NOT_REPRODUCED if interval.low >= bound else VerdictKind.INCONCLUSIVE
+
+
+def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    return numerator / denominator

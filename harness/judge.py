@@ -1,0 +1,43 @@
+"""From a record to everything that is said of it: metrics, comparisons, parity, checks, verdicts. Pure, and repeatable anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.checks import run_checks
+from harness.claim_evidence import Evidence
+from harness.claim_specs import ClaimSpec, load_claims
+from harness.claims import evaluate_claims
+from harness.errors import UserError
+from harness.judgement import Judgement
+from harness.metrics import arm_metrics, comparisons
+from harness.paths import resolve_path
+from harness.quality.parity import parity_report
+from harness.records import RunRecord
+from harness.trace import Trace
+
+
+def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:
+    """Return the judgement of a sealed record under a registry of claims (the shipped one by default)."""
+    arms, compared, parity = arm_metrics(record), comparisons(record), parity_report(record)
+    evidence = Evidence(record=record, arms=arms, comparisons=compared, parity=parity, calibration=calibration_of(record))
+    return Judgement(
+        suite=record.suite.name,
+        arms=arms,
+        comparisons=compared,
+        parity=parity,
+        checks=run_checks(record),
+        verdicts=evaluate_claims(claims if claims is not None else load_claims(), evidence),
+    )
+
+
+def calibration_of(record: RunRecord) -> Trace | None:
+    """Return the calibration trace that the record's suite names, where it is at hand and of the same heads."""
+    name = record.suite.calibration_trace
+    if name is None:
+        return None
+    try:
+        trace = Trace.load(resolve_path(name, beside=record.folder))
+    except UserError:
+        return None  # judging goes on without it; the claims that need it say so
+    return trace if trace.provenance.heads_hash == record.environment.heads_sha256 else None

@@ -1,0 +1,177 @@
+"""What is measured apart from the timed generations: device limits, step costs, the profile, the heads' control, likelihoods."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from harness.arms import ArmRunner
+from harness.clock import Clock, SectionTimer
+from harness.engine import Engine
+from harness.record_trace import KeptText, kept_states, rank_rows
+from harness.records import DeviceLimits, HeadsControl, ProfileRow, StepCost
+from medusa_impl.acceptance import GreedyRule
+from medusa_impl.decode import draft_tokens
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.tree import DraftTree
+from medusa_impl.tree_buffers import tree_buffers
+
+_BANDWIDTH_BYTES, _MATMUL_SIZE, _LIMIT_REPEATS = 512 * 2**20, 1536, 8
+
+
+def measure_device_limits(device: torch.device, dtype: torch.dtype, *, clock: Clock) -> DeviceLimits:
+    """Return the best read bandwidth and matrix throughput of several repeats, with all threads of this process."""
+    block = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    square = torch.randn(_MATMUL_SIZE, _MATMUL_SIZE, device=device).to(dtype)
+    read_s, matmul_s = [], []
+    for _ in range(_LIMIT_REPEATS):
+        started = clock()
+        block.sum()
+        read_s.append(clock() - started)
+        started = clock()
+        square @ square
+        matmul_s.append(clock() - started)
+    return DeviceLimits(
+        read_bandwidth_bytes_per_s=_BANDWIDTH_BYTES / min(read_s),
+        matmul_flop_per_s=2 * _MATMUL_SIZE**3 / min(matmul_s),
+        method=f"best of {_LIMIT_REPEATS}: sum over {_BANDWIDTH_BYTES >> 20} MiB of float32; {_MATMUL_SIZE}-square product in {dtype}",
+    )
+
+
+def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: int, repeats: int, clock: Clock) -> tuple[StepCost, ...]:
+    """Time the backbone step, and the whole step around it, at each number of nodes at one context length, sizes interleaved.
+
+    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so the trees are the first nodes of
+    a Cartesian one. The whole step adds heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
+    """
+    backbone = engine.runner.backbone
+    cache = backbone.new_cache(batch_size=1, max_length=context_tokens + max(sizes))
+    backbone.prefill(torch.arange(context_tokens) % backbone.vocab_size, cache=cache)
+    shapes = {size: tree_buffers(_tree_of(size, num_heads=engine.heads.num_heads), device=backbone.device) for size in sizes}
+    alone: dict[int, list[float]] = {size: [] for size in sizes}
+    whole: dict[int, list[float]] = {size: [] for size in sizes}
+    states, roots = torch.ones(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device), torch.zeros(1, dtype=torch.long, device=backbone.device)
+    for repeat, size in itertools.product(range(repeats + 2), sizes):
+        buffers = shapes[size]
+        with torch.inference_mode():
+            started = clock()
+            head_logits = engine.heads(states, lm_head=backbone.lm_head, num_heads=max(buffers.tree.depth, 1))
+            tokens = draft_tokens(head_logits, roots, buffers)
+            before = clock()
+            output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
+            after = clock()
+            GreedyRule().verify(output.logits, tokens, buffers).nodes.tolist()
+            cache.keep([[]])
+            ended = clock()
+        if repeat >= 2:  # the first two rounds warm kernels and allocator up
+            alone[size].append(after - before)
+            whole[size].append(ended - started)
+    return tuple(
+        StepCost(
+            num_nodes=size,
+            num_heads=shapes[size].tree.depth,
+            context_tokens=context_tokens,
+            backbone_s=tuple(alone[size]),
+            step_s=tuple(whole[size]) if size > 1 else (),
+        )
+        for size in sizes
+    )
+
+
+def _tree_of(num_nodes: int, *, num_heads: int) -> DraftTree:
+    """Return some tree of that many nodes: a chain, then further first-level children."""
+    chain = [(0,) * depth for depth in range(1, min(num_heads, num_nodes - 1) + 1)]
+    return DraftTree.from_paths([(), *chain, *((rank,) for rank in range(1, num_nodes - len(chain)))])
+
+
+def measure_arm_steps(
+    runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock
+) -> StepCost:
+    """Time a few whole steps of one arm behind a given context, with the backbone's part of each.
+
+    The context is kept text, so that acceptance and compaction do what they do in a generation. The prefill and the first step are left out.
+    """
+    timer = SectionTimer(clock)
+    backbone_s: list[float] = []
+    step_s: list[float] = []
+    mark = clock()
+    for number, step in enumerate(runner.steps(prompt_ids, seed=seed, section=timer)):
+        now = clock()
+        if number >= 2:
+            backbone_s.append(timer.last["backbone"])
+            step_s.append(now - mark)
+        if len(step_s) == num_steps or step.ended[0] is not None:
+            break
+        mark = clock()
+    return StepCost(
+        arm=runner.arm.name,
+        num_nodes=runner.tree.num_nodes if runner.tree is not None else 1,
+        num_heads=runner.tree.depth if runner.tree is not None else 0,
+        context_tokens=len(prompt_ids),
+        backbone_s=tuple(backbone_s),
+        step_s=tuple(step_s),
+    )
+
+
+def profile_arm(runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: int | None, clock: Clock) -> ProfileRow:
+    """Return where an arm's step time goes, summed over whole generations, prefill left out."""
+    timer = SectionTimer(clock)
+    num_steps, step_s = 0, 0.0
+    for prompt_ids in prompts:
+        result = runner.generate(prompt_ids, seed=seed, section=timer)
+        num_steps += len(result.step_times_s)
+        step_s += sum(result.step_times_s)
+    part = timer.seconds
+    return ProfileRow(
+        arm=runner.arm.name,
+        num_steps=num_steps,
+        step_s=step_s,
+        backbone_s=part["backbone"],
+        heads_s=part["heads"],
+        candidates_s=part["candidates"],
+        acceptance_s=part["acceptance"],
+        cache_s=part["cache"],
+    )
+
+
+def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -> HeadsControl:
+    """Compare the top-1 share of the trained heads with randomly weighted and with untrained (identity) ones on kept text."""
+    trained = engine.heads
+    torch.manual_seed(seed)
+    random, identity = (_fresh_heads(trained, engine) for _ in range(2))
+    for parameter in random.blocks.parameters():
+        nn.init.normal_(parameter, std=1.0 / trained.hidden_size**0.5)
+    hits = {name: torch.zeros(trained.num_heads) for name in ("trained", "random", "identity")}
+    counts = torch.zeros(trained.num_heads)
+    for text in texts:
+        states, _ = kept_states(engine.runner.backbone, text)
+        for name, heads in (("trained", trained), ("random", random), ("identity", identity)):
+            ranks, _ = rank_rows(heads, engine.runner.backbone.lm_head, states, text.token_ids)
+            hits[name] += (ranks == 0).sum(0)
+        counts += (ranks >= 0).sum(0)
+    share = {name: tuple((hit / counts.clamp_min(1)).tolist()) for name, hit in hits.items()}
+    return HeadsControl(
+        num_positions=int(counts[0]), trained_top1=share["trained"], random_top1=share["random"], identity_top1=share["identity"]
+    )
+
+
+def mean_log_likelihood(engine: Engine, text: KeptText) -> float:
+    """Return the mean log-likelihood of kept tokens under the original backbone at temperature 1, in nats a token."""
+    _, logits = kept_states(engine.runner.backbone, text)
+    tokens = torch.tensor(text.token_ids, device=logits.device)
+    return float(torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None]).mean())
+
+
+def _fresh_heads(like: MedusaHeads, engine: Engine) -> MedusaHeads:
+    heads = MedusaHeads(
+        num_heads=like.num_heads,
+        num_layers=like.num_layers,
+        hidden_size=like.hidden_size,
+        vocab_size=like.vocab_size,
+        architecture=like.architecture,
+        lm_head=engine.runner.backbone.lm_head,
+    )
+    return heads.eval().to(device=engine.runner.backbone.device, dtype=engine.runner.backbone.dtype)

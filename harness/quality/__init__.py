@@ -1,0 +1,1 @@
+"""Whether what was decoded is as good as what vanilla decodes."""

@@ -1,0 +1,100 @@
+"""Figures, names and tables as text: sensible digits, units, and nothing that says who or where the reader is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from harness.judgement import Interval
+
+ABSENT = "–"  # noqa: RUF001  (an en dash: a figure that does not exist, not a minus sign)
+_WIDE_CELL = 40
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
+_TAG = re.compile(r"<(?=[A-Za-z/!])")
+
+
+def significant(value: float | None, *, digits: int = 3) -> str:
+    """Return a number with so many significant digits, never in exponent form, thousands grouped."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    if value == 0:
+        return "0"
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # after rounding: 9.996 counts as 10.0
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+
+
+def ratio(value: float | None) -> str:
+    """Return a ratio with two decimals, so that figures in one column line up."""
+    return f"{value:.2f}" if value is not None and math.isfinite(value) else ABSENT
+
+
+def ratio_interval(interval: Interval | None) -> str:
+    """Return `1.83 [1.71, 1.95]` with two decimals."""
+    if interval is None or not math.isfinite(interval.estimate):
+        return ABSENT
+    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def rate_interval(interval: Interval | None) -> str:
+    """Return an estimate and its bounds with three significant digits."""
+    if interval is None or not math.isfinite(interval.estimate):
+        return ABSENT
+    return f"{significant(interval.estimate)} [{significant(interval.low)}, {significant(interval.high)}]"
+
+
+def percent(value: float | None, *, signed: bool = False) -> str:
+    """Return a share as a percentage with one decimal."""
+    if value is None or not math.isfinite(value):
+        return ABSENT
+    return f"{round(100 * value, 1) + 0.0:{'+' if signed else ''}.1f} %"  # + 0.0: no minus sign on a zero
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Return seconds as milliseconds with three significant digits, without the unit."""
+    return ABSENT if seconds is None else significant(1000 * seconds)
+
+
+def megabytes(count_bytes: int | None) -> str:
+    """Return bytes as whole megabytes (10^6 bytes; three significant digits below 100), without the unit."""
+    if count_bytes is None:
+        return ABSENT
+    return f"{count_bytes / 1e6:,.0f}" if count_bytes >= 100e6 else significant(count_bytes / 1e6)
+
+
+def count(number: int, noun: str, *, plural: str | None = None) -> str:
+    """Return `1 check`, `2 checks`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def without_paths(text: str) -> str:
+    """Return the text with every absolute path cut to its last part, which names no user and no machine."""
+    return _ABSOLUTE_PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text)
+
+
+def holds_absolute_path(text: str) -> bool:
+    """Whether the text names a file by its place on one machine."""
+    return _ABSOLUTE_PATH.search(text) is not None
+
+
+def cell(value: object) -> str:
+    """Return a value as one table cell: one line, no column mark, no HTML tag, no absolute path."""
+    text = without_paths(" ".join(str(value).split()))
+    return _TAG.sub("&lt;", text).replace("|", "\\|")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table; columns are padded to line up unless a cell is too long for that to help."""
+    cells = [[cell(value) for value in row] for row in rows]
+    text = tabulate(cells, headers=[cell(header) for header in headers], tablefmt="pipe", disable_numparse=True)
+    if any(len(value) > _WIDE_CELL for row in cells for value in row):
+        text = re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", text))
+    return text
+
+
+def section(title: str, *parts: str) -> str:
+    """Return a second-level section of the parts that say something; empty where none does."""
+    said = [part for part in parts if part]
+    return "\n\n".join([f"## {title}", *said]) if said else ""

@@ -1,0 +1,187 @@
+"""A record and its judgement as one Markdown report, and as one JSON object for the last line of stdout."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from harness.judgement import ArmMetrics, CheckStatus, Interval, Judgement
+from harness.records import RunRecord
+from harness.report.evidence import (
+    render_checks,
+    render_failures,
+    render_heads,
+    render_likelihoods,
+    render_parity,
+    render_predictions,
+    render_profile,
+    render_step_costs,
+)
+from harness.report.formatting import cell, count, megabytes, ratio_interval, section
+from harness.report.provenance import describe_commit, describe_device, render_provenance
+from harness.report.tables import (
+    ARMS_NOTE,
+    TOKENS_NOTE,
+    VERDICT_NOTE,
+    comparisons_by_arm,
+    count_verdicts,
+    is_greedy_medusa,
+    render_arms_table,
+    render_category_tables,
+    render_latency_table,
+    render_not_tested_table,
+    render_verdict_table,
+    verdicts_in_words,
+)
+
+
+def render_report(record: RunRecord, judgement: Judgement) -> str:
+    """Return the whole report: heading, summary, verdicts, arms, the evidence behind them, and where all of it comes from."""
+    not_tested = render_not_tested_table(judgement)
+    parts = [
+        render_heading(record),
+        render_summary(record, judgement),
+        section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
+        section("Not tested", not_tested and "Claims that this suite cannot decide, by what each would take.", not_tested),
+        section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
+        section("Per category of prompt", render_category_tables(record, judgement)),
+        section("Predicted against measured", render_predictions(record, judgement)),
+        section("Where a step goes", render_profile(record)),
+        section("Step cost", render_step_costs(record)),
+        section("Draft heads", render_heads(record)),
+        section("Parity", render_parity(judgement)),
+        section("Likelihood of sampled text", render_likelihoods(record)),
+        section("Checks", render_checks(judgement)),
+        section("Failures", render_failures(record)),
+        section("Provenance", render_provenance(record)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_heading(record: RunRecord) -> str:
+    """Return the title with suite, device and date, and the commit in words."""
+    environment, suite = record.environment, record.suite
+    lines = [
+        f"# Medusa claims tested: suite `{suite.name}`",
+        cell(suite.description),
+        "\n".join(
+            [
+                f"- Model: {cell(environment.model_name)}, {environment.dtype}",
+                f"- Device: {cell(describe_device(environment))}",
+                f"- Date: {environment.started_utc[:10]}",
+                f"- Commit: {describe_commit(environment)}",
+            ]
+        ),
+    ]
+    return "\n\n".join(line for line in lines if line)
+
+
+def render_summary(record: RunRecord, judgement: Judgement) -> str:
+    """Return what the run says in a few lines; an invalid run names its failed checks first and no speed figure at all."""
+    verdicts = f"Verdicts: {verdicts_in_words(judgement)}"
+    if not judgement.valid:
+        failed = [check for check in judgement.checks if check.status is CheckStatus.FAILED]
+        reasons = "\n".join(f"- **{cell(check.name)}**: found {cell(check.found)}; need {cell(check.need)}" for check in failed)
+        start = f"**INVALID.** {count(len(failed), 'validity check')} of {len(judgement.checks)} failed, so no figure below may be cited:"
+        return section("Summary", start, reasons, verdicts)
+    passed = sum(check.status is CheckStatus.PASSED for check in judgement.checks)
+    skipped = sum(check.status is CheckStatus.SKIPPED for check in judgement.checks)
+    rest = f", {skipped} skipped for want of what they look at" if skipped else ""
+    start = f"**Valid**: {count(passed, 'validity check')} passed, none failed{rest}."
+    return section("Summary", start, verdicts, render_best_arm(record, judgement), _no_speed_reason(record))
+
+
+def best_greedy_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
+    """Return the greedy Medusa arm with the highest speedup, or most tokens/step where no speed is reported."""
+    compared = comparisons_by_arm(judgement) if record.suite.reports_speed else {}
+    greedy = [arm for arm in judgement.arms if is_greedy_medusa(record, arm.arm) and isfinite(arm.acceleration_rate.estimate)]
+    if record.suite.reports_speed:
+        greedy = [arm for arm in greedy if arm.arm in compared]
+    return max(
+        greedy,
+        key=lambda arm: compared[arm.arm].speedup.estimate if compared else arm.acceleration_rate.estimate,
+        default=None,
+    )
+
+
+def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = None) -> dict[str, Any]:
+    """Return the one JSON object that ends a run's output; an invalid run has no figures in it.
+
+    `base` is the folder that the record's path is given from (default: the working directory).
+    """
+    best = best_greedy_arm(record, judgement) if judgement.valid else None
+    return {
+        "suite": judgement.suite,
+        "valid": judgement.valid,
+        "failed_checks": [check.name for check in judgement.checks if check.status is CheckStatus.FAILED],
+        "num_failures": len(record.failures),
+        "verdicts": count_verdicts(judgement),
+        "best_greedy_arm": best and _best_figures(best, record, judgement),
+        "record": relative_folder(record.folder, base=base or Path.cwd()),
+    }
+
+
+def relative_folder(folder: Path, *, base: Path) -> str:
+    """Return the folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute path."""
+    absolute, start = folder.resolve(), base.resolve()
+    return absolute.relative_to(start).as_posix() if absolute.is_relative_to(start) else absolute.name
+
+
+def _best_figures(best: ArmMetrics, record: RunRecord, judgement: Judgement) -> dict[str, Any]:
+    figures: dict[str, Any] = {"arm": best.arm, "num_nodes": best.num_nodes, "tokens_per_step": _bounds(best.acceleration_rate)}
+    if record.suite.reports_speed:
+        comparison = comparisons_by_arm(judgement)[best.arm]
+        figures |= {
+            "baseline": comparison.baseline,
+            "speedup": _bounds(comparison.speedup),
+            "overhead": _bounds(comparison.overhead),
+            "tokens_per_s": best.tokens_per_s and _bounds(best.tokens_per_s),
+        }
+    return figures
+
+
+def _bounds(interval: Interval) -> dict[str, float]:
+    rounded = {name: round(getattr(interval, name), 4) for name in ("estimate", "low", "high")}
+    return {**rounded, "level": interval.level}
+
+
+def render_best_arm(record: RunRecord, judgement: Judgement) -> str:
+    """Return one sentence on the best greedy arm, with its intervals and what they are; empty where there is none."""
+    best = best_greedy_arm(record, judgement)
+    if best is None:
+        return ""
+    rate = best.acceleration_rate
+    spread = f"Brackets hold {100 * rate.level:g} % bootstrap intervals over {count(rate.num_prompts, 'prompt')}."
+    text = f"Best greedy arm: `{best.arm}` ({count(best.num_nodes, 'node')}), {ratio_interval(rate)} tokens/step"
+    if not record.suite.reports_speed:
+        return f"{text}. {spread}"
+    comparison = comparisons_by_arm(judgement)[best.arm]
+    return (
+        f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup {ratio_interval(comparison.speedup)}** over "
+        f"`{comparison.baseline}` (decode clock). {spread}"
+    )
+
+
+def _no_speed_reason(record: RunRecord) -> str:
+    if record.suite.reports_speed:
+        return ""
+    why = "its model is tiny and random, so times would say nothing about decoding" if record.suite.model.tiny else "its suite file says so"
+    return f"This suite reports no speed: {why}."
+
+
+def _invalid_note(judgement: Judgement) -> str:
+    return "" if judgement.valid else "**This run is invalid (see the summary); the figures are shown for diagnosis only.**"
+
+
+def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
+    if not judgement.arms:
+        return [render_arms_table(record, judgement)]
+    environment, speed = record.environment, record.suite.reports_speed
+    parts = f"weights take {megabytes(environment.weight_bytes)} MB, draft heads {megabytes(environment.heads_bytes)} MB"
+    return [
+        render_arms_table(record, judgement),
+        ARMS_NOTE if speed else TOKENS_NOTE,
+        f"{'Latency and memory' if speed else 'Memory'} ({parts}):",
+        render_latency_table(record, judgement),
+    ]

@@ -1,0 +1,99 @@
+"""The README's table of results, written between markers so that it is never typed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.errors import InvalidMeasurement, UserError
+from harness.judgement import CheckStatus, Judgement
+from harness.records import RunRecord, write_bytes
+from harness.report.formatting import cell
+from harness.report.markdown import render_best_arm
+from harness.report.provenance import describe_commit, describe_device
+from harness.report.tables import ARMS_NOTE, TOKENS_NOTE, VERDICT_NOTE, render_arms_table, render_verdict_table, verdicts_in_words
+
+MARKER = "results"
+
+
+def update_between_markers(text: str, *, marker: str, content: str) -> str:
+    """Return the text with what stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` replaced; the markers stay.
+
+    Raises: UserError if a marker is missing, occurs twice, or the end comes before the beginning; or if the content holds a marker.
+    """
+    begin, end = f"<!-- begin:{marker} -->", f"<!-- end:{marker} -->"
+    for mark in (begin, end):
+        if text.count(mark) != 1:
+            raise UserError(
+                found=f"{text.count(mark)} times the marker {mark}", need="exactly one", do=f"write {begin} and {end} once each"
+            )
+        if mark in content:
+            raise UserError(found=f"the marker {mark} in the new content", need="content without markers")
+    start, stop = text.index(begin) + len(begin), text.index(end)
+    if stop < start:
+        raise UserError(found=f"{end} before {begin}", need="the beginning first", do="swap the two markers")
+    return f"{text[:start]}\n{content.strip()}\n{text[stop:]}"
+
+
+def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> str:
+    """Return what the README shows of a record: where it was measured, the verdicts, the arms.
+
+    `base` is the README's folder, which the link to the record is given from.
+    Raises: InvalidMeasurement for a run that failed a validity check: such a run has no place in a README.
+    """
+    if failed := [check.name for check in judgement.checks if check.status is CheckStatus.FAILED]:
+        raise InvalidMeasurement(f"found failed validity checks ({', '.join(failed)}); need a valid record for the README")
+    environment = record.environment
+    origin = (
+        f"Suite `{record.suite.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
+        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}."
+    )
+    parts = [
+        origin,
+        f"Claims: {verdicts_in_words(judgement)}",
+        render_best_arm(record, judgement),
+        render_verdict_table(judgement),
+        VERDICT_NOTE,
+        render_arms_table(record, judgement),
+        ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE,
+        _link(record.folder, base=base),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def update_readme(readme: Path, record: RunRecord, judgement: Judgement) -> None:
+    """Write the record's tables between the README's `results` markers; a README that says so already is not touched.
+
+    Raises: UserError for a README without its markers, InvalidMeasurement for an invalid record.
+    """
+    text = _read(readme)
+    updated = _updated(text, readme, record, judgement)
+    if updated != text:
+        write_bytes(readme, updated.encode())
+
+
+def check_readme(readme: Path, record: RunRecord, judgement: Judgement) -> bool:
+    """Whether the README shows exactly what the record gives."""
+    text = _read(readme)
+    return _updated(text, readme, record, judgement) == text
+
+
+def _updated(text: str, readme: Path, record: RunRecord, judgement: Judgement) -> str:
+    content = render_results(record, judgement, base=readme.parent)
+    try:
+        return update_between_markers(text, marker=MARKER, content=content)
+    except UserError as error:
+        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
+
+
+def _read(readme: Path) -> str:
+    try:
+        return readme.read_text()
+    except OSError as error:
+        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+
+
+def _link(folder: Path, *, base: Path) -> str:
+    absolute, start = folder.resolve(), base.resolve()
+    if not absolute.is_relative_to(start):
+        return f"From the record `{absolute.name}`."
+    return f"Full report and raw data: [`{absolute.name}`]({absolute.relative_to(start).as_posix()}/report.md)."

@@ -1,0 +1,173 @@
+"""The tables of verdicts and arms, each usable alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.config import GreedyAcceptance
+from harness.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
+from harness.records import RunRecord
+from harness.report.formatting import (
+    ABSENT,
+    megabytes,
+    milliseconds,
+    percent,
+    rate_interval,
+    ratio,
+    ratio_interval,
+    table,
+)
+
+VERDICT_NOTE = """\
+*Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and measured step times;
+`predicted` by a model of the hardware; `computed` from the paper's own figures. In brackets the form of the test: `literal` = the
+paper's own model and setting; `transfer` = the claim's shape (an order, a sign, a trend, an identity), which should hold on any model;
+`paper-only` = arithmetic that needs no run. `inconclusive` = the interval straddles the bound that was fixed before the run. A claim
+that fails is a finding, not an error."""
+
+TOKENS_NOTE = "*tokens/step*: tokens that one decoding step yields on average, the paper's acceleration rate; vanilla is 1 by definition."
+ARMS_NOTE = (
+    TOKENS_NOTE
+    + """
+*step cost*: the backbone's pass over all nodes of the tree against one node, timed apart. *overhead*: mean step latency against the
+baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the baseline arm on the decode clock, which starts
+at the first token; it equals tokens/step over overhead, so many tokens a step do not help where a step costs as many times more."""
+)
+
+
+def is_greedy_medusa(record: RunRecord, arm: str) -> bool:
+    """Whether the arm decodes with draft heads and keeps exactly the backbone's greedy choice."""
+    spec = record.suite.arm(arm)
+    return spec.method == "medusa" and isinstance(spec.acceptance, GreedyAcceptance)
+
+
+def comparisons_by_arm(judgement: Judgement) -> dict[str, Comparison]:
+    """Return each compared arm's comparison with its baseline."""
+    return {comparison.arm: comparison for comparison in judgement.comparisons}
+
+
+def count_verdicts(judgement: Judgement) -> dict[str, int]:
+    """Return how many claims got each verdict, kinds without any included."""
+    return {kind.value: sum(verdict.kind is kind for verdict in judgement.verdicts) for kind in VerdictKind}
+
+
+def verdicts_in_words(judgement: Judgement) -> str:
+    """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
+    tested = _tested(judgement)
+    counts = ", ".join(f"{number} {kind}" for kind, number in count_verdicts(judgement).items())
+    alone = sum(verdict.form == "paper-only" for verdict in tested)
+    if not alone:
+        return f"{counts}."
+    return f"{counts}. Of the {len(tested)} tested {len(tested) - alone} rest on this run, {alone} on arithmetic with the paper's figures."
+
+
+def render_verdict_table(judgement: Judgement) -> str:
+    """Return the claims that were tested, one a row, with the evidence for each verdict; those that rest on this run first."""
+    tested = _tested(judgement)
+    if not tested:
+        return "No claim of the registry was tested by this run."
+    headers = ["claim", "what the paper states", "paper", "ours", "kind of figure", "verdict", "why"]
+    return table(headers, [_verdict_row(verdict) for verdict in tested])
+
+
+def render_not_tested_table(judgement: Judgement) -> str:
+    """Return the claims that this run cannot decide, grouped by what each would take; empty where there is none."""
+    groups: dict[str, list[str]] = {}
+    for verdict in judgement.verdicts:
+        if verdict.kind is VerdictKind.NOT_TESTED:
+            groups.setdefault(verdict.reason, []).append(verdict.claim_id)
+    if not groups:
+        return ""
+    by_size = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return table(["what it would take", "claims", "which"], [(needs, len(ids), ", ".join(ids)) for needs, ids in by_size])
+
+
+def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
+    """Return one row an arm: tokens/step, what a step costs, the speedup that follows, and a diagnosis in words.
+
+    Speed columns are left out where the suite reports no speed.
+    """
+    if not judgement.arms:
+        return "No arm has a finished generation."
+    compared = comparisons_by_arm(judgement)
+    if not record.suite.reports_speed:
+        slow_rows = [(arm.arm, arm.num_nodes, arm.num_prompts, _tokens_per_step(arm), arm.diagnosis) for arm in judgement.arms]
+        return table(["arm", "nodes", "prompts", "tokens/step", "diagnosis"], slow_rows)
+    headers = ["arm", "against", "nodes", "tokens/step", "step cost", "overhead", "speedup", "tokens/s", "diagnosis"]
+    return table(headers, [_arm_row(arm, compared.get(arm.arm)) for arm in judgement.arms])
+
+
+def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
+    """Return one row an arm: bandwidth, latencies and memory; latencies only where the suite reports speed."""
+    rows: Sequence[Sequence[object]]
+    if not record.suite.reports_speed:
+        rows = [(arm.arm, megabytes(arm.peak_memory_bytes), megabytes(arm.cache_bytes)) for arm in judgement.arms]
+        return table(["arm", "peak memory, MB", "KV cache, MB"], rows)
+    headers = ["arm", "share of memory bandwidth", "first token, ms", "step p50, ms", "step p95, ms", "peak memory, MB", "KV cache, MB"]
+    rows = [
+        (
+            arm.arm,
+            percent(arm.bandwidth_share),
+            milliseconds(arm.first_token_s),
+            milliseconds(arm.step_p50_s),
+            milliseconds(arm.step_p95_s),
+            megabytes(arm.peak_memory_bytes),
+            megabytes(arm.cache_bytes),
+        )
+        for arm in judgement.arms
+    ]
+    return table(headers, rows)
+
+
+def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
+    """Return tokens/step, and speedup where it is reported, by arm and prompt category; empty where prompts have none."""
+    sizes: dict[str, int] = {}
+    for arm in judgement.arms:
+        for row in arm.categories:
+            sizes[row.category] = max(sizes.get(row.category, 0), row.num_prompts)
+    if not sizes:
+        return ""
+    headers = ["arm", *(f"{category} ({prompts})" for category, prompts in sizes.items())]
+    tokens, speedups = [], []
+    for arm in (arm for arm in judgement.arms if arm.method != "vanilla"):
+        by_category = {row.category: row for row in arm.categories}
+        rows = [by_category.get(category) for category in sizes]
+        tokens.append([arm.arm, *(ratio(row.acceleration_rate) if row else ABSENT for row in rows)])
+        if any(row and row.speedup is not None for row in rows):
+            speedups.append([arm.arm, *(ratio(row.speedup) if row else ABSENT for row in rows)])
+    text = "Tokens/step (number of prompts in brackets; few prompts a category, so read the order and not the decimals):\n\n"
+    text += table(headers, tokens)
+    if record.suite.reports_speed and speedups:
+        text += "\n\nSpeedup over the arm's baseline:\n\n" + table(headers, speedups)
+    return text
+
+
+def _tested(judgement: Judgement) -> list[ClaimVerdict]:
+    tested = [verdict for verdict in judgement.verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
+    return sorted(tested, key=lambda verdict: verdict.form == "paper-only")
+
+
+def _verdict_row(verdict: ClaimVerdict) -> tuple[object, ...]:
+    claim = f"{verdict.claim_id} ({verdict.place})" if verdict.place else verdict.claim_id
+    form = "" if verdict.form == "none" else f" ({verdict.form})"
+    kind = f"{verdict.figure_kind or ABSENT}{form}"
+    marked = f"**{verdict.kind.value}**"
+    return claim, verdict.stated, verdict.paper_figure or ABSENT, verdict.ours or ABSENT, kind, marked, verdict.reason
+
+
+def _tokens_per_step(arm: ArmMetrics) -> str:
+    return ratio(arm.acceleration_rate.estimate) if arm.method == "vanilla" else ratio_interval(arm.acceleration_rate)
+
+
+def _arm_row(arm: ArmMetrics, compared: Comparison | None) -> tuple[object, ...]:
+    return (
+        arm.arm,
+        compared.baseline if compared else ABSENT,
+        arm.num_nodes,
+        _tokens_per_step(arm),
+        ratio(arm.step_cost),
+        ratio_interval(compared.overhead) if compared else ABSENT,
+        ratio_interval(compared.speedup) if compared else ABSENT,
+        rate_interval(arm.tokens_per_s),
+        arm.diagnosis,
+    )

@@ -1,0 +1,184 @@
+"""The roofline of Appendix G as pure arithmetic: what a step must read and compute, and how long a device needs at least for it.
+
+Every figure from here is `predicted`: kernels reach neither the bandwidth nor the throughput that a data sheet names. A step with n
+candidates reads the same weights as a step with one, so it costs almost as little until n lifts the intensity over the device's ridge:
+
+    seconds
+      |                     /     compute: 2 n flop a weight over the throughput
+      |                    /
+      |___________________/       memory: the weights over the bandwidth
+      +-------------------+---- n
+                        ridge
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.errors import UserError
+
+ATTENTION_HEAD_SIZE = 128  # paper, Tables 6 and 7: Llama-33B
+LLAMA_33B_HIDDEN = 6656  # paper, Table 8
+LLAMA_33B_INTERMEDIATE = 17920  # paper, Table 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most; `ridge` is the intensity above which it is bound by arithmetic."""
+
+    bytes_per_s: float
+    flop_per_s: float
+
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_s > 0 and self.flop_per_s > 0):
+            raise UserError(found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0")
+
+    @property
+    def ridge(self) -> float:
+        """flop/byte."""
+        return self.flop_per_s / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes moved and floating-point operations done, of which an operator needs both."""
+
+    num_bytes: float
+    flop: float
+
+    @property
+    def intensity(self) -> float:
+        """Operational intensity, flop/byte."""
+        return self.flop / self.num_bytes
+
+    def seconds(self, limits: Limits) -> float:
+        """The least time: the slower of moving the bytes and doing the arithmetic, the two overlapped."""
+        return max(self.num_bytes / limits.bytes_per_s, self.flop / limits.flop_per_s)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding out."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int = 0
+
+    @cached_property
+    def linear_widths(self) -> Counter[tuple[int, int]]:
+        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output, up, gate, down."""
+        queries, keys = self.num_attention_heads * self.head_size, self.num_key_value_heads * self.head_size
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return Counter(
+            [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+        )
+
+
+def llama_7b_block() -> ModelShape:
+    """One block of Llama-7B, the simplified model of the simulations in Appendix G.3."""
+    return ModelShape(
+        num_layers=1,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_size=128,
+        intermediate_size=11008,  # the four sizes: config.json of the public Llama-7B weights
+    )
+
+
+def attention_intensity(num_tokens: int, *, context_tokens: int, head_size: int = ATTENTION_HEAD_SIZE) -> float:
+    """Operational intensity of one attention product: s q d / (s q + (s + q) d), whatever the batch.
+
+    Paper: Appendix G, Tables 5 to 7.
+    """
+    scores = context_tokens * num_tokens
+    return scores * head_size / (scores + (context_tokens + num_tokens) * head_size)
+
+
+def linear_intensity(num_tokens: int, *, batch: int, inputs: int = LLAMA_33B_HIDDEN, outputs: int = LLAMA_33B_INTERMEDIATE) -> float:
+    """Operational intensity of one linear layer on `batch` rows of `num_tokens`: b q h i / (b q (h + i) + h i).
+
+    Paper: Appendix G, Tables 5 and 8.
+    """
+    rows = batch * num_tokens
+    return rows * inputs * outputs / (rows * (inputs + outputs) + inputs * outputs)
+
+
+def linear_work(rows: int, *, inputs: int, outputs: int, dtype_bytes: int) -> Work:
+    """One linear layer: weights, inputs and outputs once each."""
+    return Work(num_bytes=dtype_bytes * (rows * (inputs + outputs) + inputs * outputs), flop=2 * rows * inputs * outputs)
+
+
+def attention_work(shape: ModelShape, num_tokens: int, *, context_tokens: int, batch: int, dtype_bytes: int) -> Work:
+    """Either attention product of one block; scores are written out, as in the paper's space column, and keys are read once a group."""
+    scores = shape.num_attention_heads * context_tokens * num_tokens
+    per_token = shape.num_key_value_heads * context_tokens + shape.num_attention_heads * num_tokens
+    num_bytes = dtype_bytes * batch * (scores + per_token * shape.head_size)
+    return Work(num_bytes=num_bytes, flop=2 * batch * scores * shape.head_size)
+
+
+def step_seconds(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
+    """The predicted time of one backbone step over `num_nodes` tokens a row.
+
+    Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches, heads and acceptance are
+    left out, as in the paper; `context_tokens` are the keys read.
+    Raises: UserError on a count below 1.
+    Paper: Appendix G.3.
+    """
+    if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
+        raise UserError(found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes", need="at least 1 of each")
+    rows = batch * num_nodes
+    linear_s = sum(
+        count * linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes).seconds(limits)
+        for (inputs, outputs), count in shape.linear_widths.items()
+    )
+    attention = attention_work(shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    total_s = shape.num_layers * (linear_s + 2 * attention.seconds(limits))
+    if shape.vocab_size:
+        total_s += linear_work(rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes).seconds(limits)
+    return total_s
+
+
+def step_cost(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
+    """The predicted step cost: a step of `num_nodes` over a step of one."""
+    one_s, many_s = (
+        step_seconds(shape, limits, num_nodes=nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+        for nodes in (1, num_nodes)
+    )
+    return many_s / one_s
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The paper's simulated speedup: an acceleration rate of slope x log(n) over the predicted step cost.
+
+    Paper: Appendix G.3. The rate has no intercept, so it is 0 at one candidate; only ratios between settings mean much.
+    """
+
+    shape: ModelShape
+    limits: Limits
+    slope: float
+    log_base: float
+    max_nodes: int = 256
+
+    def speedup(self, num_nodes: int, *, context_tokens: int, batch: int) -> float:
+        """The simulated speedup with `num_nodes` candidates."""
+        cost = step_cost(self.shape, self.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        return self.slope * math.log(num_nodes, self.log_base) / cost
+
+    def best(self, *, context_tokens: int, batch: int) -> tuple[int, float]:
+        """The number of candidates from 2 to `max_nodes` with the greatest speedup, and that speedup."""
+        one_s = step_seconds(self.shape, self.limits, num_nodes=1, context_tokens=context_tokens, batch=batch)
+        speedups: dict[int, float] = {}
+        for nodes in range(2, self.max_nodes + 1):
+            step_s = step_seconds(self.shape, self.limits, num_nodes=nodes, context_tokens=context_tokens, batch=batch)
+            speedups[nodes] = self.slope * math.log(nodes, self.log_base) * one_s / step_s
+        best = max(speedups, key=lambda nodes: speedups[nodes])
+        return best, speedups[best]

@@ -1,0 +1,346 @@
+"""Run a suite: everything that touches the device on the way to a sealed record."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness import probes
+from harness.arms import ArmRunner
+from harness.clock import device_clock
+from harness.config import ArmSpec, SuiteSpec
+from harness.engine import Engine, best_device, load_engine, load_model
+from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.errors import InvalidMeasurement, UserError
+from harness.paths import resolve_path
+from harness.memory import peak_memory_bytes, reset_peak_memory
+from harness.plan import PlannedTrial, make_plan
+from harness.record_trace import KeptText, record_trace
+from harness.records import (
+    ArmTree,
+    ArmTrees,
+    DeviceLimits,
+    Environment,
+    Failure,
+    Generation,
+    HeadsControl,
+    Likelihood,
+    Likelihoods,
+    Profile,
+    RunRecord,
+    StepCosts,
+    canonical_sha256,
+    write_json,
+)
+from harness.run_store import RunStore
+from harness.suite_prompts import SuitePrompt, suite_prompts, warmup_prompts
+from harness.tiny_heads import train_tiny_heads
+from harness.trace import Trace
+from harness.trees import resolve_trees
+from medusa_impl.tree import DraftTree
+
+_WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line may change about a run."""
+
+    results: Path
+    limit: int | None = None
+    time_budget_s: float | None = None
+    prompts_file: Path | None = None
+    tree_file: Path | None = None
+    resume: Path | None = None
+    allow_hub: bool = False
+    command: str = ""
+
+
+@dataclass
+class _Session:
+    suite: SuiteSpec
+    engine: Engine
+    prompts: tuple[SuitePrompt, ...]
+    warmup: tuple[SuitePrompt, ...]
+    store: RunStore
+    console: Console
+    clock: Callable[[], float]
+    device: torch.device
+
+
+def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
+    """Return the suite with the command line's changes in it."""
+    prompts = suite.prompts
+    if options.prompts_file is not None:
+        prompts = prompts.model_copy(update={"source": "file", "path": options.prompts_file.name, "per_category": None})
+    if options.limit is not None:
+        prompts = prompts.model_copy(update={"limit": options.limit})
+    return suite.model_copy(update={"prompts": prompts})
+
+
+def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions, console: Console) -> Path:
+    """Run a suite, or resume it, and return the folder of its sealed record.
+
+    Raises: UserError for input that cannot be run; InvalidMeasurement where the heads do not beat random ones.
+    """
+    started = time.monotonic()
+    suite = effective_suite(suite, options)
+    device = best_device()
+    beside = suite_file.parent if suite_file is not None else None
+    console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
+    loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub)
+    prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
+    warmup = warmup_prompts(suite, loaded)
+    heads = train_tiny_heads(loaded, suite, prompts=warmup) if suite.heads.train_steps is not None else None
+    engine = load_engine(suite, loaded, beside=beside, heads=heads)
+    if engine.runner.note:
+        console.print(engine.runner.note)
+    environment = describe(engine, suite=suite, prompts=prompts, command=options.command)
+    store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
+    session = _Session(suite, engine, prompts, warmup, store, console, device_clock(device), device)
+
+    calibration = Trace.load(resolve_path(suite.calibration_trace, beside=beside)) if suite.calibration_trace is not None else None
+    _check_calibration(calibration, engine)
+    trees = _prepare(session, calibration, beside=beside, options=options)
+    runners = _runners(session, trees)
+    plan = make_plan(suite, [prompt.key for prompt in prompts])
+    peak = _run_blocks(session, runners, plan, started=started, budget_s=options.time_budget_s)
+    _after(session, runners)
+    record = RunRecord(store.folder)
+    if len({trial.trial.prompt_key for trial in plan}) > len({outcome.trial.prompt_key for outcome in record.outcomes}):
+        done = len({outcome.trial.prompt_key for outcome in record.outcomes})
+        console.print(f"time budget used up: the record holds the first {done} prompts")
+        suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done})})
+        store.write_suite(suite)
+        plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
+    store.seal(
+        suite=suite.name,
+        num_planned=len(plan),
+        elapsed_s=time.monotonic() - started,
+        peak_memory_bytes=max(peak, peak_memory_bytes(device)),
+    )
+    return store.folder
+
+
+def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str) -> Environment:
+    """Return where the record will come from."""
+    commit, dirty = git_state(Path(__file__).parent)
+    return Environment(
+        commit=commit,
+        dirty=dirty,
+        command=command,
+        python=python_version(),
+        packages=package_versions(),
+        device=device_info(engine.runner.backbone.device),
+        engine=engine.runner.mode,
+        dtype=suite.model.dtype,
+        blas=blas_settings(),
+        variables=settings(),
+        backbone_sha256=engine.loaded.sha256,
+        heads_sha256=engine.heads_sha256,
+        prompts_sha256=canonical_sha256([[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]),
+        model_name=engine.loaded.name,
+        weight_bytes=engine.weight_bytes,
+        heads_bytes=engine.heads_bytes,
+        heads_provenance=dict(engine.heads_provenance),
+        assets=engine.loaded.assets,
+        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )
+
+
+def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
+    if calibration is None:
+        return
+    provenance = calibration.provenance
+    if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
+        raise UserError(
+            found="a calibration trace of another model or other heads",
+            need=f"one of backbone {engine.loaded.sha256[:12]} and heads {(engine.heads_sha256 or 'none')[:12]}",
+            where="calibration_trace",
+            do="record it again with medusa-repro trace",
+        )
+
+
+def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | None, options: RunOptions) -> dict[str, ArmTree]:
+    """Measure the device, refuse useless heads, choose the trees; on resume everything is read back instead."""
+    folder, suite, engine = session.store.folder, session.suite, session.engine
+    record = RunRecord(folder)
+    if (folder / "trees.json").exists():
+        session.console.print(f"resuming {folder.name}")
+        return record.trees
+    session.console.print("measuring the device, the draft heads against random ones, and step costs")
+    limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
+    write_json(folder / "device_limits.json", limits)
+    control = _control(session)
+    write_json(folder / "heads_control.json", control)
+    if control.trained_top1[0] <= control.random_top1[0]:
+        raise InvalidMeasurement(
+            f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 on {control.num_positions} positions, need more than the "
+            f"{control.random_top1[0]:.3f} of randomly weighted heads; nothing was timed"
+        )
+    costs = probes.measure_step_costs(
+        engine, suite.probes.step_nodes, context_tokens=suite.probes.step_context_tokens, repeats=suite.probes.step_repeats, clock=session.clock
+    )
+    write_json(folder / "step_costs.json", StepCosts(costs=costs))
+    trees = resolve_trees(
+        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside, override=options.tree_file
+    )
+    write_json(folder / "trees.json", ArmTrees(trees=trees))
+    return trees
+
+
+def _control(session: _Session) -> HeadsControl:
+    arm = ArmSpec(name="control", method="vanilla")
+    longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
+    runner = ArmRunner(session.engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
+    texts = []
+    for prompt in session.warmup[:_CONTROL_PROMPTS]:
+        result = runner.generate(prompt.prompt_ids, seed=None)
+        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+    return probes.control_heads(session.engine, texts)
+
+
+def _runners(session: _Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunner]:
+    longest = max(len(prompt.prompt_ids) for prompt in (*session.prompts, *session.warmup)) + session.suite.max_new_tokens
+    runners = {}
+    for arm in session.suite.arms:
+        tree: DraftTree | None = trees[arm.name].tree() if arm.name in trees else None
+        runners[arm.name] = ArmRunner(
+            session.engine, arm, tree=tree, max_new_tokens=session.suite.max_new_tokens, max_prompt_tokens=longest, clock=session.clock
+        )
+    return runners
+
+
+def _run_blocks(
+    session: _Session, runners: dict[str, ArmRunner], plan: Sequence[PlannedTrial], *, started: float, budget_s: float | None
+) -> int:
+    """Run all blocks that are not done yet; return the peak memory seen."""
+    finished, attempts = session.store.prepare_resume(plan)
+    prompts = {prompt.key: prompt for prompt in session.prompts}
+    todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
+    if todo:
+        _warm_up(session, runners)
+    peak = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=session.console) as progress:
+        task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
+        for block in todo:
+            if budget_s is not None and time.monotonic() - started > budget_s:
+                break
+            for planned in block:
+                progress.update(task, description=f"{planned.trial.arm} on {planned.trial.prompt_key}")
+                outcome = _run_trial(session, runners, planned, prompts[planned.trial.prompt_key], attempt=attempts.get(planned.trial, 0))
+                session.store.append(outcome)
+                if isinstance(outcome, Generation):
+                    peak = max(peak, outcome.peak_memory_bytes or 0)
+                progress.advance(task)
+            _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
+    return peak
+
+
+def _warm_up(session: _Session, runners: dict[str, ArmRunner]) -> None:
+    for prompt in session.warmup[: session.suite.warmup_prompts]:
+        for arm in session.suite.arms:
+            runner = ArmRunner(
+                session.engine,
+                arm,
+                tree=runners[arm.name].tree,
+                max_new_tokens=min(_WARMUP_TOKENS, session.suite.max_new_tokens),
+                max_prompt_tokens=len(prompt.prompt_ids),
+                clock=session.clock,
+            )
+            runner.generate(prompt.prompt_ids, seed=0)
+
+
+def _run_trial(
+    session: _Session, runners: dict[str, ArmRunner], planned: PlannedTrial, prompt: SuitePrompt, *, attempt: int
+) -> Generation | Failure:
+    trial = planned.trial
+    reset_peak_memory(session.device)
+    try:
+        result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
+    except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
+        return Failure(trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=str(error)[:500])
+    return Generation(
+        trial=trial,
+        order=planned.order,
+        attempt=attempt,
+        category=prompt.category,
+        prompt_tokens=len(prompt.prompt_ids),
+        token_ids=result.token_ids,
+        ended_by=result.ended_by,
+        step_tokens=result.step_tokens,
+        step_times_s=result.step_times_s,
+        prefill_s=result.prefill_s,
+        peak_memory_bytes=peak_memory_bytes(session.device),
+        cache_bytes=result.cache_bytes,
+        load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
+    )
+
+
+def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
+    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of this block's vanilla text."""
+    if not session.suite.reports_speed:
+        return
+    vanilla = next(arm.name for arm in session.suite.arms if arm.method == "vanilla" and not arm.stochastic)
+    outcomes = RunRecord(session.store.folder).generations
+    text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
+    if text is None:
+        return
+    context = [*prompt.prompt_ids, *text[: len(text) // 2]]
+    for arm in session.suite.arms:
+        if arm.method in ("vanilla", "medusa") and not arm.stochastic:
+            cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
+            if cost.step_s:
+                session.store.append_arm_steps(cost)
+
+
+def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
+    """Everything that follows the timed part: trace, profile, likelihoods, and the separately timed steps in one file."""
+    folder, suite = session.store.folder, session.suite
+    record = RunRecord(folder)
+    prompts = {prompt.key: prompt for prompt in session.prompts}
+    generations = record.generations
+    vanilla = next(arm.name for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic)
+    texts = [
+        KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)
+        for item in generations
+        if item.trial.arm == vanilla and item.trial.round == 0
+    ]
+    session.console.print("tracing the vanilla texts, profiling, scoring sampled texts")
+    if texts:
+        record_trace(session.engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name}).save(folder / "trace.npz")
+    if suite.reports_speed:
+        chosen = [prompt.prompt_ids for prompt in session.prompts[: suite.probes.profile_prompts]]
+        rows = [
+            probes.profile_arm(runners[arm.name], chosen, seed=None, clock=session.clock)
+            for arm in suite.arms
+            if arm.method in ("vanilla", "medusa") and not arm.stochastic
+        ]
+        write_json(folder / "profile.json", Profile(rows=tuple(rows)))
+    sampled = [item for item in generations if suite.arm(item.trial.arm).stochastic]
+    if sampled:
+        scored = [
+            Likelihood(
+                trial=item.trial,
+                mean_log_likelihood=probes.mean_log_likelihood(
+                    session.engine,
+                    KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by),
+                ),
+            )
+            for item in sampled
+        ]
+        write_json(folder / "likelihoods.json", Likelihoods(rows=tuple(scored)))
+    costs = record.step_costs.costs if record.step_costs is not None else ()
+    by_size = tuple(cost for cost in costs if cost.arm is None)
+    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *session.store.arm_steps())))

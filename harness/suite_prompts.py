@@ -1,0 +1,73 @@
+"""The rendered prompts of a suite: what is measured, and other prompts to warm up with."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from harness.assets import cache_dir, fetch_asset, load_asset_specs
+from harness.config import Frozen, SuiteSpec
+from harness.engine import LoadedModel
+from harness.errors import UserError
+from harness.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
+from harness.training_prompts import training_prompts
+
+_NUM_WARMUP, _RANDOM_TOKENS = 4, (6, 24)
+
+
+class SuitePrompt(Frozen):
+    """One prompt as token ids."""
+
+    key: str
+    category: str | None
+    prompt_ids: tuple[int, ...]
+
+
+def benchmark_prompts(suite: SuiteSpec, *, prompts_file: Path | None, allow_hub: bool) -> tuple[BenchmarkPrompt, ...]:
+    """Return the selected prompts of a suite's source, as text."""
+    spec = suite.prompts
+    if spec.source == "file":
+        file = prompts_file or (Path(spec.path) if spec.path else None)
+        if file is None:
+            raise UserError(found="prompts.source = 'file' without a path", need="a path", where="prompts.path")
+        prompts = load_prompt_file(file)
+    else:
+        specs = load_asset_specs()
+        name = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.source]
+        paths = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=allow_hub).paths
+        prompts = load_mt_bench(paths["questions"]) if spec.source == "mt_bench" else load_human_eval(next(iter(paths.values())))
+    return select_prompts(prompts, per_category=spec.per_category, limit=spec.limit)
+
+
+def suite_prompts(suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False) -> tuple[SuitePrompt, ...]:
+    """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a tiny model."""
+    if suite.prompts.source == "random":
+        return _random_prompts(suite, count=suite.prompts.limit or 8, seed="measured")
+    return tuple(
+        SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]))
+        for prompt in benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=allow_hub)
+    )
+
+
+def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, ...]:
+    """Return prompts for warming up and for the heads' control: held-out training prompts, none of them measured."""
+    if suite.prompts.source == "random":
+        return _random_prompts(suite, count=_NUM_WARMUP, seed="warmup")
+    return tuple(
+        SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text))
+        for prompt in training_prompts(num_prompts=_NUM_WARMUP, seed=7, split="held_out")
+    )
+
+
+def _random_prompts(suite: SuiteSpec, *, count: int, seed: str) -> tuple[SuitePrompt, ...]:
+    if suite.model.tiny is None:
+        raise UserError(found="prompts.source = 'random'", need="a tiny model", where=f"suite {suite.name!r}")
+    source, vocab_size = random.Random(f"{suite.plan_seed}-{seed}"), suite.model.tiny.vocab_size
+    return tuple(
+        SuitePrompt(
+            key=f"{seed}-{number}",
+            category=f"random-{number % 2}",
+            prompt_ids=tuple(source.randrange(vocab_size) for _ in range(source.randint(*_RANDOM_TOKENS))),
+        )
+        for number in range(count)
+    )

@@ -1,0 +1,193 @@
+"""Every transfer form on a made-up record where the claim holds, one where it does not, and one that leaves it open."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.claims import ClaimSpec, Evidence, evaluate_claims, load_claims
+from harness.judgement import ClaimVerdict, Divergence, VerdictKind
+from harness.metrics import comparisons
+from harness.quality.parity import parity_report
+from harness.records import ArmTree, StepCosts
+from harness.tests.fake_record import FakeParts, write_fake_record
+from harness.trace import Trace
+from medusa_impl.tree import DraftTree
+
+YES, NO, OPEN, UNTESTED = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.INCONCLUSIVE, VerdictKind.NOT_TESTED
+ROLES = {"optimised": "optimised_64", "fastest": "optimised_64"}  # the names of the made-up suite
+Spoil = Callable[[FakeParts], object]
+
+
+@pytest.fixture(scope="module")
+def claims() -> dict[str, ClaimSpec]:
+    return {claim.id: claim for claim in load_claims(roles=ROLES)}
+
+
+def _evidence(folder: Path, **options: Any) -> Evidence:
+    record = write_fake_record(folder, **options)
+    return Evidence(record=record, arms=(), comparisons=comparisons(record), parity=parity_report(record))
+
+
+def _judge(claim: ClaimSpec, evidence: Evidence) -> ClaimVerdict:
+    (verdict,) = evaluate_claims([claim], evidence)
+    assert verdict.reason
+    assert (verdict.ours == "") == (verdict.kind is UNTESTED)
+    return verdict
+
+
+def _with_tree(tree: DraftTree) -> Spoil:
+    def spoil(parts: FakeParts) -> None:
+        parts.trees["optimised_64"] = ArmTree(paths=tree.paths, origin="another tree")
+
+    return spoil
+
+
+def _with_losses(change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Spoil:
+    def spoil(parts: FakeParts) -> None:
+        assert parts.trace is not None
+        prompts = [dataclasses.replace(prompt, nll=change(prompt.nll)) for prompt in parts.trace.prompts if prompt.nll is not None]
+        parts.trace = Trace(provenance=parts.trace.provenance, prompts=tuple(prompts))
+
+    return spoil
+
+
+def _flat(losses: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    rng = np.random.default_rng(3)
+    return np.where(np.isnan(losses), np.nan, rng.normal(2.0, 1.0, size=losses.shape))
+
+
+def _with_steps(*, of_arms: float = 1.0, per_node: float | None = None) -> Spoil:
+    """Scale the arms' separately timed steps, or make the bare ones cost 1 + `per_node` x (nodes - 1)."""
+
+    def spoil(parts: FakeParts) -> None:
+        assert parts.step_costs is not None
+        costs = []
+        for cost in parts.step_costs.costs:
+            if cost.arm in parts.trees:
+                cost = cost.model_copy(update={"step_s": tuple(of_arms * step_s for step_s in cost.step_s)})
+            elif cost.arm is None and per_node is not None:
+                cost = cost.model_copy(update={"backbone_s": (0.02 * (1 + per_node * (cost.num_nodes - 1)),)})
+            costs.append(cost)
+        parts.step_costs = StepCosts(costs=tuple(costs))
+
+    return spoil
+
+
+def _other_first_token(parts: FakeParts) -> None:
+    parts.edit(lambda one: {"token_ids": (one.token_ids[0] + 1, *one.token_ids[1:])}, arm="optimised_64", limit=1)
+
+
+DEEP = DraftTree.from_paths([(0,) * depth for depth in range(1, 6)] + [(rank,) for rank in range(1, 59)])
+CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
+    ("A6", YES, {}),
+    ("A6", NO, {"spoil": _other_first_token}),
+    ("A1", YES, {}),
+    ("A1", NO, {"step_s": {"optimised_64": 0.2}}),
+    ("A1", NO, {"spoil": _other_first_token}),
+    ("A1", OPEN, {"step_s": {"optimised_64": 0.069}}),
+    ("A1", UNTESTED, {"reports_speed": False}),
+    ("T3-1", YES, {}),
+    ("T3-1", NO, {"step_s": {"chain": 0.2}}),
+    ("T3-1", OPEN, {"step_s": {"chain": 0.0473}}),
+    ("T3-1", UNTESTED, {"reports_speed": False}),
+    ("T3-2", YES, {"num_prompts": 32}),
+    ("T3-2", NO, {"step_s": {"cartesian": 0.05}}),
+    ("T3-3", YES, {}),
+    ("T3-3", NO, {"spoil": _with_tree(DraftTree.chain(1)), "step_s": {"optimised_64": 0.2}}),
+    ("F4-1", YES, {}),
+    ("F4-1", NO, {"spoil": _with_tree(DraftTree.chain(1))}),
+    ("F4-1", OPEN, {"spoil": _with_tree(DraftTree.cartesian((3, 2, 2, 2)))}),
+    ("F4-1", UNTESTED, {"spoil": _with_tree(DraftTree.cartesian((8, 8)))}),
+    ("F4-1", UNTESTED, {"omit": ("trace.npz",)}),
+    ("F6", YES, {}),
+    ("F6", NO, {"spoil": _with_tree(DEEP)}),
+    ("F6", UNTESTED, {"spoil": _with_tree(DraftTree.chain(3))}),
+    ("F6", UNTESTED, {"head_hits": (0.6, 0.5, 0.4, 0.3)}),
+    ("Q-loss", YES, {}),
+    ("Q-loss", NO, {"spoil": _with_losses(lambda losses: 9 - losses)}),
+    ("Q-loss", OPEN, {"spoil": _with_losses(_flat)}),
+    ("Q-loss", UNTESTED, {"omit": ("trace.npz",)}),
+    ("DEF-nheads", YES, {"head_hits": (0.6, 0.45, 0.3, 0.2, 0.02), "num_prompts": 64}),
+    ("DEF-nheads", NO, {"head_hits": (0.95, 0.95, 0.95, 0.95, 0.95), "num_prompts": 32}),
+    ("DEF-nheads", OPEN, {}),
+    ("DEF-nheads", UNTESTED, {"head_hits": (0.6, 0.5, 0.4, 0.3)}),
+    ("DEF-spd", YES, {}),
+    ("DEF-spd", NO, {"spoil": _with_steps(of_arms=1.2)}),
+    ("DEF-spd", OPEN, {"spoil": _with_steps(of_arms=1.02)}),
+    ("DEF-spd", UNTESTED, {"reports_speed": False}),
+    ("DEF-spd", UNTESTED, {"omit": ("step_costs.json",)}),
+    ("RL-acc", YES, {"head_hits": (0.4, 0.3, 0.25, 0.2, 0.2), "num_prompts": 64}),
+    ("RL-acc", NO, {"head_hits": (0.97, 0.97, 0.97, 0.97, 0.97)}),
+    ("RL-acc", OPEN, {}),
+    ("F4-2", YES, {"spoil": _with_steps(per_node=0.05)}),
+    ("F4-2", OPEN, {"spoil": _with_steps(per_node=0.0)}),
+    ("F4-2", UNTESTED, {"reports_speed": False}),
+    ("F4-2", UNTESTED, {"omit": ("step_costs.json",)}),
+]
+
+
+@pytest.mark.parametrize(("claim_id", "kind", "options"), CASES, ids=[f"{case[0]}-{case[1].value}-{i}" for i, case in enumerate(CASES)])
+def test_verdict(tmp_path: Path, claims: dict[str, ClaimSpec], claim_id: str, kind: VerdictKind, options: dict[str, Any]) -> None:
+    verdict = _judge(claims[claim_id], _evidence(tmp_path / "record", **options))
+    assert verdict.kind is kind, verdict
+    assert verdict.form == "transfer"
+
+
+def test_more_ties_than_rounding_explains_leave_losslessness_open(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    evidence = _evidence(tmp_path / "record")
+    ties = [Divergence(arm="chain", reference="vanilla", prompt_key=f"p{i}", position=3, gap=1e-5, kind="tie") for i in range(3)]
+    for num_ties, kind in ((1, YES), (3, OPEN)):
+        parity = evidence.parity.model_copy(update={"divergences": tuple(ties[:num_ties])})
+        assert _judge(claims["A6"], dataclasses.replace(evidence, parity=parity)).kind is kind
+
+
+def test_ties_of_another_method_are_not_medusas(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    evidence = _evidence(tmp_path / "record")
+    other = Divergence(arm="hf_greedy", reference="vanilla", prompt_key="p", position=3, gap=1.0, kind="bug")
+    parity = evidence.parity.model_copy(update={"divergences": (other,)})
+    assert _judge(claims["A6"], dataclasses.replace(evidence, parity=parity)).kind is YES
+
+
+def test_speed_that_does_not_peak_where_calibration_said(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    """The peak is chosen on calibration text; on text where the heads are far better, more nodes are faster still."""
+    evidence = _evidence(tmp_path / "record", spoil=_with_steps(per_node=0.02), head_hits=(0.9, 0.9, 0.9, 0.9, 0.9))
+    poor = write_fake_record(tmp_path / "poor", head_hits=(0.02, 0.02, 0.02, 0.02, 0.02)).trace
+    verdict = _judge(claims["F4-2"], dataclasses.replace(evidence, calibration=poor))
+    assert verdict.kind is NO, verdict
+    assert verdict.figure_kind == "composed"
+
+
+def test_a_calibration_of_other_heads_is_refused(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    evidence = _evidence(tmp_path / "record")
+    trace = evidence.trace()
+    other = Trace(provenance=trace.provenance.model_copy(update={"heads_hash": "e" * 64}), prompts=trace.prompts)
+    verdict = _judge(claims["DEF-nheads"], dataclasses.replace(evidence, calibration=other))
+    assert verdict.kind is UNTESTED
+    assert "other heads" in verdict.reason
+
+
+def test_without_a_trace_the_logarithm_is_judged_by_its_printed_slope(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    evidence = _evidence(tmp_path / "record", omit=("trace.npz",))
+    verdicts = {verdict.claim_id: verdict for verdict in evaluate_claims(list(claims.values()), evidence)}
+    assert (verdicts["RL-acc"].form, verdicts["RL-acc"].kind) == ("paper-only", NO)
+
+
+def test_a_rung_says_which_part_held(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    verdict = _judge(claims["T3-2"], _evidence(tmp_path / "record", step_s={"cartesian": 0.05}))
+    assert "tokens/step holds" in verdict.reason
+    assert "speed fails" in verdict.reason
+
+
+def test_an_arm_that_was_not_run_is_named(tmp_path: Path) -> None:
+    claims = {claim.id: claim for claim in load_claims()}  # roles as shipped: the made-up suite has no arm `fastest` or `optimised`
+    evidence = _evidence(tmp_path / "record")
+    for claim_id, arm in (("A1", "fastest"), ("T3-3", "optimised"), ("F4-1", "optimised"), ("F6", "optimised")):
+        verdict = _judge(claims[claim_id], evidence)
+        assert verdict.kind is UNTESTED
+        assert arm in verdict.reason

@@ -1,0 +1,87 @@
+"""The README's generated part: replaced exactly between its markers, never from an invalid run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.errors import InvalidMeasurement, UserError
+from harness.judgement import Judgement
+from harness.records import RunRecord
+from harness.report import check_readme, update_between_markers, update_readme
+from harness.tests.fake_judgement import FAILED_CHECK, judge
+from harness.tests.fake_record import write_fake_record
+
+PAGE = "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\nRest.\n"
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    return write_fake_record(tmp_path_factory.mktemp("repo") / "results" / "some-run", num_prompts=8, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def judgement(record: RunRecord) -> Judgement:
+    return judge(record)
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    updated = update_between_markers(PAGE, marker="results", content="new\n\n")
+    assert updated == PAGE.replace("old", "new")
+    assert update_between_markers(updated, marker="results", content="new") == updated
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("no marker", "0 times the marker <!-- begin:results -->"),
+        ("<!-- begin:results -->", "0 times the marker <!-- end:results -->"),
+        (PAGE + PAGE, "2 times"),
+        ("<!-- end:results --><!-- begin:results -->", "<!-- end:results --> before"),
+    ],
+)
+def test_wrong_markers_are_refused(text: str, found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        update_between_markers(text, marker="results", content="new")
+
+
+def test_content_with_a_marker_is_refused() -> None:
+    with pytest.raises(UserError, match="content without markers"):
+        update_between_markers(PAGE, marker="results", content="<!-- end:results -->")
+
+
+def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(record: RunRecord, judgement: Judgement) -> None:
+    readme = record.folder.parent.parent / "README.md"
+    readme.write_text(PAGE)
+    assert not check_readme(readme, record, judgement)
+    update_readme(readme, record, judgement)
+    assert check_readme(readme, record, judgement)
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\n\nRest.\n")
+    assert "T3-9" in text and "optimised_64" in text and "(results/some-run/report.md)" in text
+    readme.write_text(text.replace("2.20x", "2.90x"))
+    assert not check_readme(readme, record, judgement)
+
+
+def test_record_elsewhere_is_named_without_its_place(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(PAGE)
+    update_readme(readme, record, judgement)
+    assert "From the record `some-run`." in readme.read_text() and str(record.folder.parent) not in readme.read_text()
+
+
+def test_invalid_run_never_reaches_the_readme(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(PAGE)
+    with pytest.raises(InvalidMeasurement, match="greedy_parity"):
+        update_readme(readme, record, judgement.model_copy(update={"checks": (FAILED_CHECK,)}))
+    assert readme.read_text() == PAGE
+
+
+def test_readme_without_markers_or_missing_is_a_user_error(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no readable README"):
+        update_readme(tmp_path / "README.md", record, judgement)
+    (tmp_path / "README.md").write_text("# Title\n")
+    with pytest.raises(UserError, match=r"in README\.md"):
+        check_readme(tmp_path / "README.md", record, judgement)

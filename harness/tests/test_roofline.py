@@ -1,0 +1,119 @@
+"""The closed forms against every printed intensity, and the step-time model against sums made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from harness.claims import ClaimSpec, load_claims
+from harness.errors import UserError
+from harness.hardware import load_hardware
+from harness.roofline import (
+    Limits,
+    ModelShape,
+    Simulation,
+    Work,
+    attention_intensity,
+    attention_work,
+    linear_intensity,
+    linear_work,
+    llama_7b_block,
+    step_cost,
+    step_seconds,
+)
+
+UNIT = Limits(bytes_per_s=1.0, flop_per_s=4.0)
+TINY = ModelShape(
+    num_layers=3, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_size=2, intermediate_size=16, vocab_size=32
+)
+
+
+@pytest.fixture(scope="module")
+def registry() -> dict[str, ClaimSpec]:
+    return {claim.id: claim for claim in load_claims()}
+
+
+@pytest.mark.parametrize("claim_id", ["RL-T6", "RL-T7", "RL-T8"])
+def test_closed_form_gives_every_printed_intensity(registry: dict[str, ClaimSpec], claim_id: str) -> None:
+    table = registry[claim_id].table
+    assert table is not None
+    compared = 0
+    for row, printed in zip(table.rows, table.intensity, strict=True):
+        for nodes, value in zip(table.columns, printed, strict=True):
+            if claim_id == "RL-T8":
+                ours = linear_intensity(nodes, batch=row)
+            else:
+                ours = attention_intensity(nodes, context_tokens=row if claim_id == "RL-T6" else 1024)
+            assert abs(ours - value) <= 0.005 + 1e-9, (row, nodes)
+            compared += 1
+    assert compared == 56  # 7 rows of 8 columns; the three tables make 168
+
+
+def test_intensity_is_that_of_the_work() -> None:
+    shape = dataclasses.replace(llama_7b_block(), num_attention_heads=1, num_key_value_heads=1)
+    work = attention_work(shape, 64, context_tokens=1024, batch=5, dtype_bytes=2)
+    assert work.intensity == pytest.approx(attention_intensity(64, context_tokens=1024))
+    assert linear_work(4 * 16, inputs=6656, outputs=17920, dtype_bytes=2).intensity == pytest.approx(linear_intensity(16, batch=4))
+
+
+@pytest.mark.parametrize(("work", "seconds"), [(Work(num_bytes=10, flop=4), 10.0), (Work(num_bytes=1, flop=40), 10.0)])
+def test_time_is_that_of_the_slower_resource(work: Work, seconds: float) -> None:
+    assert work.seconds(UNIT) == seconds
+
+
+def test_step_seconds_adds_up_by_hand() -> None:
+    fast = Limits(bytes_per_s=1.0, flop_per_s=math.inf)  # only bytes count
+    weights = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    widths = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)
+    attention = 2 * (4 * 10 * 2 + (2 * 10 + 4 * 2) * 2)  # two products: scores, keys once a group, queries
+    unembedding = 2 * (8 + 32) + 8 * 32
+    by_hand = 4 * (3 * (weights + 2 * widths + attention) + unembedding)
+    assert step_seconds(TINY, fast, num_nodes=2, context_tokens=10, dtype_bytes=4) == pytest.approx(by_hand)
+
+
+def test_step_cost_is_near_one_below_the_ridge_and_grows_past_it() -> None:
+    limits = load_hardware()["a100-80gb-pcie"].limits
+    costs = [step_cost(llama_7b_block(), limits, num_nodes=nodes, context_tokens=1024) for nodes in (1, 64, 512)]
+    assert costs[0] == 1.0
+    assert costs[1] < 1.1
+    assert costs[2] > 2.5
+
+
+def test_best_is_the_maximum_of_speedup() -> None:
+    simulation = Simulation(shape=llama_7b_block(), limits=UNIT, slope=0.5, log_base=2.0, max_nodes=12)
+    speedups = {nodes: simulation.speedup(nodes, context_tokens=64, batch=2) for nodes in range(2, 13)}
+    nodes, speedup = simulation.best(context_tokens=64, batch=2)
+    assert speedup == pytest.approx(max(speedups.values()))
+    assert speedup == pytest.approx(speedups[nodes])
+
+
+@pytest.mark.parametrize("change", [{"num_nodes": 0}, {"context_tokens": 0}, {"batch": 0}])
+def test_refuses_a_count_below_one(change: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at least 1 of each"):
+        step_seconds(TINY, UNIT, **({"num_nodes": 1, "context_tokens": 1, "batch": 1} | change))
+
+
+def test_refuses_limits_of_zero() -> None:
+    with pytest.raises(UserError, match="limits above 0"):
+        Limits(bytes_per_s=0.0, flop_per_s=1.0)
+
+
+def test_the_papers_devices_carry_the_papers_figures(registry: dict[str, ClaimSpec]) -> None:
+    devices = load_hardware()
+    for claim_id, key in (("RL-hw-A100-80GB-PCIe", "a100-80gb-pcie"), ("RL-hw-A40", "a40"), ("RL-hw-A6000", "a6000")):
+        assert registry[claim_id].value == {
+            "gb_per_s": devices[key].read_bandwidth_gb_per_s,
+            "tflop_per_s": devices[key].dense_fp16_tflop_per_s,
+        }
+    assert [round(device.limits.ridge) for device in devices.values()] == [161, 215, 236]  # the ridges noted beside RL-hw-*
+
+
+@pytest.mark.parametrize("text", ["schema_version = 1\n[devices.x]\nnmae = 'x'\n", "schema_version = 2\n[devices]\n", "not toml"])
+def test_a_bad_hardware_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "hardware.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"hardware\.toml"):
+        load_hardware(path)

@@ -1,0 +1,141 @@
+"""Validation: a whole record has no fault, each kind of damage is found and named, schemas describe what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import UserError
+from harness.records import ArmTree
+from harness.tests.fake_record import FakeParts, write_fake_record
+from harness.validate import json_schemas, validate_record, write_schemas
+
+
+def test_whole_record_has_no_fault(tmp_path: Path) -> None:
+    write_fake_record(tmp_path / "run", num_prompts=8, rounds=2)
+    assert validate_record(tmp_path / "run") == ()
+
+
+def _first(**changes: Any) -> Callable[[FakeParts], object]:
+    return lambda parts: parts.edit(lambda generation: changes, limit=1)
+
+
+def _change_trial(**changes: Any) -> Callable[[FakeParts], object]:
+    return lambda parts: parts.edit(lambda generation: {"trial": generation.trial.model_copy(update=changes)}, arm="vanilla", limit=1)
+
+
+def _environment(**changes: Any) -> Callable[[FakeParts], object]:
+    return lambda parts: setattr(parts, "environment", parts.environment.model_copy(update=changes))
+
+
+def _swap_vanilla_text(parts: FakeParts) -> None:
+    parts.edit(lambda generation: {"token_ids": generation.token_ids[::-1]}, arm="vanilla")
+
+
+def _orphan_tree(parts: FakeParts) -> None:
+    parts.trees["chain"] = ArmTree(paths=((), (0, 0)), origin="made up")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (_first(step_tokens=(1,), step_times_s=(0.1,)), "generations.jsonl:1: found steps of 1 tokens together"),
+        (_first(step_times_s=(0.1,)), "generations.jsonl:1: found 1 step times"),
+        (_first(prefill_s=0.0), "generations.jsonl:1: found a time of no length"),
+        (
+            lambda parts: parts.edit(lambda one: {"step_tokens": (0, *one.step_tokens), "step_times_s": (0.1, *one.step_times_s)}, limit=1),
+            "of no token",
+        ),
+        (
+            _first(token_ids=tuple(range(99)), step_tokens=(98,), step_times_s=(1.0,)),
+            "generations.jsonl:1: found 99 tokens, need at most 40",
+        ),
+        (_change_trial(arm="other"), "found arm 'other'"),
+        (_change_trial(seed=7), "found seed 7"),
+        (_change_trial(round=5), "found round 5, need 0 to 0"),
+        (lambda parts: parts.trees.pop("cartesian"), "trees.json: found no tree of arm 'cartesian'"),
+        (_orphan_tree, "trees.json: tree of arm 'chain'"),
+        (_swap_vanilla_text, "trace.npz: found other tokens for prompt"),
+        (_environment(command="run /data/jane/s.toml"), "environment.json: found an absolute path in 'command'"),
+        (_environment(assets={"model": "/data/jane/m"}), "environment.json: found an absolute path in 'assets'"),
+        (lambda parts: parts.manifest_changes.update(num_generations=3), "generations.jsonl: found 88 generations, need 3"),
+        (lambda parts: parts.manifest_changes.update(num_failures=3), "generations.jsonl: found 0 failures, need 3"),
+        (lambda parts: parts.manifest_changes.update(num_planned=99), "found 88 of 99 planned trials"),
+        (lambda parts: parts.manifest_changes.update(sha256={}), "suite.toml: found a file that the manifest does not seal"),
+    ],
+)
+def test_each_fault_is_found_and_named(tmp_path: Path, spoil: Callable[[FakeParts], object], fault: str) -> None:
+    write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=8, rounds=1)
+    assert any(fault in line for line in validate_record(tmp_path / "run")), validate_record(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["environment.json", "trees.json", "profile.json", "manifest.json", "suite.toml", "generations.jsonl"])
+def test_other_schema_version_is_refused(tmp_path: Path, name: str) -> None:
+    write_fake_record(tmp_path / "run", num_prompts=8, rounds=1)
+    path = tmp_path / "run" / name
+    text = path.read_text()
+    path.write_text(
+        text.replace('"schema_version": 1', '"schema_version": 2')
+        .replace('"schema_version":1', '"schema_version":2')
+        .replace("schema_version = 1", "schema_version = 2")
+    )
+    assert path.read_text() != text
+    assert any(line.startswith(name) and "Input should be 1" in line for line in validate_record(tmp_path / "run"))
+
+
+def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
+    write_fake_record(tmp_path / "run", num_prompts=8, rounds=1)
+    folder = tmp_path / "run"
+    (folder / "profile.json").write_text('{"schema_version": 1}')
+    (folder / "trace.npz").write_bytes(b"PK not really")
+    (folder / "device_limits.json").unlink()
+    with (folder / "generations.jsonl").open("a") as file:
+        file.write('{"torn')
+    faults = validate_record(folder)
+    for fault in (
+        "profile.json: found rows: Field required",
+        "trace.npz: found no readable trace",
+        "generations.jsonl: found a truncated last line",
+        "device_limits.json: found SHA-256 no file",
+        "profile.json: found SHA-256",
+    ):
+        assert any(fault in line for line in faults), (fault, faults)
+    assert not any(str(tmp_path) in line for line in faults), "a fault names a file, not a place"
+
+
+def test_unfinished_record_is_told(tmp_path: Path) -> None:
+    write_fake_record(tmp_path / "run", omit=["manifest.json"], num_prompts=8, rounds=1)
+    (fault,) = validate_record(tmp_path / "run")
+    assert "need the seal" in fault and "resume" in fault
+
+
+def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        validate_record(tmp_path / "none")
+
+
+def test_schemas_know_every_key_that_a_record_writes(tmp_path: Path) -> None:
+    write_fake_record(tmp_path / "run", num_prompts=8, rounds=1)
+    schemas = json_schemas()
+    for path in (tmp_path / "run").glob("*.json"):
+        schema, written = schemas[path.stem], set(json.loads(path.read_text()))
+        assert set(schema["required"]) <= written <= set(schema["properties"]), path.name
+        assert schema["additionalProperties"] is False
+    assert {"suite", "generation", "judgement"} <= set(schemas)
+    assert schemas["generation"]["discriminator"]["propertyName"] == "kind"
+
+
+def test_schemas_are_written_as_files(tmp_path: Path) -> None:
+    paths = write_schemas(tmp_path / "schemas")
+    assert {path.name for path in paths} == {f"{name}.schema.json" for name in json_schemas()}
+    assert all(json.loads(path.read_text()) == json_schemas()[path.name.removesuffix(".schema.json")] for path in paths)
+
+
+def test_schemas_in_no_place_are_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="failed write"):
+        write_schemas(tmp_path / "file")

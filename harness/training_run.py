@@ -1,0 +1,217 @@
+"""`medusa-repro train`: corpus, features, heads, held-out figures, calibration trace; each part resumes where it stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.clock import device_clock
+from harness.config import Frozen, ModelSpec, SuiteSpec
+from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
+from harness.engine import LoadedModel, best_device, load_engine, load_model
+from harness.environment import git_state
+from harness.errors import UserError
+from harness.probes import measure_device_limits
+from harness.prompts import overlap_report
+from harness.record_trace import KeptText, record_trace
+from harness.suite_prompts import benchmark_prompts
+from harness.trace import Trace
+from harness.training_prompts import training_prompts
+from medusa_impl.checkpoint import HeadsProvenance, save_heads
+from medusa_impl.distill import CorpusStore
+from medusa_impl.features import load_features
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.runner import StepRunner
+from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
+
+
+class CalibrationSpec(Frozen):
+    """Text that trees are searched on: greedy answers to held-out training prompts, disjoint from training and benchmark."""
+
+    num_prompts: int = 160
+    max_new_tokens: int = 128
+    seed: int = 3
+
+
+class TrainingSuite(Frozen):
+    """A recipe file: model, corpus, heads and calibration."""
+
+    schema_version: int
+    name: str
+    description: str
+    model: ModelSpec
+    corpus: CorpusSpec
+    recipe: Medusa1Recipe
+    calibration: CalibrationSpec = CalibrationSpec()
+    num_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """What training leaves behind."""
+
+    heads: Path
+    calibration: Path
+
+
+def train_suite(spec: TrainingSuite, *, work: Path, heads_file: Path, calibration_file: Path, console: Console, allow_hub: bool = False) -> TrainingFiles:
+    """Make the corpus, train the heads, and write heads and calibration trace; what is already there is kept.
+
+    Raises: UserError where a training prompt overlaps with a benchmark prompt, or the data cannot train the heads.
+    """
+    loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub)
+    check_overlap(spec, allow_hub=allow_hub)
+    store = CorpusStore(work / "corpus")
+    fill_corpus(spec, work=work, console=console)
+    features = load_features(store, num_heads=spec.recipe.num_heads)
+    console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
+    lm_head = loaded.model.get_output_embeddings()
+    heads = MedusaHeads(
+        num_heads=spec.recipe.num_heads,
+        num_layers=spec.recipe.num_layers,
+        hidden_size=lm_head.weight.shape[1],
+        vocab_size=lm_head.weight.shape[0],
+        architecture=spec.recipe.architecture,
+        lm_head=lm_head,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None)
+
+        def show(step: TrainingStep) -> None:
+            progress.update(task, total=step.num_steps, completed=step.step, description=f"training ({step.vocabulary}) loss {step.loss:.3f}")
+
+        figures = train_medusa1(features, heads, lm_head.weight.detach(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show)
+    print_figures(console, figures)
+    commit, dirty = git_state(Path(__file__).parent)
+    provenance = HeadsProvenance(
+        backbone_name=loaded.name,
+        backbone_sha256=loaded.sha256,
+        recipe=spec.recipe,
+        training=figures,
+        corpus_sha256=features.fingerprint(),
+        commit=commit,
+        dirty=dirty,
+    )
+    save_heads(heads_file, heads, provenance=provenance)
+    calibrate(spec, loaded, heads_file=heads_file, calibration_file=calibration_file, work=work, console=console)
+    return TrainingFiles(heads=heads_file, calibration=calibration_file)
+
+
+def check_overlap(spec: TrainingSuite, *, allow_hub: bool) -> None:
+    """Refuse training prompts that share eight words in a row with MT-Bench or HumanEval."""
+    probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
+    benchmark: list[str] = []
+    for source in ("mt_bench", "human_eval"):
+        suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
+        benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
+    training = [prompt.text for prompt in training_prompts(num_prompts=_num_prompts(spec), seed=spec.corpus.seed)]
+    report = overlap_report(training, benchmark)
+    if not report.clean:
+        first = report.overlaps[0]
+        raise UserError(
+            found=f"{len(report.overlaps)} overlaps, the first {first.ngram!r}",
+            need="no eight words in common with a benchmark prompt",
+            where="the training prompts",
+        )
+
+
+def fill_corpus(spec: TrainingSuite, *, work: Path, console: Console) -> None:
+    """Bring the corpus to its size with one single-threaded process a core: on a CPU they need no barriers between them."""
+    held = sum(len(sample.token_ids) for sample in CorpusStore(work / "corpus").samples(with_states=False))
+    if held >= spec.corpus.num_tokens:
+        return
+    num_workers = spec.num_workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; {num_workers} workers")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=corpus_worker, args=(spec.model_dump(mode="json"), str(work), index, num_workers)) for index in range(num_workers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failed := [worker.exitcode for worker in workers if worker.exitcode]:
+        raise UserError(found=f"corpus workers that ended with {failed}", need="all to finish", where="corpus", do="run the command again: it resumes")
+
+
+def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int) -> None:
+    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough."""
+    spec = TrainingSuite.model_validate(spec_data)
+    if num_workers > 1:
+        torch.set_num_threads(1)
+    loaded = load_model(spec.model, device=best_device())
+    runner = StepRunner(loaded.model, None)
+    prompts = corpus_prompts(loaded.tokenizer, spec=spec.corpus, num_prompts=_num_prompts(spec))[index::num_workers]
+    share = spec.corpus.model_copy(update={"num_tokens": -(-spec.corpus.num_tokens // num_workers)})
+    store = CorpusStore(Path(work) / "corpus", writer=str(index))
+    make_corpus(runner.backbone, prompts, store=store, spec=share, eos_ids=loaded.eos_ids, console=Console(stderr=True, quiet=index > 0), rate_file=store.folder / f"rate-{index}.txt")
+
+
+def calibrate(spec: TrainingSuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
+    """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
+    wanted = spec.calibration
+    corpus = CorpusSpec(
+        num_tokens=10**9, max_new_tokens=wanted.max_new_tokens, sampled_share=0.0, num_rows=32, seed=wanted.seed, split="held_out"
+    )
+    suite = SuiteSpec.model_validate(
+        {
+            "schema_version": 1,
+            "name": "calibration",
+            "description": "-",
+            "max_new_tokens": wanted.max_new_tokens,
+            "model": spec.model,
+            "heads": {"path": str(heads_file)},
+            "prompts": {"source": "mt_bench"},
+            "arms": (),
+        }
+    )
+    engine = load_engine(suite, loaded, beside=None)
+    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
+    store = CorpusStore(work / "calibration")
+    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console)
+    samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
+    texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
+    trace = record_trace(engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"})
+    trace.save(calibration_file)
+    console.print(f"calibration trace: {trace.num_positions} positions of {len(texts)} prompts")
+    return trace
+
+
+def print_figures(console: Console, figures: TrainingFigures, *, show: Callable[[str], None] | None = None) -> None:
+    """Print held-out loss and top-1 per head."""
+    if figures.held_out is None:
+        return
+    for head, (loss, accuracy) in enumerate(zip(figures.held_out.losses(), figures.held_out.top_accuracies(), strict=True), start=1):
+        console.print(f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {100 * (accuracy[0] or 0):.1f} %, top-10 {100 * (accuracy[-1] or 0):.1f} %")
+
+
+def _num_prompts(spec: TrainingSuite) -> int:
+    """Enough prompts for the corpus: answers average more than half of their budget."""
+    return -(-2 * spec.corpus.num_tokens // spec.corpus.max_new_tokens)
+
+
+def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Console) -> None:
+    """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
+
+    Raises: UserError where the corpus is incomplete and `from_scratch` was not given.
+    """
+    store = CorpusStore(work / "corpus")
+    held = sum(len(sample.token_ids) for sample in store.samples(with_states=False))
+    missing = max(0, spec.corpus.num_tokens - held)
+    rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
+    if missing and rates:
+        console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; about {missing / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s")
+    elif missing:
+        device = best_device()
+        throughput = measure_device_limits(device, torch.float32, clock=device_clock(device)).matmul_flop_per_s
+        model = load_model(spec.model, device=torch.device("cpu")).model
+        least = missing * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
+        console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that")
+    if missing and not from_scratch:
+        raise UserError(found=f"{missing} tokens of corpus missing", need="the whole corpus", where="the work folder", do="pass --from-scratch to make it")

@@ -1,0 +1,92 @@
+"""From a suite's tree specifications to trees, with where each came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from harness.config import ArmSpec, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.paths import resolve_path
+from harness.errors import UserError
+from harness.records import ArmTree, StepCost
+from harness.trace import ReplayIndex, Trace
+from medusa_impl.tree import DraftTree, largest_cartesian
+from medusa_impl.tree_search import GrownTree, best_size_for_cost, grow_by_joint_hits, grow_by_marginals, marginal_accuracies
+
+MAX_RANK = 32  # the search considers each head's 32 best tokens
+_SEARCH_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256)
+
+
+def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownTree:
+    """Grow a tree on a calibration trace by head accuracies (`marginals`, the paper's way) or by joint hits (`joint`)."""
+    ranks = trace.ranks[:, :num_heads]
+    if values == "marginals":
+        return grow_by_marginals(marginal_accuracies(ranks, max_rank=MAX_RANK), num_nodes=num_nodes)
+    return grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=MAX_RANK)
+
+
+def fastest_tree(trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, num_heads: int) -> tuple[DraftTree, str]:
+    """Return the nested tree with the most calibrated tokens a second on this machine, and a line that says how it was chosen."""
+    grown = grow(trace, num_nodes=max_nodes, values="joint", num_heads=num_heads)
+    index = ReplayIndex(trace)
+    measured = sorted((cost.num_nodes, float(np.median(cost.step_s))) for cost in costs if cost.arm is None and cost.step_s)
+    if not measured:
+        raise UserError(found="no step times of this machine", need="step costs measured before the trees are chosen", where="the run")
+    nodes, seconds = zip(*measured, strict=True)
+    sizes = [size for size in _SEARCH_SIZES if nodes[0] <= size <= min(max_nodes, nodes[-1])]
+    choice = best_size_for_cost(
+        grown, lambda tree: index.replay(tree).tokens_per_step, cost=lambda size: float(np.interp(size, nodes, seconds)), sizes=sizes
+    )
+    return choice.best.tree, f"joint hits of the calibration trace, size chosen from {len(sizes)} by this machine's step times"
+
+
+def resolve_trees(
+    suite: SuiteSpec, *, calibration: Trace | None, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None, override: Path | None = None
+) -> dict[str, ArmTree]:
+    """Return every Medusa arm's tree; `override` is a tree file from the command line that stands in for all searched ones.
+
+    Raises: UserError where a searched tree has no calibration trace, or a tree is deeper than the heads.
+    """
+    resolved: dict[str, ArmTree] = {}
+    index = ReplayIndex(calibration) if calibration is not None else None
+    for arm in suite.arms:
+        if arm.tree is None:
+            continue
+        heads = min(num_heads, arm.num_heads or num_heads)
+        tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside, override=override)
+        if tree.depth > heads:
+            raise UserError(
+                found=f"a tree of depth {tree.depth}", need=f"at most {heads}, the number of heads", where=f"arm {arm.name!r}", do="prune it"
+            )
+        predicted = index.replay(tree).tokens_per_step if index is not None else None
+        resolved[arm.name] = ArmTree(paths=tree.paths, origin=origin, predicted_tokens_per_step=predicted)
+    return resolved
+
+
+def _resolve(
+    arm: ArmSpec, calibration: Trace | None, *, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None, override: Path | None
+) -> tuple[DraftTree, str]:
+    spec = arm.tree
+    if isinstance(spec, ChainTree):
+        return DraftTree.chain(spec.depth), f"chain of {spec.depth}"
+    if isinstance(spec, CartesianTree):
+        widths = spec.widths if spec.widths is not None else largest_cartesian(num_heads, spec.max_nodes or 0)
+        return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}"
+    if isinstance(spec, FileTree):
+        return DraftTree.from_json(resolve_path(spec.path, beside=beside)), f"file {Path(spec.path).name}"
+    if override is not None:
+        return DraftTree.from_json(override), f"file {override.name} from the command line"
+    if calibration is None:
+        raise UserError(found=f"tree kind {spec.kind!r}" if spec else "no tree", need="a calibration_trace", where=f"arm {arm.name!r}")
+    if isinstance(spec, SearchedTree):
+        tree = grow(calibration, num_nodes=spec.num_nodes, values=spec.values, num_heads=num_heads).tree
+        return tree, f"{spec.values} growth on the calibration trace"
+    assert isinstance(spec, FastestTree)
+    return fastest_tree(calibration, costs=costs, max_nodes=spec.max_nodes, num_heads=num_heads)
+
+
+def tree_fingerprints(trees: Mapping[str, ArmTree]) -> dict[str, str]:
+    """Return each arm's tree fingerprint."""
+    return {arm: tree.tree().fingerprint for arm, tree in trees.items()}

@@ -1,0 +1,221 @@
+"""Whether a record folder is whole: every file loads, agrees with the others and with the seal; and the schemas of those files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from harness.config import SuiteSpec
+from harness.errors import UserError
+from harness.judgement import Judgement
+from harness.records import (
+    ArmTrees,
+    DeviceLimits,
+    Environment,
+    Generation,
+    HeadsControl,
+    Likelihoods,
+    Manifest,
+    Profile,
+    RunRecord,
+    StepCosts,
+    TrialOutcome,
+    file_sha256,
+    write_bytes,
+)
+from harness.report.formatting import holds_absolute_path
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "environment": Environment,
+    "trees": ArmTrees,
+    "step_costs": StepCosts,
+    "profile": Profile,
+    "device_limits": DeviceLimits,
+    "heads_control": HeadsControl,
+    "likelihoods": Likelihoods,
+    "manifest": Manifest,
+    "judgement": Judgement,
+}
+_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json")
+_SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", *_PROBES)
+
+
+def validate_record(folder: Path) -> tuple[str, ...]:
+    """Return every fault of a record folder as one line each; none for a whole record.
+
+    Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite, each generation's sums,
+    each Medusa arm's tree, the trace against the vanilla text, and that nothing names a place on one machine.
+    Raises: UserError if there is no such folder.
+    """
+    record = RunRecord(folder)
+    loaders: dict[str, Callable[[], object]] = {
+        "suite.toml": lambda: record.suite,
+        "environment.json": lambda: record.environment,
+        "trees.json": lambda: record.trees,
+        "generations.jsonl": lambda: record.outcomes,
+        "step_costs.json": lambda: record.step_costs,
+        "profile.json": lambda: record.profile,
+        "device_limits.json": lambda: record.device_limits,
+        "heads_control.json": lambda: record.heads_control,
+        "likelihoods.json": lambda: record.likelihoods,
+        "trace.npz": lambda: record.trace,
+        "manifest.json": lambda: record.manifest,
+    }
+    unreadable = {name: str(fault) for name, load in loaders.items() if (fault := _fault_of(load)) is not None}
+    faults = [f"{name}: {fault}" for name, fault in unreadable.items()]
+    relations: tuple[tuple[set[str], Callable[[RunRecord], Iterator[str]]], ...] = (
+        ({"manifest.json"}, _seal_faults),
+        ({"manifest.json", "generations.jsonl"}, _count_faults),
+        ({"generations.jsonl"}, _sum_faults),
+        ({"suite.toml", "generations.jsonl"}, _trial_faults),
+        ({"suite.toml", "trees.json"}, _tree_faults),
+        ({"suite.toml", "generations.jsonl", "trace.npz"}, _trace_faults),
+        ({"environment.json"}, _place_faults),
+    )
+    for needed, relation in relations:
+        if not needed & set(unreadable):
+            faults += relation(record)
+    return tuple(faults)
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON schema of every file of a record, and of a judgement, by name; `generation` is one line of generations.jsonl."""
+    schemas = {name: model.model_json_schema() for name, model in _MODELS.items()}
+    schemas["suite"] = SuiteSpec.model_json_schema()
+    outcome: TypeAdapter[Any] = TypeAdapter(TrialOutcome)
+    schemas["generation"] = {"title": "TrialOutcome", **outcome.json_schema()}
+    return {name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schemas[name]} for name in sorted(schemas)}
+
+
+def write_schemas(folder: Path) -> tuple[Path, ...]:
+    """Write each schema as `NAME.schema.json` and return the files.
+
+    Raises: UserError if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, schema in json_schemas().items():
+            paths.append(folder / f"{name}.schema.json")
+            write_bytes(paths[-1], (json.dumps(schema, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(found=f"a failed write ({error.strerror})", need="room and permission", where=folder.name) from error
+    return tuple(paths)
+
+
+def _fault_of(load: Callable[[], object]) -> str | None:
+    try:
+        load()
+    except UserError as error:
+        mend = f" (to mend it: {error.do})" if error.do else ""
+        return f"found {error.found}, need {error.need}{mend}"
+    except (UnicodeDecodeError, OSError) as error:
+        return f"found an unreadable file ({type(error).__name__}), need a whole one"
+    return None
+
+
+def _seal_faults(record: RunRecord) -> Iterator[str]:
+    if record.manifest is None:
+        yield "manifest.json: found none, need the seal that a finished run writes last (to mend it: resume the run with the same command)"
+        return
+    sealed = record.manifest.sha256
+    for name, digest in sealed.items():
+        path = record.folder / name
+        found = file_sha256(path)[:12] if path.is_file() else "no file"
+        if found != digest[:12]:
+            yield f"{name}: found SHA-256 {found}, need {digest[:12]} as sealed (to mend it: restore the file or run the suite again)"
+    for name in _SEALED:
+        if name not in sealed and (record.folder / name).exists():
+            yield f"{name}: found a file that the manifest does not seal, need its SHA-256 there"
+
+
+def _count_faults(record: RunRecord) -> Iterator[str]:
+    manifest = record.manifest
+    if manifest is None:
+        return
+    failed = len({failure.trial for failure in record.failures})
+    for noun, found, stated in (
+        ("generations", len(record.generations), manifest.num_generations),
+        ("failures", failed, manifest.num_failures),
+    ):
+        if found != stated:
+            yield f"generations.jsonl: found {found} {noun}, need {stated} as in manifest.json"
+    if not manifest.complete:
+        done = manifest.num_generations + manifest.num_failures
+        yield f"manifest.json: found {done} of {manifest.num_planned} planned trials, need all (to mend it: resume the run)"
+
+
+def _sum_faults(record: RunRecord) -> Iterator[str]:
+    for number, outcome in enumerate(record.outcomes, start=1):
+        if not isinstance(outcome, Generation):
+            continue
+        where = f"generations.jsonl:{number}"
+        if sum(outcome.step_tokens) != outcome.num_tokens - 1:
+            yield f"{where}: found steps of {sum(outcome.step_tokens)} tokens together, need {outcome.num_tokens - 1}, all but the first"
+        if len(outcome.step_times_s) != outcome.num_steps:
+            yield f"{where}: found {len(outcome.step_times_s)} step times, need {outcome.num_steps}, one a step"
+        if any(tokens < 1 for tokens in outcome.step_tokens):
+            yield f"{where}: found a step of no token, need at least one"
+        if any(seconds <= 0 for seconds in (outcome.prefill_s, *outcome.step_times_s)):
+            yield f"{where}: found a time of no length, need seconds above 0"
+
+
+def _trial_faults(record: RunRecord) -> Iterator[str]:
+    suite = record.suite
+    seeds: dict[str, set[int | None]] = {arm.name: set(arm.seeds) or {None} for arm in suite.arms}
+    for number, outcome in enumerate(record.outcomes, start=1):
+        where, trial = f"generations.jsonl:{number}", outcome.trial
+        if trial.arm not in seeds:
+            yield f"{where}: found arm {trial.arm!r}, need one of suite.toml"
+            continue
+        if trial.seed not in seeds[trial.arm]:
+            yield f"{where}: found seed {trial.seed}, need a seed that suite.toml gives arm {trial.arm!r}"
+        if not 0 <= trial.round < suite.rounds:
+            yield f"{where}: found round {trial.round}, need 0 to {suite.rounds - 1}"
+        if isinstance(outcome, Generation) and outcome.num_tokens > suite.max_new_tokens:
+            yield f"{where}: found {outcome.num_tokens} tokens, need at most {suite.max_new_tokens}"
+
+
+def _tree_faults(record: RunRecord) -> Iterator[str]:
+    for arm in record.suite.arms:
+        if arm.method == "medusa" and arm.name not in record.trees:
+            yield f"trees.json: found no tree of arm {arm.name!r}, need one"
+    for name, tree in record.trees.items():
+        fault = _fault_of(tree.tree)
+        if fault is not None:
+            yield f"trees.json: tree of arm {name!r}: {fault}"
+
+
+def _trace_faults(record: RunRecord) -> Iterator[str]:
+    if record.trace is None:
+        return
+    greedy = {arm.name for arm in record.suite.arms if arm.method == "vanilla" and not arm.stochastic}
+    texts: dict[str, set[tuple[int, ...]]] = {}
+    for generation in record.generations:
+        if generation.trial.arm in greedy:
+            texts.setdefault(generation.trial.prompt_key, set()).add(generation.token_ids)
+    for prompt in record.trace.prompts:
+        if tuple(prompt.tokens.tolist()) not in texts.get(prompt.key, set()):
+            yield f"trace.npz: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
+
+
+def _place_faults(record: RunRecord) -> Iterator[str]:
+    for name, value in record.environment.model_dump(mode="json").items():
+        for text in _texts(value):
+            if holds_absolute_path(text):
+                yield f"environment.json: found an absolute path in {name!r}, need none: it tells a machine or a user apart"
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (str(key), *_texts(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)

@@ -1,0 +1,181 @@
+"""Eq. 1 in chunks equals Eq. 1 written out, in value and in gradient, however a batch is padded or cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from medusa_impl.errors import UserError
+from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.losses import NO_TARGET, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss
+
+HIDDEN, VOCAB, NUM_HEADS, NUM_POSITIONS = 12, 50, 3, 23
+LAMBDAS = head_weights(num_heads=NUM_HEADS, lambda_base=0.8)
+SMALL_CHUNKS = 4 * VOCAB * 5  # five rows of logits
+
+
+def _case(architecture: HeadArchitecture) -> tuple[MedusaHeads, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    lm_head = nn.Linear(HIDDEN, VOCAB, bias=False).requires_grad_(False)
+    heads = MedusaHeads(num_heads=NUM_HEADS, num_layers=2, hidden_size=HIDDEN, vocab_size=VOCAB, architecture=architecture, lm_head=lm_head)
+    for parameter in heads.blocks.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    targets = torch.randint(VOCAB, (NUM_POSITIONS, NUM_HEADS), dtype=torch.int32)
+    for head in range(NUM_HEADS):
+        targets[NUM_POSITIONS - 1 - head :, head] = NO_TARGET
+    return heads, lm_head, torch.randn(NUM_POSITIONS, HIDDEN), targets
+
+
+def _plain_loss(heads: MedusaHeads, lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    logits = heads(states, lm_head=lm_head)
+    total = logits.new_zeros(())
+    for head, weight in enumerate(LAMBDAS):
+        total = total + weight * cross_entropy(logits[:, head], targets[:, head].long(), ignore_index=NO_TARGET, reduction="sum")
+    loss: Tensor = total / (targets[:, 0] >= 0).sum()
+    return loss
+
+
+def _gradients(heads: MedusaHeads, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(heads.parameters())))
+
+
+def test_weights_count_heads_from_one() -> None:
+    assert head_weights(num_heads=3, lambda_base=0.8) == pytest.approx((0.8, 0.64, 0.512))
+
+
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_value_and_every_gradient_equal_the_plain_loss(architecture: HeadArchitecture) -> None:
+    """A fused loss elsewhere bypassed the residual blocks, which then had no gradient."""
+    heads, lm_head, states, targets = _case(architecture)
+    plain = _plain_loss(heads, lm_head, states, targets)
+    chunked = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
+    torch.testing.assert_close(chunked.loss, plain)
+    for ours, theirs in zip(_gradients(heads, 3 * chunked.loss), _gradients(heads, 3 * plain), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_sums_and_hits_are_those_of_the_logits(architecture: HeadArchitecture) -> None:
+    heads, lm_head, states, targets = _case(architecture)
+    best = heads(states, lm_head=lm_head).argmax(-1)
+    targets[:4, 1] = best[:4, 1].int()
+    chunked = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
+    assert chunked.num_targets.tolist() == [NUM_POSITIONS - 1 - head for head in range(NUM_HEADS)]
+    assert chunked.num_hits.tolist() == ((best == targets) & (targets >= 0)).sum(0).tolist()
+    assert chunked.num_hits[1] >= 4
+    assert chunked.num_positions == NUM_POSITIONS - 1
+    weighted = (torch.tensor(LAMBDAS, dtype=torch.float64) * chunked.loss_sums).sum() / chunked.num_positions
+    assert float(weighted) == pytest.approx(float(chunked.loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_padding_changes_nothing(architecture: HeadArchitecture) -> None:
+    """One normaliser: elsewhere a term was divided by padded positions, so that the balance moved with padding."""
+    heads, lm_head, states, targets = _case(architecture)
+    padded_states = torch.cat([states, torch.randn(9, HIDDEN)])
+    padded_targets = torch.cat([targets, torch.full((9, NUM_HEADS), NO_TARGET, dtype=torch.int32)])
+    bare = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+    padded = medusa1_loss(padded_states, padded_targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+    torch.testing.assert_close(padded.loss, bare.loss)
+    for ours, theirs in zip(_gradients(heads, padded.loss), _gradients(heads, bare.loss), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up_under_one_normaliser() -> None:
+    heads, lm_head, states, targets = _case("shared")
+    whole = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+    parts = [
+        medusa1_loss(
+            states[part],
+            targets[part],
+            heads=heads,
+            lm_head_weight=lm_head.weight,
+            lambdas=LAMBDAS,
+            num_positions=whole.num_positions,
+        ).loss
+        for part in (slice(0, 3), slice(3, 20), slice(20, None))
+    ]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole.loss)
+
+
+def test_batch_without_targets_has_zero_loss_and_gradient() -> None:
+    for architecture in ("own", "shared"):
+        heads, lm_head, states, targets = _case(architecture)
+        empty = medusa1_loss(states, torch.full_like(targets, NO_TARGET), heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+        assert float(empty.loss.detach()) == 0.0
+        empty.loss.backward()  # type: ignore[no-untyped-call]
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in heads.parameters())
+
+
+def test_subset_keeps_the_most_frequent_tokens_and_renumbers_targets() -> None:
+    subset = TokenSubset.most_frequent(torch.tensor([5, 0, 9, 5, 1]), size=3)
+    assert subset.token_ids.tolist() == [0, 2, 3]
+    targets = torch.tensor([[0, 2], [3, 4], [NO_TARGET, 1]], dtype=torch.int32)
+    assert subset.localise(targets).tolist() == [[0, 1], [2, OUTSIDE_SUBSET], [NO_TARGET, OUTSIDE_SUBSET]]
+
+
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_subset_loss_is_the_plain_loss_over_the_kept_columns(architecture: HeadArchitecture) -> None:
+    heads, lm_head, states, targets = _case(architecture)
+    subset = TokenSubset.most_frequent(torch.bincount(targets[targets >= 0], minlength=VOCAB), size=30)
+    local = subset.localise(targets)
+    logits = heads(states, lm_head=lm_head)[..., subset.token_ids]
+    plain = (
+        sum(
+            weight * cross_entropy(logits[:, head], local[:, head].long().clamp_min(-1), ignore_index=-1, reduction="sum")
+            for head, weight in enumerate(LAMBDAS)
+        )
+        / (targets[:, 0] >= 0).sum()
+    )
+    chunked = medusa1_loss(
+        states,
+        local,
+        heads=heads,
+        lm_head_weight=lm_head.weight[subset.token_ids],
+        lambdas=LAMBDAS,
+        subset=subset,
+        max_logits_bytes=SMALL_CHUNKS,
+    )
+    assert isinstance(plain, Tensor)
+    torch.testing.assert_close(chunked.loss, plain)
+    assert chunked.num_outside == int((local == OUTSIDE_SUBSET).sum()) > 0
+    for ours, theirs in zip(_gradients(heads, chunked.loss), _gradients(heads, plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_products_stay_close_to_float32() -> None:
+    heads, lm_head, states, targets = _case("shared")
+    exact = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+    rounded = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight.bfloat16(), lambdas=LAMBDAS)
+    assert rounded.loss.dtype == torch.float32
+    assert float(rounded.loss.detach()) == pytest.approx(float(exact.loss.detach()), rel=5e-3)
+    for ours, theirs in zip(_gradients(heads, rounded.loss), _gradients(heads, exact.loss), strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.03
+
+
+def test_no_more_than_a_chunk_of_logits_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, lm_head, states, targets = _case("shared")
+    sizes: list[int] = []
+    real = torch.log_softmax
+
+    def spy(logits: Tensor, dim: int) -> Tensor:
+        sizes.append(logits.numel() * logits.element_size())
+        return real(logits, dim=dim)
+
+    monkeypatch.setattr(torch, "log_softmax", spy)
+    medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
+    assert max(sizes) <= SMALL_CHUNKS
+    assert sum(sizes) == int((targets >= 0).sum()) * VOCAB * 4
+
+
+def test_wrong_shapes_and_a_trainable_lm_head_are_refused() -> None:
+    heads, lm_head, states, targets = _case("shared")
+    with pytest.raises(UserError, match="targets of shape"):
+        medusa1_loss(states[:-1], targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS)
+    trainable = lm_head.weight.detach().clone().requires_grad_()
+    with pytest.raises(UserError, match="asks for gradients"):
+        medusa1_loss(states, targets, heads=heads, lm_head_weight=trainable, lambdas=LAMBDAS)
