@@ -130,9 +130,7 @@ def train(
     announce(spec, work=place, from_scratch=from_scratch, console=console)
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
-    files = train_suite(
-        spec, work=place, heads_file=target / "medusa1.safetensors", calibration_file=target / "calibration.npz", console=console, allow_hub=hub
-    )
+    files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
     print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
 
 
@@ -232,7 +230,9 @@ def _find_data(text: str, *, folder: str) -> Path:
     home = Path(str(resources.files("suites"))) / folder
     path = home / f"{text}.toml"
     if not path.is_file():
-        raise UserError(found=f"no {text!r}", need=f"one of {sorted(found.stem for found in home.glob('*.toml'))}", where="the shipped suites")
+        raise UserError(
+            found=f"no {text!r}", need=f"one of {sorted(found.stem for found in home.glob('*.toml'))}", where="the shipped suites"
+        )
     return path
 
 

@@ -49,11 +49,15 @@ def acceptance_rule(arm: ArmSpec, *, seed: int | None, device: torch.device) -> 
 class ArmRunner:
     """Decodes single prompts as one arm; keeps its cache between trials so that allocation is not timed twice."""
 
-    def __init__(self, engine: Engine, arm: ArmSpec, *, tree: DraftTree | None, max_new_tokens: int, max_prompt_tokens: int, clock: Clock) -> None:
+    def __init__(
+        self, engine: Engine, arm: ArmSpec, *, tree: DraftTree | None, max_new_tokens: int, max_prompt_tokens: int, clock: Clock
+    ) -> None:
         if arm.method == "medusa":
             if tree is None:
                 raise UserError(found=f"arm {arm.name!r} without a tree", need="a resolved tree", where="the suite")
-            tree.check_fits(num_heads=min(engine.heads.num_heads, arm.num_heads or engine.heads.num_heads), vocab_size=engine.runner.backbone.vocab_size)
+            tree.check_fits(
+                num_heads=min(engine.heads.num_heads, arm.num_heads or engine.heads.num_heads), vocab_size=engine.runner.backbone.vocab_size
+            )
         self.engine, self.arm, self.tree, self.clock = engine, arm, tree, clock
         self.max_new_tokens = max_new_tokens
         num_nodes = tree.num_nodes if tree is not None else 1
@@ -96,13 +100,14 @@ class ArmRunner:
         )
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
-        """Decode with `generate` of transformers on the stock model; the configuration is written here, not read from the model's folder."""
+        """Decode with `generate` of transformers on the stock model; configured here, not by the model's folder."""
         eos_ids = self.engine.loaded.eos_ids
         lookup = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS} if self.arm.method == "hf_prompt_lookup" else {}
         end: dict[str, Any] = {"eos_token_id": sorted(eos_ids), "pad_token_id": min(eos_ids)} if eos_ids else {"pad_token_id": 0}
         configuration = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **end, **lookup)
         prompt = torch.tensor([list(prompt_ids)], device=self.engine.runner.backbone.device)
-        with self.engine.runner.stock() as model, torch.inference_mode():
+        with self.engine.runner.stock() as stock, torch.inference_mode():
+            model: Any = stock
             marks = _Marks(self.clock, prompt_tokens=prompt.shape[1])
             started = self.clock()
             output = model.generate(
@@ -117,7 +122,7 @@ class ArmRunner:
         first = next(index for index, length in enumerate(lengths) if length >= 1)
         times = [later - earlier for earlier, later in zip(marks.times_s[first:], marks.times_s[first + 1 :], strict=False)]
         gained = [later - earlier for earlier, later in zip(lengths[first:], lengths[first + 1 :], strict=False)]
-        # prompt lookup may accept tokens together with the first one: they belong to the prefill's pass, and the decode clock starts after it
+        # prompt lookup may accept tokens together with the first one: the prefill's pass, before the decode clock starts
         gained_with_first = lengths[first] - 1
         if gained_with_first:
             gained, times = [gained_with_first, *gained], [0.0, *times]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -12,7 +12,7 @@ from harness.claim_evidence import Evidence, Floats, ratio_of_rates, replay_coun
 from harness.claim_forms import LogGrowthForm, SpeedPeaksForm
 from harness.claim_outcomes import Finding, NotTestable, combined, holds, shown
 from harness.intervals import above, bootstrap_totals
-from harness.judgement import VerdictKind
+from harness.judgement import Interval, VerdictKind
 
 
 def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
@@ -25,20 +25,37 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     counts = [replay_counts(one) for one in replays(split.held_out, [grown.nested(size) for size in form.sizes])]
     spec = evidence.record.suite.interval
     columns = [column for tokens, steps in counts for column in (tokens, steps)]
-    interval = bootstrap_totals(lambda *totals: log_fit(totals, form.sizes)[2], *columns, spec=spec, rng=np.random.default_rng(spec.seed))
-    totals = [column.sum() for column in columns]
-    intercept, slope, _ = (float(value) for value in log_fit(totals, form.sizes))
-    rates = [float(tokens / steps) for tokens, steps in zip(totals[::2], totals[1::2], strict=True)]
-    gains = [(rates[i + 1] - rates[i]) / (form.sizes[i + 1] - form.sizes[i]) for i in range(len(rates) - 1)]
-    rising = all(gain > 0 for gain in gains)
-    slowing = all(later <= earlier for earlier, later in pairwise(gains))
-    kind = above(interval, form.min_r_squared) if rising and slowing else VerdictKind.NOT_REPRODUCED
-    shape = f"{'rising' if rising else 'not rising'} throughout, {'ever more slowly' if slowing else 'not ever more slowly'}"
-    reason = (
-        f"from {rates[0]:.2f} at {form.sizes[0]} nodes to {rates[-1]:.2f} at {form.sizes[-1]}, {shape}; "
-        f"R^2 {shown(interval, digits=3)}, needed {form.min_r_squared:g} ({split.origin})"
-    )
-    return Finding(kind=kind, ours=f"{intercept:.2f} + {slope:.3f} ln n", reason=reason, figure_kind="replayed")
+
+    def interval(statistic: Callable[[Sequence[Floats]], Floats]) -> Interval:
+        return bootstrap_totals(lambda *totals: statistic(totals), *columns, spec=spec, rng=np.random.default_rng(spec.seed))
+
+    slope = interval(lambda totals: log_fit(totals, form.sizes)[1])
+    slowing = interval(lambda totals: early_less_late_gain(totals, form.sizes))
+    fit = interval(lambda totals: log_fit(totals, form.sizes)[2])
+    rates = [float(tokens.sum() / steps.sum()) for tokens, steps in counts]
+    ends = f"{rates[0]:.2f} tokens/step at {form.sizes[0]} nodes, {rates[-1]:.2f} at {form.sizes[-1]}"
+    parts = [
+        _part(above(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"rising ({ends})"),
+        _part(above(slowing, 0.0), "", name="ever more slowly"),
+        _part(above(fit, form.min_r_squared), f"R^2 {shown(fit, digits=3)}", name=f"R^2 of {form.min_r_squared:g}"),
+    ]
+    both = combined(parts)
+    return replace(both, ours=f"{parts[0].ours}, {parts[2].ours}", reason=f"{both.reason} ({split.origin})")
+
+
+def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
+    return Finding(kind=kind, ours=ours, reason=f"{name} {holds(kind)}", figure_kind="replayed")
+
+
+def early_less_late_gain(totals: Sequence[Floats], sizes: Sequence[int]) -> Floats:
+    """Return the gain a node over the first half of the sizes less that over the second: above 0 for a curve that bends down.
+
+    Shapes: as in `log_fit`.
+    """
+    rates = [np.asarray(top / bottom) for top, bottom in zip(totals[::2], totals[1::2], strict=True)]
+    middle, last = len(sizes) // 2, len(sizes) - 1
+    early = (rates[middle] - rates[0]) / (sizes[middle] - sizes[0])
+    return np.asarray(early - (rates[last] - rates[middle]) / (sizes[last] - sizes[middle]))
 
 
 def log_fit(totals: Sequence[Floats], sizes: Sequence[int]) -> tuple[Floats, Floats, Floats]:

@@ -100,7 +100,7 @@ class SpeedIdentityForm(_Form):
 
 
 class LogGrowthForm(_Form):
-    """Tokens/step of the best trees of `sizes` nodes rises, ever more slowly, and fits a + b log n with R^2 of at least the bound."""
+    """Tokens/step of the best trees of `sizes` nodes rises, less a node late than early, and fits a + b log n with R^2 above the bound."""
 
     test: Literal["log_growth"]
     sizes: tuple[int, ...] = Field(min_length=4)

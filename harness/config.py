@@ -16,7 +16,7 @@ SUITE_SCHEMA_VERSION = 1
 class Frozen(BaseModel):
     """Base of every configuration and record model: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class TinyModelSpec(Frozen):

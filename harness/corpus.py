@@ -48,7 +48,14 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
 
 
 def make_corpus(
-    backbone: Backbone, prompts: Sequence[CorpusPrompt], *, store: CorpusStore, spec: CorpusSpec, eos_ids: frozenset[int], console: Console, rate_file: Path | None = None
+    backbone: Backbone,
+    prompts: Sequence[CorpusPrompt],
+    *,
+    store: CorpusStore,
+    spec: CorpusSpec,
+    eos_ids: frozenset[int],
+    console: Console,
+    rate_file: Path | None = None,
 ) -> int:
     """Generate until the store holds `num_tokens` tokens of answers to these prompts or they run out; return how many it holds.
 

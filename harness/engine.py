@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from harness.asset_files import tensors_sha256
 from harness.assets import FetchedAsset, cache_dir, fetch_asset, load_asset_specs
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.errors import UserError
@@ -55,8 +57,8 @@ class Engine:
         """Bytes of the backbone's weights that one decoding step reads (an embedding table is read by rows, not whole)."""
         model = self.loaded.model
         counted = {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in model.parameters()}
-        embedding = model.get_input_embeddings().weight
-        if embedding.data_ptr() != model.get_output_embeddings().weight.data_ptr():
+        embedding, lm_head = embedding_weights(model)
+        if embedding.data_ptr() != lm_head.data_ptr():
             counted.pop(embedding.data_ptr(), None)
         return sum(counted.values())
 
@@ -66,8 +68,15 @@ class Engine:
         if self.runner.heads is None:
             return 0
         own = sum(parameter.numel() * parameter.element_size() for parameter in self.runner.heads.parameters())
-        lm_head = self.loaded.model.get_output_embeddings().weight
+        _, lm_head = embedding_weights(self.loaded.model)
         return own + (lm_head.numel() * lm_head.element_size() if self.runner.heads.architecture == "shared" else 0)
+
+
+def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Return the weights of the token embedding and of the LM head, `[V, H]` each; tied models return one tensor twice."""
+    embedding: Any = model.get_input_embeddings()
+    lm_head: Any = model.get_output_embeddings()
+    return embedding.weight, lm_head.weight
 
 
 def best_device() -> torch.device:
@@ -98,8 +107,10 @@ def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(found=f"a model that does not load ({str(error).splitlines()[0]})", need="a whole model folder", where=name) from error
-    sha256 = backbone_sha256(model)
+        raise UserError(
+            found=f"a model that does not load ({str(error).splitlines()[0]})", need="a whole model folder", where=name
+        ) from error
+    sha256 = tensors_sha256(folder)  # of the stored tensors: the same whatever dtype they are loaded in
     return LoadedModel(model=model.to(device).eval(), tokenizer=tokenizer, name=name, sha256=sha256, eos_ids=_eos_ids(model), assets=assets)
 
 
@@ -117,7 +128,9 @@ def load_engine(
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    eos = (model.generation_config.eos_token_id if model.generation_config is not None else None) or model.config.eos_token_id
+    generation: Any = model.generation_config
+    eos = getattr(generation, "eos_token_id", None)
+    eos = eos if eos is not None else model.config.eos_token_id
     if eos is None:
         return frozenset()
     return frozenset(eos if isinstance(eos, list) else [eos])

@@ -15,7 +15,15 @@ import torch
 from harness.records import DeviceInfo
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
-_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_AFFINITY", "OPENBLAS_CORETYPE", "MALLOC_ARENA_MAX", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "KMP_AFFINITY",
+    "OPENBLAS_CORETYPE",
+    "MALLOC_ARENA_MAX",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -51,7 +59,12 @@ def device_info(device: torch.device) -> DeviceInfo:
         details = {"capability": f"{properties.major}.{properties.minor}", "cuda": str(torch.version.cuda)}
         kind, name, memory = "cuda", properties.name, properties.total_memory
     else:
-        kind, name, memory, details = "cpu", _cpu_name(), psutil.virtual_memory().total, {"capability": torch.backends.cpu.get_cpu_capability()}
+        kind, name, memory, details = (
+            "cpu",
+            _cpu_name(),
+            psutil.virtual_memory().total,
+            {"capability": torch.backends.cpu.get_cpu_capability()},
+        )
     return DeviceInfo.model_validate(
         {
             "kind": kind,

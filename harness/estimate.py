@@ -34,7 +34,9 @@ def print_plan(suite: SuiteSpec, *, results: Path, console: Console) -> None:
         table.add_row(arm.name, arm.method, tree, str(len(arm.seeds) or "-"), str(trials), f"{minutes:.1f}" if minutes is not None else "?")
     console.print(table)
     console.print(f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each")
-    console.print(f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown")
+    console.print(
+        f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown"
+    )
 
 
 def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[str, float], str | None]:

@@ -16,5 +16,5 @@ def resolve_path(text: str, *, beside: Path | None) -> Path:
     shipped = Path(str(resources.files("suites")))
     for candidate in (Path(text), *((beside / text,) if beside is not None else ()), shipped / text):
         if candidate.exists():
-            return candidate
+            return Path(candidate)
     raise UserError(found=f"no file {text!r}", need="a file that exists, beside the suite or under suites/", where="the suite")

@@ -44,8 +44,8 @@ def measure_device_limits(device: torch.device, dtype: torch.dtype, *, clock: Cl
 def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: int, repeats: int, clock: Clock) -> tuple[StepCost, ...]:
     """Time the backbone step, and the whole step around it, at each number of nodes at one context length, sizes interleaved.
 
-    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so the trees are the first nodes of
-    a Cartesian one. The whole step adds heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
+    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so any tree of that size
+    serves. The whole step adds heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
     """
     backbone = engine.runner.backbone
     cache = backbone.new_cache(batch_size=1, max_length=context_tokens + max(sizes))
@@ -53,7 +53,10 @@ def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: 
     shapes = {size: tree_buffers(_tree_of(size, num_heads=engine.heads.num_heads), device=backbone.device) for size in sizes}
     alone: dict[int, list[float]] = {size: [] for size in sizes}
     whole: dict[int, list[float]] = {size: [] for size in sizes}
-    states, roots = torch.ones(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device), torch.zeros(1, dtype=torch.long, device=backbone.device)
+    states, roots = (
+        torch.ones(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device),
+        torch.zeros(1, dtype=torch.long, device=backbone.device),
+    )
     for repeat, size in itertools.product(range(repeats + 2), sizes):
         buffers = shapes[size]
         with torch.inference_mode():
@@ -87,12 +90,10 @@ def _tree_of(num_nodes: int, *, num_heads: int) -> DraftTree:
     return DraftTree.from_paths([(), *chain, *((rank,) for rank in range(1, num_nodes - len(chain)))])
 
 
-def measure_arm_steps(
-    runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock
-) -> StepCost:
+def measure_arm_steps(runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock) -> StepCost:
     """Time a few whole steps of one arm behind a given context, with the backbone's part of each.
 
-    The context is kept text, so that acceptance and compaction do what they do in a generation. The prefill and the first step are left out.
+    The context is kept text, so that acceptance and compaction do what they do in a generation. Prefill and first step are left out.
     """
     timer = SectionTimer(clock)
     backbone_s: list[float] = []
@@ -149,7 +150,7 @@ def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -
     for text in texts:
         states, _ = kept_states(engine.runner.backbone, text)
         for name, heads in (("trained", trained), ("random", random), ("identity", identity)):
-            ranks, _ = rank_rows(heads, engine.runner.backbone.lm_head, states, text.token_ids)
+            ranks, _, _ = rank_rows(heads, engine.runner.backbone.lm_head, states, text.token_ids)
             hits[name] += (ranks == 0).sum(0)
         counts += (ranks >= 0).sum(0)
     share = {name: tuple((hit / counts.clamp_min(1)).tolist()) for name, hit in hits.items()}

@@ -95,7 +95,11 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
             turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else None)
             if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
                 raise UserError(found=f"keys {sorted(row)}", need="a non-empty `prompt` string or `turns` list", where=where)
-            prompts.append(BenchmarkPrompt(key=str(row.get("key", f"{path.stem}-{number}")), category=str(row.get("category", "own")), turns=tuple(turns)))
+            prompts.append(
+                BenchmarkPrompt(
+                    key=str(row.get("key", f"{path.stem}-{number}")), category=str(row.get("category", "own")), turns=tuple(turns)
+                )
+            )
     if len({prompt.key for prompt in prompts}) != len(prompts):
         raise UserError(found="a key used twice", need="distinct keys", where=path.name)
     if not prompts:

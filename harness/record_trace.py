@@ -19,6 +19,8 @@ from harness.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 
+HEAD_TIE_MARGIN = 1e-4  # rounding moves a float32 logit by about 1e-5 between shapes
+MAX_TREE_RANK = 32
 _CHUNK_POSITIONS = 32  # bounds the logits in flight to 32 * K * V values
 
 
@@ -50,15 +52,17 @@ def kept_states(backbone: Backbone, text: KeptText) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def rank_rows(heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return ranks and losses of the true tokens under every head.
+def rank_rows(heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, token_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ranks and losses of the true tokens under every head, and where rounding could move a rank that a tree may name.
 
     The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id.
-    Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with nan there.
+    Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with nan
+    there, ties `[n, K]` boolean.
     """
     num_tokens, num_heads = len(token_ids), heads.num_heads
     ranks = torch.full((num_tokens, num_heads), -1, dtype=torch.int32)
     losses = torch.full((num_tokens, num_heads), torch.nan, dtype=torch.float32)
+    ties = torch.zeros(num_tokens, num_heads, dtype=torch.bool)
     padded = torch.tensor([*token_ids, *[0] * num_heads], device=states.device)
     ids = torch.arange(heads.vocab_size, device=states.device)
     for start in range(0, num_tokens - 1, _CHUNK_POSITIONS):
@@ -71,7 +75,9 @@ def rank_rows(heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, toke
         inside = rows[:, None] + 1 + torch.arange(num_heads, device=states.device) < num_tokens
         ranks[rows.cpu()] = torch.where(inside, rank.int(), -1).cpu()
         losses[rows.cpu()] = torch.where(inside, loss, torch.nan).cpu()
-    return ranks, losses
+        near = ((logits - truth).abs() <= HEAD_TIE_MARGIN).sum(-1) > 1
+        ties[rows.cpu()] = (near & inside & (rank <= MAX_TREE_RANK)).cpu()
+    return ranks, losses, ties
 
 
 def record_trace(
@@ -79,11 +85,12 @@ def record_trace(
 ) -> Trace:
     """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the heads' losses."""
     backbone, heads = engine.runner.backbone, engine.heads
-    prompts = []
+    prompts, head_ties = [], list[list[str | int]]()
     for text in texts:
         states, logits = kept_states(backbone, text)
         best = logits.float().topk(2, dim=-1).values
-        ranks, losses = rank_rows(heads, backbone.lm_head, states, text.token_ids)
+        ranks, losses, ties = rank_rows(heads, backbone.lm_head, states, text.token_ids)
+        head_ties += [[text.key, row + 1, head + 1] for row, head in ties.nonzero().tolist()]
         prompts.append(
             PromptTrace(
                 key=text.key,
@@ -104,6 +111,6 @@ def record_trace(
         dtype=str(backbone.dtype).removeprefix("torch."),
         max_new_tokens=max_new_tokens,
         versions=package_versions(),
-        extra=dict(extra),
+        extra={**extra, "head_ties": head_ties},  # type: ignore[dict-item]
     )
     return Trace(provenance=provenance, prompts=tuple(prompts))

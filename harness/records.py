@@ -1,8 +1,8 @@
 """What a run leaves on disk: versioned, validated records; everything after them is a function of them.
 
 A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by line), the probes
-(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`), `trace.npz`, and, last, `manifest.json`, which seals it with the
-SHA-256 of every other file. No clock, device or torch is needed to read one.
+(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`), `trace.npz`, and, last, `manifest.json`, which seals it
+with the SHA-256 of every other file. No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ class RunRecord:
         done = {outcome.trial for outcome in self.outcomes if isinstance(outcome, Generation)}
         return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done)
 
-    @property
+    @cached_property
     def generations(self) -> tuple[Generation, ...]:
         """One generation a trial: the last whose timing is valid, else the last."""
         chosen: dict[TrialKey, Generation] = {}
@@ -327,7 +327,9 @@ class RunRecord:
         for name, digest in self.manifest.sha256.items():
             found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
             if found != digest:
-                raise UserError(found=f"SHA-256 {found[:12]}", need=f"{digest[:12]}", where=name, do="restore the file or run the suite again")
+                raise UserError(
+                    found=f"SHA-256 {found[:12]}", need=f"{digest[:12]}", where=name, do="restore the file or run the suite again"
+                )
 
     def _text(self, name: str) -> str:
         try:

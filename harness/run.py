@@ -22,8 +22,8 @@ from harness.config import ArmSpec, SuiteSpec
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import InvalidMeasurement, UserError
-from harness.paths import resolve_path
 from harness.memory import peak_memory_bytes, reset_peak_memory
+from harness.paths import resolve_path
 from harness.plan import PlannedTrial, make_plan
 from harness.record_trace import KeptText, record_trace
 from harness.records import (
@@ -185,11 +185,15 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
     write_json(folder / "heads_control.json", control)
     if control.trained_top1[0] <= control.random_top1[0]:
         raise InvalidMeasurement(
-            f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 on {control.num_positions} positions, need more than the "
-            f"{control.random_top1[0]:.3f} of randomly weighted heads; nothing was timed"
+            f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 on {control.num_positions} positions, "
+            f"need more than the {control.random_top1[0]:.3f} of randomly weighted heads; nothing was timed"
         )
     costs = probes.measure_step_costs(
-        engine, suite.probes.step_nodes, context_tokens=suite.probes.step_context_tokens, repeats=suite.probes.step_repeats, clock=session.clock
+        engine,
+        suite.probes.step_nodes,
+        context_tokens=suite.probes.step_context_tokens,
+        repeats=suite.probes.step_repeats,
+        clock=session.clock,
     )
     write_json(folder / "step_costs.json", StepCosts(costs=costs))
     trees = resolve_trees(
@@ -335,7 +339,9 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
                 trial=item.trial,
                 mean_log_likelihood=probes.mean_log_likelihood(
                     session.engine,
-                    KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by),
+                    KeptText(
+                        item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by
+                    ),
                 ),
             )
             for item in sampled

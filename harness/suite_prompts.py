@@ -39,7 +39,9 @@ def benchmark_prompts(suite: SuiteSpec, *, prompts_file: Path | None, allow_hub:
     return select_prompts(prompts, per_category=spec.per_category, limit=spec.limit)
 
 
-def suite_prompts(suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False) -> tuple[SuitePrompt, ...]:
+def suite_prompts(
+    suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False
+) -> tuple[SuitePrompt, ...]:
     """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a tiny model."""
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=suite.prompts.limit or 8, seed="measured")

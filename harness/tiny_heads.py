@@ -52,9 +52,9 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
     )
     with tempfile.TemporaryDirectory() as folder:
         store = CorpusStore(Path(folder) / "corpus")
-        generate_corpus(
-            backbone, texts, store=store, num_rows=_NUM_ROWS, max_new_tokens=suite.max_new_tokens, eos_ids=loaded.eos_ids
-        )
+        generate_corpus(backbone, texts, store=store, num_rows=_NUM_ROWS, max_new_tokens=suite.max_new_tokens, eos_ids=loaded.eos_ids)
         features = load_features(store, num_heads=suite.heads.num_heads)
-        train_medusa1(features, heads, backbone.lm_head.weight.detach(), recipe=recipe, checkpoint_dir=Path(folder) / "train")  # type: ignore[arg-type,operator]
+        train_medusa1(
+            features, heads, backbone.lm_head.get_parameter("weight").detach(), recipe=recipe, checkpoint_dir=Path(folder) / "train"
+        )
     return heads

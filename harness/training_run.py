@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +18,7 @@ from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.engine import LoadedModel, best_device, load_engine, load_model
 from harness.environment import git_state
 from harness.errors import UserError
+from harness.paths import resolve_path
 from harness.probes import measure_device_limits
 from harness.prompts import overlap_report
 from harness.record_trace import KeptText, record_trace
@@ -25,8 +26,8 @@ from harness.suite_prompts import benchmark_prompts
 from harness.trace import Trace
 from harness.training_prompts import training_prompts
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
-from medusa_impl.distill import CorpusStore
-from medusa_impl.features import load_features
+from medusa_impl.distill import CorpusStore, pack_corpus, unpack_corpus
+from medusa_impl.features import add_states, load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import StepRunner
 from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
@@ -41,7 +42,7 @@ class CalibrationSpec(Frozen):
 
 
 class TrainingSuite(Frozen):
-    """A recipe file: model, corpus, heads and calibration."""
+    """A recipe file: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus that spares making it."""
 
     schema_version: int
     name: str
@@ -51,6 +52,7 @@ class TrainingSuite(Frozen):
     recipe: Medusa1Recipe
     calibration: CalibrationSpec = CalibrationSpec()
     num_workers: int | None = None
+    packed_corpus: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,27 @@ class TrainingFiles:
 
     heads: Path
     calibration: Path
+    corpus: Path
 
 
-def train_suite(spec: TrainingSuite, *, work: Path, heads_file: Path, calibration_file: Path, console: Console, allow_hub: bool = False) -> TrainingFiles:
-    """Make the corpus, train the heads, and write heads and calibration trace; what is already there is kept.
+def train_suite(
+    spec: TrainingSuite, *, work: Path, target: Path, console: Console, from_scratch: bool = False, allow_hub: bool = False
+) -> TrainingFiles:
+    """Make or unpack the corpus, train the heads, and write heads, packed corpus and calibration trace; what is already there is kept.
 
     Raises: UserError where a training prompt overlaps with a benchmark prompt, or the data cannot train the heads.
     """
     loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub)
     check_overlap(spec, allow_hub=allow_hub)
+    files = TrainingFiles(target / "medusa1.safetensors", target / "calibration.npz", target / "corpus.safetensors")
     store = CorpusStore(work / "corpus")
-    fill_corpus(spec, work=work, console=console)
+    if not from_scratch and spec.packed_corpus is not None and not store.shard_files():
+        store = unpacked_corpus(spec, loaded, work=work, console=console)
+    else:
+        fill_corpus(spec, work=work, console=console)
     features = load_features(store, num_heads=spec.recipe.num_heads)
     console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
-    lm_head = loaded.model.get_output_embeddings()
+    lm_head: Any = loaded.model.get_output_embeddings()
     heads = MedusaHeads(
         num_heads=spec.recipe.num_heads,
         num_layers=spec.recipe.num_layers,
@@ -86,9 +95,13 @@ def train_suite(spec: TrainingSuite, *, work: Path, heads_file: Path, calibratio
         task = progress.add_task("training", total=None)
 
         def show(step: TrainingStep) -> None:
-            progress.update(task, total=step.num_steps, completed=step.step, description=f"training ({step.vocabulary}) loss {step.loss:.3f}")
+            progress.update(
+                task, total=step.num_steps, completed=step.step, description=f"training ({step.vocabulary}) loss {step.loss:.3f}"
+            )
 
-        figures = train_medusa1(features, heads, lm_head.weight.detach(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show)
+        figures = train_medusa1(
+            features, heads, lm_head.weight.detach(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show
+        )
     print_figures(console, figures)
     commit, dirty = git_state(Path(__file__).parent)
     provenance = HeadsProvenance(
@@ -100,9 +113,27 @@ def train_suite(spec: TrainingSuite, *, work: Path, heads_file: Path, calibratio
         commit=commit,
         dirty=dirty,
     )
-    save_heads(heads_file, heads, provenance=provenance)
-    calibrate(spec, loaded, heads_file=heads_file, calibration_file=calibration_file, work=work, console=console)
-    return TrainingFiles(heads=heads_file, calibration=calibration_file)
+    save_heads(files.heads, heads, provenance=provenance)
+    pack_corpus(store.samples(with_states=False), files.corpus)
+    calibrate(spec, loaded, heads_file=files.heads, calibration_file=files.calibration, work=work, console=console)
+    return files
+
+
+def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
+    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where it stopped."""
+    assert spec.packed_corpus is not None
+    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None)))
+    runner = StepRunner(loaded.model, None)
+    columns = (TextColumn("states"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("states", total=len(samples))
+        return add_states(
+            runner.backbone,
+            samples,
+            cache_folder=work,
+            backbone_sha256=loaded.sha256,
+            on_sample=lambda sample: progress.advance(task),
+        )
 
 
 def check_overlap(spec: TrainingSuite, *, allow_hub: bool) -> None:
@@ -131,13 +162,18 @@ def fill_corpus(spec: TrainingSuite, *, work: Path, console: Console) -> None:
     num_workers = spec.num_workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=corpus_worker, args=(spec.model_dump(mode="json"), str(work), index, num_workers)) for index in range(num_workers)]
+    workers = [
+        context.Process(target=corpus_worker, args=(spec.model_dump(mode="json"), str(work), index, num_workers))
+        for index in range(num_workers)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
-        raise UserError(found=f"corpus workers that ended with {failed}", need="all to finish", where="corpus", do="run the command again: it resumes")
+        raise UserError(
+            found=f"corpus workers that ended with {failed}", need="all to finish", where="corpus", do="run the command again: it resumes"
+        )
 
 
 def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int) -> None:
@@ -150,7 +186,15 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     prompts = corpus_prompts(loaded.tokenizer, spec=spec.corpus, num_prompts=_num_prompts(spec))[index::num_workers]
     share = spec.corpus.model_copy(update={"num_tokens": -(-spec.corpus.num_tokens // num_workers)})
     store = CorpusStore(Path(work) / "corpus", writer=str(index))
-    make_corpus(runner.backbone, prompts, store=store, spec=share, eos_ids=loaded.eos_ids, console=Console(stderr=True, quiet=index > 0), rate_file=store.folder / f"rate-{index}.txt")
+    make_corpus(
+        runner.backbone,
+        prompts,
+        store=store,
+        spec=share,
+        eos_ids=loaded.eos_ids,
+        console=Console(stderr=True, quiet=index > 0),
+        rate_file=store.folder / f"rate-{index}.txt",
+    )
 
 
 def calibrate(spec: TrainingSuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
@@ -177,18 +221,21 @@ def calibrate(spec: TrainingSuite, loaded: LoadedModel, *, heads_file: Path, cal
     make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console)
     samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
     texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
-    trace = record_trace(engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"})
+    trace = record_trace(
+        engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"}
+    )
     trace.save(calibration_file)
     console.print(f"calibration trace: {trace.num_positions} positions of {len(texts)} prompts")
     return trace
 
 
-def print_figures(console: Console, figures: TrainingFigures, *, show: Callable[[str], None] | None = None) -> None:
+def print_figures(console: Console, figures: TrainingFigures) -> None:
     """Print held-out loss and top-1 per head."""
     if figures.held_out is None:
         return
     for head, (loss, accuracy) in enumerate(zip(figures.held_out.losses(), figures.held_out.top_accuracies(), strict=True), start=1):
-        console.print(f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {100 * (accuracy[0] or 0):.1f} %, top-10 {100 * (accuracy[-1] or 0):.1f} %")
+        first, tenth = (100 * (accuracy[rank] or 0) for rank in (0, -1))
+        console.print(f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {first:.1f} %, top-10 {tenth:.1f} %")
 
 
 def _num_prompts(spec: TrainingSuite) -> int:
@@ -203,15 +250,24 @@ def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Co
     """
     store = CorpusStore(work / "corpus")
     held = sum(len(sample.token_ids) for sample in store.samples(with_states=False))
-    missing = max(0, spec.corpus.num_tokens - held)
+    missing = 0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, spec.corpus.num_tokens - held)
     rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
     if missing and rates:
-        console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; about {missing / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s")
+        console.print(
+            f"corpus: {held} of {spec.corpus.num_tokens} tokens; about {missing / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s"
+        )
     elif missing:
         device = best_device()
         throughput = measure_device_limits(device, torch.float32, clock=device_clock(device)).matmul_flop_per_s
         model = load_model(spec.model, device=torch.device("cpu")).model
         least = missing * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
-        console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that")
+        console.print(
+            f"corpus: {held} of {spec.corpus.num_tokens} tokens; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that"
+        )
     if missing and not from_scratch:
-        raise UserError(found=f"{missing} tokens of corpus missing", need="the whole corpus", where="the work folder", do="pass --from-scratch to make it")
+        raise UserError(
+            found=f"{missing} tokens of corpus missing",
+            need="the whole corpus",
+            where="the work folder",
+            do="pass --from-scratch to make it",
+        )

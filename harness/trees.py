@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import ArmSpec, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
-from harness.paths import resolve_path
 from harness.errors import UserError
+from harness.paths import resolve_path
 from harness.records import ArmTree, StepCost
 from harness.trace import ReplayIndex, Trace
 from medusa_impl.tree import DraftTree, largest_cartesian
@@ -43,7 +43,13 @@ def fastest_tree(trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, n
 
 
 def resolve_trees(
-    suite: SuiteSpec, *, calibration: Trace | None, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None, override: Path | None = None
+    suite: SuiteSpec,
+    *,
+    calibration: Trace | None,
+    costs: tuple[StepCost, ...],
+    num_heads: int,
+    beside: Path | None,
+    override: Path | None = None,
 ) -> dict[str, ArmTree]:
     """Return every Medusa arm's tree; `override` is a tree file from the command line that stands in for all searched ones.
 
@@ -58,7 +64,10 @@ def resolve_trees(
         tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside, override=override)
         if tree.depth > heads:
             raise UserError(
-                found=f"a tree of depth {tree.depth}", need=f"at most {heads}, the number of heads", where=f"arm {arm.name!r}", do="prune it"
+                found=f"a tree of depth {tree.depth}",
+                need=f"at most {heads}, the number of heads",
+                where=f"arm {arm.name!r}",
+                do="prune it",
             )
         predicted = index.replay(tree).tokens_per_step if index is not None else None
         resolved[arm.name] = ArmTree(paths=tree.paths, origin=origin, predicted_tokens_per_step=predicted)

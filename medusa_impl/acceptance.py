@@ -79,7 +79,7 @@ class RejectionRule:
         return torch.multinomial(torch.softmax(logits.float() / self.temperature, -1), 1, generator=self.generator).squeeze(1)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
-        num_rows, num_nodes = tokens.shape
+        num_rows = tokens.shape[0]
         rows = torch.arange(num_rows, device=tokens.device)
         known = torch.cat([tokens, tokens.new_full((num_rows, 1), -1)], dim=1)  # padding takes an id that cannot be drawn
         node = torch.zeros(num_rows, dtype=torch.long, device=tokens.device)
@@ -129,7 +129,9 @@ class TypicalRule:
         log_probs = torch.log_softmax(logits.float() / self.temperature, -1)
         probs = log_probs.exp()
         passing = probs > self.thresholds(log_probs)[..., None]
-        passing.scatter_(-1, logits.argmax(-1, keepdim=True), ~passing.any(-1, keepdim=True) | passing.gather(-1, logits.argmax(-1, keepdim=True)))
+        passing.scatter_(
+            -1, logits.argmax(-1, keepdim=True), ~passing.any(-1, keepdim=True) | passing.gather(-1, logits.argmax(-1, keepdim=True))
+        )
         return torch.multinomial(probs * passing, 1, generator=self.generator).squeeze(1)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:

@@ -7,6 +7,7 @@ states of all of them: a prompt, a single token and a draft tree differ in the m
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from medusa_impl.errors import UserError
 from medusa_impl.kv_cache import TreeCache
 
-_REFUSED_MODEL_TYPES = {"bloom", "mpt"}  # ALiBi: biases follow cache slots, not tree depths (MPT would be silently wrong)
+_ALIBI_MODEL_TYPES = {"bloom", "mpt"}  # MPT would be silently wrong
+_SLOT_MASK_MODEL_TYPES = {"gpt_neo"}  # masks by cache slot behind the mask that it is given: silently wrong
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_NEEDED_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 GROUPED_ATTENTION = "medusa_grouped_sdpa"
 
 
@@ -65,27 +69,23 @@ class BackboneOutput:
 class Backbone:
     """A causal LM in evaluation mode that scores N new tokens a row on top of a `TreeCache`.
 
-    Raises: UserError for architectures whose attention cannot follow a tree through the public interface (ALiBi).
+    Raises: UserError for architectures that cannot follow a tree through the public interface: ALiBi, recurrent layers.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        if config.model_type in _REFUSED_MODEL_TYPES or getattr(config, "alibi", False):
-            raise UserError(
-                found=f"model type {config.model_type!r} with ALiBi position biases",
-                need="a model with rotary or learned positions",
-                where="the backbone",
-                do="choose another model: its biases would follow cache slots instead of tree depths",
-            )
-        self.model = model.eval()
-        self._stock_attention: str = config._attn_implementation
+        _check_follows_trees(model)
+        model.eval()
+        self.model = model
+        implementation = config._attn_implementation
+        self._stock_attention: str = "sdpa" if implementation == GROUPED_ATTENTION else implementation  # ours from an earlier Backbone
         if getattr(config, "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")
-        elif self._stock_attention == "sdpa":
+        elif implementation == "sdpa":
             model.set_attn_implementation(GROUPED_ATTENTION)
         self.lm_head: nn.Module = model.get_output_embeddings()
         self.num_layers = int(config.num_hidden_layers)
-        self.hidden_size = int(self.lm_head.weight.shape[1])  # type: ignore[union-attr,arg-type]
+        self.hidden_size = int(self.lm_head.get_parameter("weight").shape[1])
         self.vocab_size = int(config.vocab_size)
         self.max_positions = int(getattr(config, "max_position_embeddings", 0)) or None
         window, layer_types = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
@@ -97,12 +97,14 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the weights."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def new_cache(self, *, batch_size: int, max_length: int) -> TreeCache:
         """Return an empty cache for `batch_size` rows of at most `max_length` tokens, draft nodes included."""
@@ -133,7 +135,7 @@ class Backbone:
         view_length = cache.begin_step(num_new=token_ids.shape[1], rows=chosen, device=self.device)
         lengths = torch.tensor(cache.lengths[chosen], device=self.device)
         position_ids = lengths[:, None] + depths[None, :]
-        mask = self._mask(lengths, position_ids, visible, view_length)
+        mask = self._mask(lengths, depths, visible, view_length)
         with self._capture_hidden() as captured:
             output = self.model(
                 input_ids=token_ids,
@@ -159,7 +161,7 @@ class Backbone:
         cache.keep([list(range(num_tokens))], first_row=row)
         return output
 
-    def _mask(self, lengths: Tensor, position_ids: Tensor, visible: Tensor, view_length: int) -> Tensor | dict[str, Tensor]:
+    def _mask(self, lengths: Tensor, depths: Tensor, visible: Tensor, view_length: int) -> Tensor | dict[str, Tensor]:
         """Additive 4-D mask `[B, 1, N, view_length]`: 0 over the kept prefix and the visible nodes, the dtype's minimum elsewhere.
 
         A row with 3 kept tokens, a root r with children a and b, and one unused slot:
@@ -168,20 +170,29 @@ class Backbone:
           r    0  0  0  0  .  .  .
           a    0  0  0  0  0  .  .
           b    0  0  0  0  .  0  .
+
+        A sliding window of W hides, from kept tokens and from nodes (a long prompt is a chain of them), what lies W or more positions back.
         """
-        num_new = visible.shape[0]
-        hidden = torch.finfo(self.dtype).min
-        nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, hidden)
-        table = torch.cat([nodes.new_zeros(num_new, 1), nodes, nodes.new_full((num_new, 1), hidden)], dim=1)
         slots = torch.arange(view_length, device=self.device)
-        column = (slots[None, :] - lengths[:, None] + 1).clamp_(0, num_new + 1)
-        mask = table[:, column].transpose(0, 1).unsqueeze(1)
+        column = (slots[None, :] - lengths[:, None] + 1).clamp_(0, visible.shape[0] + 1)
+        mask = self._node_table(visible)[:, column].transpose(0, 1).unsqueeze(1)
         if self.sliding_window is None:
             return mask
-        distance = position_ids[:, None, :, None] - slots[None, None, None, :]
-        outside = (distance >= self.sliding_window) & (slots[None, :] < lengths[:, None])[:, None, None, :]
-        windowed = mask.masked_fill(outside, hidden)
+        near = depths[:, None] - depths[None, :] < self.sliding_window
+        windowed = self._node_table(visible & near)[:, column].transpose(0, 1).unsqueeze(1)
+        distance = (lengths[:, None] + depths[None, :])[:, None, :, None] - slots
+        kept = (slots[None, :] < lengths[:, None])[:, None, None, :]
+        windowed = windowed.masked_fill(kept & (distance >= self.sliding_window), self._hiding)
         return {"full_attention": mask, "sliding_attention": windowed} if self._mixed_layers else windowed
+
+    @property
+    def _hiding(self) -> float:
+        return torch.finfo(self.dtype).min
+
+    def _node_table(self, visible: Tensor) -> Tensor:
+        """Additive columns `[N, N + 2]`: that of any kept token first, those of the nodes, that of any unused slot last."""
+        nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, self._hiding)
+        return torch.cat([nodes.new_zeros(len(nodes), 1), nodes, nodes.new_full((len(nodes), 1), self._hiding)], dim=1)
 
     @contextlib.contextmanager
     def stock_attention(self) -> Iterator[None]:
@@ -196,8 +207,31 @@ class Backbone:
     @contextlib.contextmanager
     def _capture_hidden(self) -> Iterator[list[Tensor]]:
         captured: list[Tensor] = []
-        hook = self.model.base_model.register_forward_hook(lambda module, inputs, output: captured.append(output.last_hidden_state))
+        decoder = self.model.get_decoder()  # the base model but for OPT, whose LM goes past its base model to the decoder inside
+        hook = decoder.register_forward_hook(lambda module, inputs, output: captured.append(output.last_hidden_state))
         try:
             yield captured
         finally:
             hook.remove()
+
+
+def _check_follows_trees(model: PreTrainedModel) -> None:
+    config = model.config
+    missing = _NEEDED_ARGUMENTS - set(inspect.signature(model.forward).parameters)
+    strange = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
+    if config.model_type in _ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
+        found, reason = "with ALiBi position biases", "its biases would follow cache slots instead of tree depths"
+    elif config.model_type in _SLOT_MASK_MODEL_TYPES:
+        found, reason = "with a causal mask of its own", "its mask would follow cache slots instead of tree depths"
+    elif missing:
+        found, reason = f"that takes no {', '.join(sorted(missing))}", "a tree needs explicit positions and masks and a key-value cache"
+    elif strange:
+        found, reason = f"with layers of type {', '.join(sorted(strange))}", "a tree needs attention that obeys a 4-D mask in every layer"
+    else:
+        return
+    raise UserError(
+        found=f"model type {config.model_type!r} {found}",
+        need="a model with rotary or learned positions and full or sliding-window attention",
+        where="the backbone",
+        do=f"choose another model: {reason}",
+    )

@@ -54,7 +54,7 @@ class _Rows:
         return any(ended is None for ended in self.ended)
 
     def add(self, new_tokens: Sequence[Sequence[int]]) -> DecodingStep:
-        kept = []
+        kept: list[tuple[int, ...]] = []
         for row, tokens in enumerate(new_tokens):
             if self.ended[row] is not None:
                 kept.append(())

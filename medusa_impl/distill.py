@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from medusa_impl.decode import StreamRequest, decode_stream
 from medusa_impl.errors import UserError
 
 SCHEMA_VERSION = 1
+_METADATA_KEY = "medusa_repro_corpus"
 
 
 @dataclass(frozen=True)
@@ -180,17 +182,36 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     temporary.replace(target)
 
 
-def pack_samples(samples: Iterable[CorpusSample]) -> dict[str, Tensor]:
-    """Return the tokens of many answers as flat tensors for shipping (no states, no text of the prompts).
+def pack_corpus(samples: Iterable[CorpusSample], path: Path) -> None:
+    """Write the text of many answers as one safetensors file, a few bytes a token and no states, by rename.
 
-    Shapes: `token_ids` `[sum n]` int32, `lengths` `[samples]` int32, `prompt_ids` and `prompt_lengths` likewise.
+    Shapes: `prompt_ids` and `token_ids` flat int32, `prompt_lengths` and `lengths` `[samples]` int32; the rest is JSON in the metadata.
     """
     kept = list(samples)
-    flat = torch.tensor([token for sample in kept for token in sample.token_ids], dtype=torch.int32)
-    prompts = torch.tensor([token for sample in kept for token in sample.prompt_ids], dtype=torch.int32)
-    return {
-        "token_ids": flat,
-        "lengths": torch.tensor([len(sample.token_ids) for sample in kept], dtype=torch.int32),
-        "prompt_ids": prompts,
+    tensors = {
+        "prompt_ids": torch.tensor([token for sample in kept for token in sample.prompt_ids], dtype=torch.int32),
         "prompt_lengths": torch.tensor([len(sample.prompt_ids) for sample in kept], dtype=torch.int32),
+        "token_ids": torch.tensor([token for sample in kept for token in sample.token_ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(sample.token_ids) for sample in kept], dtype=torch.int32),
     }
+    rows = [{name: value for name, value in _row(sample).items() if name not in ("prompt_ids", "token_ids")} for sample in kept]
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(rows, separators=(",", ":"))}))
+
+
+def unpack_corpus(path: Path) -> Iterator[CorpusSample]:
+    """Yield the answers of a file that `pack_corpus` wrote.
+
+    Raises: UserError for a file that cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = json.loads(file.metadata()[_METADATA_KEY])
+            tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(found=f"an unreadable corpus ({error})", need="a packed corpus", where=path.name) from error
+    prompt_start = start = 0
+    for index, row in enumerate(rows):
+        prompt_end, end = prompt_start + tensors["prompt_lengths"][index], start + tensors["lengths"][index]
+        whole = {**row, "prompt_ids": tensors["prompt_ids"][prompt_start:prompt_end], "token_ids": tensors["token_ids"][start:end]}
+        yield _sample(json.dumps(whole), None, where=f"{path.name}:{index}")
+        prompt_start, start = prompt_end, end

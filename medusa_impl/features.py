@@ -120,7 +120,7 @@ def compute_states(backbone: Backbone, sample: CorpusSample) -> Tensor:
 
 def add_states(
     backbone: Backbone,
-    store: CorpusStore,
+    samples: Iterable[CorpusSample],
     *,
     cache_folder: Path,
     backbone_sha256: str,
@@ -132,7 +132,7 @@ def add_states(
     """
     cached = CorpusStore(cache_folder / f"states-of-{backbone_sha256[:16]}")
     finished = cached.finished_keys()
-    for sample in store.samples(with_states=False):
+    for sample in samples:
         if sample.key in finished:
             continue
         complete = CorpusSample(**{**sample.__dict__, "states": compute_states(backbone, sample)})

@@ -41,11 +41,20 @@ class MedusaHeads(nn.Module):
     """
 
     def __init__(
-        self, *, num_heads: int, num_layers: int, hidden_size: int, vocab_size: int, architecture: HeadArchitecture, lm_head: nn.Module | None = None
+        self,
+        *,
+        num_heads: int,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        architecture: HeadArchitecture,
+        lm_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or num_layers < 1:
-            raise UserError(found=f"{num_heads} heads of {num_layers} layers", need="at least one of each", where="the heads' configuration")
+            raise UserError(
+                found=f"{num_heads} heads of {num_layers} layers", need="at least one of each", where="the heads' configuration"
+            )
         self.num_heads, self.num_layers = num_heads, num_layers
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.architecture: HeadArchitecture = architecture
@@ -56,7 +65,7 @@ class MedusaHeads(nn.Module):
             if lm_head is not None:
                 with torch.no_grad():
                     for unembedding in self.unembeddings:
-                        unembedding.weight.copy_(lm_head.weight)  # type: ignore[arg-type]
+                        unembedding.get_parameter("weight").copy_(lm_head.get_parameter("weight"))
 
     def states(self, hidden: Tensor, *, num_heads: int | None = None) -> Tensor:
         """Return each head's state before its unembedding.

@@ -73,6 +73,7 @@ class TreeCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self._cache.max_length
 
+    @torch.inference_mode()
     def reset(self) -> None:
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
@@ -137,6 +138,7 @@ class TreeCache(Cache):
         self.plan.view_length = min(-(-needed // BUCKET_TOKENS) * BUCKET_TOKENS, self.max_length)
         return self.plan.view_length
 
+    @torch.inference_mode()  # the storage is an inference tensor: it was allocated in a forward pass
     def keep(self, kept_nodes: list[list[int]], *, first_row: int = 0) -> None:
         """Keep the named nodes of the step just written (in path order, the root first) and drop the others.
 
@@ -157,6 +159,11 @@ class TreeCache(Cache):
             flat = self._storage.flatten(0, 1).flatten(1, 2)
             moved = flat.index_select(1, torch.tensor(source, device=flat.device))
             flat.index_copy_(1, torch.tensor(target, device=flat.device), moved)
+
+    def reset(self) -> None:
+        """Forget all rows and zero the storage."""
+        self.clear_rows()
+        super().reset()
 
     def clear_rows(self, rows: slice | None = None) -> None:
         """Forget the kept tokens of `rows` (all by default); storage stays allocated."""

@@ -17,10 +17,10 @@ from medusa_impl.tree import DraftTree
 class TreeBuffers:
     """The tensors of one tree of N nodes (root included), P candidates and depth D - 1.
 
-    Shapes: depths `[N]`; visible `[N, N]` boolean, node n sees node m (its ancestors and itself); parents `[N]`, the root's own parent being
-    the root; paths `[P, D]` root-to-leaf node indices, padded with N; children `[N, C]` padded with N; head_index and rank_index `[N - 1]`, the
-    draft head and the rank that give each node but the root its token; inner `[I]` nodes with children and inner_position `[N]` its inverse
-    (0 for leaves).
+    Shapes: depths `[N]`; visible `[N, N]` boolean, node n sees node m (its ancestors and itself); parents `[N]`, the root's own parent
+    being the root; paths `[P, D]` root-to-leaf node indices, padded with N; children `[N, C]` padded with N; head_index and rank_index
+    `[N - 1]`, the draft head and the rank that give each node but the root its token; inner `[I]` nodes with children and
+    inner_position `[N]` its inverse (0 for leaves).
 
     For the tree {(), (0), (1), (0, 0)} the mask is
 
@@ -65,7 +65,9 @@ def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
     inner_position[inner] = torch.arange(len(inner))
 
     def padded(rows: list[list[int]], width: int) -> Tensor:
-        return torch.tensor([row + [num_nodes] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(len(rows), width)
+        return torch.tensor([row + [num_nodes] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(
+            len(rows), width
+        )
 
     return TreeBuffers(
         tree=tree,

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from harness.judgement import Interval
 
-ABSENT = "–"  # noqa: RUF001  (an en dash: a figure that does not exist, not a minus sign)
+ABSENT = "–"
 _WIDE_CELL = 40
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
 _TAG = re.compile(r"<(?=[A-Za-z/!])")

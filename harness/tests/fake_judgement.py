@@ -1,4 +1,7 @@
-"""A judgement of a fake record: real metrics, parity and checks, and four made-up verdicts, one of each kind and two that need the same."""
+"""What several tests need of a fake record: its judgement with real metrics, parity and checks.
+
+The made-up verdicts are of every kind; two that are not tested need the same thing.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def _fail_two_trials(parts: FakeParts) -> None:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    return write_fake_record(tmp_path_factory.mktemp("export") / "run", spoil=_fail_two_trials, num_prompts=8, rounds=2, jitter=0.0)
+    return write_fake_record(tmp_path_factory.mktemp("export") / "run", spoil=_fail_two_trials, num_prompts=8, rounds=1, jitter=0.0)
 
 
 def test_every_trial_is_one_row_and_a_failure_has_no_measurement(record: RunRecord) -> None:
@@ -47,7 +47,7 @@ def test_totals_of_the_frame_give_the_acceleration_rate(record: RunRecord) -> No
 def test_steps_add_up_to_their_generations(record: RunRecord) -> None:
     steps = steps_frame(record)
     assert list(steps.columns) == list(STEP_COLUMNS)
-    for generation in record.generations[:20]:
+    for generation in record.generations[:12]:
         trial = generation.trial
         chosen = (steps["arm"] == trial.arm) & (steps["prompt_key"] == trial.prompt_key) & (steps["round"] == trial.round)
         own = steps[chosen & (steps["seed"].isna() if trial.seed is None else steps["seed"] == trial.seed)]

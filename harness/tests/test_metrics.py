@@ -139,7 +139,7 @@ def test_an_arm_without_a_row_takes_the_backbone_time_of_its_size_and_no_overhea
         assert parts.step_costs is not None
         parts.step_costs = StepCosts(costs=tuple(row for row in parts.step_costs.costs if row.arm is None))
 
-    record = write_fake_record(tmp_path, spoil=drop_arm_rows)
+    record = write_fake_record(tmp_path, spoil=drop_arm_rows, num_prompts=2)
     costs = separate_costs(record, "optimised_64")
     assert costs.step_cost == pytest.approx(node_cost(64))
     assert costs.overhead is None
@@ -164,19 +164,19 @@ def test_categories(metrics: dict[str, ArmMetrics], compared: dict[str, Comparis
 
 
 def test_a_suite_without_speed_has_counts_and_no_times(tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path, reports_speed=False)
+    record = write_fake_record(tmp_path, reports_speed=False, num_prompts=4)
     assert comparisons(record) == ()
     for row in arm_metrics(record):
         assert row.acceleration_rate.estimate >= 1
-        assert row.tokens_per_s is row.wall_tokens_per_s is row.first_token_s is row.step_p50_s is row.step_p95_s is None
-        assert row.step_cost is row.bandwidth_share is None
+        speeds = (row.tokens_per_s, row.wall_tokens_per_s, row.first_token_s, row.step_p50_s, row.step_p95_s, row.step_cost)
+        assert (*speeds, row.bandwidth_share) == (None,) * 7
         assert all(category.speedup is None for category in row.categories)
         assert "no speed is reported" in row.diagnosis
 
 
 def test_missing_probes_give_none(tmp_path: Path) -> None:
     omit = ["step_costs.json", "device_limits.json", "trace.npz"]
-    rows = {row.arm: row for row in arm_metrics(write_fake_record(tmp_path, omit=omit))}
+    rows = {row.arm: row for row in arm_metrics(write_fake_record(tmp_path, omit=omit, num_prompts=4))}
     row = rows["optimised_64"]
     assert row.step_cost is row.bandwidth_share is row.replayed_tokens_per_step is None
     assert row.tokens_per_s is not None
@@ -188,13 +188,13 @@ def test_an_arm_that_only_failed_has_no_figures_and_the_others_go_on(tmp_path: P
             if row.trial.arm == "chain":
                 parts.outcomes[index] = Failure(trial=row.trial, order=row.order, error_type="OutOfMemoryError", message="made up")
 
-    record = write_fake_record(tmp_path, spoil=fail_chain)
+    record = write_fake_record(tmp_path, spoil=fail_chain, num_prompts=4)
     rows = {row.arm: row for row in arm_metrics(record)}
-    assert (rows["chain"].num_generations, rows["chain"].num_failures) == (0, 32)
+    assert (rows["chain"].num_generations, rows["chain"].num_failures) == (0, 8)
     assert rows["chain"].acceleration_rate.estimate != rows["chain"].acceleration_rate.estimate  # nan
     assert rows["chain"].tokens_per_s is None
     assert "chain" not in {row.arm for row in comparisons(record)}
-    assert rows["cartesian"].num_generations == 32
+    assert rows["cartesian"].num_generations == 8
 
 
 def test_a_failure_repeated_with_success_counts_once(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_failure_repeated_with_success_counts_once(tmp_path: Path) -> None:
         assert isinstance(first, Generation)
         parts.outcomes.insert(0, Failure(trial=first.trial, order=0, error_type="OSError", message="made up"))
 
-    record = write_fake_record(tmp_path, spoil=fail_then_succeed)
+    record = write_fake_record(tmp_path, spoil=fail_then_succeed, num_prompts=2)
     assert sum(row.num_failures for row in arm_metrics(record)) == 0
 
 
@@ -211,11 +211,11 @@ def test_intervals_are_the_same_for_the_same_suite_and_differ_with_its_seed(tmp_
     def reseed(parts: FakeParts) -> None:
         parts.suite_text = parts.suite_text.replace("[interval]\n", "[interval]\nseed = 7\n")
 
-    first = comparisons(write_fake_record(tmp_path / "first"))
-    again = comparisons(write_fake_record(tmp_path / "again"))
-    other = comparisons(write_fake_record(tmp_path / "other", spoil=reseed))
+    first = comparisons(write_fake_record(tmp_path / "first", num_prompts=8))
+    again = comparisons(write_fake_record(tmp_path / "again", num_prompts=8))
+    other = comparisons(write_fake_record(tmp_path / "other", spoil=reseed, num_prompts=8))
     assert first == again
-    assert first[0].speedup.low != other[0].speedup.low
+    assert (first[0].speedup.low, first[0].speedup.high) != (other[0].speedup.low, other[0].speedup.high)
     assert first[0].speedup.estimate == other[0].speedup.estimate
 
 

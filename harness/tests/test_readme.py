@@ -18,7 +18,7 @@ PAGE = "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\nRest.\n"
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    return write_fake_record(tmp_path_factory.mktemp("repo") / "results" / "some-run", num_prompts=8, rounds=1)
+    return write_fake_record(tmp_path_factory.mktemp("repo") / "results" / "some-run", num_prompts=8, rounds=1, jitter=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,10 @@ def test_a_manifest_that_was_written_is_read_back(tmp_path: Path) -> None:
 def test_missing_probes_are_none(tmp_path: Path) -> None:
     names = ["step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json", "trace.npz"]
     record = write_fake_record(tmp_path, omit=[*names, "manifest.json"], num_prompts=2)
-    assert record.step_costs is record.profile is record.device_limits is record.heads_control is record.likelihoods is record.trace is None
+    for part in (record.step_costs, record.profile, record.device_limits, record.heads_control, record.likelihoods, record.trace):
+        assert part is None
     assert record.manifest is None
-    with pytest.raises(UserError, match="no manifest.json"):
+    with pytest.raises(UserError, match=r"no manifest\.json"):
         record.check_seal()
 
 

@@ -28,7 +28,9 @@ def tiny_llama(*, seed: int = 0, vocab_size: int = TINY_VOCAB, num_layers: int =
         eos_token_id=None,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -88,9 +88,7 @@ def test_scripted_heads_reach_full_depth_or_nothing(backbone: Backbone, offset: 
     depth, hop = 3, 4 if offset == 0 else 1
     script = [[(expected[min(i + k, 24)] + offset) for k in range(1, depth + 1)] for i in range(0, 25, hop)]
     heads = ScriptedHeads(backbone, script=script)
-    steps = list(
-        decode_medusa(backbone, heads, DraftTree.chain(depth), PROMPTS[:1], rule=GreedyRule(), max_new_tokens=25, eos_ids=NO_EOS)
-    )
+    steps = list(decode_medusa(backbone, heads, DraftTree.chain(depth), PROMPTS[:1], rule=GreedyRule(), max_new_tokens=25, eos_ids=NO_EOS))
     assert tokens_of(steps)[0] == expected
     assert [len(step.tokens[0]) for step in steps] == [1] + [hop] * (24 // hop)
 
@@ -125,9 +123,7 @@ def test_token_id_zero_is_not_padding(backbone: Backbone) -> None:
         model.lm_head.weight[1:] *= 1e-4
     zero = Backbone(model)
     tree = DraftTree.from_paths([(0,), (1,), (1, 0), (1, 0, 0)])
-    steps = list(
-        decode_medusa(zero, random_heads(zero, seed=1), tree, PROMPTS[:1], rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS)
-    )
+    steps = list(decode_medusa(zero, random_heads(zero, seed=1), tree, PROMPTS[:1], rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS))
     assert tokens_of(steps) == vanilla(zero, PROMPTS[:1], budget=12)
     assert all(len(step.tokens[0]) <= tree.depth + 1 for step in steps)
 
@@ -147,10 +143,16 @@ def test_budget_is_exact_and_steps_are_verifications(backbone: Backbone) -> None
 
 
 def test_tree_deeper_than_the_heads_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(UserError, match="depth|deep|heads"):
+    with pytest.raises(UserError, match="heads"):
         list(
             decode_medusa(
-                backbone, random_heads(backbone, seed=0, num_heads=2), DraftTree.chain(3), PROMPTS[:1], rule=GreedyRule(), max_new_tokens=4, eos_ids=NO_EOS
+                backbone,
+                random_heads(backbone, seed=0, num_heads=2),
+                DraftTree.chain(3),
+                PROMPTS[:1],
+                rule=GreedyRule(),
+                max_new_tokens=4,
+                eos_ids=NO_EOS,
             )
         )
 

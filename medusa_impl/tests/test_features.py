@@ -126,7 +126,7 @@ def test_states_made_anew_equal_those_kept_while_decoding(tmp_path: Path, backbo
         CorpusPrompt(key=str(n), category="c", prompt_ids=tuple(range(1, 4 + n)), temperature=0.5 * (n % 2), seed=n) for n in range(4)
     ]
     generate_corpus(backbone, prompts, store=store, num_rows=3, max_new_tokens=12, eos_ids=frozenset({0}))
-    cached = add_states(backbone, store, cache_folder=tmp_path / "cache", backbone_sha256="ab" * 32)
+    cached = add_states(backbone, store.samples(with_states=False), cache_folder=tmp_path / "cache", backbone_sha256="ab" * 32)
     kept = list(store.samples())
     again = list(cached.samples())
     assert [sample.key for sample in again] == [sample.key for sample in kept]
@@ -152,9 +152,21 @@ def test_state_i_produces_token_i(backbone: Backbone, tmp_path: Path) -> None:
 def test_cached_states_are_not_computed_twice(tmp_path: Path, backbone: Backbone) -> None:
     store = _store(tmp_path / "corpus", [_sample("a", (1, 2, 3)), _sample("b", (4, 5))])
     first: list[str] = []
-    add_states(backbone, store, cache_folder=tmp_path, backbone_sha256="cd" * 32, on_sample=lambda sample: first.append(sample.key))
+    add_states(
+        backbone,
+        store.samples(with_states=False),
+        cache_folder=tmp_path,
+        backbone_sha256="cd" * 32,
+        on_sample=lambda sample: first.append(sample.key),
+    )
     store.add(_sample("c", (6, 7)))
     store.flush()
     second: list[str] = []
-    add_states(backbone, store, cache_folder=tmp_path, backbone_sha256="cd" * 32, on_sample=lambda sample: second.append(sample.key))
+    add_states(
+        backbone,
+        store.samples(with_states=False),
+        cache_folder=tmp_path,
+        backbone_sha256="cd" * 32,
+        on_sample=lambda sample: second.append(sample.key),
+    )
     assert (first, second) == (["a", "b"], ["c"])

@@ -1,0 +1,140 @@
+"""The engine's modes: packed equals eager, the stock model comes back whole, and missing operators mean eager, on record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from medusa_impl import packed_linear, runner
+from medusa_impl.acceptance import GreedyRule
+from medusa_impl.backbone import GROUPED_ATTENTION
+from medusa_impl.decode import decode_medusa, decode_vanilla
+from medusa_impl.errors import UserError
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.runner import Mode, StepRunner
+from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.tree import DraftTree
+
+PROMPT = [3, 7, 11, 2, 9]
+TREE = DraftTree.cartesian([3, 2])
+needs_packing = pytest.mark.skipif(not packed_linear.packing_available(torch.float32), reason="this PyTorch has no packed linear operators")
+
+
+def make_heads() -> MedusaHeads:
+    torch.manual_seed(5)
+    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture="shared")
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return heads
+
+
+def medusa_tokens(engine: StepRunner, *, budget: int = 20) -> list[int]:
+    assert engine.heads is not None
+    steps = decode_medusa(engine.backbone, engine.heads, TREE, [PROMPT], rule=GreedyRule(), max_new_tokens=budget, eos_ids=frozenset())
+    return [token for step in steps for token in step.tokens[0]]
+
+
+def vanilla_tokens(engine: StepRunner, *, budget: int = 20) -> list[int]:
+    steps = decode_vanilla(engine.backbone, [PROMPT], rule=GreedyRule(), max_new_tokens=budget, eos_ids=frozenset())
+    return [token for step in steps for token in step.tokens[0]]
+
+
+def routed(model: nn.Module) -> int:
+    """How many layers of a model run something else than their class's forward."""
+    return sum("forward" in module.__dict__ for module in model.modules())
+
+
+@needs_packing
+def test_packed_equals_eager() -> None:
+    engines = {mode: StepRunner(tiny_llama(), make_heads(), mode=mode) for mode in ("eager", "packed")}
+    assert [engine.mode for engine in engines.values()] == ["eager", "packed"]
+    outputs = []
+    for engine in engines.values():
+        cache = engine.backbone.new_cache(batch_size=1, max_length=30)
+        outputs.append(engine.backbone.prefill(torch.tensor(PROMPT), cache=cache))
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs[0].hidden, outputs[1].hidden, atol=1e-4, rtol=1e-4)
+    texts = [tokens(engine) for engine in engines.values() for tokens in (medusa_tokens, vanilla_tokens)]
+    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert engines["eager"].packed_bytes == 0 and routed(engines["eager"].backbone.model) == 0
+    linears = [module for module in engines["packed"].backbone.model.modules() if isinstance(module, nn.Linear)]
+    assert engines["packed"].packed_bytes == 4 * (sum(linear.weight.numel() for linear in linears) + 2 * 32 * 32)
+    assert routed(engines["packed"].backbone.model) == len(linears) and routed(engines["packed"].heads or nn.Identity()) == 2
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("packed", marks=needs_packing)])
+def test_stock_lends_the_model_as_shipped_and_takes_it_back(mode: Mode) -> None:
+    """Stock kernels and stock attention inside the block, ours after it, also where the block raises; `generate` gives the same text."""
+    engine = StepRunner(tiny_llama(), make_heads(), mode=mode)
+    ours = routed(engine.backbone.model)
+    before = medusa_tokens(engine)
+    with engine.stock() as model:
+        assert isinstance(model, LlamaForCausalLM)
+        assert model.config._attn_implementation == "sdpa" and routed(model) == 0
+        text = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, use_cache=True)
+    assert text[0, len(PROMPT) :].tolist() == before
+    with pytest.raises(KeyError), engine.stock() as model:
+        assert routed(model) == 0
+        raise KeyError("anything")
+    assert engine.backbone.model.config._attn_implementation == GROUPED_ATTENTION
+    assert routed(engine.backbone.model) == ours and (ours > 0) == (mode == "packed")
+    assert medusa_tokens(engine) == before
+
+
+@pytest.mark.parametrize(("asked", "noted"), [("packed", True), ("auto", False)])
+def test_missing_operators_mean_eager_on_record(monkeypatch: pytest.MonkeyPatch, asked: Mode, noted: bool) -> None:
+    monkeypatch.setattr(runner, "packing_available", lambda dtype: False)
+    engine = StepRunner(tiny_llama(), make_heads(), mode=asked)
+    assert engine.mode == "eager" and engine.packed_bytes == 0 and routed(engine.backbone.model) == 0
+    assert ("fell back to eager" in engine.note) == noted
+    assert medusa_tokens(engine) == vanilla_tokens(engine)
+
+
+def test_the_probe_answers_no_where_the_operator_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The private operators may vanish, or stay and compute something else: both count as not available."""
+
+    class Wrong:
+        @staticmethod
+        def _reorder_linear_weight(weight: torch.Tensor, rows: int) -> torch.Tensor:
+            return weight
+
+        @staticmethod
+        def _linear_pointwise(rows: torch.Tensor, packed: torch.Tensor, *rest: object) -> torch.Tensor:
+            return rows @ packed.T + 1
+
+    for operators in (Wrong, object):
+        packed_linear.packing_available.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "mkldnn", operators)
+            assert packed_linear.packing_available(torch.float32) is False
+    packed_linear.packing_available.cache_clear()
+
+
+@needs_packing
+def test_auto_takes_the_packed_mode_and_eager_is_respected() -> None:
+    assert StepRunner(tiny_llama(), None).mode == "packed"
+    assert StepRunner(tiny_llama(), None, mode="eager").mode == "eager"
+
+
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+def test_bfloat16_runs_and_agrees_where_the_gap_is_wide(mode: Mode) -> None:
+    """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its top two a wide gap."""
+    engine = StepRunner(tiny_llama().to(torch.bfloat16), make_heads(), mode=mode)
+    assert engine.heads is not None and next(engine.heads.parameters()).dtype == torch.bfloat16
+    cache = engine.backbone.new_cache(batch_size=1, max_length=30)
+    output = engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
+    assert output.logits.dtype == torch.bfloat16 and bool(output.logits.isfinite().all())
+    exact = StepRunner(tiny_llama(), None, mode="eager")
+    expected = exact.backbone.prefill(torch.tensor(PROMPT), cache=exact.backbone.new_cache(batch_size=1, max_length=30)).logits
+    assert float((output.logits.float() - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    assert len(medusa_tokens(engine)) == len(vanilla_tokens(engine)) == 20
+    best = expected[0, 0].topk(2)
+    assert float(best.values[0] - best.values[1]) > 0.1 * float(expected.abs().max())
+    assert medusa_tokens(engine)[0] == int(best.indices[0])
+
+
+def test_heads_of_another_backbone_are_refused() -> None:
+    with pytest.raises(UserError, match="heads for hidden size 32 and vocabulary 61"):
+        StepRunner(tiny_llama(vocab_size=40), make_heads())
