@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
@@ -35,6 +36,7 @@ from harness.validate import validate_record, write_schemas
 
 app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and this machine?", no_args_is_help=True, add_completion=False)
 console = Console(stderr=True)
+_NOT_SUITES = ("assets", "claims", "hardware")  # other data that lies beside the suites
 
 SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
 HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
@@ -91,7 +93,7 @@ def reproduce(
     if dry_run:
         from harness.estimate import print_plan
 
-        print_plan(effective_suite(spec, options), results=options.results, console=Console())
+        print_plan(effective_suite(spec, options), results=options.results, prompts_file=prompts, console=Console())
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
     record = RunRecord(folder)
@@ -208,7 +210,7 @@ def schemas(folder: Annotated[Path, typer.Argument(help="where to write them")])
 
 def find_suite(text: str) -> tuple[SuiteSpec, Path]:
     """Return a suite and its file, by path or by the name of a shipped one."""
-    path = _find_data(text, folder=".")
+    path = _find_data(text, folder=None)
     return load_suite(path), path
 
 
@@ -222,35 +224,38 @@ def find_record(text: str) -> Path:
     return sealed[-1].parent
 
 
-def _find_data(text: str, *, folder: str) -> Path:
+def _find_data(text: str, *, folder: str | None) -> Path:
     if Path(text).suffix == ".toml":
         if Path(text).is_file():
             return Path(text)
         raise UserError(found=f"no file {text}", need="a TOML file", where="the command line")
-    home = Path(str(resources.files("suites"))) / folder
-    path = home / f"{text}.toml"
-    if not path.is_file():
-        raise UserError(
-            found=f"no {text!r}", need=f"one of {sorted(found.stem for found in home.glob('*.toml'))}", where="the shipped suites"
-        )
-    return path
+    suites = Path(str(resources.files("suites")))
+    home = suites / folder if folder else suites
+    names = sorted(found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES)
+    if text not in names:
+        raise UserError(found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}")
+    return home / f"{text}.toml"
 
 
 def _finish(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
     """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
     write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
-    if readme is not None:
-        update_readme(readme, record, judgement)
     print_verdicts(Console(), judgement)
     print(json.dumps(headline(judgement, record)))
+    if readme is not None:
+        update_readme(readme, record, judgement)
     if not judgement.valid or record.failures:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
 def _command() -> str:
     """Return the command as it would be typed, with file names instead of paths."""
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
-    return shlex.join(["medusa-repro", *words])
+    return shlex.join(["medusa-repro", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if os.sep in value else value)
 
 
 def main() -> None:
@@ -258,13 +263,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        _print_error("error", str(error))
         code = ExitCode.USER_ERROR
     except InvalidMeasurement as error:
-        console.print(f"[red]invalid measurement:[/red] {error}", highlight=False, soft_wrap=True)
+        _print_error("invalid measurement", str(error))
         code = ExitCode.INVALID_MEASUREMENT
     except OSError as error:
-        console.print(f"[red]error:[/red] {_disk_message(error)}", highlight=False, soft_wrap=True)
+        _print_error("error", _disk_message(error))
         code = ExitCode.USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted: what was measured is on disk; the same command resumes")
@@ -272,6 +277,11 @@ def main() -> None:
     except Exception as error:
         code = _usage_code(error)
     sys.exit(int(code or 0))
+
+
+def _print_error(kind: str, message: str) -> None:
+    """Print one line; what a user typed may look like markup and is shown as it is."""
+    console.print(f"[red]{kind}:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
 
 
 def _disk_message(error: OSError) -> str:

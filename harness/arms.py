@@ -123,9 +123,12 @@ class ArmRunner:
         times = [later - earlier for earlier, later in zip(marks.times_s[first:], marks.times_s[first + 1 :], strict=False)]
         gained = [later - earlier for earlier, later in zip(lengths[first:], lengths[first + 1 :], strict=False)]
         # prompt lookup may accept tokens together with the first one: the prefill's pass, before the decode clock starts
+        # so these tokens join those of the first step; without one they are a step of no time
         gained_with_first = lengths[first] - 1
-        if gained_with_first:
-            gained, times = [gained_with_first, *gained], [0.0, *times]
+        if gained_with_first and gained:
+            gained[0] += gained_with_first
+        elif gained_with_first:
+            gained, times = [gained_with_first], [0.0]
         return TimedGeneration(
             token_ids=token_ids,
             ended_by=ended_by,

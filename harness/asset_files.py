@@ -257,11 +257,11 @@ def convert_gguf(gguf_file: Path, target: Path) -> Path:
             ) from error
         dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
         settings = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}
-        model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         end, pad = model.config.eos_token_id, model.config.pad_token_id
         pad = end if pad is None else pad
-        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)
         part.mkdir(parents=True)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -251,8 +251,8 @@ def load_suite(path: Path) -> SuiteSpec:
     """
     try:
         text = path.read_text()
-    except OSError as error:
-        raise UserError(found=f"no readable suite file ({error.strerror})", need="a TOML suite", where=path.name) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name) from error
     return parse_suite(text, where=path.name)
 
 

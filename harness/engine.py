@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -87,7 +88,7 @@ def best_device() -> torch.device:
 def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False) -> LoadedModel:
     """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration."""
     if spec.tiny is not None:
-        return _tiny_model(spec.tiny)
+        return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
     assets: dict[str, str] = {}
     if spec.asset is not None:
         specs = load_asset_specs()
@@ -102,11 +103,11 @@ def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False
         if not folder.is_dir():
             raise UserError(found=f"no folder {name!r}", need="a folder with a model in Hugging Face format", where="model.path")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             found=f"a model that does not load ({str(error).splitlines()[0]})", need="a whole model folder", where=name
         ) from error
@@ -136,7 +137,7 @@ def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, list) else [eos])
 
 
-def _tiny_model(spec: TinyModelSpec) -> LoadedModel:
+def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
     torch.manual_seed(spec.seed)
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
@@ -152,7 +153,7 @@ def _tiny_model(spec: TinyModelSpec) -> LoadedModel:
         eos_token_id=None,
         pad_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).to(dtype).eval()
     model.generation_config = GenerationConfig()
     return LoadedModel(
         model=model, tokenizer=None, name=f"tiny-random-{spec.seed}", sha256=backbone_sha256(model), eos_ids=frozenset(), assets={}

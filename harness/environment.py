@@ -38,7 +38,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that holds `folder` and whether tracked files differ from it; None outside a checkout."""
+    """Return the commit of the checkout that tracks `folder` and whether tracked files differ from it; None outside a checkout.
+
+    A checkout of something else around it (an environment inside a user's own project) does not count.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -47,8 +50,9 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":!results", ":!README.md") if commit else None
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", "--", ".") is not None else None
+    outside = (":(top,exclude)results", ":(top,exclude)README.md")  # what a run itself writes
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outside) if commit else None
     return commit, None if changes is None else bool(changes)
 
 

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from harness.config import SuiteSpec
 from harness.environment import device_info, machine_slug
+from harness.errors import UserError
 from harness.records import RunRecord
+from harness.suite_prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 
 
-def print_plan(suite: SuiteSpec, *, results: Path, console: Console) -> None:
+def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console) -> None:
     """Print arms, trials and, where this machine has a sealed record of the suite's model, the minutes an arm should take.
 
     The estimate takes each arm's seconds a generation from the newest such record, scaled by the token budget; an arm that it lacks shows
@@ -23,7 +25,7 @@ def print_plan(suite: SuiteSpec, *, results: Path, console: Console) -> None:
 
     device = device_info(best_device())
     seconds, origin = _known_seconds(suite, results=results, slug=machine_slug(device))
-    num_prompts = suite.prompts.limit or (80 if suite.prompts.per_category is None else 8 * suite.prompts.per_category)
+    num_prompts = _num_prompts(suite, prompts_file=prompts_file)
     table = Table("arm", "method", "tree", "seeds", "trials", "minutes")
     total = 0.0
     for arm in suite.arms:
@@ -33,17 +35,32 @@ def print_plan(suite: SuiteSpec, *, results: Path, console: Console) -> None:
         tree = arm.tree.kind if arm.tree is not None else "-"
         table.add_row(arm.name, arm.method, tree, str(len(arm.seeds) or "-"), str(trials), f"{minutes:.1f}" if minutes is not None else "?")
     console.print(table)
-    console.print(f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each")
+    console.print(f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each", highlight=False)
     console.print(
         f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown"
     )
+
+
+def _num_prompts(suite: SuiteSpec, *, prompts_file: Path | None) -> int:
+    """Return how many prompts a suite runs, without fetching any."""
+    spec = suite.prompts
+    if spec.source == "file":
+        return len(benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=False))
+    available, num_categories = {"mt_bench": (80, 8), "human_eval": (164, 1), "random": (NUM_RANDOM_PROMPTS, 1)}[spec.source]
+    if spec.source == "random":
+        return spec.limit or available
+    return min(spec.limit or available, (spec.per_category or available) * num_categories, available)
 
 
 def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[str, float], str | None]:
     sealed = sorted(results.glob(f"*/{slug}/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
     for path in sealed:
         record = RunRecord(path.parent)
-        if record.suite.model != suite.model:
+        try:
+            is_other = record.suite.model != suite.model
+        except UserError:
+            continue  # a record of an older version says nothing about this suite
+        if is_other:
             continue
         scale = suite.max_new_tokens / record.suite.max_new_tokens
         arms = {generation.trial.arm for generation in record.generations}

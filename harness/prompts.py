@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -48,8 +49,11 @@ def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) ->
     """Read FastChat's `question.jsonl` and, where given, its reference answers."""
     references: dict[int, tuple[str, ...]] = {}
     if reference_file is not None:
-        for row, _ in _json_lines(reference_file):
-            references[row["question_id"]] = tuple(row["choices"][0]["turns"])
+        for row, where in _json_lines(reference_file):
+            try:
+                references[row["question_id"]] = tuple(row["choices"][0]["turns"])
+            except (KeyError, IndexError, TypeError) as error:
+                raise UserError(found=f"a row without {error}", need="question_id, choices", where=where) from error
     prompts = []
     for row, where in _json_lines(question_file):
         try:
@@ -66,17 +70,22 @@ def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) ->
 
 def load_human_eval(path: Path) -> tuple[BenchmarkPrompt, ...]:
     """Read HumanEval's gzipped task file; each task becomes an instruction to complete the function."""
-    with gzip.open(path, "rt") as file:
-        tasks = [json.loads(line) for line in file if line.strip()]
-    return tuple(
-        BenchmarkPrompt(
-            key=task["task_id"].replace("/", "-").lower(),
-            category="coding",
-            turns=(f"Complete this Python function.\n\n```python\n{task['prompt'].rstrip()}\n```",),
-            reference=(task["canonical_solution"],),
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            tasks = [json.loads(line) for line in file if line.strip()]
+        return tuple(
+            BenchmarkPrompt(
+                key=task["task_id"].replace("/", "-").lower(),
+                category="coding",
+                turns=(f"Complete this Python function.\n\n```python\n{task['prompt'].rstrip()}\n```",),
+                reference=(task["canonical_solution"],),
+            )
+            for task in tasks
         )
-        for task in tasks
-    )
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            found=f"no readable tasks ({type(error).__name__}: {error})", need="gzipped JSON lines with task_id and prompt", where=path.name
+        ) from error
 
 
 def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
@@ -84,11 +93,12 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
 
     Raises: UserError naming the line at fault.
     """
-    if not path.exists():
-        raise UserError(found="no such file", need="a .jsonl or .txt file of prompts", where=path.name)
+    if not path.is_file() or path.suffix not in (".jsonl", ".txt"):
+        found = f"suffix {path.suffix!r}" if path.is_file() else "no such file"
+        raise UserError(found=found, need="a .jsonl or .txt file of prompts", where=path.name)
     prompts: list[BenchmarkPrompt] = []
-    if path.suffix != ".jsonl":
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
         prompts = [BenchmarkPrompt(key=f"{path.stem}-{number}", category="own", turns=(line,)) for number, line in enumerate(lines)]
     else:
         for number, (row, where) in enumerate(_json_lines(path)):
@@ -149,9 +159,16 @@ def _ngrams(text: str, size: int) -> list[tuple[str, ...]]:
     return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable text ({type(error).__name__})", need="a UTF-8 text file", where=path.name) from error
+
+
 def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path.name}:{number}"

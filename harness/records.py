@@ -356,10 +356,10 @@ def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generat
     Raises: UserError naming file and line.
     """
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
-    lines = text.split("\n")
+    lines = content.split(b"\n")  # bytes: a kill may cut a character in two
     tail = lines.pop()
     if tail and not allow_torn_tail:
         raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -13,12 +13,13 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness import probes
 from harness.arms import ArmRunner
 from harness.clock import device_clock
-from harness.config import ArmSpec, SuiteSpec
+from harness.config import ArmSpec, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import InvalidMeasurement, UserError
@@ -42,11 +43,12 @@ from harness.records import (
     canonical_sha256,
     write_json,
 )
+from harness.report.formatting import without_paths
 from harness.run_store import RunStore
 from harness.suite_prompts import SuitePrompt, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from harness.trace import Trace
-from harness.trees import resolve_trees
+from harness.trees import check_fixed_trees, resolve_trees
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
@@ -80,12 +82,29 @@ class _Session:
 
 def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     """Return the suite with the command line's changes in it."""
-    prompts = suite.prompts
+    prompts, arms = suite.prompts, suite.arms
+    if options.tree_file is not None:
+        DraftTree.from_json(options.tree_file)
+        given = FileTree(kind="file", path=str(options.tree_file))
+        arms = tuple(arm.model_copy(update={"tree": given}) if isinstance(arm.tree, SearchedTree | FastestTree) else arm for arm in arms)
+        if arms == suite.arms:
+            raise UserError(found="no arm with a searched tree", need="one that --tree can stand in for", where=f"suite {suite.name!r}")
     if options.prompts_file is not None:
         prompts = prompts.model_copy(update={"source": "file", "path": options.prompts_file.name, "per_category": None})
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
-    return suite.model_copy(update={"prompts": prompts})
+    return suite.model_copy(update={"prompts": prompts, "arms": arms})
+
+
+def greedy_vanilla(suite: SuiteSpec) -> ArmSpec:
+    """Return the arm whose texts are traced and scored against.
+
+    Raises: UserError where the suite has none.
+    """
+    arm = next((arm for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic), None)
+    if arm is None:
+        raise UserError(found="no greedy vanilla arm", need="one: its texts are the reference", where=f"suite {suite.name!r}")
+    return arm
 
 
 def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions, console: Console) -> Path:
@@ -95,6 +114,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     """
     started = time.monotonic()
     suite = effective_suite(suite, options)
+    greedy_vanilla(suite)
     device = best_device()
     beside = suite_file.parent if suite_file is not None else None
     console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
@@ -105,22 +125,25 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     engine = load_engine(suite, loaded, beside=beside, heads=heads)
     if engine.runner.note:
         console.print(engine.runner.note)
+    calibration = Trace.load(resolve_path(suite.calibration_trace, beside=beside)) if suite.calibration_trace is not None else None
+    _check_calibration(calibration, engine)
+    check_fixed_trees(suite, num_heads=engine.heads.num_heads, beside=beside, has_calibration=calibration is not None)
+    check_lengths(engine, prompts, max_new_tokens=suite.max_new_tokens)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
     session = _Session(suite, engine, prompts, warmup, store, console, device_clock(device), device)
 
-    calibration = Trace.load(resolve_path(suite.calibration_trace, beside=beside)) if suite.calibration_trace is not None else None
-    _check_calibration(calibration, engine)
-    trees = _prepare(session, calibration, beside=beside, options=options)
+    trees = _prepare(session, calibration, beside=beside)
     runners = _runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
     peak = _run_blocks(session, runners, plan, started=started, budget_s=options.time_budget_s)
     _after(session, runners)
-    record = RunRecord(store.folder)
-    if len({trial.trial.prompt_key for trial in plan}) > len({outcome.trial.prompt_key for outcome in record.outcomes}):
-        done = len({outcome.trial.prompt_key for outcome in record.outcomes})
-        console.print(f"time budget used up: the record holds the first {done} prompts")
-        suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done})})
+    outcomes = RunRecord(store.folder).outcomes
+    done = len({outcome.trial.prompt_key for outcome in outcomes})
+    rounds = 1 + max(outcome.trial.round for outcome in outcomes)
+    if (done, rounds) != (len(prompts), suite.rounds):
+        console.print(f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} rounds")
+        suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds})
         store.write_suite(suite)
         plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
     store.seal(
@@ -171,13 +194,14 @@ def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
         )
 
 
-def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | None, options: RunOptions) -> dict[str, ArmTree]:
+def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | None) -> dict[str, ArmTree]:
     """Measure the device, refuse useless heads, choose the trees; on resume everything is read back instead."""
     folder, suite, engine = session.store.folder, session.suite, session.engine
-    record = RunRecord(folder)
     if (folder / "trees.json").exists():
         session.console.print(f"resuming {folder.name}")
-        return record.trees
+        trees = RunRecord(folder).trees
+        _check_same_files(suite, trees, beside=beside)
+        return trees
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
@@ -196,11 +220,31 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
         clock=session.clock,
     )
     write_json(folder / "step_costs.json", StepCosts(costs=costs))
-    trees = resolve_trees(
-        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside, override=options.tree_file
-    )
+    trees = resolve_trees(suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside)
     write_json(folder / "trees.json", ArmTrees(trees=trees))
     return trees
+
+
+def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside: Path | None) -> None:
+    """Refuse to go on with a tree file that has changed since the run began."""
+    for arm in suite.arms:
+        if isinstance(arm.tree, FileTree) and DraftTree.from_json(resolve_path(arm.tree.path, beside=beside)) != trees[arm.name].tree():
+            raise UserError(
+                found=f"another tree in {Path(arm.tree.path).name}",
+                need="the one that began the run",
+                where=f"arm {arm.name!r}",
+                do="restore it, or give the new tree another name",
+            )
+
+
+def check_lengths(engine: Engine, prompts: Sequence[SuitePrompt], *, max_new_tokens: int) -> None:
+    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its answer."""
+    depth = engine.heads.num_heads
+    for prompt in prompts:
+        try:
+            engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth)
+        except UserError as error:
+            raise UserError(found=error.found, need=error.need, where=f"prompt {prompt.key!r}", do=error.do) from error
 
 
 def _control(session: _Session) -> HeadsControl:
@@ -238,11 +282,13 @@ def _run_blocks(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=session.console) as progress:
         task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
-        for block in todo:
-            if budget_s is not None and time.monotonic() - started > budget_s:
+        for number, block in enumerate(todo):
+            may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key  # later rounds only as a whole
+            has_any = number > 0 or bool(finished)
+            if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
                 break
             for planned in block:
-                progress.update(task, description=f"{planned.trial.arm} on {planned.trial.prompt_key}")
+                progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
                 outcome = _run_trial(session, runners, planned, prompts[planned.trial.prompt_key], attempt=attempts.get(planned.trial, 0))
                 session.store.append(outcome)
                 if isinstance(outcome, Generation):
@@ -274,7 +320,7 @@ def _run_trial(
     try:
         result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
     except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
-        return Failure(trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=str(error)[:500])
+        return Failure(trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500])
     return Generation(
         trial=trial,
         order=planned.order,
@@ -296,7 +342,7 @@ def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: Su
     """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of this block's vanilla text."""
     if not session.suite.reports_speed:
         return
-    vanilla = next(arm.name for arm in session.suite.arms if arm.method == "vanilla" and not arm.stochastic)
+    vanilla = greedy_vanilla(session.suite).name
     outcomes = RunRecord(session.store.folder).generations
     text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
     if text is None:
@@ -315,7 +361,7 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
     record = RunRecord(folder)
     prompts = {prompt.key: prompt for prompt in session.prompts}
     generations = record.generations
-    vanilla = next(arm.name for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic)
+    vanilla = greedy_vanilla(suite).name
     texts = [
         KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)
         for item in generations

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel
@@ -29,6 +30,7 @@ from harness.records import (
 )
 
 _GENERATIONS, _ARM_STEPS = "generations.jsonl", "arm_steps.jsonl"
+_PATH_KEYS = ("path", "calibration_trace")
 _IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "prompts_sha256")
 
 
@@ -53,7 +55,7 @@ class RunStore:
         home = results / suite.name / machine_slug(environment.device)
         for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
             unfinished = (folder / "environment.json").exists() and not (folder / "manifest.json").exists()
-            if unfinished and _difference(folder, suite=suite, environment=environment) is None:
+            if unfinished and _is_same_run(folder, suite=suite, environment=environment):
                 return RunStore(folder)
         folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(environment.commit or 'nocommit')[:8]}"
         folder.mkdir(parents=True)
@@ -64,7 +66,7 @@ class RunStore:
 
     def write_suite(self, suite: SuiteSpec) -> None:
         """Write the suite as it is run, command-line changes included."""
-        write_bytes(self.folder / "suite.toml", tomli_w.dumps(suite.model_dump(mode="json", exclude_none=True)).encode())
+        write_bytes(self.folder / "suite.toml", tomli_w.dumps(_portable(suite)).encode())
 
     def append(self, outcome: Generation | Failure) -> None:
         """Append one outcome and flush it to disk."""
@@ -84,9 +86,14 @@ class RunStore:
     def prepare_resume(self, plan: Sequence[PlannedTrial]) -> tuple[set[int], dict[TrialKey, int]]:
         """Return the finished blocks and, for the others, how often each trial was tried.
 
-        A torn last line is dropped; generations of a block that a kill cut short keep their tokens, and their timings are marked invalid.
+        Torn last lines and temporary files are dropped; generations of a block that a kill cut short keep their tokens, and their timings are marked invalid.
         """
-        path = self.folder / _GENERATIONS
+        path, arm_steps = self.folder / _GENERATIONS, self.folder / _ARM_STEPS
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
+        if arm_steps.exists():  # else the next line would be appended to half a line
+            whole, newline, _ = arm_steps.read_bytes().rpartition(b"\n")
+            write_bytes(arm_steps, whole + newline)
         if not path.exists():
             return set(), {}
         outcomes = read_outcomes(path, allow_torn_tail=True)
@@ -127,9 +134,28 @@ class RunStore:
         return manifest
 
 
+def _portable(suite: SuiteSpec) -> dict[str, Any]:
+    """Return a suite as a record keeps it: absolute paths, which name a machine or a user, cut to their last part."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: Path(inner).name if key in _PATH_KEYS and Path(inner).is_absolute() else cut(inner) for key, inner in value.items()}
+        return [cut(inner) for inner in value] if isinstance(value, list) else value
+
+    data: dict[str, Any] = cut(suite.model_dump(mode="json", exclude_none=True))
+    return data
+
+
+def _is_same_run(folder: Path, *, suite: SuiteSpec, environment: Environment) -> bool:
+    try:
+        return _difference(folder, suite=suite, environment=environment) is None
+    except UserError:
+        return False  # what another version or a damaged disk left must not stop a new run
+
+
 def _difference(folder: Path, *, suite: SuiteSpec, environment: Environment) -> str | None:
     record = RunRecord(folder)
-    if record.suite != suite:
+    if record.suite != SuiteSpec.model_validate(_portable(suite)):
         return "suite"
     theirs = record.environment
     return next((name for name in _IDENTITY if getattr(theirs, name) != getattr(environment, name)), None)

@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
 from harness.training_prompts import training_prompts
 
+NUM_RANDOM_PROMPTS = 8  # of a tiny suite without a limit
 _NUM_WARMUP, _RANDOM_TOKENS = 4, (6, 24)
 
 
@@ -44,7 +45,9 @@ def suite_prompts(
 ) -> tuple[SuitePrompt, ...]:
     """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a tiny model."""
     if suite.prompts.source == "random":
-        return _random_prompts(suite, count=suite.prompts.limit or 8, seed="measured")
+        return _random_prompts(suite, count=suite.prompts.limit or NUM_RANDOM_PROMPTS, seed="measured")
+    if loaded.tokenizer is None:
+        raise UserError(found="prompts of text for a tiny random model", need="prompts.source = 'random'", where=f"suite {suite.name!r}")
     return tuple(
         SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]))
         for prompt in benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=allow_hub)

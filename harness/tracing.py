@@ -26,6 +26,7 @@ def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | N
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
     heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
     engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads)
+    check_lengths(engine, prompts, max_new_tokens=suite.max_new_tokens)
     runner = ArmRunner(
         engine,
         ArmSpec(name="vanilla", method="vanilla"),

@@ -26,6 +26,12 @@ class NumberRange(Frozen):
     min: int
     max: int
 
+    @model_validator(mode="after")
+    def _in_order(self) -> NumberRange:
+        if self.min > self.max:
+            raise ValueError(f"found a range from {self.min} to {self.max}, need min <= max")
+        return self
+
 
 class CategoryCatalogue(Frozen):
     """One category's templates in `str.format` syntax and the values of their slots."""
@@ -39,6 +45,8 @@ class CategoryCatalogue(Frozen):
     @model_validator(mode="after")
     def _slots_match(self) -> CategoryCatalogue:
         known, used = {*self.slots, *self.ranges}, set()
+        if empty := sorted(name for name, values in self.slots.items() if not values):
+            raise ValueError(f"slots without a value: {empty}")
         for template in self.templates:
             used |= (names := _slot_names(template))
             if missing := names - known:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -44,7 +44,7 @@ class CalibrationSpec(Frozen):
 class TrainingSuite(Frozen):
     """A recipe file: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus that spares making it."""
 
-    schema_version: int
+    schema_version: Literal[1]
     name: str
     description: str
     model: ModelSpec

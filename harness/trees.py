@@ -49,9 +49,8 @@ def resolve_trees(
     costs: tuple[StepCost, ...],
     num_heads: int,
     beside: Path | None,
-    override: Path | None = None,
 ) -> dict[str, ArmTree]:
-    """Return every Medusa arm's tree; `override` is a tree file from the command line that stands in for all searched ones.
+    """Return every Medusa arm's tree.
 
     Raises: UserError where a searched tree has no calibration trace, or a tree is deeper than the heads.
     """
@@ -61,21 +60,35 @@ def resolve_trees(
         if arm.tree is None:
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
-        tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside, override=override)
-        if tree.depth > heads:
-            raise UserError(
-                found=f"a tree of depth {tree.depth}",
-                need=f"at most {heads}, the number of heads",
-                where=f"arm {arm.name!r}",
-                do="prune it",
-            )
+        tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside)
+        _check_depth(tree, arm, num_heads=heads)
         predicted = index.replay(tree).tokens_per_step if index is not None else None
         resolved[arm.name] = ArmTree(paths=tree.paths, origin=origin, predicted_tokens_per_step=predicted)
     return resolved
 
 
+def check_fixed_trees(suite: SuiteSpec, *, num_heads: int, beside: Path | None, has_calibration: bool) -> None:
+    """Refuse, before anything is measured, a tree that is no tree or is deeper than its heads, and a search without a calibration trace."""
+    for arm in suite.arms:
+        if arm.tree is None or (has_calibration and isinstance(arm.tree, SearchedTree | FastestTree)):
+            continue
+        heads = min(num_heads, arm.num_heads or num_heads)
+        tree, _ = _resolve(arm, None, costs=(), num_heads=heads, beside=beside)
+        _check_depth(tree, arm, num_heads=heads)
+
+
+def _check_depth(tree: DraftTree, arm: ArmSpec, *, num_heads: int) -> None:
+    if tree.depth > num_heads:
+        raise UserError(
+            found=f"a tree of depth {tree.depth}",
+            need=f"at most {num_heads}, the number of heads",
+            where=f"arm {arm.name!r}",
+            do="prune it",
+        )
+
+
 def _resolve(
-    arm: ArmSpec, calibration: Trace | None, *, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None, override: Path | None
+    arm: ArmSpec, calibration: Trace | None, *, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None
 ) -> tuple[DraftTree, str]:
     spec = arm.tree
     if isinstance(spec, ChainTree):
@@ -85,8 +98,6 @@ def _resolve(
         return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}"
     if isinstance(spec, FileTree):
         return DraftTree.from_json(resolve_path(spec.path, beside=beside)), f"file {Path(spec.path).name}"
-    if override is not None:
-        return DraftTree.from_json(override), f"file {override.name} from the command line"
     if calibration is None:
         raise UserError(found=f"tree kind {spec.kind!r}" if spec else "no tree", need="a calibration_trace", where=f"arm {arm.name!r}")
     if isinstance(spec, SearchedTree):

@@ -32,7 +32,7 @@ class TreeCacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: TreeCache, layer_index: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self._layer_index = layer_index
 
@@ -163,7 +163,7 @@ class TreeCache(Cache):
     def reset(self) -> None:
         """Forget all rows and zero the storage."""
         self.clear_rows()
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
 
     def clear_rows(self, rows: slice | None = None) -> None:
         """Forget the kept tokens of `rows` (all by default); storage stays allocated."""

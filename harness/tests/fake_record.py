@@ -416,8 +416,8 @@ def _greedy_steps(trace: Trace, tree: DraftTree) -> list[tuple[int, ...]]:
 def _sampled(rng: np.random.Generator, *, arm: str, tree: ArmTree | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     tokens = tuple(rng.integers(EOS_ID + 1, VOCAB_SIZE, size=MAX_NEW_TOKENS).tolist())
     left, steps = MAX_NEW_TOKENS - 1, []
+    longest = 1 if tree is None else tree.tree().depth + 1
     while left:
-        longest = 1 if tree is None else tree.tree().depth + 1
         kept = 1
         while kept < min(longest, left) and rng.random() < SAMPLED_RATES[arm]:
             kept += 1

@@ -128,10 +128,11 @@ def test_bfloat16_runs_and_agrees_where_the_gap_is_wide(mode: Mode) -> None:
     assert output.logits.dtype == torch.bfloat16 and bool(output.logits.isfinite().all())
     exact = StepRunner(tiny_llama(), None, mode="eager")
     expected = exact.backbone.prefill(torch.tensor(PROMPT), cache=exact.backbone.new_cache(batch_size=1, max_length=30)).logits
-    assert float((output.logits.float() - expected).abs().max()) < 0.05 * float(expected.abs().max())
+    error = float((output.logits.float() - expected).abs().max())
+    assert 0 < error < 0.05 * float(expected.abs().max())
     assert len(medusa_tokens(engine)) == len(vanilla_tokens(engine)) == 20
     best = expected[0, 0].topk(2)
-    assert float(best.values[0] - best.values[1]) > 0.1 * float(expected.abs().max())
+    assert float(best.values[0] - best.values[1]) > 2 * error
     assert medusa_tokens(engine)[0] == int(best.indices[0])
 
 

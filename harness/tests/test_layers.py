@@ -1,0 +1,113 @@
+"""Imports run downward only: the method knows nothing of the harness, and everything after a record needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Everything that runs after a record is on disk, and what it stands on.
+PURE = (
+    "medusa_impl.errors",
+    "medusa_impl.tree",
+    "medusa_impl.tree_search",
+    "harness.config",
+    "harness.paths",
+    "harness.records",
+    "harness.judgement",
+    "harness.trace",
+    "harness.roofline",
+    "harness.hardware",
+    "harness.intervals",
+    "harness.metrics",
+    "harness.checks",
+    "harness.quality.parity",
+    "harness.claims",
+    "harness.judge",
+    "harness.export",
+    "harness.validate",
+    "harness.prompts",
+    "harness.training_prompts",
+    "harness.report.markdown",
+    "harness.report.readme",
+    "harness.report.terminal",
+)
+# Who touches the device, the clock or the disk on the way to a record; no pure module may import one of them.
+DEVICE = {
+    "harness.arms",
+    "harness.clock",
+    "harness.corpus",
+    "harness.doctor",
+    "harness.engine",
+    "harness.environment",
+    "harness.memory",
+    "harness.probes",
+    "harness.record_trace",
+    "harness.run",
+    "harness.run_store",
+    "harness.suite_prompts",
+    "harness.tiny_heads",
+    "harness.tracing",
+    "harness.training_run",
+}
+
+
+def modules(package: str) -> list[Path]:
+    return [path for path in (ROOT / package).rglob("*.py") if "tests" not in path.parts]
+
+
+def imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", modules("medusa_impl"), ids=lambda path: path.stem)
+def test_the_method_imports_nothing_of_the_harness(path: Path) -> None:
+    assert not {name for name in imported(path) if name.split(".")[0] in ("harness", "suites", "pytest")}
+
+
+@pytest.mark.parametrize("path", modules("medusa_impl"), ids=lambda path: path.stem)
+def test_the_method_reads_no_clock_but_for_progress(path: Path) -> None:
+    """Only the trainer's log knows the time, and takes the clock as an argument."""
+    assert "time" not in imported(path) or path.stem == "training"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_import_no_device_module(name: str) -> None:
+    path = ROOT / Path(*name.split(".")).with_suffix(".py")
+    assert not imported(path) & DEVICE
+
+
+def test_pure_half_runs_without_torch() -> None:
+    imports = f"import importlib, sys\nfor name in {PURE!r}: importlib.import_module(name)\n"
+    code = imports + "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_harness_module_is_in_one_layer() -> None:
+    """A new module has to be placed: a device module by name, or it must not import torch at its top."""
+    for path in modules("harness"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name not in DEVICE:
+            assert "torch" not in {found.split(".")[0] for found in top_level_imports(path)}, name
+
+
+def top_level_imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
