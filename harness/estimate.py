@@ -35,7 +35,9 @@ def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = N
         tree = arm.tree.kind if arm.tree is not None else "-"
         table.add_row(arm.name, arm.method, tree, str(len(arm.seeds) or "-"), str(trials), f"{minutes:.1f}" if minutes is not None else "?")
     console.print(table)
-    console.print(f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each", highlight=False)
+    console.print(
+        f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each", highlight=False
+    )
     console.print(
         f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown"
     )

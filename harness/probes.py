@@ -132,7 +132,7 @@ def profile_arm(runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: in
         step_s=step_s,
         backbone_s=part["backbone"],
         heads_s=part["heads"],
-        candidates_s=part["candidates"],
+        candidates_s=part["candidates"] + part["mask"],
         acceptance_s=part["acceptance"],
         cache_s=part["cache"],
     )

@@ -151,7 +151,9 @@ class StepCosts(Frozen):
 
 
 class ProfileRow(Frozen):
-    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its steps)."""
+    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its steps).
+
+    `backbone_s` and `heads_s` are the calls of the modules themselves; `candidates_s` includes positions and mask."""
 
     arm: str
     num_steps: int

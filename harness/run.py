@@ -45,7 +45,7 @@ from harness.records import (
 )
 from harness.report.formatting import without_paths
 from harness.run_store import RunStore
-from harness.suite_prompts import SuitePrompt, suite_prompts, warmup_prompts
+from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from harness.trace import Trace
 from harness.trees import check_fixed_trees, resolve_trees
@@ -128,7 +128,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     calibration = Trace.load(resolve_path(suite.calibration_trace, beside=beside)) if suite.calibration_trace is not None else None
     _check_calibration(calibration, engine)
     check_fixed_trees(suite, num_heads=engine.heads.num_heads, beside=beside, has_calibration=calibration is not None)
-    check_lengths(engine, prompts, max_new_tokens=suite.max_new_tokens)
+    check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
     session = _Session(suite, engine, prompts, warmup, store, console, device_clock(device), device)
@@ -237,16 +237,6 @@ def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside:
             )
 
 
-def check_lengths(engine: Engine, prompts: Sequence[SuitePrompt], *, max_new_tokens: int) -> None:
-    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its answer."""
-    depth = engine.heads.num_heads
-    for prompt in prompts:
-        try:
-            engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth)
-        except UserError as error:
-            raise UserError(found=error.found, need=error.need, where=f"prompt {prompt.key!r}", do=error.do) from error
-
-
 def _control(session: _Session) -> HeadsControl:
     arm = ArmSpec(name="control", method="vanilla")
     longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
@@ -320,7 +310,9 @@ def _run_trial(
     try:
         result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
     except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
-        return Failure(trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500])
+        return Failure(
+            trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500]
+        )
     return Generation(
         trial=trial,
         order=planned.order,

@@ -86,7 +86,8 @@ class RunStore:
     def prepare_resume(self, plan: Sequence[PlannedTrial]) -> tuple[set[int], dict[TrialKey, int]]:
         """Return the finished blocks and, for the others, how often each trial was tried.
 
-        Torn last lines and temporary files are dropped; generations of a block that a kill cut short keep their tokens, and their timings are marked invalid.
+        Torn last lines and temporary files are dropped; generations of a block that a kill cut short keep their tokens, and their
+        timings are marked invalid.
         """
         path, arm_steps = self.folder / _GENERATIONS, self.folder / _ARM_STEPS
         for left_over in self.folder.glob("*.tmp"):
@@ -139,7 +140,9 @@ def _portable(suite: SuiteSpec) -> dict[str, Any]:
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: Path(inner).name if key in _PATH_KEYS and Path(inner).is_absolute() else cut(inner) for key, inner in value.items()}
+            return {
+                key: Path(inner).name if key in _PATH_KEYS and Path(inner).is_absolute() else cut(inner) for key, inner in value.items()
+            }
         return [cut(inner) for inner in value] if isinstance(value, list) else value
 
     data: dict[str, Any] = cut(suite.model_dump(mode="json", exclude_none=True))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.assets import cache_dir, fetch_asset, load_asset_specs
 from harness.config import Frozen, SuiteSpec
-from harness.engine import LoadedModel
+from harness.engine import Engine, LoadedModel
 from harness.errors import UserError
 from harness.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
 from harness.training_prompts import training_prompts
@@ -62,6 +63,16 @@ def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, 
         SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text))
         for prompt in training_prompts(num_prompts=_NUM_WARMUP, seed=7, split="held_out")
     )
+
+
+def check_lengths(prompts: Sequence[SuitePrompt], engine: Engine, *, max_new_tokens: int) -> None:
+    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its answer."""
+    depth = engine.heads.num_heads
+    for prompt in prompts:
+        try:
+            engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth)
+        except UserError as error:
+            raise UserError(found=error.found, need=error.need, where=f"prompt {prompt.key!r}", do=error.do) from error
 
 
 def _random_prompts(suite: SuiteSpec, *, count: int, seed: str) -> tuple[SuitePrompt, ...]:

@@ -7,18 +7,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from harness.arms import ArmRunner
-from harness.clock import device_clock
-from harness.config import ArmSpec, SuiteSpec
+from harness.config import SuiteSpec
 from harness.engine import best_device, load_engine, load_model
 from harness.record_trace import KeptText, record_trace
-from harness.suite_prompts import suite_prompts, warmup_prompts
+from harness.suite_prompts import check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from harness.trace import Trace
+from medusa_impl.decode import StreamRequest, decode_stream
+
+_NUM_ROWS = 16
 
 
 def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | None, allow_hub: bool, console: Console) -> Trace:
-    """Decode every prompt of a suite with vanilla greedy decoding, record how its heads rank the texts, and write the trace."""
+    """Decode every prompt of a suite with vanilla greedy decoding, record how its heads rank the texts, and write the trace.
+
+    Prompts share a batch: where two logits lie within rounding, a text may part from its batch-1 text.
+    """
     if limit is not None:
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": limit})})
     device = best_device()
@@ -26,19 +30,17 @@ def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | N
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
     heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
     engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads)
-    check_lengths(engine, prompts, max_new_tokens=suite.max_new_tokens)
-    runner = ArmRunner(
-        engine,
-        ArmSpec(name="vanilla", method="vanilla"),
-        tree=None,
-        max_new_tokens=suite.max_new_tokens,
-        max_prompt_tokens=max(len(prompt.prompt_ids) for prompt in prompts),
-        clock=device_clock(device),
+    check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
+    rendered = {prompt.key: prompt for prompt in prompts}
+    requests = [StreamRequest(key=prompt.key, prompt_ids=prompt.prompt_ids, temperature=0.0, seed=0) for prompt in prompts]
+    stream = decode_stream(
+        engine.runner.backbone, requests, num_rows=_NUM_ROWS, max_new_tokens=suite.max_new_tokens, eos_ids=loaded.eos_ids
     )
-    texts = []
-    for prompt in track(prompts, description="vanilla texts", console=console):
-        result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+    texts = [
+        KeptText(done.key, rendered[done.key].category, rendered[done.key].prompt_ids, tuple(done.token_ids), done.ended_by)
+        for done in track(stream, total=len(prompts), description="vanilla texts", console=console)
+    ]
+    texts.sort(key=lambda text: list(rendered).index(text.key))
     trace = record_trace(engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name})
     trace.save(out)
     return trace

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from medusa_impl.errors import UserError
 from medusa_impl.kv_cache import TreeCache
+from medusa_impl.sections import Section, no_section
 
 _ALIBI_MODEL_TYPES = {"bloom", "mpt"}  # MPT would be silently wrong
 _SLOT_MASK_MODEL_TYPES = {"gpt_neo"}  # masks by cache slot behind the mask that it is given: silently wrong
@@ -123,20 +124,30 @@ class Backbone:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: Tensor, *, depths: Tensor, visible: Tensor, cache: TreeCache, rows: slice | None = None, num_logits: int = 0
+        self,
+        token_ids: Tensor,
+        *,
+        depths: Tensor,
+        visible: Tensor,
+        cache: TreeCache,
+        rows: slice | None = None,
+        num_logits: int = 0,
+        section: Section = no_section,
     ) -> BackboneOutput:
         """Score N new tokens a row and write their keys and values behind the kept prefix (nothing is kept yet).
 
         Shapes: token_ids `[B, N]`; depths `[N]`, position minus kept length; visible `[N, N]` boolean, whether node n sees node m
-        (itself included). The logits are those of the last `num_logits` tokens, of all by default.
+        (itself included). The logits are those of the last `num_logits` tokens, of all by default. `section` sees the model's own call
+        as `backbone`, what is prepared for it as `mask`.
         Paper: Section 2.1.2, tree attention.
         """
-        chosen = rows if rows is not None else slice(0, cache.num_rows)
-        view_length = cache.begin_step(num_new=token_ids.shape[1], rows=chosen, device=self.device)
-        lengths = torch.tensor(cache.lengths[chosen], device=self.device)
-        position_ids = lengths[:, None] + depths[None, :]
-        mask = self._mask(lengths, depths, visible, view_length)
-        with self._capture_hidden() as captured:
+        with section("mask"):
+            chosen = rows if rows is not None else slice(0, cache.num_rows)
+            view_length = cache.begin_step(num_new=token_ids.shape[1], rows=chosen, device=self.device)
+            lengths = torch.tensor(cache.lengths[chosen], device=self.device)
+            position_ids = lengths[:, None] + depths[None, :]
+            mask = self._mask(lengths, depths, visible, view_length)
+        with section("backbone"), self._capture_hidden() as captured:
             output = self.model(
                 input_ids=token_ids,
                 attention_mask=mask,

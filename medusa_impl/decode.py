@@ -6,8 +6,7 @@ continuations; one backbone pass scores all its nodes; the acceptance rule keeps
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +17,11 @@ from medusa_impl.acceptance import AcceptanceRule
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads, ordered_topk
 from medusa_impl.kv_cache import TreeCache
+from medusa_impl.sections import Section, no_section
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers
 
 EndedBy = Literal["eos", "budget"]
-Section = Callable[[str], contextlib.AbstractContextManager[None]]
-
-
-def no_section(name: str) -> contextlib.AbstractContextManager[None]:
-    """Mark a part of a step for nobody; a profiler passes its own."""
-    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -108,8 +102,7 @@ def decode_vanilla(
     tokens = rule.root(logits)
     yield rows.add(tokens[:, None].tolist())
     while rows.going:
-        with section("backbone"):
-            output = backbone.forward(tokens[:, None], depths=root.depths, visible=root.visible, cache=cache)
+        output = backbone.forward(tokens[:, None], depths=root.depths, visible=root.visible, cache=cache, section=section)
         with section("cache"):
             cache.keep([[0] if ended is None else [] for ended in rows.ended])
         with section("acceptance"):
@@ -150,8 +143,7 @@ def decode_medusa(
             head_logits = heads(states, lm_head=backbone.lm_head, num_heads=tree.depth)
         with section("candidates"):
             tokens = draft_tokens(head_logits, roots, buffers)
-        with section("backbone"):
-            output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
+        output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache, section=section)
         with section("acceptance"):
             acceptance = rule.verify(output.logits, tokens, buffers)
             nodes = [path[:kept] for path, kept in zip(acceptance.nodes.tolist(), acceptance.num_kept.tolist(), strict=True)]

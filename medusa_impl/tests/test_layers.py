@@ -74,7 +74,8 @@ def test_every_block_learns_on_its_own() -> None:
 @torch.inference_mode()
 def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(24, 40), nn.SiLU(), nn.Linear(40, 17, bias=False)).eval()
+    last = nn.Linear(40, 17, bias=False)
+    module = nn.Sequential(nn.Linear(24, 40), nn.SiLU(), last).eval()
     inputs = [torch.randn(*shape) for shape in ((1, 24), (3, 5, 24), (2, 70, 24))]
     stock = [module(rows) for rows in inputs]
     packed = PackedLinears(module, None, rows_hint=16)
@@ -83,7 +84,7 @@ def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
     for rows, expected in zip(inputs, stock, strict=True):
         torch.testing.assert_close(module(rows), expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        module[2].weight.zero_()
+        last.weight.zero_()
     assert bool(module(inputs[0]).any()), "the packed copy is in use, so that a changed weight does not show"
     packed.detach()
     packed.detach()  # twice is harmless

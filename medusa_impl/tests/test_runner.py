@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -73,7 +75,8 @@ def test_stock_lends_the_model_as_shipped_and_takes_it_back(mode: Mode) -> None:
     with engine.stock() as model:
         assert isinstance(model, LlamaForCausalLM)
         assert model.config._attn_implementation == "sdpa" and routed(model) == 0
-        text = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, use_cache=True)
+        lent: Any = model
+        text = lent.generate(torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, use_cache=True)
     assert text[0, len(PROMPT) :].tolist() == before
     with pytest.raises(KeyError), engine.stock() as model:
         assert routed(model) == 0
@@ -121,7 +124,7 @@ def test_auto_takes_the_packed_mode_and_eager_is_respected() -> None:
 @pytest.mark.parametrize("mode", ["eager", "auto"])
 def test_bfloat16_runs_and_agrees_where_the_gap_is_wide(mode: Mode) -> None:
     """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its top two a wide gap."""
-    engine = StepRunner(tiny_llama().to(torch.bfloat16), make_heads(), mode=mode)
+    engine = StepRunner(tiny_llama().bfloat16(), make_heads(), mode=mode)
     assert engine.heads is not None and next(engine.heads.parameters()).dtype == torch.bfloat16
     cache = engine.backbone.new_cache(batch_size=1, max_length=30)
     output = engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
