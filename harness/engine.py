@@ -21,8 +21,9 @@ from medusa_impl.checkpoint import backbone_sha256, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner
 
-# Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn.
-_TINY_STD, _TINY_EMBEDDING_SCALE = 0.1, 20.0
+# Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn. A larger LM
+# head makes the law sharp enough for sampling rules to accept drafts.
+_TINY_STD, _TINY_EMBEDDING_SCALE, _TINY_LM_HEAD_SCALE = 0.1, 20.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,11 @@ def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
         eos_token_id=None,
         pad_token_id=None,
     )
-    model: PreTrainedModel = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     with torch.no_grad():
-        embedding_weights(model)[0].mul_(_TINY_EMBEDDING_SCALE)
+        embedding, lm_head = embedding_weights(model)
+        embedding.mul_(_TINY_EMBEDDING_SCALE)
+        lm_head.mul_(_TINY_LM_HEAD_SCALE)
     model = model.to(dtype).eval()
     model.generation_config = GenerationConfig()
     return LoadedModel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -299,7 +300,8 @@ def _warm_up(session: _Session, runners: dict[str, ArmRunner]) -> None:
                 max_prompt_tokens=len(prompt.prompt_ids),
                 clock=session.clock,
             )
-            runner.generate(prompt.prompt_ids, seed=0)
+            with contextlib.suppress(Exception):  # an arm that cannot run fails in its own trials, where it is recorded
+                runner.generate(prompt.prompt_ids, seed=0)
 
 
 def _run_trial(
@@ -342,7 +344,10 @@ def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: Su
     context = [*prompt.prompt_ids, *text[: len(text) // 2]]
     for arm in session.suite.arms:
         if arm.method in ("vanilla", "medusa") and not arm.stochastic:
-            cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
+            try:
+                cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
+            except Exception:
+                continue  # as above: a broken arm costs only its own figures
             if cost.step_s:
                 session.store.append_arm_steps(cost)
 
@@ -364,10 +369,11 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
         record_trace(session.engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name}).save(folder / "trace.npz")
     if suite.reports_speed:
         chosen = [prompt.prompt_ids for prompt in session.prompts[: suite.probes.profile_prompts]]
+        failed = {failure.trial.arm for failure in record.failures}
         rows = [
             probes.profile_arm(runners[arm.name], chosen, seed=None, clock=session.clock)
             for arm in suite.arms
-            if arm.method in ("vanilla", "medusa") and not arm.stochastic
+            if arm.method in ("vanilla", "medusa") and not arm.stochastic and arm.name not in failed
         ]
         write_json(folder / "profile.json", Profile(rows=tuple(rows)))
     sampled = [item for item in generations if suite.arm(item.trial.arm).stochastic]

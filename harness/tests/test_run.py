@@ -1,0 +1,257 @@
+"""The smoke suite from end to end, and what a run does beside decoding: heads' control, failures, budget, provenance."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import MonkeyPatch
+
+import harness.run
+from harness.arms import ArmRunner, TimedGeneration
+from harness.engine import Engine, LoadedModel
+from harness.errors import ExitCode, UserError
+from harness.judge import judge
+from harness.judgement import CheckStatus
+from harness.plan import make_plan
+from harness.records import Generation, RunRecord
+from harness.report.markdown import render_report
+from harness.tests.tiny_suite import (
+    CHAIN,
+    FASTEST,
+    SAMPLED,
+    VANILLA,
+    MicroRun,
+    SmokeRun,
+    command,
+    micro_data,
+    run,
+    save_tiny_heads,
+    smoke_suite,
+    write_suite,
+)
+from harness.validate import validate_record
+from medusa_impl.heads import MedusaHeads
+
+SPEED = re.compile(r"speedup|tokens/s\b(?!tep)|overhead|\bms\b|GB/s|GFLOP", re.IGNORECASE)
+
+
+def test_smoke_ends_well_and_says_so_in_one_json_line(smoke: SmokeRun) -> None:
+    assert smoke.ran.code == ExitCode.OK
+    last = json.loads(smoke.ran.out.splitlines()[-1])
+    assert last["suite"] == "smoke" and last["valid"] is True and last["failed_checks"] == [] and last["num_failures"] == 0
+    assert last["record"] == smoke.record.folder.name
+    assert "Traceback" not in smoke.ran.err
+
+
+def test_smoke_passes_every_check_or_says_why_not(smoke: SmokeRun) -> None:
+    checks = {check.name: check for check in judge(smoke.record).checks}
+    assert not [check for check in checks.values() if check.status is CheckStatus.FAILED]
+    skipped = {name for name, check in checks.items() if check.status is CheckStatus.SKIPPED}
+    assert skipped == {"repeats_agree", "timings_valid", "machine_quiet", "arms_interleaved", "bandwidth_sane"}
+    assert all(checks[name].found for name in skipped)
+    assert validate_record(smoke.record.folder) == ()
+
+
+def test_smoke_prints_no_speed_of_its_own(smoke: SmokeRun) -> None:
+    """What the paper claims, and the roofline's simulation of the paper's shapes, are no speeds of this suite."""
+    assert smoke.ran.err and not SPEED.search(smoke.ran.err)
+    assert not re.search(r'"(speedup|overhead|tokens_per_s)"', smoke.ran.out.splitlines()[-1])
+    report = (smoke.record.folder / "report.md").read_text()
+    own = report[report.index("## Arms") :]
+    assert "tokens/step" in own
+    told = [line for line in own.splitlines() if SPEED.search(line.replace("no speed is reported", "").replace("reports no speed", ""))]
+    assert told == []
+
+
+def test_smoke_heads_beat_random_ones_by_far(smoke: SmokeRun) -> None:
+    """The tiny model's text was once so chaotic that heads learnt nothing, and the run was invalid."""
+    control = smoke.record.heads_control
+    assert control is not None and control.num_positions > 200
+    for trained, random in zip(control.trained_top1, control.random_top1, strict=True):
+        assert trained > random
+    assert control.trained_top1[0] > 1.5 * control.random_top1[0]
+
+
+def test_smoke_accepts_drafts_in_every_medusa_arm(smoke: SmokeRun) -> None:
+    for arm in ("chain", "cartesian", "typical", "rejection"):
+        kept = [step for item in smoke.record.generations if item.trial.arm == arm for step in item.step_tokens]
+        assert max(kept) > 1, arm
+
+
+def test_smoke_record_names_no_place_host_or_user(smoke: SmokeRun) -> None:
+    texts = [path.read_text() for path in smoke.record.folder.iterdir() if path.suffix in (".json", ".jsonl", ".toml", ".md")]
+    assert len(texts) > 8
+    private = [str(Path.home()), str(smoke.record.folder.parent)]
+    private += [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]  # shorter ones occur by chance
+    for text in texts:
+        assert not [word for word in private if word in text]
+        assert not re.search(r'["\s](/home|/root|/tmp|/Users|[A-Z]:\\)', text)
+
+
+def test_smoke_warms_up_with_other_prompts_than_it_measures(smoke: SmokeRun) -> None:
+    suite = smoke.record.suite
+    arms = len(suite.arms)
+    assert len(smoke.warmed_up) >= arms  # each arm at least once, and the heads' control
+    trace = smoke.record.trace
+    assert trace is not None
+    measured = {prompt.prompt_ids for prompt in harness.run.suite_prompts(suite, _no_tokenizer())}
+    assert len(measured) == len(trace.prompts) and not measured & set(smoke.warmed_up)
+
+
+def _no_tokenizer() -> LoadedModel:
+    model = torch.nn.Module()
+    return LoadedModel(model=model, tokenizer=None, name="", sha256="", eos_ids=frozenset(), assets={})  # type: ignore[arg-type]
+
+
+def test_smoke_followed_its_plan(smoke: SmokeRun) -> None:
+    suite = smoke.record.suite
+    plan = make_plan(suite, [f"measured-{number}" for number in range(8)])
+    assert [outcome.trial for outcome in smoke.record.outcomes] == [planned.trial for planned in plan]
+    assert suite == smoke_suite()
+
+
+def test_report_of_a_suite_name_needs_a_finished_record() -> None:
+    assert command("report", "no_such_suite").error_line.startswith("error: found no record 'no_such_suite'")
+
+
+def test_judging_again_changes_nothing(smoke: SmokeRun) -> None:
+    before = (smoke.record.folder / "report.md").read_text()
+    again = command("report", smoke.record.folder)
+    assert again.code == ExitCode.OK
+    assert again.out.splitlines()[-1] == smoke.ran.out.splitlines()[-1]
+    assert (smoke.record.folder / "report.md").read_text() == before
+
+
+def test_speeds_are_measured_where_the_suite_reports_them(heads_file: Path, tmp_path: Path) -> None:
+    data = micro_data(heads_file, arms=[VANILLA, CHAIN], reports_speed=True, prompts={"source": "random", "limit": 2})
+    record = RunRecord(run(data, tmp_path))
+    assert record.profile is not None and {row.arm for row in record.profile.rows} == {"vanilla", "chain"}
+    assert record.step_costs is not None
+    arms = [cost.arm for cost in record.step_costs.costs]
+    assert arms.count("vanilla") == arms.count("chain") == 2  # once a block
+    assert all(generation.prefill_s > 0 and min(generation.step_times_s) > 0 for generation in record.generations)
+    assert validate_record(record.folder) == ()
+
+
+def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """It fails in the warm-up as well, which must not end the run."""
+    generate = ArmRunner.generate
+
+    def broken(runner: ArmRunner, prompt_ids: tuple[int, ...], *, seed: int | None) -> TimedGeneration:
+        if runner.arm.name == "chain":
+            raise RuntimeError("no kernel in /opt/secret/place/kernels.so")
+        return generate(runner, prompt_ids, seed=seed)
+
+    monkeypatch.setattr(ArmRunner, "generate", broken)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, reports_speed=True))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.INVALID_MEASUREMENT and "Traceback" not in ran.err
+    last = json.loads(ran.out.splitlines()[-1])
+    assert last["num_failures"] == 4 and last["valid"] is False and "no_failures" in last["failed_checks"]
+    (folder,) = (tmp_path / "results").glob("micro/*/*")
+    record = RunRecord(folder)
+    assert {failure.trial.arm for failure in record.failures} == {"chain"}
+    assert len(record.generations) == 4 * 3
+    for line in (folder / "generations.jsonl").read_text().splitlines():
+        outcome = json.loads(line)
+        if outcome["kind"] == "failure":
+            assert "step_times_s" not in outcome and "/opt" not in outcome["message"] and "kernels.so" in outcome["message"]
+    report = (folder / "report.md").read_text()
+    assert "RuntimeError" in report and "INVALID" in report
+
+
+def test_heads_no_better_than_random_ones_are_never_timed(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> None:
+    """Heads whose unembedding is the LM head's negative propose the least likely token."""
+    loaded, engine = tiny
+    lm_head = engine.runner.backbone.lm_head
+    heads = MedusaHeads(num_heads=4, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head)
+    with torch.no_grad():
+        for unembedding in heads.unembeddings:
+            unembedding.get_parameter("weight").neg_()
+    save_tiny_heads(tmp_path / "bad.safetensors", heads, backbone_sha256=loaded.sha256)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(tmp_path / "bad.safetensors"))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.INVALID_MEASUREMENT
+    assert ran.error_line.startswith("invalid measurement: heads_beat_random: found top-1 0.0")
+    (folder,) = (tmp_path / "results").glob("micro/*/*")
+    assert {path.name for path in folder.iterdir()} == {"suite.toml", "environment.json", "device_limits.json", "heads_control.json"}
+
+
+def test_outside_a_checkout_the_record_says_so_and_the_run_goes_on(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.run, "__file__", str(tmp_path / "site-packages" / "harness" / "run.py"))
+    (tmp_path / "site-packages" / "harness").mkdir(parents=True)
+    folder = run(micro_data(heads_file), tmp_path / "results")
+    record = RunRecord(folder)
+    assert record.environment.commit is None and record.environment.dirty is None
+    assert folder.name.endswith("-nocommit")
+    judgement = judge(record)
+    assert {check.name: check.status for check in judgement.checks}["provenance_agrees"] is CheckStatus.PASSED
+    assert "outside a git checkout" in render_report(record, judgement)
+
+
+def test_time_budget_ends_after_whole_prompts(heads_file: Path, tmp_path: Path) -> None:
+    record = RunRecord(run(micro_data(heads_file), tmp_path, time_budget_s=1e-6))
+    assert {outcome.trial.prompt_key for outcome in record.outcomes} == {"measured-0"}
+    assert record.suite.prompts.limit == 1
+    assert record.manifest is not None and record.manifest.complete and record.manifest.num_planned == len(record.outcomes) == 4
+    assert validate_record(record.folder) == ()
+
+
+def test_time_budget_keeps_whole_rounds(heads_file: Path, tmp_path: Path) -> None:
+    """A run cut in its first of two rounds once counted the second as missing."""
+    record = RunRecord(run(micro_data(heads_file, rounds=2), tmp_path, time_budget_s=1e-6))
+    assert record.suite.rounds == 1
+    assert record.manifest is not None and record.manifest.complete
+    assert {check.name: check.status for check in judge(record).checks}["trials_complete"] is CheckStatus.PASSED
+
+
+def test_rounds_repeat_greedy_texts(heads_file: Path, tmp_path: Path) -> None:
+    data = micro_data(heads_file, arms=[VANILLA, CHAIN], rounds=2, prompts={"source": "random", "limit": 2})
+    record = RunRecord(run(data, tmp_path))
+    texts: dict[tuple[str, str], set[tuple[int, ...]]] = {}
+    for generation in record.generations:
+        texts.setdefault((generation.trial.arm, generation.trial.prompt_key), set()).add(generation.token_ids)
+    assert len(record.generations) == 8 and all(len(found) == 1 for found in texts.values())
+
+
+def test_limit_takes_the_first_prompts(micro: MicroRun, tmp_path: Path) -> None:
+    record = RunRecord(run(micro.data, tmp_path, limit=2))
+    assert record.suite.prompts.limit == 2
+    wanted = {(one.trial.arm, one.trial.prompt_key, one.trial.seed): one.token_ids for one in micro.record.generations}
+    assert {one.trial.prompt_key for one in record.generations} == {"measured-0", "measured-1"}
+    for one in record.generations:
+        assert one.token_ids == wanted[one.trial.arm, one.trial.prompt_key, one.trial.seed]
+
+
+def test_absolute_paths_of_a_suite_are_cut_in_its_record(micro: MicroRun, heads_file: Path) -> None:
+    assert Path(micro.data["heads"]["path"]).is_absolute()
+    assert micro.record.suite.heads.path == heads_file.name
+
+
+def test_tree_from_the_command_line_stands_in_for_searched_ones_only(heads_file: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "mine.json"
+    tree.write_text("[[0], [1], [0, 0]]")
+    data = micro_data(heads_file, arms=[VANILLA, CHAIN, FASTEST], prompts={"source": "random", "limit": 1})
+    record = RunRecord(run(data, tmp_path / "results", tree_file=tree))
+    assert record.trees["fastest"].paths == ((), (0,), (1,), (0, 0)) and record.trees["fastest"].origin == "file mine.json"
+    assert record.trees["chain"].paths[-1] == (0, 0, 0, 0)
+    with pytest.raises(UserError, match="no arm with a searched tree"):
+        run(micro_data(heads_file, arms=[VANILLA, CHAIN]), tmp_path / "other", tree_file=tree)
+
+
+def test_seeds_change_the_text_and_nothing_else_does(micro: MicroRun) -> None:
+    sampled = {one.trial.seed: one for one in micro.record.generations if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"}
+    assert sampled[1].token_ids != sampled[2].token_ids
+    assert isinstance(sampled[1], Generation) and sampled[1].peak_memory_bytes
+
+
+def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(heads_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no greedy vanilla arm"):
+        run(micro_data(heads_file, arms=[SAMPLED]), tmp_path)
+    assert not list(tmp_path.iterdir())
