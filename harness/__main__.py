@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
 from harness.claim_specs import load_claims
@@ -54,7 +54,7 @@ def assets(
         fetched = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=hub)
         console.print(f"{name}: {fetched.source}, {fetched.licence}, every hash right")
     if not names:
-        table = Table("asset", "kind", "licence", "cached", "MB", "source")
+        table = Table(Column("asset", no_wrap=True), "kind", "licence", "cached", "MB", "source")
         for row in asset_rows(specs, cache_dir()):
             size = f"{row.size_bytes / 1e6:.1f}" if row.size_bytes is not None else "-"
             table.add_row(row.name, row.kind, row.licence, "yes" if row.is_cached else "no", size, row.source)
@@ -272,10 +272,11 @@ def main() -> None:
         _print_error("error", _disk_message(error))
         code = ExitCode.USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
-        console.print("interrupted: what was measured is on disk; the same command resumes")
         code = ExitCode.INTERRUPTED
     except Exception as error:
         code = _usage_code(error)
+    if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
+        console.print("interrupted: what was measured is on disk; the same command resumes", soft_wrap=True)
     sys.exit(int(code or 0))
 
 

@@ -201,7 +201,12 @@ def calibrate(spec: TrainingSuite, loaded: LoadedModel, *, heads_file: Path, cal
     """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
     wanted = spec.calibration
     corpus = CorpusSpec(
-        num_tokens=10**9, max_new_tokens=wanted.max_new_tokens, sampled_share=0.0, num_rows=32, seed=wanted.seed, split="held_out"
+        num_tokens=wanted.num_prompts * wanted.max_new_tokens,
+        max_new_tokens=wanted.max_new_tokens,
+        sampled_share=0.0,
+        num_rows=32,
+        seed=wanted.seed,
+        split="held_out",
     )
     suite = SuiteSpec.model_validate(
         {

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,10 +144,10 @@ def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypat
     """It fails in the warm-up as well, which must not end the run."""
     generate = ArmRunner.generate
 
-    def broken(runner: ArmRunner, prompt_ids: tuple[int, ...], *, seed: int | None) -> TimedGeneration:
+    def broken(runner: ArmRunner, prompt_ids: tuple[int, ...], **options: Any) -> TimedGeneration:
         if runner.arm.name == "chain":
             raise RuntimeError("no kernel in /opt/secret/place/kernels.so")
-        return generate(runner, prompt_ids, seed=seed)
+        return generate(runner, prompt_ids, **options)
 
     monkeypatch.setattr(ArmRunner, "generate", broken)
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, reports_speed=True))
@@ -246,7 +247,9 @@ def test_tree_from_the_command_line_stands_in_for_searched_ones_only(heads_file:
 
 
 def test_seeds_change_the_text_and_nothing_else_does(micro: MicroRun) -> None:
-    sampled = {one.trial.seed: one for one in micro.record.generations if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"}
+    sampled = {
+        one.trial.seed: one for one in micro.record.generations if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"
+    }
     assert sampled[1].token_ids != sampled[2].token_ids
     assert isinstance(sampled[1], Generation) and sampled[1].peak_memory_bytes
 

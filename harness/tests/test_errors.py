@@ -1,0 +1,278 @@
+"""Mistakes of a user: each ends in one clear line, a non-zero exit code and no traceback, and loses nothing that was measured."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pytest import MonkeyPatch
+
+import harness.run_store
+from harness.engine import Engine, LoadedModel
+from harness.errors import ExitCode, InvalidMeasurement, UserError
+from harness.records import RunRecord, read_outcomes
+from harness.tests.tiny_suite import (
+    CHAIN,
+    FASTEST,
+    SMOKE_FILE,
+    VANILLA,
+    MicroRun,
+    SmokeRun,
+    command,
+    micro_data,
+    save_tiny_heads,
+    write_suite,
+)
+from harness.trace import Trace
+
+Spoil = Callable[[dict[str, Any]], object]
+
+
+def test_user_error_tells_what_where_and_how() -> None:
+    error = UserError(found="x", need="y", where="z", do="w")
+    assert str(error) == "found x; need y; in z; to mend it: w"
+    assert str(UserError(found="x", need="y")) == "found x; need y"
+
+
+def test_exit_codes_are_those_of_the_documentation() -> None:
+    assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 130]
+    assert not issubclass(InvalidMeasurement, UserError)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('surprise = "yes"\n', "surprise: Extra inputs are not permitted"),
+        ("max_new_tokens = 1\n", "invalid TOML (Cannot overwrite a value"),
+        ("[unclosed\n", "invalid TOML"),
+    ],
+)
+def test_wrong_suite_file(line: str, found: str, tmp_path: Path) -> None:
+    text = SMOKE_FILE.read_text()
+    suite = tmp_path / "wrong.toml"
+    suite.write_text(text.replace("[model]\n", line + "[model]\n", 1))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line.startswith(f"error: found {found}") and "in wrong.toml" in ran.error_line
+    assert not (tmp_path / "results").exists()
+
+
+def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "wrong.toml").write_bytes(b"\xff\xfe\x00")
+    ran = command("reproduce", tmp_path / "wrong.toml")
+    assert ran.code == ExitCode.USER_ERROR and "found no readable suite file" in ran.error_line
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("reproduce", "nosuch"), "found no 'nosuch'; need one of ['embedded', 'embedded_full'"),
+        (("reproduce", "claims"), "found no 'claims'"),
+        (("reproduce", "nosuch.toml"), "found no file nosuch.toml"),
+        (("train", "nosuch"), "found no 'nosuch'; need one of ['embedded_medusa1'"),
+        (("assets", "nosuch"), "found asset 'nosuch'"),
+        (("report", "[/red]"), "found no record '[/red]'"),  # looks like markup of the terminal: once a traceback
+        (("validate", "nosuch"), "found no such folder"),
+        (("search-tree", "nosuch.npz"), "found no readable trace"),
+        (("search-tree", "nosuch.npz", "--values", "magic"), "found --values magic"),
+        (("reproduce", "smoke", "--claims", "nosuch.toml"), "need "),
+        (("reproduce", "smoke", "--resume", "nosuch"), "found no such folder"),
+        (("reproduce", "embedded", "--tree", "nosuch.json", "--dry-run"), "need "),
+        (("reproduce", "embedded", "--prompts", "nosuch.txt", "--dry-run"), "found no such file; need a .jsonl or .txt"),
+        (("reproduce", "smoke", "--prompts", "{prompts}"), "found prompts of text for a tiny random model"),
+    ],
+)
+def test_wrong_word_on_the_command_line(words: tuple[str, ...], found: str, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("hello\n")
+    ran = command(*(word.format(prompts=prompts) for word in words))
+    assert ran.code == ExitCode.USER_ERROR
+    assert found in ran.error_line and "need " in ran.error_line
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[[0], [0]]", "(0,)"),
+        ("[[0, 1]]", "(0, 1)"),
+        (
+            "[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0]]",
+            "a tree of depth 5; need at most 4, the number of heads; in arm 'fastest'",
+        ),
+        ("[[-1]]", "-1"),
+        ("not a tree", "need "),
+        ("[]", "no path"),
+    ],
+)
+def test_wrong_tree_is_refused_before_anything_is_measured(text: str, found: str, heads_file: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text(text)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, arms=[VANILLA, FASTEST]))
+    ran = command("reproduce", suite, "--tree", tree, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and found in ran.error_line
+    assert not (tmp_path / "results").exists()
+
+
+def deep_chain(data: dict[str, Any]) -> None:
+    data["arms"] = [VANILLA, {**CHAIN, "tree": {"kind": "chain", "depth": 5}}]
+
+
+def fewer_heads_than_tree(data: dict[str, Any]) -> None:
+    data["arms"] = [VANILLA, {**CHAIN, "num_heads": 3}]
+
+
+def searched_without_calibration(data: dict[str, Any]) -> None:
+    data["arms"] = [VANILLA, FASTEST]
+
+
+def short_positions(data: dict[str, Any]) -> None:
+    data["max_new_tokens"] = 250
+
+
+def no_heads_file(data: dict[str, Any]) -> None:
+    data["heads"]["path"] = "nowhere.safetensors"
+
+
+def random_prompts_without_tiny_model(data: dict[str, Any]) -> None:
+    data["model"] = {"asset": "nosuch"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (deep_chain, "found a tree of depth 5; need at most 4, the number of heads; in arm 'chain'"),
+        (fewer_heads_than_tree, "found a tree of depth 4; need at most 3"),
+        (searched_without_calibration, "found tree kind 'fastest'; need a calibration_trace"),
+        (short_positions, "tokens with a budget of 250 and a tree of depth 4; need at most 256 positions; in prompt 'measured-"),
+        (no_heads_file, "found no file 'nowhere.safetensors'"),
+        (random_prompts_without_tiny_model, "found model asset 'nosuch'; need one of"),
+    ],
+)
+def test_suite_that_cannot_run_is_refused_before_anything_is_measured(spoil: Spoil, found: str, heads_file: Path, tmp_path: Path) -> None:
+    data = micro_data(heads_file)
+    spoil(data)
+    ran = command("reproduce", write_suite(tmp_path / "micro.toml", data), "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and found in ran.error_line
+    assert not (tmp_path / "results").exists()
+
+
+def test_trace_refuses_a_prompt_beyond_the_positions(heads_file: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, max_new_tokens=250))
+    ran = command("trace", suite, tmp_path / "out.npz")
+    assert ran.code == ExitCode.USER_ERROR and "need at most 256 positions" in ran.error_line
+
+
+def test_heads_of_another_model(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> None:
+    save_tiny_heads(tmp_path / "theirs.safetensors", tiny[1].heads, backbone_sha256="0" * 64)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(tmp_path / "theirs.safetensors"))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR
+    assert "found heads trained on tiny with tensors 0000" in ran.error_line and "in theirs.safetensors" in ran.error_line
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_truncated_heads(share: float, heads_file: Path, tmp_path: Path) -> None:
+    content = heads_file.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: int(share * len(content))])
+    suite = write_suite(tmp_path / "micro.toml", micro_data(tmp_path / "cut.safetensors"))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and "in cut.safetensors" in ran.error_line
+    assert str(tmp_path) not in ran.error_line
+
+
+def test_altered_heads(heads_file: Path, tmp_path: Path) -> None:
+    content = bytearray(heads_file.read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(content)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(tmp_path / "altered.safetensors"))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and "in altered.safetensors" in ran.error_line
+
+
+def test_calibration_trace_of_other_heads(smoke: SmokeRun, heads_file: Path, tmp_path: Path) -> None:
+    trace = smoke.record.trace
+    assert trace is not None
+    provenance = trace.provenance.model_copy(update={"heads_hash": "0" * 64})
+    Trace(provenance=provenance, prompts=trace.prompts).save(tmp_path / "calibration.npz")
+    data = micro_data(heads_file, arms=[VANILLA, FASTEST], calibration_trace=str(tmp_path / "calibration.npz"))
+    ran = command("reproduce", write_suite(tmp_path / "micro.toml", data), "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR
+    assert "found a calibration trace of another model or other heads" in ran.error_line and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("name", ["generations.jsonl", "trace.npz", "environment.json", "suite.toml", "trees.json"])
+def test_truncated_record_file(name: str, smoke: SmokeRun, tmp_path: Path) -> None:
+    folder = tmp_path / "record"
+    shutil.copytree(smoke.record.folder, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: 3 * len(content) // 4])
+    ran = command("report", folder)
+    assert ran.code == ExitCode.USER_ERROR and "need " in ran.error_line
+    checked = command("validate", folder)
+    assert checked.code == ExitCode.INVALID_MEASUREMENT and name in checked.err and "Traceback" not in checked.err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """The disk fills inside a line; with room again, the same command finishes the run."""
+    append = harness.run_store._append
+    left = [6]
+
+    def filling(path: Path, record: BaseModel) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            with path.open("a") as file:
+                file.write(record.model_dump_json()[:40])
+            raise OSError(number, "No space left on device", str(path))
+        append(path, record)
+
+    suite, results = write_suite(tmp_path / "micro.toml", dict(micro.data)), tmp_path / "results"
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.run_store, "_append", filling)
+        ran = command("reproduce", suite, "--results", results)
+    assert ran.code == ExitCode.USER_ERROR
+    assert "No space left on device at generations.jsonl" in ran.error_line and str(tmp_path) not in ran.error_line
+    (folder,) = results.glob("micro/*/*")
+    kept = read_outcomes(folder / "generations.jsonl", allow_torn_tail=True)
+    assert len(kept) == 6
+    assert command("reproduce", suite, "--results", results).code == ExitCode.OK
+    record = RunRecord(folder)
+    assert {one.trial: one.token_ids for one in record.generations} == {one.trial: one.token_ids for one in micro.record.generations}
+    assert [one.trial for one in record.outcomes[:6]] == [one.trial for one in kept]
+
+
+def test_results_folder_that_cannot_be_made(heads_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file, no folder")
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and str(tmp_path) not in ran.error_line
+
+
+def test_wrong_claims_file_is_refused_before_the_run(heads_file: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file))
+    (tmp_path / "claims.toml").write_text("schema_version = 1\nsurprise = 2\n")
+    ran = command("reproduce", suite, "--claims", tmp_path / "claims.toml", "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and "claims.toml" in ran.error_line and not (tmp_path / "results").exists()
+
+
+def test_recipe_of_another_schema(tmp_path: Path) -> None:
+    text = (SMOKE_FILE.parent / "recipes" / "embedded_medusa1.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace("schema_version = 1", "schema_version = 2"))
+    ran = command("train", tmp_path / "mine.toml", "--work", tmp_path / "work")
+    assert ran.code == ExitCode.USER_ERROR and "schema_version" in ran.error_line
+
+
+def test_defects_keep_their_traceback(monkeypatch: MonkeyPatch) -> None:
+    """Only mistakes of the user are told in one line; a defect of ours must not pass for one."""
+
+    def defect(text: str) -> Path:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("harness.__main__.find_record", defect)
+    with pytest.raises(ZeroDivisionError):
+        command("report", "any")
