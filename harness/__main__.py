@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub; --hub asks it
+if "--hub" not in sys.argv:  # before huggingface_hub is imported, which reads it once
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub that is not there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
@@ -23,11 +24,11 @@ from rich.table import Column, Table
 from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
 from harness.claim_specs import load_claims
 from harness.config import SuiteSpec, load_suite
-from harness.doctor import default_results, examine
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.export import export
 from harness.judge import judge
 from harness.judgement import Judgement
+from harness.paths import default_results
 from harness.records import RunRecord, write_bytes
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
@@ -129,7 +130,7 @@ def train(
         fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         raise UserError(found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=path.name) from error
     place = work or cache_dir() / "training" / spec.name
-    announce(spec, work=place, from_scratch=from_scratch, console=console)
+    announce(spec, work=place, from_scratch=from_scratch, console=console, allow_hub=hub)
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
     files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
@@ -174,6 +175,8 @@ def search_tree(
 @app.command()
 def doctor() -> None:
     """Say whether this machine is fit to measure on."""
+    from harness.doctor import examine
+
     table = Table("", "what", "found", "advice")
     for line in examine():
         table.add_row("ok" if line.fine else "!", line.name, line.found, "" if line.fine else line.advice)
@@ -241,7 +244,7 @@ def _finish(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> 
     """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
     write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
     print_verdicts(Console(), judgement)
-    print(json.dumps(headline(judgement, record)))
+    print(json.dumps(headline(judgement, record), allow_nan=False))
     if readme is not None:
         update_readme(readme, record, judgement)
     if not judgement.valid or record.failures:

@@ -38,6 +38,7 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
+    _require_float32(evidence)
     greedy = {arm.name for arm in evidence.record.suite.arms if arm.method == "medusa" and not arm.stochastic}
     decoded = [generation for generation in evidence.record.generations if generation.trial.arm in greedy]
     if not decoded or not evidence.parity.num_compared:
@@ -59,8 +60,14 @@ def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
 
 
+def _require_float32(evidence: Evidence) -> None:
+    if (dtype := evidence.record.environment.dtype) != "float32":
+        raise NotTestable(f"parity is exact in float32 only, and this run is in {dtype}, whose rounding was not measured")
+
+
 def _faster(form: FasterForm, evidence: Evidence) -> Finding:
     comparison = evidence.comparison(form.arm)
+    _require_float32(evidence)
     kind = above(comparison.speedup, form.bound)
     reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x {holds(kind)}"
     speed = Finding(kind=kind, ours=shown(comparison.speedup, "x"), reason=reason, figure_kind="measured")
@@ -122,6 +129,8 @@ def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Findi
 
 def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
     tree = evidence.tree(form.tree)
+    if evidence.record.suite.arm(form.tree).tree is None or evidence.record.trees[form.tree].origin.startswith("file "):
+        raise NotTestable(f"the tree of arm {form.tree} came from a file, not from the search")
     if tree.num_nodes != form.num_nodes:
         raise NotTestable(f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}")
     if (num_heads := evidence.trace().num_heads) <= form.max_depth:

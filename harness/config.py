@@ -79,7 +79,8 @@ class ChainTree(Frozen):
 
 
 class CartesianTree(Frozen):
-    """All combinations of the top `widths[k]` tokens of head k + 1, or the largest such tree of at most `max_nodes` nodes."""
+    """All combinations of the top `widths[k]` tokens of head k + 1, or the best such tree of at most `max_nodes` nodes on the
+    calibration trace (without one, the largest)."""
 
     kind: Literal["cartesian"]
     widths: tuple[int, ...] | None = None
@@ -201,7 +202,6 @@ class ProbeSpec(Frozen):
     step_context_tokens: int = 192
     step_repeats: int = 12
     profile_prompts: int = 2
-    profile_new_tokens: int = 48
 
 
 class SuiteSpec(Frozen):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import psutil
 import torch
@@ -84,9 +83,3 @@ def foreign_gpu_processes() -> int | None:
         return None
     own = str(os.getpid())
     return sum("process" in line and own not in line for line in listed.splitlines())
-
-
-def default_results() -> Path:
-    """Return the results folder of the checkout, or of the working directory outside one."""
-    beside = Path(__file__).resolve().parent.parent / "results"
-    return beside if beside.is_dir() else Path("results")

@@ -52,7 +52,7 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
     commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", "--", ".") is not None else None
     outside = (":(top,exclude)results", ":(top,exclude)README.md")  # what a run itself writes
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *outside) if commit else None
+    changes = git("status", "--porcelain", "--", ":(top)", *outside) if commit else None
     return commit, None if changes is None else bool(changes)
 
 

@@ -39,7 +39,7 @@ def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = N
         f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each", highlight=False
     )
     console.print(
-        f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this machine yet: minutes unknown"
+        f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this model yet: minutes unknown"
     )
 
 
@@ -55,8 +55,9 @@ def _num_prompts(suite: SuiteSpec, *, prompts_file: Path | None) -> int:
 
 
 def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[str, float], str | None]:
-    sealed = sorted(results.glob(f"*/{slug}/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
-    for path in sealed:
+    newest = sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
+    here = [path for path in newest if path.parent.parent.name == slug]
+    for path in here + [path for path in newest if path not in here]:
         record = RunRecord(path.parent)
         try:
             is_other = record.suite.model != suite.model
@@ -67,5 +68,6 @@ def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[
         scale = suite.max_new_tokens / record.suite.max_new_tokens
         arms = {generation.trial.arm for generation in record.generations}
         mean = {arm: float(np.mean([item.wall_s for item in record.generations if item.trial.arm == arm])) for arm in arms}
-        return {arm: value * scale for arm, value in mean.items()}, path.parent.name
+        origin = path.parent.name if path in here else f"{path.parent.name} of another machine, {path.parent.parent.name}"
+        return {arm: value * scale for arm, value in mean.items()}, origin
     return {}, None

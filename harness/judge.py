@@ -8,12 +8,10 @@ from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claims import evaluate_claims
-from harness.errors import UserError
 from harness.judgement import Judgement
 from harness.metrics import arm_metrics, comparisons
-from harness.paths import resolve_path
 from harness.quality.parity import parity_report
-from harness.records import RunRecord
+from harness.records import CALIBRATION_FILE, RunRecord
 from harness.trace import Trace
 
 
@@ -32,12 +30,6 @@ def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Ju
 
 
 def calibration_of(record: RunRecord) -> Trace | None:
-    """Return the calibration trace that the record's suite names, where it is at hand and of the same heads."""
-    name = record.suite.calibration_trace
-    if name is None:
-        return None
-    try:
-        trace = Trace.load(resolve_path(name, beside=record.folder))
-    except UserError:
-        return None  # judging goes on without it; the claims that need it say so
-    return trace if trace.provenance.heads_hash == record.environment.heads_sha256 else None
+    """Return the calibration trace that the record's trees were grown on: a sealed file of the record; None where there was none."""
+    path = record.folder / CALIBRATION_FILE
+    return Trace.load(path) if path.exists() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import nan
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
@@ -39,10 +39,16 @@ class PromptTotals:
 
 @dataclass(frozen=True)
 class SeparateCosts:
-    """Separately timed steps of an arm over those of one node; None where they were not timed."""
+    """Separately timed steps of an arm over those of one node; None where they were not timed.
+
+    `backbone_s` and `step_s` are means of the contexts' medians; `num_contexts` counts the contexts at which arm and baseline both stood.
+    """
 
     step_cost: float | None
     overhead: float | None
+    backbone_s: float | None = None
+    step_s: float | None = None
+    num_contexts: int = 0
 
 
 def prompt_totals(record: RunRecord, arm: str, *, timed: bool) -> dict[str, PromptTotals]:
@@ -94,20 +100,29 @@ def arm_metrics(record: RunRecord) -> tuple[ArmMetrics, ...]:
 
 
 def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
-    """Step cost (backbone alone) and overhead (whole step) of an arm from separately timed steps, medians over one node's.
+    """Step cost (backbone alone) and overhead (whole step) of an arm from separately timed steps, over those of one node.
 
-    Units: ratios. Vanilla's rows are those of one node; a Medusa arm without a row of its own takes the backbone time of its node
-    count. Arms on another engine have neither figure.
+    An arm is timed at several contexts (one a block); each context's median stands for it, and the ratio is that of sums over the
+    contexts that arm and baseline share. Vanilla's rows are those of one node; a Medusa arm without a row of its own takes the backbone
+    time of its node count. Arms on another engine have neither figure.
+    Units: ratios; seconds where the name ends in `_s`.
     """
     rows = record.step_costs.costs if record.step_costs is not None and record.suite.arm(arm).method in ("vanilla", "medusa") else ()
-    own = _cost_row(rows, arm=arm, num_nodes=num_nodes(record, arm))
-    if own is None:
+    own = _cost_rows(rows, arm=arm, num_nodes=num_nodes(record, arm))
+    base = _cost_rows(rows, arm=record.suite.arm(arm).baseline or arm, num_nodes=1)
+    shared = sorted(own.keys() & base.keys())
+    if not shared:
         return SeparateCosts(step_cost=None, overhead=None)
-    rows = tuple(row for row in rows if row.context_tokens == own.context_tokens)
-    base = _cost_row(rows, arm=record.suite.arm(arm).baseline or arm, num_nodes=1)
-    step_cost = _ratio_of_medians(own.backbone_s, base.backbone_s if base is not None else ())
-    overhead = _ratio_of_medians(own.step_s, base.step_s if base is not None else ())
-    return SeparateCosts(step_cost=step_cost, overhead=overhead if own.arm == arm else None)
+    backbone = [(median(own[context].backbone_s), median(base[context].backbone_s)) for context in shared]
+    steps = [(median(own[key].step_s), median(base[key].step_s)) for key in shared if own[key].step_s and base[key].step_s]
+    timed_itself = steps and all(own[context].arm == arm for context in shared)
+    return SeparateCosts(
+        step_cost=_ratio_of_sums(*zip(*backbone, strict=True)),
+        overhead=_ratio_of_sums(*zip(*steps, strict=True)) if timed_itself else None,
+        backbone_s=fmean(own_s for own_s, _ in backbone),
+        step_s=fmean(own_s for own_s, _ in steps) if timed_itself else None,
+        num_contexts=len(shared),
+    )
 
 
 def num_nodes(record: RunRecord, arm: str) -> int:
@@ -300,15 +315,12 @@ def _timed(record: RunRecord, arm: str) -> list[Generation]:
     return [generation for generation in record.generations if generation.trial.arm == arm and generation.timing_valid]
 
 
-def _cost_row(rows: Iterable[StepCost], *, arm: str, num_nodes: int) -> StepCost | None:
-    """The arm's own row; else one of as many nodes, rather one that timed the whole step."""
-    own = [row for row in rows if row.arm == arm]
-    same_size = sorted((row for row in rows if row.num_nodes == num_nodes), key=lambda row: not row.step_s)
-    return next(iter(own + same_size), None)
-
-
-def _ratio_of_medians(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> float | None:
-    return median(numerator) / median(denominator) if numerator and denominator and median(denominator) > 0 else None
+def _cost_rows(rows: Iterable[StepCost], *, arm: str, num_nodes: int) -> dict[int, StepCost]:
+    """Rows by context: the arm's own; else those of as many nodes, rather ones that timed the whole step."""
+    timed_rows = [row for row in rows if row.backbone_s]
+    own = [row for row in timed_rows if row.arm == arm]
+    same_size = sorted((row for row in timed_rows if row.num_nodes == num_nodes), key=lambda row: bool(row.step_s))
+    return {row.context_tokens: row for row in own or same_size}
 
 
 def _ratio_of_sums(numerator: Iterable[float], denominator: Iterable[float]) -> float | None:

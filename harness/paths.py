@@ -18,3 +18,9 @@ def resolve_path(text: str, *, beside: Path | None) -> Path:
         if candidate.exists():
             return Path(candidate)
     raise UserError(found=f"no file {text!r}", need="a file that exists, beside the suite or under suites/", where="the suite")
+
+
+def default_results() -> Path:
+    """Return the results folder of the checkout, or of the working directory outside one."""
+    beside = Path(__file__).resolve().parent.parent / "results"
+    return beside if beside.is_dir() else Path("results")

@@ -23,6 +23,7 @@ from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1
+CALIBRATION_FILE = "calibration.npz"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -126,6 +127,7 @@ class Environment(Frozen):
     prompts_sha256: str
     model_name: str
     weight_bytes: int
+    packed_bytes: int = 0
     heads_bytes: int
     heads_provenance: dict[str, Any] = {}
     assets: dict[str, str] = {}

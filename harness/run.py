@@ -21,6 +21,7 @@ from harness import probes
 from harness.arms import ArmRunner
 from harness.clock import device_clock
 from harness.config import ArmSpec, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import InvalidMeasurement, UserError
@@ -29,6 +30,7 @@ from harness.paths import resolve_path
 from harness.plan import PlannedTrial, make_plan
 from harness.record_trace import KeptText, record_trace
 from harness.records import (
+    CALIBRATION_FILE,
     ArmTree,
     ArmTrees,
     DeviceLimits,
@@ -116,7 +118,11 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     started = time.monotonic()
     suite = effective_suite(suite, options)
     greedy_vanilla(suite)
+    if options.resume is not None:
+        RunRecord(options.resume)  # must be there before minutes go into loading
     device = best_device()
+    if foreign := foreign_gpu_processes():
+        raise UserError(found=f"{foreign} other processes on the GPU", need="a GPU of our own", where="this machine", do="stop them")
     beside = suite_file.parent if suite_file is not None else None
     console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub)
@@ -175,6 +181,7 @@ def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt]
         prompts_sha256=canonical_sha256([[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]),
         model_name=engine.loaded.name,
         weight_bytes=engine.weight_bytes,
+        packed_bytes=engine.runner.packed_bytes,
         heads_bytes=engine.heads_bytes,
         heads_provenance=dict(engine.heads_provenance),
         assets=engine.loaded.assets,
@@ -203,6 +210,8 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
         trees = RunRecord(folder).trees
         _check_same_files(suite, trees, beside=beside)
         return trees
+    if calibration is not None:
+        calibration.save(folder / CALIBRATION_FILE)
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
@@ -269,7 +278,7 @@ def _run_blocks(
     todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
     if todo:
         _warm_up(session, runners)
-    peak = 0
+    peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=session.console) as progress:
         task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
@@ -375,7 +384,7 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
             for arm in suite.arms
             if arm.method in ("vanilla", "medusa") and not arm.stochastic and arm.name not in failed
         ]
-        write_json(folder / "profile.json", Profile(rows=tuple(rows)))
+        write_json(folder / "profile.json", Profile(rows=tuple(row for row in rows if row.num_steps)))
     sampled = [item for item in generations if suite.arm(item.trial.arm).stochastic]
     if sampled:
         scored = [

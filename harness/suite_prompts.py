@@ -14,7 +14,8 @@ from harness.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, loa
 from harness.training_prompts import training_prompts
 
 NUM_RANDOM_PROMPTS = 8  # of a tiny suite without a limit
-_NUM_WARMUP, _RANDOM_TOKENS = 4, (6, 24)
+NUM_WARMUP, WARMUP_SEED = 4, 7
+_RANDOM_TOKENS = (6, 24)
 
 
 class SuitePrompt(Frozen):
@@ -58,10 +59,10 @@ def suite_prompts(
 def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, ...]:
     """Return prompts for warming up and for the heads' control: held-out training prompts, none of them measured."""
     if suite.prompts.source == "random":
-        return _random_prompts(suite, count=_NUM_WARMUP, seed="warmup")
+        return _random_prompts(suite, count=NUM_WARMUP, seed="warmup")
     return tuple(
         SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text))
-        for prompt in training_prompts(num_prompts=_NUM_WARMUP, seed=7, split="held_out")
+        for prompt in training_prompts(num_prompts=NUM_WARMUP, seed=WARMUP_SEED, split="held_out")
     )
 
 

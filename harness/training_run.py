@@ -22,7 +22,7 @@ from harness.paths import resolve_path
 from harness.probes import measure_device_limits
 from harness.prompts import overlap_report
 from harness.record_trace import KeptText, record_trace
-from harness.suite_prompts import benchmark_prompts
+from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.trace import Trace
 from harness.training_prompts import training_prompts
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
@@ -100,7 +100,7 @@ def train_suite(
             )
 
         figures = train_medusa1(
-            features, heads, lm_head.weight.detach(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show
+            features, heads, lm_head.weight.detach().float().cpu(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show
         )
     print_figures(console, figures)
     commit, dirty = git_state(Path(__file__).parent)
@@ -137,13 +137,15 @@ def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, con
 
 
 def check_overlap(spec: TrainingSuite, *, allow_hub: bool) -> None:
-    """Refuse training prompts that share eight words in a row with MT-Bench or HumanEval."""
+    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval."""
     probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
     benchmark: list[str] = []
     for source in ("mt_bench", "human_eval"):
         suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
         benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
     training = [prompt.text for prompt in training_prompts(num_prompts=_num_prompts(spec), seed=spec.corpus.seed)]
+    for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
+        training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
     report = overlap_report(training, benchmark)
     if not report.clean:
         first = report.overlaps[0]
@@ -248,7 +250,7 @@ def _num_prompts(spec: TrainingSuite) -> int:
     return -(-2 * spec.corpus.num_tokens // spec.corpus.max_new_tokens)
 
 
-def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Console) -> None:
+def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False) -> None:
     """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
 
     Raises: UserError where the corpus is incomplete and `from_scratch` was not given.
@@ -264,7 +266,7 @@ def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Co
     elif missing:
         device = best_device()
         throughput = measure_device_limits(device, torch.float32, clock=device_clock(device)).matmul_flop_per_s
-        model = load_model(spec.model, device=torch.device("cpu")).model
+        model = load_model(spec.model, device=torch.device("cpu"), allow_hub=allow_hub).model
         least = missing * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
         console.print(
             f"corpus: {held} of {spec.corpus.num_tokens} tokens; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that"

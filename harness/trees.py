@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +93,15 @@ def _resolve(
     if isinstance(spec, ChainTree):
         return DraftTree.chain(spec.depth), f"chain of {spec.depth}"
     if isinstance(spec, CartesianTree):
-        widths = spec.widths if spec.widths is not None else largest_cartesian(num_heads, spec.max_nodes or 0)
-        return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}"
+        if spec.widths is not None:
+            return DraftTree.cartesian(spec.widths), f"Cartesian, widths {list(spec.widths)}"
+        assert spec.max_nodes is not None
+        if calibration is None:
+            widths = largest_cartesian(num_heads, spec.max_nodes)
+            return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}: the most nodes, at most {spec.max_nodes}"
+        index = ReplayIndex(calibration)
+        widths = largest_cartesian(num_heads, spec.max_nodes, value=lambda found: index.replay(DraftTree.cartesian(found)).tokens_per_step)
+        return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}: best on calibration, <= {spec.max_nodes} nodes"
     if isinstance(spec, FileTree):
         return DraftTree.from_json(resolve_path(spec.path, beside=beside)), f"file {Path(spec.path).name}"
     if calibration is None:
@@ -105,8 +111,3 @@ def _resolve(
         return tree, f"{spec.values} growth on the calibration trace"
     assert isinstance(spec, FastestTree)
     return fastest_tree(calibration, costs=costs, max_nodes=spec.max_nodes, num_heads=num_heads)
-
-
-def tree_fingerprints(trees: Mapping[str, ArmTree]) -> dict[str, str]:
-    """Return each arm's tree fingerprint."""
-    return {arm: tree.tree().fingerprint for arm, tree in trees.items()}

@@ -67,8 +67,8 @@ def render_step_costs(record: RunRecord) -> str:
         rows = [(cost.num_nodes, cost.context_tokens, _median_ms(cost.backbone_s), ratio(_cost_on_curve(cost, curve))) for cost in curve]
         parts.append(table(["nodes", "context tokens", "backbone, ms", "step cost"], rows))
     if own:
-        headers = ["arm", "nodes", "heads", "context tokens", "backbone, ms", "step cost", "whole step, ms", "overhead"]
-        parts.append(table(headers, [_own_cost_row(record, cost) for cost in own]))
+        headers = ["arm", "nodes", "heads", "contexts", "backbone, ms", "step cost", "whole step, ms", "overhead"]
+        parts.append(table(headers, [_own_cost_row(record, cost) for cost in {cost.arm: cost for cost in own}.values()]))
     return "\n\n".join([*parts, _STEP_COSTS_NOTE]) if parts else ""
 
 
@@ -184,9 +184,9 @@ def _cost_on_curve(cost: StepCost, curve: Sequence[StepCost]) -> float | None:
 
 
 def _own_cost_row(record: RunRecord, cost: StepCost) -> tuple[object, ...]:
-    relative = separate_costs(record, cost.arm) if cost.arm else SeparateCosts(step_cost=None, overhead=None)
-    times = (_median_ms(cost.backbone_s), ratio(relative.step_cost), _median_ms(cost.step_s), ratio(relative.overhead))
-    return (cost.arm, cost.num_nodes, cost.num_heads, cost.context_tokens, *times)
+    pooled = separate_costs(record, cost.arm) if cost.arm else SeparateCosts(step_cost=None, overhead=None)
+    times = (milliseconds(pooled.backbone_s), ratio(pooled.step_cost), milliseconds(pooled.step_s), ratio(pooled.overhead))
+    return (cost.arm, cost.num_nodes, cost.num_heads, pooled.num_contexts, *times)
 
 
 def _median_ms(seconds: Sequence[float]) -> str:

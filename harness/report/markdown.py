@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,9 @@ def _best_figures(best: ArmMetrics, record: RunRecord, judgement: Judgement) -> 
     return figures
 
 
-def _bounds(interval: Interval) -> dict[str, float]:
-    rounded = {name: round(getattr(interval, name), 4) for name in ("estimate", "low", "high")}
+def _bounds(interval: Interval) -> dict[str, float | None]:
+    figures = {name: getattr(interval, name) for name in ("estimate", "low", "high")}
+    rounded = {name: round(figure, 4) if math.isfinite(figure) else None for name, figure in figures.items()}
     return {**rounded, "level": interval.level}
 
 

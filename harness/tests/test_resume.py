@@ -182,7 +182,7 @@ def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Pat
     record = RunRecord(run(data, tmp_path / "results"))
     folder = killed_copy(record, tmp_path / "cut", num_bytes=size_of(record) // 2)
     tree.write_text("[[0], [2]]")
-    with pytest.raises(UserError, match="another tree in mine.json"):
+    with pytest.raises(UserError, match=r"another tree in mine\.json"):
         run(data, tmp_path / "results", resume=folder)
 
 
