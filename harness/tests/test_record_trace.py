@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from harness.arms import ArmRunner
 from harness.engine import Engine, load_engine, load_model
-from harness.record_trace import KeptText, kept_states, rank_rows, record_trace
+from harness.record_trace import MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
 from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
 from harness.trace import Trace, replay
 from medusa_impl.heads import MedusaHeads, ordered_topk
+from medusa_impl.runner import StepRunner
 from medusa_impl.tree import DraftTree
 
 
@@ -50,7 +51,7 @@ def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None
     heads = heads_with_ties(num_heads=3, vocab_size=40, hidden_size=6)
     states = torch.randint(-2, 3, (num_tokens, 6), generator=torch.Generator().manual_seed(num_tokens)).float()
     tokens = torch.randint(0, 40, (num_tokens,), generator=torch.Generator().manual_seed(1)).tolist()
-    ranks, losses = rank_rows(heads, nn.Identity(), states, tokens)
+    ranks, losses, near = rank_rows(heads, nn.Identity(), states, tokens)
     assert ranks.shape == losses.shape == (num_tokens, 3)
     with torch.inference_mode():
         logits = heads(states, lm_head=nn.Identity())
@@ -63,7 +64,9 @@ def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None
             token = tokens[row + 1 + head]
             assert ranks[row, head] == slow_rank(logits[row, head], token)
             assert losses[row, head].item() == pytest.approx(-torch.log_softmax(logits[row, head], -1)[token].item(), abs=1e-5)
-            ties += int((logits[row, head] == logits[row, head, token]).sum()) > 1
+            is_tie = int((logits[row, head] == logits[row, head, token]).sum()) > 1  # whole numbers: near is equal
+            assert bool(near[row, head]) == (is_tie and int(ranks[row, head]) <= MAX_TREE_RANK)
+            ties += is_tie
     assert ties or num_tokens < 33
 
 
@@ -103,7 +106,23 @@ def test_trace_holds_gaps_losses_and_origin(engine: Engine) -> None:
         assert np.array_equal(np.isnan(prompt.nll), prompt.ranks < 0)
     provenance = trace.provenance
     assert (provenance.model_hash, provenance.heads_hash) == (engine.loaded.sha256, engine.heads_sha256)
-    assert (provenance.dtype, provenance.extra) == ("float32", {"suite": "x"}) and "torch" in provenance.versions
+    assert provenance.dtype == "float32" and provenance.extra["suite"] == "x" and "torch" in provenance.versions
+
+
+def test_ranks_that_rounding_could_move_are_listed_by_prompt_position_and_head(engine: Engine) -> None:
+    lm_head = engine.runner.backbone.lm_head
+    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head)
+    with torch.no_grad():
+        weight = heads.unembeddings[1].get_parameter("weight")
+        weight[64:] = weight[:64] * (1 + 1e-8)  # every token of head 2 has a twin
+    tied = type(engine)(**{**vars(engine), "runner": StepRunner(engine.loaded.model, heads)})
+    texts = texts_of(engine)
+    trace = record_trace(tied, texts, max_new_tokens=12, extra={})
+    listed = trace.provenance.extra["head_ties"]
+    assert isinstance(listed, list)
+    twins = [tie for tie in listed if isinstance(tie, list) and tie[2] == 2]
+    reachable = [int((prompt.ranks[:, 1] >= 0).sum()) - int((prompt.ranks[:, 1] > MAX_TREE_RANK).sum()) for prompt in trace.prompts]
+    assert len(twins) == sum(reachable) > 0 and {tie[0] for tie in twins} == {text.key for text in texts}
 
 
 def test_trace_of_a_single_token(engine: Engine) -> None:
@@ -117,6 +136,8 @@ def test_replayed_steps_equal_decoded_steps_of_the_smoke_run(smoke: SmokeRun) ->
     record = smoke.record
     assert record.trace is not None
     keys = [prompt.key for prompt in record.trace.prompts]
+    listed = record.trace.provenance.extra["head_ties"]
+    assert isinstance(listed, list) and len(listed) < 10
     compared = 0
     for arm in ("vanilla", "chain", "cartesian"):
         tree = record.trees[arm].tree() if arm in record.trees else DraftTree.root_only()

@@ -21,7 +21,7 @@ from harness.errors import ExitCode, UserError
 from harness.plan import PlannedTrial, make_plan
 from harness.records import DeviceInfo, Generation, RunRecord, StepCost, TrialKey, read_outcomes
 from harness.run_store import RunStore
-from harness.tests.tiny_suite import MicroRun, command, micro_data, run, write_suite
+from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
 from harness.validate import validate_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,16 +168,7 @@ def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_pat
 def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Path) -> None:
     tree = tmp_path / "mine.json"
     tree.write_text("[[0], [1]]")
-    arms = [
-        {"name": "vanilla", "method": "vanilla"},
-        {
-            "name": "mine",
-            "method": "medusa",
-            "baseline": "vanilla",
-            "tree": {"kind": "file", "path": str(tree)},
-            "acceptance": {"rule": "greedy"},
-        },
-    ]
+    arms = [VANILLA, {**CHAIN, "name": "mine", "tree": {"kind": "file", "path": str(tree)}}]
     data = micro_data(heads_file, arms=arms, prompts={"source": "random", "limit": 2})
     record = RunRecord(run(data, tmp_path / "results"))
     folder = killed_copy(record, tmp_path / "cut", num_bytes=size_of(record) // 2)

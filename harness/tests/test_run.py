@@ -20,8 +20,9 @@ from harness.errors import ExitCode, UserError
 from harness.judge import judge
 from harness.judgement import CheckStatus
 from harness.plan import make_plan
-from harness.records import Generation, RunRecord
+from harness.records import RunRecord
 from harness.report.markdown import render_report
+from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,
@@ -101,7 +102,7 @@ def test_smoke_warms_up_with_other_prompts_than_it_measures(smoke: SmokeRun) -> 
     assert len(smoke.warmed_up) >= arms  # each arm at least once, and the heads' control
     trace = smoke.record.trace
     assert trace is not None
-    measured = {prompt.prompt_ids for prompt in harness.run.suite_prompts(suite, _no_tokenizer())}
+    measured = {prompt.prompt_ids for prompt in suite_prompts(suite, _no_tokenizer())}
     assert len(measured) == len(trace.prompts) and not measured & set(smoke.warmed_up)
 
 
@@ -251,7 +252,7 @@ def test_seeds_change_the_text_and_nothing_else_does(micro: MicroRun) -> None:
         one.trial.seed: one for one in micro.record.generations if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"
     }
     assert sampled[1].token_ids != sampled[2].token_ids
-    assert isinstance(sampled[1], Generation) and sampled[1].peak_memory_bytes
+    assert sampled[1].peak_memory_bytes
 
 
 def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(heads_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""What is committed under `results/` is sealed and sound, and the README's tables are what the record that they link gives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.judge import judge
+from harness.records import RunRecord
+from harness.report.readme import check_readme
+from harness.validate import validate_record
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/*/*/manifest.json") if path.parts[-4] != "smoke")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_records_are_sealed_and_sound(folder: Path) -> None:
+    assert validate_record(folder) == ()
+
+
+def test_readme_tables_are_what_its_record_gives() -> None:
+    readme = ROOT / "README.md"
+    linked = re.findall(r"\((results/embedded/[^)]+)/report\.md\)", readme.read_text())
+    assert len(linked) == 1, "the README's table links the one record that it shows"
+    record = RunRecord(ROOT / linked[0])
+    assert check_readme(readme, record, judge(record))

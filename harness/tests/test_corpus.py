@@ -1,0 +1,84 @@
+"""The corpus: which prompts are answered how, when it is enough, and that it resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
+from harness.engine import Engine
+from harness.tests.tiny_suite import QUIET
+from medusa_impl.distill import CorpusPrompt, CorpusStore
+
+
+class WordTokenizer:
+    """One id a word, no chat template."""
+
+    chat_template = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [sum(map(ord, word)) % 128 for word in text.split()]}
+
+
+SPEC = CorpusSpec(num_tokens=200, max_new_tokens=16, max_prompt_tokens=60, num_rows=4)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> tuple[CorpusPrompt, ...]:
+    return corpus_prompts(WordTokenizer(), spec=SPEC, num_prompts=300)
+
+
+def test_sampling_follows_from_the_prompts_own_text(prompts: tuple[CorpusPrompt, ...]) -> None:
+    """So more prompts, or workers that share them, change nothing for those there already."""
+    assert (
+        corpus_prompts(WordTokenizer(), spec=SPEC, num_prompts=100)
+        == prompts[: len(corpus_prompts(WordTokenizer(), spec=SPEC, num_prompts=100))]
+    )
+    sampled = sum(prompt.temperature > 0 for prompt in prompts) / len(prompts)
+    assert {prompt.temperature for prompt in prompts} == {0.0, SPEC.temperature}
+    assert abs(sampled - SPEC.sampled_share) < 0.12  # 4 standard errors at 300 prompts
+    assert len({prompt.seed for prompt in prompts}) == len(prompts)
+    none = corpus_prompts(WordTokenizer(), spec=SPEC.model_copy(update={"sampled_share": 0.0}), num_prompts=100)
+    assert {prompt.temperature for prompt in none} == {0.0}
+
+
+def test_long_prompts_are_left_out(prompts: tuple[CorpusPrompt, ...]) -> None:
+    short = corpus_prompts(WordTokenizer(), spec=SPEC.model_copy(update={"max_prompt_tokens": 20}), num_prompts=300)
+    assert (
+        {prompt.key for prompt in short}
+        == {prompt.key for prompt in prompts if len(prompt.prompt_ids) <= 20}
+        != {prompt.key for prompt in prompts}
+    )
+
+
+def fill(engine: Engine, prompts: tuple[CorpusPrompt, ...], folder: Path, *, spec: CorpusSpec = SPEC) -> int:
+    rates = folder / "rate.txt"
+    store = CorpusStore(folder)
+    console: Console = QUIET
+    backbone = engine.runner.backbone
+    return make_corpus(backbone, prompts, store=store, spec=spec, eos_ids=frozenset(), console=console, rate_file=rates)
+
+
+def test_corpus_stops_when_it_holds_enough_and_resumes(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
+    held = fill(engine, prompts, tmp_path)
+    samples = list(CorpusStore(tmp_path).samples())
+    assert held == sum(len(sample.token_ids) for sample in samples) >= 200 > held - 16
+    assert all(sample.states is not None and sample.states.shape == (len(sample.token_ids), 64) for sample in samples)
+    assert float((tmp_path / "rate.txt").read_text()) > 0
+    assert fill(engine, prompts, tmp_path) == held  # enough: nothing is generated
+    more = fill(engine, prompts, tmp_path, spec=SPEC.model_copy(update={"num_tokens": 400}))
+    again = list(CorpusStore(tmp_path).samples())
+    assert more >= 400 and len({sample.key for sample in again}) == len(again)
+    assert {sample.key: sample.token_ids for sample in samples}.items() <= {sample.key: sample.token_ids for sample in again}.items()
+
+
+def test_only_own_prompts_count(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
+    """Workers share a folder: what another one wrote must not end this one's work."""
+    fill(engine, prompts[:40], tmp_path)
+    assert fill(engine, prompts[40:], tmp_path) >= 200
+
+
+def test_corpus_ends_with_its_prompts(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
+    assert fill(engine, prompts[:5], tmp_path) == 5 * 16
