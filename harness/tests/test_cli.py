@@ -70,7 +70,7 @@ def test_dry_run_runs_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(harness.run, "load_model", never)
     ran = command("reproduce", "smoke", "--dry-run", "--results", tmp_path / "results", "--limit", "5")
     assert ran.code == ExitCode.OK
-    assert "no record of this machine yet: minutes unknown" in ran.out
+    assert "no record of this model yet: minutes unknown" in ran.out
     row = next(line for line in ran.out.splitlines() if "rejection" in line)
     assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == ["rejection", "medusa", "chain", "2", "10", "?"]
     assert "5 prompts" in ran.out and not (tmp_path / "results").exists()

@@ -195,7 +195,7 @@ def wait_for_outcomes(process: subprocess.Popen[str], results: Path, *, more_tha
 
 def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path) -> None:
     """One run, interrupted first, then killed, then finished: every text is that of a run left alone."""
-    data = micro_data(heads_file, prompts={"source": "random", "limit": 24}, max_new_tokens=24)
+    data = micro_data(heads_file, prompts={"source": "random", "limit": 14}, max_new_tokens=24)
     suite, results = write_suite(tmp_path / "micro.toml", data), tmp_path / "results"
 
     process = start(suite, results)
@@ -220,7 +220,7 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path) -> No
     assert list(results.glob("micro/*/*")) == [folder]
     record = RunRecord(folder)
     assert [one.trial for one in record.outcomes[: len(killed)]] == [one.trial for one in killed]
-    assert len(record.generations) == 96 and validate_record(folder) == ()
+    assert len(record.generations) == 56 and validate_record(folder) == ()
     alone = RunRecord(run({**data, "prompts": {"source": "random", "limit": 6}}, tmp_path / "alone"))
     finished = texts(record)
     assert all(finished[trial] == tokens for trial, tokens in texts(alone).items())

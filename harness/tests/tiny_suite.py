@@ -163,7 +163,7 @@ def micro_data(heads_file: Path, *, arms: list[dict[str, Any]] | None = None, **
         "heads": {"path": str(heads_file), "num_heads": 4},
         "prompts": {"source": "random", "limit": 4},
         "interval": {"num_resamples": 100},
-        "probes": {"step_nodes": [1, 2, 4, 8], "step_context_tokens": 16, "step_repeats": 1, "profile_prompts": 1, "profile_new_tokens": 8},
+        "probes": {"step_nodes": [1, 2, 4, 8], "step_context_tokens": 16, "step_repeats": 1, "profile_prompts": 1},
         "arms": arms if arms is not None else [VANILLA, CHAIN, SAMPLED],
         **changes,
     }
