@@ -5,8 +5,11 @@ Imports stand in the fixtures, so that tests of the pure half start without torc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import pytest
 
@@ -40,6 +43,15 @@ def heads_file(tiny: tuple[LoadedModel, Engine], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
+def steady_checkout() -> Iterator[None]:
+    """Let runs of this session see one state of the checkout: a file saved meanwhile is another code, which a resume rightly refuses."""
+    from harness.environment import git_state
+
+    with patch("harness.run.git_state", cache(git_state)):
+        yield
+
+
+@pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
     """The smoke suite, run once through the command line."""
     from harness.tests.tiny_suite import run_smoke
@@ -48,7 +60,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
 
 
 @pytest.fixture(scope="session")
-def micro(heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
+def micro(heads_file: Path, steady_checkout: None, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
     """A finished run of four prompts and four trials each."""
     from harness.records import RunRecord
     from harness.tests.tiny_suite import MicroRun, micro_data, run

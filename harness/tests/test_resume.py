@@ -15,8 +15,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pytest import MonkeyPatch
 
 from harness.config import SuiteSpec
+from harness.environment import git_state
 from harness.errors import ExitCode, UserError
 from harness.plan import PlannedTrial, make_plan
 from harness.records import DeviceInfo, Generation, RunRecord, StepCost, TrialKey, read_outcomes
@@ -178,9 +180,14 @@ def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Pat
 
 
 def start(suite: Path, results: Path) -> subprocess.Popen[str]:
+    """Start a run that Ctrl-C reaches, also where these tests run in the background and inherit an ignored SIGINT."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "harness", "reproduce", str(suite), "--results", str(results)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def wait_for_outcomes(process: subprocess.Popen[str], results: Path, *, more_than: int) -> None:
@@ -193,8 +200,13 @@ def wait_for_outcomes(process: subprocess.Popen[str], results: Path, *, more_tha
     raise AssertionError(f"no {more_than} outcomes: {process.communicate(timeout=30)}")
 
 
-def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path) -> None:
-    """One run, interrupted first, then killed, then finished: every text is that of a run left alone."""
+def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """One run, interrupted first, then killed, then finished: every text is that of a run left alone.
+
+    Without git: a file saved meanwhile would make it another commit's run.
+    """
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("harness.run.git_state", git_state)  # not the one that a fixture keeps steady
     data = micro_data(heads_file, prompts={"source": "random", "limit": 14}, max_new_tokens=24)
     suite, results = write_suite(tmp_path / "micro.toml", data), tmp_path / "results"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from pytest import MonkeyPatch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 import harness.run
 from harness.arms import ArmRunner, TimedGeneration
@@ -259,3 +264,61 @@ def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(heads_file
     with pytest.raises(UserError, match="no greedy vanilla arm"):
         run(micro_data(heads_file, arms=[SAMPLED]), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def local_model(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> Path:
+    """The tiny model as a folder of the user's own, with a tokenizer whose words are numbers; unknown words are 0."""
+    folder = tmp_path / "my-model"
+    with tiny[1].runner.stock() as model:
+        model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({str(number): number for number in range(128)}, unk_token="0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def own_suite(local_model: Path, heads_file: Path, **changes: Any) -> dict[str, Any]:
+    return {**micro_data(heads_file), "model": {"path": str(local_model)}, "prompts": {"source": "mt_bench"}, **changes}
+
+
+def test_own_model_and_own_prompts(local_model: Path, heads_file: Path, micro: MicroRun, tmp_path: Path) -> None:
+    """The same weights from a folder and the same prompts from a file give the texts of the tiny suite."""
+    prompts = suite_prompts(micro.record.suite, _no_tokenizer())
+    mine = tmp_path / "mine.jsonl"
+    rows = [{"key": prompt.key, "category": "c", "prompt": " ".join(map(str, prompt.prompt_ids))} for prompt in prompts]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = write_suite(tmp_path / "own.toml", own_suite(local_model, heads_file))
+    ran = command("reproduce", suite, "--prompts", mine, "--limit", "3", "--results", tmp_path / "results")
+    assert "Traceback" not in ran.err and ran.out.splitlines()[-1].startswith("{")
+    (folder,) = (tmp_path / "results").glob("micro/*/*")
+    record = RunRecord(folder)
+    assert (record.suite.prompts.source, record.suite.prompts.path, record.suite.model.path) == ("file", "mine.jsonl", "my-model")
+    assert record.environment.model_name == "my-model" and record.environment.backbone_sha256 == micro.record.environment.backbone_sha256
+    wanted = {one.trial: one.token_ids for one in micro.record.generations}
+    assert len(record.generations) == 3 * 4
+    assert all(wanted[one.trial] == one.token_ids and one.category == "c" for one in record.generations)
+    assert validate_record(folder) == ()
+
+
+def test_own_prompt_longer_than_the_models_positions(local_model: Path, heads_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("1 2 3\n" + "7 " * 250 + "\n")
+    suite = write_suite(tmp_path / "own.toml", own_suite(local_model, heads_file))
+    ran = command("reproduce", suite, "--prompts", mine, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR
+    assert "found a prompt of 250 tokens with a budget of 12 and a tree of depth 4; need at most 256 positions" in ran.error_line
+    assert "in prompt 'mine-1'" in ran.error_line and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "folder"])
+def test_own_model_that_does_not_load(damage: str, local_model: Path, heads_file: Path, tmp_path: Path) -> None:
+    if damage == "folder":
+        shutil.rmtree(local_model)
+    else:
+        content = (local_model / damage).read_bytes()
+        (local_model / damage).write_bytes(content[: len(content) // 2])
+    (tmp_path / "mine.txt").write_text("1 2 3\n")
+    suite = write_suite(tmp_path / "own.toml", own_suite(local_model, heads_file))
+    ran = command("reproduce", suite, "--prompts", tmp_path / "mine.txt", "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and "my-model" in ran.error_line
