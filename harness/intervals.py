@@ -52,34 +52,6 @@ def bootstrap_ratio_of_ratios(
     return bootstrap_totals(lambda a, b, c, d: _ratio(a, b) / _ratio(c, d), *columns, spec=spec, rng=rng)
 
 
-def difference_of_ratios(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    *,
-    base_numerator: ArrayLike,
-    base_denominator: ArrayLike,
-    spec: IntervalSpec,
-    rng: np.random.Generator,
-) -> Interval:
-    """One arm's ratio of totals minus another's on the same prompts, such as a gain in tokens a step.
-
-    Shapes: [P] each, entry p of all four from prompt p.
-    Raises: ValueError as `bootstrap_totals` does.
-    """
-    columns = (numerator, denominator, base_numerator, base_denominator)
-    return bootstrap_totals(lambda a, b, c, d: _ratio(a, b) - _ratio(c, d), *columns, spec=spec, rng=rng)
-
-
-def paired_difference(first: ArrayLike, second: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
-    """The mean over prompts of `first` - `second`, such as log-likelihoods of two arms on the same prompts.
-
-    Shapes: [P] each.
-    Raises: ValueError as `bootstrap_totals` does.
-    """
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return bootstrap_totals(_ratio, difference, np.ones_like(difference), spec=spec, rng=rng)
-
-
 def bootstrap_totals(statistic: Callable[..., Floats], *columns: ArrayLike, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
     """A statistic of column totals with its interval; prompts are resampled whole, all columns of a prompt together.
 

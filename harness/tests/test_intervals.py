@@ -15,9 +15,7 @@ from harness.intervals import (
     below,
     bootstrap_ratio,
     bootstrap_ratio_of_ratios,
-    difference_of_ratios,
     equivalence,
-    paired_difference,
     widened_level,
 )
 from harness.judgement import Interval, VerdictKind
@@ -83,14 +81,6 @@ def test_both_arms_of_a_prompt_are_drawn_together() -> None:
         tokens, vanilla_s / 3, base_numerator=tokens, base_denominator=vanilla_s, spec=SPEC, rng=np.random.default_rng(0)
     )
     assert interval.low == pytest.approx(3) == interval.high
-
-
-def test_differences_of_ratios_and_of_means() -> None:
-    rng = np.random.default_rng(0)
-    gain = difference_of_ratios([6.0, 6.0], [2.0, 2.0], base_numerator=[6.0, 6.0], base_denominator=[3.0, 3.0], spec=SPEC, rng=rng)
-    assert (gain.low, gain.estimate, gain.high) == (1, 1, 1)
-    shifted = paired_difference([1.5, 2.5, 9.5], [1.0, 2.0, 9.0], spec=SPEC, rng=rng)
-    assert (shifted.low, shifted.estimate, shifted.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_one_prompt_bounds_nothing() -> None:
