@@ -129,17 +129,23 @@ def equal_budgets(record: RunRecord) -> CheckOutcome:
 
 
 def greedy_parity(record: RunRecord) -> CheckOutcome:
-    """Greedy arms yield their baseline's tokens in float32, but for few shown ties; several arms may part at the same place."""
+    """Greedy arms yield their baseline's tokens in float32, but for few shown ties.
+
+    A tie of the baseline's text shows in every arm, so places and tokens are counted once, not once an arm.
+    """
     report = parity_report(record)
+    references = {arm.baseline for arm in record.suite.arms if is_deterministic(arm) and arm.baseline is not None}
+    texts = {(row.trial.arm, row.trial.prompt_key): row.num_tokens for row in _generations(record) if row.trial.arm in references}
+    num_tokens = sum(texts.values())
     if not report.num_compared:
         return _skipped("greedy_parity", "no greedy arm with a baseline")
     ties = len({(row.prompt_key, row.position) for row in report.divergences if row.kind == "tie"})
     bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"]
-    found = f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in {report.num_tokens}"
+    found = f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in {num_tokens}"
     found += _first(f", {len(bugs)} bugs", bugs)
     if record.environment.dtype != "float32":
         return _skipped("greedy_parity", f"{found}; {record.environment.dtype}, whose rounding is not measured here")
-    allowed = ceil(report.num_tokens / TOKENS_PER_TIE)
+    allowed = ceil(num_tokens / TOKENS_PER_TIE)
     return _outcome("greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties")
 
 

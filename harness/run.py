@@ -355,8 +355,9 @@ def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: Su
         if arm.method in ("vanilla", "medusa") and not arm.stochastic:
             try:
                 cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
-            except Exception:
-                continue  # as above: a broken arm costs only its own figures
+            except Exception as error:  # a broken arm costs only its own figures; its trials are Failures of their own
+                session.console.print(f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}", markup=False)
+                continue
             if cost.step_s:
                 session.store.append_arm_steps(cost)
 

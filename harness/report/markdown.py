@@ -180,7 +180,8 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
     if not judgement.arms:
         return [render_arms_table(record, judgement)]
     environment, speed = record.environment, record.suite.reports_speed
-    parts = f"weights take {megabytes(environment.weight_bytes)} MB, draft heads {megabytes(environment.heads_bytes)} MB"
+    parts = f"weights take {megabytes(environment.weight_bytes)} MB, their prepacked copies {megabytes(environment.packed_bytes)} MB, "
+    parts += f"draft heads read {megabytes(environment.heads_bytes)} MB an evaluation, a shared LM head included"
     return [
         render_arms_table(record, judgement),
         ARMS_NOTE if speed else TOKENS_NOTE,

@@ -43,7 +43,7 @@ def render_provenance(record: RunRecord) -> str:
         ("Python", environment.python),
         ("packages", _pairs(environment.packages)),
         ("model", f"{environment.model_name}, {megabytes(environment.weight_bytes)} MB, SHA-256 {_short(environment.backbone_sha256)}"),
-        ("draft heads", f"{megabytes(environment.heads_bytes)} MB, SHA-256 {_short(environment.heads_sha256)}"),
+        ("draft heads", f"{megabytes(environment.heads_bytes)} MB read an evaluation, SHA-256 {_short(environment.heads_sha256)}"),
         *((f"draft heads: {name}", value) for name, value in _flat(environment.heads_provenance)),
         ("prompts", f"{record.suite.prompts.source}, SHA-256 {_short(environment.prompts_sha256)}"),
         *(
