@@ -25,6 +25,7 @@ from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import InvalidMeasurement, UserError
+from harness.locks import device_held, folder_held
 from harness.memory import peak_memory_bytes, reset_peak_memory
 from harness.paths import resolve_path
 from harness.plan import PlannedTrial, make_plan
@@ -139,17 +140,26 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
     session = _Session(suite, engine, prompts, warmup, store, console, device_clock(device), device)
+    with folder_held(store.folder):
+        _fill_record(session, calibration, beside=beside, started=started, budget_s=options.time_budget_s)
+    return store.folder
 
-    trees = _prepare(session, calibration, beside=beside)
+
+def _fill_record(session: _Session, calibration: Trace | None, *, beside: Path | None, started: float, budget_s: float | None) -> None:
+    """Probe, decode, score and seal."""
+    suite, store, prompts = session.suite, session.store, session.prompts
+    with _device(session):
+        trees = _prepare(session, calibration, beside=beside)
     runners = _runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
-    peak = _run_blocks(session, runners, plan, started=started, budget_s=options.time_budget_s)
-    _after(session, runners)
+    peak = _run_blocks(session, runners, plan, started=started, budget_s=budget_s)
+    with _device(session):
+        _after(session, runners)
     outcomes = RunRecord(store.folder).outcomes
     done = len({outcome.trial.prompt_key for outcome in outcomes})
     rounds = 1 + max(outcome.trial.round for outcome in outcomes)
     if (done, rounds) != (len(prompts), suite.rounds):
-        console.print(f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} rounds")
+        session.console.print(f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} rounds")
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds})
         store.write_suite(suite)
         plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
@@ -157,9 +167,8 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         suite=suite.name,
         num_planned=len(plan),
         elapsed_s=time.monotonic() - started,
-        peak_memory_bytes=max(peak, peak_memory_bytes(device)),
+        peak_memory_bytes=max(peak, peak_memory_bytes(session.device)),
     )
-    return store.folder
 
 
 def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str) -> Environment:
@@ -187,6 +196,13 @@ def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt]
         assets=engine.loaded.assets,
         started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     )
+
+
+def _device(session: _Session) -> contextlib.AbstractContextManager[None]:
+    """Hold the device for one timed block; a suite that reports no speed disturbs nobody's figures and waits for nobody."""
+    if not session.suite.reports_speed:
+        return contextlib.nullcontext()
+    return device_held(session.device, on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"))
 
 
 def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
@@ -277,7 +293,8 @@ def _run_blocks(
     prompts = {prompt.key: prompt for prompt in session.prompts}
     todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
     if todo:
-        _warm_up(session, runners)
+        with _device(session):
+            _warm_up(session, runners)
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=session.console) as progress:
@@ -287,14 +304,16 @@ def _run_blocks(
             has_any = number > 0 or bool(finished)
             if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
                 break
-            for planned in block:
-                progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
-                outcome = _run_trial(session, runners, planned, prompts[planned.trial.prompt_key], attempt=attempts.get(planned.trial, 0))
-                session.store.append(outcome)
-                if isinstance(outcome, Generation):
-                    peak = max(peak, outcome.peak_memory_bytes or 0)
-                progress.advance(task)
-            _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
+            with _device(session):
+                for planned in block:
+                    progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
+                    prompt = prompts[planned.trial.prompt_key]
+                    outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
+                    session.store.append(outcome)
+                    if isinstance(outcome, Generation):
+                        peak = max(peak, outcome.peak_memory_bytes or 0)
+                    progress.advance(task)
+                _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
     return peak
 
 
