@@ -66,8 +66,8 @@ def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: 
             before = clock()
             output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
             after = clock()
-            GreedyRule().verify(output.logits, tokens, buffers).nodes.tolist()
-            cache.keep([[]])
+            acceptance = GreedyRule().verify(output.logits, tokens, buffers)
+            cache.keep(acceptance.nodes, torch.zeros_like(acceptance.num_kept))  # the copies of a kept path, with nothing kept
             ended = clock()
         if repeat >= 2:  # the first two rounds warm kernels and allocator up
             alone[size].append(after - before)

@@ -43,11 +43,7 @@ def kept_states(backbone: Backbone, text: KeptText) -> tuple[Tensor, Tensor]:
     """
     sequence = torch.tensor([*text.prompt_ids, *text.token_ids[:-1]])
     cache = backbone.new_cache(batch_size=1, max_length=len(sequence))
-    positions = torch.arange(len(sequence), device=backbone.device)
-    visible = positions[:, None] >= positions[None, :]
-    output = backbone.forward(
-        sequence[None].to(backbone.device), depths=positions, visible=visible, cache=cache, num_logits=len(text.token_ids)
-    )
+    output = backbone.read(sequence, cache=cache, num_logits=len(text.token_ids))
     return output.hidden[0, len(text.prompt_ids) - 1 :], output.logits[0]
 
 

@@ -95,7 +95,7 @@ class RejectionRule:
             node = torch.where(going, children.gather(1, hit.int().argmax(1, keepdim=True)).squeeze(1), node)
             num_kept = num_kept + going
             nodes.append(node)
-            if not bool(going.any()):
+            if going.device.type == "cpu" and not bool(going.any()):  # elsewhere asking costs more than a needless level
                 break
         width = buffers.tree.depth + 1
         stacked = torch.stack([*nodes, *[node] * width][:width], dim=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,13 +58,47 @@ AttentionInterface.register(GROUPED_ATTENTION, grouped_sdpa_attention)
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """What one forward pass yields.
+    """What one forward pass yields; valid until the next one, which may write into the same memory.
 
     Shapes: logits `[B, N, V]` (or of the last tokens only), hidden `[B, N, H]`, the states that the LM head reads.
     """
 
     logits: Tensor
     hidden: Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the model's own call reads besides the cache.
+
+    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one for each type of layer.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor | dict[str, Tensor]
+    num_logits: int
+
+
+ModelCall = Callable[[StepInputs, TreeCache], BackboneOutput]
+
+
+class _HiddenTap:
+    """A forward hook that holds the decoder's last output, once for a model however many backbones stand on it."""
+
+    hidden: Tensor
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.hidden = output.last_hidden_state
+
+    @staticmethod
+    def on(decoder: nn.Module) -> _HiddenTap:
+        for hook in decoder._forward_hooks.values():
+            if isinstance(hook, _HiddenTap):
+                return hook
+        tap = _HiddenTap()
+        decoder.register_forward_hook(tap)
+        return tap
 
 
 class Backbone:
@@ -94,6 +128,10 @@ class Backbone:
             window = None
         self.sliding_window: int | None = window
         self._mixed_layers = len(layer_types) > 1
+        decoder = model.get_decoder()  # the base model but for OPT, whose LM goes past its base model to the decoder inside
+        self._tap = _HiddenTap.on(decoder)
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self.step_call: ModelCall = self.call_model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,7 +147,7 @@ class Backbone:
 
     def new_cache(self, *, batch_size: int, max_length: int) -> TreeCache:
         """Return an empty cache for `batch_size` rows of at most `max_length` tokens, draft nodes included."""
-        return TreeCache(num_layers=self.num_layers, batch_size=batch_size, max_length=max_length)
+        return TreeCache(num_layers=self.num_layers, batch_size=batch_size, max_length=max_length, device=self.device)
 
     def check_positions(self, *, prompt_tokens: int, max_new_tokens: int, depth: int) -> None:
         """Refuse a generation whose last draft node would lie beyond the positions that the model knows."""
@@ -130,47 +168,65 @@ class Backbone:
         depths: Tensor,
         visible: Tensor,
         cache: TreeCache,
-        rows: slice | None = None,
         num_logits: int = 0,
         section: Section = no_section,
     ) -> BackboneOutput:
-        """Score N new tokens a row and write their keys and values behind the kept prefix (nothing is kept yet).
+        """Score N new tokens in every row and write their keys and values behind the kept prefix (nothing is kept yet).
 
+        This is the step that both arms take; `step_call` is the model's call in the engine's mode.
         Shapes: token_ids `[B, N]`; depths `[N]`, position minus kept length; visible `[N, N]` boolean, whether node n sees node m
         (itself included). The logits are those of the last `num_logits` tokens, of all by default. `section` sees the model's own call
         as `backbone`, what is prepared for it as `mask`.
         Paper: Section 2.1.2, tree attention.
         """
         with section("mask"):
-            chosen = rows if rows is not None else slice(0, cache.num_rows)
-            view_length = cache.begin_step(num_new=token_ids.shape[1], rows=chosen, device=self.device)
-            lengths = torch.tensor(cache.lengths[chosen], device=self.device)
-            position_ids = lengths[:, None] + depths[None, :]
-            mask = self._mask(lengths, depths, visible, view_length)
-        with section("backbone"), self._capture_hidden() as captured:
-            output = self.model(
-                input_ids=token_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=num_logits,
-            )
-        return BackboneOutput(logits=output.logits, hidden=captured[0])
+            inputs = self._inputs(token_ids, depths, visible, cache, rows=slice(0, cache.num_rows), num_logits=num_logits)
+        with section("backbone"):
+            return self.step_call(inputs, cache)
+
+    @torch.inference_mode()
+    def read(self, token_ids: Tensor, *, cache: TreeCache, row: int = 0, num_logits: int = 1) -> BackboneOutput:
+        """Run a text behind what one row has kept, keeping nothing of it; logits are those of its last `num_logits` tokens.
+
+        A text's length is its own, so no fixed-shape mode applies.
+        Shapes: token_ids `[T]`; logits `[1, num_logits, V]`, hidden `[1, T, H]`.
+        """
+        positions = torch.arange(token_ids.shape[0], device=self.device)
+        visible = positions[:, None] >= positions[None, :]
+        rows = slice(row, row + 1)
+        inputs = self._inputs(token_ids[None].to(self.device), positions, visible, cache, rows=rows, num_logits=num_logits)
+        return self.call_model(inputs, cache)
 
     def prefill(self, token_ids: Tensor, *, cache: TreeCache, row: int = 0) -> BackboneOutput:
         """Run one row's prompt and keep all of it; logits are those of its last token, hidden those of every token.
 
         Shapes: token_ids `[T]`; logits `[1, 1, V]`, hidden `[1, T, H]`.
         """
-        num_tokens = token_ids.shape[0]
-        positions = torch.arange(num_tokens, device=self.device)
-        visible = positions[:, None] >= positions[None, :]
-        output = self.forward(
-            token_ids[None].to(self.device), depths=positions, visible=visible, cache=cache, rows=slice(row, row + 1), num_logits=1
-        )
-        cache.keep([list(range(num_tokens))], first_row=row)
+        output = self.read(token_ids, cache=cache, row=row)
+        cache.keep_all(row=row, count=token_ids.shape[0])
         return output
+
+    def call_model(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        """Call the model as it is, kernel by kernel."""
+        output = self.model(
+            input_ids=inputs.token_ids,
+            attention_mask=inputs.mask,
+            position_ids=inputs.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=inputs.num_logits,
+        )
+        return BackboneOutput(logits=output.logits, hidden=self._tap.hidden)
+
+    def _inputs(self, token_ids: Tensor, depths: Tensor, visible: Tensor, cache: TreeCache, *, rows: slice, num_logits: int) -> StepInputs:
+        view_length = cache.begin_step(num_new=token_ids.shape[1], rows=rows)
+        lengths = cache.device_lengths[rows]
+        return StepInputs(
+            token_ids=token_ids,
+            position_ids=lengths[:, None] + depths[None, :],
+            mask=self._mask(lengths, depths, visible, view_length),
+            num_logits=num_logits,
+        )
 
     def _mask(self, lengths: Tensor, depths: Tensor, visible: Tensor, view_length: int) -> Tensor | dict[str, Tensor]:
         """Additive 4-D mask `[B, 1, N, view_length]`: 0 over the kept prefix and the visible nodes, the dtype's minimum elsewhere.
@@ -186,11 +242,11 @@ class Backbone:
         """
         slots = torch.arange(view_length, device=self.device)
         column = (slots[None, :] - lengths[:, None] + 1).clamp_(0, visible.shape[0] + 1)
-        mask = self._node_table(visible)[:, column].transpose(0, 1).unsqueeze(1)
+        mask = self._node_table("full", visible, visible)[:, column].transpose(0, 1).unsqueeze(1)
         if self.sliding_window is None:
             return mask
         near = depths[:, None] - depths[None, :] < self.sliding_window
-        windowed = self._node_table(visible & near)[:, column].transpose(0, 1).unsqueeze(1)
+        windowed = self._node_table("sliding", visible, visible & near)[:, column].transpose(0, 1).unsqueeze(1)
         distance = (lengths[:, None] + depths[None, :])[:, None, :, None] - slots
         kept = (slots[None, :] < lengths[:, None])[:, None, None, :]
         windowed = windowed.masked_fill(kept & (distance >= self.sliding_window), self._hiding)
@@ -200,10 +256,16 @@ class Backbone:
     def _hiding(self) -> float:
         return torch.finfo(self.dtype).min
 
-    def _node_table(self, visible: Tensor) -> Tensor:
-        """Additive columns `[N, N + 2]`: that of any kept token first, those of the nodes, that of any unused slot last."""
-        nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, self._hiding)
-        return torch.cat([nodes.new_zeros(len(nodes), 1), nodes, nodes.new_full((len(nodes), 1), self._hiding)], dim=1)
+    def _node_table(self, name: str, tree: Tensor, visible: Tensor) -> Tensor:
+        """Additive columns `[N, N + 2]`: that of any kept token first, those of the nodes, that of any unused slot last.
+
+        The table of the last `tree` is held: all steps of a generation share it.
+        """
+        if name not in self._tables or self._tables[name][0] is not tree:
+            nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(~visible, self._hiding)
+            table = torch.cat([nodes.new_zeros(len(nodes), 1), nodes, nodes.new_full((len(nodes), 1), self._hiding)], dim=1)
+            self._tables[name] = (tree, table)
+        return self._tables[name][1]
 
     @contextlib.contextmanager
     def stock_attention(self) -> Iterator[None]:
@@ -214,16 +276,6 @@ class Backbone:
             yield
         finally:
             self.model.set_attn_implementation(ours)
-
-    @contextlib.contextmanager
-    def _capture_hidden(self) -> Iterator[list[Tensor]]:
-        captured: list[Tensor] = []
-        decoder = self.model.get_decoder()  # the base model but for OPT, whose LM goes past its base model to the decoder inside
-        hook = decoder.register_forward_hook(lambda module, inputs, output: captured.append(output.last_hidden_state))
-        try:
-            yield captured
-        finally:
-            hook.remove()
 
 
 def _check_follows_trees(model: PreTrainedModel) -> None:

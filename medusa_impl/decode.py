@@ -36,11 +36,16 @@ class DecodingStep:
 
 
 class _Rows:
-    """Kept tokens of every row and the one cut that all arms share: at the first end-of-sequence, then at the budget."""
+    """Kept tokens of every row and the one cut that all arms share: at the first end-of-sequence, then at the budget.
 
-    def __init__(self, num_rows: int, *, max_new_tokens: int, eos_ids: frozenset[int]) -> None:
+    `live` is 1 for rows that go on and 0 for those that have ended, on the host and `[B]` on the device.
+    """
+
+    def __init__(self, num_rows: int, *, max_new_tokens: int, eos_ids: frozenset[int], device: torch.device) -> None:
         self.left = [max_new_tokens] * num_rows
         self.ended: list[EndedBy | None] = [None] * num_rows
+        self.live = [1] * num_rows
+        self.device_live = torch.ones(num_rows, dtype=torch.long, device=device)
         self._eos_ids = eos_ids
 
     @property
@@ -64,6 +69,9 @@ class _Rows:
                 if self.ended[row] is not None:
                     break
             kept.append(tuple(taken))
+            if self.ended[row] is not None:
+                self.live[row] = 0
+                self.device_live[row] = 0
         return DecodingStep(tokens=tuple(kept), ended=tuple(self.ended))
 
 
@@ -97,17 +105,17 @@ def decode_vanilla(
     """
     root = tree_buffers(DraftTree.root_only(), device=backbone.device)
     cache = cache or _cache_for(backbone, prompts, max_new_tokens=max_new_tokens, tree=root.tree)
-    rows = _Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    rows = _Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids, device=backbone.device)
     logits, _ = _prefill(backbone, prompts, cache)
     tokens = rule.root(logits)
     yield rows.add(tokens[:, None].tolist())
     while rows.going:
         output = backbone.forward(tokens[:, None], depths=root.depths, visible=root.visible, cache=cache, section=section)
-        with section("cache"):
-            cache.keep([[0] if ended is None else [] for ended in rows.ended])
         with section("acceptance"):
             tokens = rule.root(output.logits[:, -1])
-            new_tokens = tokens[:, None].tolist()
+            new_tokens = tokens[:, None].tolist()  # here, once a step, the host waits for the device
+        with section("cache"):
+            cache.keep(torch.zeros_like(tokens)[:, None], rows.device_live, counts=rows.live)
         yield rows.add(new_tokens)
 
 
@@ -132,7 +140,7 @@ def decode_medusa(
     tree.check_fits(num_heads=heads.num_heads, vocab_size=backbone.vocab_size)
     buffers = tree_buffers(tree, device=backbone.device)
     cache = cache or _cache_for(backbone, prompts, max_new_tokens=max_new_tokens, tree=tree)
-    rows = _Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    rows = _Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids, device=backbone.device)
     batch = torch.arange(len(prompts), device=backbone.device)
 
     logits, states = _prefill(backbone, prompts, cache)
@@ -146,12 +154,14 @@ def decode_medusa(
         output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache, section=section)
         with section("acceptance"):
             acceptance = rule.verify(output.logits, tokens, buffers)
-            nodes = [path[:kept] for path, kept in zip(acceptance.nodes.tolist(), acceptance.num_kept.tolist(), strict=True)]
-            drafted, bonus = tokens.tolist(), acceptance.next_token.tolist()
+            num_kept = acceptance.num_kept * rows.device_live
+            path_tokens = tokens.gather(1, acceptance.nodes.clamp_max(buffers.num_nodes - 1))
+            outcome = torch.cat([num_kept[:, None], path_tokens[:, 1:], acceptance.next_token[:, None]], dim=1)
+            fetched = outcome.tolist()  # here, once a step, the host waits for the device
         with section("cache"):
-            cache.keep([path if ended is None else [] for path, ended in zip(nodes, rows.ended, strict=True)])
+            cache.keep(acceptance.nodes, num_kept, counts=[count for count, *_ in fetched])
         states, roots = output.hidden[batch, acceptance.last_node], acceptance.next_token
-        yield rows.add([[drafted[row][node] for node in path[1:]] + [bonus[row]] for row, path in enumerate(nodes)])
+        yield rows.add([[*drafted[: count - 1], bonus] if count else [] for count, *drafted, bonus in fetched])
 
 
 def draft_tokens(head_logits: Tensor, roots: Tensor, buffers: TreeBuffers) -> Tensor:
@@ -270,7 +280,8 @@ def decode_stream(
         for index in set(range(num_rows)) - set(active):
             cache.clear_rows(slice(index, index + 1))
         step = backbone.forward(next_ids.to(backbone.device), depths=depth, visible=visible, cache=cache)
-        cache.keep([[0] if rows[index] is not None else [] for index in range(num_rows)])
+        counts = [int(row is not None) for row in rows]
+        cache.keep(torch.zeros_like(next_ids, device=backbone.device), torch.tensor(counts, device=backbone.device), counts=counts)
         for index in active:
             completion = take(index, step.logits[index, -1], step.hidden[index, -1])
             if completion is not None:

@@ -99,9 +99,12 @@ class MedusaHeads(nn.Module):
 def ordered_topk(logits: Tensor, count: int) -> Tensor:
     """Return the ids of the `count` greatest logits, best first, equal logits by lower id: the order that traces rank by.
 
-    `torch.topk` leaves the order of ties open; where a tie straddles the cut, a stable sort decides.
+    `torch.topk` leaves the order of ties open. On a CPU the rare tie across the cut is sorted out by a stable sort; elsewhere, where
+    looking for one would make the host wait, value and id are ordered together as one integer.
     Shapes: logits `[.., V]`, result `[.., count]`.
     """
+    if logits.device.type != "cpu":
+        return topk_of_keys(logits, count)
     vocab_size = logits.shape[-1]
     values, ids = logits.topk(min(count + 1, vocab_size), dim=-1)
     if count < vocab_size and bool((values[..., count - 1] == values[..., count]).any()):
@@ -109,3 +112,15 @@ def ordered_topk(logits: Tensor, count: int) -> Tensor:
     ids, by_id = ids[..., :count].sort(dim=-1)
     by_value = values[..., :count].gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(-1, by_value)
+
+
+def topk_of_keys(logits: Tensor, count: int) -> Tensor:
+    """Return what `ordered_topk` returns, by the top of 64-bit keys: the logit's rank among floats above, the complement of the id below.
+
+    A float's bits read as an integer order like the float where it is positive and in reverse where it is negative.
+    Shapes: logits `[.., V]`, result `[.., count]`.
+    """
+    bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0 makes -0 the 0 that it equals
+    order = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    return ((order << 32) - ids).topk(count, dim=-1).indices

@@ -6,6 +6,7 @@ Slots of a row are positions: the kept prefix fills slots `0 .. length - 1`, the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,16 +85,20 @@ class TreeCacheLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """Keys and values of `batch_size` rows, each with its own kept length.
 
+    The kept lengths stand twice: `lengths` on the host, which decides what fits and how far attention reads, and `device_lengths` `[B]`
+    on the device, from which slots, positions and masks are formed without asking the host.
     Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated with zeros (uninitialised memory may hold NaN, which
     survives masking) on the first forward pass.
     Raises: UserError where a step does not fit into `max_length`.
     """
 
-    def __init__(self, *, num_layers: int, batch_size: int, max_length: int) -> None:
+    def __init__(self, *, num_layers: int, batch_size: int, max_length: int, device: torch.device | None = None) -> None:
         self.max_length = max_length
         self.num_rows = batch_size
         self.lengths: list[int] = [0] * batch_size
+        self.device_lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.plan = _WritePlan()
+        self._row_starts = torch.arange(batch_size, device=device) * max_length
         self._storage: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
 
@@ -120,45 +125,48 @@ class TreeCache(Cache):
         assert self._storage is not None
         return self._storage[layer_index, 0], self._storage[layer_index, 1]
 
-    def begin_step(self, *, num_new: int, rows: slice | None, device: torch.device) -> int:
+    def begin_step(self, *, num_new: int, rows: slice | None = None) -> int:
         """Plan to write `num_new` slots behind the kept prefix of `rows`; return how many slots attention will read."""
         rows = rows if rows is not None else slice(0, self.num_rows)
-        lengths = self.lengths[rows]
-        needed = max(lengths) + num_new
-        if needed > self.max_length:
+        longest = max(self.lengths[rows])
+        if longest + num_new > self.max_length:
             raise UserError(
-                found=f"{max(lengths)} kept tokens and {num_new} new ones",
+                found=f"{longest} kept tokens and {num_new} new ones",
                 need=f"at most {self.max_length} slots",
                 where="the key-value cache",
                 do="shorten the prompt, lower the token budget or allocate a longer cache",
             )
-        starts = torch.tensor([row * self.max_length + length for row, length in zip(range(rows.start, rows.stop), lengths, strict=True)])
+        starts = self._row_starts[rows] + self.device_lengths[rows]
         self.plan.rows = rows
-        self.plan.flat_slots = (starts[:, None] + torch.arange(num_new)[None, :]).flatten().to(device)
-        self.plan.view_length = min(-(-needed // BUCKET_TOKENS) * BUCKET_TOKENS, self.max_length)
+        self.plan.flat_slots = (starts[:, None] + torch.arange(num_new, device=starts.device)).flatten()
+        self.plan.view_length = min(-(-(longest + num_new) // BUCKET_TOKENS) * BUCKET_TOKENS, self.max_length)
         return self.plan.view_length
 
     @torch.inference_mode()  # the storage is an inference tensor: it was allocated in a forward pass
-    def keep(self, kept_nodes: list[list[int]], *, first_row: int = 0) -> None:
-        """Keep the named nodes of the step just written (in path order, the root first) and drop the others.
+    def keep(self, nodes: Tensor, num_kept: Tensor, *, counts: Sequence[int] | None = None) -> None:
+        """Keep the first `num_kept[b]` of `nodes[b]` of the step just written, in that order, and drop the others; all on the device.
 
-        `kept_nodes[b]` lists node indices of row `first_row + b`; an empty list leaves that row as it was.
+        A row with `num_kept` 0 stays as it was. `counts` are the same numbers where the host knows them already; without them it waits
+        for the device.
+        Shapes: nodes `[B, D]` node indices (the root first), num_kept `[B]`.
         """
-        source: list[int] = []
-        target: list[int] = []
-        for offset, nodes in enumerate(kept_nodes):
-            row = first_row + offset
-            start = row * self.max_length + self.lengths[row]
-            for new, node in enumerate(nodes):
-                if new != node:
-                    source.append(start + node)
-                    target.append(start + new)
-            self.lengths[row] += len(nodes)
-        if source:
+        if nodes.shape[1] > 1:  # a lone root lies in its place
+            steps = torch.arange(nodes.shape[1], device=nodes.device)
+            starts = (self._row_starts + self.device_lengths)[:, None]
+            target = starts + steps
+            source = torch.where(steps < num_kept[:, None], starts + nodes, target)  # what is dropped is copied onto itself
             assert self._storage is not None
             flat = self._storage.flatten(0, 1).flatten(1, 2)
-            moved = flat.index_select(1, torch.tensor(source, device=flat.device))
-            flat.index_copy_(1, torch.tensor(target, device=flat.device), moved)
+            flat.index_copy_(1, target.flatten(), flat.index_select(1, source.flatten()))
+        self.device_lengths += num_kept
+        for row, count in enumerate(num_kept.tolist() if counts is None else counts):
+            self.lengths[row] += count
+
+    @torch.inference_mode()
+    def keep_all(self, *, row: int, count: int) -> None:
+        """Keep the first `count` tokens of the pass just made over one row: a prompt."""
+        self.device_lengths[row] += count
+        self.lengths[row] += count
 
     def reset(self) -> None:
         """Forget all rows and zero the storage."""
@@ -167,5 +175,6 @@ class TreeCache(Cache):
 
     def clear_rows(self, rows: slice | None = None) -> None:
         """Forget the kept tokens of `rows` (all by default); storage stays allocated."""
+        self.device_lengths[rows or slice(0, self.num_rows)] = 0
         for row in range(*(rows or slice(0, self.num_rows)).indices(self.num_rows)):
             self.lengths[row] = 0

@@ -1,12 +1,15 @@
 """Linear layers with weights prepacked for oneDNN, so that few-row products on a CPU do not fall off a cliff.
 
 Stock `nn.Linear` reorders its weight on every call with more than one row. Packing once costs a second copy of the weights and gives
-the same products. The operators are private to PyTorch: they are probed, and where they are missing nothing is packed.
+the same products. Layers that read the same tensor (query, key and value; gate and up; the first layers of all draft heads) are packed as
+one, so that a small product is not several smaller ones. The operators are private to PyTorch: they are probed, and where they are
+missing nothing is packed.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,36 +28,103 @@ def packing_available(dtype: torch.dtype) -> bool:
     return torch.allclose(product.float(), nn.functional.linear(rows, weight).float(), atol=1e-4 if dtype == torch.float32 else 0.2)
 
 
+def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[list[nn.Linear]]:
+    """Return the groups of linear layers under `modules` that read one and the same tensor, one right after the other, while `run` runs.
+
+    A layer that runs more than once, or whose siblings have a bias where it has none, belongs to no group.
+    """
+    calls: list[tuple[nn.Linear, Tensor]] = []
+    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[nn.Linear]] = []
+    last: Tensor | None = None
+    for layer, rows in calls:
+        if rows is last and (layer.bias is None) == (groups[-1][0].bias is None):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+        last = rows
+    times_run = [id(layer) for layer, _ in calls]
+    return [group for group in groups if len(group) > 1 and all(times_run.count(id(layer)) == 1 for layer in group)]
+
+
 class PackedLinears:
     """Packed copies of every CPU linear layer under some modules, attached and detached at will.
 
-    The parameters stay where they are (hashing and saving see them unchanged); nothing may train while packed copies are attached.
+    `groups` names layers that read the same tensor: each group is one product. The parameters stay where they are (hashing and saving see
+    them unchanged); nothing may train while packed copies are attached.
     """
 
-    def __init__(self, *modules: nn.Module | None, rows_hint: int) -> None:
-        self._packed: dict[nn.Linear, Tensor] = {}
+    def __init__(self, *modules: nn.Module | None, rows_hint: int, groups: Sequence[Sequence[nn.Linear]] = ()) -> None:
+        self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        for group in groups:
+            if all(_packable(layer) for layer in group):
+                self._forwards.update(_JointProduct(group, rows_hint=rows_hint).forwards())
         for root in modules:
             for module in root.modules() if root is not None else ():
-                if type(module) is nn.Linear and module.weight.device.type == "cpu" and packing_available(module.weight.dtype):
-                    self._packed[module] = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows_hint)
+                if type(module) is nn.Linear and module not in self._forwards and _packable(module):
+                    packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows_hint)
+                    self._forwards[module] = functools.partial(_packed_forward, packed, module.bias)
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self._forwards)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the packed copies."""
-        return sum(module.weight.numel() * module.weight.element_size() for module in self._packed)
+        return sum(module.weight.numel() * module.weight.element_size() for module in self._forwards)
 
     def attach(self) -> None:
         """Route the layers through their packed copies."""
-        for module, packed in self._packed.items():
-            module.forward = functools.partial(_packed_forward, packed, module.bias)  # type: ignore[method-assign]
+        for module, forward in self._forwards.items():
+            module.forward = forward  # type: ignore[method-assign, assignment]
 
     def detach(self) -> None:
         """Give the layers their stock forward back."""
-        for module in self._packed:
+        for module in self._forwards:
             module.__dict__.pop("forward", None)
+
+
+class _JointProduct:
+    """Several linear layers of one input as one product: whichever is called first makes it, the others take their columns.
+
+    Who brings another tensor than the one just multiplied gets a product of its own, so that a model that feeds its layers otherwise
+    than it did when they were grouped is slower, not wrong.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], *, rows_hint: int) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._layers = layers
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows_hint)
+        biases: list[Tensor | None] = [layer.bias for layer in layers]
+        present = [bias.detach() for bias in biases if bias is not None]
+        self._bias = torch.cat(present) if present else None
+        self._widths = [layer.out_features for layer in layers]
+        self._rows: Tensor | None = None
+        self._products: tuple[Tensor, ...] = ()
+        self._taken = 0
+
+    def forwards(self) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
+        return {layer: functools.partial(self._product, index) for index, layer in enumerate(self._layers)}
+
+    def _product(self, index: int, rows: Tensor) -> Tensor:
+        if rows is not self._rows or self._taken & (1 << index):  # a layer never takes twice from one product: the tensor may have changed
+            self._rows, self._taken = rows, 0
+            self._products = torch.split(_packed_forward(self._packed, self._bias, rows), self._widths, dim=-1)
+        self._taken |= 1 << index
+        product = self._products[index]
+        if self._taken == (1 << len(self._widths)) - 1:
+            self._rows, self._products, self._taken = None, (), 0
+        return product
+
+
+def _packable(layer: nn.Linear) -> bool:
+    return layer.weight.device.type == "cpu" and packing_available(layer.weight.dtype)
 
 
 def _packed_forward(packed: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

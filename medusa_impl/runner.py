@@ -1,29 +1,43 @@
 """The engine that both arms share: a backbone, its heads, and the mode that steps run in.
 
-Modes: `eager`, stock PyTorch kernels; `packed`, the same step with linear weights prepacked for oneDNN (CPU). Whatever the mode, vanilla
-and Medusa go through the same code with the same weights, so that a speedup never compares two engines.
+| mode         | a step is                                                                                                |
+|--------------|----------------------------------------------------------------------------------------------------------|
+| `eager`      | stock PyTorch kernels, one after another                                                                 |
+| `packed`     | the same with linear weights prepacked for oneDNN, and layers of one input as one product (CPU)          |
+| `compiled`   | the model's call through torch.compile: fused kernels, a minute or more of compiling for a first shape   |
+| `cuda_graph` | the model's call recorded once for each shape and replayed: no launches from Python (CUDA)               |
+
+Whatever the mode, vanilla and Medusa go through the same code with the same weights, so that a speedup never compares two engines.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedModel
 
-from medusa_impl.backbone import Backbone
+from medusa_impl.backbone import Backbone, BackboneOutput, ModelCall, StepInputs
+from medusa_impl.captured_step import CapturedSteps
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.packed_linear import PackedLinears, packing_available
+from medusa_impl.kv_cache import TreeCache
+from medusa_impl.packed_linear import PackedLinears, layers_of_one_input, packing_available
 
-Mode = Literal["eager", "packed"]
+Mode = Literal["eager", "packed", "compiled", "cuda_graph"]
 _PACKING_ROWS = 16  # the row count that packed layouts are chosen for: between one node and a large tree
 
 
 class StepRunner:
     """A backbone and its heads in one mode; `mode` says which was taken and `note` why.
 
-    With `auto` the fastest mode available is taken: `packed` on a CPU that has the operators, `eager` elsewhere.
+    With `auto` the fastest mode is taken that costs no waiting: `cuda_graph` on a GPU, `packed` on a CPU that has the operators, `eager`
+    elsewhere. A mode that is not available gives `eager` and a note.
     """
 
     def __init__(self, model: PreTrainedModel, heads: MedusaHeads | None, *, mode: Mode | Literal["auto"] = "auto") -> None:
@@ -31,28 +45,91 @@ class StepRunner:
         self.heads = heads.eval().to(device=model.device, dtype=model.dtype) if heads is not None else None
         if heads is not None:
             heads.check_backbone(hidden_size=self.backbone.hidden_size, vocab_size=self.backbone.vocab_size)
-        packable = model.device.type == "cpu" and packing_available(model.dtype)
+        self._packed: PackedLinears | None = None
+        self._calls: dict[Mode, ModelCall] = {}
+        self.mode: Mode = "eager"
         self.note = ""
-        if mode == "packed" and not packable:
-            self.note = "packed operators are missing here: fell back to eager"
-        self.mode: Mode = "packed" if packable and mode != "eager" else "eager"
-        self._packed = PackedLinears(model, self.heads, rows_hint=_PACKING_ROWS) if self.mode == "packed" else None
-        if self._packed is not None:
+        self.use(self.available_modes()[0] if mode == "auto" else mode)
+
+    def available_modes(self) -> tuple[Mode, ...]:
+        """Return the modes that this device, dtype and PyTorch offer, the one that `auto` takes first."""
+        device = self.backbone.device
+        modes: list[Mode] = ["eager"]
+        if device.type == "cuda":
+            modes = ["cuda_graph", "eager"]
+        elif device.type == "cpu" and packing_available(self.backbone.dtype):
+            modes = ["packed", "eager"]
+        return (*modes, "compiled") if compiling_available(device.type) else tuple(modes)
+
+    def use(self, mode: Mode) -> None:
+        """Switch to a mode; what a mode needs once (packing, compiling, capturing) it keeps, so that switching back is cheap."""
+        self.note = ""
+        if mode not in self.available_modes():
+            self.note = f"{mode} mode is not available here: fell back to eager"
+            mode = "eager"
+        if self.mode == "packed" and self._packed is not None:
+            self._packed.detach()
+        self.mode = mode
+        if mode == "packed":
+            self._packed = self._packed or self._pack()
             self._packed.attach()
+        if mode not in self._calls:
+            self._calls[mode] = self._call_of(mode)
+        self.backbone.step_call = self._calls[mode]
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of prepacked weight copies; 0 in eager mode."""
+        """Bytes of prepacked weight copies; 0 where none were made."""
         return self._packed.num_bytes if self._packed is not None else 0
 
     @contextlib.contextmanager
     def stock(self) -> Iterator[PreTrainedModel]:
         """Lend the model as transformers ships it: stock linear layers and stock attention, for `generate`."""
-        if self._packed is not None:
-            self._packed.detach()
+        packed = self._packed if self.mode == "packed" else None
+        if packed is not None:
+            packed.detach()
         with self.backbone.stock_attention():
             try:
                 yield self.backbone.model
             finally:
-                if self._packed is not None:
-                    self._packed.attach()
+                if packed is not None:
+                    packed.attach()
+
+    def _call_of(self, mode: Mode) -> ModelCall:
+        if mode == "cuda_graph":
+            return CapturedSteps(self.backbone.call_model)
+        if mode == "compiled":
+            return _CompiledCall(self.backbone)
+        return self.backbone.call_model
+
+    @torch.inference_mode()
+    def _pack(self) -> PackedLinears:
+        """Pack backbone and heads; which layers share an input is seen in one short pass of each."""
+        model: Any = self.backbone.model
+        heads = self.heads
+
+        def short_pass() -> None:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            if heads is not None:
+                heads.states(torch.zeros(1, heads.hidden_size, dtype=model.dtype, device=model.device))
+
+        groups = layers_of_one_input([module for module in (model, heads) if module is not None], short_pass)
+        return PackedLinears(model, heads, rows_hint=_PACKING_ROWS, groups=groups)
+
+
+@functools.cache
+def compiling_available(device_type: str) -> bool:
+    """Whether torch.compile finds what it generates code with: a C++ compiler for a CPU, Triton for a GPU."""
+    if device_type == "cpu":
+        return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++"))
+    return importlib.util.find_spec("triton") is not None
+
+
+class _CompiledCall:
+    """The model's call through torch.compile; attention's growing view is the one size that may vary within a compiled shape."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._compiled = torch.compile(backbone.call_model)
+
+    def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        return self._compiled(inputs, cache)

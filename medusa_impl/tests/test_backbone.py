@@ -119,7 +119,8 @@ def check_tree_step(
             torch.testing.assert_close(output.hidden[row, path], states[len(prefix) :], atol=1e-4, rtol=1e-4)
         kept.append(ancestors(tree, draws.randrange(tree.num_nodes)))
         longer.append(prefix + tokens[row, kept[-1]].tolist())
-    cache.keep(kept)
+    width = max(len(path) for path in kept)
+    cache.keep(torch.tensor([path + [0] * (width - len(path)) for path in kept]), torch.tensor([len(path) for path in kept]))
     return longer
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from medusa_impl.backbone import Backbone
-from medusa_impl.heads import HeadArchitecture, MedusaHeads, ordered_topk
-from medusa_impl.packed_linear import PackedLinears, packing_available
+from medusa_impl.heads import HeadArchitecture, MedusaHeads, ordered_topk, topk_of_keys
+from medusa_impl.packed_linear import PackedLinears, layers_of_one_input, packing_available
 from medusa_impl.tests.conftest import TINY_VOCAB
 
 
@@ -23,6 +23,8 @@ def test_ordered_topk_equals_a_stable_sort(data: st.DataObject, vocab_size: int,
     logits = torch.tensor(values, dtype=torch.float32).reshape(2, vocab_size)
     expected = [sorted(range(vocab_size), key=lambda token: (-row[token], token))[:count] for row in logits.tolist()]
     assert ordered_topk(logits, count).tolist() == expected
+    assert topk_of_keys(logits, count).tolist() == expected
+    assert topk_of_keys(logits.bfloat16() - 1, count).tolist() == expected  # negative logits and minus zero
 
 
 def test_ordered_topk_on_a_large_vocabulary() -> None:
@@ -31,7 +33,8 @@ def test_ordered_topk_on_a_large_vocabulary() -> None:
     tied = torch.randint(0, 50, (3, 2, 30_000)).float()
     distinct = torch.stack([torch.randperm(30_000) for _ in range(6)]).reshape(3, 2, -1).float()
     for logits in (tied, distinct):
-        assert torch.equal(ordered_topk(logits, 10), logits.sort(dim=-1, descending=True, stable=True).indices[..., :10])
+        expected = logits.sort(dim=-1, descending=True, stable=True).indices[..., :10]
+        assert torch.equal(ordered_topk(logits, 10), expected) and torch.equal(topk_of_keys(logits, 10), expected)
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
@@ -70,7 +73,10 @@ def test_every_block_learns_on_its_own() -> None:
     assert not torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 1], after[:, 1])
 
 
-@pytest.mark.skipif(not packing_available(torch.float32), reason="this PyTorch has no packed linear operators")
+needs_packing = pytest.mark.skipif(not packing_available(torch.float32), reason="this PyTorch has no packed linear operators")
+
+
+@needs_packing
 @torch.inference_mode()
 def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
     torch.manual_seed(0)
@@ -89,6 +95,63 @@ def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
     packed.detach()
     packed.detach()  # twice is harmless
     assert not bool(module(inputs[0]).any())
+
+
+class Siblings(nn.Module):
+    """Two layers of one input, a third of another, a fourth with a bias of its own kind, and one that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(12, width, bias=False) for width in (5, 9, 12))
+        self.biased, self.twice = nn.Linear(12, 4), nn.Linear(12, 12, bias=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        mixed = torch.cat([self.one(rows), self.two(rows), self.biased(rows)], dim=-1)
+        return torch.add(mixed.sum(-1, keepdim=True), self.twice(self.twice(self.three(rows * 2))))
+
+
+@needs_packing
+@torch.inference_mode()
+def test_layers_of_one_input_are_one_product_with_the_results_of_several() -> None:
+    torch.manual_seed(0)
+    module, probe = Siblings().eval(), torch.randn(2, 12)
+    groups = layers_of_one_input([module], lambda: module(probe))
+    assert groups == [[module.one, module.two]]
+    assert not any(child._forward_pre_hooks for child in module.modules())
+    inputs = [torch.randn(*shape, 12) for shape in ((1,), (3, 5), (40,))]
+    stock = [module(rows) for rows in inputs]
+    packed = PackedLinears(module, rows_hint=16, groups=groups)
+    assert len(packed) == 5 and packed.num_bytes == 4 * 12 * (5 + 9 + 12 + 4 + 12)
+    packed.attach()
+    for rows, expected in zip(inputs, stock, strict=True):
+        torch.testing.assert_close(module(rows), expected, atol=1e-5, rtol=1e-5)
+    packed.detach()
+    torch.testing.assert_close(module(inputs[0]), stock[0], atol=0, rtol=0)
+
+
+@needs_packing
+@torch.inference_mode()
+def test_a_joint_product_is_never_taken_for_another_tensor() -> None:
+    """Siblings fed otherwise than when they were grouped: other tensors, one of them alone, one twice, a tensor changed in place."""
+    torch.manual_seed(0)
+    module = Siblings().eval()
+    weights = {layer: layer.weight.detach().clone() for layer in (module.one, module.two)}
+    packed = PackedLinears(module, rows_hint=16, groups=[[module.one, module.two]])
+    packed.attach()
+    first, second = torch.randn(3, 12), torch.randn(3, 12)
+    for layer, rows in [
+        (module.one, first),
+        (module.two, second),
+        (module.one, second),
+        (module.one, second),
+        (module.two, first),
+        (module.two, second),
+        (module.one, first),
+    ]:
+        torch.testing.assert_close(layer(rows), rows @ weights[layer].T, atol=1e-5, rtol=1e-5)
+    module.one(first)
+    first.add_(1)
+    torch.testing.assert_close(module.one(first), first @ weights[module.one].T, atol=1e-5, rtol=1e-5)
 
 
 def test_probing_for_packed_operators_moves_no_random_numbers() -> None:

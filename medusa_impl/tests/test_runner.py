@@ -61,6 +61,7 @@ def test_packed_equals_eager() -> None:
     texts = [tokens(engine) for engine in engines.values() for tokens in (medusa_tokens, vanilla_tokens)]
     assert texts[0] == texts[1] == texts[2] == texts[3]
     assert engines["eager"].packed_bytes == 0 and routed(engines["eager"].backbone.model) == 0
+    assert len(engines["packed"].available_modes()) >= 2
     linears = [module for module in engines["packed"].backbone.model.modules() if isinstance(module, nn.Linear)]
     assert engines["packed"].packed_bytes == 4 * (sum(linear.weight.numel() for linear in linears) + 2 * 32 * 32)
     assert routed(engines["packed"].backbone.model) == len(linears) and routed(engines["packed"].heads or nn.Identity()) == 2
@@ -142,3 +143,106 @@ def test_bfloat16_runs_and_agrees_where_the_gap_is_wide(mode: Mode) -> None:
 def test_heads_of_another_backbone_are_refused() -> None:
     with pytest.raises(UserError, match="heads for hidden size 32 and vocabulary 61"):
         StepRunner(tiny_llama(vocab_size=40), make_heads())
+
+
+needs_compiler = pytest.mark.skipif(not runner.compiling_available("cpu"), reason="no C++ compiler for torch.compile")
+MODES = [
+    "eager",
+    pytest.param("packed", marks=needs_packing),
+    pytest.param("cuda_graph", marks=pytest.mark.gpu),
+]
+
+
+def texts_of(engine: StepRunner, *, prompts: list[list[int]]) -> list[list[list[int]]]:
+    """What vanilla and Medusa decode from the same prompts together."""
+    assert engine.heads is not None
+    law: dict[str, Any] = {"rule": GreedyRule(), "max_new_tokens": 12, "eos_ids": frozenset()}
+    texts = []
+    for steps in (
+        decode_vanilla(engine.backbone, prompts, **law),
+        decode_medusa(engine.backbone, engine.heads, TREE, prompts, **law),
+    ):
+        rows: list[list[int]] = [[] for _ in prompts]
+        for step in steps:
+            for row, tokens in zip(rows, step.tokens, strict=True):
+                row.extend(tokens)
+        texts.append(rows)
+    return texts
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_decodes_the_same_texts(mode: Mode) -> None:
+    """No speed is bought with parity: both arms, one row and ragged rows, equal what stock kernels decode row by row."""
+    device = torch.device("cuda" if mode == "cuda_graph" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    prompts = [PROMPT, [4, 4], [9, 1, 30, 2, 8, 8, 5]]
+    plain = StepRunner(tiny_llama(), make_heads(), mode="eager")
+    expected = [vanilla_tokens_of(plain, prompt) for prompt in prompts]
+    engine = StepRunner(tiny_llama().to(device), make_heads(), mode=mode)  # type: ignore[arg-type]
+    assert engine.mode == mode and engine.note == ""
+    assert texts_of(engine, prompts=prompts) == [expected, expected]
+    assert texts_of(engine, prompts=prompts[:1]) == [expected[:1], expected[:1]]
+    engine.use("eager")
+    assert engine.mode == "eager" and texts_of(engine, prompts=prompts) == [expected, expected]
+    engine.use(mode)
+    assert engine.mode == mode and texts_of(engine, prompts=prompts) == [expected, expected]
+
+
+@needs_compiler
+def test_the_compiled_mode_decodes_the_same_texts() -> None:
+    """Ragged rows of one layer: every shape takes its time to compile."""
+    prompts = [PROMPT, [4, 4]]
+    plain = StepRunner(tiny_llama(num_layers=1), make_heads(), mode="eager")
+    expected = [vanilla_tokens_of(plain, prompt) for prompt in prompts]
+    engine = StepRunner(tiny_llama(num_layers=1), make_heads(), mode="compiled")
+    assert engine.mode == "compiled" and engine.note == ""
+    assert texts_of(engine, prompts=prompts) == [expected, expected]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "something was compiled"
+
+
+def vanilla_tokens_of(engine: StepRunner, prompt: list[int]) -> list[int]:
+    return texts_of(engine, prompts=[prompt])[0][0]
+
+
+@needs_packing
+def test_small_projections_are_joined_as_the_model_itself_calls_them() -> None:
+    """Query, key and value; gate and up; the first layers of the heads: seen in a pass of the model, not by their names."""
+    engine = StepRunner(tiny_llama(), make_heads(), mode="packed")
+    joined = [owner for module in (engine.backbone.model, engine.heads) for owner in joint_products(module)]
+    assert sorted(len(owner._widths) for owner in set(joined)) == [2, 2, 2, 3, 3]
+    assert len(joined) == 2 * (3 + 2) + 2
+
+
+def joint_products(module: nn.Module | None) -> list[Any]:
+    assert module is not None
+    bound = [getattr(layer.__dict__.get("forward"), "func", None) for layer in module.modules()]
+    owners = [getattr(method, "__self__", None) for method in bound]
+    return [owner for owner in owners if isinstance(owner, packed_linear._JointProduct)]
+
+
+def test_a_mode_that_is_not_there_is_eager_with_a_note() -> None:
+    engine = StepRunner(tiny_llama(), make_heads(), mode="cuda_graph")
+    assert engine.mode == "eager" and engine.note == "cuda_graph mode is not available here: fell back to eager"
+    engine.use("eager")
+    assert engine.note == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_step_waits_for_the_host_once() -> None:
+    """Every wait of the host raises a warning; two steps after the capture there is one a step."""
+    engine = StepRunner(tiny_llama().to("cuda"), make_heads(), mode="cuda_graph")  # type: ignore[arg-type]
+    assert engine.heads is not None
+    for steps in (
+        decode_vanilla(engine.backbone, [PROMPT], rule=GreedyRule(), max_new_tokens=12, eos_ids=frozenset()),
+        decode_medusa(engine.backbone, engine.heads, TREE, [PROMPT], rule=GreedyRule(), max_new_tokens=12, eos_ids=frozenset()),
+    ):
+        next(steps), next(steps)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchroniz") as caught:
+                next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(caught) == 1

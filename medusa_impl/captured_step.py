@@ -1,0 +1,75 @@
+"""One step of a fixed shape, recorded once as a CUDA graph and replayed: no kernel is launched from Python again.
+
+A step at batch 1 is hundreds of kernels of a few microseconds each; launched one by one they leave the device waiting for the host.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medusa_impl.backbone import BackboneOutput, ModelCall, StepInputs
+from medusa_impl.kv_cache import TreeCache
+
+_WARMUP_CALLS = 3  # PyTorch's own advice before a capture: kernels choose their algorithms and workspaces
+
+
+class CapturedSteps:
+    """The model's call by CUDA graphs, one for each shape and cache; captures a shape when it first occurs.
+
+    All graphs share one memory pool, since only the output of the last replay is ever read.
+    """
+
+    def __init__(self, call: ModelCall) -> None:
+        self._call = call
+        self._graphs: weakref.WeakKeyDictionary[TreeCache, dict[tuple[Any, ...], _CapturedStep]] = weakref.WeakKeyDictionary()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        """Replay the step of this shape on these inputs.
+
+        Shapes: those of the inputs; the output is overwritten by the next replay.
+        """
+        graphs = self._graphs.setdefault(cache, {})
+        key = (tuple(inputs.token_ids.shape), cache.plan.view_length, inputs.num_logits)
+        if key not in graphs:
+            graphs[key] = _CapturedStep(self._call, inputs, cache, pool=self._pool)
+        return graphs[key].replay(inputs, cache)
+
+
+class _CapturedStep:
+    def __init__(self, call: ModelCall, inputs: StepInputs, cache: TreeCache, *, pool: Any) -> None:
+        assert cache.plan.flat_slots is not None
+        self._slots = cache.plan.flat_slots.clone()
+        self._inputs = StepInputs(
+            token_ids=inputs.token_ids.clone(),
+            position_ids=inputs.position_ids.clone(),
+            mask={name: mask.clone() for name, mask in inputs.mask.items()} if isinstance(inputs.mask, dict) else inputs.mask.clone(),
+            num_logits=inputs.num_logits,
+        )
+        cache.plan.flat_slots = self._slots
+        warming = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        warming.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warming):
+            for _ in range(_WARMUP_CALLS):  # writes the same keys and values into the same slots each time
+                call(self._inputs, cache)
+        torch.cuda.current_stream().wait_stream(warming)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._output = call(self._inputs, cache)
+
+    def replay(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        assert cache.plan.flat_slots is not None
+        self._slots.copy_(cache.plan.flat_slots)
+        for held, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
+            held.copy_(given)
+        self._graph.replay()
+        return self._output
+
+
+def _tensors(inputs: StepInputs) -> list[Tensor]:
+    masks = list(inputs.mask.values()) if isinstance(inputs.mask, dict) else [inputs.mask]
+    return [inputs.token_ids, inputs.position_ids, *masks]
