@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from harness.config import Frozen
 from harness.errors import UserError
@@ -18,10 +19,12 @@ HARDWARE_FILE = Path(__file__).parent.parent / "suites" / "hardware.toml"
 class DeviceSpec(Frozen):
     """One device's published limits, with the source of each figure.
 
+    `name` and `aliases` are what drivers print for it, so that a measured device finds its row.
     Units: GB/s are 1e9 bytes a second; TFLOP/s 1e12 dense half-precision operations a second; `memory_gb` as sold.
     """
 
     name: str
+    aliases: tuple[str, ...] = ()
     read_bandwidth_gb_per_s: float = Field(gt=0)
     dense_fp16_tflop_per_s: float = Field(gt=0)
     memory_gb: int = Field(gt=0)
@@ -36,6 +39,14 @@ class DeviceSpec(Frozen):
 class _HardwareFile(Frozen):
     schema_version: Literal[1]
     devices: dict[str, DeviceSpec]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> _HardwareFile:
+        names = [name.casefold() for device in self.devices.values() for name in (device.name, *device.aliases)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]!r} names two devices")
+        return self
 
 
 def load_hardware(path: Path | None = None) -> dict[str, DeviceSpec]:
@@ -52,3 +63,16 @@ def load_hardware(path: Path | None = None) -> dict[str, DeviceSpec]:
         raise UserError(found=f"{key}: {first['msg']}", need="devices as the schema knows them", where=path.name) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(found=f"no readable hardware file ({error})", need="a TOML file of devices", where=path.name) from error
+
+
+def match_device(name: str, devices: Mapping[str, DeviceSpec] | None = None) -> str | None:
+    """Return the key of the device that drivers print that name for, or None; without `devices` those that ship.
+
+    The whole name has to match: an A10G is no A10, and a slice of a GPU is not the GPU.
+    """
+    devices = load_hardware() if devices is None else devices
+    wanted = name.strip().casefold()
+    for key, device in devices.items():
+        if wanted in {known.casefold() for known in (device.name, *device.aliases)}:
+            return key
+    return None

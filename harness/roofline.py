@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from harness.errors import UserError
 
@@ -124,6 +125,22 @@ def attention_work(shape: ModelShape, num_tokens: int, *, context_tokens: int, b
     return Work(num_bytes=num_bytes, flop=2 * batch * scores * shape.head_size)
 
 
+def _step_work(shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int) -> list[tuple[int, Work]]:
+    """What one backbone step consists of: each operator and how often it occurs."""
+    if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
+        raise UserError(found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes", need="at least 1 of each")
+    rows = batch * num_nodes
+    work = [
+        (shape.num_layers * count, linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes))
+        for (inputs, outputs), count in shape.linear_widths.items()
+    ]
+    attention = attention_work(shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    work.append((2 * shape.num_layers, attention))
+    if shape.vocab_size:
+        work.append((1, linear_work(rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes)))
+    return work
+
+
 def step_seconds(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
     """The predicted time of one backbone step over `num_nodes` tokens a row.
 
@@ -132,18 +149,46 @@ def step_seconds(shape: ModelShape, limits: Limits, *, num_nodes: int, context_t
     Raises: UserError on a count below 1.
     Paper: Appendix G.3.
     """
-    if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
-        raise UserError(found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes", need="at least 1 of each")
-    rows = batch * num_nodes
-    linear_s = sum(
-        count * linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes).seconds(limits)
-        for (inputs, outputs), count in shape.linear_widths.items()
-    )
-    attention = attention_work(shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
-    total_s = shape.num_layers * (linear_s + 2 * attention.seconds(limits))
-    if shape.vocab_size:
-        total_s += linear_work(rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes).seconds(limits)
-    return total_s
+    work = _step_work(shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    return sum(count * operator.seconds(limits) for count, operator in work)
+
+
+def step_bytes(shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
+    """The bytes that one backbone step moves by the roofline's count: weights, keys and values, activations, scores written out.
+
+    Raises: UserError on a count below 1.
+    """
+    work = _step_work(shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    return sum(count * operator.num_bytes for count, operator in work)
+
+
+def heads_seconds(
+    shape: ModelShape,
+    limits: Limits,
+    *,
+    num_heads: int,
+    num_layers: int = 1,
+    architecture: Literal["own", "shared"],
+    batch: int = 1,
+    dtype_bytes: int = 2,
+) -> float:
+    """The predicted time of one evaluation of all draft heads, at one state a row.
+
+    Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the unembedding for all heads
+    (`shared`), or one a head with its own weights (`own`). No head takes no time.
+    Raises: UserError on a count below 1, or below 0 heads.
+    Departs: the paper's simulation leaves heads out.
+    """
+    if num_heads < 0 or min(num_layers, batch, dtype_bytes) < 1:
+        found = f"{num_heads} heads of {num_layers} layers, batch {batch}, {dtype_bytes} bytes"
+        raise UserError(found=found, need="no negative number of heads, at least 1 of the others")
+    if num_heads == 0:
+        return 0.0
+    hidden, vocab = shape.hidden_size, shape.vocab_size
+    block_s = linear_work(batch, inputs=hidden, outputs=hidden, dtype_bytes=dtype_bytes).seconds(limits)
+    products, rows = (1, batch * num_heads) if architecture == "shared" else (num_heads, batch)
+    unembedding_s = linear_work(rows, inputs=hidden, outputs=vocab, dtype_bytes=dtype_bytes).seconds(limits) if vocab else 0.0
+    return num_heads * num_layers * block_s + products * unembedding_s
 
 
 def step_cost(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:

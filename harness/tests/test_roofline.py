@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -18,13 +18,17 @@ from harness.roofline import (
     Work,
     attention_intensity,
     attention_work,
+    heads_seconds,
     linear_intensity,
     linear_work,
     llama_7b_block,
+    step_bytes,
     step_cost,
     step_seconds,
 )
 
+HeadArchitecture = Literal["own", "shared"]
+ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")
 UNIT = Limits(bytes_per_s=1.0, flop_per_s=4.0)
 TINY = ModelShape(
     num_layers=3, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_size=2, intermediate_size=16, vocab_size=32
@@ -72,6 +76,47 @@ def test_step_seconds_adds_up_by_hand() -> None:
     unembedding = 2 * (8 + 32) + 8 * 32
     by_hand = 4 * (3 * (weights + 2 * widths + attention) + unembedding)
     assert step_seconds(TINY, fast, num_nodes=2, context_tokens=10, dtype_bytes=4) == pytest.approx(by_hand)
+    assert step_bytes(TINY, num_nodes=2, context_tokens=10, dtype_bytes=4) == by_hand
+
+
+def test_step_bytes_without_unembedding_leaves_its_weights_out() -> None:
+    counts = {"num_nodes": 2, "context_tokens": 10, "dtype_bytes": 2}
+    without = dataclasses.replace(TINY, vocab_size=0)
+    assert step_bytes(TINY, **counts) - step_bytes(without, **counts) == 2 * (2 * (8 + 32) + 8 * 32)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "unembedding"),
+    [
+        ("shared", 3 * 5 * (8 + 32) + 8 * 32),  # one product of 3 rows x 5 heads
+        ("own", 5 * (3 * (8 + 32) + 8 * 32)),  # five products of 3 rows
+    ],
+)
+def test_heads_seconds_adds_up_by_hand(architecture: HeadArchitecture, unembedding: int) -> None:
+    fast = Limits(bytes_per_s=1.0, flop_per_s=math.inf)  # only bytes count
+    blocks = 5 * 2 * (3 * (8 + 8) + 8 * 8)
+    ours = heads_seconds(TINY, fast, num_heads=5, num_layers=2, architecture=architecture, batch=3, dtype_bytes=4)
+    assert ours == pytest.approx(4 * (blocks + unembedding))
+
+
+def test_heads_seconds_counts_the_same_arithmetic_for_both_architectures() -> None:
+    slow = Limits(bytes_per_s=math.inf, flop_per_s=1.0)  # only flop count
+    shared, own = (heads_seconds(TINY, slow, num_heads=5, architecture=architecture, batch=3) for architecture in ARCHITECTURES)
+    assert shared == own == 2 * 3 * 5 * (8 * 8 + 8 * 32)
+
+
+def test_no_heads_take_no_time_and_a_shape_without_unembedding_has_blocks_only() -> None:
+    without = dataclasses.replace(TINY, vocab_size=0)
+    for architecture in ARCHITECTURES:
+        assert heads_seconds(TINY, UNIT, num_heads=0, architecture=architecture) == 0.0
+        blocks_s = linear_work(1, inputs=8, outputs=8, dtype_bytes=2).seconds(UNIT)
+        assert heads_seconds(without, UNIT, num_heads=3, architecture=architecture) == pytest.approx(3 * blocks_s)
+
+
+@pytest.mark.parametrize("change", [{"num_heads": -1}, {"num_layers": 0}, {"batch": 0}, {"dtype_bytes": 0}])
+def test_heads_refuse_impossible_counts(change: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at least 1 of the others"):
+        heads_seconds(TINY, UNIT, architecture="own", **({"num_heads": 1} | change))
 
 
 def test_step_cost_is_near_one_below_the_ridge_and_grows_past_it() -> None:
@@ -92,28 +137,13 @@ def test_best_is_the_maximum_of_speedup() -> None:
 
 @pytest.mark.parametrize("change", [{"num_nodes": 0}, {"context_tokens": 0}, {"batch": 0}])
 def test_refuses_a_count_below_one(change: dict[str, int]) -> None:
+    counts = {"num_nodes": 1, "context_tokens": 1, "batch": 1} | change
     with pytest.raises(UserError, match="at least 1 of each"):
-        step_seconds(TINY, UNIT, **({"num_nodes": 1, "context_tokens": 1, "batch": 1} | change))
+        step_seconds(TINY, UNIT, **counts)
+    with pytest.raises(UserError, match="at least 1 of each"):
+        step_bytes(TINY, **counts)
 
 
 def test_refuses_limits_of_zero() -> None:
     with pytest.raises(UserError, match="limits above 0"):
         Limits(bytes_per_s=0.0, flop_per_s=1.0)
-
-
-def test_the_papers_devices_carry_the_papers_figures(registry: dict[str, ClaimSpec]) -> None:
-    devices = load_hardware()
-    for claim_id, key in (("RL-hw-A100-80GB-PCIe", "a100-80gb-pcie"), ("RL-hw-A40", "a40"), ("RL-hw-A6000", "a6000")):
-        assert registry[claim_id].value == {
-            "gb_per_s": devices[key].read_bandwidth_gb_per_s,
-            "tflop_per_s": devices[key].dense_fp16_tflop_per_s,
-        }
-    assert [round(device.limits.ridge) for device in devices.values()] == [161, 215, 236]  # the ridges noted beside RL-hw-*
-
-
-@pytest.mark.parametrize("text", ["schema_version = 1\n[devices.x]\nnmae = 'x'\n", "schema_version = 2\n[devices]\n", "not toml"])
-def test_a_bad_hardware_file_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "hardware.toml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"hardware\.toml"):
-        load_hardware(path)

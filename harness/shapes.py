@@ -1,0 +1,106 @@
+"""Published model shapes as data: `suites/shapes.toml`, validated."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from harness.config import Frozen
+from harness.errors import UserError
+from harness.roofline import ModelShape
+
+SHAPES_FILE = Path(__file__).parent.parent / "suites" / "shapes.toml"
+
+
+class ShapeSpec(Frozen):
+    """The sizes of one published model; weights of that shape cost what the model costs, whatever their values.
+
+    `name` is the key in the file, `source` the hub repository whose config.json holds the figures.
+    """
+
+    name: str
+    model_type: Literal["llama", "qwen2", "mistral"]
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_size: int = Field(ge=2, multiple_of=2)
+    intermediate_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    tie_word_embeddings: bool
+    max_positions: int = Field(ge=1)
+    rope_theta: float = Field(gt=0)
+    sliding_window: int | None = Field(default=None, ge=1)
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShapeSpec:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} attention heads do not share {self.num_key_value_heads} key-value heads evenly")
+        if self.sliding_window is not None and self.model_type != "mistral":
+            raise ValueError(f"a {self.model_type} model has no sliding window")
+        return self
+
+    @property
+    def roofline_shape(self) -> ModelShape:
+        """The sizes as the roofline takes them, unembedding included; it reads all keys, whatever the window."""
+        return ModelShape(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_size=self.head_size,
+            intermediate_size=self.intermediate_size,
+            vocab_size=self.vocab_size,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters: linear layers, two norms a block and one behind them, Qwen2's biases, and the embedding once where tied."""
+        linear = sum(count * inputs * outputs for (inputs, outputs), count in self.roofline_shape.linear_widths.items())
+        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size if self.model_type == "qwen2" else 0
+        blocks = self.num_layers * (linear + biases + 2 * self.hidden_size)
+        return blocks + self.hidden_size + self._table_size * (1 if self.tie_word_embeddings else 2)
+
+    def step_weight_bytes(self, dtype_bytes: int) -> int:
+        """Bytes of weights that one decoding step reads: all, but for an untied embedding table, which is read by rows."""
+        return dtype_bytes * (self.num_parameters - (0 if self.tie_word_embeddings else self._table_size))
+
+    def cache_bytes(self, tokens: int, *, batch: int, dtype_bytes: int) -> int:
+        """Bytes of keys and values of `tokens` tokens in each of `batch` rows."""
+        return 2 * dtype_bytes * batch * tokens * self.num_layers * self.num_key_value_heads * self.head_size
+
+    @property
+    def _table_size(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+
+class _ShapesFile(Frozen):
+    schema_version: Literal[1]
+    shapes: dict[str, ShapeSpec]
+
+    @field_validator("shapes", mode="before")
+    @classmethod
+    def _named_by_key(cls, shapes: Any) -> Any:
+        if not isinstance(shapes, dict):
+            return shapes
+        return {name: {**table, "name": name} if isinstance(table, dict) else table for name, table in shapes.items()}
+
+
+def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
+    """Return the shapes of a shapes file by name; without a path those that ship.
+
+    Raises: UserError for an unreadable file, an unknown key or a size that is none.
+    """
+    path = SHAPES_FILE if path is None else path
+    try:
+        return dict(_ShapesFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).shapes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "file"
+        raise UserError(found=f"{key}: {first['msg']}", need="shapes as the schema knows them", where=path.name) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(found=f"no readable shapes file ({error})", need="a TOML file of shapes", where=path.name) from error
