@@ -20,17 +20,13 @@ class Acceptance:
     """The outcome of one verification.
 
     Shapes: nodes `[B, D]`, the kept path from the root on, valid up to `num_kept[b]`; num_kept `[B]`, the acceptance length (root included,
-    >= 1); next_token `[B]`, the root of the next step.
+    >= 1); last_node `[B]`, the deepest kept node; next_token `[B]`, the root of the next step.
     """
 
     nodes: Tensor
     num_kept: Tensor
+    last_node: Tensor
     next_token: Tensor
-
-    @property
-    def last_node(self) -> Tensor:
-        """The deepest kept node of each row, `[B]`."""
-        return self.nodes.gather(1, (self.num_kept - 1)[:, None]).squeeze(1)
 
 
 class AcceptanceRule(Protocol):
@@ -59,7 +55,7 @@ class GreedyRule:
         accepted = tokens == predicted[:, buffers.parents]
         nodes, num_kept = _longest_path(accepted, buffers)
         last = nodes.gather(1, (num_kept - 1)[:, None])
-        return Acceptance(nodes=nodes, num_kept=num_kept, next_token=predicted.gather(1, last).squeeze(1))
+        return Acceptance(nodes=nodes, num_kept=num_kept, last_node=last.squeeze(1), next_token=predicted.gather(1, last).squeeze(1))
 
 
 class RejectionRule:
@@ -99,7 +95,7 @@ class RejectionRule:
                 break
         width = buffers.tree.depth + 1
         stacked = torch.stack([*nodes, *[node] * width][:width], dim=1)
-        return Acceptance(nodes=stacked, num_kept=num_kept, next_token=next_token)
+        return Acceptance(nodes=stacked, num_kept=num_kept, last_node=node, next_token=next_token)
 
 
 class TypicalRule:
@@ -141,26 +137,24 @@ class TypicalRule:
         token_log_probs = log_probs[torch.arange(len(tokens), device=tokens.device)[:, None], law[None, :], tokens]
         accepted = token_log_probs.exp() > thresholds
         nodes, num_kept = _longest_path(accepted, buffers, log_probs=token_log_probs)
-        last = logits[torch.arange(len(tokens), device=tokens.device), nodes.gather(1, (num_kept - 1)[:, None]).squeeze(1)]
-        return Acceptance(nodes=nodes, num_kept=num_kept, next_token=self.root(last))
+        last_node = nodes.gather(1, (num_kept - 1)[:, None]).squeeze(1)
+        last = logits[torch.arange(len(tokens), device=tokens.device), last_node]
+        return Acceptance(nodes=nodes, num_kept=num_kept, last_node=last_node, next_token=self.root(last))
 
 
 def _longest_path(accepted: Tensor, buffers: TreeBuffers, *, log_probs: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the candidate with the longest accepted prefix and that prefix's length, root included.
 
-    `accepted[b, n]` says whether node n passes given its parent; the root always does. Padding never passes, whatever its token.
-    Shapes: accepted and log_probs `[B, N]`; result `[B, D]` and `[B]`.
+    `accepted[b, n]` says whether node n passes given its parent. The root always does and is not counted along the paths, where it stands
+    for padding: so padding never passes, whatever its token.
+    Shapes: accepted `[B, N]`, overwritten at the root, and log_probs `[B, N]`; result `[B, D]` and `[B]`.
     """
-    passes = torch.cat([accepted, accepted.new_zeros(len(accepted), 1)], dim=1)
-    passes[:, 0] = True
-    prefix = passes[:, buffers.paths].int().cumprod(-1)
+    accepted[:, 0] = False
+    edges = buffers.paths[:, 1:]
+    prefix = accepted[:, edges].cumprod(-1)
     lengths = prefix.sum(-1)
-    best = lengths.max(-1).values
-    if log_probs is None:
-        chosen = lengths.argmax(-1)
-    else:
-        padded = torch.cat([log_probs, log_probs.new_zeros(len(log_probs), 1)], dim=1)
-        padded[:, 0] = 0.0
-        summed = (padded[:, buffers.paths].nan_to_num(neginf=-1e30) * prefix).sum(-1)
-        chosen = summed.masked_fill(lengths < best[:, None], -torch.inf).argmax(-1)
-    return buffers.paths[chosen], best
+    longest, chosen = lengths.max(-1)
+    if log_probs is not None:
+        summed = (log_probs[:, edges].nan_to_num(neginf=-1e30) * prefix).sum(-1)
+        chosen = summed.masked_fill(lengths < longest[:, None], -torch.inf).argmax(-1)
+    return buffers.paths[chosen], longest + 1

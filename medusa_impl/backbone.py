@@ -223,13 +223,13 @@ class Backbone:
         lengths = cache.device_lengths[rows]
         return StepInputs(
             token_ids=token_ids,
-            position_ids=lengths[:, None] + depths[None, :],
-            mask=self._mask(lengths, depths, visible, view_length),
+            position_ids=lengths[:, None] + depths,
+            mask=self._mask(lengths, depths, visible, cache.slots[:view_length]),
             num_logits=num_logits,
         )
 
-    def _mask(self, lengths: Tensor, depths: Tensor, visible: Tensor, view_length: int) -> Tensor | dict[str, Tensor]:
-        """Additive 4-D mask `[B, 1, N, view_length]`: 0 over the kept prefix and the visible nodes, the dtype's minimum elsewhere.
+    def _mask(self, lengths: Tensor, depths: Tensor, visible: Tensor, slots: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive 4-D mask `[B, 1, N, slots]`: 0 over the kept prefix and the visible nodes, the dtype's minimum elsewhere.
 
         A row with 3 kept tokens, a root r with children a and b, and one unused slot:
 
@@ -240,8 +240,7 @@ class Backbone:
 
         A sliding window of W hides, from kept tokens and from nodes (a long prompt is a chain of them), what lies W or more positions back.
         """
-        slots = torch.arange(view_length, device=self.device)
-        column = (slots[None, :] - lengths[:, None] + 1).clamp_(0, visible.shape[0] + 1)
+        column = (slots - (lengths[:, None] - 1)).clamp_(0, visible.shape[0] + 1)
         mask = self._node_table("full", visible, visible)[:, column].transpose(0, 1).unsqueeze(1)
         if self.sliding_window is None:
             return mask

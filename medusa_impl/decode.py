@@ -155,7 +155,7 @@ def decode_medusa(
         with section("acceptance"):
             acceptance = rule.verify(output.logits, tokens, buffers)
             num_kept = acceptance.num_kept * rows.device_live
-            path_tokens = tokens.gather(1, acceptance.nodes.clamp_max(buffers.num_nodes - 1))
+            path_tokens = tokens.gather(1, acceptance.nodes)
             outcome = torch.cat([num_kept[:, None], path_tokens[:, 1:], acceptance.next_token[:, None]], dim=1)
             fetched = outcome.tolist()  # here, once a step, the host waits for the device
         with section("cache"):
@@ -171,8 +171,8 @@ def draft_tokens(head_logits: Tensor, roots: Tensor, buffers: TreeBuffers) -> Te
     """
     if buffers.num_nodes == 1:
         return roots[:, None]
-    best = ordered_topk(head_logits, buffers.num_ranks)
-    return torch.cat([roots[:, None], best[:, buffers.head_index, buffers.rank_index]], dim=1)
+    best = ordered_topk(head_logits, buffers.num_ranks).flatten(1)
+    return torch.cat([roots[:, None], best[:, buffers.draft_index]], dim=1)
 
 
 @dataclass(frozen=True)

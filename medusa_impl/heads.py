@@ -99,7 +99,7 @@ class MedusaHeads(nn.Module):
 def ordered_topk(logits: Tensor, count: int) -> Tensor:
     """Return the ids of the `count` greatest logits, best first, equal logits by lower id: the order that traces rank by.
 
-    `torch.topk` leaves the order of ties open. On a CPU the rare tie across the cut is sorted out by a stable sort; elsewhere, where
+    `torch.topk` leaves the order of ties open. On a CPU a stable sort settles the rare tie; elsewhere, where
     looking for one would make the host wait, value and id are ordered together as one integer.
     Shapes: logits `[.., V]`, result `[.., count]`.
     """
@@ -107,11 +107,9 @@ def ordered_topk(logits: Tensor, count: int) -> Tensor:
         return topk_of_keys(logits, count)
     vocab_size = logits.shape[-1]
     values, ids = logits.topk(min(count + 1, vocab_size), dim=-1)
-    if count < vocab_size and bool((values[..., count - 1] == values[..., count]).any()):
+    if bool((values[..., 1:] == values[..., :-1]).any()):
         return logits.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    ids, by_id = ids[..., :count].sort(dim=-1)
-    by_value = values[..., :count].gather(-1, by_id).sort(dim=-1, descending=True, stable=True).indices
-    return ids.gather(-1, by_value)
+    return ids[..., :count]
 
 
 def topk_of_keys(logits: Tensor, count: int) -> Tensor:

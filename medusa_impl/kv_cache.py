@@ -98,6 +98,7 @@ class TreeCache(Cache):
         self.lengths: list[int] = [0] * batch_size
         self.device_lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.plan = _WritePlan()
+        self.slots = torch.arange(max_length, device=device)  # 0, 1, .., for whoever forms positions: no step makes its own
         self._row_starts = torch.arange(batch_size, device=device) * max_length
         self._storage: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
@@ -138,7 +139,7 @@ class TreeCache(Cache):
             )
         starts = self._row_starts[rows] + self.device_lengths[rows]
         self.plan.rows = rows
-        self.plan.flat_slots = (starts[:, None] + torch.arange(num_new, device=starts.device)).flatten()
+        self.plan.flat_slots = (starts[:, None] + self.slots[:num_new]).flatten()
         self.plan.view_length = min(-(-(longest + num_new) // BUCKET_TOKENS) * BUCKET_TOKENS, self.max_length)
         return self.plan.view_length
 
@@ -150,8 +151,9 @@ class TreeCache(Cache):
         for the device.
         Shapes: nodes `[B, D]` node indices (the root first), num_kept `[B]`.
         """
-        if nodes.shape[1] > 1:  # a lone root lies in its place
-            steps = torch.arange(nodes.shape[1], device=nodes.device)
+        counts = num_kept.tolist() if counts is None else counts
+        if max(counts) > 1:  # lone roots lie in their places
+            steps = self.slots[: nodes.shape[1]]
             starts = (self._row_starts + self.device_lengths)[:, None]
             target = starts + steps
             source = torch.where(steps < num_kept[:, None], starts + nodes, target)  # what is dropped is copied onto itself
@@ -159,7 +161,7 @@ class TreeCache(Cache):
             flat = self._storage.flatten(0, 1).flatten(1, 2)
             flat.index_copy_(1, target.flatten(), flat.index_select(1, source.flatten()))
         self.device_lengths += num_kept
-        for row, count in enumerate(num_kept.tolist() if counts is None else counts):
+        for row, count in enumerate(counts):
             self.lengths[row] += count
 
     @torch.inference_mode()

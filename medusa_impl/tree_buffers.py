@@ -18,9 +18,10 @@ class TreeBuffers:
     """The tensors of one tree of N nodes (root included), P candidates and depth D - 1.
 
     Shapes: depths `[N]`; visible `[N, N]` boolean, node n sees node m (its ancestors and itself); parents `[N]`, the root's own parent
-    being the root; paths `[P, D]` root-to-leaf node indices, padded with N; children `[N, C]` padded with N; head_index and rank_index
-    `[N - 1]`, the draft head and the rank that give each node but the root its token; inner `[I]` nodes with children and
-    inner_position `[N]` its inverse (0 for leaves).
+    being the root; paths `[P, D]` root-to-leaf node indices, padded with the root, which stands in no path twice; children `[N, C]`
+    padded with N; head_index and rank_index `[N - 1]`, the draft head and the rank that give each node but the root its token, and
+    draft_index `[N - 1]`, the place of the two in a flat table of each head's `num_ranks` best tokens;
+    inner `[I]` nodes with children and inner_position `[N]` its inverse (0 for leaves).
 
     For the tree {(), (0), (1), (0, 0)} the mask is
 
@@ -39,6 +40,7 @@ class TreeBuffers:
     children: Tensor
     head_index: Tensor
     rank_index: Tensor
+    draft_index: Tensor
     inner: Tensor
     inner_position: Tensor
 
@@ -55,7 +57,7 @@ class TreeBuffers:
 
 def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
     """Return the buffers of a tree on a device."""
-    num_nodes = tree.num_nodes
+    num_nodes, num_ranks = tree.num_nodes, max(tree.num_ranks, default=0)
     visible = torch.eye(num_nodes, dtype=torch.bool)
     for node in range(1, num_nodes):
         visible[node] |= visible[tree.parents[node]]
@@ -64,8 +66,8 @@ def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
     inner_position = torch.zeros(num_nodes, dtype=torch.long)
     inner_position[inner] = torch.arange(len(inner))
 
-    def padded(rows: list[list[int]], width: int) -> Tensor:
-        return torch.tensor([row + [num_nodes] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(
+    def padded(rows: list[list[int]], width: int, *, filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(
             len(rows), width
         )
 
@@ -74,10 +76,15 @@ def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
         depths=torch.tensor(tree.depths, device=device),
         visible=visible.to(device),
         parents=torch.tensor([0, *tree.parents[1:]], device=device),
-        paths=padded([list(path) for path in tree.candidates], tree.depth + 1),
-        children=padded([list(children) for children in tree.children], max(widest, 1)),
+        paths=padded([list(path) for path in tree.candidates], tree.depth + 1, filler=0),
+        children=padded([list(children) for children in tree.children], max(widest, 1), filler=num_nodes),
         head_index=torch.tensor([depth - 1 for depth in tree.depths[1:]], dtype=torch.long, device=device),
         rank_index=torch.tensor(tree.ranks[1:], dtype=torch.long, device=device),
+        draft_index=torch.tensor(
+            [(depth - 1) * num_ranks + rank for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)],
+            dtype=torch.long,
+            device=device,
+        ),
         inner=torch.tensor(inner, device=device),
         inner_position=inner_position.to(device),
     )
