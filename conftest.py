@@ -1,8 +1,14 @@
-"""Rules for every test of the project: no hub is asked for anything, and GPU tests skip where there is no GPU."""
+"""Rules for every test of the project: no hub is asked for anything, GPU tests skip where there is no GPU, and saved micro-benchmarks
+say which device they come from and are compared on that device only."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +26,59 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """Returns what moves a micro-benchmark: device, threads, versions, packed operators.
+
+    It stands in for pytest-benchmark's own, which holds the host's name and clock rates that differ from run to run.
+    """
+    import torch
+
+    from harness.environment import device_info, python_version
+    from medusa_impl.packed_linear import packing_available
+
+    device = device_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": python_version(),
+        "torch": torch.__version__,
+        "device": device.model_dump(mode="json", include={"kind", "name", "num_cores", "num_threads", "details"}),
+        "packed_operators": [str(dtype) for dtype in (torch.float32, torch.bfloat16) if packing_available(dtype)],
+    }
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder and branch."""
+    from harness.environment import git_state
+
+    commit, dirty = git_state(Path(__file__).parent)
+    return {"id": commit, "dirty": dirty, "project": "medusa-repro"}
+
+
+def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
+    """Refuses to compare with a result of another machine, of which pytest-benchmark itself only warns.
+
+    Raises: pytest.UsageError, which ends the session with exit code 4.
+    """
+    from harness.errors import UserError
+
+    # through JSON, as the saved one went
+    saved, here = dict(_flat(compared_benchmark.get("machine_info", {}))), dict(_flat(json.loads(json.dumps(machine_info))))
+    differing = sorted(name for name in here if name not in saved or saved[name] != here[name])
+    if differing:
+        found = UserError(
+            found=", ".join(f"{name} {saved.get(name, 'absent')}" for name in differing),
+            need=", ".join(f"{name} {here[name]}" for name in differing),
+            where="the benchmark to compare with",
+            do="save one on this machine with --benchmark-save=NAME and compare with that",
+        )
+        raise pytest.UsageError(str(found))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

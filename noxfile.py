@@ -41,7 +41,7 @@ def shared_python(session: nox.Session) -> str:
     groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "lint", "types", "tests")
     pinned = ["--constraint", constraints] if constraints else []
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True)
-    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots]", *groups, external=True)
+    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots,train]", *groups, external=True)
     stamp.write_text(fingerprint)
     return str(python)
 
@@ -73,8 +73,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the project's own code (pytest-benchmark)."""
-    run_module(session, "pytest", "--benchmark-only")
+    """Time the project's own code (pytest-benchmark, whose options follow --).
+
+    `-- --benchmark-storage=FOLDER --benchmark-save=NAME` saves; `-- --benchmark-storage=FOLDER --benchmark-compare=0001` compares.
+    """
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/tests/test_bench_*.py"))
+    run_module(session, "pytest", "--benchmark-only", *files)
 
 
 @nox.session

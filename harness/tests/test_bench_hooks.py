@@ -1,0 +1,83 @@
+"""Saved micro-benchmarks name their device and nobody's host, and are compared on the machine that they come from only."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.environment import device_info
+from harness.report.formatting import holds_absolute_path
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("-p", "no:cacheprovider", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-disable-gc")
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A project with one benchmark and this project's hooks."""
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyfile(test_bench="def test_bench(benchmark):\n    assert benchmark(lambda: 3) == 3\n")
+    return pytester
+
+
+def saved(project: pytest.Pytester) -> dict[str, Any]:
+    """Save a result and return it."""
+    assert project.runpytest_inprocess(*QUICK, "--benchmark-json=saved.json").ret == pytest.ExitCode.OK
+    result: dict[str, Any] = json.loads((project.path / "saved.json").read_text())
+    return result
+
+
+def compared(project: pytest.Pytester, data: dict[str, Any]) -> pytest.RunResult:
+    """Compare with an altered result."""
+    (project.path / "other.json").write_text(json.dumps(data))
+    return project.runpytest_inprocess(*QUICK, "--benchmark-compare=other.json")
+
+
+def keys(value: object) -> set[str]:
+    if isinstance(value, dict):
+        return set(value) | {key for inner in value.values() for key in keys(inner)}
+    return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
+
+
+def test_a_saved_result_says_where_it_comes_from_and_names_nobody(project: pytest.Pytester) -> None:
+    result = saved(project)
+    device = device_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = result["machine_info"]
+    assert machine["device"]["kind"] == device.kind and machine["device"]["name"] == device.name
+    assert machine["device"]["num_threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
+    assert isinstance(machine["packed_operators"], list)
+    assert not {"node", "user", "branch", "cpu"} & keys(result)
+    assert set(result["commit_info"]) == {"id", "dirty", "project"}
+    assert not holds_absolute_path(json.dumps(result))
+    assert platform.node() not in json.dumps(machine).replace('"', " ").split()
+
+
+def test_the_same_machine_is_compared(project: pytest.Pytester) -> None:
+    run = compared(project, saved(project))
+    assert run.ret == pytest.ExitCode.OK
+    for line in ("test_bench (other)*", "test_bench (NOW)*"):  # the faster stands first
+        run.stdout.fnmatch_lines([line])
+    assert "machine_info is different" not in run.stdout.str() + run.stderr.str()
+
+
+def test_another_machine_fails_the_comparison(project: pytest.Pytester) -> None:
+    """pytest-benchmark itself only warns, so that a slower machine reads as a slower commit."""
+    result = saved(project)
+    here = result["machine_info"]["device"]["name"]
+    result["machine_info"]["device"] |= {"name": "Abacus 9", "num_threads": 77}
+    run = compared(project, result)
+    assert run.ret == pytest.ExitCode.USAGE_ERROR
+    message = run.stderr.str()
+    assert "found device.name Abacus 9, device.num_threads 77; need" in message
+    assert f"device.name {here}" in message and "passed" not in run.stdout.str()
+
+    result["machine_info"] = {"node": "elsewhere", "machine": "x86_64"}  # as saved without this project's hooks
+    run = compared(project, result)
+    assert run.ret == pytest.ExitCode.USAGE_ERROR and "device.kind absent" in run.stderr.str()
