@@ -19,6 +19,7 @@ from medusa_impl.heads import MedusaHeads
 
 NO_TARGET = -1
 OUTSIDE_SUBSET = -2
+NUM_RANKS = 10  # accuracies are counted among a head's 1, 2, .., 10 best tokens
 DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this size are alive at once
 
 
@@ -26,16 +27,22 @@ DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this siz
 class Medusa1Loss:
     """Eq. 1 of one batch, with the sums behind it.
 
-    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted), num_targets and num_hits `[K]`. A hit is a target that no other
-    token's logit exceeds, so equal logits count as hits. num_outside: targets left out because they are not in the token subset.
+    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted) and num_targets `[K]`; rank_hits `[K, NUM_RANKS]`, the targets that
+    r = 0, 1, .. other tokens' logits exceed, so that equal logits count for the target. num_outside: targets left out because they are not
+    in the token subset.
     """
 
     loss: Tensor
     loss_sums: Tensor
     num_targets: Tensor
-    num_hits: Tensor
+    rank_hits: Tensor
     num_positions: int
     num_outside: int
+
+    @property
+    def num_hits(self) -> Tensor:
+        """Targets that no other token's logit exceeds, `[K]`."""
+        return self.rank_hits[:, 0]
 
 
 @dataclass(frozen=True)
@@ -103,18 +110,27 @@ def medusa1_loss(
     head_states = heads.states(states)
     scales = torch.tensor(lambdas, dtype=torch.float32) / max(num_positions, 1)
     if heads.architecture == "shared":
-        loss, row_losses, row_hits, row_heads = _shared_loss(head_states, targets, lm_head_weight, scales, max_logits_bytes)
+        loss, row_losses, row_ranks, row_heads = _shared_loss(head_states, targets, lm_head_weight, scales, max_logits_bytes)
     else:
-        loss, row_losses, row_hits, row_heads = _own_loss(head_states, targets, heads, scales, subset, max_logits_bytes)
+        loss, row_losses, row_ranks, row_heads = _own_loss(head_states, targets, heads, scales, subset, max_logits_bytes)
     num_heads = heads.num_heads
     return Medusa1Loss(
         loss=loss,
         loss_sums=torch.zeros(num_heads, dtype=torch.float64).index_add_(0, row_heads, row_losses.double()),
         num_targets=torch.bincount(row_heads, minlength=num_heads),
-        num_hits=torch.bincount(row_heads[row_hits], minlength=num_heads),
+        rank_hits=rank_counts(row_ranks, row_heads, num_heads=num_heads),
         num_positions=num_positions,
         num_outside=int((targets == OUTSIDE_SUBSET).sum()),
     )
+
+
+def rank_counts(ranks: Tensor, groups: Tensor, *, num_heads: int) -> Tensor:
+    """Return how many targets of each head stand at rank 0..NUM_RANKS - 1.
+
+    Shapes: ranks and groups (the head, from 0) `[R]`; result `[K, NUM_RANKS]`.
+    """
+    near = ranks < NUM_RANKS
+    return torch.bincount(groups[near] * NUM_RANKS + ranks[near], minlength=num_heads * NUM_RANKS).reshape(num_heads, NUM_RANKS)
 
 
 def _shared_loss(
@@ -129,10 +145,10 @@ def _shared_loss(
     rows = (flat_targets >= 0).nonzero().squeeze(1)
     row_heads = rows % num_heads
     chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
-    loss, row_losses, row_hits = _FrozenUnembeddingLoss.apply(  # type: ignore[no-untyped-call]
+    loss, row_losses, row_ranks = _FrozenUnembeddingLoss.apply(  # type: ignore[no-untyped-call]
         head_states.reshape(-1, head_states.shape[-1]), weight, rows, flat_targets[rows].long(), scales[row_heads], chunk_rows
     )
-    return loss, row_losses, row_hits, row_heads
+    return loss, row_losses, row_ranks, row_heads
 
 
 class _FrozenUnembeddingLoss(torch.autograd.Function):
@@ -147,22 +163,23 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, scales: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
-        row_losses, row_hits = states.new_empty(len(rows), dtype=torch.float32), torch.empty(len(rows), dtype=torch.bool)
+        row_losses = states.new_empty(len(rows), dtype=torch.float32)
+        row_ranks = torch.empty(len(rows), dtype=torch.long, device=states.device)
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
             logits = linear(states[rows[part]].to(weight.dtype), weight).float()
             log_probabilities = torch.log_softmax(logits, dim=-1)
             chosen = targets[part, None]
             row_losses[part] = -log_probabilities.gather(1, chosen).squeeze(1)
-            row_hits[part] = logits.gather(1, chosen).squeeze(1) >= logits.amax(1)
+            row_ranks[part] = (logits > logits.gather(1, chosen)).sum(1)
             if gradient is not None:
                 residual = log_probabilities.exp_()
                 residual.scatter_add_(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen))
                 gradient[rows[part]] = (residual.to(weight.dtype) @ weight).to(gradient.dtype) * scales[part, None]
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(row_losses, row_hits)
-        return (row_losses * scales).sum(), row_losses, row_hits
+        ctx.mark_non_differentiable(row_losses, row_ranks)
+        return (row_losses * scales).sum(), row_losses, row_ranks
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -174,24 +191,24 @@ def _own_loss(
     head_states: Tensor, targets: Tensor, heads: MedusaHeads, scales: Tensor, subset: TokenSubset | None, max_logits_bytes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = head_states.sum() * 0.0
-    losses, hits, row_heads = [], [], []
+    losses, ranks, row_heads = [], [], []
     for head, unembedding in enumerate(heads.unembeddings):
         rows = (targets[:, head] >= 0).nonzero().squeeze(1)
         weight: Tensor = unembedding.weight  # type: ignore[assignment]
         weight = weight if subset is None else weight.index_select(0, subset.token_ids)
         chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
         for part in torch.split(rows, chunk_rows):
-            row_loss, row_hit = checkpoint(_chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False)
+            row_loss, row_rank = checkpoint(_chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False)
             loss = loss + scales[head] * row_loss.sum()
             losses.append(row_loss.detach())
-            hits.append(row_hit)
+            ranks.append(row_rank)
             row_heads.append(torch.full_like(part, head))
     if not losses:
-        return loss, torch.empty(0), torch.empty(0, dtype=torch.bool), torch.empty(0, dtype=torch.long)
-    return loss, torch.cat(losses), torch.cat(hits), torch.cat(row_heads)
+        return loss, torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    return loss, torch.cat(losses), torch.cat(ranks), torch.cat(row_heads)
 
 
 def _chunk_loss(states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = linear(states, weight).float()
-    hits = logits.detach().gather(1, targets[:, None]).squeeze(1) >= logits.detach().amax(1)
-    return cross_entropy(logits, targets, reduction="none"), hits
+    ranks = (logits.detach() > logits.detach().gather(1, targets[:, None])).sum(1)
+    return cross_entropy(logits, targets, reduction="none"), ranks

@@ -1,0 +1,355 @@
+"""Medusa-2: heads and backbone trained together, with the heads warmed up first.
+
+Paper: Sections 2.2.2 and 2.3.2, Appendix B. L = L_LM + lambda_0 L1; L_LM is cross-entropy on the tokens, or, under self-distillation, the
+KL divergence from the original model, which is the same model with its adapter switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from medusa_impl.errors import UserError
+from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
+from medusa_impl.sequences import answer_targets
+
+HeadsLmHead = Literal["original", "adapted"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraRecipe(_Record):
+    """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says whether that one is adapted.
+
+    Paper: Appendix B, rank 32, alpha 16, dropout 0.05 on every linear layer and the LM head.
+    """
+
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=16, ge=1)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    lm_head: bool = True
+
+
+class Medusa2Recipe(_Record):
+    """Everything that decides what joint training yields, given model, heads and sequences.
+
+    `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).
+    `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets lambda_0 rise from 0 along `ramp`
+    over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one learning rate is direct fine-tuning, the control of Table 2.
+    `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
+    the most frequent tokens. Exactly one of `num_epochs` and `num_steps` is set.
+    Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
+    """
+
+    num_heads: int = Field(default=5, ge=1)
+    num_layers: int = Field(default=1, ge=1)
+    architecture: HeadArchitecture = "shared"
+    backbone: Literal["frozen", "lora", "full"] = "lora"
+    lora: LoraRecipe = LoraRecipe()
+    target: Literal["tokens", "original"] = "original"
+    heads_lm_head: HeadsLmHead = "original"
+    warmup: Literal["none", "two_stage", "ramped"] = "ramped"
+    stage_rate: float = Field(default=0.5, gt=0, lt=1)
+    ramp: Literal["sine", "linear", "constant"] = "sine"
+    ramp_rate: float = Field(default=1.0, gt=0, le=1)
+    lambda_0: float = Field(default=0.2, gt=0)
+    lambda_base: float = Field(default=0.8, gt=0)
+    heads_learning_rate: float = Field(default=2e-3, gt=0)
+    backbone_learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    batch_sequences: int = Field(default=8, ge=1)
+    accumulation_steps: int = Field(default=1, ge=1)
+    max_length: int = Field(default=2048, ge=2)
+    num_epochs: float | None = Field(default=None, gt=0)
+    num_steps: int | None = Field(default=None, ge=1)
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    quantisation: Literal["4bit"] | None = None
+    autocast: Literal["bfloat16"] | None = None
+    subset_size: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Medusa2Recipe:
+        if (self.num_epochs is None) == (self.num_steps is None):
+            raise ValueError("set exactly one of num_epochs and num_steps")
+        if self.quantisation is not None and self.backbone == "full":
+            raise ValueError("a quantised backbone cannot be trained in full; take lora or frozen")
+        if self.heads_lm_head == "adapted" and self.subset_size is not None:
+            raise ValueError("a subset of the vocabulary needs a frozen LM head: heads_lm_head must be original")
+        return self
+
+    def loss_weights(self, progress: float) -> tuple[float, float]:
+        """Return the weights of L_LM and of L1 at a share of the run, 0 at its first step and 1 behind its last.
+
+        Paper: Section 2.2.2; the sine ramp is a quarter of a period, 0 to lambda_0.
+        """
+        if self.backbone == "frozen":
+            return 0.0, 1.0
+        if self.warmup == "two_stage" and progress < self.stage_rate:
+            return 0.0, 1.0
+        if self.warmup == "ramped" and self.ramp != "constant":
+            risen = min(1.0, progress / self.ramp_rate)
+            return 1.0, self.lambda_0 * (math.sin(0.5 * math.pi * risen) if self.ramp == "sine" else risen)
+        return 1.0, self.lambda_0
+
+    def learning_rates(self, step: int, *, num_steps: int) -> tuple[float, float]:
+        """Return the rates of heads and backbone at step 0..num_steps - 1: linear warm-up, then half a cosine down to 0.
+
+        The backbone's begins where its own training does.
+        """
+        start = self.first_backbone_step(num_steps)
+        heads = self.heads_learning_rate * _cosine(step, num_steps=num_steps, warmup_steps=self.warmup_steps)
+        if self.backbone == "frozen" or step < start:
+            return heads, 0.0
+        backbone = self.backbone_learning_rate * _cosine(step - start, num_steps=num_steps - start, warmup_steps=self.warmup_steps)
+        return heads, backbone
+
+    def first_backbone_step(self, num_steps: int) -> int:
+        """Return the first step in which the backbone learns."""
+        return math.ceil(self.stage_rate * num_steps) if self.warmup == "two_stage" else 0
+
+
+def _cosine(step: int, *, num_steps: int, warmup_steps: int) -> float:
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+
+
+def untie_lm_head(model: PreTrainedModel) -> None:
+    """Give a model whose LM head is its embedding a copy of its own.
+
+    An adapter on a tied LM head is merged into the embedding too, with a warning at most: every logit would be wrong.
+    """
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = lm_head.get_parameter("weight")
+    if weight is embedding.get_parameter("weight"):
+        lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    model.config.tie_word_embeddings = False
+
+
+def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
+    """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is untied first.
+
+    Raises: UserError where peft is missing or a target is not the name of a linear layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError(found="no peft", need="it for LoRA adapters", do="install medusa-repro[train]") from error
+    lm_head = model.get_output_embeddings()
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not lm_head}
+    head_name = next(name for name, module in model.named_modules() if module is lm_head)
+    targets = sorted(names) if recipe.targets == "all-linear" else list(recipe.targets)
+    if unknown := sorted(set(targets) - names):
+        raise UserError(found=f"adapter targets {unknown}", need=f"some of {sorted(names)}", where="the recipe's lora.targets")
+    if recipe.lm_head:
+        untie_lm_head(model)
+        targets.append(head_name)
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+class MedusaTrainingModel(nn.Module):
+    """Backbone and heads under one loss, as a trainer takes them.
+
+    `forward` returns the loss of a batch with the sums behind it. The teacher is the original model: the same weights with the adapter
+    off, or, under full fine-tuning, a frozen copy.
+    Raises: UserError for a model whose logits are not its LM head on its last hidden states (soft-capping, scaling).
+    """
+
+    def __init__(self, model: PreTrainedModel, heads: MedusaHeads, *, recipe: Medusa2Recipe, subset: TokenSubset | None = None) -> None:
+        super().__init__()
+        check_plain_lm_head(model)
+        self.recipe = recipe
+        self.heads = heads.float()
+        self.subset = subset
+        frozen_head: Any = model.get_output_embeddings()
+        original = frozen_head.weight.detach()
+        model.requires_grad_(recipe.backbone == "full")
+        if recipe.backbone == "full" and (recipe.target == "original" or recipe.heads_lm_head == "original"):
+            self._copy: list[PreTrainedModel] = [copy.deepcopy(model).eval().requires_grad_(False)]  # in a list: not a submodule, not saved
+            original = self._copy[0].get_output_embeddings().get_parameter("weight").detach()
+        self.backbone: Any = add_adapter(model, recipe.lora) if recipe.backbone == "lora" else model
+        self._original_lm_head = [original, original[subset.token_ids] if subset is not None else original]
+        self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The backbone itself, adapter layers within it."""
+        base: PreTrainedModel = self.backbone.get_base_model() if self.recipe.backbone == "lora" else self.backbone
+        return base
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return all parameters of the heads, biases included, and all of the backbone's that learn."""
+        return list(self.heads.parameters()), [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        *,
+        backbone_weight: float,
+        heads_weight: float,
+        num_items: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and sums for the log.
+
+        `num_items` is that count where a batch comes in parts. A weight of 0 leaves its part out; without L_LM the backbone runs without
+        gradients.
+        Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar, head_losses `[K]`,
+        head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
+        """
+        targets = answer_targets(labels, num_heads=self.heads.num_heads).flatten(0, 1)
+        rows = (targets[:, 0] != NO_TARGET).nonzero().squeeze(1)
+        targets = targets[rows]
+        count = len(rows) if num_items is None else num_items
+        with contextlib.nullcontext() if backbone_weight else torch.no_grad():
+            states = self._hidden(self.model, input_ids, attention_mask).flatten(0, 1)[rows]
+        loss = states.new_zeros(())
+        sums: dict[str, Tensor] = {"positions": torch.tensor(len(rows), device=states.device)}
+        if backbone_weight:
+            backbone_sum, agreements = self._backbone_loss(states, targets[:, 0], input_ids, attention_mask, rows)
+            loss = loss + backbone_weight * backbone_sum / count
+            sums |= {"backbone_loss": backbone_sum.detach(), "agreements": agreements}
+        heads = self._heads_loss(states.float(), targets[:, 1:], count)
+        return {"loss": loss + heads_weight * heads.pop("loss"), **sums, **heads}
+
+    @contextlib.contextmanager
+    def teacher(self) -> Iterator[PreTrainedModel]:
+        """Lend the original model: adapter off, no dropout, no gradients; everything is restored, `requires_grad` included."""
+        if self.recipe.backbone == "full":
+            with torch.no_grad():
+                yield self._copy[0]
+            return
+        learning = {name: parameter.requires_grad for name, parameter in self.backbone.named_parameters()}
+        training = self.backbone.training
+        off = self.backbone.disable_adapter() if self.recipe.backbone == "lora" else contextlib.nullcontext()
+        try:
+            with torch.no_grad(), off:
+                self.backbone.eval()
+                yield self.model
+        finally:
+            self.backbone.train(training)
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_(learning[name])
+
+    def _hidden(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states: Tensor = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return states
+
+    def _backbone_loss(
+        self, states: Tensor, targets: Tensor, input_ids: Tensor, attention_mask: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed backbone term and the number of positions at which the model's first choice is the target's.
+
+        The target's first choice is the teacher's under self-distillation, else the token.
+        """
+        lm_head: Any = self.model.get_output_embeddings()
+        size = self._chunk_rows()
+        teacher_logits: list[Tensor] | None = None
+        if self.recipe.target == "original":
+            with self.teacher() as original:
+                original_head: Any = original.get_output_embeddings()
+                teacher_states = self._hidden(original, input_ids, attention_mask).flatten(0, 1)[rows]
+                teacher_logits = [original_head(part) for part in torch.split(teacher_states, size)]
+        total, agreements = states.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=states.device)
+        for index, (part, wanted) in enumerate(zip(torch.split(states, size), torch.split(targets, size), strict=True)):
+            asked = teacher_logits[index] if teacher_logits is not None else wanted.long()
+            part_sum, ranks = checkpoint(_divergence, lm_head, part, asked, use_reentrant=False)
+            total, agreements = total + part_sum, agreements + (ranks == 0).sum()
+        return total, agreements
+
+    def _heads_loss(self, states: Tensor, targets: Tensor, count: Tensor | int) -> dict[str, Tensor]:
+        shared_and_adapted = self.heads.architecture == "shared" and self.recipe.heads_lm_head == "adapted"
+        if shared_and_adapted:
+            return self._adapted_heads_loss(states, targets, count)
+        subset = self.subset
+        result = medusa1_loss(
+            states,
+            targets if subset is None else subset.localise(targets),
+            heads=self.heads,
+            lm_head_weight=self._original_lm_head[1],
+            lambdas=self.lambdas,
+            subset=subset,
+            num_positions=int(count),
+        )
+        return {"loss": result.loss, "head_losses": result.loss_sums, "head_targets": result.num_targets, "head_ranks": result.rank_hits}
+
+    def _adapted_heads_loss(self, states: Tensor, targets: Tensor, count: Tensor | int) -> dict[str, Tensor]:
+        """Eq. 1 through the LM head that is itself being trained: its adapter gets the heads' gradients too."""
+        lm_head: Any = self.model.get_output_embeddings()
+        head_states = self.heads.states(states)
+        loss, size = states.new_zeros(()), self._chunk_rows()
+        sums, ranks = [], []
+        for head, weight in enumerate(self.lambdas):
+            kept = targets[:, head] != NO_TARGET
+            head_sum, head_ranks = states.new_zeros(()), []
+            for part, wanted in zip(torch.split(head_states[kept, head], size), torch.split(targets[kept, head].long(), size), strict=True):
+                part_sum, part_ranks = checkpoint(_divergence, lm_head, part, wanted, use_reentrant=False)
+                head_sum = head_sum + part_sum
+                head_ranks.append(part_ranks)
+            loss = loss + weight * head_sum / count
+            sums.append(head_sum.detach().double())
+            ranks.append(torch.cat(head_ranks))
+        groups = torch.cat([torch.full_like(head_ranks, head) for head, head_ranks in enumerate(ranks)])
+        return {
+            "loss": loss,
+            "head_losses": torch.stack(sums),
+            "head_targets": torch.tensor([len(head_ranks) for head_ranks in ranks]),
+            "head_ranks": rank_counts(torch.cat(ranks), groups, num_heads=len(ranks)),
+        }
+
+    def _chunk_rows(self) -> int:
+        return max(1, DEFAULT_LOGITS_BYTES // (4 * self.heads.vocab_size))
+
+
+def _divergence(lm_head: nn.Module, states: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy on token ids `[R]`, or the summed KL from logits `[R, V]`, and the rank of each row's first choice.
+
+    The rank is how many logits exceed that of the token, or of the other law's best token: 0 where the two agree.
+    """
+    logits = lm_head(states.to(next(lm_head.parameters()).dtype)).float()
+    best = asked if asked.dim() == 1 else asked.argmax(-1)
+    with torch.no_grad():
+        ranks = (logits > logits.gather(1, best[:, None])).sum(1)
+    if asked.dim() == 1:
+        return cross_entropy(logits, asked, reduction="sum"), ranks
+    wanted = log_softmax(asked.float(), -1)
+    return (wanted.exp() * (wanted - log_softmax(logits, -1))).sum(), ranks
+
+
+def check_plain_lm_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its LM head on its last hidden states: the losses here would be of other logits.
+
+    Raises: UserError for soft-capped or scaled logits.
+    """
+    config: Any = model.config
+    scaled: Sequence[str] = [
+        name
+        for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0))
+        if getattr(config, name, neutral) not in (None, neutral)
+    ]
+    if scaled:
+        raise UserError(
+            found=f"model type {config.model_type!r} with {', '.join(scaled)}",
+            need="logits that are the LM head on the last hidden states",
+            where="Medusa-2 training",
+            do="train Medusa-1 heads on it, or choose another model",
+        )

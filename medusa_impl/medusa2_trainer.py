@@ -1,0 +1,270 @@
+"""Joint training on transformers' Trainer, which brings checkpoints, resuming, DDP, FSDP and DeepSpeed through accelerate.
+
+What is Medusa's own stands here: one loss, two learning rates, a weight that rises, and a log of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from medusa_impl.errors import UserError
+from medusa_impl.losses import NUM_RANKS
+from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
+from medusa_impl.sequences import SequenceDataset, TrainingSequence, collate
+
+STEP_LOG = "steps.jsonl"
+
+
+class JointStep(_Record):
+    """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
+
+    `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree, both None where
+    the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    backbone_loss: float | None
+    agreement_rate: float | None
+    head_losses: tuple[float | None, ...]
+    head_accuracies: tuple[tuple[float | None, ...], ...]
+    backbone_weight: float
+    lambda_0: float
+    heads_learning_rate: float
+    backbone_learning_rate: float
+    num_positions: int
+    positions_per_s: float | None
+    memory_bytes: int
+
+
+def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool) -> TrainingArguments:
+    """Return the Trainer's arguments that a recipe amounts to; learning rates are the recipe's own schedule."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.batch_sequences,
+        gradient_accumulation_steps=recipe.accumulation_steps,
+        max_steps=recipe.num_steps if recipe.num_steps is not None else -1,
+        num_train_epochs=recipe.num_epochs if recipe.num_epochs is not None else 1.0,
+        max_grad_norm=recipe.max_gradient_norm,
+        weight_decay=recipe.weight_decay,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.autocast == "bfloat16",
+        use_cpu=use_cpu,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_drop_last=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
+    )
+
+
+class MedusaTrainer(Trainer):
+    """transformers' Trainer with the loss of Eq. 2, two learning rates and the heads' warm-up of one recipe.
+
+    Raises: UserError where the recipe asks for an optimiser that is not installed, or a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: MedusaTrainingModel,
+        *,
+        sequences: tuple[TrainingSequence, ...],
+        arguments: TrainingArguments,
+        on_step: Callable[[JointStep], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not any(sequence.num_targets for sequence in sequences):
+            raise UserError(found="no answer to train on", need="sequences with answers", where="the corpus")
+        self.recipe = model.recipe
+        self._window: dict[str, Tensor] = {}
+        self._on_step, self._clock, self._mark = on_step, clock, clock()
+        super().__init__(
+            model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
+        )
+        self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """Return AdamW over two groups, heads first; rates are set step by step."""
+        if self.optimizer is None:
+            heads, backbone = self._training_model.parameter_groups()
+            groups = [{"params": heads, "lr": 1.0}, *([{"params": backbone, "lr": 1.0}] if backbone else [])]
+            self.optimizer = _optimizer_class(self.recipe)(groups, lr=1.0, weight_decay=self.recipe.weight_decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """Return the recipe's two rates as one schedule."""
+        if self.lr_scheduler is None:
+            rates = [
+                lambda step: self.recipe.learning_rates(step, num_steps=num_training_steps)[0],
+                lambda step: self.recipe.learning_rates(step, num_steps=num_training_steps)[1],
+            ]
+            chosen = optimizer or self.optimizer
+            assert chosen is not None
+            self.lr_scheduler = LambdaLR(chosen, rates[: len(chosen.param_groups)])
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor | Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """Return the loss of one part of a batch, weighted as the recipe weights this step."""
+        backbone_weight, heads_weight = self.recipe.loss_weights(self._progress())
+        result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
+        loss = result.pop("loss")
+        if not bool(torch.isfinite(loss.detach())):
+            raise UserError(
+                found=f"a loss of {float(loss.detach())} at step {self.state.global_step}",
+                need="a finite one",
+                where="joint training",
+                do="lower the learning rates; the last checkpoint is kept",
+            )
+        for name, value in {**result, "loss": loss.detach()}.items():
+            self._window[name] = self._window[name] + value if name in self._window else value
+        return loss * self.accelerator.num_processes  # gradients are averaged over processes, and the count is that of all of them
+
+    @property
+    def log_file(self) -> Path:
+        """Where the steps are logged."""
+        return Path(str(self.args.output_dir)) / STEP_LOG
+
+    def take_step_record(self) -> JointStep | None:
+        """Return the log line of the step just taken, summed over all processes, on the first of them."""
+        sums: dict[str, Tensor] = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._window.items())}
+        self._window = {}
+        if not self.is_world_process_zero():
+            return None
+        now, step = self._clock(), self.state.global_step
+        elapsed, self._mark = now - self._mark, now
+        backbone_weight, heads_weight = self.recipe.loss_weights((step - 1) / self.state.max_steps)
+        rates = self.recipe.learning_rates(step - 1, num_steps=self.state.max_steps)
+        positions = int(sums["positions"])
+        targets = sums["head_targets"].tolist()
+        hits = sums["head_ranks"].cumsum(-1).tolist()
+        return JointStep(
+            step=step,
+            num_steps=self.state.max_steps,
+            loss=float(sums["loss"]),
+            backbone_loss=float(sums["backbone_loss"]) / positions if "backbone_loss" in sums else None,
+            agreement_rate=float(sums["agreements"]) / positions if "agreements" in sums else None,
+            head_losses=tuple(total / n if n else None for total, n in zip(sums["head_losses"].tolist(), targets, strict=True)),
+            head_accuracies=tuple(
+                tuple(row[rank] / n if n else None for rank in range(NUM_RANKS)) for row, n in zip(hits, targets, strict=True)
+            ),
+            backbone_weight=backbone_weight,
+            lambda_0=heads_weight,
+            heads_learning_rate=rates[0],
+            backbone_learning_rate=rates[1],
+            num_positions=positions,
+            positions_per_s=positions / elapsed if elapsed > 0 else None,
+            memory_bytes=_memory_bytes(),
+        )
+
+    @property
+    def _training_model(self) -> MedusaTrainingModel:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, MedusaTrainingModel)
+        return model
+
+    def _progress(self) -> float:
+        return self.state.global_step / self.state.max_steps
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save what learns, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
+        if state_dict is None:
+            state_dict = self._training_model.state_dict()
+        learning = {name for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
+        super()._save(output_dir, state_dict={name: value.contiguous() for name, value in state_dict.items() if name in learning})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load what learns, all of it; the rest is there already."""
+        file = Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME
+        try:
+            state = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(found=f"no readable checkpoint ({error})", need="a whole one", where=file.parent.name) from error
+        learning = {name: parameter for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
+        if state.keys() != learning.keys():
+            raise UserError(
+                found=f"{len(state.keys() ^ learning.keys())} tensors that only one side has",
+                need="a checkpoint of the same recipe",
+                where=file.parent.name,
+                do="start the training anew",
+            )
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(state[name])
+
+
+class _StepLog(TrainerCallback):
+    """Appends every step to the log; after a resume, what a later state had written is dropped first."""
+
+    def __init__(self, trainer: MedusaTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            path = self._trainer.log_file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
+        self._trainer._mark = self._trainer._clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        record = self._trainer.take_step_record()
+        if record is not None:
+            with self._trainer.log_file.open("a") as file:
+                file.write(record.model_dump_json() + "\n")
+            if self._trainer._on_step is not None:
+                self._trainer._on_step(record)
+
+
+def read_step_log(path: Path) -> tuple[JointStep, ...]:
+    """Return the steps of a log.
+
+    Raises: UserError for a line that is none.
+    """
+    try:
+        return tuple(JointStep.model_validate_json(line) for line in path.read_text().splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(found=f"an unreadable step log ({error})", need="one step a line", where=path.name) from error
+
+
+def _optimizer_class(recipe: Medusa2Recipe) -> Any:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UserError(
+            found="no bitsandbytes", need="it for the 8-bit optimiser", where="the recipe", do="install it, or set optimizer = 'adamw'"
+        ) from error
+    return AdamW8bit
+
+
+def _memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,274 @@
+"""Joint training's one loss: what it equals, what its gradients reach, and what the teacher leaves behind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+
+from medusa_impl import medusa2
+from medusa_impl.errors import UserError
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.losses import TokenSubset
+from medusa_impl.medusa2 import LoraRecipe, Medusa2Recipe, MedusaTrainingModel, add_adapter, untie_lm_head
+from medusa_impl.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
+from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+
+BATCH = collate(
+    [
+        SequenceDataset(
+            [
+                TrainingSequence(token_ids=(3, 9, 4, 17, 33, 2), answers=((2, 6),)),
+                TrainingSequence(token_ids=(8, 8, 40, 41, 2, 5, 50, 51, 52), answers=((2, 5), (6, 9))),
+            ]
+        )[index]
+        for index in range(2)
+    ]
+)
+LORA = LoraRecipe(rank=4, alpha=8, dropout=0.1)
+
+
+def make_heads(*, architecture: Any = "shared") -> MedusaHeads:
+    torch.manual_seed(3)
+    heads = MedusaHeads(num_heads=3, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture=architecture)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return heads
+
+
+def tied_llama() -> LlamaForCausalLM:
+    model = tiny_llama()
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def make_model(
+    *, model: LlamaForCausalLM | None = None, architecture: Any = "shared", subset: TokenSubset | None = None, **recipe: Any
+) -> MedusaTrainingModel:
+    made = Medusa2Recipe(num_heads=3, num_steps=10, **{"lora": LORA, **recipe})
+    torch.manual_seed(1)
+    return MedusaTrainingModel(model or tiny_llama(), make_heads(architecture=architecture), recipe=made, subset=subset)
+
+
+def stir(model: MedusaTrainingModel) -> None:
+    """Move the adapter away from zero, as training would."""
+    torch.manual_seed(9)
+    for name, parameter in model.backbone.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+
+
+def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """L_LM and L1 written out over all logits at once, from the model's own forward."""
+    output = model.backbone(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], output_hidden_states=True)
+    targets = answer_targets(BATCH["labels"], num_heads=3)
+    chosen = targets[..., 0] >= 0
+    count = chosen.sum()
+    if teacher_logits is None:
+        backbone = cross_entropy(output.logits[chosen], targets[..., 0][chosen], reduction="sum") / count
+    else:
+        backbone = kl_div(log_softmax(output.logits[chosen], -1), log_softmax(teacher_logits[chosen], -1), log_target=True, reduction="sum")
+        backbone = backbone / count
+    states = model.heads.states(output.hidden_states[-1])
+    heads = states.new_zeros(())
+    for head in range(3):
+        kept = targets[..., head + 1] >= 0
+        if model.heads.architecture == "own":
+            logits = model.heads.unembeddings[head](states[..., head, :])
+        elif model.recipe.heads_lm_head == "adapted":
+            logits = model.model.lm_head(states[..., head, :])
+        else:
+            logits = states[..., head, :] @ model._original_lm_head[0].T
+        heads = heads + 0.8 ** (head + 1) * cross_entropy(logits[kept], targets[..., head + 1][kept], reduction="sum") / count
+    return backbone, heads
+
+
+@pytest.mark.parametrize("target", ["tokens", "original"])
+@pytest.mark.parametrize("reads", ["original", "adapted"])
+@pytest.mark.parametrize("architecture", ["shared", "own"])
+def test_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch, target: str, reads: str, architecture: str) -> None:
+    """In chunks of two rows, through checkpoints and a loss that knows its gradient: all that learns gets the plain gradient."""
+    monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
+    lora = LoraRecipe(rank=4, alpha=8, dropout=0.0)
+    model = make_model(target=target, heads_lm_head=reads, architecture=architecture, lora=lora)
+    stir(model)
+    with model.teacher() as original:
+        teacher = original(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    losses, gradients = [], []
+    for plain in (False, True):
+        if plain:
+            backbone, heads = plain_parts(model, teacher if target == "original" else None)
+            loss = 1.0 * backbone + 0.3 * heads
+        else:
+            result = model(**BATCH, backbone_weight=1.0, heads_weight=0.3)
+            loss = result["loss"]
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(loss.detach()))
+        gradients.append({name: parameter.grad.clone() for name, parameter in learning.items() if parameter.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys() == learning.keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-6, rtol=1e-4, msg=name)
+        assert bool(gradient.any()), name
+
+
+def test_heads_move_the_backbone_only_while_it_learns() -> None:
+    """The heads' loss alone reaches the adapter where the backbone has a weight, and nothing of the backbone where it has none."""
+    model = make_model(target="original")
+    stir(model)
+    model(**BATCH, backbone_weight=1e-9, heads_weight=1.0)["loss"].backward()
+    adapters = [parameter for name, parameter in model.backbone.named_parameters() if "lora_A" in name and "lm_head" not in name]
+    assert adapters and all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in adapters)
+    model.zero_grad()
+    result = model(**BATCH, backbone_weight=0.0, heads_weight=1.0)
+    result["loss"].backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
+    assert "backbone_loss" not in result
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
+    """At step 0 the adapter adds nothing: with dropout switched on in the student, the KL term must still be 0 to the last bit."""
+    model = make_model(target="original", backbone=backbone).train()
+    result = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
+    assert float(result["backbone_loss"]) == 0.0
+    assert int(result["agreements"]) == int(result["positions"]) == 4 + 3 + 3
+    if backbone == "lora":
+        stir(model)
+        assert float(model(**BATCH, backbone_weight=1.0, heads_weight=0.2)["backbone_loss"]) > 1e-3
+
+
+def test_the_teacher_leaves_everything_as_it_was() -> None:
+    """Regression: switching an adapter off and on again turns gradients on for parameters that had none."""
+    model = make_model(target="original").train()
+    stir(model)
+    for name, parameter in model.backbone.named_parameters():
+        if "layers.0" in name and "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.backbone.named_parameters()}
+    with model.teacher() as original:
+        assert not torch.is_grad_enabled() and not original.training
+        states = original.get_decoder()(BATCH["input_ids"]).last_hidden_state
+    torch.testing.assert_close(states, tiny_llama().model(BATCH["input_ids"]).last_hidden_state, atol=0, rtol=0)
+    assert {name: parameter.requires_grad for name, parameter in model.backbone.named_parameters()} == before
+    assert model.backbone.training and torch.is_grad_enabled()
+
+
+def test_padding_changes_nothing() -> None:
+    """Regression: a KL over all positions and a cross-entropy over the kept ones shift their balance with the padding."""
+    model = make_model(target="original", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)).eval()
+    stir(model)
+    sums = [model(**BATCH, backbone_weight=1.0, heads_weight=0.2)]
+    wider = {
+        "input_ids": torch.cat([BATCH["input_ids"], torch.full((2, 7), 2)], 1),
+        "attention_mask": torch.cat([BATCH["attention_mask"], torch.zeros(2, 7, dtype=torch.long)], 1),
+        "labels": torch.cat([BATCH["labels"], torch.full((2, 7), -100)], 1),
+    }
+    sums.append(model(**wider, backbone_weight=1.0, heads_weight=0.2))
+    for name in sums[0]:
+        torch.testing.assert_close(sums[0][name], sums[1][name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_a_batch_in_parts_adds_up() -> None:
+    model = make_model(target="tokens", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    whole = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
+    parts = [
+        model(**{name: value[row : row + 1] for name, value in BATCH.items()}, backbone_weight=1.0, heads_weight=0.2, num_items=10)
+        for row in range(2)
+    ]
+    assert float((parts[0]["loss"] + parts[1]["loss"]).detach()) == pytest.approx(float(whole["loss"]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_tied_lm_head_is_untied_before_the_adapter_and_merges_exactly() -> None:
+    """Regression: an adapter on a tied LM head is merged into the embedding as well, and every logit is off."""
+    tied = tied_llama()
+    expected = tied(BATCH["input_ids"]).logits
+    model = make_model(model=tied).eval()
+    torch.testing.assert_close(model.model(BATCH["input_ids"]).logits, expected, atol=1e-6, rtol=1e-6)
+    stir(model)
+    unmerged = model.backbone(input_ids=BATCH["input_ids"]).logits
+    assert float((unmerged - expected).abs().max()) > 0.1
+    merged = model.backbone.merge_and_unload()
+    torch.testing.assert_close(merged(BATCH["input_ids"]).logits, unmerged, atol=1e-5, rtol=1e-5)
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight
+    torch.testing.assert_close(merged.model.embed_tokens.weight, tied_llama().model.embed_tokens.weight, atol=0, rtol=0)
+
+
+def test_an_adapter_covers_every_linear_layer_and_the_lm_head_where_asked() -> None:
+    with_head = add_adapter(tiny_llama(), LORA)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in with_head.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    without = add_adapter(tied_llama(), LORA.model_copy(update={"lm_head": False, "targets": ("q_proj",)}))
+    assert {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in without.named_parameters() if "lora_A" in name} == {"q_proj"}
+    assert without.get_base_model().lm_head.weight is without.get_base_model().model.embed_tokens.weight
+    with pytest.raises(UserError, match=r"adapter targets \['nowhere'\]"):
+        add_adapter(tiny_llama(), LORA.model_copy(update={"targets": ("nowhere",)}))
+
+
+def test_untying_copies_once() -> None:
+    model = tied_llama()
+    untie_lm_head(model)
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr() and model.config.tie_word_embeddings is False
+    weight = model.lm_head.weight
+    untie_lm_head(model)
+    assert model.lm_head.weight is weight
+
+
+def test_heads_in_a_subset_of_the_vocabulary() -> None:
+    counts = torch.zeros(TINY_VOCAB)
+    counts[BATCH["labels"][BATCH["labels"] >= 0]] = 1
+    counts[33] = 0
+    subset = TokenSubset.most_frequent(counts, size=int(counts.sum()))
+    result = make_model(subset=subset)(**BATCH, backbone_weight=0.0, heads_weight=1.0)
+    assert result["head_targets"].tolist() == [6, 3, 1], "of 7, 4 and 1 targets, those that are token 33 are left out"
+    assert int(result["positions"]) == 10
+    with pytest.raises(ValidationError, match="frozen LM head"):
+        Medusa2Recipe(num_steps=1, subset_size=8, heads_lm_head="adapted")
+
+
+def test_schedules() -> None:
+    """Heads first, then both; or a quarter sine up to lambda_0; or neither, which is direct fine-tuning."""
+    stages = Medusa2Recipe(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
+    assert [stages.loss_weights(progress) for progress in (0.0, 0.39, 0.4, 0.9)] == [(0, 1), (0, 1), (1, 0.2), (1, 0.2)]
+    assert stages.first_backbone_step(100) == 40
+    assert stages.learning_rates(39, num_steps=100)[1] == 0
+    assert stages.learning_rates(40, num_steps=100)[1] == pytest.approx(5e-4)
+    ramped = Medusa2Recipe(num_steps=100, warmup="ramped", lambda_0=0.01, ramp_rate=0.5)
+    weights = [ramped.loss_weights(progress)[1] for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert weights == pytest.approx([0, 0.01 * math.sin(math.pi / 4), 0.01, 0.01])
+    linear = ramped.model_copy(update={"ramp": "linear"})
+    assert linear.loss_weights(0.25) == pytest.approx((1.0, 0.005))
+    assert ramped.model_copy(update={"ramp": "constant"}).loss_weights(0.0) == (1.0, 0.01)
+    direct = Medusa2Recipe(num_steps=100, warmup="none", lambda_0=1.0, heads_learning_rate=1e-3, backbone_learning_rate=1e-3)
+    assert direct.loss_weights(0.0) == (1.0, 1.0) and len(set(direct.learning_rates(50, num_steps=100))) == 1
+    rates = [ramped.learning_rates(step, num_steps=100)[0] for step in range(100)]
+    assert rates[0] == pytest.approx(2e-3 / 41) and max(rates) == rates[40] == pytest.approx(2e-3) and rates[-1] < 2e-6
+    frozen = Medusa2Recipe(num_steps=100, backbone="frozen")
+    assert frozen.loss_weights(0.7) == (0.0, 1.0) and frozen.learning_rates(50, num_steps=100)[1] == 0
+
+
+def test_recipes_that_cannot_be_are_refused() -> None:
+    for wrong in ({"num_steps": 1, "num_epochs": 1.0}, {}, {"num_steps": 1, "quantisation": "4bit", "backbone": "full"}):
+        with pytest.raises(ValidationError):
+            Medusa2Recipe(**wrong)
+
+
+def test_capped_logits_are_refused() -> None:
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+    )
+    heads = MedusaHeads(num_heads=1, num_layers=1, hidden_size=16, vocab_size=40, architecture="shared")
+    with pytest.raises(UserError, match="final_logit_softcapping"):
+        MedusaTrainingModel(Gemma2ForCausalLM(config), heads, recipe=Medusa2Recipe(num_steps=1, num_heads=1))

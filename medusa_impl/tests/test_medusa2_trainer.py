@@ -1,0 +1,165 @@
+"""Joint training on the Trainer: what moves, what stays, the log, a resumed run, and two processes against one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medusa_impl.errors import UserError
+from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
+from medusa_impl.medusa2_trainer import STEP_LOG, MedusaTrainer, read_step_log, training_arguments
+from medusa_impl.sequences import TrainingSequence
+from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.tests.test_medusa2 import LORA, make_heads
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def some_sequences(count: int = 12) -> tuple[TrainingSequence, ...]:
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for index in range(count):
+        ids = torch.randint(1, TINY_VOCAB, (6 + index % 5,), generator=generator).tolist()
+        made.append(TrainingSequence(token_ids=tuple(ids), answers=((2, len(ids)),)))
+    return tuple(made)
+
+
+def make_trainer(
+    folder: Path, *, save_steps: int = 100, sequences: tuple[TrainingSequence, ...] | None = None, **changes: Any
+) -> MedusaTrainer:
+    recipe = Medusa2Recipe(
+        **{
+            "num_heads": 3,
+            "lora": LORA,
+            "num_steps": 6,
+            "batch_sequences": 2,
+            "warmup_steps": 1,
+            "warmup": "ramped",
+            "heads_learning_rate": 2e-3,
+            "backbone_learning_rate": 1e-3,
+            **changes,
+        }
+    )
+    torch.manual_seed(recipe.seed)
+    model = MedusaTrainingModel(tiny_llama(), make_heads(), recipe=recipe)
+    arguments = training_arguments(recipe, folder=folder, save_steps=save_steps, use_cpu=True)
+    return MedusaTrainer(model, sequences=some_sequences() if sequences is None else sequences, arguments=arguments)
+
+
+def state_of(trainer: MedusaTrainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer._training_model.named_parameters()}
+
+
+def test_what_learns_moves_and_the_rest_is_bit_identical(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    before = state_of(trainer)
+    trainer.train()
+    after = state_of(trainer)
+    for name, value in before.items():
+        learns = "lora_" in name or name.startswith("heads.")
+        assert torch.equal(value, after[name]) != learns, name
+
+
+def test_a_frozen_backbone_stays_bit_identical(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, backbone="frozen")
+    trainer.train()
+    for name, parameter in trainer._training_model.model.named_parameters():
+        assert torch.equal(parameter, tiny_llama().get_parameter(name)), name
+
+
+def test_stages_hold_the_backbone_still_then_let_it_go(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, warmup="two_stage", stage_rate=0.5)
+    seen: list[bool] = []
+    adapters = [value for name, value in trainer._training_model.named_parameters() if "lora_B" in name]
+    trainer._on_step = lambda step: seen.append(any(bool(value.any()) for value in adapters))
+    trainer.train()
+    assert seen == [False, False, False, True, True, True]
+    steps = read_step_log(tmp_path / STEP_LOG)
+    assert [step.backbone_loss is None for step in steps] == [True, True, True, False, False, False]
+    assert [step.lambda_0 for step in steps] == [1, 1, 1, 0.2, 0.2, 0.2]
+
+
+def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    steps = read_step_log(tmp_path / STEP_LOG)
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6] and {step.num_steps for step in steps} == {6}
+    recipe = trainer.recipe
+    for index, step in enumerate(steps):
+        assert (step.backbone_weight, step.lambda_0) == recipe.loss_weights(index / 6)
+        assert (step.heads_learning_rate, step.backbone_learning_rate) == recipe.learning_rates(index, num_steps=6)
+        weights = [step.lambda_0 * 0.8 ** (head + 1) for head in range(3)]
+        assert step.backbone_loss is not None and step.num_positions > 0 and step.memory_bytes > 0
+        share = [None if step.head_losses[head] is None else step.head_losses[head] for head in range(3)]
+        assert step.loss < step.backbone_loss + sum(weight * (loss or 0) for weight, loss in zip(weights, share, strict=True)) + 1e-4
+        assert all(0 <= (row[0] or 0) <= (row[-1] or 0) <= 1 for row in step.head_accuracies)
+    assert steps[0].backbone_loss == 0.0 and steps[0].agreement_rate == 1.0
+    assert (steps[-1].backbone_loss or 0) > 0
+
+
+def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
+    """Dropout, data order, optimiser, rates and the ramp all come back: from step 4 on, the losses are equal to the last bit."""
+    whole = make_trainer(tmp_path / "whole", save_steps=3)
+    whole.train()
+    first = make_trainer(tmp_path / "cut", save_steps=3)
+    first._on_step = lambda step: setattr(first.control, "should_training_stop", step.step == 4)
+    first.train()
+    assert [step.step for step in read_step_log(tmp_path / "cut" / STEP_LOG)] == [1, 2, 3, 4]
+    again = make_trainer(tmp_path / "cut", save_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    expected, got = (read_step_log(tmp_path / name / STEP_LOG) for name in ("whole", "cut"))
+    assert [step.step for step in got] == [1, 2, 3, 4, 5, 6], "the step behind the checkpoint is logged once"
+    assert [step.loss for step in got] == [step.loss for step in expected]
+    for name, value in state_of(whole).items():
+        assert torch.equal(value, state_of(again)[name]), name
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Two gloo processes with a sequence each make the loss and the gradients of one process with both."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "medusa_impl.tests.two_processes", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = make_trainer(tmp_path / "one", lora=LORA.model_copy(update={"dropout": 0.0}))
+    one.train()
+    expected, got = read_step_log(tmp_path / "one" / STEP_LOG), read_step_log(tmp_path / "two" / STEP_LOG)
+    assert [step.num_positions for step in got] == [step.num_positions for step in expected]
+    for left, right in zip(got, expected, strict=True):
+        rel = 1e-6 if left.step == 1 else 1e-3  # from the second step on, Adam's division by small gradients magnifies rounding
+        assert left.loss == pytest.approx(right.loss, rel=rel)
+        assert left.head_losses == pytest.approx(right.head_losses, rel=rel)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "one", save_steps=3).train()
+    other = make_trainer(tmp_path / "two", lora=LORA.model_copy(update={"lm_head": False}))
+    with pytest.raises(UserError, match="2 tensors that only one side has"):
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-6"))
+
+
+def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no answer to train on"):
+        make_trainer(tmp_path, sequences=(TrainingSequence(token_ids=(1, 2), answers=()),))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        next(trainer._training_model.heads.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="a loss of nan at step 0"):
+        trainer.train()
+
+
+def test_missing_optimiser_is_named(tmp_path: Path) -> None:
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="no bitsandbytes"):
+            make_trainer(tmp_path, optimizer="adamw_8bit").train()
+    else:
+        pytest.skip("bitsandbytes is installed")

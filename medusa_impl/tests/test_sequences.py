@@ -1,0 +1,68 @@
+"""Which tokens are asked for: golden masks, several turns, padding that is also end-of-sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medusa_impl.distill import CorpusSample
+from medusa_impl.errors import UserError
+from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate, sequences_of
+
+TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2, 5), (6, 8)))
+
+
+def test_labels_are_the_answers_and_nothing_else() -> None:
+    """Regression: masks said to be of the assistant's tokens were true everywhere. Here both answers count, end-of-sequence included."""
+    row = SequenceDataset([TWO_TURNS])[0]
+    assert row["labels"] == [IGNORED, IGNORED, 10, 11, 2, IGNORED, 20, 2]
+    assert TWO_TURNS.num_targets == 5
+
+
+def test_targets_as_the_docstring_draws_them() -> None:
+    sequence = TrainingSequence(token_ids=(90, 91, 10, 11, 12, 92), answers=((2, 5),))
+    labels = torch.tensor([SequenceDataset([sequence])[0]["labels"]])
+    expected = [[-1, -1, -1], [10, 11, 12], [11, 12, -1], [12, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert answer_targets(labels, num_heads=2)[0].tolist() == expected
+
+
+def test_no_head_looks_across_a_turn() -> None:
+    labels = torch.tensor([SequenceDataset([TWO_TURNS])[0]["labels"]])
+    targets = answer_targets(labels, num_heads=4)[0]
+    assert targets[1].tolist() == [10, 11, 2, -1, -1]
+    assert targets[4].tolist() == [-1] * 5, "the end of the first answer is not asked for the user's next words"
+    assert targets[5].tolist() == [20, 2, -1, -1, -1]
+    assert int((targets[:, 0] >= 0).sum()) == TWO_TURNS.num_targets
+
+
+def test_padding_is_masked_by_length_whatever_its_id() -> None:
+    """Regression: where padding and end-of-sequence are one id, masking by id hides every real end of sequence."""
+    short = TrainingSequence(token_ids=(3, 0, 0), answers=((1, 3),))  # token id 0 is the filler's id too
+    batch = collate([SequenceDataset([short, TWO_TURNS])[index] for index in range(2)])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]
+    assert batch["labels"][0].tolist() == [IGNORED, 0, 0, *[IGNORED] * 5]
+    assert answer_targets(batch["labels"], num_heads=1)[0, :3].tolist() == [[0, 0], [0, -1], [-1, -1]]
+
+
+def test_corpus_answers_become_sequences_cut_at_the_length() -> None:
+    def sample(num_prompt: int, num_answer: int) -> CorpusSample:
+        return CorpusSample(
+            key="k",
+            category="c",
+            prompt_ids=tuple(range(num_prompt)),
+            token_ids=tuple(range(50, 50 + num_answer)),
+            ended_by="budget",
+            temperature=0.0,
+            seed=0,
+            states=None,
+        )
+
+    sequences = sequences_of([sample(3, 4), sample(3, 9), sample(8, 2)], max_length=8)
+    assert [sequence.answers for sequence in sequences] == [((3, 7),), ((3, 8),)]
+    assert sequences[1].token_ids == (0, 1, 2, 50, 51, 52, 53, 54)
+
+
+@pytest.mark.parametrize("answers", [((0, 2),), ((2, 2),), ((1, 9),), ((3, 5), (2, 4))])
+def test_spans_that_cannot_be_are_refused(answers: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(UserError, match="a training sequence"):
+        TrainingSequence(token_ids=(1, 2, 3, 4, 5, 6), answers=answers)
