@@ -29,7 +29,7 @@ from harness.export import export
 from harness.judge import judge
 from harness.judgement import Judgement
 from harness.paths import default_results
-from harness.records import RunRecord, write_bytes
+from harness.records import RunRecord, write_bytes, write_json
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
 from harness.report.terminal import print_verdicts
@@ -37,7 +37,8 @@ from harness.validate import validate_record, write_schemas
 
 app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and this machine?", no_args_is_help=True, add_completion=False)
 console = Console(stderr=True)
-_NOT_SUITES = ("assets", "claims", "hardware")  # other data that lies beside the suites
+_NOT_SUITES = ("assets", "claims", "hardware", "shapes")  # other data that lies beside the suites
+_LATENCY = "latency_"  # what the names of latency specs begin with
 
 SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
 HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
@@ -152,6 +153,67 @@ def trace(
     print(json.dumps({"trace": out.name, "prompts": len(written.prompts), "positions": written.num_positions}))
 
 
+@app.command()
+def profile(
+    suite: SuiteArgument = "embedded",
+    nodes: Annotated[str, typer.Option(help="tree sizes, root included")] = "1,2,4,8,16,32,64,128",
+    mode: Annotated[str | None, typer.Option(help="an engine mode instead of the suite's")] = None,
+    steps: Annotated[int, typer.Option(help="marked steps a size", min=1)] = 48,
+    out: Annotated[Path | None, typer.Option(help="write the record (JSON)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the JSON line only")] = False,
+    hub: HubOption = False,
+) -> None:
+    """Say where the time of a step goes, for vanilla and for trees of growing size."""
+    from harness.record_profile import profile_suite
+    from harness.report.profile import profile_headline, render_step_profile
+    from harness.step_profile import parse_sizes
+
+    sizes = parse_sizes(nodes)
+    spec, file = find_suite(suite)
+    profiled = profile_suite(
+        spec, suite_file=file, sizes=sizes, mode=mode, num_steps=steps, allow_hub=hub, command=_command(), console=console
+    )
+    if out is not None:
+        write_json(out, profiled)
+    if not as_json:
+        print(render_step_profile(profiled))
+    print(json.dumps(profile_headline(profiled), allow_nan=False))
+
+
+@app.command()
+def latency(
+    spec: Annotated[str, typer.Argument(help="a shipped latency spec's name or a TOML file")] = "embedded",
+    shape: Annotated[str | None, typer.Option(help="a published shape with random weights, or a model's folder")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtypes, with commas between them")] = None,
+    modes: Annotated[str | None, typer.Option(help="engine modes, with commas between them, or auto")] = None,
+    nodes: Annotated[str | None, typer.Option(help="numbers of tree nodes, root included, for every grid")] = None,
+    heads: Annotated[str | None, typer.Option(help="numbers of draft heads, for every grid")] = None,
+    contexts: Annotated[str | None, typer.Option(help="context lengths in tokens, for every grid")] = None,
+    batches: Annotated[str | None, typer.Option(help="batches, for every grid")] = None,
+    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
+    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the points and their memory, run nothing")] = False,
+    report: Annotated[Path | None, typer.Option(help="write this record's report again instead of measuring")] = None,
+    readme: Annotated[Path | None, typer.Option(help="write the table of modes between this file's markers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Time a step against nodes, heads, context and batch; compare the engine's modes and the speed against batch."""
+    if report is not None:
+        _finish_latency(report, readme=readme)
+        return
+    from harness.latency_specs import load_latency_spec, overridden
+    from harness.record_latency import LatencyOptions, print_latency_plan, run_latency
+
+    file = _find_data(spec if spec.endswith(".toml") else spec.removeprefix(_LATENCY), folder=None, prefix=_LATENCY)
+    changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}
+    wanted = overridden(load_latency_spec(file), shape=shape, dtypes=dtype, modes=modes, **changes)
+    if dry_run:
+        print(json.dumps({"latency": wanted.name, **print_latency_plan(wanted, console=Console())}))
+        return
+    options = LatencyOptions(results=results or default_results(), resume=resume, allow_hub=hub, command=_command())
+    _finish_latency(run_latency(wanted, spec_file=file, options=options, console=console), readme=readme)
+
+
 @app.command("search-tree")
 def search_tree(
     calibration: Annotated[Path, typer.Argument(help="the trace (.npz) to grow trees on")],
@@ -227,17 +289,21 @@ def find_record(text: str) -> Path:
     return sealed[-1].parent
 
 
-def _find_data(text: str, *, folder: str | None) -> Path:
+def _find_data(text: str, *, folder: str | None, prefix: str = "") -> Path:
+    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells kinds of data apart."""
     if Path(text).suffix == ".toml":
         if Path(text).is_file():
             return Path(text)
         raise UserError(found=f"no file {text}", need="a TOML file", where="the command line")
     suites = Path(str(resources.files("suites")))
     home = suites / folder if folder else suites
-    names = sorted(found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES)
+    stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
+    if folder is None:
+        stems = [stem for stem in stems if stem.startswith(_LATENCY) == (prefix == _LATENCY)]
+    names = sorted(stem.removeprefix(prefix) for stem in stems)
     if text not in names:
         raise UserError(found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}")
-    return home / f"{text}.toml"
+    return home / f"{prefix}{text}.toml"
 
 
 def _finish(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
@@ -249,6 +315,20 @@ def _finish(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> 
         update_readme(readme, record, judgement)
     if not judgement.valid or record.failures:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+def _finish_latency(folder: Path, *, readme: Path | None) -> None:
+    """Write a latency record's report and README table, print its step costs, end with one JSON line."""
+    from harness.latency import LatencyRecord
+    from harness.report.latency import latency_headline, print_latency, render_latency_report
+    from harness.report.readme import update_modes
+
+    record = LatencyRecord(folder)
+    write_bytes(folder / "report.md", render_latency_report(record).encode())
+    print_latency(Console(), record)
+    if readme is not None:
+        update_modes(readme, record)
+    print(json.dumps(latency_headline(record), allow_nan=False))
 
 
 def _command() -> str:

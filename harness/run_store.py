@@ -30,8 +30,8 @@ from harness.records import (
 )
 
 _GENERATIONS, _ARM_STEPS = "generations.jsonl", "arm_steps.jsonl"
-_PATH_KEYS = ("path", "calibration_trace")
-_IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "prompts_sha256")
+_PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads")
+IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "prompts_sha256")
 
 
 class RunStore:
@@ -66,7 +66,7 @@ class RunStore:
 
     def write_suite(self, suite: SuiteSpec) -> None:
         """Write the suite as it is run, command-line changes included."""
-        write_bytes(self.folder / "suite.toml", tomli_w.dumps(_portable(suite)).encode())
+        write_bytes(self.folder / "suite.toml", tomli_w.dumps(portable(suite)).encode())
 
     def append(self, outcome: Generation | Failure) -> None:
         """Append one outcome and flush it to disk."""
@@ -135,7 +135,7 @@ class RunStore:
         return manifest
 
 
-def _portable(suite: SuiteSpec) -> dict[str, Any]:
+def portable(suite: BaseModel) -> dict[str, Any]:
     """Return a suite as a record keeps it: absolute paths, which name a machine or a user, cut to their last part."""
 
     def cut(value: Any) -> Any:
@@ -158,10 +158,10 @@ def _is_same_run(folder: Path, *, suite: SuiteSpec, environment: Environment) ->
 
 def _difference(folder: Path, *, suite: SuiteSpec, environment: Environment) -> str | None:
     record = RunRecord(folder)
-    if record.suite != SuiteSpec.model_validate(_portable(suite)):
+    if record.suite != SuiteSpec.model_validate(portable(suite)):
         return "suite"
     theirs = record.environment
-    return next((name for name in _IDENTITY if getattr(theirs, name) != getattr(environment, name)), None)
+    return next((name for name in IDENTITY if getattr(theirs, name) != getattr(environment, name)), None)
 
 
 def _append(path: Path, record: BaseModel) -> None:

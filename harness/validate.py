@@ -12,6 +12,8 @@ from pydantic import BaseModel, TypeAdapter
 from harness.config import SuiteSpec
 from harness.errors import UserError
 from harness.judgement import Judgement
+from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
+from harness.latency_specs import LatencySpec
 from harness.records import (
     ArmTrees,
     DeviceLimits,
@@ -39,18 +41,26 @@ _MODELS: dict[str, type[BaseModel]] = {
     "likelihoods": Likelihoods,
     "manifest": Manifest,
     "judgement": Judgement,
+    "latency_spec": LatencySpec,
+    "latency_model": ModelFacts,
+    "latency_point": LatencyPoint,
+    "latency_modes": ModeTrials,
+    "latency_batches": BatchTrials,
+    "latency_manifest": LatencyManifest,
 }
 _PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json")
 _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", *_PROBES)
 
 
 def validate_record(folder: Path) -> tuple[str, ...]:
-    """Return every fault of a record folder as one line each; none for a whole record.
+    """Return every fault of a record folder, of a run or of latencies, as one line each; none for a whole record.
 
     Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite, each generation's sums,
     each Medusa arm's tree, the trace against the vanilla text, and that nothing names a place on one machine.
     Raises: UserError if there is no such folder.
     """
+    if (folder / "spec.toml").exists():
+        return _latency_faults(folder)
     record = RunRecord(folder)
     loaders: dict[str, Callable[[], object]] = {
         "suite.toml": lambda: record.suite,
@@ -80,6 +90,36 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         if not needed & set(unreadable):
             faults += relation(record)
     return tuple(faults)
+
+
+def _latency_faults(folder: Path) -> tuple[str, ...]:
+    record = LatencyRecord(folder)
+    loaders: dict[str, Callable[[], object]] = {
+        "spec.toml": lambda: record.spec,
+        "environment.json": lambda: record.environment,
+        "model.json": lambda: record.facts,
+        POINTS_FILE: lambda: record.points,
+        "modes.json": lambda: record.modes,
+        "batches.json": lambda: record.batches,
+        "device_limits.json": lambda: [record.limits(dtype) for dtype in record.spec.dtypes],
+        "manifest.json": lambda: record.manifest,
+    }
+    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    if faults:
+        return tuple(faults)
+    if (fault := _fault_of(record.check_seal)) is not None:
+        faults.append(f"manifest.json: {fault}")
+    manifest, skipped = record.manifest, sum(point.skipped is not None for point in record.points)
+    if manifest is not None and (manifest.num_measured, manifest.num_skipped) != (len(record.points) - skipped, skipped):
+        faults.append(f"{POINTS_FILE}: found {len(record.points)} points, {skipped} skipped, need as many as in manifest.json")
+    if len({point.key for point in record.points}) != len(record.points):
+        faults.append(f"{POINTS_FILE}: found a point twice, need each once")
+    faults += [
+        f"{POINTS_FILE}:{number}: found {'times and a reason to skip' if point.backbone_s else 'neither times nor a reason'}, need one"
+        for number, point in enumerate(record.points, start=1)
+        if bool(point.backbone_s) == (point.skipped is not None)
+    ]
+    return (*faults, *_place_faults(record))
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:
@@ -203,7 +243,7 @@ def _trace_faults(record: RunRecord) -> Iterator[str]:
             yield f"trace.npz: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
 
 
-def _place_faults(record: RunRecord) -> Iterator[str]:
+def _place_faults(record: RunRecord | LatencyRecord) -> Iterator[str]:
     for name, value in record.environment.model_dump(mode="json").items():
         for text in _texts(value):
             if holds_absolute_path(text):

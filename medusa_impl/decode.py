@@ -82,9 +82,11 @@ def _prefill(backbone: Backbone, prompts: Sequence[Sequence[int]], cache: TreeCa
 
 
 def _cache_for(backbone: Backbone, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, tree: DraftTree) -> TreeCache:
+    """Return a cache for prompt, budget and tree; a row that ends inside a path has kept up to a tree's depth of tokens beyond its budget,
+    and idles there while others go on."""
     longest = max(len(prompt) for prompt in prompts)
     backbone.check_positions(prompt_tokens=longest, max_new_tokens=max_new_tokens, depth=tree.depth)
-    return backbone.new_cache(batch_size=len(prompts), max_length=longest + max_new_tokens + tree.num_nodes)
+    return backbone.new_cache(batch_size=len(prompts), max_length=longest + max_new_tokens + tree.depth + tree.num_nodes)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The README's table of results, written between markers so that it is never typed by hand."""
+"""The README's generated tables, written between markers so that they are never typed by hand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from pathlib import Path
 
 from harness.errors import InvalidMeasurement, UserError
 from harness.judgement import CheckStatus, Judgement
+from harness.latency import LatencyRecord
 from harness.records import RunRecord, write_bytes
 from harness.report.formatting import cell
+from harness.report.latency import render_readme_modes
 from harness.report.markdown import render_best_arm
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.tables import ARMS_NOTE, TOKENS_NOTE, VERDICT_NOTE, render_arms_table, render_verdict_table, verdicts_in_words
 
 MARKER = "results"
+MODES_MARKERS = ("<!-- modes:begin -->", "<!-- modes:end -->")
 
 
 def update_between_markers(text: str, *, marker: str, content: str) -> str:
@@ -20,7 +23,14 @@ def update_between_markers(text: str, *, marker: str, content: str) -> str:
 
     Raises: UserError if a marker is missing, occurs twice, or the end comes before the beginning; or if the content holds a marker.
     """
-    begin, end = f"<!-- begin:{marker} -->", f"<!-- end:{marker} -->"
+    return replace_between(text, begin=f"<!-- begin:{marker} -->", end=f"<!-- end:{marker} -->", content=content)
+
+
+def replace_between(text: str, *, begin: str, end: str, content: str) -> str:
+    """Return the text with what stands between two marks replaced; the marks stay.
+
+    Raises: UserError as `update_between_markers` does.
+    """
     for mark in (begin, end):
         if text.count(mark) != 1:
             raise UserError(
@@ -75,6 +85,34 @@ def check_readme(readme: Path, record: RunRecord, judgement: Judgement) -> bool:
     """Whether the README shows exactly what the record gives."""
     text = _read(readme)
     return _updated(text, readme, record, judgement) == text
+
+
+def update_modes(readme: Path, record: LatencyRecord) -> None:
+    """Write a latency record's table of modes between the README's markers for it; a README that says so already is not touched.
+
+    Raises: UserError for a README without its markers, or a record that is not sealed, was altered or has no table of modes.
+    """
+    text = _read(readme)
+    updated = _with_modes(text, readme, record)
+    if updated != text:
+        write_bytes(readme, updated.encode())
+
+
+def check_modes(readme: Path, record: LatencyRecord) -> bool:
+    """Whether the README shows exactly the table of modes that the record gives."""
+    text = _read(readme)
+    return _with_modes(text, readme, record) == text
+
+
+def _with_modes(text: str, readme: Path, record: LatencyRecord) -> str:
+    record.check_seal()
+    if record.modes is None:
+        raise UserError(found="no table of modes", need="a record of a spec with modes_table", where=record.folder.name)
+    begin, end = MODES_MARKERS
+    try:
+        return replace_between(text, begin=begin, end=end, content=render_readme_modes(record, base=readme.parent))
+    except UserError as error:
+        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
 
 
 def _updated(text: str, readme: Path, record: RunRecord, judgement: Judgement) -> str:

@@ -136,6 +136,17 @@ def test_batch_rows_equal_their_batch_one_runs(backbone: Backbone) -> None:
     assert tokens_of(steps) == vanilla(backbone, PROMPTS, budget=15)
 
 
+def test_a_row_that_overruns_its_budget_leaves_room_for_the_others(backbone: Backbone) -> None:
+    """Regression: the longest row ended inside a path, more kept than prompt and budget, and the others' next step was refused."""
+    prompts = [PROMPTS[2], PROMPTS[1]]
+    expected = vanilla(backbone, prompts, budget=12)
+    script = [[vanilla(backbone, prompts, budget=20)[0][min(i + k, 19)] for k in range(1, 5)] for i in range(0, 20, 5)]
+    heads = ScriptedHeads(backbone, script=script)
+    steps = list(decode_medusa(backbone, heads, DraftTree.chain(4), prompts, rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS))
+    assert tokens_of(steps) == expected
+    assert [len(step.tokens[0]) for step in steps[:4]] == [1, 5, 5, 1] and len(steps) > 5
+
+
 def test_budget_is_exact_and_steps_are_verifications(backbone: Backbone) -> None:
     steps = list(decode_vanilla(backbone, PROMPTS[:1], rule=GreedyRule(), max_new_tokens=9, eos_ids=NO_EOS))
     assert len(steps) == 9 and steps[-1].ended == ("budget",)

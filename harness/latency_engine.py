@@ -1,0 +1,204 @@
+"""From a latency spec to an engine to time, and to the facts about its model that arithmetic on the times needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from harness.config import TinyModelSpec
+from harness.engine import Engine, LoadedModel, embedding_weights, load_model
+from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.errors import UserError
+from harness.latency import ModelFacts, facts_of_shape
+from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName
+from harness.measure_modes import LatencyPrompt
+from harness.paths import resolve_path
+from harness.random_model import random_model
+from harness.records import Environment, canonical_sha256
+from harness.shapes import ShapeSpec, load_shapes
+from medusa_impl.checkpoint import backbone_sha256, load_heads
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.runner import StepRunner
+
+_SEED = 0
+
+
+def chosen_modes(spec: LatencySpec, available: Sequence[ModeName]) -> tuple[ModeName, ...]:
+    """Return the spec's modes; `auto` is what the device offers but `compiled`, whose first steps take minutes."""
+    return tuple(mode for mode in available if mode != "compiled") if spec.modes == "auto" else spec.modes
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return what is free on the device now."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)
+
+
+def load_latency_engine(spec: LatencySpec, *, dtype: DtypeName, device: torch.device, beside: Path | None, allow_hub: bool) -> Engine:
+    """Load the spec's model in one dtype, or make one of the spec's shape, and put heads on it.
+
+    Raises: UserError for an unknown shape, a model or heads that do not load, or fewer heads than the grids ask for.
+    """
+    if spec.shape is not None:
+        shape = known_shape(spec.shape)
+        model = random_model(shape, dtype=getattr(torch, dtype), device=device, seed=_SEED)
+        digest = canonical_sha256({"shape": shape.model_dump(mode="json"), "seed": _SEED})
+        loaded = LoadedModel(model=model, tokenizer=None, name=shape.name, sha256=digest, eos_ids=frozenset(), assets={})
+    else:
+        assert spec.model is not None
+        loaded = load_model(spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub)
+    if spec.heads.path is None:
+        runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded))
+        return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
+    heads, stored = load_heads(resolve_path(spec.heads.path, beside=beside), backbone_sha256=loaded.sha256)
+    asked = max(count for grid in spec.grids for count in grid.num_heads)
+    if asked > heads.num_heads:
+        raise UserError(found=f"grids with {asked} heads", need=f"at most {heads.num_heads}, as the checkpoint has", where=spec.name)
+    digest = backbone_sha256(heads)
+    return Engine(
+        loaded=loaded, runner=StepRunner(loaded.model, heads), heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
+    )
+
+
+def facts_of_model(model: PreTrainedModel, *, name: str, random_weights: bool, heads: LatencyHeads) -> ModelFacts:
+    """Return the facts of a model, which may stand on the meta device, under heads of a form."""
+    config: Any = model.config
+    embedding, lm_head = embedding_weights(model)
+    vocab_size, hidden_size = lm_head.shape
+    query_heads = int(config.num_attention_heads)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    return ModelFacts(
+        name=name,
+        random_weights=random_weights,
+        num_layers=int(config.num_hidden_layers),
+        hidden_size=hidden_size,
+        num_attention_heads=query_heads,
+        num_key_value_heads=int(getattr(config, "num_key_value_heads", None) or query_heads),
+        head_size=int(getattr(config, "head_dim", None) or hidden_size // query_heads),
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden_size),
+        vocab_size=vocab_size,
+        num_parameters=num_parameters,
+        step_parameters=num_parameters - (0 if embedding is lm_head else embedding.numel()),
+        max_positions=int(getattr(config, "max_position_embeddings", 0)) or None,
+        num_heads=heads.num_heads,
+        num_head_layers=heads.num_layers,
+        head_architecture=heads.architecture,
+    )
+
+
+def facts_of_engine(engine: Engine) -> ModelFacts:
+    """Return the facts of what an engine runs; a model without a tokenizer has random weights."""
+    form = LatencyHeads(num_heads=engine.heads.num_heads, num_layers=engine.heads.num_layers, architecture=engine.heads.architecture)
+    loaded = engine.loaded
+    return facts_of_model(loaded.model, name=loaded.name, random_weights=loaded.tokenizer is None, heads=form)
+
+
+def planned_facts(spec: LatencySpec) -> ModelFacts:
+    """Return the facts of a spec's model without loading a weight: from the published shape, or from the folder's configuration.
+
+    Raises: UserError for an unknown shape, an asset whose shape is not published, or a folder without a configuration.
+    """
+    if spec.model is None or spec.model.asset is not None:
+        shape = known_shape(spec.shape or (spec.model.asset if spec.model and spec.model.asset else ""))
+        return facts_of_shape(shape, heads=spec.heads, random_weights=spec.model is None)
+    if spec.model.tiny is not None:
+        return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads, random_weights=True)
+    folder = Path(spec.model.path or "")
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            found=f"no readable configuration ({str(error).splitlines()[0]})", need="a model's folder", where=folder.name
+        ) from error
+    return facts_of_model(model, name=folder.name, random_weights=False, heads=spec.heads)
+
+
+def known_shape(name: str) -> ShapeSpec:
+    """Return a published shape.
+
+    Raises: UserError where there is none of that name.
+    """
+    shapes = load_shapes()
+    if name not in shapes:
+        raise UserError(found=f"shape {name!r}", need=f"one of {sorted(shapes)}, or a model's folder", where="the spec or --shape")
+    return shapes[name]
+
+
+def describe_latency(engine: Engine, *, spec: LatencySpec, prompts: Sequence[LatencyPrompt], command: str) -> Environment:
+    """Return where the record will come from; `engine` and `dtype` name all modes and dtypes, bytes are those of the first dtype."""
+    commit, dirty = git_state(Path(__file__).parent)
+    return Environment(
+        commit=commit,
+        dirty=dirty,
+        command=command,
+        python=python_version(),
+        packages=package_versions(),
+        device=device_info(engine.runner.backbone.device),
+        engine=", ".join(chosen_modes(spec, engine.runner.available_modes())),
+        dtype=", ".join(spec.dtypes),
+        blas=blas_settings(),
+        variables=settings(),
+        backbone_sha256=engine.loaded.sha256,
+        heads_sha256=engine.heads_sha256,
+        prompts_sha256=canonical_sha256([[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]),
+        model_name=engine.loaded.name,
+        weight_bytes=engine.weight_bytes,
+        packed_bytes=engine.runner.packed_bytes,
+        heads_bytes=engine.heads_bytes,
+        heads_provenance=dict(engine.heads_provenance),
+        assets=engine.loaded.assets,
+        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )
+
+
+def model_words(spec: LatencySpec) -> str:
+    """Return what a spec's model is called while it loads."""
+    if spec.shape is not None:
+        return f"the shape {spec.shape} with random weights"
+    assert spec.model is not None
+    return spec.model.asset or (Path(spec.model.path).name if spec.model.path else "a tiny random model")
+
+
+def _tiny_shape(tiny: TinyModelSpec) -> ShapeSpec:
+    return ShapeSpec(
+        name=f"tiny-random-{tiny.seed}",
+        model_type="llama",
+        num_layers=tiny.num_layers,
+        hidden_size=tiny.hidden_size,
+        num_attention_heads=tiny.num_attention_heads,
+        num_key_value_heads=tiny.num_key_value_heads,
+        head_size=tiny.hidden_size // tiny.num_attention_heads,
+        intermediate_size=tiny.intermediate_size,
+        vocab_size=tiny.vocab_size,
+        tie_word_embeddings=False,
+        max_positions=tiny.max_positions,
+        rope_theta=10000.0,  # of LlamaConfig; decides no size
+        source="made on the spot",
+    )
+
+
+def _random_heads(form: LatencyHeads, loaded: LoadedModel) -> MedusaHeads:
+    """Return heads with random weights; zeros, as fresh heads have, would let some devices run cooler and faster."""
+    model = loaded.model
+    _, lm_head = embedding_weights(model)
+    vocab_size, hidden_size = lm_head.shape
+    torch.manual_seed(_SEED)
+    with torch.device(model.device):
+        heads = MedusaHeads(
+            num_heads=form.num_heads,
+            num_layers=form.num_layers,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            architecture=form.architecture,
+        ).to(model.dtype)
+    for parameter in heads.blocks.parameters():
+        nn.init.normal_(parameter, std=1.0 / hidden_size**0.5)
+    return heads

@@ -1,0 +1,215 @@
+"""What a latency run times, as data: validated, frozen models of what `suites/latency_*.toml` may say."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from harness.config import FastestTree, Frozen, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
+from harness.errors import UserError
+
+ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.runner, which needs torch
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+
+
+class LatencyGrid(Frozen):
+    """Sizes whose product is timed; `dtypes` and `modes` narrow it to some of the spec's, empty means all."""
+
+    num_nodes: Counts
+    num_heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    context_tokens: Counts
+    batch: Counts = (1,)
+    dtypes: tuple[DtypeName, ...] = ()
+    modes: tuple[ModeName, ...] = ()
+
+
+class LatencyHeads(Frozen):
+    """The draft heads: a checkpoint, else random ones of this form, which cost the same."""
+
+    path: str | None = None
+    num_heads: int = Field(default=5, ge=1)
+    num_layers: int = Field(default=1, ge=1)
+    architecture: Literal["own", "shared"] = "own"
+
+
+class LatencyPrompts(Frozen):
+    """Which texts the tables decode; `random` token ids, `prompt_tokens` each, are all that random weights can use."""
+
+    source: Literal["mt_bench", "human_eval", "random"] = "random"
+    prompt_tokens: int = Field(default=128, ge=1)
+
+
+class ModesTable(Frozen):
+    """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn; step costs are read at `context_tokens`."""
+
+    num_prompts: int = Field(ge=1)
+    max_new_tokens: int = Field(ge=2)
+    context_tokens: int = Field(ge=1)
+    sizes: Counts = (1, 8, 16, 32, 64)
+
+
+class BatchTable(Frozen):
+    """Vanilla and Medusa over the same texts, so many of them decoded together at a time."""
+
+    batches: Counts = (1, 2, 4, 8)
+    tree: TreeSpec
+    max_new_tokens: int = Field(ge=2)
+    rounds: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _same_texts(self) -> BatchTable:
+        if any(max(self.batches) % batch for batch in self.batches):
+            raise ValueError("every batch must divide the largest, so that all decode the same texts")
+        return self
+
+
+class PointKey(Frozen):
+    """One combination that is timed."""
+
+    dtype: DtypeName
+    mode: ModeName
+    num_nodes: int
+    num_heads: int
+    context_tokens: int
+    batch: int
+
+    @property
+    def group(self) -> tuple[str, str, int, int]:
+        """What points share a cache and are timed in turn: dtype, mode, context, batch."""
+        return self.dtype, self.mode, self.context_tokens, self.batch
+
+
+class LatencySpec(Frozen):
+    """What a latency run times: a model with its own weights or a published shape with random ones, in which dtypes, modes and sizes.
+
+    `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A point is skipped where its
+    weights, cache and logits would need more than `memory_share` of what is free.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    model: ModelSpec | None = None
+    shape: str | None = None
+    heads: LatencyHeads = LatencyHeads()
+    dtypes: Annotated[tuple[DtypeName, ...], Field(min_length=1)]
+    modes: Literal["auto"] | Annotated[tuple[ModeName, ...], Field(min_length=1)] = "auto"
+    grids: Annotated[tuple[LatencyGrid, ...], Field(min_length=1)]
+    repeats: int = Field(default=5, ge=1)
+    memory_share: float = Field(default=0.8, gt=0, le=1)
+    calibration_trace: str | None = None
+    prompts: LatencyPrompts = LatencyPrompts()
+    modes_table: ModesTable | None = None
+    batch_table: BatchTable | None = None
+    interval: IntervalSpec = IntervalSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LatencySpec:
+        if (self.model is None) == (self.shape is None):
+            raise ValueError("give exactly one of model, shape")
+        if self.shape is not None and (self.heads.path is not None or self.prompts.source != "random"):
+            raise ValueError("a shape has random weights: no heads.path, and prompts.source = 'random'")
+        if self.batch_table is not None and self.heads.path is None:
+            raise ValueError("batch_table compares real acceptance: it needs heads.path")
+        if self.batch_table is not None and isinstance(self.batch_table.tree, SearchedTree | FastestTree) and not self.calibration_trace:
+            raise ValueError(f"batch_table.tree of kind {self.batch_table.tree.kind!r} needs a calibration_trace")
+        asked = max(heads for grid in self.grids for heads in grid.num_heads)
+        if self.heads.path is None and asked > self.heads.num_heads:
+            raise ValueError(f"the grids ask for {asked} heads, heads.num_heads is {self.heads.num_heads}")
+        return self
+
+    def points(self, dtype: DtypeName, modes: Sequence[ModeName]) -> tuple[PointKey, ...]:
+        """Return what is timed in one dtype, each combination once, group by group.
+
+        A tree of N nodes has at most N - 1 levels below its root, so that many heads are used at most.
+        """
+        keys = {
+            PointKey(dtype=dtype, mode=mode, num_nodes=nodes, num_heads=min(heads, nodes - 1), context_tokens=context, batch=batch)
+            for grid in self.grids
+            if dtype in (grid.dtypes or self.dtypes)
+            for mode in modes
+            if mode in (grid.modes or modes)
+            for nodes in grid.num_nodes
+            for heads in grid.num_heads
+            for context in grid.context_tokens
+            for batch in grid.batch
+        }
+        return tuple(sorted(keys, key=lambda key: (modes.index(key.mode), key.batch, key.context_tokens, key.num_nodes, key.num_heads)))
+
+
+def load_latency_spec(path: Path) -> LatencySpec:
+    """Read and validate a latency spec.
+
+    Raises: UserError naming the key at fault.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable file ({type(error).__name__})", need="a TOML latency spec", where=path.name) from error
+    return parse_latency_spec(text, where=path.name)
+
+
+def parse_latency_spec(text: str, *, where: str) -> LatencySpec:
+    """Validate the text of a latency spec; `where` names it in errors."""
+    try:
+        return LatencySpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need="a TOML latency spec", where=where) from error
+    except ValidationError as error:
+        raise UserError(found=first_fault(error), need="a key and value that the latency schema knows", where=where) from error
+
+
+def overridden(
+    spec: LatencySpec,
+    *,
+    shape: str | None = None,
+    dtypes: str | None = None,
+    modes: str | None = None,
+    num_nodes: str | None = None,
+    num_heads: str | None = None,
+    context_tokens: str | None = None,
+    batch: str | None = None,
+) -> LatencySpec:
+    """Return a spec with the command line's words in it: lists with commas between their entries.
+
+    Sizes replace those of every grid; dtypes and modes apply to every grid. `shape` is a published shape or a model's folder and takes
+    the spec's model, heads, calibration trace and batch table away, since they belong together.
+    Raises: UserError for words that the schema does not know.
+    """
+    data = spec.model_dump(mode="json", exclude_none=True)
+    if shape is not None:
+        folder = Path(shape)
+        for name in ("model", "shape", "calibration_trace", "batch_table"):
+            data.pop(name, None)
+        data["heads"].pop("path", None)
+        data |= (
+            {"model": {"path": str(folder)}} if folder.is_dir() else {"shape": shape, "prompts": {**data["prompts"], "source": "random"}}
+        )
+        data["name"] = f"{spec.name}_{re.sub(r'[^a-z0-9]+', '_', folder.name.lower()).strip('_')}"
+    for name, words in (("dtypes", dtypes), ("modes", modes)):
+        if words is not None:
+            data[name] = words if words == "auto" else _words(words)
+            data["grids"] = [{**grid, name: []} for grid in data["grids"]]
+    sizes = {"num_nodes": num_nodes, "num_heads": num_heads, "context_tokens": context_tokens, "batch": batch}
+    given = {name: _words(words) for name, words in sizes.items() if words is not None}
+    data["grids"] = [{**grid, **given} for grid in data["grids"]]
+    try:
+        return LatencySpec.model_validate(data)
+    except ValidationError as error:
+        raise UserError(found=first_fault(error), need="what the latency schema knows", where="the command line") from error
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault of a failed validation: the key and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"

@@ -1,0 +1,285 @@
+"""Measure the table of modes and the speed against batch: real decoding, everything that is compared taking turns on the same texts."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from harness.arms import ArmRunner
+from harness.assets import cache_dir, fetch_asset, load_asset_specs
+from harness.clock import Clock
+from harness.config import ArmSpec, Frozen, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
+from harness.engine import Engine
+from harness.errors import UserError
+from harness.latency import STOCK, BatchTrial, BatchTrials, LatencyCurve, LatencyPoint, ModeTrial
+from harness.latency_specs import DtypeName, LatencySpec, ModeName
+from harness.paths import resolve_path
+from harness.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
+from harness.records import ArmTree, StepCost
+from harness.trace import Trace
+from harness.trees import resolve_trees
+from medusa_impl.acceptance import GreedyRule
+from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
+from medusa_impl.tree import DraftTree
+
+_SHAPE_BOUND_MODES = ("compiled", "cuda_graph")  # each new size of the attention view costs them a compilation or a capture
+_WARMUP_TOKENS, _SEED = 12, "latency"
+_VANILLA = ArmSpec(name="vanilla", method="vanilla")
+_STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
+
+Held = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class LatencyPrompt(Frozen):
+    """One prompt as token ids."""
+
+    key: str
+    prompt_ids: tuple[int, ...]
+
+
+def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
+    """Return as many prompts as the spec's tables need, first turns in the model's chat template or random token ids.
+
+    Raises: UserError where there are too few, or one leaves too few positions for its answer.
+    """
+    tables = (spec.modes_table, spec.batch_table)
+    count = max(spec.modes_table.num_prompts if spec.modes_table else 0, max(spec.batch_table.batches) if spec.batch_table else 0)
+    if not count:
+        return ()
+    if spec.prompts.source == "random":
+        prompts = _random_prompts(engine, [spec.prompts.prompt_tokens] * count)
+    else:
+        prompts = _benchmark_prompts(spec, engine, count=count, allow_hub=allow_hub)
+    if len(prompts) < count:
+        raise UserError(found=f"{len(prompts)} prompts", need=f"{count} for the tables", where=f"prompts.source {spec.prompts.source!r}")
+    budget = max(table.max_new_tokens for table in tables if table is not None)
+    for prompt in prompts:
+        engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=budget, depth=engine.heads.num_heads)
+    return prompts
+
+
+def measure_modes(
+    engine: Engine,
+    dtype: DtypeName,
+    modes: Sequence[ModeName],
+    prompts: Sequence[LatencyPrompt],
+    *,
+    max_new_tokens: int,
+    clock: Clock,
+    held: Held = contextlib.nullcontext,
+) -> tuple[ModeTrial, ...]:
+    """Decode each prompt greedily in every mode and by Hugging Face `generate`, one after the other, each prompt beginning with another."""
+    names: list[str] = [STOCK, *modes]
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    runners = {
+        name: ArmRunner(
+            engine,
+            _STOCK if name == STOCK else _VANILLA,
+            tree=None,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=longest,
+            clock=clock,
+        )
+        for name in names
+    }
+    with held():
+        _warm_up(engine, runners, prompts)
+    trials = []
+    for number, prompt in enumerate(prompts):
+        first = number % len(names)
+        with held():
+            for name in (*names[first:], *names[:first]):
+                result = _in_mode(engine, name, runners[name]).generate(prompt.prompt_ids, seed=None)
+                trials.append(
+                    ModeTrial.model_validate(
+                        {
+                            "dtype": dtype,
+                            "mode": name,
+                            "prompt_key": prompt.key,
+                            "prompt_tokens": len(prompt.prompt_ids),
+                            "token_ids": result.token_ids,
+                            "step_tokens": result.step_tokens,
+                            "step_times_s": result.step_times_s,
+                            "prefill_s": result.prefill_s,
+                        }
+                    )
+                )
+    return tuple(trials)
+
+
+def measure_batches(
+    engine: Engine,
+    spec: LatencySpec,
+    points: Sequence[LatencyPoint],
+    prompts: Sequence[LatencyPrompt],
+    *,
+    dtype: DtypeName,
+    clock: Clock,
+    held: Held = contextlib.nullcontext,
+    beside: Path | None = None,
+) -> BatchTrials:
+    """Decode the same texts with vanilla and with Medusa, B at a time for each batch B, in the engine's present mode.
+
+    Every batch decodes all prompts, in as many groups as it takes; within a group the two take turns in being first.
+    """
+    table = spec.batch_table
+    assert table is not None
+    mode: ModeName = engine.runner.mode
+    tree = batch_tree(spec, engine, points, mode=mode, dtype=dtype, beside=beside)
+    texts = prompts[: max(table.batches)]
+    with held():
+        for batch in table.batches:
+            others = _random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])
+            for drafted in (None, tree.tree()):
+                _decode_together(engine, drafted, others, max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens), clock=clock)
+    trials: list[BatchTrial] = []
+    for number in range(table.rounds):
+        for batch in table.batches:
+            for start in range(0, len(texts), batch):
+                group = texts[start : start + batch]
+                turns = ("vanilla", "medusa") if (number + start // batch) % 2 == 0 else ("medusa", "vanilla")
+                with held():
+                    for method in turns:
+                        drafted = tree.tree() if method == "medusa" else None
+                        tokens, steps, seconds = _decode_together(engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock)
+                        trials.append(
+                            BatchTrial(
+                                method="medusa" if drafted is not None else "vanilla",
+                                batch=batch,
+                                round=number,
+                                prompt_keys=tuple(prompt.key for prompt in group),
+                                num_tokens=tokens,
+                                num_steps=steps,
+                                decode_s=seconds,
+                            )
+                        )
+    return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=tuple(trials))
+
+
+def batch_tree(
+    spec: LatencySpec, engine: Engine, points: Sequence[LatencyPoint], *, mode: ModeName, dtype: DtypeName, beside: Path | None
+) -> ArmTree:
+    """Return the tree that the batch table decodes with, resolved as a suite's is; `fastest` takes this run's own whole steps at batch 1.
+
+    Raises: UserError where the calibration trace is of another model or other heads, or a tree is deeper than the heads.
+    """
+    assert spec.batch_table is not None
+    calibration = None
+    if spec.calibration_trace is not None:
+        calibration = Trace.load(resolve_path(spec.calibration_trace, beside=beside))
+        if (calibration.provenance.model_hash, calibration.provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
+            raise UserError(
+                found="a calibration trace of another model or other heads",
+                need="one of the spec's own",
+                where="calibration_trace",
+                do="record it again with medusa-repro trace",
+            )
+    costs = _whole_steps([point for point in points if (point.dtype, point.mode, point.batch) == (dtype, mode, 1) and point.step_s])
+    suite = _suite_of_one_tree(spec, spec.batch_table.tree)
+    trees = resolve_trees(suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside)
+    return trees["medusa"]
+
+
+def _whole_steps(points: Sequence[LatencyPoint]) -> tuple[StepCost, ...]:
+    """Return what a step costs at each measured size of the shortest context, with as many heads as were measured and a tree can use."""
+    if not points:
+        return ()
+    curve, context_tokens = LatencyCurve(points), min(point.context_tokens for point in points)
+    most_heads = max(point.num_heads for point in points)
+    costs = []
+    for nodes in sorted({point.num_nodes for point in points if point.context_tokens == context_tokens}):
+        heads = min(most_heads, nodes - 1)
+        costs.append(
+            StepCost(
+                num_nodes=nodes,
+                num_heads=heads,
+                context_tokens=context_tokens,
+                backbone_s=(curve.backbone_seconds(num_nodes=nodes, context_tokens=context_tokens),),
+                step_s=(curve.seconds(num_nodes=nodes, num_heads=heads, context_tokens=context_tokens),),
+            )
+        )
+    return tuple(costs)
+
+
+def _suite_of_one_tree(spec: LatencySpec, tree: TreeSpec) -> SuiteSpec:
+    assert spec.model is not None  # only real heads have a batch table
+    arm = ArmSpec(name="medusa", method="medusa", baseline="vanilla", tree=tree, acceptance=GreedyAcceptance())
+    return SuiteSpec(
+        schema_version=1,
+        name=spec.name,
+        description=spec.description,
+        max_new_tokens=2,
+        model=spec.model,
+        heads=HeadsSpec(path=spec.heads.path),
+        prompts=PromptSpec(source="mt_bench"),
+        arms=(_VANILLA, arm),
+    )
+
+
+def _decode_together(
+    engine: Engine, tree: DraftTree | None, prompts: Sequence[LatencyPrompt], *, max_new_tokens: int, clock: Clock
+) -> tuple[int, int, float]:
+    """Return tokens, steps and seconds behind the first token of every row."""
+    backbone, eos_ids, texts = engine.runner.backbone, engine.loaded.eos_ids, [prompt.prompt_ids for prompt in prompts]
+    num_nodes, depth = (tree.num_nodes, tree.depth) if tree is not None else (1, 0)
+    # a row that ends within a path keeps the rest of it, and still takes part in the others' steps
+    longest = max(map(len, texts)) + max_new_tokens + depth + num_nodes
+    cache = backbone.new_cache(batch_size=len(texts), max_length=longest)
+    rule = GreedyRule()
+    steps: Iterator[DecodingStep]
+    if tree is None:
+        steps = decode_vanilla(backbone, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache)
+    else:
+        steps = decode_medusa(backbone, engine.heads, tree, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache)
+    next(steps)
+    started = clock()
+    num_tokens, num_steps = 0, 0
+    for step in steps:
+        num_tokens += sum(len(tokens) for tokens in step.tokens)
+        num_steps += 1
+    return num_tokens, num_steps, clock() - started
+
+
+def _warm_up(engine: Engine, runners: dict[str, ArmRunner], prompts: Sequence[LatencyPrompt]) -> None:
+    """Decode other texts first: a few tokens, or, where each size of a step has to be prepared, all the sizes that will be timed."""
+    lengths = [len(prompt.prompt_ids) for prompt in prompts]
+    for name, runner in runners.items():
+        _in_mode(engine, name, runner)
+        if name in _SHAPE_BOUND_MODES:
+            for other in _random_prompts(engine, sorted(set(lengths))):
+                runner.generate(other.prompt_ids, seed=None)
+        else:
+            few = ArmRunner(
+                engine, runner.arm, tree=None, max_new_tokens=_WARMUP_TOKENS, max_prompt_tokens=max(lengths), clock=runner.clock
+            )
+            (other,) = _random_prompts(engine, [max(lengths)])
+            few.generate(other.prompt_ids, seed=None)
+
+
+def _in_mode(engine: Engine, name: str, runner: ArmRunner) -> ArmRunner:
+    """Switch the engine to a runner's mode; stock `generate` leaves every mode aside."""
+    mode = next((mode for mode in engine.runner.available_modes() if mode == name), None)
+    engine.runner.use(mode or "eager")
+    return runner
+
+
+def _random_prompts(engine: Engine, lengths: Sequence[int]) -> tuple[LatencyPrompt, ...]:
+    source, vocab_size = random.Random(_SEED), engine.runner.backbone.vocab_size
+    return tuple(
+        LatencyPrompt(key=f"random-{number}", prompt_ids=tuple(source.randrange(vocab_size) for _ in range(length)))
+        for number, length in enumerate(lengths)
+    )
+
+
+def _benchmark_prompts(spec: LatencySpec, engine: Engine, *, count: int, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
+    tokenizer = engine.loaded.tokenizer
+    if tokenizer is None:
+        raise UserError(found="prompts of text for random weights", need="prompts.source = 'random'", where=f"the spec {spec.name!r}")
+    asset = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.prompts.source]
+    paths = fetch_asset(load_asset_specs()[asset], cache_dir=cache_dir(), allow_hub=allow_hub).paths
+    texts = load_mt_bench(paths["questions"]) if asset == "mt-bench" else load_human_eval(next(iter(paths.values())))
+    return tuple(
+        LatencyPrompt(key=text.key, prompt_ids=render_chat(tokenizer, text.turns[0])) for text in select_prompts(texts, limit=count)
+    )

@@ -1,0 +1,322 @@
+"""A latency record as Markdown, as a terminal table, and as one JSON object: step times, step costs, modes, speed against batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.latency import DTYPE_BYTES, STOCK, LatencyPoint, LatencyRecord, ModeRow, batch_points, break_even, mode_rows, step_cost_of
+from harness.prediction import Prediction, PredictionError, prediction_error
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    count,
+    megabytes,
+    milliseconds,
+    percent,
+    rate_interval,
+    ratio,
+    ratio_interval,
+    section,
+    significant,
+    table,
+    without_paths,
+)
+from harness.report.markdown import relative_folder
+from harness.report.provenance import describe_commit, describe_device
+from harness.roofline import Limits, step_seconds
+
+_POINTS_NOTE = """\
+Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the same context and batch,
+without heads. *read limit*: the weights and the kept keys and values, read once at the bandwidth measured in this run, as a share of the
+backbone's time. *predicted*: the roofline with this run's bandwidth and matrix throughput. *step*: a whole step of the decoding loop
+(heads, candidates, backbone, acceptance, compaction); *overhead*: that against the vanilla step."""
+_MODES_NOTE = """\
+Vanilla decoding on the decode clock, every mode and Hugging Face `generate` on the same prompts in turn; brackets hold bootstrap
+intervals over prompts. *bandwidth*: the weights that a step must read, as a share of what the device can read in that time. *N nodes*:
+step cost, the backbone's pass over N nodes against one, at {context} context tokens, batch 1, without heads. *same text*: prompts whose
+tokens equal those of `generate`. The mode that `auto` takes is marked *."""
+
+
+def render_latency_report(record: LatencyRecord) -> str:
+    """Return the whole report of a latency record."""
+    environment, spec = record.environment, record.spec
+    heading = [
+        f"# Step times: `{spec.name}`",
+        cell(spec.description),
+        "\n".join(
+            [
+                f"- Model: {_model_words(record)}",
+                f"- Device: {cell(describe_device(environment))}",
+                f"- Date: {environment.started_utc[:10]}",
+                f"- Commit: {describe_commit(environment)}",
+            ]
+        ),
+    ]
+    parts = [
+        *heading,
+        section("Table of modes", render_modes_table(record)),
+        section("Speed against batch", render_batches(record)),
+        *(section(f"Step times: {dtype}, {mode}", render_points(record, dtype=dtype, mode=mode)) for dtype, mode in _curves(record)),
+        section("Skipped", _render_skipped(record)),
+        section("Provenance", _render_provenance(record)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_modes_table(record: LatencyRecord) -> str:
+    """Return the table of modes with what its columns mean; empty where it was not measured."""
+    rows, spec = mode_rows(record), record.spec.modes_table
+    if not rows or spec is None:
+        return ""
+    headers = ["dtype", "mode", "tokens/s", "against `generate`", "bandwidth", *(count(size, "node") for size in spec.sizes), "same text"]
+    return f"{table(headers, [_mode_cells(row, sizes=spec.sizes) for row in rows])}\n\n{_MODES_NOTE.format(context=spec.context_tokens)}"
+
+
+def render_batches(record: LatencyRecord) -> str:
+    """Return speed against batch and the break-even point; empty where it was not measured."""
+    if record.batches is None:
+        return ""
+    points, tree = batch_points(record.batches.trials), record.batches.tree
+    rows = [
+        (
+            point.batch,
+            significant(point.vanilla_tokens_per_s),
+            significant(point.medusa_tokens_per_s),
+            ratio(point.speedup),
+            ratio(point.tokens_per_step),
+        )
+        for point in points
+    ]
+    headers = ["batch", "vanilla, tokens/s", "Medusa, tokens/s", "speedup", "tokens/step a row"]
+    where = f"{record.batches.dtype}, {record.batches.mode}, a tree of {count(len(tree.paths), 'node')} ({cell(tree.origin)})"
+    note = (
+        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows together. A row that has ended "
+        f"idles until its batch has, and still counts in tokens/step. Break-even: {_break_even_words(record)}."
+    )
+    return f"{table(headers, rows)}\n\n{note}"
+
+
+def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
+    """Return every measured point of a dtype and mode, and how far the roofline is off."""
+    points = sorted(_measured(record, dtype=dtype, mode=mode), key=lambda point: (point.batch, point.context_tokens, point.num_nodes))
+    headers = ["batch", "context", "nodes", "heads", "backbone, ms", "step cost", "read limit", "predicted, ms", "measured / predicted"]
+    headers += ["heads, ms", "step, ms", "overhead"]
+    lines = [table(headers, [_point_cells(record, point, among=points) for point in points]), _POINTS_NOTE]
+    predictions = [made for point in points if (made := predict(record, point)) is not None]
+    if predictions:
+        lines.append(_error_words(prediction_error(predictions)))
+    correction = record.curve(dtype=dtype, mode=mode).largest_correction
+    smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
+    lines.append(f"Composition makes these times monotone in the number of nodes, which moves {smoothing}; the record keeps them raw.")
+    return "\n\n".join(lines)
+
+
+def render_readme_modes(record: LatencyRecord, *, base: Path) -> str:
+    """Return what the README shows of a latency record; `base` is the README's folder."""
+    environment = record.environment
+    origin = (
+        f"{_model_words(record)} on {cell(describe_device(environment))}, {environment.started_utc[:10]}, "
+        f"commit {describe_commit(environment)}."
+    )
+    batches = f"Break-even batch of Medusa over vanilla: {_break_even_words(record)}." if record.batches is not None else ""
+    absolute = record.folder.resolve()
+    link = f"From the record `{absolute.name}`."
+    if absolute.is_relative_to(base.resolve()):
+        link = f"All step times: [`{absolute.name}`]({relative_folder(record.folder, base=base)}/report.md)."
+    return "\n\n".join(part for part in (origin, render_modes_table(record), batches, link) if part)
+
+
+def print_latency(console: Console, record: LatencyRecord) -> None:
+    """Print one line a context and batch: a node's time, and what more of them cost."""
+    shown = Table("dtype", "mode", "batch", "context", "1 node, ms", "step cost at so many nodes")
+    for dtype, mode in _curves(record):
+        points = _measured(record, dtype=dtype, mode=mode)
+        for batch, context in sorted({(point.batch, point.context_tokens) for point in points}):
+            here = [point for point in points if (point.batch, point.context_tokens) == (batch, context)]
+            one_s = next((median(point.backbone_s) for point in here if point.num_nodes == 1), None)
+            sizes = sorted({point.num_nodes for point in here} - {1})
+            costs = [f"{size}: {ratio(step_cost_of(points, num_nodes=size, like=here[0]))}" for size in sizes]
+            shown.add_row(dtype, mode, str(batch), str(context), milliseconds(one_s), "  ".join(costs))
+    console.print(shown)
+    for row in mode_rows(record):
+        figures = f"{rate_interval(row.tokens_per_s)} tokens/s, {ratio_interval(row.over_stock)} of Hugging Face generate"
+        console.print(f"{row.dtype} {row.mode}{' (auto)' if row.is_auto else ''}: {figures}", highlight=False, markup=False, soft_wrap=True)
+    if record.batches is not None:
+        console.print(f"break-even batch: {_break_even_words(record)}", highlight=False)
+
+
+def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict[str, Any]:
+    """Return the one JSON object that ends a run's output; figures are rounded medians."""
+    measured = [point for point in record.points if point.skipped is None]
+    smallest = min(((point.batch, point.context_tokens) for point in measured), default=(0, 0))
+    costs: dict[str, dict[str, float]] = {}
+    for point in measured:
+        if (point.batch, point.context_tokens) == smallest:
+            cost = step_cost_of(measured, num_nodes=point.num_nodes, like=point)
+            if cost is not None:
+                costs.setdefault(f"{point.dtype} {point.mode}", {})[str(point.num_nodes)] = round(cost, 4)
+    speedups = {point.batch: round(point.speedup, 4) for point in batch_points(record.batches.trials)} if record.batches else {}
+    return {
+        "latency": record.spec.name,
+        "model": record.facts.name,
+        "num_points": len(measured),
+        "num_skipped": len(record.points) - len(measured),
+        "batch": smallest[0],
+        "context_tokens": smallest[1],
+        "step_cost": costs,
+        "modes": [
+            {
+                "dtype": row.dtype,
+                "mode": row.mode,
+                "auto": row.is_auto,
+                "tokens_per_s": round(row.tokens_per_s.estimate, 3),
+                "over_generate": round(row.over_stock.estimate, 4),
+                "bandwidth_share": None if row.bandwidth_share is None else round(row.bandwidth_share, 4),
+            }
+            for row in mode_rows(record)
+        ],
+        "speedup_by_batch": {str(batch): speedup for batch, speedup in speedups.items()},
+        "break_even": break_even(speedups).words if speedups else None,
+        "record": relative_folder(record.folder, base=base or Path.cwd()),
+    }
+
+
+def predict(record: LatencyRecord, point: LatencyPoint) -> Prediction | None:
+    """Return a point's backbone time beside the roofline's, with this run's limits; None where the run has none."""
+    limits = record.limits(point.dtype)
+    if limits is None or not point.backbone_s:
+        return None
+    predicted_s = step_seconds(
+        record.facts.roofline_shape,
+        Limits(bytes_per_s=limits.read_bandwidth_bytes_per_s, flop_per_s=limits.matmul_flop_per_s),
+        num_nodes=point.num_nodes,
+        context_tokens=point.context_tokens + point.num_nodes,
+        batch=point.batch,
+        dtype_bytes=DTYPE_BYTES[point.dtype],
+    )
+    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
+
+
+def read_share(record: LatencyRecord, point: LatencyPoint) -> float | None:
+    """Return the least time that reading weights, keys and values takes, as a share of the backbone's time."""
+    limits = record.limits(point.dtype)
+    if limits is None or not point.backbone_s:
+        return None
+    kept = record.facts.cache_bytes(point.batch * point.context_tokens, dtype=point.dtype)
+    least_s = (record.facts.step_bytes(point.dtype) + kept) / limits.read_bandwidth_bytes_per_s
+    return least_s / median(point.backbone_s)
+
+
+def _curves(record: LatencyRecord) -> list[tuple[str, str]]:
+    """Return dtypes and modes with something measured, in the order of the record."""
+    return list(dict.fromkeys((point.dtype, point.mode) for point in record.points if point.backbone_s))
+
+
+def _measured(record: LatencyRecord, *, dtype: str, mode: str) -> list[LatencyPoint]:
+    return [point for point in record.points if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s]
+
+
+def _point_cells(record: LatencyRecord, point: LatencyPoint, *, among: Sequence[LatencyPoint]) -> tuple[object, ...]:
+    vanilla = [s for other in among if other.group == point.group and other.num_nodes == 1 for s in other.step_s]
+    made = predict(record, point)
+    return (
+        point.batch,
+        point.context_tokens,
+        point.num_nodes,
+        point.num_heads,
+        milliseconds(median(point.backbone_s)),
+        ratio(step_cost_of(among, num_nodes=point.num_nodes, like=point)),
+        percent(read_share(record, point)),
+        milliseconds(made.predicted_s if made else None),
+        ratio(made.ratio if made else None),
+        milliseconds(median(point.heads_s)) if point.heads_s else ABSENT,
+        milliseconds(median(point.step_s)) if point.step_s else ABSENT,
+        ratio(median(point.step_s) / median(vanilla)) if point.step_s and vanilla else ABSENT,
+    )
+
+
+def _mode_cells(row: ModeRow, *, sizes: Sequence[int]) -> tuple[object, ...]:
+    is_stock = row.mode == STOCK
+    costs = [ratio(cost) for cost in row.step_costs] or [ABSENT] * len(sizes)
+    return (
+        row.dtype,
+        "Hugging Face `generate`" if is_stock else f"`{row.mode}`{' *' if row.is_auto else ''}",
+        rate_interval(row.tokens_per_s),
+        "1" if is_stock else ratio_interval(row.over_stock),
+        percent(row.bandwidth_share),
+        *costs,
+        f"{row.num_same_text} of {row.num_prompts}",
+    )
+
+
+def _error_words(error: PredictionError) -> str:
+    return (
+        f"The roofline's prediction is off by {percent(error.median_error)} in the median and {percent(error.worst_error)} at worst over "
+        f"{count(error.num_points, 'point')}; the device takes {ratio(error.median_ratio)} times as long as predicted."
+    )
+
+
+def _break_even_words(record: LatencyRecord) -> str:
+    assert record.batches is not None
+    return break_even({point.batch: point.speedup for point in batch_points(record.batches.trials)}).words
+
+
+def _render_skipped(record: LatencyRecord) -> str:
+    rows = [
+        (point.dtype, point.mode, point.batch, point.context_tokens, point.num_nodes, point.num_heads, point.skipped)
+        for point in record.points
+        if point.skipped is not None
+    ]
+    return table(["dtype", "mode", "batch", "context", "nodes", "heads", "why"], rows) if rows else ""
+
+
+def _render_provenance(record: LatencyRecord) -> str:
+    environment, manifest, facts = record.environment, record.manifest, record.facts
+    finished = "not finished: the record has no manifest and no seal"
+    if manifest is not None:
+        finished = f"{manifest.finished_utc} ({manifest.elapsed_s / 60:.1f} minutes)"
+    weights = ", ".join(f"{megabytes(facts.step_bytes(dtype))} MB in {dtype}" for dtype in record.spec.dtypes)
+    rows: list[tuple[str, object]] = [
+        ("command", f"`{environment.command}`"),
+        ("commit", describe_commit(environment)),
+        ("started", environment.started_utc),
+        ("finished", finished),
+        ("device", describe_device(environment)),
+        *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
+        *((f"device limits, {dtype}", _limits_words(record, dtype)) for dtype in record.spec.dtypes),
+        ("weights that a step reads", weights),
+        ("weights", f"SHA-256 {environment.backbone_sha256[:16]}"),
+        ("draft heads", f"{facts.num_heads} of {count(facts.num_head_layers, 'layer')}, {facts.head_architecture} unembedding"),
+        ("draft heads: weights", f"SHA-256 {environment.heads_sha256[:16]}" if environment.heads_sha256 else "random"),
+        ("linear algebra", environment.blas),
+        ("variables", _pairs(environment.variables)),
+        ("Python", environment.python),
+        ("packages", _pairs(environment.packages)),
+        ("record", record.folder.name),
+    ]
+    checkout = f"git checkout {environment.commit}" if environment.commit else "# the commit is not known; take the current code"
+    repeat = f"```\n{checkout}\n{without_paths(environment.command)}\n```"
+    return "\n\n".join([table(["", ""], rows), "To repeat it on a device of the same kind:", repeat])
+
+
+def _limits_words(record: LatencyRecord, dtype: str) -> str:
+    limits = record.limits(dtype)
+    if limits is None:
+        return ABSENT
+    figures = f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, {limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
+    return f"{figures} ({limits.method})"
+
+
+def _model_words(record: LatencyRecord) -> str:
+    weights = "random weights of that shape" if record.facts.random_weights else "its own weights"
+    return f"{cell(record.facts.name)} with {weights}"
+
+
+def _pairs(values: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or ABSENT
