@@ -17,7 +17,9 @@ from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.tests.test_backbone import FAMILIES, build
 from medusa_impl.tree import DraftTree
+from medusa_impl.tree_buffers import tree_buffers
 
 PROMPT = [3, 7, 11, 2, 9]
 TREE = DraftTree.cartesian([3, 2])
@@ -122,14 +124,16 @@ def test_auto_takes_the_packed_mode_and_eager_is_respected() -> None:
     assert StepRunner(tiny_llama(), None, mode="eager").mode == "eager"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["eager", "auto"])
-def test_bfloat16_runs_and_agrees_where_the_gap_is_wide(mode: Mode) -> None:
+def test_half_precision_runs_and_agrees_where_the_gap_is_wide(mode: Mode, dtype: torch.dtype) -> None:
     """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its top two a wide gap."""
-    engine = StepRunner(tiny_llama().bfloat16(), make_heads(), mode=mode)
-    assert engine.heads is not None and next(engine.heads.parameters()).dtype == torch.bfloat16
+    model: Any = tiny_llama()
+    engine = StepRunner(model.to(dtype), make_heads(), mode=mode)
+    assert engine.heads is not None and next(engine.heads.parameters()).dtype == dtype
     cache = engine.backbone.new_cache(batch_size=1, max_length=30)
     output = engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
-    assert output.logits.dtype == torch.bfloat16 and bool(output.logits.isfinite().all())
+    assert output.logits.dtype == dtype and bool(output.logits.isfinite().all())
     exact = StepRunner(tiny_llama(), None, mode="eager")
     expected = exact.backbone.prefill(torch.tensor(PROMPT), cache=exact.backbone.new_cache(batch_size=1, max_length=30)).logits
     error = float((output.logits.float() - expected).abs().max())
@@ -203,6 +207,24 @@ def test_the_compiled_mode_decodes_the_same_texts() -> None:
 
 def vanilla_tokens_of(engine: StepRunner, prompt: list[int]) -> list[int]:
     return texts_of(engine, prompts=[prompt])[0][0]
+
+
+@needs_packing
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_packed_mode_takes_every_family(family: str) -> None:
+    """One prompt and one tree step of each supported architecture: packed and joined products give the stock ones' logits."""
+    buffers = tree_buffers(TREE, device=torch.device("cpu"))
+    tokens = torch.arange(TREE.num_nodes)[None] % 11
+    outputs = []
+    for mode in ("eager", "packed"):
+        engine = StepRunner(build(family), None, mode=mode)  # type: ignore[arg-type]
+        assert engine.mode == mode
+        cache = engine.backbone.new_cache(batch_size=1, max_length=40)
+        engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
+        outputs.append(engine.backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache))
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(outputs[0].hidden, outputs[1].hidden, atol=1e-4, rtol=1e-4)
 
 
 @needs_packing
