@@ -6,23 +6,22 @@ import json
 import os
 import shlex
 import sys
-import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if "--hub" not in sys.argv:  # before huggingface_hub is imported, which reads it once
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub that is not there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
-from harness.claim_specs import load_claims
+from harness.claim_specs import ClaimSpec, load_claims
 from harness.config import SuiteSpec, load_suite
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.export import export
@@ -39,6 +38,7 @@ app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and thi
 console = Console(stderr=True)
 _NOT_SUITES = ("assets", "claims", "hardware", "shapes")  # other data that lies beside the suites
 _LATENCY = "latency_"  # what the names of latency specs begin with
+_ABLATION = "_training"  # what the names of ablations hold
 
 SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
 HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
@@ -109,7 +109,11 @@ def report(
     readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
 ) -> None:
     """Judge a record again and write its report; needs no device."""
-    found = RunRecord(find_record(record))
+    folder = find_record(record)
+    if (folder / "arms.jsonl").exists():
+        _finish_ablation(folder, claims=load_claims(claims), readme=readme)
+        return
+    found = RunRecord(folder)
     _finish(found, judge(found, claims=load_claims(claims)), readme=readme)
 
 
@@ -121,21 +125,76 @@ def train(
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")] = False,
     hub: HubOption = False,
 ) -> None:
-    """Train draft heads: corpus, features, Eq. 1, held-out figures, calibration trace; resumes where it stopped."""
-    from harness.training_run import TrainingSuite, announce, train_suite
+    """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace; resumes where it stopped."""
+    from harness.joint_run import check_runnable, train_joint_suite
+    from harness.training_run import announce, train_suite
+    from harness.training_specs import JointSuite, load_training_suite
 
-    path = _find_data(recipe, folder="recipes")
-    try:
-        spec = TrainingSuite.model_validate(tomllib.loads(path.read_text()))
-    except (ValidationError, tomllib.TOMLDecodeError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise UserError(found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=path.name) from error
+    spec = load_training_suite(_find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name
+    if isinstance(spec, JointSuite):
+        check_runnable(spec.recipe)
     announce(spec, work=place, from_scratch=from_scratch, console=console, allow_hub=hub)
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
+    if isinstance(spec, JointSuite):
+        joint = train_joint_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
+        written = {"heads": joint.heads, "adapter": joint.adapter, "model": joint.model, "calibration": joint.calibration}
+        print(json.dumps({"recipe": spec.name, **{name: path.name for name, path in written.items() if path is not None}}))
+        return
     files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
     print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file with a [corpus]")],
+    out: Annotated[Path | None, typer.Option(help="folder for the packed corpus")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for the shards")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Make a recipe's corpus and nothing else: the model's own answers, one turn or two; resumes where it stopped."""
+    from harness.distill_run import distill_suite
+    from harness.training_run import announce
+    from harness.training_specs import load_training_suite
+
+    spec = load_training_suite(_find_data(recipe, folder="recipes"))
+    place = work or cache_dir() / "training" / spec.name
+    announce(spec, work=place, from_scratch=True, console=console, allow_hub=hub)
+    made = distill_suite(spec, work=place, target=out or place / "out", console=console, allow_hub=hub)
+    counts = {"answers": made.num_answers, "second_turns": made.num_second_turns, "tokens": made.num_tokens}
+    print(json.dumps({"recipe": spec.name, "corpus": made.file.name, **counts}))
+
+
+@app.command()
+def ablate(
+    suite: Annotated[str, typer.Argument(help="a shipped ablation's name or a TOML file")] = "embedded_training_quick",
+    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for adapters, heads and training state")] = None,
+    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
+    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")] = False,
+    report: Annotated[Path | None, typer.Option(help="write this record's report again instead of training")] = None,
+    readme: Annotated[Path | None, typer.Option(help="write the table between this file's markers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Train recipes side by side at one token budget, measure what became of backbone and heads, judge the claims about training."""
+    registry = load_claims(claims)
+    if report is not None:
+        _finish_ablation(report, claims=registry, readme=readme)
+        return
+    from harness.ablate import AblateOptions, print_ablation_plan, run_ablation
+    from harness.ablation_specs import load_ablation
+
+    file = _find_data(suite, folder=None, kind="ablation")
+    spec = load_ablation(file)
+    place = results or default_results()
+    if dry_run:
+        minutes = print_ablation_plan(spec, results=place, console=Console())
+        print(json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)}))
+        return
+    options = AblateOptions(results=place, work=work, resume=resume, allow_hub=hub, command=_command())
+    _finish_ablation(run_ablation(spec, suite_file=file, options=options, console=console), claims=registry, readme=readme)
 
 
 @app.command()
@@ -289,8 +348,11 @@ def find_record(text: str) -> Path:
     return sealed[-1].parent
 
 
-def _find_data(text: str, *, folder: str | None, prefix: str = "") -> Path:
-    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells kinds of data apart."""
+def _find_data(text: str, *, folder: str | None, prefix: str = "", kind: Literal["suite", "ablation"] = "suite") -> Path:
+    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells kinds of data apart.
+
+    Ablations are told by `_training` in their names.
+    """
     if Path(text).suffix == ".toml":
         if Path(text).is_file():
             return Path(text)
@@ -300,6 +362,7 @@ def _find_data(text: str, *, folder: str | None, prefix: str = "") -> Path:
     stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
     if folder is None:
         stems = [stem for stem in stems if stem.startswith(_LATENCY) == (prefix == _LATENCY)]
+        stems = [stem for stem in stems if (_ABLATION in stem) == (kind == "ablation")]
     names = sorted(stem.removeprefix(prefix) for stem in stems)
     if text not in names:
         raise UserError(found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}")
@@ -329,6 +392,28 @@ def _finish_latency(folder: Path, *, readme: Path | None) -> None:
     if readme is not None:
         update_modes(readme, record)
     print(json.dumps(latency_headline(record), allow_nan=False))
+
+
+def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
+    """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON line."""
+    from harness.ablation import AblationRecord
+    from harness.ablation_figures import ablation_rows
+    from harness.claim_training import training_verdicts
+    from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
+    from harness.report.ablation_curves import draw_curves
+
+    record = AblationRecord(folder)
+    rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
+    try:
+        draw_curves(record, folder / CURVES_FILE)
+    except UserError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
+    text = render_ablation(record, rows, verdicts, has_curves=(folder / CURVES_FILE).exists())
+    write_bytes(folder / "report.md", text.encode())
+    print_ablation(Console(), rows, verdicts)
+    if readme is not None:
+        update_ablation(readme, record, rows)
+    print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
 
 
 def _command() -> str:

@@ -1,4 +1,4 @@
-"""The forms in which a claim can be judged, as validated data: literal, transfer and paper-only; each bound carries its reason."""
+"""The forms in which a claim can be judged, as validated data: literal, transfer, training, paper-only; each bound carries its reason."""
 
 from __future__ import annotations
 
@@ -129,6 +129,68 @@ TransferForm = Annotated[
     | LogGrowthForm
     | SpeedPeaksForm,
     Field(discriminator="test"),
+]
+
+
+class MoreTokensForm(_Form):
+    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`."""
+
+    test: Literal["more_tokens"]
+    arm: str
+    over: str
+    trees: Literal["fixed", "best"]
+    bound: float
+
+
+class KeepsQualityForm(_Form):
+    """Each of the arms lies at most `max_kl` nats a token from the original; tested where it yields more tokens/step than `over`."""
+
+    test: Literal["keeps_quality"]
+    arms: tuple[str, ...] = Field(min_length=1)
+    over: str | None = None
+    max_kl: float = Field(gt=0)
+
+
+class HurtsMoreForm(_Form):
+    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within `max_kl` where given."""
+
+    test: Literal["hurts_more"]
+    arm: str
+    over: str
+    bound: float
+    max_kl: float | None = Field(default=None, gt=0)
+
+
+class LittleMemoryForm(_Form):
+    """Training an arm holds at most a relative `margin` more memory than the arm `over`."""
+
+    test: Literal["little_memory"]
+    arm: str
+    over: str
+    margin: Share
+
+
+class HeadOrderForm(_Form):
+    """Head k + 1 of a trained arm has a greater loss than head k, for every k, on the arm's own greedy text."""
+
+    test: Literal["head_order"]
+    arm: str
+    bound: float
+
+
+class SpareHeadForm(_Form):
+    """With `with_heads` heads a trained arm's tokens/step is that of `without_heads` to within a `margin`, each at its best tree."""
+
+    test: Literal["spare_head"]
+    arm: str
+    num_nodes: int
+    with_heads: int
+    without_heads: int
+    margin: Share
+
+
+TrainingForm = Annotated[
+    MoreTokensForm | KeepsQualityForm | HurtsMoreForm | LittleMemoryForm | HeadOrderForm | SpareHeadForm, Field(discriminator="test")
 ]
 
 

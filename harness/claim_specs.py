@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.claim_forms import LiteralForm, PaperOnlyForm, TransferForm
+from harness.claim_forms import LiteralForm, PaperOnlyForm, TrainingForm, TransferForm
 from harness.config import Frozen
 from harness.errors import UserError
 
@@ -39,6 +39,7 @@ class OperatorTable(Frozen):
 class ClaimSpec(Frozen):
     """One claim: what is stated and where, the figure, and the forms in which it can be judged.
 
+    `transfer` is judged on the record of a suite, `training` on that of an ablation.
     `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
     """
 
@@ -54,12 +55,14 @@ class ClaimSpec(Frozen):
     table: OperatorTable | None = None
     literal: LiteralForm | None = None
     transfer: TransferForm | None = None
+    training: TrainingForm | None = None
     paper_only: PaperOnlyForm | None = None
     needs: str | None = None
 
     @model_validator(mode="after")
     def _judged_somehow(self) -> ClaimSpec:
-        if self.literal is None and self.transfer is None and self.paper_only is None and not self.needs:
+        forms = (self.literal, self.transfer, self.training, self.paper_only)
+        if all(form is None for form in forms) and not self.needs:
             raise ValueError(f"claim {self.id!r}: give a form, or needs: what it would take")
         return self
 

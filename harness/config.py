@@ -33,13 +33,17 @@ class TinyModelSpec(Frozen):
 
 
 class ModelSpec(Frozen):
-    """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them."""
+    """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
+
+    `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
+    """
 
     asset: str | None = None
     path: str | None = None
     tiny: TinyModelSpec | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
+    adapter: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

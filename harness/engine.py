@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from harness.asset_files import tensors_sha256
 from harness.assets import FetchedAsset, cache_dir, fetch_asset, load_asset_specs
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.errors import UserError
 from harness.paths import resolve_path
-from medusa_impl.checkpoint import backbone_sha256, load_heads
+from harness.records import canonical_sha256
+from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner
 
@@ -28,7 +38,11 @@ _TINY_STD, _TINY_EMBEDDING_SCALE, _TINY_LM_HEAD_SCALE = 0.1, 20.0, 4.0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A backbone as it comes from disk, before an engine mode touches it."""
+    """A backbone as it comes from disk, before an engine mode touches it.
+
+    With an adapter merged into it, `sha256` stands for both, `base_sha256` for the backbone alone, and `original_lm_head` is the LM head
+    that the adapter changed, None where it changed none.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -36,6 +50,9 @@ class LoadedModel:
     sha256: str
     eos_ids: frozenset[int]
     assets: dict[str, str]
+    base_sha256: str | None = None
+    adapter_sha256: str | None = None
+    original_lm_head: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,8 @@ class Engine:
             return 0
         own = sum(parameter.numel() * parameter.element_size() for parameter in self.runner.heads.parameters())
         _, lm_head = embedding_weights(self.loaded.model)
-        return own + (lm_head.numel() * lm_head.element_size() if self.runner.heads.architecture == "shared" else 0)
+        reads_backbone = self.runner.heads.architecture == "shared" and self.runner.heads.lm_head is None
+        return own + (lm_head.numel() * lm_head.element_size() if reads_backbone else 0)
 
 
 def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -89,8 +107,67 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False) -> LoadedModel:
-    """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration."""
+def load_model(
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    allow_hub: bool = False,
+    beside: Path | None = None,
+    quantisation: Literal["4bit"] | None = None,
+) -> LoadedModel:
+    """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration; an adapter is merged into it.
+
+    Raises: UserError for what is missing or does not load, and for 4-bit weights without bitsandbytes and a CUDA device.
+    """
+    quantised = _quantised(quantisation)  # before anything is fetched
+    bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
+    if spec.adapter is None:
+        return bare
+    return with_adapter(bare, resolve_path(spec.adapter, beside=beside))
+
+
+def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
+    """Return a loaded model with an adapter merged into it; the model itself is changed."""
+    tuned: TunedModel = load_adapter(loaded.model, folder)
+    return replace(
+        loaded,
+        model=tuned.model,
+        name=f"{loaded.name} with {folder.name}",
+        sha256=canonical_sha256([loaded.sha256, tuned.adapter_sha256]),
+        base_sha256=loaded.sha256,
+        adapter_sha256=tuned.adapter_sha256,
+        original_lm_head=tuned.original_lm_head,
+    )
+
+
+def heads_for(loaded: LoadedModel, path: Path) -> tuple[MedusaHeads, HeadsProvenance]:
+    """Return the heads of a file, bound to the backbone, adapter and LM head that they were trained with."""
+    base = loaded.base_sha256 or loaded.sha256
+    heads, provenance = load_heads(path, backbone_sha256=base, adapter_sha256=loaded.adapter_sha256)
+    bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
+    return heads, provenance
+
+
+def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
+    if quantisation is None:
+        return {}
+    missing = [name for name, there in (("bitsandbytes", _has_bitsandbytes()), ("a CUDA device", torch.cuda.is_available())) if not there]
+    if missing:
+        raise UserError(
+            found=f"no {' and no '.join(missing)}",
+            need="both for a 4-bit backbone",
+            where="the recipe",
+            do="leave out quantisation, or train where they are",
+        )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config, "device_map": {"": 0}}
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _load_bare(spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
     assets: dict[str, str] = {}
@@ -108,7 +185,7 @@ def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False
             raise UserError(found=f"no folder {name!r}", need="a folder with a model in Hugging Face format", where="model.path")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, local_files_only=True
+            folder, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, local_files_only=True, **quantised
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
@@ -116,7 +193,8 @@ def load_model(spec: ModelSpec, *, device: torch.device, allow_hub: bool = False
             found=f"a model that does not load ({str(error).splitlines()[0]})", need="a whole model folder", where=name
         ) from error
     sha256 = tensors_sha256(folder)  # of the stored tensors: the same whatever dtype they are loaded in
-    return LoadedModel(model=model.to(device).eval(), tokenizer=tokenizer, name=name, sha256=sha256, eos_ids=_eos_ids(model), assets=assets)
+    placed = model if quantised else model.to(device)
+    return LoadedModel(model=placed.eval(), tokenizer=tokenizer, name=name, sha256=sha256, eos_ids=_eos_ids(model), assets=assets)
 
 
 def load_engine(
@@ -125,7 +203,7 @@ def load_engine(
     """Put heads and an engine mode on a loaded model; `heads` stands in for the suite's checkpoint (tiny suites train theirs)."""
     provenance: Mapping[str, Any] = {}
     if heads is None and suite.heads.path is not None:
-        heads, stored = load_heads(resolve_path(suite.heads.path, beside=beside), backbone_sha256=loaded.sha256)
+        heads, stored = heads_for(loaded, resolve_path(suite.heads.path, beside=beside))
         provenance = stored.model_dump(mode="json")
     digest = backbone_sha256(heads) if heads is not None else None
     runner = StepRunner(loaded.model, heads, mode=mode or suite.engine)

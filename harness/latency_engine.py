@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.config import TinyModelSpec
-from harness.engine import Engine, LoadedModel, embedding_weights, load_model
+from harness.engine import Engine, LoadedModel, embedding_weights, heads_for, load_model
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.latency import ModelFacts, facts_of_shape
@@ -23,7 +23,7 @@ from harness.paths import resolve_path
 from harness.random_model import random_model
 from harness.records import Environment, canonical_sha256
 from harness.shapes import ShapeSpec, load_shapes
-from medusa_impl.checkpoint import backbone_sha256, load_heads
+from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import StepRunner
 
@@ -52,11 +52,11 @@ def load_latency_engine(spec: LatencySpec, *, dtype: DtypeName, device: torch.de
         loaded = LoadedModel(model=model, tokenizer=None, name=shape.name, sha256=digest, eos_ids=frozenset(), assets={})
     else:
         assert spec.model is not None
-        loaded = load_model(spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub)
+        loaded = load_model(spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub, beside=beside)
     if spec.heads.path is None:
         runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded))
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
-    heads, stored = load_heads(resolve_path(spec.heads.path, beside=beside), backbone_sha256=loaded.sha256)
+    heads, stored = heads_for(loaded, resolve_path(spec.heads.path, beside=beside))
     asked = max(count for grid in spec.grids for count in grid.num_heads)
     if asked > heads.num_heads:
         raise UserError(found=f"grids with {asked} heads", need=f"at most {heads.num_heads}, as the checkpoint has", where=spec.name)

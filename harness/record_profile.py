@@ -58,7 +58,7 @@ def profile_suite(
         raise UserError(found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}")
     trace_file = resolve_path(suite.calibration_trace, beside=suite_file.parent)
     console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
-    loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub)
+    loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, beside=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)[: suite.probes.profile_prompts]
     heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)

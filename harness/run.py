@@ -126,7 +126,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         raise UserError(found=f"{foreign} other processes on the GPU", need="a GPU of our own", where="this machine", do="stop them")
     beside = suite_file.parent if suite_file is not None else None
     console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
-    loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub)
+    loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, beside=beside)
     prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
     warmup = warmup_prompts(suite, loaded)
     heads = train_tiny_heads(loaded, suite, prompts=warmup) if suite.heads.train_steps is not None else None

@@ -70,11 +70,11 @@ class RunStore:
 
     def append(self, outcome: Generation | Failure) -> None:
         """Append one outcome and flush it to disk."""
-        _append(self.folder / _GENERATIONS, outcome)
+        append_line(self.folder / _GENERATIONS, outcome)
 
     def append_arm_steps(self, cost: StepCost) -> None:
         """Append separately timed steps of one arm."""
-        _append(self.folder / _ARM_STEPS, cost)
+        append_line(self.folder / _ARM_STEPS, cost)
 
     def arm_steps(self) -> tuple[StepCost, ...]:
         """Return the separately timed steps so far."""
@@ -164,7 +164,8 @@ def _difference(folder: Path, *, suite: SuiteSpec, environment: Environment) -> 
     return next((name for name in IDENTITY if getattr(theirs, name) != getattr(environment, name)), None)
 
 
-def _append(path: Path, record: BaseModel) -> None:
+def append_line(path: Path, record: BaseModel) -> None:
+    """Append a record as one line of JSON and flush it to disk."""
     with path.open("a") as file:
         file.write(record.model_dump_json() + "\n")
         file.flush()

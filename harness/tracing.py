@@ -26,7 +26,7 @@ def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | N
     if limit is not None:
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": limit})})
     device = best_device()
-    loaded = load_model(suite.model, device=device, allow_hub=allow_hub)
+    loaded = load_model(suite.model, device=device, allow_hub=allow_hub, beside=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
     heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
     engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads)

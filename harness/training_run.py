@@ -1,4 +1,4 @@
-"""`medusa-repro train`: corpus, features, heads, held-out figures, calibration trace; each part resumes where it stopped."""
+"""`medusa-repro train` for heads alone: corpus, features, heads, held-out figures, calibration trace; each part resumes by itself."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import multiprocessing
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness.clock import device_clock
-from harness.config import Frozen, ModelSpec, SuiteSpec
-from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
+from harness.config import SuiteSpec
+from harness.conversations import SECOND_TURN
+from harness.corpus import CorpusSpec, corpus_prompts, goes_on, make_corpus, second_turn_prompts
 from harness.engine import LoadedModel, best_device, load_engine, load_model
 from harness.environment import git_state
 from harness.errors import UserError
@@ -25,34 +26,13 @@ from harness.record_trace import KeptText, record_trace
 from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.trace import Trace
 from harness.training_prompts import training_prompts
+from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
-from medusa_impl.distill import CorpusStore, pack_corpus, unpack_corpus
+from medusa_impl.distill import CorpusStore, generate_corpus, pack_corpus, unpack_corpus
 from medusa_impl.features import add_states, load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import StepRunner
-from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
-
-
-class CalibrationSpec(Frozen):
-    """Text that trees are searched on: greedy answers to held-out training prompts, disjoint from training and benchmark."""
-
-    num_prompts: int = 160
-    max_new_tokens: int = 128
-    seed: int = 3
-
-
-class TrainingSuite(Frozen):
-    """A recipe file: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus that spares making it."""
-
-    schema_version: Literal[1]
-    name: str
-    description: str
-    model: ModelSpec
-    corpus: CorpusSpec
-    recipe: Medusa1Recipe
-    calibration: CalibrationSpec = CalibrationSpec()
-    num_workers: int | None = None
-    packed_corpus: str | None = None
+from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
 
 
 @dataclass(frozen=True)
@@ -136,14 +116,20 @@ def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, con
         )
 
 
-def check_overlap(spec: TrainingSuite, *, allow_hub: bool) -> None:
-    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval."""
+def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
+    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval.
+
+    Conversations of the user's own are not looked into, and a tiny model's random tokens are no words.
+    """
+    if spec.model.tiny is not None:
+        return
     probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
     benchmark: list[str] = []
     for source in ("mt_bench", "human_eval"):
         suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
         benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
-    training = [prompt.text for prompt in training_prompts(num_prompts=_num_prompts(spec), seed=spec.corpus.seed)]
+    corpus = spec.corpus
+    training = [prompt.text for prompt in corpus.catalogue_prompts(corpus.num_prompts())] if corpus is not None else []
     for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
         training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
     report = overlap_report(training, benchmark)
@@ -156,13 +142,16 @@ def check_overlap(spec: TrainingSuite, *, allow_hub: bool) -> None:
         )
 
 
-def fill_corpus(spec: TrainingSuite, *, work: Path, console: Console) -> None:
+def fill_corpus(spec: AnySuite, *, work: Path, console: Console) -> None:
     """Bring the corpus to its size with one single-threaded process a core: on a CPU they need no barriers between them."""
-    held = sum(len(sample.token_ids) for sample in CorpusStore(work / "corpus").samples(with_states=False))
-    if held >= spec.corpus.num_tokens:
+    corpus = needed_corpus(spec)
+    samples = list(CorpusStore(work / "corpus").samples(with_states=False))
+    held, keys = corpus.amount(samples), {sample.key for sample in samples}
+    waiting = [sample for sample in samples if goes_on(sample, spec=corpus) and sample.key + SECOND_TURN not in keys]
+    if held >= corpus.goal and not waiting:
         return
     num_workers = spec.num_workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    console.print(f"corpus: {held} of {spec.corpus.num_tokens} tokens; {num_workers} workers")
+    console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=corpus_worker, args=(spec.model_dump(mode="json"), str(work), index, num_workers))
@@ -179,27 +168,35 @@ def fill_corpus(spec: TrainingSuite, *, work: Path, console: Console) -> None:
 
 
 def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int) -> None:
-    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough."""
-    spec = TrainingSuite.model_validate(spec_data)
+    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then the second turns behind."""
+    spec = training_suite_of(spec_data)
+    corpus = needed_corpus(spec)
     if num_workers > 1:
         torch.set_num_threads(1)
     loaded = load_model(spec.model, device=best_device())
     runner = StepRunner(loaded.model, None)
-    prompts = corpus_prompts(loaded.tokenizer, spec=spec.corpus, num_prompts=_num_prompts(spec))[index::num_workers]
-    share = spec.corpus.model_copy(update={"num_tokens": -(-spec.corpus.num_tokens // num_workers)})
+    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())[index::num_workers]
+    own_goal = -(-corpus.goal // num_workers)
+    share = corpus.model_copy(update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal})
     store = CorpusStore(Path(work) / "corpus", writer=str(index))
-    make_corpus(
-        runner.backbone,
-        prompts,
-        store=store,
-        spec=share,
-        eos_ids=loaded.eos_ids,
-        console=Console(stderr=True, quiet=index > 0),
-        rate_file=store.folder / f"rate-{index}.txt",
-    )
+    console = Console(stderr=True, quiet=index > 0)
+    rate_file = store.folder / f"rate-{index}.txt"
+    make_corpus(runner.backbone, prompts, store=store, spec=share, eos_ids=loaded.eos_ids, console=console, rate_file=rate_file)
+    own = {prompt.key for prompt in prompts}
+    first = [sample for sample in store.samples(with_states=False) if sample.key in own]
+    second = second_turn_prompts(loaded.tokenizer, first, spec=corpus)
+    if second:
+        generate_corpus(
+            runner.backbone,
+            second,
+            store=store,
+            num_rows=corpus.num_rows,
+            max_new_tokens=corpus.max_new_tokens,
+            eos_ids=loaded.eos_ids,
+        )
 
 
-def calibrate(spec: TrainingSuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
+def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
     """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
     wanted = spec.calibration
     corpus = CorpusSpec(
@@ -245,35 +242,33 @@ def print_figures(console: Console, figures: TrainingFigures) -> None:
         console.print(f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {first:.1f} %, top-10 {tenth:.1f} %")
 
 
-def _num_prompts(spec: TrainingSuite) -> int:
-    """Enough prompts for the corpus: answers average more than half of their budget."""
-    return -(-2 * spec.corpus.num_tokens // spec.corpus.max_new_tokens)
-
-
-def announce(spec: TrainingSuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False) -> None:
+def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False) -> None:
     """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
 
     Raises: UserError where the corpus is incomplete and `from_scratch` was not given.
     """
-    store = CorpusStore(work / "corpus")
-    held = sum(len(sample.token_ids) for sample in store.samples(with_states=False))
-    missing = 0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, spec.corpus.num_tokens - held)
+    if spec.corpus is None:
+        return
+    corpus = spec.corpus
+    held = corpus.amount(CorpusStore(work / "corpus").samples(with_states=False))
+    missing = 0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
     rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
+    tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens
     if missing and rates:
         console.print(
-            f"corpus: {held} of {spec.corpus.num_tokens} tokens; about {missing / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s"
+            f"corpus: {held} of {corpus.goal} {corpus.unit}; about {tokens / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s"
         )
     elif missing:
         device = best_device()
         throughput = measure_device_limits(device, torch.float32, clock=device_clock(device)).matmul_flop_per_s
         model = load_model(spec.model, device=torch.device("cpu"), allow_hub=allow_hub).model
-        least = missing * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
+        least = tokens * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
         console.print(
-            f"corpus: {held} of {spec.corpus.num_tokens} tokens; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that"
+            f"corpus: {held} of {corpus.goal} {corpus.unit}; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that"
         )
     if missing and not from_scratch:
         raise UserError(
-            found=f"{missing} tokens of corpus missing",
+            found=f"{missing} {corpus.unit} of corpus missing",
             need="the whole corpus",
             where="the work folder",
             do="pass --from-scratch to make it",

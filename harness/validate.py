@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
+from harness.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
+from harness.ablation_specs import START_ARM, AblationSpec
 from harness.config import SuiteSpec
 from harness.errors import UserError
 from harness.judgement import Judgement
@@ -41,6 +43,9 @@ _MODELS: dict[str, type[BaseModel]] = {
     "likelihoods": Likelihoods,
     "manifest": Manifest,
     "judgement": Judgement,
+    "ablation_spec": AblationSpec,
+    "ablation_arm": ArmResult,
+    "ablation_manifest": AblationManifest,
     "latency_spec": LatencySpec,
     "latency_model": ModelFacts,
     "latency_point": LatencyPoint,
@@ -61,6 +66,8 @@ def validate_record(folder: Path) -> tuple[str, ...]:
     """
     if (folder / "spec.toml").exists():
         return _latency_faults(folder)
+    if (folder / ARMS_FILE).exists():
+        return _ablation_faults(folder)
     record = RunRecord(folder)
     loaders: dict[str, Callable[[], object]] = {
         "suite.toml": lambda: record.suite,
@@ -119,6 +126,33 @@ def _latency_faults(folder: Path) -> tuple[str, ...]:
         for number, point in enumerate(record.points, start=1)
         if bool(point.backbone_s) == (point.skipped is not None)
     ]
+    return (*faults, *_place_faults(record))
+
+
+def _ablation_faults(folder: Path) -> tuple[str, ...]:
+    record = AblationRecord(folder)
+    loaders: dict[str, Callable[[], object]] = {
+        "suite.toml": lambda: record.spec,
+        "environment.json": lambda: record.environment,
+        "tree.json": lambda: record.tree.tree(),
+        ARMS_FILE: lambda: record.results,
+        "manifest.json": lambda: record.manifest,
+    }
+    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    if faults:
+        return tuple(faults)
+    if (fault := _fault_of(record.check_seal)) is not None:
+        faults.append(f"manifest.json: {fault}")
+    done = [(result.arm, result.seed) for result in record.results]
+    if unplanned := sorted({str(one) for one in done if one not in record.spec.plan() or done.count(one) > 1}):
+        faults.append(f"{ARMS_FILE}: found {unplanned[0]}, need each planned arm and seed once")
+    if record.manifest is not None and record.manifest.num_arms != len(done):
+        faults.append(f"{ARMS_FILE}: found {len(done)} arms, need as many as in manifest.json")
+    for result in record.results:
+        if (fault := _fault_of(lambda result=result: record.trace(result))) is not None:  # type: ignore[misc]
+            faults.append(f"trace of {result.label}: {fault}")
+        if result.arm != START_ARM and len(record.steps(result)) != result.num_steps:
+            faults.append(f"steps of {result.label}: found {len(record.steps(result))}, need {result.num_steps}")
     return (*faults, *_place_faults(record))
 
 
@@ -243,7 +277,7 @@ def _trace_faults(record: RunRecord) -> Iterator[str]:
             yield f"trace.npz: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
 
 
-def _place_faults(record: RunRecord | LatencyRecord) -> Iterator[str]:
+def _place_faults(record: RunRecord | LatencyRecord | AblationRecord) -> Iterator[str]:
     for name, value in record.environment.model_dump(mode="json").items():
         for text in _texts(value):
             if holds_absolute_path(text):

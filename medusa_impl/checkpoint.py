@@ -1,4 +1,4 @@
-"""Checkpoints of Medusa heads: our own safetensors file with provenance, and the layouts that others published."""
+"""Checkpoints of Medusa heads and of the adapters that they were trained with: our own files, and the layouts that others published."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.medusa2 import HeadsLmHead, Medusa2Recipe, untie_lm_head
 from medusa_impl.training import Medusa1Recipe, TrainingFigures
 
+ADAPTER_FILE = "adapter_model.safetensors"
 _METADATA_KEY = "medusa_repro"
 _HEAD_NAME = re.compile(r"^(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)$")
 _RELEASED_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -39,19 +42,54 @@ _DTYPE_NAMES = {
 }
 
 
+class JointHeldOut(BaseModel):
+    """What a jointly trained model does on answers that training never saw, by its own loss: sums, nats.
+
+    backbone_loss_sum is the KL from the original or the tokens' cross-entropy, as the recipe's target; None for a frozen backbone.
+    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`, within the vocabulary that the heads were trained in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_positions: int
+    backbone_loss_sum: float | None
+    num_agreements: int | None
+    head_loss_sums: tuple[float, ...]
+    head_targets: tuple[int, ...]
+    rank_hits: tuple[tuple[int, ...], ...]
+
+
+class JointFigures(BaseModel):
+    """What a finished joint training saw and reached; `held_out` is None where nothing was held out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_steps: int
+    num_sequences: int
+    num_answer_tokens: int
+    num_positions_seen: int
+    final_loss: float
+    held_out: JointHeldOut | None
+
+
 class HeadsProvenance(BaseModel):
     """Where trained heads come from; travels inside their file.
 
-    backbone_sha256 is the hash of the backbone's tensors (`backbone_sha256`), without which the heads mean nothing. corpus_sha256 is the
-    features' fingerprint; commit is None outside a git checkout, dirty says that files differed from it.
+    backbone_sha256 is the hash of the backbone's tensors (`backbone_sha256`), without which the heads mean nothing; adapter_sha256 that of
+    the adapter they were trained with, on top of it. `lm_head_read` says whether shared heads read the original LM head or the adapted one;
+    `lm_head_adapted`, whether the two differ at all. corpus_sha256 is the features' or the sequences' fingerprint; commit is None outside
+    a git checkout, dirty says that files differed from it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backbone_name: str
     backbone_sha256: str
-    recipe: Medusa1Recipe
-    training: TrainingFigures
+    recipe: Medusa1Recipe | Medusa2Recipe
+    training: TrainingFigures | JointFigures
+    adapter_sha256: str | None = None
+    lm_head_read: HeadsLmHead = "original"
+    lm_head_adapted: bool = False
     corpus_sha256: str | None = None
     commit: str | None = None
     dirty: bool | None = None
@@ -107,11 +145,11 @@ def save_heads(path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, d
     temporary.replace(path)
 
 
-def load_heads(path: Path, *, backbone_sha256: str | None) -> tuple[MedusaHeads, HeadsProvenance]:
+def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str | None = None) -> tuple[MedusaHeads, HeadsProvenance]:
     """Return the heads of a file that `save_heads` wrote, in float32 and evaluation mode, and where they come from.
 
     `backbone_sha256` None skips the comparison, for looking at a file without its backbone.
-    Raises: UserError for a file that is missing, cut short, altered, of another schema, or trained on another backbone.
+    Raises: UserError for a file that is missing, cut short, altered, of another schema, or trained on another backbone or adapter.
     """
     tensors, metadata = _read_safetensors(path)
     try:
@@ -140,6 +178,14 @@ def load_heads(path: Path, *, backbone_sha256: str | None) -> tuple[MedusaHeads,
             where=path.name,
             do="use the backbone that the heads were trained on, or train heads for this one",
         )
+    adapter = header.provenance.adapter_sha256
+    if backbone_sha256 is not None and adapter != adapter_sha256:
+        raise UserError(
+            found=f"heads trained {_with_adapter(adapter)}",
+            need=f"heads trained {_with_adapter(adapter_sha256)}, as the backbone is",
+            where=path.name,
+            do="name the adapter that the heads were trained with in model.adapter, or none for heads of the bare backbone",
+        )
     heads = MedusaHeads(
         num_heads=header.num_heads,
         num_layers=header.num_layers,
@@ -149,6 +195,72 @@ def load_heads(path: Path, *, backbone_sha256: str | None) -> tuple[MedusaHeads,
     )
     _fill(heads, tensors, where=path.name)
     return heads.eval(), header.provenance
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model with an adapter merged into it; `original_lm_head` is the LM head it had before, where the adapter changed it."""
+
+    model: PreTrainedModel
+    adapter_sha256: str
+    original_lm_head: nn.Module | None
+
+
+def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Write a peft model's adapter, no embeddings and no place on this machine in it, and return its hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items() if "lora_" in name}
+    model.peft_config["default"].base_model_name_or_path = ""  # peft would write the folder that the model was loaded from
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card, to be filled in by hand
+    return adapter_sha256(folder)
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Return the hash of an adapter's tensors.
+
+    Raises: UserError where the folder holds no readable adapter.
+    """
+    return tensors_sha256(_read_safetensors(folder / ADAPTER_FILE)[0])
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
+    """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter changes is untied first.
+
+    Raises: UserError where peft is missing, the folder holds no adapter, or it does not fit the model.
+    """
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise UserError(found="no peft", need="it for LoRA adapters", do="install medusa-repro[train]") from error
+    digest = adapter_sha256(folder)  # before peft, which would ask a hub for a folder that is not there
+    lm_head: Any = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is lm_head)
+    original: nn.Module | None = None
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if name in config.target_modules:
+            untie_lm_head(model)
+            weight = lm_head.weight.detach()
+            original = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+            original.load_state_dict({"weight": weight})
+            original.requires_grad_(False)
+        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            found=f"an adapter that does not fit ({str(error).splitlines()[0]})", need="the adapter of this model", where=folder.name
+        ) from error
+    return TunedModel(model=merged.eval().requires_grad_(False), adapter_sha256=digest, original_lm_head=original)
+
+
+def bind_heads(heads: MedusaHeads, provenance: HeadsProvenance, *, original_lm_head: nn.Module | None) -> None:
+    """Have shared heads read the LM head that they were trained to read: the original one, where the model's own was changed since."""
+    if heads.architecture == "shared" and provenance.lm_head_read == "original":
+        heads.lm_head = original_lm_head
+
+
+def _with_adapter(digest: str | None) -> str:
+    return "without an adapter" if digest is None else f"with the adapter {digest[:16]}"
 
 
 def load_released_heads(path: Path, *, vocab_size: int | None = None, num_heads: int | None = None) -> ReleasedHeads:

@@ -35,7 +35,8 @@ class ResBlock(nn.Module):
 class MedusaHeads(nn.Module):
     """K draft heads: L residual blocks each, then an unembedding, the head's `own` or the backbone's LM head (`shared`).
 
-    The LM head of a `shared` architecture is passed to `forward`, never owned: it stays the backbone's, frozen under Medusa-1.
+    The LM head of a `shared` architecture is passed to `forward`, never owned: it stays the backbone's, frozen under Medusa-1. Only where
+    joint training adapted the backbone's LM head but not what the heads read, `lm_head` holds the original one, and is read instead.
     With `own`, each unembedding starts as a copy of the LM head, so that at step 0 every head equals the LM head exactly.
     Paper: Section 2.1.1. Departs: the released code builds L blocks as one repeated module; these are distinct.
     """
@@ -60,6 +61,7 @@ class MedusaHeads(nn.Module):
         self.architecture: HeadArchitecture = architecture
         self.blocks = nn.ModuleList(nn.Sequential(*(ResBlock(hidden_size) for _ in range(num_layers))) for _ in range(num_heads))
         self.unembeddings = nn.ModuleList()
+        self.lm_head: nn.Module | None = None
         if architecture == "own":
             self.unembeddings.extend(nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(num_heads))
             if lm_head is not None:
@@ -81,7 +83,7 @@ class MedusaHeads(nn.Module):
         """
         states = self.states(hidden, num_heads=num_heads)
         if self.architecture == "shared":
-            logits: Tensor = lm_head(states)
+            logits: Tensor = (lm_head if self.lm_head is None else self.lm_head)(states)
             return logits
         return torch.stack([unembedding(states[..., k, :]) for k, unembedding in enumerate(list(self.unembeddings)[:num_heads])], dim=-2)
 

@@ -50,6 +50,7 @@ class Medusa2Recipe(_Record):
     `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).
     `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets lambda_0 rise from 0 along `ramp`
     over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one learning rate is direct fine-tuning, the control of Table 2.
+    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one over `each_stage`.
     `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
     the most frequent tokens. Exactly one of `num_epochs` and `num_steps` is set.
     Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
@@ -72,6 +73,7 @@ class Medusa2Recipe(_Record):
     backbone_learning_rate: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=40, ge=0)
+    schedule: Literal["whole", "each_stage"] = "whole"
     max_gradient_norm: float = Field(default=1.0, gt=0)
     batch_sequences: int = Field(default=8, ge=1)
     accumulation_steps: int = Field(default=1, ge=1)
@@ -114,7 +116,10 @@ class Medusa2Recipe(_Record):
         The backbone's begins where its own training does.
         """
         start = self.first_backbone_step(num_steps)
-        heads = self.heads_learning_rate * _cosine(step, num_steps=num_steps, warmup_steps=self.warmup_steps)
+        first, last = 0, num_steps
+        if self.schedule == "each_stage" and start:
+            first, last = (0, start) if step < start else (start, num_steps)
+        heads = self.heads_learning_rate * _cosine(step - first, num_steps=last - first, warmup_steps=self.warmup_steps)
         if self.backbone == "frozen" or step < start:
             return heads, 0.0
         backbone = self.backbone_learning_rate * _cosine(step - start, num_steps=num_steps - start, warmup_steps=self.warmup_steps)

@@ -11,13 +11,16 @@ from harness.report.formatting import ABSENT, count, megabytes, table, without_p
 
 def describe_commit(environment: Environment) -> str:
     """Return the commit in words: its id, whether the tree was altered, or that there was no checkout."""
-    if environment.commit is None:
+    return describe_commit_of(environment.commit, environment.dirty)
+
+
+def describe_commit_of(commit: str | None, dirty: bool | None) -> str:
+    """Return a commit in words, as `describe_commit` does."""
+    if commit is None:
         return "unknown: this run was made outside a git checkout, so its code cannot be named"
-    if environment.dirty is None:
-        return f"`{environment.commit[:12]}` (whether files were altered is not known)"
-    return f"`{environment.commit[:12]}`" + (
-        " **with uncommitted changes**: the commit alone does not give this code" if environment.dirty else ""
-    )
+    if dirty is None:
+        return f"`{commit[:12]}` (whether files were altered is not known)"
+    return f"`{commit[:12]}`" + (" **with uncommitted changes**: the commit alone does not give this code" if dirty else "")
 
 
 def describe_device(environment: Environment) -> str:

@@ -13,7 +13,11 @@ from harness.report.readme import check_readme
 from harness.validate import validate_record
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = sorted(path.parent for path in (ROOT / "results").glob("*/*/*/manifest.json") if path.parts[-4] != "smoke")
+FOLDERS = sorted(
+    path.parent
+    for path in (ROOT / "results").glob("*/*/*/manifest.json")
+    if (path.parent / "generations.jsonl").exists() and path.parts[-4] != "smoke"
+)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

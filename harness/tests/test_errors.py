@@ -74,7 +74,7 @@ def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
         (("reproduce", "nosuch"), "found no 'nosuch'; need one of ['embedded', 'embedded_full'"),
         (("reproduce", "claims"), "found no 'claims'"),
         (("reproduce", "nosuch.toml"), "found no file nosuch.toml"),
-        (("train", "nosuch"), "found no 'nosuch'; need one of ['embedded_medusa1'"),
+        (("train", "nosuch"), "found no 'nosuch'; need one of ['embedded_direct'"),
         (("assets", "nosuch"), "found asset 'nosuch'"),
         (("report", "[/red]"), "found no record '[/red]'"),  # looks like markup of the terminal: once a traceback
         (("validate", "nosuch"), "found no such folder"),
@@ -220,7 +220,7 @@ def test_truncated_record_file(name: str, smoke: SmokeRun, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """The disk fills inside a line; with room again, the same command finishes the run."""
-    append = harness.run_store._append
+    append = harness.run_store.append_line
     left = [6]
 
     def filling(path: Path, record: BaseModel) -> None:
@@ -233,7 +233,7 @@ def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_pat
 
     suite, results = write_suite(tmp_path / "micro.toml", dict(micro.data)), tmp_path / "results"
     with monkeypatch.context() as patched:
-        patched.setattr(harness.run_store, "_append", filling)
+        patched.setattr(harness.run_store, "append_line", filling)
         ran = command("reproduce", suite, "--results", results)
     assert ran.code == ExitCode.USER_ERROR
     assert "No space left on device at generations.jsonl" in ran.error_line and str(tmp_path) not in ran.error_line

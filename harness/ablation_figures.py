@@ -1,0 +1,243 @@
+"""From an ablation's record to its figures: ratios from totals, intervals over texts, and how far the seeds lie apart. Pure.
+
+Seeds of an arm are pooled text by text, so an interval says what other texts would have given with these trainings; what other seeds would
+have given, the spread over seeds says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.ablation import AblationRecord, ArmResult, TextChange
+from harness.ablation_specs import START_ARM
+from harness.claim_outcomes import NotTestable
+from harness.config import IntervalSpec
+from harness.errors import UserError
+from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_totals
+from harness.judgement import Interval
+from harness.trace import Replay, ReplayIndex, Trace
+from medusa_impl.tree import DraftTree
+from medusa_impl.tree_search import grow_by_joint_hits
+
+Floats = NDArray[np.float64]
+MAX_RANK = 32  # the search considers each head's 32 best tokens, as the suites' own does
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A ratio's numerator and denominator, one entry a text, all seeds of an arm added up; `seeds` holds the ratio of each seed alone."""
+
+    numerator: Floats
+    denominator: Floats
+    seeds: tuple[float, ...]
+
+    def interval(self, spec: IntervalSpec) -> Interval:
+        """Return the ratio of totals with its interval over texts."""
+        return bootstrap_ratio(self.numerator, self.denominator, spec=spec, rng=np.random.default_rng(spec.seed))
+
+    def over(self, other: Columns, *, spec: IntervalSpec) -> Interval:
+        """Return this ratio over another on the same texts."""
+        return bootstrap_ratio_of_ratios(
+            self.numerator,
+            self.denominator,
+            base_numerator=other.numerator,
+            base_denominator=other.denominator,
+            spec=spec,
+            rng=np.random.default_rng(spec.seed),
+        )
+
+    def less(self, other: Columns, *, spec: IntervalSpec) -> Interval:
+        """Return this ratio less another on the same texts."""
+        return bootstrap_totals(
+            lambda a, b, c, d: a / b - c / d,
+            self.numerator,
+            self.denominator,
+            other.numerator,
+            other.denominator,
+            spec=spec,
+            rng=np.random.default_rng(spec.seed),
+        )
+
+
+@dataclass(frozen=True)
+class CategoryChange:
+    """Perplexities of one category of texts."""
+
+    category: str
+    num_texts: int
+    original_perplexity: float
+    tuned_perplexity: float
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """One arm in figures.
+
+    `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on those answers and on texts of
+    another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r + 1 best; `gain` is tokens/step at the
+    fixed tree over the arm `medusa1`'s where there is one, else over the start's.
+    """
+
+    arm: str
+    recipe_name: str | None
+    num_seeds: int
+    num_answer_tokens: float
+    tokens_per_step: Interval
+    gain: Interval | None
+    best_tokens_per_step: Interval
+    kl: Interval
+    agreement_rate: float
+    equal_texts_rate: float
+    perplexity: tuple[float, float]
+    reference_perplexity: tuple[float, float] | None
+    reference_kl: Interval | None
+    categories: tuple[CategoryChange, ...]
+    top_accuracies: tuple[tuple[float | None, ...], ...]
+    seed_tokens_per_step: tuple[float, ...]
+    seed_kl: tuple[float, ...]
+    tokens_per_s: float | None
+    memory_bytes: int | None
+
+
+def ablation_rows(record: AblationRecord) -> tuple[AblationRow, ...]:
+    """Return the figures of every arm that was run, in the suite's order, the start first."""
+    names = [START_ARM, *(arm.name for arm in record.spec.arms)]
+    return tuple(_row(record, name) for name in names if record.of(name))
+
+
+def _row(record: AblationRecord, arm: str) -> AblationRow:
+    results, spec = record.of(arm), record.spec.interval
+    rate, kl = rate_columns(record, arm), change_columns(record, arm, kl_of)
+    base = next((name for name in ("medusa1", START_ARM) if name != arm and record.of(name)), None)
+    held_out = [text for result in results for text in result.held_out]
+    references = [text for result in results for text in result.references]
+    greedy = [text for result in results for text in result.greedy]
+    seconds, memory = sum(result.train_s for result in results), [r.memory_bytes for r in results if r.memory_bytes is not None]
+    return AblationRow(
+        arm=arm,
+        recipe_name=results[0].recipe_name,
+        num_seeds=len(results),
+        num_answer_tokens=sum(result.num_answer_tokens for result in results) / len(results),
+        tokens_per_step=rate.interval(spec),
+        gain=rate.over(rate_columns(record, base), spec=spec) if base is not None and arm != START_ARM else None,
+        best_tokens_per_step=best_rate_columns(record, arm).interval(spec),
+        kl=kl.interval(spec),
+        agreement_rate=sum(text.num_agreements for text in held_out) / sum(text.num_positions for text in held_out),
+        equal_texts_rate=sum(text.is_equal for text in greedy) / len(greedy),
+        perplexity=perplexities(held_out),
+        reference_perplexity=perplexities(references) if references else None,
+        reference_kl=change_columns(record, arm, kl_of, references=True).interval(spec) if references else None,
+        categories=_categories(references),
+        top_accuracies=head_accuracies(results),
+        seed_tokens_per_step=rate.seeds,
+        seed_kl=kl.seeds,
+        tokens_per_s=sum(result.num_answer_tokens for result in results) / seconds if seconds else None,
+        memory_bytes=max(memory, default=None),
+    )
+
+
+def kl_of(text: TextChange) -> float:
+    """Return a text's summed divergence."""
+    return text.kl_sum
+
+
+def change_columns(record: AblationRecord, arm: str, total: Callable[[TextChange], float], *, references: bool = False) -> Columns:
+    """Return a sum of the text changes over their positions, by text.
+
+    Raises: NotTestable where the arm was not run or has no such text.
+    """
+    tables = [result.references if references else result.held_out for result in _results(record, arm)]
+    if not all(tables):
+        raise NotTestable(f"arm {arm} was measured on no such text")
+    return _pooled([({text.key: (total(text), float(text.num_positions)) for text in table}) for table in tables])
+
+
+def rate_columns(record: AblationRecord, arm: str, *, tree: DraftTree | None = None) -> Columns:
+    """Return decoded tokens over steps by prompt, by replay of each seed's own greedy text at one tree: the record's, or another.
+
+    Raises: NotTestable where the arm was not run or the tree is deeper than its heads.
+    """
+    fixed = tree if tree is not None else record.tree.tree()
+    return _pooled([_counts(_replay(record.trace(result), fixed)) for result in _results(record, arm)])
+
+
+def best_rate_columns(record: AblationRecord, arm: str, *, num_nodes: int | None = None, max_depth: int | None = None) -> Columns:
+    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged on the others, both ways."""
+    size = num_nodes or record.spec.best_tree_nodes
+    tables = []
+    for result in _results(record, arm):
+        trace = record.trace(result)
+        if len(trace.prompts) < 4:
+            raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
+        halves = [Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1)]
+        counts: dict[str, tuple[float, float]] = {}
+        for growth, judged in (halves, halves[::-1]):
+            try:
+                grown = grow_by_joint_hits(growth.ranks, num_nodes=size, max_rank=MAX_RANK, max_depth=max_depth)
+            except UserError as error:
+                raise NotTestable(f"no tree of {size} nodes can be grown ({error})") from error
+            counts |= _counts(_replay(judged, grown.tree))
+        tables.append(counts)
+    return _pooled(tables)
+
+
+def perplexities(texts: Sequence[TextChange]) -> tuple[float, float]:
+    """Return exp of the mean negative log-likelihood under the original and the tuned model, over all positions of the texts."""
+    count = sum(text.num_positions for text in texts)
+    before, after = (sum(getattr(text, name) for text in texts) / count for name in ("original_nll_sum", "tuned_nll_sum"))
+    return float(np.exp(before)), float(np.exp(after))
+
+
+def head_accuracies(results: Sequence[ArmResult]) -> tuple[tuple[float | None, ...], ...]:
+    """Return, per head, the share of held-out targets among its 1, 2, .., 10 best tokens, all seeds together."""
+    texts = [text for result in results for text in result.heads]
+    targets = np.sum([text.num_targets for text in texts], axis=0)
+    hits = np.cumsum(np.sum([text.rank_hits for text in texts], axis=0), axis=1)
+    return tuple(tuple(int(count) / int(total) if total else None for count in row) for row, total in zip(hits, targets, strict=True))
+
+
+def _categories(texts: Sequence[TextChange]) -> tuple[CategoryChange, ...]:
+    names = sorted({text.category for text in texts if text.category is not None})
+    rows = []
+    for name in names:
+        own = [text for text in texts if text.category == name]
+        before, after = perplexities(own)
+        rows.append(CategoryChange(name, len({text.key for text in own}), before, after))
+    return tuple(rows)
+
+
+def _results(record: AblationRecord, arm: str) -> tuple[ArmResult, ...]:
+    found = record.of(arm)
+    if not found:
+        raise NotTestable(f"the record has no arm {arm}")
+    return found
+
+
+def _replay(trace: Trace, tree: DraftTree) -> Replay:
+    try:
+        return ReplayIndex(trace).replay(tree)
+    except UserError as error:
+        raise NotTestable(f"a tree cannot be replayed ({error})") from error
+
+
+def _counts(replay: Replay) -> dict[str, tuple[float, float]]:
+    columns = zip(replay.trace.prompts, (replay.num_kept_tokens - 1).tolist(), replay.num_steps.tolist(), strict=True)
+    return {prompt.key: (float(tokens), float(steps)) for prompt, tokens, steps in columns}
+
+
+def _pooled(tables: Iterable[dict[str, tuple[float, float]]]) -> Columns:
+    """Add up the seeds of an arm by text, texts in the order of their keys, so that arms pair."""
+    kept = list(tables)
+    keys = sorted(kept[0])
+    if any(sorted(table) != keys for table in kept):
+        raise NotTestable("the seeds of an arm were measured on different texts")
+    grid = np.array([[table[key] for key in keys] for table in kept], dtype=np.float64)
+    totals = grid.sum(axis=1)
+    pooled = grid.sum(axis=0)
+    if not totals[:, 1].all():
+        raise NotTestable("an arm has nothing to divide by: no step, or no position")
+    return Columns(numerator=pooled[:, 0], denominator=pooled[:, 1], seeds=tuple((totals[:, 0] / totals[:, 1]).tolist()))

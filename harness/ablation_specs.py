@@ -1,0 +1,113 @@
+"""Ablations as data: recipes side by side at an equal token budget, from the same heads, on the same text. No torch."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from harness.config import ChainTree, Frozen, IntervalSpec, ModelSpec, SearchedTree
+from harness.errors import UserError
+
+START_ARM = "start"  # the untouched model with the heads that every arm starts from
+
+
+class HeldOutSpec(Frozen):
+    """Prompts that no arm trains on; the original model answers them greedily, and so does every tuned one.
+
+    `training` takes held-out prompts of the project's own catalogue, without those of the calibration trace; `random` draws token ids,
+    for tiny models.
+    """
+
+    source: Literal["training", "random"] = "training"
+    num_prompts: int = Field(ge=2)
+    max_new_tokens: int = Field(ge=2)
+    seed: int
+
+
+class ReferenceSpec(Frozen):
+    """Texts of another hand that the likelihood is measured on: MT-Bench's reference answers, both turns."""
+
+    source: Literal["mt_bench"]
+    limit: int | None = Field(default=None, ge=1)
+    max_length: int = Field(default=1024, ge=2)
+
+
+class AblationArm(Frozen):
+    """One recipe; of its file only the [recipe] table is used. `fresh_heads` starts it from untrained heads, as a control."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    recipe: str
+    fresh_heads: bool = False
+
+
+class AblationSpec(Frozen):
+    """One ablation: arms times seeds.
+
+    Every arm sees the same `answer_tokens` of the packed corpus once; a seed draws which, in what order, and all else that is random.
+    `tree` is the one tree that all arms are compared at; `best_tree_nodes` the size of each arm's own. `decides_claims` false says that
+    the budget shows signs and orders only. `expected_tokens_per_s` serves the estimate where no record is at hand.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    decides_claims: bool
+    answer_tokens: int = Field(ge=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    packed_corpus: str
+    start_heads: str
+    calibration_trace: str | None = None
+    expected_tokens_per_s: float = Field(gt=0)
+    best_tree_nodes: int = Field(default=64, ge=2)
+    model: ModelSpec
+    tree: Annotated[ChainTree | SearchedTree, Field(discriminator="kind")]
+    held_out: HeldOutSpec
+    references: ReferenceSpec | None = None
+    interval: IntervalSpec = IntervalSpec()
+    arms: tuple[AblationArm, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AblationSpec:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) != len(names) or START_ARM in names:
+            raise ValueError(f"arm names must be distinct, and none {START_ARM!r}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must be distinct")
+        if isinstance(self.tree, SearchedTree) and self.calibration_trace is None:
+            raise ValueError("a searched tree needs a calibration_trace")
+        return self
+
+    def plan(self) -> tuple[tuple[str, int | None], ...]:
+        """Return what is run, in order: the start, then every arm of the first seed, of the second, and so on."""
+        return ((START_ARM, None), *((arm.name, seed) for seed in self.seeds for arm in self.arms))
+
+    def arm(self, name: str) -> AblationArm:
+        """Return the arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+def load_ablation(path: Path) -> AblationSpec:
+    """Read and validate an ablation's file.
+
+    Raises: UserError naming the key at fault.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name) from error
+    return parse_ablation(text, where=path.name)
+
+
+def parse_ablation(text: str, *, where: str) -> AblationSpec:
+    """Validate the text of an ablation's file; `where` names it in errors."""
+    try:
+        return AblationSpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need="a TOML suite", where=where) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "suite"
+        raise UserError(found=f"{key}: {first['msg']}", need="a key and value that an ablation knows", where=where) from error

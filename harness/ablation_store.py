@@ -1,0 +1,103 @@
+"""The folder of an ablation under way: append arms, resume, seal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tomli_w
+
+from harness.ablation import ARMS_FILE, TREE_FILE, AblationManifest, AblationRecord, ArmResult, read_results, steps_file, trace_file
+from harness.ablation_specs import AblationSpec
+from harness.environment import machine_slug
+from harness.errors import UserError
+from harness.records import ArmTree, Environment, file_sha256, write_bytes, write_json
+from harness.run_store import IDENTITY, append_line, portable  # one rule for all kinds of record: what a run is known by
+from harness.trace import Trace
+
+_UNSEALED = ("manifest.json", "report.md", "curves.png")
+
+
+class AblationStore:
+    """One run's folder: an arm that is done is on disk, and survives a kill at any byte."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def open(results: Path, *, spec: AblationSpec, environment: Environment, resume: Path | None = None) -> AblationStore:
+        """Return the store to write to: an unfinished run of the same suite, commit, versions, device and weights, else a new folder.
+
+        Raises: UserError where `resume` names a run that is finished or that another suite, commit, version or device began.
+        """
+        if resume is not None:
+            if (resume / "manifest.json").exists():
+                raise UserError(found="a finished run", need="an unfinished one", where=resume.name)
+            if difference := _difference(resume, spec=spec, environment=environment):
+                raise UserError(found=f"another {difference}", need="the one that began the run", where=resume.name, do="start a new run")
+            return AblationStore(resume)
+        home = results / spec.name / machine_slug(environment.device)
+        for folder in sorted(home.glob("*"), reverse=True):
+            unfinished = (folder / "environment.json").exists() and not (folder / "manifest.json").exists()
+            if unfinished and _is_same_run(folder, spec=spec, environment=environment):
+                return AblationStore(folder)
+        folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(environment.commit or 'nocommit')[:8]}"
+        folder.mkdir(parents=True)
+        write_bytes(folder / "suite.toml", tomli_w.dumps(portable(spec)).encode())
+        write_json(folder / "environment.json", environment)
+        return AblationStore(folder)
+
+    def write_tree(self, tree: ArmTree) -> None:
+        """Write the tree that all arms are compared at."""
+        write_json(self.folder / TREE_FILE, tree)
+
+    def prepare(self) -> set[tuple[str, int | None]]:
+        """Return the arms and seeds that are done; half a last line and temporary files, left by a kill, are dropped."""
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
+        path = self.folder / ARMS_FILE
+        if not path.exists():
+            return set()
+        results = read_results(path, allow_torn_tail=True)
+        write_bytes(path, "".join(result.model_dump_json() + "\n" for result in results).encode())
+        return {(result.arm, result.seed) for result in results}
+
+    def add(self, result: ArmResult, *, trace: Trace, step_log: Path | None) -> None:
+        """Write an arm's files, its line last: without the line the arm counts as not done."""
+        trace.save(self.folder / trace_file(result.label))
+        if step_log is not None:
+            temporary = self.folder / (steps_file(result.label) + ".tmp")
+            shutil.copyfile(step_log, temporary)
+            os.replace(temporary, self.folder / steps_file(result.label))
+        append_line(self.folder / ARMS_FILE, result)
+
+    def seal(self, *, elapsed_s: float) -> AblationManifest:
+        """Write the manifest, last of all."""
+        record = AblationRecord(self.folder)
+        names = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name not in _UNSEALED)
+        manifest = AblationManifest(
+            suite=record.spec.name,
+            num_planned=len(record.spec.plan()),
+            num_arms=len(record.results),
+            finished_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            elapsed_s=elapsed_s,
+            sha256={name: file_sha256(self.folder / name) for name in names if not name.endswith(".tmp")},
+        )
+        write_json(self.folder / "manifest.json", manifest)
+        return manifest
+
+
+def _is_same_run(folder: Path, *, spec: AblationSpec, environment: Environment) -> bool:
+    try:
+        return _difference(folder, spec=spec, environment=environment) is None
+    except UserError:
+        return False  # what another version or a damaged disk left must not stop a new run
+
+
+def _difference(folder: Path, *, spec: AblationSpec, environment: Environment) -> str | None:
+    record = AblationRecord(folder)
+    if record.spec != AblationSpec.model_validate(portable(spec)):
+        return "suite"
+    return next((name for name in IDENTITY if getattr(record.environment, name) != getattr(environment, name)), None)

@@ -1,0 +1,124 @@
+"""Conversations of several turns as token ids, with the spans that are the assistant's answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.config import Frozen
+from harness.errors import UserError
+from harness.prompts import render_chat
+from medusa_impl.distill import CorpusSample
+from medusa_impl.sequences import TrainingSequence
+
+SECOND_TURN = "+2"  # what the key of an answer to a second turn ends with
+_STAND_IN = "ANSWER"  # for an answer, while a template is rendered
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class Conversation(Frozen):
+    """One conversation: pairs of what the user asks and the assistant answers."""
+
+    key: str
+    turns: tuple[tuple[str, str], ...]
+
+
+def load_conversations(path: Path) -> tuple[Conversation, ...]:
+    """Read conversations in ShareGPT's layout: a JSON list, or one JSON object a line, of `conversations` with `from` and `value`.
+
+    What comes before the first question, and a question without an answer at the end, are left out; so is a conversation whose
+    speakers do not take turns.
+    Raises: UserError for a file that is no such thing or holds no conversation.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+        found = [Conversation(key=str(row.get("id", index)), turns=_pairs(row["conversations"])) for index, row in enumerate(rows)]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            found=f"no readable conversations ({type(error).__name__}: {error})",
+            need="objects with `conversations`, a list of `from` and `value`",
+            where=path.name,
+        ) from error
+    kept = tuple(conversation for conversation in found if conversation.turns)
+    if not kept:
+        raise UserError(found="no conversation in which user and assistant take turns", need="at least one", where=path.name)
+    return kept
+
+
+def conversation_sequence(tokenizer: Any, turns: Sequence[tuple[str, str]], *, max_length: int) -> TrainingSequence | None:
+    """Return a conversation through the tokenizer's own chat template, cut at `max_length`; None where no answer is left.
+
+    Each answer's span holds its text and the end-of-sequence token behind it, as the model would have to write them.
+    """
+    token_ids: list[int] = []
+    answers: list[tuple[int, int]] = []
+    for question, answer in turns:
+        token_ids += follow_up_ids(tokenizer, question) if token_ids else render_chat(tokenizer, question)
+        start = len(token_ids)
+        token_ids += [*tokenizer(answer, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
+        answers.append((start, len(token_ids)))
+    cut = tuple((start, min(end, max_length)) for start, end in answers if start < max_length)
+    return TrainingSequence(token_ids=tuple(token_ids[:max_length]), answers=cut) if cut else None
+
+
+def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
+    """Return the tokens between an answer that ended and the next: the template's own words around the next question.
+
+    A tokenizer without a template gets the plain text.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return tuple(tokenizer(question, add_special_tokens=False)["input_ids"])
+    messages = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": _STAND_IN},
+        {"role": "user", "content": question},
+    ]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    _, stand_in, behind = text.partition(_STAND_IN)
+    if not stand_in:
+        raise UserError(found="a chat template that drops earlier answers", need="one that keeps them", where="the tokenizer")
+    end, unspaced = getattr(tokenizer, "eos_token", None), behind.lstrip(" ")  # some templates set a space before the end
+    tail = unspaced.removeprefix(end) if end and unspaced.startswith(end) else behind
+    return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
+
+
+def turn_sequences(samples: Iterable[CorpusSample], *, max_length: int) -> tuple[tuple[str, TrainingSequence], ...]:
+    """Return a corpus as sequences by the key of their first turn; a second turn and the answer before it become one with two spans.
+
+    What is left of a sequence without an answer token, once it is cut at `max_length`, is left out.
+    """
+    by_key = {sample.key: sample for sample in samples}
+    made = []
+    for key, sample in by_key.items():
+        if key.endswith(SECOND_TURN):
+            continue
+        spans = [(len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.token_ids))]
+        token_ids = (*sample.prompt_ids, *sample.token_ids)
+        second = by_key.get(key + SECOND_TURN)
+        if second is not None:
+            if second.prompt_ids[: len(token_ids)] != token_ids:
+                raise UserError(found=f"a second turn of {key!r} behind another answer", need="the answer of its first", where="the corpus")
+            token_ids = (*second.prompt_ids, *second.token_ids)
+            spans.append((len(second.prompt_ids), len(token_ids)))
+        cut = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
+        if cut:
+            made.append((key, TrainingSequence(token_ids=token_ids[:max_length], answers=cut)))
+    return tuple(made)
+
+
+def _pairs(messages: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    spoken = [(_ROLES.get(message["from"], ""), message["value"]) for message in messages]
+    first = next((index for index, (role, _) in enumerate(spoken) if role == "user"), len(spoken))
+    spoken = spoken[first:]
+    spoken = spoken[: len(spoken) - len(spoken) % 2]
+    if any(role != ("user", "assistant")[index % 2] or not text for index, (role, text) in enumerate(spoken)):
+        return ()
+    return tuple((spoken[index][1], spoken[index + 1][1]) for index in range(0, len(spoken), 2))
+
+
+def _end(tokenizer: Any) -> list[int]:
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [] if end is None else [int(end)]

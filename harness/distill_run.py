@@ -1,0 +1,44 @@
+"""`medusa-repro distill`: the model's own answers to a recipe's prompts, one turn or two, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.conversations import SECOND_TURN
+from harness.training_run import check_overlap, fill_corpus
+from harness.training_specs import AnySuite, needed_corpus
+from medusa_impl.distill import CorpusStore, pack_corpus
+
+
+@dataclass(frozen=True)
+class DistilledCorpus:
+    """A corpus on disk and what it holds."""
+
+    file: Path
+    num_answers: int
+    num_second_turns: int
+    num_tokens: int
+
+
+def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False) -> DistilledCorpus:
+    """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and added to.
+
+    Raises: UserError for a recipe without a [corpus], or one whose prompts overlap with a benchmark's.
+    """
+    needed_corpus(spec)
+    check_overlap(spec, allow_hub=allow_hub)
+    fill_corpus(spec, work=work, console=console)
+    store = CorpusStore(work / "corpus")
+    samples = list(store.samples(with_states=False))
+    target.mkdir(parents=True, exist_ok=True)
+    file = target / "corpus.safetensors"
+    pack_corpus(samples, file)
+    return DistilledCorpus(
+        file=file,
+        num_answers=len(samples),
+        num_second_turns=sum(sample.key.endswith(SECOND_TURN) for sample in samples),
+        num_tokens=sum(len(sample.token_ids) for sample in samples),
+    )

@@ -1,0 +1,349 @@
+"""`medusa-repro train` for heads and backbone together: text, training on the Trainer, held-out figures, heads, adapter and step log."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback
+
+from harness.asset_files import tensors_sha256
+from harness.conversations import conversation_sequence, load_conversations, turn_sequences
+from harness.engine import LoadedModel, best_device, heads_for, load_model
+from harness.environment import git_state
+from harness.errors import UserError
+from harness.paths import resolve_path
+from harness.records import canonical_sha256, write_bytes
+from harness.training_run import calibrate, check_overlap, fill_corpus
+from harness.training_specs import JointSuite
+from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, save_adapter, save_heads
+from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
+from medusa_impl.features import is_held_out
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.losses import TokenSubset
+from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
+from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, training_arguments
+from medusa_impl.sequences import SequenceDataset, TrainingSequence, collate
+
+HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
+MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
+_SAVE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class JointFiles:
+    """What joint training leaves behind: an adapter, or under full fine-tuning a whole model, or neither for a frozen backbone."""
+
+    heads: Path
+    adapter: Path | None
+    model: Path | None
+    step_log: Path
+    calibration: Path | None
+    figures: JointFigures
+
+
+@dataclass(frozen=True)
+class JointText:
+    """Sequences to train on and sequences to keep out."""
+
+    train: tuple[TrainingSequence, ...]
+    held_out: tuple[TrainingSequence, ...]
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes with any token of the training text, or with its order."""
+        return canonical_sha256([[sequence.token_ids, sequence.answers] for sequence in self.train])
+
+
+def train_joint_suite(
+    spec: JointSuite, *, work: Path, target: Path, console: Console, from_scratch: bool = False, allow_hub: bool = False
+) -> JointFiles:
+    """Make or read the text, train heads and backbone, write what learnt, and record the calibration trace of the tuned model.
+
+    Raises: UserError for a recipe that cannot run here, text that overlaps with a benchmark, or data that cannot train.
+    """
+    check_runnable(spec.recipe)
+    check_overlap(spec, allow_hub=allow_hub)
+    if spec.conversations is None and (from_scratch or spec.packed_corpus is None):
+        fill_corpus(spec, work=work, console=console)
+    loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
+    text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
+    start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
+    files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
+    if files.model is not None or spec.recipe.quantisation is not None or not PartialState().is_main_process:
+        return files
+    model = spec.model.model_copy(update={"adapter": str(files.adapter)}) if files.adapter is not None else spec.model
+    del loaded
+    tuned = load_model(model, device=best_device(), allow_hub=allow_hub)
+    if tuned.tokenizer is None:  # a tiny random model: no prompts of text
+        return files
+    calibration = target / "calibration.npz"
+    calibrate(spec, tuned, heads_file=files.heads, calibration_file=calibration, work=work, console=console)
+    return JointFiles(**{**files.__dict__, "calibration": calibration})
+
+
+def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
+    """Return a recipe's text as sequences, split by the tokens of the first prompt."""
+    length = spec.recipe.max_length
+    if spec.conversations is not None:
+        if loaded.tokenizer is None:
+            raise UserError(found="conversations for a tiny random model", need="a model with a tokenizer", where=f"{spec.name}.toml")
+        conversations = load_conversations(resolve_path(spec.conversations, beside=None))
+        made = [conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length) for conversation in conversations]
+        return split_text([sequence for sequence in made if sequence is not None])
+    store = CorpusStore(work / "corpus")
+    if from_scratch or spec.packed_corpus is None or store.shard_files():
+        return corpus_text(list(store.samples(with_states=False)), max_length=length)
+    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None))), max_length=length)
+
+
+def corpus_text(samples: Sequence[CorpusSample], *, max_length: int) -> JointText:
+    """Return a corpus' conversations as sequences, split, in an order that no shard decides."""
+    made = sorted(turn_sequences(samples, max_length=max_length))
+    return split_text([sequence for _, sequence in made])
+
+
+def split_text(sequences: Sequence[TrainingSequence]) -> JointText:
+    """Split by each sequence's first prompt."""
+    kept: dict[bool, list[TrainingSequence]] = {True: [], False: []}
+    for sequence in sequences:
+        kept[is_held_out(sequence.token_ids[: sequence.answers[0][0]], rate=HELD_OUT_RATE)].append(sequence)
+    return JointText(train=tuple(kept[False]), held_out=tuple(kept[True]))
+
+
+def train_joint(
+    loaded: LoadedModel,
+    recipe: Medusa2Recipe,
+    *,
+    text: JointText,
+    start_heads: Path | None,
+    work: Path,
+    target: Path,
+    console: Console,
+    save_steps: int = _SAVE_STEPS,
+) -> JointFiles:
+    """Train on the text and write heads, adapter or model, and step log; a run that was cut off goes on from its last checkpoint.
+
+    The loaded model is changed: its adapter stays on it.
+    Raises: UserError where the work folder holds another run, the heads to start from do not fit, or a loss is not finite.
+    """
+    check_runnable(recipe)
+    heads, origin = first_heads(loaded, recipe, start_heads=start_heads)
+    _check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
+    torch.manual_seed(recipe.seed)  # the adapter's first weights
+    model = MedusaTrainingModel(loaded.model, heads, recipe=recipe, subset=token_subset(text.train, recipe, vocab_size=heads.vocab_size))
+    arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=loaded.model.device.type == "cpu")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("joint training", total=recipe.num_steps)
+
+        def show(step: JointStep) -> None:
+            rate = f", {step.positions_per_s:.0f} tokens/s" if step.positions_per_s else ""
+            progress.update(task, total=step.num_steps, completed=step.step, description=f"joint training, loss {step.loss:.3f}{rate}")
+
+        trainer = MedusaTrainer(model, sequences=text.train, arguments=arguments, on_step=show)
+        trainer.remove_callback(PrinterCallback)  # what it would print on stdout is in the step log
+        last = last_checkpoint(work)
+        if last is not None and last.is_finished:
+            trainer._load_from_checkpoint(str(last.folder))
+        else:
+            trainer.train(resume_from_checkpoint=str(last.folder) if last is not None else None)
+    steps = read_step_log(work / STEP_LOG)
+    figures = JointFigures(
+        num_steps=len(steps),
+        num_sequences=len(text.train),
+        num_answer_tokens=sum(sequence.num_targets for sequence in text.train),
+        num_positions_seen=sum(step.num_positions for step in steps),
+        final_loss=steps[-1].loss,
+        held_out=evaluate_joint(model, text.held_out[:MAX_HELD_OUT]),
+    )
+    print_joint_figures(console, figures, recipe=recipe)
+    return _write(loaded, model, figures, text=text, work=work, target=target)
+
+
+def first_heads(loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path | None) -> tuple[MedusaHeads, str]:
+    """Return the heads that training starts from, trained or fresh, and a word that tells them apart.
+
+    Raises: UserError for trained heads of another form than the recipe's.
+    """
+    lm_head: Any = loaded.model.get_output_embeddings()
+    if start_heads is None:
+        fresh = MedusaHeads(
+            num_heads=recipe.num_heads,
+            num_layers=recipe.num_layers,
+            hidden_size=lm_head.weight.shape[1],
+            vocab_size=lm_head.weight.shape[0],
+            architecture=recipe.architecture,
+            lm_head=lm_head,
+        )
+        return fresh.to(loaded.model.device), "fresh"
+    heads, _ = heads_for(loaded, start_heads)
+    found, need = ((one.num_heads, one.num_layers, one.architecture) for one in (heads, recipe))
+    if found != need:
+        raise UserError(found=f"heads {found} to start from", need=f"heads, layers and unembedding {need}", where=start_heads.name)
+    return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
+
+
+def token_subset(sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int) -> TokenSubset | None:
+    """Return the most frequent answer tokens where the recipe restricts the heads' vocabulary."""
+    if recipe.subset_size is None or recipe.subset_size >= vocab_size:
+        return None
+    targets = [token for sequence in sequences for start, end in sequence.answers for token in sequence.token_ids[start:end]]
+    return TokenSubset.most_frequent(torch.bincount(torch.tensor(targets), minlength=vocab_size), size=recipe.subset_size)
+
+
+@torch.no_grad()
+def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSequence]) -> JointHeldOut | None:
+    """Return the model's own losses on sequences that it did not train on, without dropout; None where there are none."""
+    if not sequences:
+        return None
+    learns = model.recipe.backbone != "frozen"
+    data, training, totals = SequenceDataset(sequences), model.training, dict[str, Any]()
+    device = next(model.parameters()).device
+    model.eval()
+    for start in range(0, len(sequences), model.recipe.batch_sequences):
+        rows = [data[index] for index in range(start, min(start + model.recipe.batch_sequences, len(sequences)))]
+        batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+        for name, value in model(**batch, backbone_weight=float(learns), heads_weight=1.0).items():
+            totals[name] = totals[name] + value if name in totals else value
+    model.train(training)
+    return JointHeldOut(
+        num_positions=int(totals["positions"]),
+        backbone_loss_sum=float(totals["backbone_loss"]) if learns else None,
+        num_agreements=int(totals["agreements"]) if learns else None,
+        head_loss_sums=tuple(totals["head_losses"].tolist()),
+        head_targets=tuple(totals["head_targets"].tolist()),
+        rank_hits=tuple(tuple(row) for row in totals["head_ranks"].tolist()),
+    )
+
+
+def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medusa2Recipe) -> None:
+    """Print what the held-out text says of backbone and heads."""
+    held_out = figures.held_out
+    if held_out is None:
+        return
+    if held_out.backbone_loss_sum is not None and held_out.num_agreements is not None:
+        name = "KL from the original" if recipe.target == "original" else "loss"
+        mean, share = held_out.backbone_loss_sum / held_out.num_positions, held_out.num_agreements / held_out.num_positions
+        console.print(f"backbone: held-out {name} {mean:.4f} nats a token, first choice agrees at {100 * share:.1f} %")
+    for head, (hits, targets) in enumerate(zip(held_out.rank_hits, held_out.head_targets, strict=True), start=1):
+        if targets:
+            console.print(f"head {head}: held-out top-1 {100 * hits[0] / targets:.1f} %, top-10 {100 * sum(hits) / targets:.1f} %")
+
+
+def check_runnable(recipe: Medusa2Recipe) -> None:
+    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks.
+
+    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device.
+    """
+    if recipe.quantisation is not None or recipe.optimizer == "adamw_8bit":
+        there = {"bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None, "a CUDA device": torch.cuda.is_available()}
+        if missing := [name for name, found in there.items() if not found]:
+            raise UserError(
+                found=f"no {' and no '.join(missing)}",
+                need="both for a 4-bit backbone or an 8-bit optimiser",
+                where="the recipe",
+                do="train where they are, or take quantisation out and set optimizer = 'adamw'",
+            )
+    if recipe.backbone == "full" and recipe.architecture == "shared" and recipe.heads_lm_head == "original":
+        raise UserError(
+            found="shared heads that read the original LM head of a backbone trained in full",
+            need="heads_lm_head = 'adapted', since the tuned model keeps one LM head only",
+            where="the recipe",
+        )
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """The newest whole checkpoint of a run."""
+
+    folder: Path
+    step: int
+    is_finished: bool
+
+
+def last_checkpoint(folder: Path) -> LastCheckpoint | None:
+    """Return the newest checkpoint that was written to its end; one that a kill cut short is passed over."""
+    found = []
+    for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
+        try:
+            state = json.loads(state_file.read_text())
+            step, num_steps = int(state["global_step"]), int(state["max_steps"])
+        except (OSError, ValueError, KeyError):
+            continue
+        found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str) -> None:
+    ours = {
+        "recipe": recipe.model_dump(mode="json"),
+        "text": text.fingerprint(),
+        "backbone": backbone_sha256,
+        "first heads": heads_sha256,
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "run.json"
+    if not path.exists():
+        write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError:
+        theirs = {}
+    if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
+        raise UserError(
+            found=f"a training of another {differing[0]}",
+            need="the one that began here",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
+
+
+def _write(
+    loaded: LoadedModel, model: MedusaTrainingModel, figures: JointFigures, *, text: JointText, work: Path, target: Path
+) -> JointFiles:
+    recipe, backbone = model.recipe, model.recipe.backbone
+    files = JointFiles(
+        heads=target / "heads.safetensors",
+        adapter=target / "adapter" if backbone == "lora" else None,
+        model=target / "model" if backbone == "full" else None,
+        step_log=target / STEP_LOG,
+        calibration=None,
+        figures=figures,
+    )
+    if not PartialState().is_main_process:  # every process has the same weights: one writes them
+        return files
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(work / STEP_LOG, files.step_log)
+    adapter_sha256 = save_adapter(files.adapter, model.backbone) if files.adapter is not None else None
+    backbone_sha256 = loaded.sha256
+    if files.model is not None:
+        model.model.save_pretrained(str(files.model))
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(str(files.model))
+        backbone_sha256 = tensors_sha256(files.model)
+    commit, dirty = git_state(Path(__file__).parent)
+    provenance = HeadsProvenance(
+        backbone_name=loaded.name,
+        backbone_sha256=backbone_sha256,
+        recipe=recipe,
+        training=figures,
+        adapter_sha256=adapter_sha256,
+        lm_head_read=recipe.heads_lm_head if backbone != "frozen" else "original",
+        lm_head_adapted=backbone == "full" or (backbone == "lora" and recipe.lora.lm_head),
+        corpus_sha256=text.fingerprint(),
+        commit=commit,
+        dirty=dirty,
+    )
+    save_heads(files.heads, model.heads, provenance=provenance)
+    return files

@@ -1,0 +1,261 @@
+"""An ablation's record as Markdown, as a terminal table, and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.ablation import AblationRecord
+from harness.ablation_figures import AblationRow
+from harness.ablation_specs import START_ARM
+from harness.errors import UserError
+from harness.judgement import ClaimVerdict, Interval, VerdictKind
+from harness.records import write_bytes
+from harness.report.formatting import ABSENT, cell, count, megabytes, percent, section, significant, table
+from harness.report.provenance import describe_commit, describe_device
+from harness.report.readme import update_between_markers
+
+CURVES_FILE, MARKER = "curves.png", "ablation"
+_HEADERS = (
+    "arm",
+    "recipe",
+    "seeds",
+    "tokens/step, one tree",
+    "gain",
+    "tokens/step, own best tree",
+    "held-out KL, nats",
+    "first choice agrees",
+    "perplexity",
+    "top-1 of each head",
+)
+_NOTE = """\
+*tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one tree* is the same for all, *own
+best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over `medusa1`, whose heads trained on the
+same tokens on a frozen backbone (for `medusa1` itself: over the start). *held-out KL*: KL(original || tuned) a token on the original's own
+greedy answers; *perplexity* of these answers, original to tuned. Intervals are over texts, seeds pooled; the next table has the seeds."""
+_SEEDS_NOTE = (
+    "Each seed draws its own answers, order, dropout and first adapter: how far its figures lie apart is what another training gives."
+)
+_RANKS_SHOWN = (1, 2, 3, 5, 10)
+_HEADS_NOTE = "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."
+_REFERENCE_NOTE = "Texts of another hand: MT-Bench's reference answers, both turns, original to tuned."
+
+
+def render_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, has_curves: bool) -> str:
+    """Return the whole report: what was compared, the table, seeds, texts of another hand, verdicts, curves, provenance."""
+    parts = [
+        f"# {record.spec.name}",
+        _summary(record),
+        section("Recipes side by side", render_ablation_table(rows), _NOTE),
+        section("Seeds", _render_seeds(rows), _SEEDS_NOTE),
+        section("Heads", _render_heads(rows), _HEADS_NOTE),
+        section("Texts of another hand", _render_references(rows), _REFERENCE_NOTE if any(row.categories for row in rows) else ""),
+        section("Verdicts", _render_verdicts(verdicts)),
+        section("Curves", f"![losses, lambda_0 and divergence by step]({CURVES_FILE})" if has_curves else ""),
+        section("Provenance", _render_provenance(record)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_ablation_table(rows: Sequence[AblationRow]) -> str:
+    """Return the table that compares the arms: one row each."""
+    return table(_HEADERS, [_cells(row) for row in rows])
+
+
+def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], *, base: Path) -> str:
+    """Return what the README shows of an ablation: where it was run, the table, the picture.
+
+    `base` is the README's folder, which links are given from.
+    """
+    environment, folder = record.environment, record.folder.resolve()
+    origin = (
+        f"Suite `{record.spec.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
+        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; {record.spec.answer_tokens:,} answer tokens an arm."
+    )
+    parts = [origin, render_ablation_table(rows), _NOTE.replace("the next table has the seeds", "the report has the seeds")]
+    if folder.is_relative_to(base.resolve()):
+        link = folder.relative_to(base.resolve()).as_posix()
+        if (folder / CURVES_FILE).exists():
+            parts.append(f"![losses, lambda_0 and divergence by step]({link}/{CURVES_FILE})")
+        parts.append(f"Full report and raw data: [`{folder.name}`]({link}/report.md).")
+    else:
+        parts.append(f"From the record `{folder.name}`.")
+    return "\n\n".join(parts)
+
+
+def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[AblationRow]) -> None:
+    """Write an ablation's table between the README's `ablation` markers; a README that says so already is not touched.
+
+    Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
+    """
+    record.check_seal()
+    try:
+        text = readme.read_text()
+        updated = update_between_markers(text, marker=MARKER, content=render_readme_ablation(record, rows, base=readme.parent))
+    except OSError as error:
+        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+    except UserError as error:
+        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
+    if updated != text:
+        write_bytes(readme, updated.encode())
+
+
+def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:
+    """Print the arms and the tested claims."""
+    grid = Table("arm", "seeds", "tokens/step", "gain", "KL, nats", "agrees", "perplexity")
+    for row in rows:
+        cells = _cells(row)
+        grid.add_row(cells[0], cells[2], cells[3], cells[4], cells[6], cells[7], cells[8])
+    console.print(grid)
+    for verdict in verdicts:
+        if verdict.kind is not VerdictKind.NOT_TESTED:
+            console.print(f"{verdict.claim_id}: {verdict.kind.value} ({verdict.ours})", highlight=False, markup=False)
+
+
+def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> dict[str, Any]:
+    """Return the one JSON object that ends a run's output."""
+    return {
+        "ablation": record.spec.name,
+        "answer_tokens": record.spec.answer_tokens,
+        "decides_claims": record.spec.decides_claims,
+        "arms": {
+            row.arm: {
+                "tokens_per_step": round(row.tokens_per_step.estimate, 4),
+                "gain": None if row.gain is None else round(row.gain.estimate, 4),
+                "kl": round(row.kl.estimate, 6),
+                "seeds": row.num_seeds,
+            }
+            for row in rows
+        },
+        "verdicts": {verdict.claim_id: verdict.kind.value for verdict in verdicts},
+        "record": record.folder.name,
+    }
+
+
+def _summary(record: AblationRecord) -> str:
+    spec, environment = record.spec, record.environment
+    words = (
+        f"{cell(spec.description)} {cell(environment.model_name)} on {cell(describe_device(environment))}; "
+        f"{count(len(spec.arms), 'arm')}, {count(len(spec.seeds), 'seed')}, {spec.answer_tokens:,} answer tokens each, "
+        f"{count(spec.held_out.num_prompts, 'held-out prompt')} of {spec.held_out.max_new_tokens} tokens."
+    )
+    if record.manifest is None:
+        words += " **Unfinished**: the table has the arms that are done."
+    if not spec.decides_claims:
+        words += " **Signs and orders only**: the budget is too small to decide a claim."
+    return words
+
+
+def _cells(row: AblationRow) -> tuple[str, ...]:
+    return (
+        row.arm,
+        row.recipe_name or ABSENT,
+        str(row.num_seeds) if row.arm != START_ARM else ABSENT,
+        _three(row.tokens_per_step),
+        _three(row.gain),
+        _three(row.best_tokens_per_step),
+        _four(row.kl),
+        percent(row.agreement_rate),
+        f"{significant(row.perplexity[0], digits=4)} to {significant(row.perplexity[1], digits=4)}",
+        ", ".join(percent(accuracies[0]) for accuracies in row.top_accuracies),
+    )
+
+
+def _render_seeds(rows: Sequence[AblationRow]) -> str:
+    kept = [row for row in rows if row.arm != START_ARM]
+    cells = [
+        (
+            row.arm,
+            ", ".join(f"{rate:.3f}" for rate in row.seed_tokens_per_step),
+            ", ".join(f"{kl:.4f}" for kl in row.seed_kl),
+            percent(row.equal_texts_rate),
+            f"{row.num_answer_tokens:,.0f}",
+            significant(row.tokens_per_s),
+            megabytes(row.memory_bytes),
+        )
+        for row in kept
+    ]
+    headers = [
+        "arm",
+        "tokens/step of each seed",
+        "KL of each seed",
+        "greedy texts unchanged",
+        "answer tokens",
+        "tokens/s trained",
+        "MB at most",
+    ]
+    return table(headers, cells) if cells else ""
+
+
+def _render_heads(rows: Sequence[AblationRow]) -> str:
+    num_heads = len(rows[0].top_accuracies)
+    cells = [
+        (row.arm, *(", ".join(percent(accuracies[rank - 1]) for rank in _RANKS_SHOWN) for accuracies in row.top_accuracies)) for row in rows
+    ]
+    return table(["arm", *(f"head {head + 1}" for head in range(num_heads))], cells)
+
+
+def _render_references(rows: Sequence[AblationRow]) -> str:
+    names = sorted({change.category for row in rows for change in row.categories})
+    if not names:
+        return ""
+    cells = []
+    for row in rows:
+        by_name = {change.category: change for change in row.categories}
+        shown = [
+            f"{significant(by_name[name].original_perplexity, digits=4)} to {significant(by_name[name].tuned_perplexity, digits=4)}"
+            if name in by_name
+            else ABSENT
+            for name in names
+        ]
+        whole = row.reference_perplexity
+        total = f"{significant(whole[0], digits=4)} to {significant(whole[1], digits=4)}" if whole is not None else ABSENT
+        cells.append((row.arm, _four(row.reference_kl), total, *shown))
+    return table(["arm", "KL, nats", "perplexity", *names], cells)
+
+
+def _render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
+    rows = [(v.claim_id, v.stated, v.paper_figure, v.ours or ABSENT, v.kind.value, v.reason) for v in verdicts]
+    return table(["claim", "the paper states", "paper", "ours", "verdict", "why"], rows) if rows else ""
+
+
+def _render_provenance(record: AblationRecord) -> str:
+    environment, manifest = record.environment, record.manifest
+    finished = (
+        "not finished" if manifest is None else f"{manifest.finished_utc} ({manifest.elapsed_s / 60:.0f} minutes since the last start)"
+    )
+    rows: list[tuple[str, object]] = [
+        ("command", f"`{environment.command}`"),
+        ("commit", describe_commit(environment)),
+        ("started, finished", f"{environment.started_utc}, {finished}"),
+        ("device", describe_device(environment)),
+        ("engine", f"{environment.engine}, {environment.dtype}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items()))),
+        ("model", f"{environment.model_name}, SHA-256 {environment.backbone_sha256[:16]}"),
+        ("heads at the start", f"SHA-256 {(environment.heads_sha256 or '')[:16]}"),
+        ("texts", f"SHA-256 {environment.prompts_sha256[:16]}"),
+        ("one tree", f"{record.tree.tree().fingerprint}, {count(len(record.tree.paths), 'path')}, {record.tree.origin}"),
+        *(
+            (
+                f"{result.label}",
+                f"heads {result.heads_sha256[:16]}, adapter {(result.adapter_sha256 or ABSENT)[:16]}, {count(result.num_steps, 'step')}",
+            )
+            for result in record.results
+            if result.arm != START_ARM
+        ),
+        ("intervals", f"{100 * record.spec.interval.level:g} % bootstrap over texts, {record.spec.interval.num_resamples:,} resamples"),
+        ("record", record.folder.name),
+    ]
+    return table(["", ""], rows)
+
+
+def _three(interval: Interval | None) -> str:
+    return ABSENT if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _four(interval: Interval | None) -> str:
+    return ABSENT if interval is None else f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

@@ -1,0 +1,61 @@
+"""The training curves of an ablation as one picture: the heads' losses, the backbone's term and lambda_0 by step, one line an arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from harness.ablation import AblationRecord, StepPoint
+from harness.errors import UserError
+
+_PANELS: tuple[tuple[str, Callable[[StepPoint], float | None]], ...] = (
+    ("loss of head 1, nats", lambda step: step.head_losses[0]),
+    ("loss of the last head, nats", lambda step: step.head_losses[-1]),
+    ("the backbone's term, nats (KL, or loss on tokens)", lambda step: step.backbone_loss),
+    ("lambda_0", lambda step: step.lambda_0),
+)
+
+
+def draw_curves(record: AblationRecord, path: Path) -> None:
+    """Draw the curves of every arm, seeds averaged step by step, and write a PNG.
+
+    Raises: UserError without matplotlib, or where no arm has a step log.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
+    logs = {arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))] for arm in record.spec.arms}
+    if not any(logs.values()):
+        raise UserError(found="no step log", need="at least one trained arm", where=record.folder.name)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(2, 2)
+    for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
+        for arm, runs in logs.items():
+            points = curve(runs, value)
+            if points:
+                axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    panels.flat[0].legend(fontsize=8)
+    figure.suptitle(
+        f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds", fontsize=11
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    temporary.replace(path)
+
+
+def curve(runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]) -> list[tuple[int, float]]:
+    """Return a quantity by step, averaged over the seeds that have it there."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for step in run:
+            if (number := value(step)) is not None:
+                found.setdefault(step.step, []).append(number)
+    return [(step, fmean(numbers)) for step, numbers in sorted(found.items())]

@@ -1,0 +1,214 @@
+"""An ablation's figures and verdicts on a made-up record whose right answers are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.ablation import AblationRecord, StepPoint
+from harness.ablation_figures import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
+from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
+from harness.claim_outcomes import NotTestable
+from harness.claim_specs import ClaimSpec, load_claims
+from harness.claim_training import judge_training, training_verdicts
+from harness.errors import UserError
+from harness.judgement import VerdictKind
+from harness.report.ablation import ablation_headline, render_ablation, update_ablation
+from harness.report.ablation_curves import curve, draw_curves
+from harness.report.formatting import holds_absolute_path
+from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
+from harness.trace import replay
+from harness.validate import validate_record
+from medusa_impl.tree import DraftTree
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted(path.parent for path in (ROOT / "results").glob("*/*/*/arms.jsonl") if (path.parent / "manifest.json").exists())
+DECIDED = {
+    "A2",
+    "T2-DirectFine-tuning-q",
+    "T2-Medusa-1-q",
+    "T2-Medusa-2-q",
+    "T2-Medusa-2-S",
+    "T3-4",
+    "Q-loss",
+    "Q-sdhard",
+    "Q-sdmem",
+    "DEF-warm",
+    "DEF-nheads",
+}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> AblationRecord:
+    return write_fake_ablation(tmp_path_factory.mktemp("fake") / "record")
+
+
+@pytest.fixture(scope="module")
+def claims() -> dict[str, ClaimSpec]:
+    return {claim.id: claim for claim in load_claims() if claim.training is not None}
+
+
+def form(claims: dict[str, ClaimSpec], claim_id: str) -> TrainingForm:
+    found = claims[claim_id].training
+    assert found is not None
+    return found
+
+
+def verdict(claims: dict[str, ClaimSpec], claim_id: str, record: AblationRecord) -> VerdictKind:
+    return judge_training(form(claims, claim_id), record).kind
+
+
+def test_figures_are_those_the_record_was_made_from(record: AblationRecord) -> None:
+    rows = {row.arm: row for row in ablation_rows(record)}
+    assert list(rows) == list(ARMS)
+    for name, arm in ARMS.items():
+        row = rows[name]
+        alone = replay(fake_trace(arm.hits), DraftTree.chain(2)).tokens_per_step
+        assert row.tokens_per_step.estimate == pytest.approx(alone) and row.seed_tokens_per_step == (alone,) * row.num_seeds
+        seeds = (1.0,) if name == "start" else (1.0, 1.1)
+        assert row.kl.estimate == pytest.approx(arm.kl * sum(seeds) / len(seeds))
+        assert row.seed_kl == pytest.approx([arm.kl * seed for seed in seeds])
+        assert row.perplexity == pytest.approx((math.exp(0.5), math.exp(0.5 + row.kl.estimate)))
+        assert [accuracies[0] for accuracies in row.top_accuracies] == pytest.approx([0.8, 0.6])
+        assert [accuracies[-1] for accuracies in row.top_accuracies] == pytest.approx([1.0, 0.8])
+        assert row.equal_texts_rate == (1.0 if not arm.kl else 0.75)
+        assert [change.num_texts for change in row.categories] == [4, 4]
+        assert row.best_tokens_per_step.estimate > 1
+    assert rows["start"].gain is None and rows["ramped"].tokens_per_s == 50.0
+    ours, theirs = (rows[name].tokens_per_step.estimate for name in ("ramped", "medusa1"))
+    gain = rows["ramped"].gain
+    assert gain is not None and gain.estimate == pytest.approx(ours / theirs) and 1 < gain.low < gain.high
+
+
+def test_pooling_pairs_texts_by_key_whatever_their_order(record: AblationRecord) -> None:
+    columns = change_columns(record, "ramped", kl_of)
+    assert len(columns.numerator) == 24 and columns.denominator.sum() == 2 * 24 * 40
+    less = change_columns(record, "hard_labels", kl_of).less(columns, spec=record.spec.interval)
+    assert less.estimate == pytest.approx((0.08 - 0.01) * 1.05) and less.low > 0
+
+
+def test_an_own_best_tree_is_judged_on_text_that_it_was_not_grown_on(record: AblationRecord) -> None:
+    columns = best_rate_columns(record, "ramped", num_nodes=3)
+    assert len(columns.numerator) == 24, "both halves are judged"
+    assert columns.interval(record.spec.interval).estimate == pytest.approx(replay(fake_trace(8), DraftTree.chain(2)).tokens_per_step)
+    with pytest.raises(NotTestable, match="no tree of 5000 nodes"):
+        best_rate_columns(record, "ramped", num_nodes=5000)
+
+
+def test_what_was_not_run_is_not_testable(record: AblationRecord) -> None:
+    for columns in (rate_columns, best_rate_columns):
+        with pytest.raises(NotTestable, match="no arm other"):
+            columns(record, "other")
+
+
+def test_every_claim_of_training_is_decided_by_a_whole_record(claims: dict[str, ClaimSpec], record: AblationRecord) -> None:
+    assert set(claims) == DECIDED
+    found = {one.claim_id: one for one in training_verdicts(load_claims(), record)}
+    assert set(found) == DECIDED and all(len(form(claims, claim_id).reason) > 20 for claim_id in DECIDED)
+    reproduced = {claim_id for claim_id, one in found.items() if one.kind is VerdictKind.REPRODUCED}
+    assert reproduced == DECIDED - {"DEF-nheads"}
+    assert found["DEF-nheads"].kind is VerdictKind.NOT_TESTED and "have 2 heads" in found["DEF-nheads"].reason
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "arm", "changes", "kind"),
+    [
+        ("A2", "ramped", {"hits": 2}, VerdictKind.NOT_REPRODUCED),
+        ("T3-4", "ramped", {"hits": 5}, VerdictKind.NOT_REPRODUCED),
+        ("T2-Medusa-2-S", "two_stage", {"hits": 2}, VerdictKind.NOT_REPRODUCED),
+        ("T2-Medusa-1-q", "medusa1", {"kl": 0.01}, VerdictKind.NOT_REPRODUCED),
+        ("T2-Medusa-2-q", "two_stage", {"kl": 0.04}, VerdictKind.NOT_REPRODUCED),
+        ("T2-Medusa-2-q", "two_stage", {"kl": 0.019}, VerdictKind.INCONCLUSIVE),
+        ("T2-DirectFine-tuning-q", "direct", {"kl": 0.004}, VerdictKind.NOT_REPRODUCED),
+        ("Q-sdhard", "hard_labels", {"kl": 0.009}, VerdictKind.NOT_REPRODUCED),
+        ("Q-sdhard", "ramped", {"kl": 0.03}, VerdictKind.NOT_REPRODUCED),
+        ("Q-sdmem", "ramped", {"memory_mb": 1101}, VerdictKind.NOT_REPRODUCED),
+        ("DEF-warm", "two_stage", {"kl": 0.04}, VerdictKind.NOT_REPRODUCED),
+    ],
+)
+def test_every_form_can_fail(
+    claims: dict[str, ClaimSpec], tmp_path: Path, claim_id: str, arm: str, changes: dict[str, float], kind: VerdictKind
+) -> None:
+    arms = {**ARMS, arm: replace(ARMS[arm], **changes)}  # type: ignore[arg-type]
+    assert verdict(claims, claim_id, write_fake_ablation(tmp_path / "record", arms=arms)) is kind
+
+
+def test_a_divergence_that_bought_nothing_is_not_counted(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record", arms={**ARMS, "two_stage": FakeArm(hits=5, kl=0.0)})
+    for claim_id in ("T2-Medusa-2-q", "DEF-warm"):
+        with pytest.raises(NotTestable, match="paid for nothing"):
+            judge_training(form(claims, claim_id), record)
+
+
+def test_a_small_budget_decides_nothing_and_says_so(tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record", decides_claims=False, answer_tokens=10_000)
+    verdicts = training_verdicts(load_claims(), record)
+    assert {one.kind for one in verdicts} == {VerdictKind.NOT_TESTED} and all("signs and orders only" in one.reason for one in verdicts)
+    assert "**Signs and orders only**" in render_ablation(record, ablation_rows(record), verdicts, has_curves=False)
+
+
+def test_the_report_shows_every_arm_and_no_place(record: AblationRecord) -> None:
+    rows, verdicts = ablation_rows(record), training_verdicts(load_claims(), record)
+    text = render_ablation(record, rows, verdicts, has_curves=True)
+    for name in ARMS:
+        assert f"| {name} " in text
+    assert "(curves.png)" in text and "1.6" in text and not holds_absolute_path(text)
+    headline = ablation_headline(record, rows, verdicts)
+    assert json.loads(json.dumps(headline, allow_nan=False))["arms"]["hard_labels"]["kl"] == 0.084
+    assert validate_record(record.folder) == ()
+
+
+def test_an_unfinished_record_is_shown_as_such_and_kept_out_of_the_readme(tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record", seal=False)
+    assert "**Unfinished**" in render_ablation(record, ablation_rows(record), (), has_curves=False)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- begin:ablation -->\n<!-- end:ablation -->\n")
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        update_ablation(readme, record, ablation_rows(record))
+
+
+def test_curves_are_means_over_seeds(record: AblationRecord, tmp_path: Path) -> None:
+    logs = [record.steps(result) for result in record.of("ramped")]
+    assert curve(logs, lambda step: step.head_losses[-1]) == [(1, 2.5), (2, 2.5), (3, 2.5)]
+    assert [mean for _, mean in curve(logs, lambda step: step.backbone_loss)] == pytest.approx([0.01, 0.02, 0.03])
+    assert record.steps(record.of("start")[0]) == ()
+    one = StepPoint(step=1, loss=1.0, backbone_loss=None, head_losses=(1.0,), lambda_0=1.0, memory_bytes=1)
+    assert curve([[one]], lambda step: step.backbone_loss) == []
+    pytest.importorskip("matplotlib", reason="pictures need medusa-repro[plots]")
+    draw_curves(record, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_planned_arm_twice_or_an_unplanned_one_is_a_fault(tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record", seal=False)
+    lines = (record.folder / "arms.jsonl").read_text()
+    (record.folder / "arms.jsonl").write_text(lines + lines.splitlines(keepends=True)[1])
+    assert any("each planned arm and seed once" in fault for fault in validate_record(record.folder))
+
+
+def test_a_spare_head_is_judged_where_there_are_heads_enough(record: AblationRecord) -> None:
+    """The second head doubles what a chain yields: with a margin of 3 % it is not spare, with one of 90 % it is."""
+    narrow = SpareHeadForm(test="spare_head", arm="ramped", num_nodes=3, with_heads=2, without_heads=1, margin=0.03, reason="a test")
+    assert judge_training(narrow, record).kind is VerdictKind.NOT_REPRODUCED
+    assert judge_training(narrow.model_copy(update={"margin": 0.9}), record).kind is VerdictKind.REPRODUCED
+
+
+def test_losses_must_rise_from_head_to_head(record: AblationRecord) -> None:
+    """Head 2 loses half a nat more at every position where both have a target."""
+    grows = HeadOrderForm(test="head_order", arm="ramped", bound=0.0, reason="a test")
+    found = judge_training(grows, record)
+    assert found.kind is VerdictKind.REPRODUCED and "0.50 [0.50, 0.50]" in found.ours
+    assert judge_training(grows.model_copy(update={"bound": 0.6}), record).kind is VerdictKind.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_ablations_are_whole_and_their_reports_follow_from_them(folder: Path) -> None:
+    assert validate_record(folder) == ()
+    record = AblationRecord(folder)
+    verdicts = training_verdicts(load_claims(), record)
+    text = render_ablation(record, ablation_rows(record), verdicts, has_curves=(folder / "curves.png").exists())
+    assert (folder / "report.md").read_text() == text

@@ -1,0 +1,133 @@
+"""Conversations as tokens: golden ids of a template, spans of answers, ShareGPT's layout, second turns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.conversations import SECOND_TURN, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
+from harness.corpus import CorpusSpec, goes_on, second_turn_prompts
+from harness.errors import UserError
+from medusa_impl.distill import CorpusSample
+
+
+class ChatTokenizer:
+    """One id a character; markers of a turn and the end of sequence are single ids; the template is that of many chat models."""
+
+    chat_template = "a template"
+    eos_token, eos_token_id = "$", 0
+    _IDS = {"$": 0, "<": 1, ">": 2, "\n": 3}
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self._IDS.get(letter, ord(letter)) for letter in text]}
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool = True, return_dict: bool = False
+    ) -> Any:
+        text = "".join(f"<{message['role'][0]}>{message['content']}$\n" for message in messages) + ("<a>" if add_generation_prompt else "")
+        return self(text) if tokenize else text
+
+
+TURNS = (("hi", "yes"), ("so", "no"))
+
+
+def sample(key: str, prompt: tuple[int, ...], answer: tuple[int, ...], *, ended_by: Any = "eos", category: str = "writing") -> CorpusSample:
+    return CorpusSample(key, category, prompt, answer, ended_by, 0.3, 5, None)
+
+
+def test_a_conversation_is_the_templates_own_text_with_its_answers_marked() -> None:
+    """Golden ids: what the template writes, up to the end of the last answer; the end-of-sequence token belongs to each answer."""
+    tokenizer = ChatTokenizer()
+    sequence = conversation_sequence(tokenizer, TURNS, max_length=100)
+    assert sequence is not None
+    messages = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)["input_ids"]
+    assert list(sequence.token_ids) == whole[:-1]  # but for the line break behind the last turn
+    answers = [sequence.token_ids[start:end] for start, end in sequence.answers]
+    assert answers == [tuple(tokenizer("yes$")["input_ids"]), tuple(tokenizer("no$")["input_ids"])]
+
+
+def test_a_conversation_is_cut_where_it_is_too_long() -> None:
+    whole = conversation_sequence(ChatTokenizer(), TURNS, max_length=100)
+    assert whole is not None
+    (_, first_end), (second, end) = whole.answers
+    cut = conversation_sequence(ChatTokenizer(), TURNS, max_length=end - 1)
+    assert cut is not None and cut.answers[1] == (second, end - 1) and len(cut.token_ids) == end - 1
+    one = conversation_sequence(ChatTokenizer(), TURNS, max_length=first_end + 2)
+    assert one is not None and len(one.answers) == 1
+    assert conversation_sequence(ChatTokenizer(), TURNS, max_length=3) is None
+
+
+def test_sharegpt_is_read_and_what_takes_no_turns_is_left_out(tmp_path: Path) -> None:
+    def say(*words: tuple[str, str]) -> list[dict[str, str]]:
+        return [{"from": who, "value": text} for who, text in words]
+
+    rows = [
+        {"id": "a", "conversations": say(("gpt", "welcome"), ("human", "hi"), ("gpt", "yes"), ("human", "unanswered"))},
+        {"id": "b", "conversations": say(("human", "one"), ("human", "two"))},
+        {"id": "c", "conversations": say(("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no"))},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_conversations(tmp_path / "list.json")
+    assert [(one.key, one.turns) for one in found] == [("a", (("hi", "yes"),)), ("c", TURNS)]
+    assert load_conversations(tmp_path / "lines.jsonl") == found
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '[{"id": 1}]', '[{"conversations": [{"from": "human", "value": "alone"}]}]'])
+def test_files_without_conversations_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "wrong.json").write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.json"):
+        load_conversations(tmp_path / "wrong.json")
+
+
+def test_two_turns_become_one_sequence_with_two_spans() -> None:
+    first, second = sample("k", (5, 6), (7, 8, 0)), sample("k" + SECOND_TURN, (5, 6, 7, 8, 0, 3, 9), (10, 0))
+    other = sample("m", (4,), (11,))
+    ((key, pair), (_, single)) = turn_sequences([second, first, other], max_length=50)
+    assert key == "k" and pair.token_ids == (5, 6, 7, 8, 0, 3, 9, 10, 0) and pair.answers == ((2, 5), (7, 9))
+    assert single.answers == ((1, 2),)
+    assert turn_sequences([first, second], max_length=8)[0][1].answers == ((2, 5), (7, 8))
+    assert turn_sequences([first, second], max_length=7)[0][1].answers == ((2, 5),)
+    with pytest.raises(UserError, match="behind another answer"):
+        turn_sequences([sample("k", (5, 6), (7, 9, 0)), second], max_length=50)
+
+
+def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
+    spec = CorpusSpec(num_tokens=400, max_new_tokens=20, second_turn_share=0.5)
+    firsts = [sample(f"k{index}", (1, 2), (60 + index, 0), ended_by="eos" if index % 4 else "budget") for index in range(80)]
+    prompts = second_turn_prompts(ChatTokenizer(), firsts, spec=spec)
+    going = {one.key for one in firsts if goes_on(one, spec=spec)}
+    assert {prompt.key for prompt in prompts} == {key + SECOND_TURN for key in going}
+    assert 15 < len(going) < 45 and not {f"k{index}" for index in range(0, 80, 4)} & going  # 60 ended, half of them wanted
+    by_key = {one.key: one for one in firsts}
+    for prompt in prompts:
+        before = by_key[prompt.key.removesuffix(SECOND_TURN)]
+        assert prompt.prompt_ids[:4] == (*before.prompt_ids, *before.token_ids) and prompt.temperature == 0.3
+        assert prompt.prompt_ids[4:7] == (3, 1, ord("u")), "the line break that the template has behind an answer, then the next turn"
+    assert second_turn_prompts(ChatTokenizer(), firsts[:40], spec=spec) == tuple(
+        prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40
+    )
+    assert not second_turn_prompts(ChatTokenizer(), firsts, spec=CorpusSpec(num_tokens=400))
+
+
+def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
+    rows = [{"key": "k1", "turns": ["first", "second"]}, {"key": "k2", "turns": ["alone"]}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = CorpusSpec(num_samples=2, prompts_file=str(tmp_path / "own.jsonl"), second_turn_share=1.0)
+    firsts = [sample("k1", (1,), (2, 0)), sample("k2", (1,), (2, 0))]
+    (prompt,) = second_turn_prompts(ChatTokenizer(), firsts, spec=spec)
+    assert prompt.prompt_ids == (1, 2, 0, *follow_up_ids(ChatTokenizer(), "second"))
+    assert [one.text for one in spec.catalogue_prompts(9)] == ["first", "alone"]
+
+
+def test_a_corpus_has_one_goal() -> None:
+    with pytest.raises(ValueError, match="exactly one"):
+        CorpusSpec(num_tokens=5, num_samples=5)
+    answers = CorpusSpec(num_samples=3)
+    samples = [sample("k", (1,), (2, 0)), sample("k" + SECOND_TURN, (1, 2, 0, 3), (2, 0))]
+    assert answers.amount(samples) == 1 and CorpusSpec(num_tokens=9).amount(samples) == 2
+    assert (answers.goal, answers.unit) == (3, "answers")

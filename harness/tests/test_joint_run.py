@@ -1,0 +1,139 @@
+"""Joint training from a recipe file on a tiny model: what it writes, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytest import MonkeyPatch
+from safetensors import safe_open
+
+import harness.joint_run
+from harness.engine import Engine, LoadedModel, heads_for, load_model
+from harness.errors import ExitCode, UserError
+from harness.joint_run import JointFiles, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
+from harness.tests.tiny_suite import QUIET, command, smoke_suite
+from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
+from harness.training_specs import JointSuite
+from medusa_impl.checkpoint import JointFigures
+from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("joint")
+    write_corpus(place / "corpus.safetensors", engine)
+    return place
+
+
+def train(folder: Path, place: Path, *, heads: Path | None = None, **recipe: Any) -> JointFiles:
+    data = {**recipe_data(folder, **recipe), **({"start_heads": str(heads)} if heads is not None else {})}
+    return train_joint_suite(JointSuite.model_validate(data), work=place / "work", target=place / "out", console=QUIET)
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp_path: Path) -> None:
+    """The thin slice: file to heads, adapter and step log, and back to a model that decodes."""
+    path = write_recipe(folder, "cli")
+    path.write_text(path.read_text().replace('kind = "joint"', f'kind = "joint"\nstart_heads = "{heads_file}"'))
+    ran = command("train", path, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    assert ran.code == ExitCode.OK, ran.err
+    assert json.loads(ran.out.splitlines()[-1]) == {"recipe": "cli", "heads": "heads.safetensors", "adapter": "adapter"}
+    assert "held-out KL from the original" in ran.err and "head 4: held-out top-1" in ran.err
+    steps = read_step_log(tmp_path / "out" / "steps.jsonl")
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5] and steps[0].backbone_loss == 0.0
+    model = smoke_suite().model.model_copy(update={"adapter": str(tmp_path / "out" / "adapter")})
+    tuned, bare = load_model(model, device=CPU), load_model(smoke_suite().model, device=CPU)
+    heads, provenance = heads_for(tuned, tmp_path / "out" / "heads.safetensors")
+    assert heads.num_heads == 4 and provenance.adapter_sha256 == tuned.adapter_sha256 and provenance.backbone_sha256 == bare.sha256
+    assert (provenance.lm_head_read, provenance.lm_head_adapted) == ("original", False)
+    assert tuned.sha256 != bare.sha256 == tuned.base_sha256
+    figures = provenance.training
+    assert isinstance(figures, JointFigures) and figures.num_steps == 5 and figures.held_out is not None
+    assert NUM_ANSWERS / 2 < figures.num_sequences < NUM_ANSWERS
+    assert figures.num_positions_seen == sum(step.num_positions for step in steps)
+    with pytest.raises(UserError, match="heads trained with the adapter"):
+        heads_for(bare, tmp_path / "out" / "heads.safetensors")
+
+
+def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, tmp_path: Path) -> None:
+    one, two, other = (train(folder, tmp_path / name, seed=seed, num_steps=3) for name, seed in (("one", 0), ("two", 0), ("other", 1)))
+    assert one.adapter is not None and two.adapter is not None and other.adapter is not None
+    for left, right, same in ((one, two, True), (one, other, False)):
+        assert left.adapter is not None and right.adapter is not None
+        for name in ("adapter_model.safetensors",):
+            ours, theirs = tensors(left.adapter / name), tensors(right.adapter / name)
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
+        ours, theirs = tensors(left.heads), tensors(right.heads)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
+
+
+def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    whole = train(folder, tmp_path / "whole", num_steps=5)
+
+    def cut(step: JointStep) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    spec = JointSuite.model_validate(recipe_data(folder, num_steps=5))
+    loaded = load_model(spec.model, device=CPU)
+
+    class Cut(MedusaTrainer):
+        def __init__(self, *arguments: Any, on_step: Any, **options: Any) -> None:
+            super().__init__(*arguments, on_step=cut, **options)
+
+    monkeypatch.setattr(harness.joint_run, "MedusaTrainer", Cut)
+    text = read_text(spec, loaded, work=tmp_path)
+    places = {"work": tmp_path / "cut" / "work" / "joint", "target": tmp_path / "cut" / "out"}
+    with pytest.raises(KeyboardInterrupt):
+        train_joint(loaded, spec.recipe, text=text, start_heads=None, console=QUIET, save_steps=2, **places)
+    left = last_checkpoint(places["work"])
+    assert left is not None and left.step == 2 and not left.is_finished
+    (left.folder.parent / "checkpoint-4").mkdir()  # begun and not ended: no trainer_state.json in it
+    monkeypatch.undo()
+    for _ in range(2):  # the second time, training is over: files are written again from the last checkpoint
+        again = train(folder, tmp_path / "cut", num_steps=5)
+        assert [step.loss for step in read_step_log(again.step_log)] == [step.loss for step in read_step_log(whole.step_log)]
+        expected, got = tensors(whole.heads), tensors(again.heads)
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+        assert again.figures == whole.figures
+
+
+def test_a_frozen_backbone_writes_heads_alone(folder: Path, heads_file: Path, tmp_path: Path) -> None:
+    files = train(folder, tmp_path, heads=heads_file, backbone="frozen", num_steps=2)
+    assert files.adapter is None and files.model is None and not (tmp_path / "out" / "adapter").exists()
+    bare = load_model(smoke_suite().model, device=CPU)
+    heads, provenance = heads_for(bare, files.heads)
+    before, _ = heads_for(bare, heads_file)
+    assert provenance.adapter_sha256 is None and files.figures.held_out is not None and files.figures.held_out.backbone_loss_sum is None
+    assert any(not torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+
+
+def test_full_fine_tuning_writes_the_whole_model(folder: Path, tmp_path: Path) -> None:
+    files = train(folder, tmp_path, backbone="full", heads_lm_head="adapted", target="tokens", num_steps=2)
+    assert files.model is not None and (files.model / "config.json").exists() and files.adapter is None
+    with pytest.raises(UserError, match="one LM head only"):
+        train(folder, tmp_path / "other", backbone="full")
+
+
+def test_another_recipe_does_not_go_on_from_this_ones_state(folder: Path, tmp_path: Path) -> None:
+    train(folder, tmp_path, num_steps=2)
+    with pytest.raises(UserError, match="another recipe"):
+        train(folder, tmp_path, num_steps=3)
+
+
+def test_heads_of_another_form_are_no_start(tiny: tuple[LoadedModel, Engine], folder: Path, heads_file: Path) -> None:
+    recipe = JointSuite.model_validate(recipe_data(folder, num_heads=3)).recipe
+    with pytest.raises(UserError, match=r"\(4, 1, 'shared'\) to start from; need heads.*\(3, 1, 'shared'\)"):
+        first_heads(tiny[0], recipe, start_heads=heads_file)
+    fresh, word = first_heads(tiny[0], recipe, start_heads=None)
+    assert word == "fresh" and fresh.num_heads == 3

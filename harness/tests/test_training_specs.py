@@ -1,0 +1,137 @@
+"""Recipes as data: the paper's own figures, the shipped ones, one difference at a time, and what this machine cannot run."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.ablate import arm_recipe
+from harness.ablation_specs import load_ablation, parse_ablation
+from harness.errors import ExitCode, UserError
+from harness.tests.tiny_suite import command
+from harness.training_specs import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
+from medusa_impl.medusa2 import Medusa2Recipe
+
+SUITES = Path(str(resources.files("suites")))
+RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
+
+
+def joint(name: str) -> JointSuite:
+    spec = load_training_suite(SUITES / "recipes" / f"{name}.toml")
+    assert isinstance(spec, JointSuite)
+    return spec
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_whole_and_bear_their_files_name(path: Path) -> None:
+    spec = load_training_suite(path)
+    assert spec.name == path.stem
+    assert isinstance(spec, TrainingSuite) == (path.stem == "embedded_medusa1")
+
+
+def test_the_7b_recipe_carries_appendix_b() -> None:
+    spec, recipe = joint("paper_7b_two_stage"), joint("paper_7b_two_stage").recipe
+    assert spec.conversations is not None and "sharegpt" in spec.conversations
+    assert recipe.warmup == "two_stage" and recipe.stage_rate * (recipe.num_epochs or 0) == 2
+    assert recipe.batch_sequences * recipe.accumulation_steps == 64
+    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (5e-4, 2e-3, 40)
+    assert (recipe.lambda_0, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == (0.2, 0.8, 5, 1)
+    assert (recipe.quantisation, recipe.optimizer, recipe.target, recipe.architecture) == ("4bit", "adamw_8bit", "tokens", "own")
+    lora = recipe.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
+
+
+def test_the_33b_recipe_carries_appendix_b() -> None:
+    spec, recipe = joint("paper_33b_ramped"), joint("paper_33b_ramped").recipe
+    assert spec.corpus is not None and spec.corpus.num_samples == 100_000
+    assert (spec.corpus.sampled_share, spec.corpus.temperature) == (1.0, 0.3) and spec.corpus.second_turn_share > 0
+    assert (recipe.warmup, recipe.ramp, recipe.lambda_0, recipe.target) == ("ramped", "sine", 0.01, "original")
+    assert recipe.batch_sequences * recipe.accumulation_steps == 128 and recipe.max_length == 2048
+    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (1e-4, 4e-4, 20)
+    assert recipe.quantisation is None and (recipe.lora.rank, recipe.lora.lm_head) == (32, True)
+
+
+def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
+    """One factor at a time, so that a difference between two arms has one cause."""
+    ramped = joint("embedded_medusa2_ramped").recipe
+
+    def differing(name: str) -> set[str]:
+        other = joint(name).recipe
+        return {key for key in Medusa2Recipe.model_fields if getattr(other, key) != getattr(ramped, key)}
+
+    assert differing("embedded_hard_labels") == {"target"}
+    assert differing("embedded_medusa2_two_stage") == {"warmup", "schedule"}
+    assert differing("embedded_direct") == {"warmup", "lambda_0", "backbone_learning_rate"}
+    direct = joint("embedded_direct").recipe
+    assert direct.heads_learning_rate == direct.backbone_learning_rate
+    assert ramped.heads_learning_rate == 4 * ramped.backbone_learning_rate
+    assert joint("embedded_medusa1_continued").recipe.heads_learning_rate == ramped.heads_learning_rate
+
+
+@pytest.mark.parametrize("name", ["embedded_training", "embedded_training_quick"])
+def test_shipped_ablations_name_recipes_of_one_budget(name: str) -> None:
+    spec = load_ablation(SUITES / f"{name}.toml")
+    assert len(spec.seeds) >= 2 and spec.decides_claims == (spec.answer_tokens >= 50_000)
+    assert {"medusa1", "two_stage", "ramped", "direct", "hard_labels"} <= {arm.name for arm in spec.arms}
+    recipes = [arm_recipe(spec, arm.name, beside=None) for arm in spec.arms]
+    assert {recipe.batch_sequences for recipe in recipes} == {8} and {recipe.max_length for recipe in recipes} == {512}
+    assert all(recipe.lora.rank <= 8 for recipe in recipes if recipe.backbone == "lora")
+
+
+def test_a_quarter_of_the_quick_budget_is_not_a_claim() -> None:
+    quick = load_ablation(SUITES / "embedded_training_quick.toml")
+    assert quick.plan()[0] == ("start", None) and len(quick.plan()) == 1 + 2 * len(quick.arms)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ('kind = "joint"', 'kind = "both"', "kind"),
+        ('packed_corpus = "embedded/corpus.safetensors"', "", "give packed_corpus, corpus or conversations"),
+        ("num_steps = 48", "num_steps = 48\nnum_epochs = 1.0", "exactly one of num_epochs and num_steps"),
+        ("rank = 8", "rank = 0", r"recipe\.lora\.rank"),
+        ('target = "original"', 'target = "luck"', r"recipe\.target"),
+        ("seed = 0", "sead = 0", r"recipe\.sead"),
+    ],
+)
+def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str) -> None:
+    text = (SUITES / "recipes" / "embedded_medusa2_ramped.toml").read_text()
+    assert old in text
+    with pytest.raises(UserError, match=found):
+        parse_training_suite(text.replace(old, new, 1), where="mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must be distinct"),
+        ('name = "direct"', 'name = "start"', "arm names"),
+        ('calibration_trace = "embedded/calibration.npz"\n', "", "needs a calibration_trace"),
+        ("answer_tokens = 10000", "answer_tokens = 0", "answer_tokens"),
+        ("schema_version = 1", "schema_version = ", "invalid TOML"),
+    ],
+)
+def test_bad_ablations_are_refused_with_their_key(old: str, new: str, found: str) -> None:
+    text = (SUITES / "embedded_training_quick.toml").read_text()
+    assert old in text
+    with pytest.raises(UserError, match=found):
+        parse_ablation(text.replace(old, new, 1), where="mine.toml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine that may have what the recipe needs")
+@pytest.mark.parametrize("name", ["paper_7b_two_stage", "paper_33b_ramped"])
+def test_what_needs_bitsandbytes_says_so_before_anything_is_fetched(name: str, tmp_path: Path) -> None:
+    ran = command("train", name, "--work", tmp_path / "work")
+    assert (
+        ran.code == ExitCode.USER_ERROR and "a CUDA device" in ran.error_line and "4-bit backbone or an 8-bit optimiser" in ran.error_line
+    )
+    assert not (tmp_path / "work").exists()
+
+
+def test_ablations_are_no_suites_and_suites_no_ablations() -> None:
+    assert "embedded_training" not in command("reproduce", "nosuch").error_line
+    listed = command("ablate", "nosuch").error_line
+    assert "['embedded_training', 'embedded_training_quick']" in listed
