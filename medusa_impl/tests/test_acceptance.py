@@ -16,7 +16,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from medusa_impl.acceptance import Acceptance, AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
+from medusa_impl.acceptance import Acceptance, AcceptanceRule, GreedyRule, RejectionRule, TypicalRule, first_choice
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers
 
@@ -375,3 +375,15 @@ def test_rejection_rows_are_independent() -> None:
     law = sequential_law(tree, drafted, temperature=1.0)
     pairs: dict[Hashable, float] = {(a, b): law[a] * law[b] for a in law for b in law}
     assert p_value(Counter[Hashable](zip(new[::2], new[1::2], strict=True)), pairs) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 64, 256, 4096, 50_257, 49_152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_choice_is_the_greatest_logit_and_the_lowest_id_of_equals(vocab_size: int, dtype: torch.dtype) -> None:
+    """Vocabularies that divide into blocks and some that do not; levels so few that ties lie within a block and across blocks."""
+    for levels in (3, 10**6):
+        logits = torch.randint(-levels, levels, (2, 3, vocab_size), generator=generator(vocab_size)).to(dtype)
+        expected = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+        assert torch.equal(first_choice(logits), expected)
+    strided = torch.randn(4, 5, vocab_size, generator=generator(1))[:, -1]
+    assert torch.equal(first_choice(strided), strided.argmax(-1))
