@@ -53,10 +53,11 @@ def first_choice(logits: Tensor) -> Tensor:
     size = math.gcd(logits.shape[-1], _BLOCK_TOKENS)
     if logits.device.type != "cpu" or size < _LEAST_BLOCK_TOKENS:
         return logits.argmax(-1)
-    blocks = logits.unflatten(-1, (-1, size))
+    blocks = logits.reshape(*logits.shape[:-1], -1, size)
     best = blocks.amax(-1).argmax(-1, keepdim=True)
     within = blocks.gather(-2, best[..., None].expand(*best.shape, size)).squeeze(-2).argmax(-1)
-    return best.squeeze(-1) * size + within
+    choice: Tensor = best.squeeze(-1) * size + within
+    return choice
 
 
 class GreedyRule:

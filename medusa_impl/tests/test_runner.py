@@ -218,7 +218,7 @@ def test_packed_mode_takes_every_family(family: str) -> None:
     tokens = torch.arange(TREE.num_nodes)[None] % 11
     outputs = []
     for mode in ("eager", "packed"):
-        engine = StepRunner(build(family), None, mode=mode)  # type: ignore[arg-type]
+        engine = StepRunner(build(family), None, mode=mode)
         assert engine.mode == mode
         cache = engine.backbone.new_cache(batch_size=1, max_length=40)
         engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
