@@ -27,7 +27,7 @@ from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.export import export
 from harness.judge import judge
 from harness.judgement import Judgement
-from harness.paths import default_results
+from harness.paths import default_results, resolve_path
 from harness.records import RunRecord, write_bytes, write_json
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
@@ -36,8 +36,8 @@ from harness.validate import validate_record, write_schemas
 
 app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and this machine?", no_args_is_help=True, add_completion=False)
 console = Console(stderr=True)
-_NOT_SUITES = ("assets", "claims", "hardware", "shapes")  # other data that lies beside the suites
-_LATENCY = "latency_"  # what the names of latency specs begin with
+_NOT_SUITES = ("assets", "claims", "hardware", "quoted", "shapes")  # other data that lies beside the suites
+_LATENCY, _SWEEP = "latency_", "sweep_"  # what the names of latency specs and of sweeps begin with
 _ABLATION = "_training"  # what the names of ablations hold
 
 SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
@@ -273,21 +273,70 @@ def latency(
     _finish_latency(run_latency(wanted, spec_file=file, options=options, console=console), readme=readme)
 
 
+@app.command()
+def sweep(
+    suite: Annotated[str, typer.Argument(help="a shipped sweep's name or a TOML file")] = "embedded",
+    replay_only: Annotated[bool, typer.Option("--replay-only", help="leave out all points that the device would have to run")] = False,
+    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished sweep")] = None,
+    results: Annotated[Path | None, typer.Option(help="where records go, and latency records are found")] = None,
+    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    report: Annotated[Path | None, typer.Option(help="write this record's report and figures again instead of sweeping")] = None,
+    readme: Annotated[Path | None, typer.Option(help="write the table of devices between this file's markers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Compose trees x heads x devices from a trace and step times; run sampled points and check some composed ones."""
+    registry = load_claims(claims)
+    if report is not None:
+        _finish_sweep(report, claims=registry, readme=readme)
+        return
+    from harness.record_sweep import SweepOptions, run_sweep
+    from harness.sweep_specs import load_sweep
+
+    file = _find_data(suite if suite.endswith(".toml") else suite.removeprefix(_SWEEP), folder=None, prefix=_SWEEP)
+    options = SweepOptions(
+        results=results or default_results(),
+        resume=resume,
+        replay_only=replay_only,
+        cache=cache_dir() / "trees",
+        allow_hub=hub,
+        command=_command(),
+    )
+    _finish_sweep(run_sweep(load_sweep(file), spec_file=file, options=options, console=console), claims=registry, readme=readme)
+
+
 @app.command("search-tree")
 def search_tree(
-    calibration: Annotated[Path, typer.Argument(help="the trace (.npz) to grow trees on")],
-    num_nodes: Annotated[int, typer.Option(help="nodes, root included", min=2)] = 64,
+    calibration: Annotated[Path | None, typer.Argument(help="the trace (.npz) to grow trees on; the embedded one by default")] = None,
+    num_nodes: Annotated[int, typer.Option(help="nodes, root included; with --device at most so many", min=2)] = 64,
     values: Annotated[str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")] = "joint",
     check: Annotated[Path | None, typer.Option(help="a second trace to replay the trees on")] = None,
     out: Annotated[Path | None, typer.Option(help="write the tree as JSON")] = None,
+    device: Annotated[str | None, typer.Option(help="the fastest tree there: a device of hardware.toml, or a latency record")] = None,
+    shape: Annotated[str, typer.Option(help="the model's published shape, for --device")] = "smollm2-135m-instruct",
+    dtype: Annotated[str | None, typer.Option(help="one dtype of --device")] = None,
 ) -> None:
-    """Grow the best tree on a trace and print what it promises and what it yields."""
-    from harness.search import print_search
+    """Grow the best tree on a trace, or the fastest one on a device, and print what it promises and what it yields."""
+    from harness.search import print_device_search, print_search
 
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
-    tree = print_search(calibration, num_nodes=num_nodes, values=values, check=check, console=console)
-    text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
+    trace_file = calibration or resolve_path("embedded/calibration.npz", beside=None)
+    if device is None:
+        tree = print_search(trace_file, num_nodes=num_nodes, values=values, check=check, console=console)
+        text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
+    else:
+        choice = print_device_search(
+            trace_file,
+            device=device,
+            shape=shape,
+            dtype=dtype,
+            max_nodes=num_nodes,
+            check=check,
+            results=default_results(),
+            cache=cache_dir() / "trees",
+            console=console,
+        )
+        text = choice.tree().to_json(provenance={"device": device, "shape": shape, "method": choice.method, "step_s": choice.step_s})
     if out is not None:
         write_bytes(out, (text + "\n").encode())
     print(text)
@@ -361,7 +410,7 @@ def _find_data(text: str, *, folder: str | None, prefix: str = "", kind: Literal
     home = suites / folder if folder else suites
     stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
     if folder is None:
-        stems = [stem for stem in stems if stem.startswith(_LATENCY) == (prefix == _LATENCY)]
+        stems = [stem for stem in stems if next((other for other in (_LATENCY, _SWEEP) if stem.startswith(other)), "") == prefix]
         stems = [stem for stem in stems if (_ABLATION in stem) == (kind == "ablation")]
     names = sorted(stem.removeprefix(prefix) for stem in stems)
     if text not in names:
@@ -414,6 +463,28 @@ def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path 
     if readme is not None:
         update_ablation(readme, record, rows)
     print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
+
+
+def _finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
+    """Write a sweep's figures, report and README table, print its devices, end with one JSON line; a failed run cell is exit code 2."""
+    from harness.report.figures import draw_figures
+    from harness.report.readme import update_sweep
+    from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
+    from harness.sweep_record import SweepRecord
+
+    record = SweepRecord(folder)
+    try:
+        draw_figures(record, folder / "figures")
+    except UserError as error:
+        console.print(f"no figures: {error}", highlight=False, markup=False, soft_wrap=True)
+    names = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
+    write_bytes(folder / "report.md", render_sweep_report(record, claims=claims, figures=names).encode())
+    print_sweep(Console(), record)
+    if readme is not None:
+        update_sweep(readme, record, figures=names)
+    print(json.dumps(sweep_headline(record, claims=claims), allow_nan=False))
+    if any(not failed.key.startswith("curve ") for failed in record.failed):
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
 def _command() -> str:

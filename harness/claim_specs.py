@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from harness.claim_forms import LiteralForm, PaperOnlyForm, TrainingForm, TransferForm
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.sweep_forms import SweepForm
 
 CLAIMS_FILE = Path(__file__).parent.parent / "suites" / "claims.toml"
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
@@ -39,7 +40,7 @@ class OperatorTable(Frozen):
 class ClaimSpec(Frozen):
     """One claim: what is stated and where, the figure, and the forms in which it can be judged.
 
-    `transfer` is judged on the record of a suite, `training` on that of an ablation.
+    `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a sweep.
     `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
     """
 
@@ -56,12 +57,13 @@ class ClaimSpec(Frozen):
     literal: LiteralForm | None = None
     transfer: TransferForm | None = None
     training: TrainingForm | None = None
+    sweep: SweepForm | None = None
     paper_only: PaperOnlyForm | None = None
     needs: str | None = None
 
     @model_validator(mode="after")
     def _judged_somehow(self) -> ClaimSpec:
-        forms = (self.literal, self.transfer, self.training, self.paper_only)
+        forms = (self.literal, self.transfer, self.training, self.sweep, self.paper_only)
         if all(form is None for form in forms) and not self.needs:
             raise ValueError(f"claim {self.id!r}: give a form, or needs: what it would take")
         return self

@@ -32,6 +32,19 @@ from harness.records import (
     write_bytes,
 )
 from harness.report.formatting import holds_absolute_path
+from harness.sweep_record import (
+    CELLS_FILE,
+    ORIGIN_FILE,
+    TREES_FILE,
+    ComposedCell,
+    SweepCell,
+    SweepManifest,
+    SweepOrigin,
+    SweepRecord,
+    SweepTrees,
+)
+from harness.sweep_record import SPEC_FILE as SWEEP_FILE
+from harness.sweep_specs import SweepSpec
 
 _MODELS: dict[str, type[BaseModel]] = {
     "environment": Environment,
@@ -52,13 +65,17 @@ _MODELS: dict[str, type[BaseModel]] = {
     "latency_modes": ModeTrials,
     "latency_batches": BatchTrials,
     "latency_manifest": LatencyManifest,
+    "sweep_spec": SweepSpec,
+    "sweep_origin": SweepOrigin,
+    "sweep_trees": SweepTrees,
+    "sweep_manifest": SweepManifest,
 }
 _PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json")
 _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", *_PROBES)
 
 
 def validate_record(folder: Path) -> tuple[str, ...]:
-    """Return every fault of a record folder, of a run or of latencies, as one line each; none for a whole record.
+    """Return every fault of a record folder, of a run, of latencies or of a sweep, as one line each; none for a whole record.
 
     Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite, each generation's sums,
     each Medusa arm's tree, the trace against the vanilla text, and that nothing names a place on one machine.
@@ -66,6 +83,8 @@ def validate_record(folder: Path) -> tuple[str, ...]:
     """
     if (folder / "spec.toml").exists():
         return _latency_faults(folder)
+    if (folder / SWEEP_FILE).exists():
+        return _sweep_faults(folder)
     if (folder / ARMS_FILE).exists():
         return _ablation_faults(folder)
     record = RunRecord(folder)
@@ -156,12 +175,44 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
     return (*faults, *_place_faults(record))
 
 
+def _sweep_faults(folder: Path) -> tuple[str, ...]:
+    record = SweepRecord(folder)
+    loaders: dict[str, Callable[[], object]] = {
+        SWEEP_FILE: lambda: record.spec,
+        ORIGIN_FILE: lambda: record.origin,
+        TREES_FILE: lambda: [one.tree() for one in record.trees.trees],
+        CELLS_FILE: lambda: record.cells,
+        "manifest.json": lambda: record.manifest,
+    }
+    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    if faults:
+        return tuple(faults)
+    if (fault := _fault_of(record.check_seal)) is not None:
+        faults.append(f"manifest.json: {fault}")
+    manifest, failed = record.manifest, len(record.failed)
+    found = (len(record.cells) - failed, failed, record.num_points)
+    if manifest is not None and (manifest.num_done, manifest.num_failed, manifest.num_points) != found:
+        faults.append(f"{CELLS_FILE}: found {found[0]} cells, {failed} failed ones and {found[2]} points, need as many as in manifest.json")
+    if manifest is not None and len(record.cells) < manifest.num_planned:
+        found_cells = f"found {len(record.cells)} of {manifest.num_planned} planned cells"
+        faults.append(f"{CELLS_FILE}: {found_cells}, need all (to mend it: resume the sweep)")
+    if len({one.key for one in record.cells}) != len(record.cells):
+        faults.append(f"{CELLS_FILE}: found a cell twice, need each once")
+    for number, one in enumerate(record.cells, start=1):
+        places = one.trees if isinstance(one, ComposedCell) else (getattr(one, "tree", None),)
+        if any(place is not None and not 0 <= place < len(record.trees.trees) for place in places):
+            faults.append(f"{CELLS_FILE}:{number}: found a tree that is not in {TREES_FILE}, need one of its {len(record.trees.trees)}")
+    return (*faults, *_place_faults(record))
+
+
 def json_schemas() -> dict[str, dict[str, Any]]:
     """Return the JSON schema of every file of a record, and of a judgement, by name; `generation` is one line of generations.jsonl."""
     schemas = {name: model.model_json_schema() for name, model in _MODELS.items()}
     schemas["suite"] = SuiteSpec.model_json_schema()
     outcome: TypeAdapter[Any] = TypeAdapter(TrialOutcome)
     schemas["generation"] = {"title": "TrialOutcome", **outcome.json_schema()}
+    cell: TypeAdapter[Any] = TypeAdapter(SweepCell)
+    schemas["sweep_cell"] = {"title": "SweepCell", **cell.json_schema()}
     return {name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schemas[name]} for name in sorted(schemas)}
 
 
@@ -277,11 +328,13 @@ def _trace_faults(record: RunRecord) -> Iterator[str]:
             yield f"trace.npz: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
 
 
-def _place_faults(record: RunRecord | LatencyRecord | AblationRecord) -> Iterator[str]:
-    for name, value in record.environment.model_dump(mode="json").items():
+def _place_faults(record: RunRecord | LatencyRecord | AblationRecord | SweepRecord) -> Iterator[str]:
+    origin: BaseModel = record.origin if isinstance(record, SweepRecord) else record.environment
+    file = ORIGIN_FILE if isinstance(record, SweepRecord) else "environment.json"
+    for name, value in origin.model_dump(mode="json").items():
         for text in _texts(value):
             if holds_absolute_path(text):
-                yield f"environment.json: found an absolute path in {name!r}, need none: it tells a machine or a user apart"
+                yield f"{file}: found an absolute path in {name!r}, need none: it tells a machine or a user apart"
 
 
 def _texts(value: object) -> Iterator[str]:

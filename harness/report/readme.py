@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import InvalidMeasurement, UserError
@@ -12,10 +13,14 @@ from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes
 from harness.report.markdown import render_best_arm
 from harness.report.provenance import describe_commit, describe_device
+from harness.report.sweep import render_readme_sweep
 from harness.report.tables import ARMS_NOTE, TOKENS_NOTE, VERDICT_NOTE, render_arms_table, render_verdict_table, verdicts_in_words
+from harness.sweep_record import SweepRecord
 
 MARKER = "results"
 MODES_MARKERS = ("<!-- modes:begin -->", "<!-- modes:end -->")
+SWEEP_MARKERS = ("<!-- sweep:begin -->", "<!-- sweep:end -->")
+README_FIGURES = ("figures/fig4_nodes.svg", "figures/devices.svg")
 
 
 def update_between_markers(text: str, *, marker: str, content: str) -> str:
@@ -102,6 +107,33 @@ def check_modes(readme: Path, record: LatencyRecord) -> bool:
     """Whether the README shows exactly the table of modes that the record gives."""
     text = _read(readme)
     return _with_modes(text, readme, record) == text
+
+
+def update_sweep(readme: Path, record: SweepRecord, *, figures: Sequence[str] = ()) -> None:
+    """Write a sweep's table of devices and two of its figures between the README's markers; one that says so already is not touched.
+
+    Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
+    """
+    text = _read(readme)
+    updated = _with_sweep(text, readme, record, figures=figures)
+    if updated != text:
+        write_bytes(readme, updated.encode())
+
+
+def check_sweep(readme: Path, record: SweepRecord, *, figures: Sequence[str] = ()) -> bool:
+    """Whether the README shows exactly the table of devices that the record gives."""
+    text = _read(readme)
+    return _with_sweep(text, readme, record, figures=figures) == text
+
+
+def _with_sweep(text: str, readme: Path, record: SweepRecord, *, figures: Sequence[str]) -> str:
+    record.check_seal()
+    begin, end = SWEEP_MARKERS
+    content = render_readme_sweep(record, base=readme.parent, figures=[name for name in README_FIGURES if name in figures])
+    try:
+        return replace_between(text, begin=begin, end=end, content=content)
+    except UserError as error:
+        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
 
 
 def _with_modes(text: str, readme: Path, record: LatencyRecord) -> str:

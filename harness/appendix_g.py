@@ -1,0 +1,94 @@
+"""The simulations of Appendix G as tables: simulated speedup against candidates, batch and sequence length. All predicted, no device.
+
+The verdicts on them (RL-64, RL-32, RL-seq, RL-44, RL-acc) are those of `claim_arithmetic.py`; here are the curves behind these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.claim_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
+from harness.claim_specs import ClaimSpec, load_claims
+from harness.errors import UserError
+from harness.hardware import load_hardware
+from harness.roofline import Simulation, llama_7b_block, step_cost
+
+CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # the paper's grid of Tables 6 to 8, and beyond
+VERDICTS = ("RL-64", "RL-32", "RL-seq", "RL-44", "RL-acc")
+
+
+@dataclass(frozen=True)
+class SimulatedRow:
+    """One setting: candidates with the simulated acceleration rate, step cost and speedup."""
+
+    num_nodes: int
+    batch: int
+    context_tokens: int
+    acceleration_rate: float
+    step_cost: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class SimulatedBest:
+    """The best number of candidates of one setting, and its speedup."""
+
+    batch: int
+    context_tokens: int
+    num_nodes: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class AppendixG:
+    """The three simulations on one device: against candidates (Fig. 21), batch (Fig. 22) and sequence length (Fig. 23)."""
+
+    device: str
+    by_candidates: tuple[SimulatedRow, ...]
+    by_batch: tuple[SimulatedBest, ...]
+    by_length: tuple[SimulatedBest, ...]
+
+
+def simulate(claims: Sequence[ClaimSpec] | None = None) -> AppendixG:
+    """Return the simulations with the settings that the registry judges them at.
+
+    Raises: UserError where the registry lacks one of the three claims.
+    Paper: Appendix G.3, Figs 21 to 23.
+    """
+    forms = {claim.id: claim.paper_only for claim in (claims if claims is not None else load_claims())}
+    peak, batches, lengths = forms.get("RL-64"), forms.get("RL-32"), forms.get("RL-seq")
+    if (
+        not isinstance(peak, SimulatedPeakForm)
+        or not isinstance(batches, SimulatedBatchForm)
+        or not isinstance(lengths, SimulatedLengthForm)
+    ):
+        raise UserError(found="no simulated forms", need="RL-64, RL-32 and RL-seq with their forms", where="the registry of claims")
+    simulation = _simulation(peak)
+    doubled = [2**power for power in range((2 * batches.batch).bit_length())]
+    return AppendixG(
+        device=peak.device,
+        by_candidates=tuple(_row(simulation, nodes, context_tokens=peak.context_tokens, batch=peak.batch) for nodes in CANDIDATES),
+        by_batch=tuple(_best(_simulation(batches), context_tokens=batches.context_tokens, batch=batch) for batch in doubled),
+        by_length=tuple(_best(_simulation(lengths), context_tokens=length, batch=lengths.batch) for length in lengths.context_tokens),
+    )
+
+
+def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
+    devices = load_hardware()
+    if form.device not in devices:
+        raise UserError(found=f"device {form.device!r}", need=f"one of {sorted(devices)}", where="the registry of claims")
+    return Simulation(shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base)
+
+
+def _row(simulation: Simulation, num_nodes: int, *, context_tokens: int, batch: int) -> SimulatedRow:
+    cost = step_cost(simulation.shape, simulation.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+    speedup = simulation.speedup(num_nodes, context_tokens=context_tokens, batch=batch)
+    return SimulatedRow(
+        num_nodes=num_nodes, batch=batch, context_tokens=context_tokens, acceleration_rate=speedup * cost, step_cost=cost, speedup=speedup
+    )
+
+
+def _best(simulation: Simulation, *, context_tokens: int, batch: int) -> SimulatedBest:
+    num_nodes, speedup = simulation.best(context_tokens=context_tokens, batch=batch)
+    return SimulatedBest(batch=batch, context_tokens=context_tokens, num_nodes=num_nodes, speedup=speedup)

@@ -1,0 +1,359 @@
+"""What a step costs on a device: measured, from a committed latency record, or predicted, from a data sheet by the roofline.
+
+Both answer one question, `seconds(num_nodes, num_heads, context_tokens, batch)`, and say what they are. A prediction carries the error
+that the same roofline showed on the devices that were measured; figures that others published stand apart, in `harness/quoted.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Literal, Protocol
+
+from harness.config import Frozen
+from harness.errors import UserError
+from harness.hardware import DeviceSpec, load_hardware, match_device
+from harness.latency import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
+from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey
+from harness.prediction import Prediction, PredictionError, prediction_error
+from harness.records import canonical_sha256
+from harness.roofline import Limits, heads_seconds, step_seconds
+from harness.shapes import ShapeSpec, load_shapes
+
+_PREDICTED_CONTEXTS = tuple(sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))}))
+_HALF = ("float16", "bfloat16")  # what hardware.toml knows the throughput of
+_NO_BFLOAT16 = ("t4", "v100-16gb-sxm", "v100-32gb-sxm")  # hardware.toml, their sources
+_MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may fill
+
+
+class CurveLabel(Frozen):
+    """Which device, model shape, dtype and mode a curve is of, where it comes from, and what it is worth.
+
+    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint` changes with any figure behind
+    the curve. `weights_sha256` is that of the model that was timed, None for random weights and predictions.
+    """
+
+    device: str
+    shape: str
+    dtype: DtypeName
+    mode: ModeName | None
+    kind: Literal["measured", "predicted"]
+    source: str
+    fingerprint: str
+    weights_sha256: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The curve in a few words."""
+        mode = f", {self.mode}" if self.mode is not None else ""
+        return f"{self.device}, {self.shape}, {self.dtype}{mode} ({self.kind})"
+
+
+class StepTimes(Protocol):
+    """A device's curve. `contexts` are the lengths between which times are linear; beyond them the nearest is taken, and said so."""
+
+    @property
+    def label(self) -> CurveLabel: ...
+    @property
+    def contexts(self) -> tuple[int, ...]: ...
+    def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
+    def heads_seconds(self, *, num_heads: int, batch: int) -> float | None: ...
+    def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
+
+
+class MeasuredCurve:
+    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was measured."""
+
+    def __init__(self, record: LatencyRecord, *, dtype: DtypeName, mode: ModeName) -> None:
+        points = [point for point in record.points if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s]
+        self._curve = LatencyCurve(points)
+        self._contexts = tuple(sorted({point.context_tokens for point in points}))
+        name = record.environment.device.name
+        self._label = CurveLabel(
+            device=match_device(name) or name,
+            shape=record.facts.name,
+            dtype=dtype,
+            mode=mode,
+            kind="measured",
+            source=f"latency record {record.folder.name}",
+            fingerprint=canonical_sha256([point.model_dump(mode="json") for point in points])[:16],
+            weights_sha256=None if record.facts.random_weights else record.environment.backbone_sha256,
+        )
+
+    @property
+    def label(self) -> CurveLabel:
+        """What the curve is of."""
+        return self._label
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths that were timed."""
+        return self._contexts
+
+    def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return a whole step less its heads."""
+        try:
+            return self._curve.seconds(num_nodes=num_nodes, num_heads=0, context_tokens=context_tokens, batch=batch)
+        except UserError:
+            return None
+
+    def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
+        """Return the time of the heads."""
+        try:
+            return self._curve.heads_seconds(num_heads=num_heads, batch=batch)
+        except UserError:
+            return None
+
+    def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return the time of the backbone's pass alone."""
+        try:
+            return self._curve.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        except UserError:
+            return None
+
+
+class PredictedCurve:
+    """The roofline's curve of one device and shape: a lower bound, without launches, softmax, candidates and acceptance.
+
+    None where weights, cache and logits do not fit into the device's memory.
+    Raises: UserError for a dtype that the device has no published throughput for, or a shape that does not fit at all.
+    """
+
+    def __init__(self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: LatencyHeads) -> None:
+        if dtype not in _HALF or (dtype == "bfloat16" and key in _NO_BFLOAT16):
+            need = "float16" if key in _NO_BFLOAT16 else "float16 or bfloat16"
+            raise UserError(found=f"{dtype} on {key}", need=f"{need}: no other throughput is published there", where="the prediction")
+        self._device, self._shape, self._heads, self._dtype = device, shape, heads, dtype
+        self._facts = facts_of_shape(shape, heads=heads, random_weights=True)
+        self._label = CurveLabel(
+            device=key,
+            shape=shape.name,
+            dtype=dtype,
+            mode=None,
+            kind="predicted",
+            source="roofline on hardware.toml",
+            fingerprint=canonical_sha256(
+                [device.model_dump(mode="json"), shape.model_dump(mode="json"), heads.model_dump(mode="json"), dtype]
+            )[:16],
+        )
+        if not self._fits(num_nodes=1, context_tokens=1, batch=1):
+            needed = self._needed_bytes(num_nodes=1, context_tokens=1, batch=1) / 1e9
+            raise UserError(
+                found=f"{shape.name} in {dtype}, which needs {needed:.0f} GB",
+                need=f"at most {_MEMORY_SHARE:g} of the {device.memory_gb} GB of {key}",
+                where="the prediction",
+            )
+
+    @property
+    def label(self) -> CurveLabel:
+        """What the curve is of."""
+        return self._label
+
+    @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """A grid fine enough that lines between its points stay within half a percent of the roofline."""
+        limit = self._shape.max_positions
+        return (*(context for context in _PREDICTED_CONTEXTS if context < limit), limit)
+
+    def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return the backbone's step; what a whole step adds to it beside the heads the roofline leaves out."""
+        return self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+
+    def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
+        """Return the time of the heads."""
+        form = self._heads
+        return heads_seconds(
+            self._shape.roofline_shape,
+            self._device.limits,
+            num_heads=num_heads,
+            num_layers=form.num_layers,
+            architecture=form.architecture,
+            batch=batch,
+            dtype_bytes=DTYPE_BYTES[self._dtype],
+        )
+
+    def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return the backbone's step over `num_nodes` behind `context_tokens` kept ones."""
+        if not self._fits(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch):
+            return None
+        return step_seconds(
+            self._shape.roofline_shape,
+            self._device.limits,
+            num_nodes=num_nodes,
+            context_tokens=context_tokens + num_nodes,
+            batch=batch,
+            dtype_bytes=DTYPE_BYTES[self._dtype],
+        )
+
+    def _fits(self, *, num_nodes: int, context_tokens: int, batch: int) -> bool:
+        needed = self._needed_bytes(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        return needed <= _MEMORY_SHARE * self._device.memory_gb * 1e9
+
+    def _needed_bytes(self, *, num_nodes: int, context_tokens: int, batch: int) -> int:
+        key = PointKey(
+            dtype=self._dtype,
+            mode="eager",
+            num_nodes=num_nodes,
+            num_heads=self._heads.num_heads,
+            context_tokens=context_tokens,
+            batch=batch,
+        )
+        return self._facts.needed_bytes(key, packs=False)
+
+
+def find_latency_records(results: Path, *, names: Sequence[str] | Literal["all"] = "all") -> tuple[LatencyRecord, ...]:
+    """Return the newest sealed latency record of each spec and machine under a results folder, in order of their place.
+
+    Raises: UserError for a name of which there is no sealed record.
+    """
+    newest: dict[tuple[str, str], Path] = {}
+    for manifest in sorted(results.glob("latency/*/*/*/manifest.json"), key=lambda path: path.parent.name):
+        spec, machine = manifest.parts[-4], manifest.parts[-3]
+        if names == "all" or spec in names:
+            newest[spec, machine] = manifest.parent
+    missing = [] if names == "all" else [name for name in names if name not in {spec for spec, _ in newest}]
+    if missing:
+        need = "a sealed record of that spec under results/latency"
+        raise UserError(found=f"no latency record {missing[0]!r}", need=need, where="measured.records", do="run medusa-repro latency")
+    return tuple(LatencyRecord(newest[place]) for place in sorted(newest))
+
+
+def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tuple[MeasuredCurve, ...]:
+    """Return a record's curves, one a dtype, in the mode that decoding takes there; `dtypes` narrows them down.
+
+    Raises: UserError for an unsealed or altered record.
+    """
+    record.check_seal()
+    timed = dict.fromkeys((point.dtype, point.mode) for point in record.points if point.step_s)
+    curves = []
+    for dtype in dict.fromkeys(dtype for dtype, _ in timed):
+        if not dtypes or dtype in dtypes:
+            curves.append(MeasuredCurve(record, dtype=dtype, mode=_decoding_mode(record, dtype=dtype, timed=tuple(timed))))
+    return tuple(curves)
+
+
+def _decoding_mode(record: LatencyRecord, *, dtype: DtypeName, timed: Iterable[tuple[DtypeName, ModeName]]) -> ModeName:
+    """Return the mode that `auto` took where the record says so and timed it, else the one with the quickest vanilla step."""
+    modes = [mode for other, mode in timed if other == dtype]
+    auto = record.modes.auto.get(dtype) if record.modes is not None else None
+    if auto in modes:
+        return auto
+
+    def vanilla_s(mode: ModeName) -> float:
+        times = [s for point in record.points if (point.dtype, point.mode, point.num_nodes) == (dtype, mode, 1) for s in point.step_s]
+        return median(times) if times else float("inf")
+
+    return min(modes, key=vanilla_s)
+
+
+def find_curves(name: str, *, results: Path, shape: str, dtype: str | None, heads: LatencyHeads) -> tuple[StepTimes, ...]:
+    """Return the curves that a word on the command line means: a device of `hardware.toml` by key or driver's name, or a latency record.
+
+    A record is named by its folder, or by the folder of its machine under results/latency; a device's measured curves of that shape
+    come first, then its prediction.
+    Raises: UserError where nothing has that name.
+    """
+    if Path(name).is_dir() and (Path(name) / "manifest.json").exists():
+        return _wanted(measured_curves(LatencyRecord(Path(name))), dtype=dtype)
+    devices, shapes = load_hardware(), load_shapes()
+    key = name if name in devices else match_device(name, devices)
+    found: list[StepTimes] = []
+    for record in find_latency_records(results):
+        for curve in measured_curves(record):
+            if record.folder.parent.name == name or (curve.label.device in (key, name) and curve.label.shape == shape):
+                found.append(curve)
+    if key is not None:
+        if shape not in shapes:
+            raise UserError(found=f"shape {shape!r}", need=f"one of {sorted(shapes)}", where="the command line")
+        predicted: DtypeName = "bfloat16" if dtype == "bfloat16" else "float16"
+        found.append(PredictedCurve(key, devices[key], shapes[shape], dtype=predicted, heads=heads))
+    if not found:
+        need = f"one of {sorted(devices)}, or a machine or record under results/latency"
+        raise UserError(found=f"device {name!r}", need=need, where="the command line")
+    return _wanted(found, dtype=dtype)
+
+
+def _wanted(curves: Sequence[StepTimes], *, dtype: str | None) -> tuple[StepTimes, ...]:
+    wanted = tuple(curve for curve in curves if dtype is None or curve.label.dtype == dtype)
+    if not wanted:
+        raise UserError(
+            found=f"dtype {dtype!r}", need=f"one of {sorted({curve.label.dtype for curve in curves})}", where="the command line"
+        )
+    return wanted
+
+
+class RooflineError(Frozen):
+    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in which a constant factor
+    cancels; `limits` says whose limits it was given there."""
+
+    devices: tuple[str, ...]
+    limits: tuple[Literal["measured", "data sheet"], ...]
+    seconds: PredictionError
+    step_cost: PredictionError | None
+
+
+def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
+    """Return the roofline's error over all points of the modes that decoding takes; None where no record can tell.
+
+    A device of `hardware.toml` is predicted from its data sheet in half precision, as unmeasured devices are; any other from the limits
+    measured in the record itself.
+    """
+    seconds, costs, devices, sources = list[Prediction](), list[Prediction](), list[str](), list[Literal["measured", "data sheet"]]()
+    sheets = load_hardware()
+    for record in records:
+        for curve in measured_curves(record):
+            label = curve.label
+            limits, source = _limits_of(record, label, sheets)
+            points = [p for p in record.points if (p.dtype, p.mode) == (label.dtype, label.mode) and p.backbone_s]
+            if limits is None or not points:
+                continue
+            made = {point.key: _prediction(record, point, limits) for point in points}
+            seconds += made.values()
+            costs += _step_costs(points, made)
+            if label.device not in devices:
+                devices.append(label.device)
+                sources.append(source)
+    if not seconds:
+        return None
+    return RooflineError(
+        devices=tuple(devices),
+        limits=tuple(sources),
+        seconds=prediction_error(seconds),
+        step_cost=prediction_error(costs) if costs else None,
+    )
+
+
+def _limits_of(
+    record: LatencyRecord, label: CurveLabel, sheets: Mapping[str, DeviceSpec]
+) -> tuple[Limits | None, Literal["measured", "data sheet"]]:
+    if label.device in sheets and label.dtype in _HALF:
+        return sheets[label.device].limits, "data sheet"
+    measured = record.limits(label.dtype)
+    if measured is None:
+        return None, "measured"
+    return Limits(bytes_per_s=measured.read_bandwidth_bytes_per_s, flop_per_s=measured.matmul_flop_per_s), "measured"
+
+
+def _prediction(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> Prediction:
+    predicted_s = step_seconds(
+        record.facts.roofline_shape,
+        limits,
+        num_nodes=point.num_nodes,
+        context_tokens=point.context_tokens + point.num_nodes,
+        batch=point.batch,
+        dtype_bytes=DTYPE_BYTES[point.dtype],
+    )
+    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
+
+
+def _step_costs(points: Sequence[LatencyPoint], made: Mapping[PointKey, Prediction]) -> list[Prediction]:
+    """Measured and predicted step costs of the points of more than one node whose group has a vanilla point."""
+    vanilla = {point.group: made[point.key].predicted_s for point in points if point.num_nodes == 1}
+    found = []
+    for point in points:
+        measured = step_cost_of(points, num_nodes=point.num_nodes, like=point) if point.num_nodes > 1 else None
+        if measured is not None:
+            found.append(Prediction(measured_s=measured, predicted_s=made[point.key].predicted_s / vanilla[point.group]))
+    return found

@@ -1,0 +1,182 @@
+"""Verdicts on what a sweep ran: thresholds, rules and temperatures, as pure functions of its sampled cells.
+
+Every figure is paired by prompt: the bootstrap draws prompts whole, with all settings and seeds of a prompt together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.claim_outcomes import Finding, NotTestable, combined, holds, shown
+from harness.claim_specs import ClaimSpec, load_claims
+from harness.intervals import above, below, bootstrap_ratio_of_ratios, bootstrap_totals
+from harness.judgement import ClaimVerdict, Interval, VerdictKind
+from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
+from harness.sweep_record import SampledCell, SweepRecord
+
+Floats = NDArray[np.float64]
+
+
+def sampled_counts(cell: SampledCell, *, prompts: Sequence[str]) -> tuple[Floats, Floats, Floats, Floats]:
+    """Return a cell's decoded tokens, steps, all tokens and summed log-likelihood by prompt, all seeds of a prompt together.
+
+    Shapes: [prompts] each; decoded tokens leave out each text's first, which the prefill made.
+    """
+    place = {key: number for number, key in enumerate(prompts)}
+    table = np.zeros((4, len(prompts)))
+    for row in cell.rows:
+        figures = (row.num_tokens - 1, len(row.step_tokens), row.num_tokens, row.log_likelihood)
+        table[:, place[row.prompt_key]] += figures
+    return table[0], table[1], table[2], table[3]
+
+
+def shared_prompts(cells: Sequence[SampledCell]) -> tuple[str, ...]:
+    """Return the prompts on which every cell took a step.
+
+    Raises: NotTestable where there is none.
+    """
+    keys = [{row.prompt_key for row in cell.rows if row.step_tokens} for cell in cells]
+    common = set.intersection(*keys) if keys else set()
+    if not common:
+        raise NotTestable("the settings share no prompt on which each took a step")
+    return tuple(row.prompt_key for row in cells[0].rows if row.prompt_key in common and row.seed == cells[0].rows[0].seed)
+
+
+def slope(values: Sequence[Floats], at: Sequence[float]) -> Floats:
+    """Return the least-squares slope of values over `at`. Shapes: one array a place, all alike; the result is like them."""
+    places = np.asarray(at, dtype=np.float64)
+    centred = places - places.mean()
+    return np.asarray(sum(weight * value for weight, value in zip(centred / (centred @ centred), values, strict=True)))
+
+
+def evaluate_sweep(record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None) -> tuple[ClaimVerdict, ...]:
+    """Return one verdict for each claim that has a form for sweeps, in the order of the registry."""
+    registry = claims if claims is not None else load_claims()
+    return tuple(_judge(claim, claim.sweep, record) for claim in registry if claim.sweep is not None)
+
+
+def _judge(claim: ClaimSpec, form: SweepForm, record: SweepRecord) -> ClaimVerdict:
+    try:
+        finding = _TESTS[type(form)](form, record)
+    except NotTestable as gap:
+        finding = Finding(kind=VerdictKind.NOT_TESTED, ours="", reason=str(gap), figure_kind="measured")
+    return ClaimVerdict(
+        claim_id=claim.id,
+        stated=claim.stated,
+        place=claim.place,
+        paper_figure=claim.figure,
+        form="transfer",
+        kind=finding.kind,
+        ours=finding.ours,
+        figure_kind=None if finding.kind is VerdictKind.NOT_TESTED else finding.figure_kind,
+        reason=finding.reason,
+    )
+
+
+def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
+    cells = [cell for cell in threshold_cells(record) if cell.setting.temperature == form.temperature]
+    if len(cells) < form.min_epsilons:
+        raise NotTestable(f"{len(cells)} thresholds with delta = sqrt(epsilon) at T {form.temperature:g}, {form.min_epsilons} are needed")
+    at = [_epsilon(cell) for cell in cells]
+    rate, likelihood = _trends(record, cells, at)
+    parts = [
+        _part(below(rate, 0.0), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls"),
+        _part(above(likelihood, 0.0), f"likelihood {shown(likelihood)} nats a unit", name="likelihood under the backbone rises"),
+    ]
+    return combined(parts)
+
+
+def threshold_cells(record: SweepRecord) -> list[SampledCell]:
+    """Return the typical cells whose delta is the square root of epsilon, in order of temperature and epsilon."""
+    cells = [
+        cell
+        for cell in record.sampled
+        if cell.setting.epsilon is not None
+        and cell.setting.delta is not None
+        and math.isclose(cell.setting.delta, math.sqrt(cell.setting.epsilon))
+    ]
+    return sorted(cells, key=lambda cell: (cell.setting.temperature, _epsilon(cell)))
+
+
+def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecord) -> Finding:
+    typical = _find(record, "typical", form.temperature, epsilon=form.epsilon, delta=form.delta)
+    rejection = _find(record, "rejection", form.temperature)
+    prompts, spec = shared_prompts([typical, rejection]), record.spec.interval
+    ours, theirs = (sampled_counts(cell, prompts=prompts) for cell in (typical, rejection))
+    rate = bootstrap_ratio_of_ratios(
+        ours[0], ours[1], base_numerator=theirs[0], base_denominator=theirs[1], spec=spec, rng=np.random.default_rng(spec.seed)
+    )
+    gain = bootstrap_totals(
+        lambda a, b, c, d: a / b - c / d, ours[3], ours[2], theirs[3], theirs[2], spec=spec, rng=np.random.default_rng(spec.seed)
+    )
+    parts = [
+        _part(above(rate, form.bound), f"tokens/step {shown(rate, 'x')}", name="typical over rejection in tokens/step"),
+        _part(above(gain, -form.margin), f"likelihood {shown(gain)} nats a token", name=f"no less likely by more than {form.margin:g}"),
+    ]
+    return combined(parts)
+
+
+def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Finding:
+    parts = []
+    wanted: tuple[tuple[str, float | None, float | None, Callable[[Interval, float], VerdictKind], str], ...] = (
+        ("typical", form.epsilon, form.delta, above, "typical rises with T"),
+        ("rejection", None, None, below, "rejection falls with T"),
+    )
+    for rule, epsilon, delta, test, name in wanted:
+        cells = [
+            cell
+            for cell in record.sampled
+            if (cell.setting.rule, cell.setting.epsilon, cell.setting.delta) == (rule, epsilon, delta) and cell.setting.temperature > 0
+        ]
+        cells.sort(key=lambda cell: cell.setting.temperature)
+        if len(cells) < form.min_temperatures:
+            raise NotTestable(f"{len(cells)} temperatures of {rule}, {form.min_temperatures} are needed")
+        rate, _ = _trends(record, cells, [cell.setting.temperature for cell in cells])
+        parts.append(_part(test(rate, 0.0), f"{rule} {shown(rate)} tokens/step a unit of T", name=name))
+    return combined(parts)
+
+
+def _trends(record: SweepRecord, cells: Sequence[SampledCell], at: Sequence[float]) -> tuple[Interval, Interval]:
+    """Return the slopes of tokens/step and of mean log-likelihood over the cells, with intervals over prompts."""
+    prompts, spec = shared_prompts(cells), record.spec.interval
+    counts = [sampled_counts(cell, prompts=prompts) for cell in cells]
+
+    def trend(top: int, bottom: int) -> Interval:
+        columns = [column for count in counts for column in (count[top], count[bottom])]
+
+        def statistic(*totals: Floats) -> Floats:
+            return slope([numerator / denominator for numerator, denominator in zip(totals[::2], totals[1::2], strict=True)], at)
+
+        return bootstrap_totals(statistic, *columns, spec=spec, rng=np.random.default_rng(spec.seed))
+
+    return trend(0, 1), trend(3, 2)
+
+
+def _find(record: SweepRecord, rule: str, temperature: float, *, epsilon: float | None = None, delta: float | None = None) -> SampledCell:
+    wanted = (rule, temperature, epsilon, delta)
+    for cell in record.sampled:
+        setting = cell.setting
+        if (setting.rule, setting.temperature, setting.epsilon, setting.delta) == wanted:
+            return cell
+    thresholds = f", epsilon {epsilon:g}, delta {delta:g}" if epsilon is not None and delta is not None else ""
+    raise NotTestable(f"the sweep has no {rule} at T {temperature:g}{thresholds}")
+
+
+def _epsilon(cell: SampledCell) -> float:
+    assert cell.setting.epsilon is not None
+    return cell.setting.epsilon
+
+
+def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
+    return Finding(kind=kind, ours=ours, reason=f"{name}: {holds(kind)}", figure_kind="measured")
+
+
+_TESTS: dict[type, Callable[..., Finding]] = {
+    ThresholdTrendForm: _threshold_trend,
+    TypicalBeatsRejectionForm: _typical_beats_rejection,
+    TemperatureTrendForm: _temperature_trend,
+}

@@ -1,0 +1,356 @@
+"""What a sweep leaves on disk: versioned, validated records; tables, figures and verdicts are functions of them. No torch, no device.
+
+A record folder holds `sweep.toml`, `origin.json`, `trees.json`, `cells.jsonl` (one line a finished cell, appended as it ends) and, last,
+`manifest.json`, which seals it with the SHA-256 of every other file. A cell is what is computed or run at once and never in part: all
+trees on one curve, one sampled setting, or one decoded tree; a cell that could not be had says why.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from harness.config import Frozen
+from harness.cost_search import Method
+from harness.device_curves import CurveLabel, RooflineError
+from harness.errors import UserError
+from harness.judgement import FigureKind, Interval
+from harness.latency import BreakEven, break_even
+from harness.latency_specs import first_fault
+from harness.records import DeviceInfo, file_sha256
+from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
+from harness.sweep_trees import SweepTree
+
+SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
+Context = Literal["trace"] | int
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class TraceFacts(Frozen):
+    """What a trace is of: one of the two texts behind every composed figure."""
+
+    model_sha256: str
+    heads_sha256: str
+    dtype: str
+    max_new_tokens: int
+    num_prompts: int
+    num_positions: int
+    num_heads: int
+
+
+class SweepOrigin(Frozen):
+    """Where a record comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that ran the run cells.
+
+    `commit` is None outside a git checkout, and the report says so.
+    """
+
+    schema_version: Literal[1] = 1
+    commit: str | None
+    dirty: bool | None
+    command: str
+    python: str
+    packages: dict[str, str]
+    device: DeviceInfo
+    inputs: dict[str, str]
+    trace: TraceFacts
+    calibration: TraceFacts
+    roofline_error: RooflineError | None
+    started_utc: str
+
+
+class TreeRate(Frozen):
+    """Replayed tokens/step of one tree: rows decoded alone, or in batches where a batch takes as many steps as its slowest row."""
+
+    batch: int
+    tree: int
+    tokens_per_step: Interval
+
+
+class SweepTrees(Frozen):
+    """The trees of a sweep and what they yield on its trace; cells name trees by their place here."""
+
+    schema_version: Literal[1] = 1
+    trees: tuple[SweepTree, ...]
+    calibrated: tuple[float, ...]
+    rates: tuple[TreeRate, ...]
+
+    def rate(self, tree: int, *, batch: int = 1) -> Interval:
+        """Return a tree's tokens/step at a batch."""
+        return next(rate.tokens_per_step for rate in self.rates if (rate.batch, rate.tree) == (batch, tree))
+
+
+class ChosenTree(Frozen):
+    """What one search chose for a cell, and what that tree yields on the trace.
+
+    `promised` is the tokens/step that the search believed in. `step_cost` is the backbone alone against one node at the median context;
+    `overhead` the mean step against vanilla's; `speedups` the speedup by batch, where the cell was asked for it.
+    """
+
+    method: Method
+    tree: int
+    promised: float
+    step_cost: float | None
+    overhead: float
+    tokens_per_s: Interval
+    speedup: Interval
+    speedups: dict[int, float] = {}
+
+    @property
+    def break_even(self) -> BreakEven | None:
+        """Up to which batch the tree pays."""
+        return break_even(self.speedups) if self.speedups else None
+
+
+class ComposedCell(Frozen):
+    """All trees on one curve at one batch: columns of figures, one entry a tree that the curve covers.
+
+    `context` is "trace" where each step is priced at the length that its text had. `kind` is that of speedups and tokens/s; tokens/step
+    are replayed whatever it says, step times are `curve.kind`. `beyond_share` is the share of vanilla steps at lengths that the curve
+    does not cover, priced at the nearest one that it does. Units: `step_s` seconds, the mean over the replayed steps.
+    """
+
+    schema_version: Literal[1] = 1
+    cell: Literal["composed"] = "composed"
+    curve: CurveLabel
+    context: Context
+    batch: int
+    kind: FigureKind
+    beyond_share: float
+    vanilla_step_s: float
+    vanilla_tokens_per_s: float
+    trees: tuple[int, ...]
+    step_s: tuple[float, ...]
+    tokens_per_s: tuple[float, ...]
+    speedup: tuple[float, ...]
+    speedup_low: tuple[float, ...]
+    speedup_high: tuple[float, ...]
+    num_uncovered: int
+    chosen: tuple[ChosenTree, ...]
+
+    @property
+    def key(self) -> str:
+        """What makes the cell this one."""
+        return composed_key(self.curve, context=self.context, batch=self.batch)
+
+    @property
+    def best(self) -> ChosenTree:
+        """The tree that the search on joint hits chose."""
+        return next(chosen for chosen in self.chosen if chosen.method == "joint")
+
+
+class SampledRow(Frozen):
+    """One text: counts and, in nats, the summed log-likelihood of its tokens under the original backbone at temperature 1.
+
+    `step_tokens` sums to `num_tokens` - 1, since the prefill yields the first token.
+    """
+
+    prompt_key: str
+    category: str | None
+    seed: int | None
+    prompt_tokens: int
+    num_tokens: int
+    ended_by: Literal["eos", "budget"]
+    step_tokens: tuple[int, ...]
+    log_likelihood: float
+    text_sha256: str
+
+
+class SampledCell(Frozen):
+    """One setting whose text a replay cannot give, run on every prompt and seed; vanilla has no tree."""
+
+    schema_version: Literal[1] = 1
+    cell: Literal["sampled"] = "sampled"
+    setting: SampledSetting
+    tree: int | None
+    rows: tuple[SampledRow, ...]
+    elapsed_s: float
+
+    @property
+    def key(self) -> str:
+        """What makes the cell this one."""
+        return sampled_key(self.setting)
+
+
+class StepDifference(Frozen):
+    """The first step at which decoding took another path than the replay; a `tie` lies within rounding, anything else is a `bug`."""
+
+    prompt_key: str
+    position: int
+    decoded_steps: int
+    replayed_steps: int
+    kind: Literal["tie", "bug"]
+
+
+class DecodedRow(Frozen):
+    """One prompt decoded for real, by vanilla and with the tree in turn, on the decode clock; composed times are of the same steps."""
+
+    prompt_key: str
+    num_tokens: int
+    vanilla_s: float
+    medusa_s: float
+    medusa_steps: int
+    composed_vanilla_s: float
+    composed_medusa_s: float
+
+
+class DecodedCell(Frozen):
+    """One greedy point decoded for real: the check of the composition."""
+
+    schema_version: Literal[1] = 1
+    cell: Literal["decoded"] = "decoded"
+    curve: CurveLabel
+    tree: int
+    rows: tuple[DecodedRow, ...]
+    differences: tuple[StepDifference, ...]
+    elapsed_s: float
+
+    @property
+    def key(self) -> str:
+        """What makes the cell this one."""
+        return decoded_key(self.tree)
+
+
+class FailedCell(Frozen):
+    """A cell that could not be had: no figure, only the reason."""
+
+    schema_version: Literal[1] = 1
+    cell: Literal["failed"] = "failed"
+    key: str
+    words: str
+    error_type: str
+    message: str
+
+
+SweepCell = Annotated[ComposedCell | SampledCell | DecodedCell | FailedCell, Field(discriminator="cell")]
+_CELL: TypeAdapter[ComposedCell | SampledCell | DecodedCell | FailedCell] = TypeAdapter(SweepCell)
+AnyCell = ComposedCell | SampledCell | DecodedCell | FailedCell
+
+
+def composed_key(curve: CurveLabel, *, context: Context, batch: int) -> str:
+    """Return the key of a composed cell."""
+    return f"composed {curve.fingerprint} {context} {batch}"
+
+
+def sampled_key(setting: SampledSetting) -> str:
+    """Return the key of a sampled cell."""
+    return f"sampled {setting.words}"
+
+
+def decoded_key(tree: int) -> str:
+    """Return the key of a decoded cell."""
+    return f"decoded {tree}"
+
+
+class SweepManifest(Frozen):
+    """Written last: a folder without it is an unfinished sweep. `num_planned` counts what was asked for, run cells included."""
+
+    schema_version: Literal[1] = 1
+    sweep: str
+    num_planned: int
+    num_done: int
+    num_failed: int
+    num_points: int
+    finished_utc: str
+    elapsed_s: float
+    sha256: dict[str, str]
+
+
+class SweepRecord:
+    """A sweep's folder, read lazily and validated.
+
+    Raises: UserError for a missing, truncated, altered or unreadable file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError(found="no such folder", need="a sweep's record folder", where=folder.name)
+
+    @cached_property
+    def spec(self) -> SweepSpec:
+        return parse_sweep(self._text(SPEC_FILE), where=SPEC_FILE)
+
+    @cached_property
+    def origin(self) -> SweepOrigin:
+        return self._read(ORIGIN_FILE, SweepOrigin)
+
+    @cached_property
+    def trees(self) -> SweepTrees:
+        return self._read(TREES_FILE, SweepTrees)
+
+    @cached_property
+    def cells(self) -> tuple[AnyCell, ...]:
+        return read_cells(self.folder / CELLS_FILE)
+
+    @cached_property
+    def manifest(self) -> SweepManifest | None:
+        return self._read("manifest.json", SweepManifest) if (self.folder / "manifest.json").exists() else None
+
+    @property
+    def composed(self) -> tuple[ComposedCell, ...]:
+        """The composed cells."""
+        return tuple(cell for cell in self.cells if isinstance(cell, ComposedCell))
+
+    @property
+    def sampled(self) -> tuple[SampledCell, ...]:
+        """The sampled cells."""
+        return tuple(cell for cell in self.cells if isinstance(cell, SampledCell))
+
+    @property
+    def decoded(self) -> tuple[DecodedCell, ...]:
+        """The decoded cells."""
+        return tuple(cell for cell in self.cells if isinstance(cell, DecodedCell))
+
+    @property
+    def failed(self) -> tuple[FailedCell, ...]:
+        """The cells that could not be had."""
+        return tuple(cell for cell in self.cells if isinstance(cell, FailedCell))
+
+    @property
+    def num_points(self) -> int:
+        """Figures of a tree on a curve at a context and a batch."""
+        return sum(len(cell.trees) for cell in self.composed)
+
+    def check_seal(self) -> None:
+        """Refuse a record whose files differ from what its manifest says."""
+        if self.manifest is None:
+            raise UserError(found="no manifest.json", need="a finished sweep", where=self.folder.name, do="resume it with the same command")
+        for name, digest in self.manifest.sha256.items():
+            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
+            if found != digest:
+                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do="restore the file or sweep again")
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(found=f"no readable {name}", need="a sweep's record", where=self.folder.name) from error
+
+    def _read(self, name: str, model: type[ModelT]) -> ModelT:
+        try:
+            return model.model_validate_json(self._text(name))
+        except ValidationError as error:
+            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
+
+
+def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:
+    """Read a `cells.jsonl`; with `allow_torn_tail` half a last line, left by a kill, is left out instead of refused.
+
+    Raises: UserError naming file and line.
+    """
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
+    if tail and not allow_torn_tail:
+        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the sweep")
+    cells: list[AnyCell] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            cells.append(_CELL.validate_json(line))
+        except ValidationError as error:
+            raise UserError(found=first_fault(error), need="one cell a line", where=f"{path.name}:{number}") from error
+    return tuple(cells)

@@ -1,0 +1,221 @@
+"""What a sweep looks at, as data: validated, frozen models of what `suites/sweep_*.toml` may say."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from harness.config import Frozen, IntervalSpec
+from harness.errors import UserError
+from harness.latency_specs import Counts, LatencyHeads, first_fault
+
+MAX_NODES = 256  # the widest tree of Fig. 4
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...], Field(min_length=1)]
+Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+Temperature = Annotated[float, Field(gt=0)]
+SampledRule = Literal["greedy", "vanilla", "typical", "rejection"]
+PredictedDtype = Literal["float16", "bfloat16"]
+
+
+class ChainTrees(Frozen):
+    """Chains: the best token of each of the first heads and no branches."""
+
+    kind: Literal["chain"]
+    depths: Counts
+
+
+class CartesianTrees(Frozen):
+    """Cartesian trees of these s-vectors, and, for each of `max_nodes`, the one with the most tokens/step on the calibration trace."""
+
+    kind: Literal["cartesian"]
+    widths: tuple[Widths, ...] = ()
+    max_nodes: tuple[Annotated[int, Field(ge=2, le=MAX_NODES)], ...] = ()
+
+    @model_validator(mode="after")
+    def _says_something(self) -> CartesianTrees:
+        if not self.widths and not self.max_nodes:
+            raise ValueError("give widths, max_nodes or both")
+        return self
+
+
+class RandomDenseTrees(Frozen):
+    """Dense trees drawn at random, the control of Fig. 4: `draws` of each size and each number of heads."""
+
+    kind: Literal["random_dense"]
+    num_nodes: Annotated[tuple[Annotated[int, Field(ge=3, le=MAX_NODES)], ...], Field(min_length=1)]
+    draws: int = Field(default=1, ge=1)
+    seed: int
+
+
+class GrownTrees(Frozen):
+    """Trees grown on the calibration trace by head accuracies (`marginals`, the paper's way), by hits of whole paths (`joint`), or both."""
+
+    kind: Literal["grown"]
+    num_nodes: Sizes
+    values: Annotated[tuple[Literal["marginals", "joint"], ...], Field(min_length=1)] = ("marginals", "joint")
+
+
+TreeFamily = Annotated[ChainTrees | CartesianTrees | RandomDenseTrees | GrownTrees, Field(discriminator="kind")]
+
+
+class CostAwareSearch(Frozen):
+    """The search for each device's own tree, of at most `max_nodes` nodes, on the calibration trace."""
+
+    max_nodes: int = Field(default=MAX_NODES, ge=1, le=MAX_NODES)
+
+
+class MeasuredDevices(Frozen):
+    """Which latency records supply measured curves: all sealed ones, or those of these specs' names; in all their dtypes or some."""
+
+    records: Literal["all"] | tuple[str, ...] = "all"
+    dtypes: tuple[str, ...] = ()
+
+
+class PredictedDevices(Frozen):
+    """Which devices of `hardware.toml` carry which published shapes, predicted by the roofline; `heads` is the form of the draft heads."""
+
+    devices: Literal["all"] | tuple[str, ...] = "all"
+    shapes: Annotated[tuple[str, ...], Field(min_length=1)]
+    dtypes: Annotated[tuple[PredictedDtype, ...], Field(min_length=1)] = ("float16",)
+    heads: LatencyHeads = LatencyHeads()
+
+
+class SampledSetting(Frozen):
+    """One way to decode whose text a replay cannot give: a rule at a temperature; `epsilon` and `delta` are those of typical acceptance.
+
+    `greedy` is the tree at temperature 0 and `vanilla` no tree at all, both for comparison.
+    """
+
+    rule: SampledRule
+    temperature: float = Field(default=0.0, ge=0)
+    epsilon: float | None = Field(default=None, gt=0, lt=1)
+    delta: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampledSetting:
+        if (self.rule == "typical") != (self.epsilon is not None and self.delta is not None):
+            raise ValueError("typical acceptance, and no other rule, has epsilon and delta")
+        if (self.rule == "greedy") == (self.temperature > 0):
+            raise ValueError("greedy is at temperature 0, every other setting above it")
+        return self
+
+    @property
+    def words(self) -> str:
+        """The setting in one line, such as `typical, T 0.7, epsilon 0.09, delta 0.3`."""
+        thresholds = f", epsilon {self.epsilon:g}, delta {self.delta:.3g}" if self.epsilon is not None and self.delta is not None else ""
+        return f"{self.rule}, T {self.temperature:g}{thresholds}"
+
+
+class TypicalGrid(Frozen):
+    """Thresholds of typical acceptance whose product is run; `deltas` "sqrt" ties delta to the square root of epsilon, as Fig. 5 does."""
+
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)]
+    epsilons: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
+    deltas: Literal["sqrt"] | Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = "sqrt"
+
+    @property
+    def settings(self) -> tuple[SampledSetting, ...]:
+        """The product, temperatures outermost."""
+        return tuple(
+            SampledSetting(rule="typical", temperature=temperature, epsilon=epsilon, delta=delta)
+            for temperature in self.temperatures
+            for epsilon in self.epsilons
+            for delta in ((math.sqrt(epsilon),) if self.deltas == "sqrt" else self.deltas)
+        )
+
+
+class SampledPoints(Frozen):
+    """Points that change the text and so are run: which tree, which prompts of the suite, which settings.
+
+    `vanilla` and `rejection` are temperatures. Of the suite's prompts those of `categories` (empty means all) are taken, at most
+    `num_prompts`. Texts are cut at `max_new_tokens`; each is drawn once a seed.
+    """
+
+    tree_nodes: int = Field(ge=2, le=MAX_NODES)
+    categories: tuple[str, ...] = ()
+    num_prompts: int = Field(ge=1)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    max_new_tokens: int = Field(ge=2)
+    greedy: bool = True
+    vanilla: tuple[Temperature, ...] = ()
+    rejection: tuple[Temperature, ...] = ()
+    typical: tuple[TypicalGrid, ...] = ()
+
+    @property
+    def settings(self) -> tuple[SampledSetting, ...]:
+        """Every setting once, in the order in which they run."""
+        wanted = [SampledSetting(rule="greedy")] if self.greedy else []
+        wanted += [SampledSetting(rule="vanilla", temperature=temperature) for temperature in self.vanilla]
+        wanted += [SampledSetting(rule="rejection", temperature=temperature) for temperature in self.rejection]
+        wanted += [setting for grid in self.typical for setting in grid.settings]
+        return tuple(dict.fromkeys(wanted))
+
+
+class DecodedChecks(Frozen):
+    """Greedy points, drawn by seed, that are decoded for real: steps against the replay, speedup against the composition."""
+
+    num_points: int = Field(default=12, ge=1)
+    seed: int
+    num_prompts: int = Field(ge=2)
+
+
+class SweepSpec(Frozen):
+    """A sweep: one trace, trees grown on another, curves of devices, and points that are run.
+
+    `trace` is replayed; `calibration_trace` is what trees are grown and chosen on. `shape` is the published shape of the trace's model.
+    `suite` names the suite file whose model, heads and prompts the run points take. `contexts` gives "trace" (each step at the length
+    that its text had) or lengths at which every step is priced instead. `break_even_batches` are tried with each device's own tree.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    description: str
+    suite: str
+    shape: str
+    trace: str
+    calibration_trace: str
+    num_heads: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+    trees: Annotated[tuple[TreeFamily, ...], Field(min_length=1)]
+    search: CostAwareSearch = CostAwareSearch()
+    contexts: Annotated[tuple[Literal["trace"] | Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = ("trace",)
+    batches: Counts = (1,)
+    break_even_batches: Counts = (1, 2, 4, 8, 16, 32, 64)
+    measured: MeasuredDevices | None = None
+    predicted: PredictedDevices | None = None
+    sampled: SampledPoints | None = None
+    decoded: DecodedChecks | None = None
+    interval: IntervalSpec = IntervalSpec(num_resamples=1000)
+
+    @model_validator(mode="after")
+    def _has_devices(self) -> SweepSpec:
+        if self.measured is None and self.predicted is None:
+            raise ValueError("give measured, predicted or both: a sweep composes with some device's step times")
+        if self.break_even_batches[0] != 1 or list(self.break_even_batches) != sorted(set(self.break_even_batches)):
+            raise ValueError("break_even_batches must rise from 1")
+        return self
+
+
+def load_sweep(path: Path) -> SweepSpec:
+    """Read and validate a sweep's suite file.
+
+    Raises: UserError naming the key at fault.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(found=f"no readable file ({type(error).__name__})", need="a TOML sweep", where=path.name) from error
+    return parse_sweep(text, where=path.name)
+
+
+def parse_sweep(text: str, *, where: str) -> SweepSpec:
+    """Validate the text of a sweep's suite file; `where` names it in errors."""
+    try:
+        return SweepSpec.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need="a TOML sweep", where=where) from error
+    except ValidationError as error:
+        raise UserError(found=first_fault(error), need="a key and value that the sweep schema knows", where=where) from error

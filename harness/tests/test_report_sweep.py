@@ -1,0 +1,238 @@
+"""What is said of a sweep: tables from the record alone, hypothetical rows apart, figures that are the same whenever they are drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.appendix_g import CANDIDATES, simulate
+from harness.claim_specs import load_claims
+from harness.errors import UserError
+from harness.hardware import load_hardware
+from harness.report.figures import FORMATS, draw_figures, tree_layout
+from harness.report.formatting import holds_absolute_path
+from harness.report.readme import check_sweep, update_sweep
+from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
+from harness.roofline import llama_7b_block, step_cost
+from harness.search import print_device_search
+from harness.sweep import SweepPlan
+from harness.sweep_checks import headline_cells
+from harness.sweep_record import SweepRecord
+from harness.tests.fake_latency import SHAPE
+from harness.tests.fake_sweep import made_up_plan, write_sweep
+from harness.validate import validate_record
+from medusa_impl.tree import DraftTree
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted(path.parent for path in (ROOT / "results" / "sweep").glob("*/*/*/manifest.json"))
+PAGE = "# Title\n\n<!-- sweep:begin -->\nstale\n<!-- sweep:end -->\n\nRest.\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def plan(home: Path) -> SweepPlan:
+    return made_up_plan(home)
+
+
+@pytest.fixture(scope="module")
+def record(plan: SweepPlan, home: Path) -> SweepRecord:
+    return write_sweep(home / "records" / "some-sweep", plan)
+
+
+@pytest.fixture(scope="module")
+def report(record: SweepRecord) -> str:
+    return render_sweep_report(record, figures=["figures/fig4_nodes.svg"])
+
+
+def part(report: str, title: str) -> str:
+    """One second-level section of a report."""
+    return report.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def test_the_table_of_devices_says_what_each_figure_is(record: SweepRecord, report: str) -> None:
+    devices = part(report, "Which tree on which device")
+    (measured,) = [line for line in devices.splitlines() if line.startswith("| made-up CPU")]
+    best = headline_cells(record)[0].best
+    assert "| measured, float32, packed" in measured and "| composed " in measured
+    assert f"{best.speedup.estimate:.2f} [{best.speedup.low:.2f}, {best.speedup.high:.2f}]" in measured
+    assert record.trees.trees[best.tree].tree().fingerprint in measured
+    assert best.break_even is not None and best.break_even.words in measured
+    assert len([line for line in devices.splitlines() if "| predicted, float16" in line and "| predicted " in line]) == 2
+    assert "priced at the nearest one that was" in devices  # the record times no length below 256
+
+
+def test_hypothetical_rows_stand_apart(report: str, record: SweepRecord) -> None:
+    assert "vicuna" not in part(report, "Which tree on which device")
+    apart = part(report, "Hypothetical")
+    assert "None of it is a result" in apart and apart.count("| hypothetical ") == 3
+    assert {row["shape"] for row in sweep_headline(record)["best"]} == {SHAPE}
+
+
+def test_quoted_figures_and_failures_are_shown(report: str) -> None:
+    quoted = part(report, "Quoted")
+    assert "RTX 3090" in quoted and "SB-3090-7B" in quoted and "not stated" in quoted
+    assert "t4, vicuna-13b-v1.5, float16" in part(report, "Failed cells")
+
+
+def test_the_rooflines_error_stands_beside_its_predictions(report: str, record: SweepRecord) -> None:
+    words = part(report, "Step times that are predicted")
+    error = record.origin.roofline_error
+    assert error is not None and f"{100 * error.seconds.median_error:.1f} %" in words and "not corrected" in words
+
+
+def test_decoded_points(report: str) -> None:
+    words = part(report, "Decoded for real")
+    assert "+20.0 %" in words and "Of 2 points 1 lie within" in words and "1 more at a tie" in words
+
+
+def test_sampled_settings_and_verdicts(report: str, record: SweepRecord) -> None:
+    rows = part(report, "Thresholds and temperatures").splitlines()
+    assert sum(line.startswith("| typical") for line in rows) == 8 and sum(line.startswith("| rejection") for line in rows) == 4
+    verdicts = part(report, "Verdicts")
+    for claim_id in ("F5-1", "F5-3", "Q-temp", "RL-64", "RL-32", "RL-seq", "RL-44", "RL-acc"):
+        assert f"| {claim_id} (" in verdicts
+    assert verdicts.count("**reproduced**") >= 3
+
+
+def test_no_path_and_no_missing_section(report: str) -> None:
+    assert not holds_absolute_path(report)
+    for title in ("Sparse and dense trees", "Heads", "The two searches", "Appendix G simulated", "Provenance", "Figures"):
+        assert part(report, title).strip()
+
+
+def test_a_sweep_without_run_cells_leaves_their_sections_out(plan: SweepPlan, tmp_path: Path) -> None:
+    text = render_sweep_report(write_sweep(tmp_path / "record", plan, extra=()))
+    assert "## Decoded for real" not in text and "## Thresholds" not in text and "**not tested**" in text
+
+
+def test_a_batch_column_where_there_is_more_than_one(home: Path, tmp_path: Path) -> None:
+    plan = made_up_plan(home, batches=[1, 2], contexts=["trace", 640], predicted=None, sampled=None)
+    record = write_sweep(tmp_path / "record", plan, extra=())
+    shown = render_devices(record.composed, record).splitlines()
+    assert "| batch " in shown[0] and "| context " in shown[0] and len(shown) == 2 + 4
+    assert "| batch " not in render_devices(headline_cells(record), record).splitlines()[0]
+
+
+def test_the_headline_is_one_line_of_json(record: SweepRecord) -> None:
+    headline = json.loads(json.dumps(sweep_headline(record), allow_nan=False))
+    assert headline["num_points"] == record.num_points and headline["num_hypothetical"] == 3
+    assert headline["decoded"] == {"points": 2, "within": 1, "bugs": 0}
+    assert headline["verdicts"]["F5-1"] == "reproduced"
+
+
+def test_the_terminal_shows_devices_and_failures(record: SweepRecord) -> None:
+    out = StringIO()
+    print_sweep(Console(file=out, width=200), record)
+    assert "made-up CPU" in out.getvalue() and "no figure for t4, vicuna-13b-v1.5" in out.getvalue()
+    assert "vicuna-7b" not in out.getvalue()
+
+
+def test_the_readme_shows_the_table_once(record: SweepRecord, home: Path) -> None:
+    readme = home / "README.md"
+    readme.write_text(PAGE)
+    figures = ["figures/devices.svg", "figures/fig4_nodes.svg", "figures/heads.svg"]
+    assert not check_sweep(readme, record, figures=figures)
+    update_sweep(readme, record, figures=figures)
+    text = readme.read_text()
+    assert check_sweep(readme, record, figures=figures) and text.endswith("Rest.\n") and "stale" not in text
+    assert "records/some-sweep/figures/fig4_nodes.svg" in text and "heads.svg" not in text
+    assert "vicuna" not in text and "made-up CPU" in text
+    assert "![" not in render_readme_sweep(record, base=home / "elsewhere", figures=figures)
+
+
+def test_an_unsealed_sweep_is_not_for_the_readme(plan: SweepPlan, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(PAGE)
+    with pytest.raises(UserError, match="found no manifest"):
+        update_sweep(tmp_path / "README.md", write_sweep(tmp_path / "record", plan, sealed=False))
+    assert (tmp_path / "README.md").read_text() == PAGE
+
+
+def test_figures_are_drawn(record: SweepRecord, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    drawn = draw_figures(record, tmp_path, formats=("svg",))
+    names = ("fig4_nodes", "fig5_thresholds", "heads", "fig6_tree", "roofline", "devices", "decoded", "appendix_g")
+    assert tuple(path.stem for path in drawn) == names and sorted(tmp_path.iterdir()) == sorted(drawn)
+    texts = {path.stem: path.read_text() for path in drawn}
+    assert not any(map(holds_absolute_path, texts.values()))
+    assert "tokens/step (replayed)" in texts["fig4_nodes"] and "composed: made-up CPU" in texts["fig4_nodes"]
+    assert "hypothetical" in texts["devices"] and "predicted" in texts["appendix_g"]
+    assert "log-likelihood under the backbone, nats/token" in texts["fig5_thresholds"]
+
+
+def test_a_figure_is_the_same_whenever_it_is_drawn(record: SweepRecord, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    for name in ("one", "two"):
+        draw_figures(record, tmp_path / name, names=["fig6_tree"])
+    for suffix in FORMATS:
+        one, two = ((tmp_path / name / f"fig6_tree.{suffix}").read_bytes() for name in ("one", "two"))
+        assert one == two
+    assert len(list((tmp_path / "one").iterdir())) == len(FORMATS)
+
+
+def test_figures_without_data_are_not_drawn(plan: SweepPlan, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plots")
+    record = write_sweep(tmp_path / "record", plan, extra=())
+    assert draw_figures(record, tmp_path / "figures", names=["fig5_thresholds", "decoded"]) == ()
+
+
+def test_no_two_nodes_of_a_level_share_a_place() -> None:
+    tree = DraftTree.from_paths([(0,), (1,), (4,), (0, 0), (0, 1), (4, 0), (0, 1, 0)])
+    across = tree_layout(tree)
+    places = list(zip(tree.depths, across, strict=True))
+    assert len(set(places)) == tree.num_nodes
+    for node, below in enumerate(tree.children):
+        if below:
+            assert across[node] == pytest.approx(sum(across[child] for child in below) / len(below))
+    assert [across[child] for child in tree.children[0]] == sorted(across[child] for child in tree.children[0])
+
+
+def test_the_simulations_are_those_that_the_verdicts_rest_on() -> None:
+    simulated = simulate()
+    assert [row.num_nodes for row in simulated.by_candidates] == list(CANDIDATES)
+    by_size = {row.num_nodes: row for row in simulated.by_candidates}
+    limits = load_hardware()[simulated.device].limits
+    assert by_size[64].step_cost == step_cost(llama_7b_block(), limits, num_nodes=64, context_tokens=1024)
+    assert by_size[64].acceleration_rate == pytest.approx(0.477 * 6)  # slope x log2(64)
+    assert by_size[1].speedup == 0.0
+    best = {row.batch: row.speedup for row in simulated.by_batch}
+    assert list(best) == [1, 2, 4, 8, 16, 32, 64] and best[32] > 1 > best[64]
+    lengths = [row.context_tokens for row in simulated.by_length]
+    assert lengths == [128, 256, 512, 1024, 2048, 4096, 8192]
+    with pytest.raises(UserError, match="found no simulated forms"):
+        simulate([claim for claim in load_claims() if claim.id != "RL-32"])
+
+
+def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> None:
+    out = StringIO()
+    options = {"device": "made-up CPU", "shape": SHAPE, "dtype": None, "max_nodes": 24, "check": home / "trace.npz"}
+    console = Console(file=out, width=220)
+    results = home / "results"
+    choice = print_device_search(home / "calibration.npz", results=results, cache=tmp_path, console=console, **options)  # type: ignore[arg-type]
+    text = out.getvalue()
+    assert "made-up CPU" in text and "independent" in text and "joint" in text and "root  #0" in text
+    assert choice.method == "joint" and f"{plan.composer.index.replay(choice.tree()).tokens_per_step:.3f}" in text
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_sweeps_are_sealed_and_sound(folder: Path) -> None:
+    assert validate_record(folder) == ()
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no sweep is committed yet")
+def test_readme_shows_what_its_sweep_gives() -> None:
+    readme = ROOT / "README.md"
+    linked = re.findall(r"\((results/sweep/[^)]+)/report\.md\)", readme.read_text())
+    assert len(linked) == 1, "the README's table of devices links the one record that it shows"
+    folder = ROOT / linked[0]
+    figures = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
+    assert check_sweep(readme, SweepRecord(folder), figures=figures)
