@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -29,8 +28,8 @@ from harness.assets import cache_dir, fetch_asset, load_asset_specs
 from harness.config import SearchedTree
 from harness.conversations import conversation_sequence
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
-from harness.engine import Engine, LoadedModel, best_device, heads_for, load_model
-from harness.environment import blas_settings, device_info, git_state, machine_slug, package_versions, python_version, settings
+from harness.engine import Engine, LoadedModel, best_device, describe_engine, heads_for, load_model
+from harness.environment import device_info, machine_slug
 from harness.errors import ExitCode, UserError
 from harness.joint_run import check_runnable, corpus_text, train_joint
 from harness.locks import folder_held
@@ -38,7 +37,7 @@ from harness.paths import resolve_path
 from harness.prompts import load_mt_bench
 from harness.quality.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
 from harness.record_trace import KeptText, record_trace
-from harness.records import ArmTree, Environment, canonical_sha256
+from harness.records import ArmTree, Environment
 from harness.trace import Trace
 from harness.training_specs import JointSuite, load_training_suite
 from harness.trees import grow
@@ -445,27 +444,6 @@ def _greedy_corpus(spec: AblationSpec) -> CorpusSpec:
 def _describe(
     engine: Engine, *, spec: AblationSpec, prompts: Sequence[CorpusPrompt], references: Sequence[MeasuredText], command: str
 ) -> Environment:
-    commit, dirty = git_state(Path(__file__).parent)
     measured = [*((prompt.key, prompt.prompt_ids) for prompt in prompts), *((text.key, text.sequence.token_ids) for text in references)]
-    return Environment(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(engine.runner.backbone.device),
-        engine=engine.runner.mode,
-        dtype=spec.model.dtype,
-        blas=blas_settings(),
-        variables=settings(),
-        backbone_sha256=engine.loaded.sha256,
-        heads_sha256=engine.heads_sha256,
-        prompts_sha256=canonical_sha256([[key, list(ids)] for key, ids in measured]),
-        model_name=engine.loaded.name,
-        weight_bytes=engine.weight_bytes,
-        packed_bytes=engine.runner.packed_bytes,
-        heads_bytes=engine.heads_bytes,
-        heads_provenance=dict(engine.heads_provenance),
-        assets=engine.loaded.assets,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )
+    texts = [[key, list(ids)] for key, ids in measured]
+    return describe_engine(engine, dtype=spec.model.dtype, texts=texts, command=command)

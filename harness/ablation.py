@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.ablation_specs import AblationSpec, parse_ablation
 from harness.config import Frozen
 from harness.errors import UserError
-from harness.records import ArmTree, Environment, file_sha256
+from harness.records import ArmTree, Environment, RecordFolder
 from harness.trace import Trace
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TextChange(Frozen):
@@ -121,16 +120,11 @@ class AblationManifest(Frozen):
     sha256: dict[str, str]
 
 
-class AblationRecord:
+class AblationRecord(RecordFolder):
     """A record folder, read lazily and validated.
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not folder.is_dir():
-            raise UserError(found="no such folder", need="a record folder", where=str(folder.name))
 
     @cached_property
     def spec(self) -> AblationSpec:
@@ -168,31 +162,6 @@ class AblationRecord:
             return tuple(StepPoint.model_validate_json(line) for line in path.read_text().splitlines()) if path.exists() else ()
         except (OSError, ValidationError) as error:
             raise UserError(found="an unreadable step log", need="one step a line", where=path.name) from error
-
-    def check_seal(self) -> None:
-        """Refuse a record whose files differ from what its manifest says."""
-        if self.manifest is None:
-            raise UserError(found="no manifest.json", need="a finished run", where=self.folder.name, do="resume it with the same command")
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(
-                    found=f"SHA-256 {found[:12]}", need=f"{digest[:12]}", where=name, do="restore the file or run the suite again"
-                )
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text()
-        except OSError as error:
-            raise UserError(found=f"no readable {name}", need="a record folder", where=self.folder.name) from error
-
-    def _read(self, name: str, model: type[ModelT]) -> ModelT:
-        try:
-            return model.model_validate_json(self._text(name))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "file"
-            raise UserError(found=f"{key}: {first['msg']}", need=f"a {model.__name__} record", where=name) from error
 
 
 def trace_file(label: str) -> str:

@@ -12,9 +12,8 @@ import tomli_w
 from harness.ablation import ARMS_FILE, TREE_FILE, AblationManifest, AblationRecord, ArmResult, read_results, steps_file, trace_file
 from harness.ablation_specs import AblationSpec
 from harness.environment import machine_slug
-from harness.errors import UserError
-from harness.records import ArmTree, Environment, file_sha256, write_bytes, write_json
-from harness.run_store import IDENTITY, append_line, portable  # one rule for all kinds of record: what a run is known by
+from harness.records import ArmTree, Environment, write_bytes, write_json
+from harness.run_store import append_line, drop_left_overs, hashes, open_folder, other_than, portable
 from harness.trace import Trace
 
 _UNSEALED = ("manifest.json", "report.md", "curves.png")
@@ -32,21 +31,15 @@ class AblationStore:
 
         Raises: UserError where `resume` names a run that is finished or that another suite, commit, version or device began.
         """
-        if resume is not None:
-            if (resume / "manifest.json").exists():
-                raise UserError(found="a finished run", need="an unfinished one", where=resume.name)
-            if difference := _difference(resume, spec=spec, environment=environment):
-                raise UserError(found=f"another {difference}", need="the one that began the run", where=resume.name, do="start a new run")
-            return AblationStore(resume)
-        home = results / spec.name / machine_slug(environment.device)
-        for folder in sorted(home.glob("*"), reverse=True):
-            unfinished = (folder / "environment.json").exists() and not (folder / "manifest.json").exists()
-            if unfinished and _is_same_run(folder, spec=spec, environment=environment):
-                return AblationStore(folder)
-        folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(environment.commit or 'nocommit')[:8]}"
-        folder.mkdir(parents=True)
-        write_bytes(folder / "suite.toml", tomli_w.dumps(portable(spec)).encode())
-        write_json(folder / "environment.json", environment)
+        folder, is_new = open_folder(
+            results / spec.name / machine_slug(environment.device),
+            commit=environment.commit,
+            difference=lambda folder: _difference(folder, spec=spec, environment=environment),
+            resume=resume,
+        )
+        if is_new:
+            write_bytes(folder / "suite.toml", tomli_w.dumps(portable(spec)).encode())
+            write_json(folder / "environment.json", environment)
         return AblationStore(folder)
 
     def write_tree(self, tree: ArmTree) -> None:
@@ -55,8 +48,7 @@ class AblationStore:
 
     def prepare(self) -> set[tuple[str, int | None]]:
         """Return the arms and seeds that are done; half a last line and temporary files, left by a kill, are dropped."""
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
+        drop_left_overs(self.folder)
         path = self.folder / ARMS_FILE
         if not path.exists():
             return set()
@@ -76,28 +68,20 @@ class AblationStore:
     def seal(self, *, elapsed_s: float) -> AblationManifest:
         """Write the manifest, last of all."""
         record = AblationRecord(self.folder)
-        names = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name not in _UNSEALED)
         manifest = AblationManifest(
             suite=record.spec.name,
             num_planned=len(record.spec.plan()),
             num_arms=len(record.results),
             finished_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             elapsed_s=elapsed_s,
-            sha256={name: file_sha256(self.folder / name) for name in names if not name.endswith(".tmp")},
+            sha256=hashes(self.folder, unsealed=_UNSEALED),
         )
         write_json(self.folder / "manifest.json", manifest)
         return manifest
-
-
-def _is_same_run(folder: Path, *, spec: AblationSpec, environment: Environment) -> bool:
-    try:
-        return _difference(folder, spec=spec, environment=environment) is None
-    except UserError:
-        return False  # what another version or a damaged disk left must not stop a new run
 
 
 def _difference(folder: Path, *, spec: AblationSpec, environment: Environment) -> str | None:
     record = AblationRecord(folder)
     if record.spec != AblationSpec.model_validate(portable(spec)):
         return "suite"
-    return next((name for name in IDENTITY if getattr(record.environment, name) != getattr(environment, name)), None)
+    return other_than(record.environment, environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,10 @@ from transformers import (
 from harness.asset_files import tensors_sha256
 from harness.assets import FetchedAsset, cache_dir, fetch_asset, load_asset_specs
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
+from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.paths import resolve_path
-from harness.records import canonical_sha256
+from harness.records import Environment, canonical_sha256
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner
@@ -93,6 +95,36 @@ class Engine:
         _, lm_head = embedding_weights(self.loaded.model)
         reads_backbone = self.runner.heads.architecture == "shared" and self.runner.heads.lm_head is None
         return own + (lm_head.numel() * lm_head.element_size() if reads_backbone else 0)
+
+
+def describe_engine(engine: Engine, *, dtype: str, texts: list[list[Any]], command: str, modes: str | None = None) -> Environment:
+    """Return where a record made with this engine now comes from.
+
+    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a record compares several.
+    """
+    commit, dirty = git_state(Path(__file__).parent)
+    return Environment(
+        commit=commit,
+        dirty=dirty,
+        command=command,
+        python=python_version(),
+        packages=package_versions(),
+        device=device_info(engine.runner.backbone.device),
+        engine=modes or engine.runner.mode,
+        dtype=dtype,
+        blas=blas_settings(),
+        variables=settings(),
+        backbone_sha256=engine.loaded.sha256,
+        heads_sha256=engine.heads_sha256,
+        prompts_sha256=canonical_sha256(texts),
+        model_name=engine.loaded.name,
+        weight_bytes=engine.weight_bytes,
+        packed_bytes=engine.runner.packed_bytes,
+        heads_bytes=engine.heads_bytes,
+        heads_provenance=dict(engine.heads_provenance),
+        assets=engine.loaded.assets,
+        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )
 
 
 def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

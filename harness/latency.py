@@ -14,25 +14,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from scipy.optimize import isotonic_regression
 
 from harness.config import Frozen
 from harness.errors import UserError
 from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
 from harness.judgement import Interval
-from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, first_fault, parse_latency_spec
-from harness.records import ArmTree, DeviceLimits, Environment, file_sha256
+from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
+from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder, first_fault
 from harness.roofline import ModelShape
 from harness.shapes import ShapeSpec
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"
 POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json", "modes.json", "batches.json"
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class LatencyPoint(PointKey):
@@ -182,16 +181,13 @@ class LatencyManifest(Frozen):
     sha256: dict[str, str]
 
 
-class LatencyRecord:
+class LatencyRecord(RecordFolder):
     """A latency record's folder, read lazily and validated.
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not folder.is_dir():
-            raise UserError(found="no such folder", need="a latency record's folder", where=folder.name)
+    kind, again = "a latency record", "measure again"
 
     @cached_property
     def spec(self) -> LatencySpec:
@@ -231,30 +227,6 @@ class LatencyRecord:
         Raises: UserError where nothing of them was timed.
         """
         return LatencyCurve([point for point in self.points if (point.dtype, point.mode) == (dtype, mode)])
-
-    def check_seal(self) -> None:
-        """Refuse a record whose files differ from what its manifest says."""
-        if self.manifest is None:
-            raise UserError(found="no manifest.json", need="a finished run", where=self.folder.name, do="resume it with the same command")
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do="restore the file or measure again")
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text()
-        except OSError as error:
-            raise UserError(found=f"no readable {name}", need="a latency record", where=self.folder.name) from error
-
-    def _read(self, name: str, model: type[ModelT]) -> ModelT:
-        try:
-            return model.model_validate_json(self._text(name))
-        except ValidationError as error:
-            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
-
-    def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
-        return self._read(name, model) if (self.folder / name).exists() else None
 
 
 class LatencyCurve:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness.config import TinyModelSpec
-from harness.engine import Engine, LoadedModel, embedding_weights, heads_for, load_model
-from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.engine import Engine, LoadedModel, describe_engine, embedding_weights, heads_for, load_model
 from harness.errors import UserError
 from harness.latency import ModelFacts, facts_of_shape
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName
@@ -134,29 +132,9 @@ def known_shape(name: str) -> ShapeSpec:
 
 def describe_latency(engine: Engine, *, spec: LatencySpec, prompts: Sequence[LatencyPrompt], command: str) -> Environment:
     """Return where the record will come from; `engine` and `dtype` name all modes and dtypes, bytes are those of the first dtype."""
-    commit, dirty = git_state(Path(__file__).parent)
-    return Environment(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(engine.runner.backbone.device),
-        engine=", ".join(chosen_modes(spec, engine.runner.available_modes())),
-        dtype=", ".join(spec.dtypes),
-        blas=blas_settings(),
-        variables=settings(),
-        backbone_sha256=engine.loaded.sha256,
-        heads_sha256=engine.heads_sha256,
-        prompts_sha256=canonical_sha256([[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]),
-        model_name=engine.loaded.name,
-        weight_bytes=engine.weight_bytes,
-        packed_bytes=engine.runner.packed_bytes,
-        heads_bytes=engine.heads_bytes,
-        heads_provenance=dict(engine.heads_provenance),
-        assets=engine.loaded.assets,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )
+    texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
+    modes = ", ".join(chosen_modes(spec, engine.runner.available_modes()))
+    return describe_engine(engine, modes=modes, dtype=", ".join(spec.dtypes), texts=texts, command=command)
 
 
 def model_words(spec: LatencySpec) -> str:

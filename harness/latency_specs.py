@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import FastestTree, Frozen, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 from harness.errors import UserError
+from harness.records import first_fault
 
 ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.runner, which needs torch
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -207,9 +208,3 @@ def overridden(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
-
-
-def first_fault(error: ValidationError) -> str:
-    """Return the first fault of a failed validation: the key and what is wrong with it."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"

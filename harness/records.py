@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
@@ -250,16 +251,61 @@ class Manifest(Frozen):
         return self.num_generations + self.num_failures >= self.num_planned
 
 
-class RunRecord:
-    """A record folder, read lazily and validated.
+class SealedFiles(Protocol):
+    """What every manifest holds: the hash of each file that it seals."""
+
+    @property
+    def sha256(self) -> dict[str, str]: ...
+
+
+class RecordFolder(ABC):
+    """The folder of a record of any kind, read lazily and validated; `kind`, `finished` and `again` are its words in errors.
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
+    kind, finished, again = "a record folder", "a finished run", "run the suite again"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise UserError(found="no such folder", need="a record folder", where=str(folder.name))
+            raise UserError(found="no such folder", need=self.kind, where=folder.name)
+
+    @property
+    @abstractmethod
+    def manifest(self) -> SealedFiles | None:
+        """What seals the folder; None for an unfinished run."""
+
+    def check_seal(self) -> None:
+        """Refuse a record whose files differ from what its manifest says."""
+        if self.manifest is None:
+            raise UserError(found="no manifest.json", need=self.finished, where=self.folder.name, do="resume it with the same command")
+        for name, digest in self.manifest.sha256.items():
+            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
+            if found != digest:
+                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do=f"restore the file or {self.again}")
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(found=f"no readable {name}", need=self.kind, where=self.folder.name) from error
+
+    def _read(self, name: str, model: type[ModelT]) -> ModelT:
+        try:
+            return model.model_validate_json(self._text(name))
+        except ValidationError as error:
+            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
+
+    def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
+        return self._read(name, model) if (self.folder / name).exists() else None
+
+
+class RunRecord(RecordFolder):
+    """A run's folder, read lazily and validated.
+
+    Raises: UserError for a missing, truncated, altered or unreadable file.
+    """
 
     @cached_property
     def suite(self) -> SuiteSpec:
@@ -324,33 +370,11 @@ class RunRecord:
         path = self.folder / "trace.npz"
         return Trace.load(path) if path.exists() else None
 
-    def check_seal(self) -> None:
-        """Refuse a record whose files differ from what its manifest says."""
-        if self.manifest is None:
-            raise UserError(found="no manifest.json", need="a finished run", where=self.folder.name, do="resume it with the same command")
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(
-                    found=f"SHA-256 {found[:12]}", need=f"{digest[:12]}", where=name, do="restore the file or run the suite again"
-                )
 
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text()
-        except OSError as error:
-            raise UserError(found=f"no readable {name}", need="a record folder", where=self.folder.name) from error
-
-    def _read(self, name: str, model: type[ModelT]) -> ModelT:
-        try:
-            return model.model_validate_json(self._text(name))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "file"
-            raise UserError(found=f"{key}: {first['msg']}", need=f"a {model.__name__} record", where=name) from error
-
-    def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
-        return self._read(name, model) if (self.folder / name).exists() else None
+def first_fault(error: ValidationError) -> str:
+    """Return the first fault of a failed validation: the key and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
 
 
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:

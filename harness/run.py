@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from harness.arms import ArmRunner
 from harness.clock import device_clock
 from harness.config import ArmSpec, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.doctor import foreign_gpu_processes
-from harness.engine import Engine, best_device, load_engine, load_model
-from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.engine import Engine, best_device, describe_engine, load_engine, load_model
 from harness.errors import InvalidMeasurement, UserError
 from harness.locks import device_held, folder_held
 from harness.memory import peak_memory_bytes, reset_peak_memory
@@ -44,7 +42,6 @@ from harness.records import (
     Profile,
     RunRecord,
     StepCosts,
-    canonical_sha256,
     write_json,
 )
 from harness.report.formatting import without_paths
@@ -173,29 +170,8 @@ def _fill_record(session: _Session, calibration: Trace | None, *, beside: Path |
 
 def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str) -> Environment:
     """Return where the record will come from."""
-    commit, dirty = git_state(Path(__file__).parent)
-    return Environment(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(engine.runner.backbone.device),
-        engine=engine.runner.mode,
-        dtype=suite.model.dtype,
-        blas=blas_settings(),
-        variables=settings(),
-        backbone_sha256=engine.loaded.sha256,
-        heads_sha256=engine.heads_sha256,
-        prompts_sha256=canonical_sha256([[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]),
-        model_name=engine.loaded.name,
-        weight_bytes=engine.weight_bytes,
-        packed_bytes=engine.runner.packed_bytes,
-        heads_bytes=engine.heads_bytes,
-        heads_provenance=dict(engine.heads_provenance),
-        assets=engine.loaded.assets,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )
+    texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
+    return describe_engine(engine, dtype=suite.model.dtype, texts=texts, command=command)
 
 
 def _device(session: _Session) -> contextlib.AbstractContextManager[None]:

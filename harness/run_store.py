@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,22 +47,16 @@ class RunStore:
 
         Raises: UserError where `resume` names a run that is finished or that another commit, version or device began.
         """
-        if resume is not None:
-            if (resume / "manifest.json").exists():
-                raise UserError(found="a finished run", need="an unfinished one", where=resume.name)
-            if difference := _difference(resume, suite=suite, environment=environment):
-                raise UserError(found=f"another {difference}", need="the one that began the run", where=resume.name, do="start a new run")
-            return RunStore(resume)
-        home = results / suite.name / machine_slug(environment.device)
-        for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
-            unfinished = (folder / "environment.json").exists() and not (folder / "manifest.json").exists()
-            if unfinished and _is_same_run(folder, suite=suite, environment=environment):
-                return RunStore(folder)
-        folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(environment.commit or 'nocommit')[:8]}"
-        folder.mkdir(parents=True)
+        folder, is_new = open_folder(
+            results / suite.name / machine_slug(environment.device),
+            commit=environment.commit,
+            difference=lambda folder: _difference(folder, suite=suite, environment=environment),
+            resume=resume,
+        )
         store = RunStore(folder)
-        store.write_suite(suite)
-        write_json(folder / "environment.json", environment)
+        if is_new:
+            store.write_suite(suite)
+            write_json(folder / "environment.json", environment)
         return store
 
     def write_suite(self, suite: SuiteSpec) -> None:
@@ -90,8 +85,7 @@ class RunStore:
         timings are marked invalid.
         """
         path, arm_steps = self.folder / _GENERATIONS, self.folder / _ARM_STEPS
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
+        drop_left_overs(self.folder)
         if arm_steps.exists():  # else the next line would be appended to half a line
             whole, newline, _ = arm_steps.read_bytes().rpartition(b"\n")
             write_bytes(arm_steps, whole + newline)
@@ -120,7 +114,6 @@ class RunStore:
     def seal(self, *, suite: str, num_planned: int, elapsed_s: float, peak_memory_bytes: int) -> Manifest:
         """Write the manifest, last of all."""
         record = RunRecord(self.folder)
-        names = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name not in ("manifest.json", "report.md"))
         manifest = Manifest(
             suite=suite,
             num_planned=num_planned,
@@ -129,7 +122,7 @@ class RunStore:
             finished_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             elapsed_s=elapsed_s,
             peak_memory_bytes=peak_memory_bytes,
-            sha256={name: file_sha256(self.folder / name) for name in names if not name.endswith(".tmp")},
+            sha256=hashes(self.folder),
         )
         write_json(self.folder / "manifest.json", manifest)
         return manifest
@@ -149,19 +142,54 @@ def portable(suite: BaseModel) -> dict[str, Any]:
     return data
 
 
-def _is_same_run(folder: Path, *, suite: SuiteSpec, environment: Environment) -> bool:
-    try:
-        return _difference(folder, suite=suite, environment=environment) is None
-    except UserError:
-        return False  # what another version or a damaged disk left must not stop a new run
+def open_folder(
+    home: Path, *, commit: str | None, difference: Callable[[Path], str | None], resume: Path | None, noun: str = "run"
+) -> tuple[Path, bool]:
+    """Return the folder to write to and whether it is new: the one to `resume`, the newest unfinished one of the same run, or a new one.
+
+    `difference` names what a folder's run was begun with that this one has otherwise, None where there is nothing.
+    Raises: UserError where `resume` names a run that is finished or another one.
+    """
+    if resume is not None:
+        if (resume / "manifest.json").exists():
+            raise UserError(found=f"a finished {noun}", need="an unfinished one", where=resume.name)
+        if other := difference(resume):
+            need = f"the one that began the {noun}"
+            raise UserError(found=f"another {other}", need=need, where=resume.name, do=f"start a new {noun}")
+        return resume, False
+    for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
+        if (folder / "manifest.json").exists():
+            continue
+        with contextlib.suppress(UserError):  # what another version or a damaged disk left must not stop a new run
+            if difference(folder) is None:
+                return folder, False
+    folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(commit or 'nocommit')[:8]}"
+    folder.mkdir(parents=True)
+    return folder, True
+
+
+def other_than(begun: BaseModel, now: BaseModel, *, names: Sequence[str] = IDENTITY) -> str | None:
+    """Return the first of `names` in which two descriptions of a run differ."""
+    return next((name for name in names if getattr(begun, name) != getattr(now, name)), None)
+
+
+def drop_left_overs(folder: Path) -> None:
+    """Remove the temporary files that a kill left."""
+    for left_over in folder.glob("*.tmp"):
+        left_over.unlink()
+
+
+def hashes(folder: Path, *, unsealed: Sequence[str] = ("manifest.json", "report.md")) -> dict[str, str]:
+    """Return the SHA-256 of every file that a manifest seals: all but itself and what can be made from the others again."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in unsealed)
+    return {name: file_sha256(folder / name) for name in names if not name.endswith(".tmp")}
 
 
 def _difference(folder: Path, *, suite: SuiteSpec, environment: Environment) -> str | None:
     record = RunRecord(folder)
     if record.suite != SuiteSpec.model_validate(portable(suite)):
         return "suite"
-    theirs = record.environment
-    return next((name for name in IDENTITY if getattr(theirs, name) != getattr(environment, name)), None)
+    return other_than(record.environment, environment)
 
 
 def append_line(path: Path, record: BaseModel) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from harness.config import Frozen
 from harness.cost_search import Method
@@ -19,14 +19,12 @@ from harness.device_curves import CurveLabel, RooflineError
 from harness.errors import UserError
 from harness.judgement import FigureKind, Interval
 from harness.latency import BreakEven, break_even
-from harness.latency_specs import first_fault
-from harness.records import DeviceInfo, file_sha256
+from harness.records import DeviceInfo, RecordFolder, first_fault
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_trees import SweepTree
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 Context = Literal["trace"] | int
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class TraceFacts(Frozen):
@@ -258,16 +256,13 @@ class SweepManifest(Frozen):
     sha256: dict[str, str]
 
 
-class SweepRecord:
+class SweepRecord(RecordFolder):
     """A sweep's folder, read lazily and validated.
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not folder.is_dir():
-            raise UserError(found="no such folder", need="a sweep's record folder", where=folder.name)
+    kind, finished, again = "a sweep's record", "a finished sweep", "sweep again"
 
     @cached_property
     def spec(self) -> SweepSpec:
@@ -313,27 +308,6 @@ class SweepRecord:
     def num_points(self) -> int:
         """Figures of a tree on a curve at a context and a batch."""
         return sum(len(cell.trees) for cell in self.composed)
-
-    def check_seal(self) -> None:
-        """Refuse a record whose files differ from what its manifest says."""
-        if self.manifest is None:
-            raise UserError(found="no manifest.json", need="a finished sweep", where=self.folder.name, do="resume it with the same command")
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do="restore the file or sweep again")
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(found=f"no readable {name}", need="a sweep's record", where=self.folder.name) from error
-
-    def _read(self, name: str, model: type[ModelT]) -> ModelT:
-        try:
-            return model.model_validate_json(self._text(name))
-        except ValidationError as error:
-            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
 
 
 def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:

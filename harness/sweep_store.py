@@ -11,8 +11,8 @@ import tomli_w
 
 from harness.environment import machine_slug
 from harness.errors import UserError
-from harness.records import file_sha256, write_bytes, write_json
-from harness.run_store import portable  # one rule for all kinds of record: what may be written of a run
+from harness.records import write_bytes, write_json
+from harness.run_store import drop_left_overs, hashes, open_folder, other_than, portable
 from harness.sweep_record import (
     CELLS_FILE,
     ORIGIN_FILE,
@@ -29,7 +29,6 @@ from harness.sweep_specs import SweepSpec
 
 IDENTITY = ("commit", "dirty", "packages", "device", "inputs", "trace", "calibration")
 _PATHS = ("suite", "trace", "calibration_trace")
-_UNSEALED = ("manifest.json", "report.md")
 
 
 class SweepStore:
@@ -44,22 +43,16 @@ class SweepStore:
 
         Raises: UserError where `resume` names a sweep that is finished or that another spec, commit, version, device or input began.
         """
-        if resume is not None:
-            if (resume / "manifest.json").exists():
-                raise UserError(found="a finished sweep", need="an unfinished one", where=resume.name)
-            if difference := _difference(resume, spec=spec, origin=origin):
-                need = "the one that began the sweep"
-                raise UserError(found=f"another {difference}", need=need, where=resume.name, do="start a new sweep")
-            return SweepStore(resume)
-        home = results / "sweep" / spec.name / machine_slug(origin.device)
-        for folder in sorted(home.glob("*"), reverse=True):
-            unfinished = (folder / ORIGIN_FILE).exists() and not (folder / "manifest.json").exists()
-            if unfinished and _is_same_sweep(folder, spec=spec, origin=origin):
-                return SweepStore(folder)
-        folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(origin.commit or 'nocommit')[:8]}"
-        folder.mkdir(parents=True)
-        write_bytes(folder / SPEC_FILE, tomli_w.dumps(portable_spec(spec)).encode())
-        write_json(folder / ORIGIN_FILE, origin)
+        folder, is_new = open_folder(
+            results / "sweep" / spec.name / machine_slug(origin.device),
+            commit=origin.commit,
+            difference=lambda folder: _difference(folder, spec=spec, origin=origin),
+            resume=resume,
+            noun="sweep",
+        )
+        if is_new:
+            write_bytes(folder / SPEC_FILE, tomli_w.dumps(portable_spec(spec)).encode())
+            write_json(folder / ORIGIN_FILE, origin)
         return SweepStore(folder)
 
     def prepare(self, trees: SweepTrees) -> frozenset[str]:
@@ -67,8 +60,7 @@ class SweepStore:
 
         Raises: UserError where the sweep was begun with other trees: cells name trees by their place.
         """
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
+        drop_left_overs(self.folder)
         if (self.folder / TREES_FILE).exists():
             if SweepRecord(self.folder).trees.trees != trees.trees:
                 need = "those that the sweep began with"
@@ -90,7 +82,6 @@ class SweepStore:
     def seal(self, *, num_planned: int, elapsed_s: float) -> SweepManifest:
         """Write the manifest, last of all."""
         record = SweepRecord(self.folder)
-        names = sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name not in _UNSEALED)
         manifest = SweepManifest(
             sweep=record.spec.name,
             num_planned=num_planned,
@@ -99,7 +90,7 @@ class SweepStore:
             num_points=record.num_points,
             finished_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
             elapsed_s=elapsed_s,
-            sha256={name: file_sha256(self.folder / name) for name in names if not name.endswith(".tmp")},
+            sha256=hashes(self.folder),
         )
         write_json(self.folder / "manifest.json", manifest)
         return manifest
@@ -115,15 +106,8 @@ def _line(cell: AnyCell) -> str:
     return cell.model_dump_json() + "\n"
 
 
-def _is_same_sweep(folder: Path, *, spec: SweepSpec, origin: SweepOrigin) -> bool:
-    try:
-        return _difference(folder, spec=spec, origin=origin) is None
-    except UserError:
-        return False  # what another version or a damaged disk left must not stop a new sweep
-
-
 def _difference(folder: Path, *, spec: SweepSpec, origin: SweepOrigin) -> str | None:
     record = SweepRecord(folder)
     if record.spec != SweepSpec.model_validate(portable_spec(spec)):
         return "spec"
-    return next((name for name in IDENTITY if getattr(record.origin, name) != getattr(origin, name)), None)
+    return other_than(record.origin, origin, names=IDENTITY)

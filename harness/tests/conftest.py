@@ -47,7 +47,7 @@ def steady_checkout() -> Iterator[None]:
     """Let runs of this session see one state of the checkout: a file saved meanwhile is another code, which a resume rightly refuses."""
     from harness.environment import git_state
 
-    with patch("harness.run.git_state", cache(git_state)):
+    with patch("harness.engine.git_state", cache(git_state)):
         yield
 
 

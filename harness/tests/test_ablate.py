@@ -55,7 +55,7 @@ def record(folder: Path, heads_file: Path) -> AblationRecord:
         trained.append((job.arm, job.seed))
         train(job)
 
-    with patch("harness.ablate.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
+    with patch("harness.engine.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
         with pytest.raises(KeyboardInterrupt):
             run_ablation(spec, suite_file=folder / "tiny.toml", options=options, console=QUIET)
         trained.append(("again", 0))

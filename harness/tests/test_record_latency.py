@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from pytest import MonkeyPatch
 
+import harness.engine
 import harness.latency_engine
 import harness.locks
 import harness.record_latency
@@ -96,7 +97,7 @@ def parsed(data: dict[str, Any]) -> LatencySpec:
 def quick_and_steady() -> Iterator[None]:
     """One state of the checkout for all runs, no pause for other processes between two blocks, and a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.latency_engine, "git_state", cached(git_state))
+        patch.setattr(harness.engine, "git_state", cached(git_state))
         patch.setattr(harness.locks, "_YIELD_S", 0.0)
         patch.setattr(harness.record_latency, "best_device", lambda: CPU)
         yield
