@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 from scipy.optimize import isotonic_regression
 
-from harness.config import Frozen
+from harness.config import Frozen, IntervalSpec
 from harness.errors import UserError
 from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
 from harness.judgement import Interval
@@ -302,17 +302,13 @@ class ModeRow:
 
 @dataclass(frozen=True)
 class BatchPoint:
-    """Vanilla and Medusa at one batch, from totals over the same texts."""
+    """Vanilla and Medusa at one batch, from totals over the same texts; `speedup` is Medusa's tokens/s over vanilla's, groups resampled."""
 
     batch: int
     vanilla_tokens_per_s: float
     medusa_tokens_per_s: float
     tokens_per_step: float
-
-    @property
-    def speedup(self) -> float:
-        """Medusa's tokens/s over vanilla's."""
-        return self.medusa_tokens_per_s / self.vanilla_tokens_per_s
+    speedup: Interval
 
 
 @dataclass(frozen=True)
@@ -353,20 +349,29 @@ def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointK
     return median(times[num_nodes]) / median(times[1]) if times[1] and times[num_nodes] else None
 
 
-def batch_points(trials: Sequence[BatchTrial]) -> tuple[BatchPoint, ...]:
+def batch_points(batches: BatchTrials, *, spec: IntervalSpec) -> tuple[BatchPoint, ...]:
     """Return one point a batch, smallest first; tokens/step are Medusa's, for each row that a step carries."""
+    return tuple(_batch_point(batches.trials, batch, spec=spec) for batch in sorted({trial.batch for trial in batches.trials}))
 
-    def total(name: str, *, batch: int, method: str) -> float:
-        return math.fsum(getattr(trial, name) for trial in trials if (trial.batch, trial.method) == (batch, method))
 
-    return tuple(
-        BatchPoint(
-            batch=batch,
-            vanilla_tokens_per_s=total("num_tokens", batch=batch, method="vanilla") / total("decode_s", batch=batch, method="vanilla"),
-            medusa_tokens_per_s=total("num_tokens", batch=batch, method="medusa") / total("decode_s", batch=batch, method="medusa"),
-            tokens_per_step=total("num_tokens", batch=batch, method="medusa") / (batch * total("num_steps", batch=batch, method="medusa")),
-        )
-        for batch in sorted({trial.batch for trial in trials})
+def _batch_point(trials: Sequence[BatchTrial], batch: int, *, spec: IntervalSpec) -> BatchPoint:
+    groups = dict.fromkeys(trial.prompt_keys for trial in trials if trial.batch == batch)
+
+    def totals(name: str, method: str) -> list[float]:
+        """Each group's total over the rounds."""
+        mine = [trial for trial in trials if (trial.batch, trial.method) == (batch, method)]
+        return [math.fsum(getattr(trial, name) for trial in mine if trial.prompt_keys == group) for group in groups]
+
+    tokens, seconds, base_tokens, base_seconds = (
+        totals(name, method) for method in ("medusa", "vanilla") for name in ("num_tokens", "decode_s")
+    )
+    rng = np.random.default_rng(spec.seed)
+    return BatchPoint(
+        batch=batch,
+        vanilla_tokens_per_s=math.fsum(base_tokens) / math.fsum(base_seconds),
+        medusa_tokens_per_s=math.fsum(tokens) / math.fsum(seconds),
+        tokens_per_step=math.fsum(tokens) / (batch * math.fsum(totals("num_steps", "medusa"))),
+        speedup=bootstrap_ratio_of_ratios(tokens, seconds, base_numerator=base_tokens, base_denominator=base_seconds, spec=spec, rng=rng),
     )
 
 

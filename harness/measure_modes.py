@@ -45,7 +45,7 @@ def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tupl
     Raises: UserError where there are too few, or one leaves too few positions for its answer.
     """
     tables = (spec.modes_table, spec.batch_table)
-    count = max(spec.modes_table.num_prompts if spec.modes_table else 0, max(spec.batch_table.batches) if spec.batch_table else 0)
+    count = max(spec.modes_table.num_prompts if spec.modes_table else 0, spec.batch_table.num_texts if spec.batch_table else 0)
     if not count:
         return ()
     if spec.prompts.source == "random":
@@ -128,7 +128,7 @@ def measure_batches(
     assert table is not None
     mode: ModeName = engine.runner.mode
     tree = batch_tree(spec, engine, points, mode=mode, dtype=dtype, beside=beside)
-    texts = prompts[: max(table.batches)]
+    texts = prompts[: table.num_texts]
     with held():
         for batch in table.batches:
             others = _random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])

@@ -10,7 +10,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.latency import DTYPE_BYTES, STOCK, LatencyPoint, LatencyRecord, ModeRow, batch_points, break_even, mode_rows, step_cost_of
+from harness.latency import (
+    DTYPE_BYTES,
+    STOCK,
+    BatchPoint,
+    LatencyPoint,
+    LatencyRecord,
+    ModeRow,
+    batch_points,
+    break_even,
+    mode_rows,
+    step_cost_of,
+)
 from harness.prediction import Prediction, PredictionError, prediction_error
 from harness.report.formatting import (
     ABSENT,
@@ -82,22 +93,23 @@ def render_batches(record: LatencyRecord) -> str:
     """Return speed against batch and the break-even point; empty where it was not measured."""
     if record.batches is None:
         return ""
-    points, tree = batch_points(record.batches.trials), record.batches.tree
+    points, tree = _batch_points(record), record.batches.tree
     rows = [
         (
             point.batch,
             significant(point.vanilla_tokens_per_s),
             significant(point.medusa_tokens_per_s),
-            ratio(point.speedup),
+            ratio_interval(point.speedup),
             ratio(point.tokens_per_step),
+            point.speedup.num_prompts,
         )
         for point in points
     ]
-    headers = ["batch", "vanilla, tokens/s", "Medusa, tokens/s", "speedup", "tokens/step a row"]
+    headers = ["batch", "vanilla, tokens/s", "Medusa, tokens/s", "speedup", "tokens/step a row", "groups"]
     where = f"{record.batches.dtype}, {record.batches.mode}, a tree of {count(len(tree.paths), 'node')} ({cell(tree.origin)})"
     note = (
-        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows together. A row that has ended "
-        f"idles until its batch has, and still counts in tokens/step. Break-even: {_break_even_words(record)}."
+        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows together, intervals over groups of "
+        f"texts. A row that has ended idles until its batch has, and still counts in tokens/step. Break-even: {_break_even_words(record)}."
     )
     return f"{table(headers, rows)}\n\n{note}"
 
@@ -161,7 +173,7 @@ def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict
             cost = step_cost_of(measured, num_nodes=point.num_nodes, like=point)
             if cost is not None:
                 costs.setdefault(f"{point.dtype} {point.mode}", {})[str(point.num_nodes)] = round(cost, 4)
-    speedups = {point.batch: round(point.speedup, 4) for point in batch_points(record.batches.trials)} if record.batches else {}
+    speedups = {point.batch: round(point.speedup.estimate, 4) for point in _batch_points(record)}
     return {
         "latency": record.spec.name,
         "model": record.facts.name,
@@ -263,8 +275,11 @@ def _error_words(error: PredictionError) -> str:
 
 
 def _break_even_words(record: LatencyRecord) -> str:
-    assert record.batches is not None
-    return break_even({point.batch: point.speedup for point in batch_points(record.batches.trials)}).words
+    return break_even({point.batch: point.speedup.estimate for point in _batch_points(record)}).words
+
+
+def _batch_points(record: LatencyRecord) -> tuple[BatchPoint, ...]:
+    return batch_points(record.batches, spec=record.spec.interval) if record.batches is not None else ()
 
 
 def _render_skipped(record: LatencyRecord) -> str:

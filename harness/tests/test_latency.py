@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.latency import (
     POINTS_FILE,
@@ -121,7 +122,11 @@ def test_shipped_specs_load_and_time_what_their_tables_read(name: str) -> None:
         ({"memory_share": 1.5}, "memory_share"),
         ({"heads": {"num_heads": 2}, "batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4}}, "needs heads.path"),
         ({"batch_table": {"tree": {"kind": "fastest", "max_nodes": 8}, "max_new_tokens": 4}}, "needs a calibration_trace"),
-        ({"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 3]}}, "must divide the largest"),
+        (
+            {"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 4], "num_prompts": 6}},
+            "divide num_prompts",
+        ),
+        ({"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 3]}}, "must divide num_prompts"),
         ({"modes_tabel": {}}, "modes_tabel"),
     ],
 )
@@ -272,12 +277,26 @@ def test_table_of_modes_has_known_answers(record: LatencyRecord) -> None:
 
 
 def test_speed_against_batch_has_known_answers() -> None:
-    points = batch_points(fake_batches().trials)
+    points = batch_points(fake_batches(), spec=IntervalSpec())
     assert [made.batch for made in points] == [1, 2, 4, 8]
     for made in points:
         assert made.vanilla_tokens_per_s == pytest.approx(made.batch)
-        assert made.speedup == pytest.approx(BATCH_SPEEDUPS[made.batch])
+        assert made.speedup.estimate == pytest.approx(BATCH_SPEEDUPS[made.batch])
         assert made.tokens_per_step == pytest.approx(2.5)
+        assert made.speedup.num_prompts == 8 // made.batch  # groups are what is resampled
+    assert points[0].speedup.low == pytest.approx(1.5) == points[0].speedup.high  # all groups are alike
+    assert (points[3].speedup.low, points[3].speedup.high) == (-math.inf, math.inf)  # one group bounds nothing
+
+
+def test_rounds_of_a_group_are_one_draw_and_groups_that_differ_widen_the_interval() -> None:
+    (slow, *_, fast) = (trial for trial in fake_batches({1: 1.0}).trials if trial.method == "medusa")
+    trials = [trial for trial in fake_batches({1: 1.0}).trials if trial not in (slow, fast)]
+    trials += [slow.model_copy(update={"decode_s": 10.0}), fast.model_copy(update={"decode_s": 2.5})]
+    twice = [trial.model_copy(update={"round": number}) for number in range(2) for trial in trials]
+    both = (fake_batches().model_copy(update={"trials": tuple(some)}) for some in (trials, twice))
+    once, again = (batch_points(batches, spec=IntervalSpec())[0] for batches in both)
+    assert once.speedup.low < once.speedup.estimate < once.speedup.high
+    assert again.speedup == once.speedup
 
 
 @pytest.mark.parametrize(
