@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -23,6 +23,7 @@ from harness.records import Environment, canonical_sha256
 from harness.shapes import ShapeSpec, load_shapes
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.heads import MedusaHeads
+from medusa_impl.packed_linear import packing_available
 from medusa_impl.runner import StepRunner
 
 _SEED = 0
@@ -31,6 +32,12 @@ _SEED = 0
 def chosen_modes(spec: LatencySpec, available: Sequence[ModeName]) -> tuple[ModeName, ...]:
     """Return the spec's modes; `auto` is what the device offers but `compiled`, whose first steps take minutes."""
     return tuple(mode for mode in available if mode != "compiled") if spec.modes == "auto" else spec.modes
+
+
+def packs_weights(spec: LatencySpec, *, dtype: DtypeName, device: torch.device) -> bool:
+    """Whether a run of the spec holds prepacked copies of the weights, and so needs their bytes twice, whatever mode is timed."""
+    asked = spec.modes == "auto" or "packed" in spec.modes
+    return asked and device.type == "cpu" and packing_available(getattr(torch, dtype))
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -51,17 +58,17 @@ def load_latency_engine(spec: LatencySpec, *, dtype: DtypeName, device: torch.de
     else:
         assert spec.model is not None
         loaded = load_model(spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub, beside=beside)
+    mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"  # which copies nothing
     if spec.heads.path is None:
-        runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded))
+        runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded), mode=mode)
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
     heads, stored = heads_for(loaded, resolve_path(spec.heads.path, beside=beside))
     asked = max(count for grid in spec.grids for count in grid.num_heads)
     if asked > heads.num_heads:
         raise UserError(found=f"grids with {asked} heads", need=f"at most {heads.num_heads}, as the checkpoint has", where=spec.name)
     digest = backbone_sha256(heads)
-    return Engine(
-        loaded=loaded, runner=StepRunner(loaded.model, heads), heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
-    )
+    runner = StepRunner(loaded.model, heads, mode=mode)
+    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json"))
 
 
 def facts_of_model(model: PreTrainedModel, *, name: str, random_weights: bool, heads: LatencyHeads) -> ModelFacts:

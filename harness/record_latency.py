@@ -31,6 +31,7 @@ from harness.latency_engine import (
     free_memory_bytes,
     load_latency_engine,
     model_words,
+    packs_weights,
     planned_facts,
 )
 from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
@@ -44,7 +45,6 @@ from medusa_impl.acceptance import GreedyRule
 from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.kv_cache import TreeCache
-from medusa_impl.packed_linear import packing_available
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 
@@ -117,7 +117,7 @@ def print_latency_plan(spec: LatencySpec, *, console: Console) -> dict[str, int]
     table = Table("dtype", "mode", "batch", "context", "nodes", "heads", "GB", "skipped")
     counts = {"points": 0, "skipped": 0}
     for dtype in spec.dtypes:
-        packs = device.type == "cpu" and packing_available(getattr(torch, dtype))
+        packs = packs_weights(spec, dtype=dtype, device=device)
         for key in spec.points(dtype, chosen_modes(spec, ("eager",))):
             reason = skip_reason(key, facts, packs=packs, free_bytes=free_bytes, memory_share=spec.memory_share)
             sizes = (key.batch, key.context_tokens, key.num_nodes, key.num_heads)
@@ -163,7 +163,7 @@ class _Session:
 
     def measure(self, prompts: Sequence[LatencyPrompt], *, done: set[PointKey], beside: Path | None) -> int:
         """Measure all of this dtype that is not on disk; return the peak memory seen."""
-        auto: ModeName = self.engine.runner.mode
+        auto: ModeName = self.available[0]
         self._measure_limits()
         peak = self._measure_points(done)
         self._measure_modes(prompts, auto=auto)
@@ -181,7 +181,7 @@ class _Session:
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
-        packs = "packed" in self.available  # an engine on a CPU packs its weights at once, whatever mode is timed
+        packs = packs_weights(self.spec, dtype=self.dtype, device=self.engine.runner.backbone.device)
         for (dtype, mode, context_tokens, batch), members in groupby(self.plan, key=lambda key: key.group):
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
@@ -219,7 +219,7 @@ class _Session:
         if self.spec.batch_table is None or path.exists():
             return
         self.console.print(f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False)
-        self.engine.runner.use(auto)
+        self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
         write_json(
             path,
