@@ -15,7 +15,7 @@ from harness.ablation_specs import START_ARM
 from harness.errors import UserError
 from harness.judgement import ClaimVerdict, Interval, VerdictKind
 from harness.records import write_bytes
-from harness.report.formatting import ABSENT, cell, count, megabytes, percent, section, significant, table
+from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers
 
@@ -225,13 +225,13 @@ def _render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
 
 def _render_provenance(record: AblationRecord) -> str:
     environment, manifest = record.environment, record.manifest
-    finished = (
-        "not finished" if manifest is None else f"{manifest.finished_utc} ({manifest.elapsed_s / 60:.0f} minutes since the last start)"
-    )
+    started, finished = environment.started_utc, "not finished"
+    if manifest is not None:
+        finished = finished_words(started, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),
         ("commit", describe_commit(environment)),
-        ("started, finished", f"{environment.started_utc}, {finished}"),
+        ("started, finished", f"{started}, {finished}"),
         ("device", describe_device(environment)),
         ("engine", f"{environment.engine}, {environment.dtype}"),
         ("packages", ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items()))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from datetime import datetime
 
 from tabulate import tabulate
 
@@ -12,6 +13,7 @@ from harness.judgement import Interval
 
 ABSENT = "–"
 _WIDE_CELL = 40
+_START_S = 60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
 _TAG = re.compile(r"<(?=[A-Za-z/!])")
 
@@ -67,6 +69,13 @@ def megabytes(count_bytes: int | None) -> str:
 def count(number: int, noun: str, *, plural: str | None = None) -> str:
     """Return `1 check`, `2 checks`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def finished_words(started_utc: str, finished_utc: str, *, elapsed_s: float) -> str:
+    """Return when a run ended and how many minutes it took; a resumed run counts `elapsed_s` from its last start, and that is said."""
+    between_s = (datetime.fromisoformat(finished_utc) - datetime.fromisoformat(started_utc)).total_seconds()
+    resumed = between_s > elapsed_s + _START_S
+    return f"{finished_utc} ({elapsed_s / 60:.1f} minutes{' since it was resumed' if resumed else ''})"
 
 
 def without_paths(text: str) -> str:

@@ -27,6 +27,7 @@ from harness.report.formatting import (
     ABSENT,
     cell,
     count,
+    finished_words,
     megabytes,
     milliseconds,
     percent,
@@ -295,7 +296,7 @@ def _render_provenance(record: LatencyRecord) -> str:
     environment, manifest, facts = record.environment, record.manifest, record.facts
     finished = "not finished: the record has no manifest and no seal"
     if manifest is not None:
-        finished = f"{manifest.finished_utc} ({manifest.elapsed_s / 60:.1f} minutes)"
+        finished = finished_words(environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
     weights = ", ".join(f"{megabytes(facts.step_bytes(dtype))} MB in {dtype}" for dtype in record.spec.dtypes)
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),

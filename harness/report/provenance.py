@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.records import Environment, RunRecord
-from harness.report.formatting import ABSENT, count, megabytes, table, without_paths
+from harness.report.formatting import ABSENT, count, finished_words, megabytes, table, without_paths
 
 
 def describe_commit(environment: Environment) -> str:
@@ -67,8 +67,9 @@ def _times(record: RunRecord) -> list[tuple[str, object]]:
     done = (
         f"{manifest.num_generations:,} generations and {count(manifest.num_failures, 'failure')} of {manifest.num_planned:,} planned trials"
     )
+    finished = finished_words(record.environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
     return [
-        ("started, finished", f"{record.environment.started_utc}, {manifest.finished_utc} ({manifest.elapsed_s / 60:.1f} minutes)"),
+        ("started, finished", f"{record.environment.started_utc}, {finished}"),
         ("trials", done),
         ("peak memory", f"{megabytes(manifest.peak_memory_bytes)} MB"),
     ]

@@ -16,7 +16,19 @@ from harness.claim_specs import ClaimSpec, load_claims
 from harness.device_curves import RooflineError
 from harness.judgement import ClaimVerdict, VerdictKind
 from harness.quoted import QuotedRow, load_quoted
-from harness.report.formatting import ABSENT, cell, count, percent, rate_interval, ratio, ratio_interval, section, significant, table
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    count,
+    finished_words,
+    percent,
+    rate_interval,
+    ratio,
+    ratio_interval,
+    section,
+    significant,
+    table,
+)
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit_of
 from harness.sweep_checks import (
@@ -432,7 +444,7 @@ def _render_provenance(record: SweepRecord) -> str:
     origin, manifest = record.origin, record.manifest
     finished = "not finished: the record has no manifest and no seal"
     if manifest is not None:
-        finished = f"{manifest.finished_utc} ({manifest.elapsed_s / 60:.1f} minutes)"
+        finished = finished_words(origin.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
     interval = record.spec.interval
     rows: list[tuple[str, object]] = [
         ("command", f"`{origin.command}`"),

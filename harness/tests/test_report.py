@@ -20,6 +20,7 @@ from harness.report.evidence import render_heads, render_parity, render_predicti
 from harness.report.formatting import (
     ABSENT,
     cell,
+    finished_words,
     holds_absolute_path,
     megabytes,
     percent,
@@ -335,3 +336,9 @@ def test_trees_without_an_entry_do_not_break_the_predictions(tmp_path: Path, jud
 
     record = write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=8, rounds=1, jitter=0.0)
     assert _rows(render_predictions(record, judgement).split("Speedup =")[0])["chain"][1:3] == [ABSENT, ABSENT]
+
+
+@pytest.mark.parametrize(("finished", "words"), [("14:43:00Z", "(10.2 minutes)"), ("17:33:04Z", "(10.2 minutes since it was resumed)")])
+def test_minutes_of_a_resumed_run_say_what_they_count(finished: str, words: str) -> None:
+    shown = finished_words("2026-11-23T14:33:00Z", f"2026-11-23T{finished}", elapsed_s=612.0)
+    assert shown == f"2026-11-23T{finished} {words}"
