@@ -239,6 +239,28 @@ def profile(
     print(json.dumps(profile_headline(profiled), allow_nan=False))
 
 
+@app.command("profile-training")
+def profile_training_command(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
+    steps: Annotated[int, typer.Option(help="untouched steps a stage; as many are taken apart", min=1)] = 8,
+    output: Annotated[Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their time goes."""
+    from harness.environment import machine_slug
+    from harness.training_profile import print_training_profile, profile_training, training_headline
+    from harness.training_specs import load_training_suite
+
+    spec = load_training_suite(_find_data(recipe, folder="recipes"))
+    profiled = profile_training(spec, num_steps=steps, allow_hub=hub, command=_command(), console=console)
+    name = f"training-{spec.name}-{machine_slug(profiled.environment.device)}.json"
+    target = output or default_results() / "profile" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, profiled)
+    print_training_profile(Console(), profiled)
+    print(json.dumps(training_headline(profiled), allow_nan=False))
+
+
 @app.command()
 def latency(
     spec: Annotated[str, typer.Argument(help="a shipped latency spec's name or a TOML file")] = "embedded",
@@ -282,9 +304,14 @@ def sweep(
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
     report: Annotated[Path | None, typer.Option(help="write this record's report and figures again instead of sweeping")] = None,
     readme: Annotated[Path | None, typer.Option(help="write the table of devices between this file's markers")] = None,
+    executor: Annotated[str, typer.Option(help="where points are run: local, or ray (a cluster)")] = "local",
+    address: Annotated[str | None, typer.Option(help="the Ray cluster: auto (the default), local or HOST:PORT")] = None,
     hub: HubOption = False,
 ) -> None:
     """Compose trees x heads x devices from a trace and step times; run sampled points and check some composed ones."""
+    if executor not in ("local", "ray") or (executor == "local" and address is not None):
+        found = f"--executor {executor}" + (f" --address {address}" if address is not None else "")
+        raise UserError(found=found, need="local, or ray with or without an address", where="the command line")
     registry = load_claims(claims)
     if report is not None:
         _finish_sweep(report, claims=registry, readme=readme)
@@ -299,9 +326,17 @@ def sweep(
         replay_only=replay_only,
         cache=cache_dir() / "trees",
         allow_hub=hub,
-        command=_command(),
+        command=_command(address=address),
     )
-    _finish_sweep(run_sweep(load_sweep(file), spec_file=file, options=options, console=console), claims=registry, readme=readme)
+    spec = load_sweep(file)
+    if executor == "local":
+        folder = run_sweep(spec, spec_file=file, options=options, console=console)
+    else:
+        from harness.ray_executor import RayExecutor
+
+        with RayExecutor(address or "auto") as cluster:
+            folder = run_sweep(spec, spec_file=file, options=options, console=console, executor=cluster)
+    _finish_sweep(folder, claims=registry, readme=readme)
 
 
 @app.command("search-tree")
@@ -487,9 +522,12 @@ def _finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | N
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
-def _command() -> str:
-    """Return the command as it would be typed, with file names instead of paths."""
-    return shlex.join(["medusa-repro", *map(_without_folders, sys.argv[1:])])
+def _command(*, address: str | None = None) -> str:
+    """Return the command as it would be typed, with file names instead of paths and without a cluster's address."""
+    words = sys.argv[1:]
+    if address not in (None, "auto", "local"):
+        words = [word.replace(address, "HOST:PORT") for word in words]
+    return shlex.join(["medusa-repro", *map(_without_folders, words)])
 
 
 def _without_folders(word: str) -> str:

@@ -24,6 +24,7 @@ class DecodedCheck:
     composed: float
     num_ties: int
     num_bugs: int
+    device: str
 
     @property
     def gap(self) -> float:
@@ -45,6 +46,7 @@ def decoded_check(cell: DecodedCell, *, spec: IntervalSpec) -> DecodedCheck:
         composed=fsum(row.composed_vanilla_s for row in cell.rows) / fsum(row.composed_medusa_s for row in cell.rows),
         num_ties=sum(difference.kind == "tie" for difference in cell.differences),
         num_bugs=sum(difference.kind == "bug" for difference in cell.differences),
+        device=cell.curve.device,
     )
 
 

@@ -40,9 +40,10 @@ class TraceFacts(Frozen):
 
 
 class SweepOrigin(Frozen):
-    """Where a record comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that ran the run cells.
+    """Where a record comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that composed.
 
-    `commit` is None outside a git checkout, and the report says so.
+    The executor `local` ran the run cells there too; with `ray` each run cell says where it ran. `commit` is None outside a git
+    checkout, and the report says so.
     """
 
     schema_version: Literal[1] = 1
@@ -52,6 +53,7 @@ class SweepOrigin(Frozen):
     python: str
     packages: dict[str, str]
     device: DeviceInfo
+    executor: Literal["local", "ray"] = "local"
     inputs: dict[str, str]
     trace: TraceFacts
     calibration: TraceFacts
@@ -139,6 +141,16 @@ class ComposedCell(Frozen):
         return next(chosen for chosen in self.chosen if chosen.method == "joint")
 
 
+class RanOn(Frozen):
+    """Which node of a cluster ran a cell: the start of the random id that Ray gave it (no host name, no address), and what it is."""
+
+    node: str
+    accelerator_type: str | None
+    device: DeviceInfo
+    python: str
+    packages: dict[str, str]
+
+
 class SampledRow(Frozen):
     """One text: counts and, in nats, the summed log-likelihood of its tokens under the original backbone at temperature 1.
 
@@ -157,7 +169,10 @@ class SampledRow(Frozen):
 
 
 class SampledCell(Frozen):
-    """One setting whose text a replay cannot give, run on every prompt and seed; vanilla has no tree."""
+    """One setting whose text a replay cannot give, run on every prompt and seed; vanilla has no tree.
+
+    `ran_on`, here as in other cells, is None on the record's own machine.
+    """
 
     schema_version: Literal[1] = 1
     cell: Literal["sampled"] = "sampled"
@@ -165,6 +180,7 @@ class SampledCell(Frozen):
     tree: int | None
     rows: tuple[SampledRow, ...]
     elapsed_s: float
+    ran_on: RanOn | None = None
 
     @property
     def key(self) -> str:
@@ -204,11 +220,12 @@ class DecodedCell(Frozen):
     rows: tuple[DecodedRow, ...]
     differences: tuple[StepDifference, ...]
     elapsed_s: float
+    ran_on: RanOn | None = None
 
     @property
     def key(self) -> str:
         """What makes the cell this one."""
-        return decoded_key(self.tree)
+        return decoded_key(self.tree, accelerator_type=self.ran_on.accelerator_type if self.ran_on is not None else None)
 
 
 class FailedCell(Frozen):
@@ -220,6 +237,7 @@ class FailedCell(Frozen):
     words: str
     error_type: str
     message: str
+    ran_on: RanOn | None = None
 
 
 SweepCell = Annotated[ComposedCell | SampledCell | DecodedCell | FailedCell, Field(discriminator="cell")]
@@ -237,9 +255,9 @@ def sampled_key(setting: SampledSetting) -> str:
     return f"sampled {setting.words}"
 
 
-def decoded_key(tree: int) -> str:
-    """Return the key of a decoded cell."""
-    return f"decoded {tree}"
+def decoded_key(tree: int | Literal["none"], *, accelerator_type: str | None = None) -> str:
+    """Return the key of a decoded cell; on a cluster every accelerator type has its own. `none` is where there is no curve to check."""
+    return f"decoded {tree}" + (f" on {accelerator_type}" if accelerator_type is not None else "")
 
 
 class SweepManifest(Frozen):
@@ -303,6 +321,13 @@ class SweepRecord(RecordFolder):
     def failed(self) -> tuple[FailedCell, ...]:
         """The cells that could not be had."""
         return tuple(cell for cell in self.cells if isinstance(cell, FailedCell))
+
+    @property
+    def run_devices(self) -> tuple[str, ...]:
+        """The devices that ran the run cells, each once, such as `NVIDIA A100-SXM4-80GB (cuda)`."""
+        ran_on = [cell.ran_on for cell in self.sampled] + [cell.ran_on for cell in self.decoded]
+        devices = [one.device if one is not None else self.origin.device for one in ran_on]
+        return tuple(dict.fromkeys(f"{device.name} ({device.kind})" for device in devices))
 
     @property
     def num_points(self) -> int:

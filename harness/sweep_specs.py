@@ -164,12 +164,37 @@ class DecodedChecks(Frozen):
     num_prompts: int = Field(ge=2)
 
 
+class ClusterSpec(Frozen):
+    """What every run cell asks of a Ray cluster; another executor reads none of it.
+
+    `accelerator_types` are names as Ray spells them, such as "A100"; empty means any node, and a cluster whose nodes are alike. Sampled
+    settings run on some of the types, decoded points on each. `num_gpus` and `num_cpus` are those of one cell, 0 GPUs for CPU nodes.
+    A cell whose worker or node is lost is run again at most `max_retries` times. `latency` names a latency spec: a type whose device has
+    no sealed record of it is measured first, so that the sweep composes with it.
+    """
+
+    accelerator_types: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    num_gpus: float = Field(default=1, ge=0)
+    num_cpus: int = Field(default=1, ge=1)
+    max_retries: int = Field(default=3, ge=0)
+    latency: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClusterSpec:
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError("num_gpus is a share of one GPU or a whole number of them")
+        if len(set(self.accelerator_types)) < len(self.accelerator_types):
+            raise ValueError("accelerator_types must be distinct")
+        return self
+
+
 class SweepSpec(Frozen):
     """A sweep: one trace, trees grown on another, curves of devices, and points that are run.
 
     `trace` is replayed; `calibration_trace` is what trees are grown and chosen on. `shape` is the published shape of the trace's model.
     `suite` names the suite file whose model, heads and prompts the run points take. `contexts` gives "trace" (each step at the length
     that its text had) or lengths at which every step is priced instead. `break_even_batches` are tried with each device's own tree.
+    `cluster` is for the executor `ray`.
     """
 
     schema_version: Literal[1]
@@ -189,6 +214,7 @@ class SweepSpec(Frozen):
     predicted: PredictedDevices | None = None
     sampled: SampledPoints | None = None
     decoded: DecodedChecks | None = None
+    cluster: ClusterSpec | None = None
     interval: IntervalSpec = IntervalSpec(num_resamples=1000)
 
     @model_validator(mode="after")
@@ -197,6 +223,8 @@ class SweepSpec(Frozen):
             raise ValueError("give measured, predicted or both: a sweep composes with some device's step times")
         if self.break_even_batches[0] != 1 or list(self.break_even_batches) != sorted(set(self.break_even_batches)):
             raise ValueError("break_even_batches must rise from 1")
+        if self.cluster is not None and self.cluster.latency is not None and self.measured is None:
+            raise ValueError("cluster.latency measures step times: give measured, so that the sweep composes with them")
         return self
 
 

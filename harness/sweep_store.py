@@ -27,7 +27,7 @@ from harness.sweep_record import (
 )
 from harness.sweep_specs import SweepSpec
 
-IDENTITY = ("commit", "dirty", "packages", "device", "inputs", "trace", "calibration")
+IDENTITY = ("commit", "dirty", "packages", "device", "executor", "inputs", "trace", "calibration")
 _PATHS = ("suite", "trace", "calibration_trace")
 
 
@@ -99,6 +99,9 @@ class SweepStore:
 def portable_spec(spec: SweepSpec) -> dict[str, Any]:
     """Return a spec as a record keeps it: absolute paths, which name a machine or a user, cut to their last part."""
     data = portable(spec)
+    latency = data.get("cluster", {}).get("latency")
+    if latency is not None and Path(latency).is_absolute():
+        data["cluster"] = {**data["cluster"], "latency": Path(latency).name}
     return data | {name: Path(data[name]).name for name in _PATHS if Path(data[name]).is_absolute()}
 
 

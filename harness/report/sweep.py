@@ -236,6 +236,7 @@ def render_decoded(record: SweepRecord) -> str:
                 percent(check.gap, signed=True),
                 "yes" if check.is_within else "no",
                 differences,
+                check.device,
             )
         )
     within = sum(check.is_within for check in checks)
@@ -244,7 +245,7 @@ def render_decoded(record: SweepRecord) -> str:
         f"Of {count(len(checks), 'point')} {within} lie within the run's own interval; the largest gap is {percent(worst)}. "
         f"Steps differ from the replay on {sum(check.num_bugs for check in checks)} prompts beyond rounding ties."
     )
-    headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps"]
+    headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps", "device"]
     return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{words}"
 
 
@@ -451,7 +452,8 @@ def _render_provenance(record: SweepRecord) -> str:
         ("commit", describe_commit_of(origin.commit, origin.dirty)),
         ("started", origin.started_utc),
         ("finished", finished),
-        ("machine of the run cells", f"{origin.device.name} ({origin.device.kind})"),
+        ("machine that composed", f"{origin.device.name} ({origin.device.kind})"),
+        ("run cells ran on", ", ".join(record.run_devices) or ABSENT),
         ("weights", f"SHA-256 {origin.trace.model_sha256[:16]}"),
         ("draft heads", f"SHA-256 {origin.trace.heads_sha256[:16]}"),
         *((name, f"SHA-256 {digest[:16]}") for name, digest in sorted(origin.inputs.items())),

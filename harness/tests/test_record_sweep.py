@@ -16,14 +16,16 @@ from pytest import MonkeyPatch
 import harness.locks
 import harness.record_sweep
 import harness.report.figures
+import harness.sweep_cells
 from harness.arms import ArmRunner, TimedGeneration
 from harness.config import parse_suite
 from harness.engine import Engine, LoadedModel
 from harness.environment import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.judgement import FigureKind
-from harness.record_sweep import SweepOptions, arm_of, run_sweep, step_difference
+from harness.record_sweep import SweepOptions, run_sweep
 from harness.records import Environment, file_sha256, write_json
+from harness.sweep_cells import arm_of, step_difference
 from harness.sweep_checks import decoded_checks
 from harness.sweep_record import CELLS_FILE, AnyCell, FailedCell, SweepRecord
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
@@ -44,7 +46,8 @@ def quick_and_steady() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.record_sweep, "git_state", cache(git_state))
         patch.setattr(harness.locks, "_YIELD_S", 0.0)
-        patch.setattr(harness.record_sweep, "best_device", lambda: CPU)
+        for module in (harness.record_sweep, harness.sweep_cells):
+            patch.setattr(module, "best_device", lambda: CPU)
         yield
 
 

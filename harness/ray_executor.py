@@ -1,0 +1,487 @@
+"""Run a sweep's cells, and measure the curves that it lacks, as tasks of a Ray cluster; the driver composes and keeps the one store.
+
+Ray ships the code, places tasks, and runs again what a lost worker or node took with it. A task brings all it needs but model assets,
+which every node takes from its own cache, and gives its cell back; the driver appends cells as they come, so that a task that Ray runs
+twice is still counted once.
+
+    driver: measure missing curves -> compose -> tasks ---> nodes: load once a worker, run a cell
+            sweep's folder <- append, one by one <--------- cell, or why there is none
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+
+from harness.asset_files import CACHE_VARIABLE
+from harness.config import SuiteSpec
+from harness.engine import best_device
+from harness.environment import device_info, git_state, machine_slug, package_versions, python_version
+from harness.errors import UserError
+from harness.latency import LatencyRecord
+from harness.latency_specs import LatencySpec, load_latency_spec
+from harness.paths import resolve_path
+from harness.record_latency import LatencyOptions, run_latency
+from harness.record_sweep import SweepOptions
+from harness.records import write_bytes, write_json
+from harness.report.latency import render_latency_report
+from harness.run_store import hashes
+from harness.sweep_cells import CellInputs, CellRunner, RunTask, SampledTask, failed_cell
+from harness.sweep_record import AnyCell, RanOn
+from harness.sweep_specs import ClusterSpec, SweepSpec
+
+_PACKAGES = ("harness", "medusa_impl", "suites")
+_NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
+_VARIABLES = (CACHE_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")  # of the driver, where set
+_FILE_KEYS = ("path", "adapter", "calibration_trace")  # what suites and latency specs call files by
+_CONNECT_S, _LOOK_S, _PATIENCE_S = 5.0, 10.0, 300.0
+_NODE_ID_DIGITS = 12
+
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A UserError on its way from a node: exceptions with keyword arguments do not survive pickling."""
+
+    found: str
+    need: str
+    where: str | None
+    do: str | None
+
+    @staticmethod
+    def of(error: UserError) -> Refusal:
+        """Return what an error says."""
+        return Refusal(found=error.found, need=error.need, where=error.where, do=error.do)
+
+    @property
+    def error(self) -> UserError:
+        """The error again."""
+        return UserError(found=self.found, need=self.need, where=self.where, do=self.do)
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What a node needs for the cells of one sweep; `digest` is that of all the rest, and stands for it."""
+
+    digest: str
+    inputs: CellInputs = field(compare=False)
+    files: Mapping[str, bytes] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A task that Ray was given, and the type of node that it waits for."""
+
+    accelerator_type: str | None
+    ref: Any
+
+
+class _Lost(Exception):
+    """A task that ended without a result, in words that name no host and no address."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+# ---- on a node
+
+
+def run_cell(shipment: Shipment, task: RunTask, accelerator_type: str | None) -> AnyCell | Refusal:
+    """Run one cell on the engine that this worker process keeps."""
+    try:
+        runner = _loaded(shipment)
+    except UserError as error:
+        return Refusal.of(error)
+    return runner.run(task).model_copy(update={"ran_on": describe_node(accelerator_type)})
+
+
+@lru_cache(maxsize=1)
+def _loaded(shipment: Shipment) -> CellRunner:
+    """Return the engine of a shipment, kept until another sweep's comes."""
+    with unpacked(shipment.files) as folder:
+        suite = shipment.inputs.suite
+        if suite.prompts.path is not None:
+            prompts = suite.prompts.model_copy(update={"path": str(folder / suite.prompts.path)})
+            suite = suite.model_copy(update={"prompts": prompts})
+        return CellRunner(replace(shipment.inputs, suite=suite, beside=folder))
+
+
+def measure_curve(spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str) -> dict[str, bytes] | Refusal:
+    """Measure a latency spec on this node and return the files of the sealed record."""
+    with unpacked(files) as folder:
+        options = LatencyOptions(results=folder / "results", allow_hub=allow_hub, command=command)
+        try:
+            record = run_latency(spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True))
+        except UserError as error:
+            return Refusal.of(error)
+        return {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}
+
+
+def describe_node(accelerator_type: str | None) -> RanOn:
+    """Return what the node is that this worker runs on."""
+    ray: Any = importlib.import_module("ray")
+    return RanOn(
+        node=str(ray.get_runtime_context().get_node_id())[:_NODE_ID_DIGITS],
+        accelerator_type=accelerator_type,
+        device=device_info(best_device()),
+        python=python_version(),
+        packages=package_versions(),
+    )
+
+
+@contextmanager
+def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Give a temporary folder that holds the files under their names."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        yield folder
+
+
+# ---- on the driver
+
+
+class RayExecutor:
+    """A Ray cluster, connected to for as long as the `with` statement lasts.
+
+    `address` is `auto` (a cluster of this machine, or RAY_ADDRESS), `local` (one of this machine alone, started now), or HOST:PORT.
+    A worker keeps its engine between cells, except where a node offers several places with GPUs: there each cell has its own process,
+    as is Ray's rule, since a process cannot move to the next GPU and would keep memory on the last.
+    Raises: UserError where Ray is not installed, or no cluster answers.
+    """
+
+    name: Literal["ray"] = "ray"
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._ray: Any = None
+        self._cluster = ClusterSpec()
+        self._checkout: tuple[str | None, bool | None] = (None, None)
+
+    def __enter__(self) -> RayExecutor:
+        self._ray = _import_ray()
+        _check_answers(self._address)
+        variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+        local = {"include_dashboard": False} if self._address == "local" else {}
+        self._checkout = git_state(Path(__file__).parent)  # of what is shipped
+        with code_to_ship() as folder:
+            environment = {"working_dir": str(folder), "env_vars": variables}
+            try:
+                self._ray.init(address=self._address, runtime_env=environment, log_to_driver=False, logging_level="WARNING", **local)
+            except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
+                found = f"no Ray cluster that takes this program ({str(error).splitlines()[0]})"
+                raise _no_cluster(found, address=self._address) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def ready(self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console) -> Mapping[str | None, str]:
+        """Return the device of each accelerator type, once every curve is there that `cluster.latency` asks for.
+
+        Raises: UserError where no node has a wanted type with room for a cell, or a curve cannot be measured.
+        """
+        self._cluster = spec.cluster or ClusterSpec()
+        latency = self._latency_spec(spec, beside=beside)
+        places = {kind: self._places(kind) for kind in self._types}
+        for kind, found in places.items():
+            if not found:
+                raise self._no_node(kind)
+        words = ", ".join(f"{kind or 'any node'} x {sum(found)}" for kind, found in places.items())
+        console.print(f"Ray: {words}; waiting for a node of each", highlight=False)
+        probes = {kind: Sent(kind, self._task(describe_node, kind).remote(kind)) for kind in self._types}
+        nodes = dict[str | None, RanOn]()
+        with closing(self._each(probes)) as ended:
+            for kind, ref in ended:
+                try:
+                    nodes[kind] = self._value(ref)
+                except _Lost as lost:
+                    need = "nodes with the packages that this project depends on: Ray ships its code alone"
+                    raise UserError(found=f"a node that cannot begin ({lost.kind}: {lost})", need=need, where="cluster") from lost
+        if latency is not None:
+            self._measure(latency, nodes, beside=beside, options=options, console=console)
+        return {kind: nodes[kind].device.name for kind in self._types}
+
+    def run(self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]) -> Generator[AnyCell]:
+        """Yield cells as they arrive: sampled settings are dealt out over the types, as many as each has places for cells.
+
+        Raises: UserError where a node cannot load the engine, or a type's last node is gone and none comes.
+        """
+        if not tasks:
+            return
+        self._cluster = inputs.spec.cluster or ClusterSpec()
+        places = {kind: self._places(kind) for kind in self._types}
+        single = all(max(found, default=1) == 1 for found in places.values())
+        runs = {kind: self._task(run_cell, kind, keeps_worker=single) for kind in self._types}
+        deal = cycle([kind for kind in self._types for _ in range(max(1, sum(places[kind])))])
+        shipment = self._ray.put(ship(inputs))
+        sent = {}
+        for task in tasks:
+            kind = next(deal) if isinstance(task, SampledTask) else task.accelerator_type
+            sent[task] = Sent(kind, runs[kind].remote(shipment, task, kind))
+        on_start(f"run on Ray ({', '.join(kind or 'any node' for kind in self._types)})")
+        with closing(self._each(sent)) as ended:
+            for task, ref in ended:
+                try:
+                    yield self._value(ref)
+                except _Lost as lost:
+                    yield failed_cell(task, error_type=lost.kind, message=str(lost))
+
+    @property
+    def _types(self) -> tuple[str | None, ...]:
+        return self._cluster.accelerator_types or (None,)
+
+    def _places(self, accelerator_type: str | None) -> list[int]:
+        """Return how many cells fit on each node of a type at once; nodes without room are left out."""
+        wants = {"CPU": float(self._cluster.num_cpus), "GPU": self._cluster.num_gpus}
+        found = []
+        for node in self._ray.nodes():
+            has: Mapping[str, float] = node["Resources"]
+            if node["Alive"] and (accelerator_type is None or f"accelerator_type:{accelerator_type}" in has):
+                found.append(min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in wants.items() if amount))
+        return [room for room in found if room]
+
+    def _no_node(self, accelerator_type: str | None) -> UserError:
+        kinds = Counter(
+            name.removeprefix("accelerator_type:")
+            for node in self._ray.nodes()
+            if node["Alive"]
+            for name in node["Resources"]
+            if name.startswith("accelerator_type:")
+        )
+        there = ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds.items())) or "no accelerator type"
+        room = f"{self._cluster.num_gpus:g} GPUs and {self._cluster.num_cpus} CPUs"
+        return UserError(
+            found=f"a cluster with {there}",
+            need=f"a node{f' with {accelerator_type}' if accelerator_type is not None else ''} that has {room} for a cell",
+            where="cluster",
+            do="start such a node, or change accelerator_types, num_gpus or num_cpus",
+        )
+
+    def _task(self, function: Callable[..., Any], accelerator_type: str | None, *, keeps_worker: bool = False) -> Any:
+        """Return a function as a Ray task for a node of a type; without GPUs the worker outlives the task anyway."""
+        options: dict[str, Any] = {
+            "num_gpus": self._cluster.num_gpus,
+            "num_cpus": self._cluster.num_cpus,
+            "max_retries": self._cluster.max_retries,
+            "retry_exceptions": False,  # only what a lost worker took with it is run again
+        }
+        if accelerator_type is not None:
+            options["accelerator_type"] = accelerator_type
+        if keeps_worker:
+            options["max_calls"] = 0
+        return self._ray.remote(**options)(function)
+
+    def _each(self, sent: Mapping[Name, Sent]) -> Generator[tuple[Name, Any]]:
+        """Yield tasks as they end; what is left when it is closed is cancelled, so close it while there is a connection.
+
+        Raises: UserError where tasks wait for a node that has been gone for minutes.
+        """
+        waiting = {one.ref: (name, one.accelerator_type) for name, one in sent.items()}
+        all_there_s = time.monotonic()
+        try:
+            while waiting:
+                ready, _ = self._ray.wait(list(waiting), timeout=_LOOK_S)
+                wanted = {kind for _, kind in waiting.values()} if not ready else set()
+                gone = [kind for kind in wanted if not self._places(kind)]
+                if not gone:
+                    all_there_s = time.monotonic()
+                elif time.monotonic() - all_there_s > _PATIENCE_S:
+                    raise self._no_node(gone[0])
+                for ref in ready:
+                    yield waiting.pop(ref)[0], ref
+        finally:
+            for ref in waiting:
+                self._ray.cancel(ref)
+
+    def _value(self, ref: Any) -> Any:
+        """Return what a task gave back.
+
+        Raises: UserError where it, or Ray, refused; _Lost where it failed or its worker was lost too often.
+        """
+        errors = self._ray.exceptions
+        try:
+            value = self._ray.get(ref)
+        except errors.RayTaskError as error:
+            raise _Lost(type(error.cause).__name__, str(error.cause)) from error
+        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            raise _Lost(type(error).__name__, f"worker or node lost, with max_retries = {self._cluster.max_retries}") from error
+        except errors.RayError as error:
+            found = f"{type(error).__name__} ({str(error).splitlines()[0]})"
+            raise UserError(found=found, need="a cluster that can run the task", where="Ray") from error
+        if isinstance(value, Refusal):
+            raise value.error
+        return value
+
+    def _latency_spec(self, spec: SweepSpec, *, beside: Path | None) -> LatencySpec | None:
+        if self._cluster.latency is None:
+            return None
+        latency = load_latency_spec(resolve_path(self._cluster.latency, beside=beside))
+        records = spec.measured.records if spec.measured is not None else ()
+        if records != "all" and latency.name not in records:
+            need = f"{latency.name!r} among them, which cluster.latency measures"
+            raise UserError(found=f"records {list(records)}", need=need, where="measured.records")
+        return latency
+
+    def _measure(
+        self, latency: LatencySpec, nodes: Mapping[str | None, RanOn], *, beside: Path | None, options: SweepOptions, console: Console
+    ) -> None:
+        """Measure a latency spec once on every device that has no sealed record of it; each record is kept as it comes."""
+        known = set(measured_devices(options.results, name=latency.name))
+        missing = {node.device.name: kind for kind, node in nodes.items() if node.device.name not in known}
+        if not missing:
+            return
+        console.print(f"Ray: measuring {latency.name} on {', '.join(sorted(missing))}", highlight=False)
+        data, files = packed(latency.model_dump(mode="json", exclude_none=True), beside=_folder_of(self._cluster.latency, beside=beside))
+        spec, shipped = LatencySpec.model_validate(data), self._ray.put(files)
+        sent = {
+            device: Sent(kind, self._task(measure_curve, kind).remote(spec, shipped, allow_hub=options.allow_hub, command=options.command))
+            for device, kind in missing.items()
+        }
+        failures = list[UserError]()
+        with closing(self._each(sent)) as ended:
+            for device, ref in ended:
+                try:
+                    folder = keep_record(options.results, self._value(ref), checkout=self._checkout)
+                    console.print(f"Ray: {folder.parent.name} is measured", highlight=False)
+                except UserError as error:
+                    failures.append(error)
+                except _Lost as lost:
+                    failures.append(UserError(found=f"no curve of {device} ({lost.kind}: {lost})", need="one", where=latency.name))
+        if failures:
+            raise failures[0]
+
+
+@contextmanager
+def code_to_ship() -> Iterator[Path]:
+    """Give a temporary folder with the project's packages and their data, for Ray to copy to the nodes.
+
+    As a working directory it comes first there; beside modules alone Ray would put this process's own folder before them, and a node
+    that has something else at that place would run that.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in _PACKAGES:
+            shutil.copytree(str(resources.files(name)), Path(temporary) / name, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
+        yield Path(temporary)
+
+
+def ship(inputs: CellInputs) -> Shipment:
+    """Return what nodes need of a sweep, with the files that its suite names."""
+    data, files = packed(inputs.suite.model_dump(mode="json", exclude_none=True), beside=inputs.beside)
+    inputs = replace(inputs, suite=SuiteSpec.model_validate(data), beside=Path())
+    digest = hashlib.sha256(pickle.dumps((inputs, files))).hexdigest()
+    return Shipment(digest=digest, inputs=inputs, files=files)
+
+
+def packed(data: Mapping[str, Any], *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a suite's data with names of files in a folder of their own, and these files by name.
+
+    A model's folder is too much to ship: it has to lie at the same place on every node.
+    Raises: UserError where a file is missing.
+    """
+    files: dict[str, bytes] = {}
+
+    def place(text: str) -> str:
+        found, given = resolve_path(text, beside=beside), Path(text)
+        name = f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
+        members = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
+        files.update({(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members})
+        return name
+
+    def pack(value: Any, *, of: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {key: pack(inner, of=f"{of}.{key}") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [pack(inner, of=of) for inner in value]
+        if not isinstance(value, str) or of.rpartition(".")[2] not in _FILE_KEYS:
+            return value
+        return str(Path(value).absolute()) if of == ".model.path" else place(value)
+
+    return pack(data), files
+
+
+def measured_devices(results: Path, *, name: str) -> Iterator[str]:
+    """Yield the names of the devices of which there is a sealed latency record of a spec."""
+    for manifest in results.glob(f"latency/{name}/*/*/manifest.json"):
+        yield LatencyRecord(manifest.parent).environment.device.name
+
+
+def keep_record(results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]) -> Path:
+    """Write the files of a latency record that a node measured to its place, whole or not at all, and return its folder.
+
+    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files differed from it.
+    Raises: UserError where the record is not sealed, or not as it was sealed.
+    """
+    home = results / "latency"
+    home.mkdir(parents=True, exist_ok=True)
+    commit, dirty = checkout
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=home) as temporary:
+        part = Path(temporary) / "record"
+        part.mkdir()
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        arrived = LatencyRecord(part)
+        arrived.check_seal()
+        manifest = arrived.manifest
+        assert manifest is not None  # it is sealed
+        write_json(part / "environment.json", arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}))
+        write_json(part / "manifest.json", manifest.model_copy(update={"sha256": hashes(part)}))
+        record = LatencyRecord(part)
+        began = record.environment.started_utc.replace("-", "").replace(":", "")
+        folder = home / record.spec.name / machine_slug(record.environment.device) / f"{began}-{(commit or 'nocommit')[:8]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part.rename(folder)
+    write_bytes(folder / "report.md", render_latency_report(LatencyRecord(folder)).encode())
+    return folder
+
+
+def _folder_of(name: str | None, *, beside: Path | None) -> Path | None:
+    return resolve_path(name, beside=beside).parent if name is not None else None
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no command reports to anyone
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        do = "pip install 'medusa-repro[ray]'"
+        raise UserError(found="no ray", need="it for --executor ray", where="this environment", do=do) from error
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not colon or not port.isdigit():
+        raise UserError(found=f"--address {address}", need="auto, local or HOST:PORT", where="the command line")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise _no_cluster(f"nothing that answers at {address}", address=address) from error
+
+
+def _no_cluster(found: str, *, address: str) -> UserError:
+    do = "start one with ray start --head" if address != "local" else "look at Ray's own logs"
+    return UserError(found=found, need="a running Ray cluster with this Python and this version of Ray", where="--address", do=do)
