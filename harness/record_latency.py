@@ -201,7 +201,8 @@ class _Session:
         if table is None or self.dtype in before.auto:
             return
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
-        modes = [mode for mode in self.modes if mode in self.available]
+        timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
+        modes = [mode for mode in self.modes if mode in self.available and mode in timed]
         trials = measure_modes(
             self.engine,
             self.dtype,
@@ -233,7 +234,9 @@ class _Session:
 
 
 def measure_group(engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock) -> tuple[LatencyPoint, ...]:
-    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits beginning with another point.
+    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits beginning somewhere else.
+
+    So what disturbs the machine for a moment meets a size in one round only, and with three rounds or more its median stands.
 
     Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator, which no step of a decoding
     does (on a CPU in eager mode it takes half as long again).
@@ -247,8 +250,9 @@ def measure_group(engine: Engine, keys: Sequence[PointKey], *, repeats: int, clo
     with _noting_out_of_memory(skipped, keys, device):  # of the context; points note their own
         room_tokens = max(key.num_nodes for key in keys) + 1
         cache = filled_cache(engine.runner.backbone, context_tokens=keys[0].context_tokens, batch=keys[0].batch, room_tokens=room_tokens)
-        for number, num_times in enumerate((0, *_visits(repeats))):  # the first round warms kernels and allocator up
-            first = number % len(keys)
+        rounds = (0, *_visits(repeats))  # the first warms kernels and allocator up
+        for number, num_times in enumerate(rounds):
+            first = number * len(keys) // len(rounds)
             for key in (*keys[first:], *keys[:first]):
                 if key in skipped:
                     continue
