@@ -21,6 +21,7 @@ NO_TARGET = -1
 OUTSIDE_SUBSET = -2
 NUM_RANKS = 10  # accuracies are counted among a head's 1, 2, .., 10 best tokens
 DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this size are alive at once
+_CACHE_BYTES = 2 * 2**20  # of float32 logits that are worked on at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
     """Weighted cross-entropy behind a frozen unembedding, whose gradient is known before the logits are dropped.
 
     With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass, chunk by chunk, so that
-    neither pass holds more than one chunk of logits and no logit is computed twice.
+    neither pass holds more than one chunk of logits and no logit is computed twice. On a CPU what lies between the two products goes
+    block by block through the cache and ends where the logits were: whole chunks of float32 cost more time than the products do.
     """
 
     @staticmethod
@@ -165,17 +167,23 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
         gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         row_losses = states.new_empty(len(rows), dtype=torch.float32)
         row_ranks = torch.empty(len(rows), dtype=torch.long, device=states.device)
+        block_rows = max(1, _CACHE_BYTES // (4 * weight.shape[0])) if states.device.type == "cpu" else chunk_rows
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
-            logits = linear(states[rows[part]].to(weight.dtype), weight).float()
-            log_probabilities = torch.log_softmax(logits, dim=-1)
-            chosen = targets[part, None]
-            row_losses[part] = -log_probabilities.gather(1, chosen).squeeze(1)
-            row_ranks[part] = (logits > logits.gather(1, chosen)).sum(1)
+            logits = linear(states[rows[part]].to(weight.dtype), weight)
+            rowwise = (logits, targets[part], row_losses[part], row_ranks[part])
+            blocks = zip(*(torch.split(kept, block_rows) for kept in rowwise), strict=True)
+            for block, wanted, block_losses, block_ranks in blocks:
+                wide, chosen = block.float(), wanted[:, None]
+                log_probabilities = torch.log_softmax(wide, dim=-1)
+                block_losses.copy_(-log_probabilities.gather(1, chosen).squeeze(1))
+                block_ranks.copy_((wide > wide.gather(1, chosen)).sum(1))
+                if gradient is not None:
+                    residual = log_probabilities.exp_()
+                    residual.scatter_add_(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen))
+                    block.copy_(residual)
             if gradient is not None:
-                residual = log_probabilities.exp_()
-                residual.scatter_add_(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen))
-                gradient[rows[part]] = (residual.to(weight.dtype) @ weight).to(gradient.dtype) * scales[part, None]
+                gradient[rows[part]] = (logits @ weight).to(gradient.dtype) * scales[part, None]
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(row_losses, row_ranks)

@@ -157,6 +157,22 @@ def test_bfloat16_products_stay_close_to_float32() -> None:
         assert float((ours - theirs).norm() / theirs.norm()) < 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_fit_the_cache_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are of whole chunks either way; what lies between them is done row by row."""
+    heads, lm_head, states, targets = _case("shared")
+    weight = lm_head.weight.detach().to(dtype)
+    found = []
+    for block_bytes in (4 * VOCAB * 2, 2**30):  # two rows, and all
+        monkeypatch.setattr("medusa_impl.losses._CACHE_BYTES", block_bytes)
+        loss = medusa1_loss(states, targets, heads=heads, lm_head_weight=weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
+        found.append((loss, _gradients(heads, loss.loss)))
+    (small, small_gradients), (whole, whole_gradients) = found
+    assert torch.equal(small.loss, whole.loss) and torch.equal(small.loss_sums, whole.loss_sums)
+    assert torch.equal(small.rank_hits, whole.rank_hits) and small.rank_hits.sum() > 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(small_gradients, whole_gradients, strict=True))
+
+
 def test_no_more_than_a_chunk_of_logits_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, lm_head, states, targets = _case("shared")
     sizes: list[int] = []
