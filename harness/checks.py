@@ -15,7 +15,7 @@ from harness.config import ArmSpec
 from harness.errors import UserError
 from harness.judgement import CheckOutcome, CheckStatus
 from harness.metrics import bandwidth_share
-from harness.quality.parity import is_deterministic, parity_report, replay_differences
+from harness.quality.parity import is_deterministic, parity_report, replay_differences, steps_known
 from harness.records import Generation, RunRecord, TrialKey
 
 Check = Callable[[RunRecord], CheckOutcome]
@@ -129,7 +129,7 @@ def equal_budgets(record: RunRecord) -> CheckOutcome:
 
 
 def greedy_parity(record: RunRecord) -> CheckOutcome:
-    """Greedy arms yield their baseline's tokens in float32, but for few shown ties.
+    """Greedy arms yield their baseline's tokens, but for shown ties: few in float32; in half precision as many as its rounding makes.
 
     A tie of the baseline's text shows in every arm, so places and tokens are counted once, not once an arm.
     """
@@ -143,14 +143,19 @@ def greedy_parity(record: RunRecord) -> CheckOutcome:
     bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"]
     found = f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in {num_tokens}"
     found += _first(f", {len(bugs)} bugs", bugs)
-    if record.environment.dtype != "float32":
-        return _skipped("greedy_parity", f"{found}; {record.environment.dtype}, whose rounding is not measured here")
+    dtype, rounding = record.environment.dtype, report.rounding
+    if rounding is not None:
+        found += f"; {dtype} texts are equal only up to ties, {rounding.num_equal_tokens} tokens over all arms; rounding moved gaps by "
+        found += f"{rounding.largest_shift:.3g}, and {rounding.share_below:.0%} of the places have one below {rounding.tie_margin:.3g}"
+        return _outcome("greedy_parity", not bugs, found=found, need=f"no divergence but at a gap below {rounding.tie_margin:.3g}")
+    if dtype != "float32":
+        return _skipped("greedy_parity", f"{found}; {dtype}, whose rounding is not measured here")
     allowed = ceil(num_tokens / TOKENS_PER_TIE)
     return _outcome("greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties")
 
 
 def replay_equals_decode(record: RunRecord) -> CheckOutcome:
-    """Replaying the trace gives every greedy Medusa generation's steps in float32, but for shown ties."""
+    """Replaying the trace gives every greedy Medusa generation's steps, but for shown ties and, between them, ranks that rounding moved."""
     generations = _of_arms(record, lambda arm: arm.method == "medusa" and is_deterministic(arm))
     if not generations:
         return _skipped("replay_equals_decode", "no greedy Medusa arm")
@@ -161,8 +166,11 @@ def replay_equals_decode(record: RunRecord) -> CheckOutcome:
     bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in differences if row.kind == "bug"]
     bugs += [f"{_name(generation.trial)} has no trace" for generation in generations if generation.trial.prompt_key not in traced]
     found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(", unexplained", bugs)
-    if record.environment.dtype != "float32":
-        return _skipped("replay_equals_decode", f"{found}; {record.environment.dtype}, where replay is an approximation")
+    if (dtype := record.environment.dtype) != "float32":
+        if record.rounding is None:
+            return _skipped("replay_equals_decode", f"{found}; {dtype}, where replay is an approximation")
+        num_steps, num_known = steps_known(record)
+        found += f"; {dtype}, {num_steps} steps before the texts part, in {num_known} of which its rounding leaves one length only"
     return _outcome("replay_equals_decode", not bugs, found=found, need="the replayed steps, or a shown tie")
 
 
@@ -275,6 +283,8 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
         wrong = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
     if environment.dtype != record.suite.model.dtype:
         wrong.append("dtype of the suite")
+    if record.rounding is not None and environment.dtype != record.rounding.dtype:
+        wrong.append("dtype of the rounding")
     commit = f"commit {environment.commit[:8]}" if environment.commit is not None else "no git commit"
     state = {True: ", with uncommitted changes", False: ", clean", None: ""}[environment.dirty]
     found = commit + state + _first(", disagreeing", wrong)

@@ -28,7 +28,10 @@ class LiteralForm(_Form):
 
 
 class LosslessForm(_Form):
-    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most `max_tie_rate` a token, or one."""
+    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most `max_tie_rate` a token, or one.
+
+    Half precision has no such limit, and says how many ties in how many tokens.
+    """
 
     test: Literal["lossless"]
     max_tie_rate: Share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,8 @@ from harness.claim_forms import (
 )
 from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
 from harness.intervals import above, bootstrap_ratio, equivalence
-from harness.judgement import VerdictKind
+from harness.judgement import Divergence, VerdictKind
+from harness.records import Generation
 from medusa_impl.tree_search import random_dense
 
 
@@ -38,7 +39,7 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
-    _require_float32(evidence)
+    _require_known_rounding(evidence)
     greedy = {arm.name for arm in evidence.record.suite.arms if arm.method == "medusa" and not arm.stochastic}
     decoded = [generation for generation in evidence.record.generations if generation.trial.arm in greedy]
     if not decoded or not evidence.parity.num_compared:
@@ -52,6 +53,8 @@ def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
         first = bugs[0]
         gap = "no known gap" if first.gap is None else f"a gap of {first.gap:.2g}"
         kind, reason = VerdictKind.NOT_REPRODUCED, f"{first.arm} leaves vanilla at token {first.position} of {first.prompt_key}, {gap}"
+    elif evidence.parity.rounding is not None:
+        kind, reason = VerdictKind.REPRODUCED, _up_to_ties(evidence, decoded, divergences)
     elif num_ties > allowed:
         kind, reason = VerdictKind.INCONCLUSIVE, f"{num_ties} ties in {num_tokens} tokens, where rounding explains {allowed}"
     else:
@@ -60,24 +63,39 @@ def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
 
 
-def _require_float32(evidence: Evidence) -> None:
-    if (dtype := evidence.record.environment.dtype) != "float32":
+def _require_known_rounding(evidence: Evidence) -> None:
+    if (dtype := evidence.record.environment.dtype) != "float32" and evidence.parity.rounding is None:
         raise NotTestable(f"parity is exact in float32 only, and this run is in {dtype}, whose rounding was not measured")
+
+
+def _up_to_ties(evidence: Evidence, decoded: Sequence[Generation], divergences: Sequence[Divergence]) -> str:
+    """Say how far texts of half precision are equal: a tie ends what can be compared of a text, so tokens are counted up to there."""
+    assert evidence.parity.rounding is not None
+    parted = {(row.arm, row.prompt_key): row.position for row in divergences}
+    equal = sum(parted.get((one.trial.arm, one.trial.prompt_key), one.num_tokens) for one in decoded)
+    margin, dtype = evidence.parity.rounding.tie_margin, evidence.parity.rounding.dtype
+    return (
+        f"equal to vanilla up to {len(divergences)} ties in {equal} tokens; a tie is a gap below {margin:.2g}, by measured {dtype} rounding"
+    )
 
 
 def _faster(form: FasterForm, evidence: Evidence) -> Finding:
     comparison = evidence.comparison(form.arm)
-    _require_float32(evidence)
+    _require_known_rounding(evidence)
     kind = above(comparison.speedup, form.bound)
     reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x {holds(kind)}"
     speed = Finding(kind=kind, ours=shown(comparison.speedup, "x"), reason=reason, figure_kind="measured")
-    bugs = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm and divergence.kind == "bug"]
+    divergences = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm]
+    bugs = [divergence for divergence in divergences if divergence.kind == "bug"]
     if not evidence.parity.num_compared:
         raise NotTestable(f"no output of {form.arm} was compared with vanilla, so its quality is open")
+    lossless, reason = "lossless", f"{len(bugs) or 'no'} outputs part from vanilla's but at a tie"
+    if evidence.parity.rounding is not None and not bugs:
+        lossless, reason = "lossless up to ties", _up_to_ties(evidence, evidence.generations(form.arm), divergences)
     quality = Finding(
         kind=VerdictKind.NOT_REPRODUCED if bugs else VerdictKind.REPRODUCED,
-        ours="not lossless" if bugs else "lossless",
-        reason=f"{len(bugs) or 'no'} outputs part from vanilla's but at a tie",
+        ours="not lossless" if bugs else lossless,
+        reason=reason,
         figure_kind="measured",
     )
     return combined([speed, quality])

@@ -105,13 +105,31 @@ class Divergence(Frozen):
     kind: Literal["tie", "bug"]
 
 
+class ParityRounding(Frozen):
+    """What parity in half precision was judged by: the run's own measured rounding.
+
+    `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes; `share_below` is the share of the
+    traced places whose gap lies below the margin, so that some other token is a tie there; `num_equal_tokens` are those before texts part.
+    """
+
+    dtype: str
+    largest_shift: float
+    tie_margin: float
+    share_below: float
+    num_equal_tokens: int
+
+
 class ParityReport(Frozen):
-    """Greedy parity of all deterministic arms with their references, by prompt key and lengths included."""
+    """Greedy parity of all deterministic arms with their references, by prompt key and lengths included.
+
+    `rounding` is None in float32, whose margin is fixed, and where half precision's was not measured: then no divergence is judged.
+    """
 
     num_compared: int
     num_tokens: int
     num_identical: int
     divergences: tuple[Divergence, ...]
+    rounding: ParityRounding | None = None
 
 
 class VerdictKind(StrEnum):

@@ -11,17 +11,19 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from harness.engine import Engine
 from harness.environment import package_versions
+from harness.quality.parity import HEAD_TIES_KEY, TEXT_TIES_KEY
 from harness.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 
 HEAD_TIE_MARGIN = 1e-4  # rounding moves a float32 logit by about 1e-5 between shapes
 MAX_TREE_RANK = 32
-_CHUNK_POSITIONS = 32  # bounds the logits in flight to 32 * K * V values
+CHUNK_POSITIONS = 32  # bounds the logits in flight to 32 * K * V values
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,24 @@ def kept_states(backbone: Backbone, text: KeptText) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def rank_rows(heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, token_ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ranks and losses of the true tokens under every head, and where rounding could move a rank that a tree may name.
+def rank_rows(
+    heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, token_ids: Sequence[int], *, tie_margin: float = HEAD_TIE_MARGIN
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ranks and losses of the true tokens under every head, and the ranks between which rounding could move each.
 
-    The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id.
+    The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id; tokens within `tie_margin` of it may
+    stand on either side.
     Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with nan
-    there, ties `[n, K]` boolean.
+    there, ranges `[n, K, 2]` int32, lowest and highest rank, with -1 there.
     """
     num_tokens, num_heads = len(token_ids), heads.num_heads
     ranks = torch.full((num_tokens, num_heads), -1, dtype=torch.int32)
     losses = torch.full((num_tokens, num_heads), torch.nan, dtype=torch.float32)
-    ties = torch.zeros(num_tokens, num_heads, dtype=torch.bool)
+    ranges = torch.full((num_tokens, num_heads, 2), -1, dtype=torch.int32)
     padded = torch.tensor([*token_ids, *[0] * num_heads], device=states.device)
     ids = torch.arange(heads.vocab_size, device=states.device)
-    for start in range(0, num_tokens - 1, _CHUNK_POSITIONS):
-        rows = torch.arange(start, min(start + _CHUNK_POSITIONS, num_tokens - 1), device=states.device)
+    for start in range(0, num_tokens - 1, CHUNK_POSITIONS):
+        rows = torch.arange(start, min(start + CHUNK_POSITIONS, num_tokens - 1), device=states.device)
         logits = heads(states[rows], lm_head=lm_head).float()
         targets = padded[rows[:, None] + 1 + torch.arange(num_heads, device=states.device)]
         truth = logits.gather(-1, targets[..., None])
@@ -71,22 +76,39 @@ def rank_rows(heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, toke
         inside = rows[:, None] + 1 + torch.arange(num_heads, device=states.device) < num_tokens
         ranks[rows.cpu()] = torch.where(inside, rank.int(), -1).cpu()
         losses[rows.cpu()] = torch.where(inside, loss, torch.nan).cpu()
-        near = ((logits - truth).abs() <= HEAD_TIE_MARGIN).sum(-1) > 1
-        ties[rows.cpu()] = (near & inside & (rank <= MAX_TREE_RANK)).cpu()
-    return ranks, losses, ties
+        around = torch.stack([(logits > truth + tie_margin).sum(-1), (logits >= truth - tie_margin).sum(-1) - 1], dim=-1)
+        ranges[rows.cpu()] = torch.where(inside[..., None], around.int(), -1).cpu()
+    return ranks, losses, ranges
 
 
 def record_trace(
-    engine: Engine, texts: Sequence[KeptText], *, max_new_tokens: int, extra: dict[str, str], on_text: Callable[[], None] | None = None
+    engine: Engine,
+    texts: Sequence[KeptText],
+    *,
+    max_new_tokens: int,
+    extra: dict[str, str],
+    on_text: Callable[[], None] | None = None,
+    head_tie_margin: float = HEAD_TIE_MARGIN,
+    text_tie_margin: float | None = None,
 ) -> Trace:
-    """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the heads' losses."""
+    """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the heads' losses.
+
+    Its provenance lists the head ties: where a rank that a tree may name has another token within `head_tie_margin`, prompt key, position
+    i, head k, and the lowest and highest rank that rounding allows. With a `text_tie_margin` it also lists the text ties: where several
+    tokens lie within that of the backbone's best one, prompt key, position i, and their ids.
+    """
     backbone, heads = engine.runner.backbone, engine.heads
-    prompts, head_ties = [], list[list[str | int]]()
+    prompts, head_ties, text_ties = [], list[JsonValue](), list[JsonValue]()
     for text in texts:
         states, logits = kept_states(backbone, text)
         best = logits.float().topk(2, dim=-1).values
-        ranks, losses, ties = rank_rows(heads, backbone.lm_head, states, text.token_ids)
-        head_ties += [[text.key, row + 1, head + 1] for row, head in ties.nonzero().tolist()]
+        ranks, losses, ranges = rank_rows(heads, backbone.lm_head, states, text.token_ids, tie_margin=head_tie_margin)
+        if text_tie_margin is not None:
+            near = (logits.float() >= best[:, :1] - text_tie_margin).cpu()
+            several = (near.sum(-1) > 1).nonzero().flatten().tolist()
+            text_ties += [[text.key, row + 1, *near[row].nonzero().flatten().tolist()] for row in several]
+        open_ranks = (ranges[..., 0] < ranges[..., 1]) & (ranges[..., 0] <= MAX_TREE_RANK)
+        head_ties += [[text.key, row + 1, head + 1, *ranges[row, head].tolist()] for row, head in open_ranks.nonzero().tolist()]
         prompts.append(
             PromptTrace(
                 key=text.key,
@@ -101,12 +123,15 @@ def record_trace(
         )
         if on_text is not None:
             on_text()
+    extra_ties: dict[str, JsonValue] = {HEAD_TIES_KEY: head_ties, "head_tie_margin": head_tie_margin}
+    if text_tie_margin is not None:
+        extra_ties |= {TEXT_TIES_KEY: text_ties, "text_tie_margin": text_tie_margin}
     provenance = TraceProvenance(
         model_hash=engine.loaded.sha256,
         heads_hash=engine.heads_sha256 or "",
         dtype=str(backbone.dtype).removeprefix("torch."),
         max_new_tokens=max_new_tokens,
         versions=package_versions(),
-        extra={**extra, "head_ties": head_ties},  # type: ignore[dict-item]
+        extra={**extra, **extra_ties},
     )
     return Trace(provenance=provenance, prompts=tuple(prompts))

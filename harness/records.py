@@ -1,8 +1,8 @@
 """What a run leaves on disk: versioned, validated records; everything after them is a function of them.
 
 A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by line), the probes
-(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`), `trace.npz`, and, last, `manifest.json`, which seals it
-with the SHA-256 of every other file. No clock, device or torch is needed to read one.
+(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last,
+`manifest.json`, which seals it with the SHA-256 of every other file. No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -199,6 +199,47 @@ class HeadsControl(Frozen):
     identity_top1: tuple[float, ...]
 
 
+class ShapeShift(Frozen):
+    """How far the steps of some arms, all of `num_nodes` tokens, move a figure away from what the trace's pass gives at the same positions.
+
+    One value a position, the largest of it: the nodes that hold the position, or the heads read there.
+    Units: `p50`, `p90`, `p99` and `largest` are absolute differences of logits.
+    """
+
+    arms: tuple[str, ...]
+    num_nodes: int
+    num_positions: int
+    p50: float
+    p90: float
+    p99: float
+    largest: float
+
+
+class Rounding(Frozen):
+    """How far this dtype's rounding moves logits between the shapes in which a run computes one position, on text of no benchmark prompt.
+
+    `gaps`: the difference of the two tokens that the trace's pass finds best; with `generate` of transformers, where an arm uses it.
+    `heads`: the difference of any two of a draft head's best candidates, of those ranks that a tree may name.
+    """
+
+    schema_version: Literal[1] = 1
+    dtype: str
+    num_texts: int
+    num_candidates: int
+    gaps: tuple[ShapeShift, ...] = Field(min_length=1)
+    heads: tuple[ShapeShift, ...]
+
+    @property
+    def largest_gap_shift(self) -> float:
+        """The largest of all shapes."""
+        return max(shape.largest for shape in self.gaps)
+
+    @property
+    def largest_head_shift(self) -> float:
+        """The largest of all shapes; 0 where no arm reads a head."""
+        return max((shape.largest for shape in self.heads), default=0.0)
+
+
 class ArmTree(Frozen):
     """The tree an arm decoded with, and where it came from."""
 
@@ -359,6 +400,11 @@ class RunRecord(RecordFolder):
     @cached_property
     def heads_control(self) -> HeadsControl | None:
         return self._optional("heads_control.json", HeadsControl)
+
+    @cached_property
+    def rounding(self) -> Rounding | None:
+        """None in float32, and in records from before it was measured."""
+        return self._optional("rounding.json", Rounding)
 
     @cached_property
     def likelihoods(self) -> Likelihoods | None:

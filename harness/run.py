@@ -27,7 +27,8 @@ from harness.locks import device_held, folder_held
 from harness.memory import peak_memory_bytes, reset_peak_memory
 from harness.paths import resolve_path
 from harness.plan import PlannedTrial, make_plan
-from harness.record_trace import KeptText, record_trace
+from harness.quality.parity import TIE_SHIFTS
+from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.records import (
     CALIBRATION_FILE,
     ArmTree,
@@ -36,7 +37,6 @@ from harness.records import (
     Environment,
     Failure,
     Generation,
-    HeadsControl,
     Likelihood,
     Likelihoods,
     Profile,
@@ -45,6 +45,7 @@ from harness.records import (
     write_json,
 )
 from harness.report.formatting import without_paths
+from harness.rounding import measure_rounding
 from harness.run_store import RunStore
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
@@ -195,7 +196,7 @@ def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
 
 
 def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | None) -> dict[str, ArmTree]:
-    """Measure the device, refuse useless heads, choose the trees; on resume everything is read back instead."""
+    """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is read back instead."""
     folder, suite, engine = session.store.folder, session.suite, session.engine
     if (folder / "trees.json").exists():
         session.console.print(f"resuming {folder.name}")
@@ -207,7 +208,8 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
-    control = _control(session)
+    texts = _control_texts(session)
+    control = probes.control_heads(engine, texts)
     write_json(folder / "heads_control.json", control)
     if control.trained_top1[0] <= control.random_top1[0]:
         raise InvalidMeasurement(
@@ -223,6 +225,10 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
     )
     write_json(folder / "step_costs.json", StepCosts(costs=costs))
     trees = resolve_trees(suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside)
+    if engine.runner.backbone.dtype != torch.float32:
+        session.console.print("measuring this precision's rounding")
+        rounding = measure_rounding(engine, texts, arms=suite.arms, trees={name: tree.tree() for name, tree in trees.items()})
+        write_json(folder / "rounding.json", rounding)
     write_json(folder / "trees.json", ArmTrees(trees=trees))
     return trees
 
@@ -239,7 +245,8 @@ def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside:
             )
 
 
-def _control(session: _Session) -> HeadsControl:
+def _control_texts(session: _Session) -> list[KeptText]:
+    """Return vanilla's greedy texts on prompts that are never measured."""
     arm = ArmSpec(name="control", method="vanilla")
     longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
     runner = ArmRunner(session.engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
@@ -247,7 +254,7 @@ def _control(session: _Session) -> HeadsControl:
     for prompt in session.warmup[:_CONTROL_PROMPTS]:
         result = runner.generate(prompt.prompt_ids, seed=None)
         texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
-    return probes.control_heads(session.engine, texts)
+    return texts
 
 
 def _runners(session: _Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunner]:
@@ -371,7 +378,16 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
     ]
     session.console.print("tracing the vanilla texts, profiling, scoring sampled texts")
     if texts:
-        record_trace(session.engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name}).save(folder / "trace.npz")
+        rounding = record.rounding
+        trace = record_trace(
+            session.engine,
+            texts,
+            max_new_tokens=suite.max_new_tokens,
+            extra={"suite": suite.name},
+            head_tie_margin=HEAD_TIE_MARGIN if rounding is None else TIE_SHIFTS * rounding.largest_head_shift,
+            text_tie_margin=None if rounding is None else TIE_SHIFTS * rounding.largest_gap_shift,
+        )
+        trace.save(folder / "trace.npz")
     if suite.reports_speed:
         chosen = [prompt.prompt_ids for prompt in session.prompts[: suite.probes.profile_prompts]]
         failed = {failure.trial.arm for failure in record.failures}

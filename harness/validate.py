@@ -25,6 +25,7 @@ from harness.records import (
     Likelihoods,
     Manifest,
     Profile,
+    Rounding,
     RunRecord,
     StepCosts,
     TrialOutcome,
@@ -53,6 +54,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "profile": Profile,
     "device_limits": DeviceLimits,
     "heads_control": HeadsControl,
+    "rounding": Rounding,
     "likelihoods": Likelihoods,
     "manifest": Manifest,
     "judgement": Judgement,
@@ -70,7 +72,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_trees": SweepTrees,
     "sweep_manifest": SweepManifest,
 }
-_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json")
+_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "rounding.json", "likelihoods.json")
 _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", *_PROBES)
 
 
@@ -97,6 +99,7 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         "profile.json": lambda: record.profile,
         "device_limits.json": lambda: record.device_limits,
         "heads_control.json": lambda: record.heads_control,
+        "rounding.json": lambda: record.rounding,
         "likelihoods.json": lambda: record.likelihoods,
         "trace.npz": lambda: record.trace,
         "manifest.json": lambda: record.manifest,

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Literal
 
+import numpy as np
+
 from harness.config import ArmSpec, Frozen
-from harness.judgement import Divergence, ParityReport
+from harness.judgement import Divergence, ParityReport, ParityRounding
 from harness.records import Generation, RunRecord
-from harness.trace import PromptTrace, replay
+from harness.trace import PromptTrace, Trace, replay
+from medusa_impl.tree import DraftTree
 
 TIE_MARGIN_FLOAT32 = 5e-4  # design.md, section 7: rounding moved top-two gaps by at most 8e-5 in trials
-HEAD_TIES_KEY = "head_ties"
+# Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred positions miss the rarest shift.
+TIE_SHIFTS = 2.0
+HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
+
+
+NearTokens = dict[tuple[str, int], list[int]]  # prompt key and position i to the tokens that rounding may put first
 
 
 class ReplayDifference(Frozen):
     """The first step at which decoding one prompt took another path than the replay of its trace.
 
-    `position` is i of the trace: the step starts when y_i is the last known token. `kind` is `tie` where the texts themselves part at
-    a shown tie, or a head's candidates lay within rounding at that position; else `bug`.
+    `position` is i of the trace: the step starts when y_i is the last known token. `kind` is `tie` where rounding explains every step from
+    there on, to where the texts themselves part at a shown tie; else `bug`.
     """
 
     arm: str
@@ -29,16 +38,29 @@ class ReplayDifference(Frozen):
     kind: Literal["tie", "bug"]
 
 
-def parity_report(record: RunRecord, *, tie_margin: float = TIE_MARGIN_FLOAT32) -> ParityReport:
+def tie_margin_of(record: RunRecord) -> float | None:
+    """Return the gap of the backbone's two best logits below which rounding explains a divergence in this record's precision.
+
+    A fixed one in float32; in half precision a multiple of what the run measured, None where it did not.
+    """
+    if record.environment.dtype == "float32":
+        return TIE_MARGIN_FLOAT32
+    return TIE_SHIFTS * record.rounding.largest_gap_shift if record.rounding is not None else None
+
+
+def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> ParityReport:
     """Compare every generation of every deterministic arm with its baseline's on the same prompt, lengths included.
 
-    A first divergence is a `tie` where the trace's top-two gap of the reference is below `tie_margin`, else a `bug`; so are a text that
-    stops early or goes on, and a divergence whose gap is not known. For half precision give that dtype's measured rounding.
-    `Divergence.position` is 0-based.
+    A first divergence is a `tie` where the trace's top-two gap of the reference is 0 or below `tie_margin` (by default that of the record's
+    precision, or float32's where it is not known), else a `bug`; so are a text that stops early or goes on, and a divergence whose gap is
+    not known. Where the trace's provenance lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the margin of the
+    best), any other token is a bug too. `Divergence.position` is 0-based.
     """
+    margin = tie_margin if tie_margin is not None else tie_margin_of(record)
     references = {generation.trial: generation for generation in record.generations}
     traces = {prompt.key: prompt for prompt in record.trace.prompts} if record.trace is not None else {}
-    num_compared = num_tokens = 0
+    near = _near_tokens(record.trace)
+    num_compared = num_tokens = num_equal = 0
     divergences = []
     for generation in record.generations:
         arm = record.suite.arm(generation.trial.arm)
@@ -49,40 +71,47 @@ def parity_report(record: RunRecord, *, tie_margin: float = TIE_MARGIN_FLOAT32) 
             continue
         num_compared += 1
         num_tokens += reference.num_tokens
-        found = _first_divergence(generation, reference, prompt=traces.get(generation.trial.prompt_key), tie_margin=tie_margin)
+        prompt = traces.get(generation.trial.prompt_key)
+        found = _first_divergence(
+            generation, reference, prompt=prompt, near=near, tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin
+        )
+        num_equal += reference.num_tokens if found is None else found.position
         if found is not None:
             divergences.append(found)
     return ParityReport(
-        num_compared=num_compared, num_tokens=num_tokens, num_identical=num_compared - len(divergences), divergences=tuple(divergences)
+        num_compared=num_compared,
+        num_tokens=num_tokens,
+        num_identical=num_compared - len(divergences),
+        divergences=tuple(divergences),
+        rounding=_rounding(record, tie_margin=margin, num_equal_tokens=num_equal),
     )
 
 
-def replay_differences(record: RunRecord, *, tie_margin: float = TIE_MARGIN_FLOAT32) -> tuple[ReplayDifference, ...]:
+def replay_differences(record: RunRecord, *, tie_margin: float | None = None) -> tuple[ReplayDifference, ...]:
     """Compare the decoded steps of every greedy Medusa generation with the replay of its tree on the record's trace, step by step.
 
-    Positions where head candidates lie within rounding are read from the trace's provenance, `extra["head_ties"]`: rows of prompt
-    key, position i, head k. Without them only a shown tie of the texts excuses a difference.
+    A difference is a `tie` where every step from there on, up to where the texts part at a shown tie, kept as many tokens as the tree
+    allows with ranks that rounding moved. How far it moves them is read from the trace's provenance, `extra["head_ties"]`: rows of prompt
+    key, position i, head k, lowest and highest rank. Older traces have no ranks there: then the position excuses what follows it.
     """
     if record.trace is None:
         return ()
-    indices = {prompt.key: index for index, prompt in enumerate(record.trace.prompts)}
-    text_ties = {(row.arm, row.prompt_key) for row in parity_report(record, tie_margin=tie_margin).divergences if row.kind == "tie"}
-    head_ties = _head_ties(record)
+    prompts = {prompt.key: index for index, prompt in enumerate(record.trace.prompts)}
+    ranges = _rank_ranges(record.trace)
+    parted = {(row.arm, row.prompt_key): row for row in parity_report(record, tie_margin=tie_margin).divergences}
     differences = []
-    for arm in record.suite.arms:
-        if not is_deterministic(arm) or arm.method != "medusa":
-            continue
-        replayed = replay(record.trace, record.trees[arm.name].tree(), num_heads=arm.num_heads)
+    for arm in _replayable(record):
+        tree = record.trees[arm.name].tree()
+        replayed = replay(record.trace, tree, num_heads=arm.num_heads)
         for generation in record.generations:
             key = generation.trial.prompt_key
-            if generation.trial.arm != arm.name or key not in indices:
+            if generation.trial.arm != arm.name or key not in prompts:
                 continue
-            decoded = list(accumulate(generation.step_tokens, initial=1))[:-1]
-            expected = replayed.hops(indices[key]).tolist()
+            decoded, expected = _starts(generation), replayed.hops(prompts[key]).tolist()
             if decoded == expected:
                 continue
             position = _last_common(decoded, expected)
-            is_tie = (arm.name, key) in text_ties or (key, position) in head_ties
+            kind = _kind(generation, tree, arm=arm, ranges=ranges[key], since=position, parted=parted.get((arm.name, key)))
             differences.append(
                 ReplayDifference(
                     arm=arm.name,
@@ -90,10 +119,32 @@ def replay_differences(record: RunRecord, *, tie_margin: float = TIE_MARGIN_FLOA
                     decoded_steps=len(decoded),
                     replayed_steps=len(expected),
                     position=position,
-                    kind="tie" if is_tie else "bug",
+                    kind=kind,
                 )
             )
     return tuple(differences)
+
+
+def steps_known(record: RunRecord) -> tuple[int, int]:
+    """Return how many greedy Medusa steps lie before their texts part, and in how many of them rounding leaves one length only.
+
+    The second over the first is what `replay_differences` can see: in the other steps more than one number of tokens counts as a tie.
+    """
+    if record.trace is None:
+        return 0, 0
+    ranges = _rank_ranges(record.trace)
+    parted = {(row.arm, row.prompt_key): row.position for row in parity_report(record).divergences}
+    num_steps = num_known = 0
+    for arm in _replayable(record):
+        tree = record.trees[arm.name].tree()
+        for generation in record.generations:
+            key = generation.trial.prompt_key
+            if generation.trial.arm == arm.name and key in ranges:
+                end = min(parted.get((arm.name, key), generation.num_tokens), ranges[key].num_tokens)
+                starts = [start for start, kept in zip(_starts(generation), generation.step_tokens, strict=True) if start + kept <= end]
+                num_steps += len(starts)
+                num_known += sum(len(ranges[key].kept_tokens(tree, start, num_heads=arm.num_heads)) == 1 for start in starts)
+    return num_steps, num_known
 
 
 def is_deterministic(arm: ArmSpec) -> bool:
@@ -101,20 +152,25 @@ def is_deterministic(arm: ArmSpec) -> bool:
     return not arm.stochastic and arm.sampling_temperature == 0
 
 
-def _first_divergence(generation: Generation, reference: Generation, *, prompt: PromptTrace | None, tie_margin: float) -> Divergence | None:
+def _first_divergence(
+    generation: Generation, reference: Generation, *, prompt: PromptTrace | None, near: NearTokens | None, tie_margin: float
+) -> Divergence | None:
     ids, expected = generation.token_ids, reference.token_ids
     if ids == expected:
         return None
     shorter = min(len(ids), len(expected))
     position = next((index for index in range(shorter) if ids[index] != expected[index]), shorter)
+    key = generation.trial.prompt_key
     gap = _gap(prompt, expected, position=position) if position < shorter else None
+    is_tie = gap is not None and (gap == 0 or gap < tie_margin)
+    is_tie &= near is None or (position < shorter and ids[position] in near.get((key, position + 1), ()))
     return Divergence(
         arm=generation.trial.arm,
         reference=reference.trial.arm,
-        prompt_key=generation.trial.prompt_key,
+        prompt_key=key,
         position=position,
         gap=gap,
-        kind="tie" if gap is not None and gap < tie_margin else "bug",
+        kind="tie" if is_tie else "bug",
     )
 
 
@@ -125,9 +181,94 @@ def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int
     return float(prompt.gaps[position])
 
 
-def _head_ties(record: RunRecord) -> set[tuple[str, int]]:
-    rows = record.trace.provenance.extra.get(HEAD_TIES_KEY, []) if record.trace is not None else []
-    return {(str(row[0]), int(str(row[1]))) for row in rows if isinstance(row, list)} if isinstance(rows, list) else set()
+def _rounding(record: RunRecord, *, tie_margin: float | None, num_equal_tokens: int) -> ParityRounding | None:
+    if record.environment.dtype == "float32" or record.rounding is None or tie_margin is None:
+        return None
+    gaps = [prompt.gaps for prompt in record.trace.prompts if prompt.gaps is not None] if record.trace is not None else []
+    return ParityRounding(
+        dtype=record.environment.dtype,
+        largest_shift=record.rounding.largest_gap_shift,
+        tie_margin=tie_margin,
+        share_below=float(np.mean(np.concatenate(gaps) < tie_margin)) if gaps else 0.0,
+        num_equal_tokens=num_equal_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class RankRanges:
+    """Of one traced prompt the lowest and highest rank that rounding allows in row i and head k; `unknown` positions have no ranks."""
+
+    lowest: list[list[int]]
+    highest: list[list[int]]
+    unknown: set[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.lowest)
+
+    def kept_tokens(self, tree: DraftTree, position: int, *, num_heads: int | None) -> set[int]:
+        """Return the numbers of tokens that a step at `position` may keep.
+
+        A path goes on to each child whose rank is possible, and may end wherever some possible rank has no child.
+        """
+        lowest, highest = self.lowest[position - 1][:num_heads], self.highest[position - 1][:num_heads]
+        lengths, nodes = list[int](), [0]
+        for depth, (low, high) in enumerate(zip(lowest, highest, strict=True)):
+            children = [[child for child in tree.children[node] if low <= tree.ranks[child] <= high] for node in nodes]
+            if any(len(some) <= high - low for some in children):
+                lengths.append(depth + 1)
+            nodes = [child for some in children for child in some]
+        if nodes:
+            lengths.append(len(lowest) + 1)
+        return {min(length, self.num_tokens - position) for length in lengths}
+
+
+def _near_tokens(trace: Trace | None) -> NearTokens | None:
+    """The tokens that rounding may put first, by prompt and position; None in a trace that does not list them."""
+    listed = trace.provenance.extra.get(TEXT_TIES_KEY) if trace is not None else None
+    if not isinstance(listed, list):
+        return None
+    return {(str(row[0]), int(str(row[1]))): [int(str(cell)) for cell in row[2:]] for row in listed if isinstance(row, list)}
+
+
+def _rank_ranges(trace: Trace) -> dict[str, RankRanges]:
+    """The ranges of every prompt: its ranks themselves but where the provenance lists a head tie."""
+    ranges = {prompt.key: RankRanges(prompt.ranks.tolist(), prompt.ranks.tolist(), set()) for prompt in trace.prompts}
+    listed = trace.provenance.extra.get(HEAD_TIES_KEY, [])
+    for row in listed if isinstance(listed, list) else []:
+        if not isinstance(row, list) or str(row[0]) not in ranges:
+            continue
+        one, (position, head, *bounds) = ranges[str(row[0])], (int(str(cell)) for cell in row[1:])
+        if bounds:
+            one.lowest[position - 1][head - 1], one.highest[position - 1][head - 1] = bounds
+        else:
+            one.unknown.add(position)
+    return ranges
+
+
+def _replayable(record: RunRecord) -> list[ArmSpec]:
+    return [arm for arm in record.suite.arms if is_deterministic(arm) and arm.method == "medusa"]
+
+
+def _kind(
+    generation: Generation, tree: DraftTree, *, arm: ArmSpec, ranges: RankRanges, since: int, parted: Divergence | None
+) -> Literal["tie", "bug"]:
+    """Class the difference between decoded and replayed steps that begins with the step at `since`."""
+    for start, kept in zip(_starts(generation), generation.step_tokens, strict=True):
+        if start < since:
+            continue
+        if parted is not None and start + kept > parted.position:
+            return parted.kind
+        if start in ranges.unknown:
+            return "tie"
+        if start >= ranges.num_tokens or kept not in ranges.kept_tokens(tree, start, num_heads=arm.num_heads):
+            return "bug"
+    return "tie" if generation.num_tokens == ranges.num_tokens else "bug"
+
+
+def _starts(generation: Generation) -> list[int]:
+    """The positions at which the generation's steps started."""
+    return list(accumulate(generation.step_tokens, initial=1))[:-1]
 
 
 def _last_common(decoded: list[int], expected: list[int]) -> int:

@@ -7,7 +7,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from harness.judgement import CheckStatus, Judgement
+from harness.judgement import CheckStatus, Judgement, ParityRounding
 from harness.metrics import SeparateCosts, separate_costs
 from harness.records import RunRecord, StepCost
 from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, ratio_interval, significant, table
@@ -110,6 +110,8 @@ def render_parity(judgement: Judgement) -> str:
         f"{count(parity.num_compared, 'greedy generation')} compared with the reference by token id, {count(parity.num_tokens, 'token')}: "
         f"{parity.num_identical:,} identical, {count(len(parity.divergences), 'divergence')}."
     )
+    if parity.rounding is not None:
+        text += f"\n\n{_half_precision_note(parity.rounding)}"
     if not parity.divergences:
         return text
     headers = ["arm", "reference", "prompt", "token", "gap of the reference's top two logits", "class"]
@@ -119,6 +121,15 @@ def render_parity(judgement: Judgement) -> str:
     ]
     note = "*tie*: the two best logits lie within rounding, so either token is right; *bug*: they do not."
     return f"{text}\n\n{table(headers, rows)}\n\n{note}"
+
+
+def _half_precision_note(rounding: ParityRounding) -> str:
+    return (
+        f"In {rounding.dtype} a text is equal only up to ties. Before the trials, on other text, rounding moved the top-two gap by at most "
+        f"{significant(rounding.largest_shift)} between the shapes of this run; a gap below {significant(rounding.tie_margin)} counts as a "
+        f"tie. {percent(rounding.share_below)} of the traced places have such a gap; a token farther from the best is a bug there too. "
+        f"{count(rounding.num_equal_tokens, 'token')} lie before the texts part."
+    )
 
 
 def render_checks(judgement: Judgement) -> str:

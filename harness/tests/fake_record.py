@@ -32,7 +32,9 @@ from harness.records import (
     Likelihoods,
     Profile,
     ProfileRow,
+    Rounding,
     RunRecord,
+    ShapeShift,
     StepCost,
     StepCosts,
     TrialKey,
@@ -140,6 +142,13 @@ seeds = [1, 2]
 """
 
 
+def fake_rounding(largest: float, *, dtype: str = "bfloat16") -> Rounding:
+    """A measured rounding whose largest shift is known, of gaps and of heads; smaller in vanilla's shape."""
+    small = ShapeShift(arms=("vanilla",), num_nodes=1, num_positions=252, p50=0.0, p90=0.0, p99=largest / 4, largest=largest / 2)
+    large = ShapeShift(arms=("optimised_64",), num_nodes=64, num_positions=252, p50=0.0, p90=0.0, p99=largest / 2, largest=largest)
+    return Rounding(dtype=dtype, num_texts=4, num_candidates=33, gaps=(small, large), heads=(large,))
+
+
 def node_cost(num_nodes: int) -> float:
     """The true step cost of the fake device: a backbone step at so many nodes over one node."""
     return 1 + 0.0025 * (num_nodes - 1)
@@ -159,6 +168,7 @@ class FakeParts:
     heads_control: HeadsControl | None
     likelihoods: Likelihoods | None
     trace: Trace | None
+    rounding: Rounding | None = None
     manifest_changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -280,6 +290,7 @@ def write_parts(folder: Path, parts: FakeParts, *, omit: Collection[str] = ()) -
         "device_limits": parts.device_limits,
         "heads_control": parts.heads_control,
         "likelihoods": parts.likelihoods,
+        "rounding": parts.rounding,
     }
     for name, model in models.items():
         if model is not None:

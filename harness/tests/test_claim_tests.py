@@ -15,7 +15,7 @@ from harness.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.metrics import comparisons
 from harness.quality.parity import parity_report
 from harness.records import ArmTree, StepCosts
-from harness.tests.fake_record import FakeParts, write_fake_record
+from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
@@ -168,6 +168,40 @@ def test_more_ties_than_rounding_explains_leave_losslessness_open(
     for num_ties, kind in ((1, YES), (3, OPEN)):
         parity = evidence.parity.model_copy(update={"divergences": tuple(ties[:num_ties])})
         assert _judge(claims["A6"], dataclasses.replace(evidence, parity=parity)).kind is kind
+
+
+def _half(gap: float, *, measured: bool = True) -> Spoil:
+    """Part a text of the optimised tree at a known gap, in a record with a measured rounding of 0.125."""
+
+    def spoil(parts: FakeParts) -> None:
+        assert parts.trace is not None
+        prompts = [dataclasses.replace(prompt, gaps=np.full(prompt.num_kept_tokens, gap)) for prompt in parts.trace.prompts]
+        parts.trace = Trace(provenance=parts.trace.provenance, prompts=tuple(prompts))
+        parts.rounding = fake_rounding(0.125) if measured else None
+        parts.edit(lambda one: {"token_ids": (*one.token_ids[:5], one.token_ids[5] + 1, *one.token_ids[6:])}, arm="optimised_64", limit=2)
+
+    return spoil
+
+
+def test_half_precision_is_lossless_up_to_so_many_ties_in_so_many_tokens(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    evidence = _evidence(tmp_path / "ties", spoil=_half(0.2), dtype="bfloat16")
+    decoded = [one for one in evidence.record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")]
+    parted = {row.prompt_key for row in evidence.parity.divergences}
+    equal = sum(5 if one.trial.arm == "optimised_64" and one.trial.prompt_key in parted else one.num_tokens for one in decoded)
+    lossless, faster = _judge(claims["A6"], evidence), _judge(claims["A1"], evidence)
+    assert len(parted) == 2 and lossless.kind is faster.kind is YES
+    assert f"up to 2 ties in {equal} tokens" in lossless.reason and "below 0.25" in lossless.reason
+    own = sum(5 if one.trial.prompt_key in parted else one.num_tokens for one in decoded if one.trial.arm == "optimised_64")
+    assert f"up to 2 ties in {own} tokens" in faster.reason and "lossless up to ties" in faster.ours
+
+
+def test_half_precision_with_a_bug_is_not_lossless_and_unmeasured_it_is_open(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+    bug = _evidence(tmp_path / "bug", spoil=_half(0.3), dtype="bfloat16")
+    unmeasured = _evidence(tmp_path / "unmeasured", spoil=_half(0.0, measured=False), dtype="bfloat16")
+    for claim_id in ("A6", "A1"):
+        assert _judge(claims[claim_id], bug).kind is NO
+        verdict = _judge(claims[claim_id], unmeasured)
+        assert verdict.kind is UNTESTED and "rounding was not measured" in verdict.reason
 
 
 def test_ties_of_another_method_are_not_medusas(evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]) -> None:

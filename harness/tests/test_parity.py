@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.quality.parity import TIE_MARGIN_FLOAT32, parity_report, replay_differences
+from harness.quality.parity import (
+    TIE_MARGIN_FLOAT32,
+    TIE_SHIFTS,
+    RankRanges,
+    parity_report,
+    replay_differences,
+    steps_known,
+    tie_margin_of,
+)
 from harness.records import Generation
-from harness.tests.fake_record import FakeParts, write_fake_record
-from harness.trace import Trace
+from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
+from harness.trace import PromptTrace, Trace, TraceProvenance, replay
+from medusa_impl.tree import DraftTree
 
 NUM_PROMPTS = 4
 KEY = "mt_bench-81"
@@ -60,7 +70,65 @@ def test_a_wider_margin_is_an_argument_for_half_precision(tmp_path: Path) -> Non
 
     record = write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS)
     assert [row.kind for row in parity_report(record).divergences] == ["bug"]
+    assert parity_report(record).rounding is None and tie_margin_of(record) is None
     assert [row.kind for row in parity_report(record, tie_margin=0.02).divergences] == ["tie"]
+
+
+@pytest.mark.parametrize(("gap", "kind"), [(0.24, "tie"), (0.26, "bug")])
+def test_half_precision_takes_its_margin_from_the_measured_rounding(gap: float, kind: str, tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        set_gap(parts, gap)
+        parts.rounding = fake_rounding(0.125)
+        parts.edit(change_token, arm="chain", prompt_key=KEY)
+
+    record = write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS)
+    report = parity_report(record)
+    assert [row.kind for row in report.divergences] == [kind] * 2  # two rounds
+    assert report.rounding is not None and TIE_SHIFTS == 2
+    assert (report.rounding.dtype, report.rounding.largest_shift, report.rounding.tie_margin) == ("bfloat16", 0.125, 0.25)
+    assert record.trace is not None
+    num_below = NUM_PROMPTS if kind == "tie" else 0  # one place a prompt has that gap, the others 5
+    assert report.rounding.share_below == pytest.approx(num_below / record.trace.num_positions)
+    length = record.trace.prompts[0].num_kept_tokens
+    assert report.rounding.num_equal_tokens == report.num_tokens - 2 * (length - 9)
+
+
+@pytest.mark.parametrize(("listed", "kind"), [(True, "tie"), (False, "bug")])
+def test_only_a_token_that_rounding_may_put_first_is_a_tie(listed: bool, kind: str, tmp_path: Path) -> None:
+    """Four places in ten of a bfloat16 text have a close second: without its id any wrong token would pass there."""
+
+    def spoil(parts: FakeParts) -> None:
+        set_gap(parts, 0.2)
+        parts.rounding = fake_rounding(0.125)
+        assert parts.trace is not None
+        token = int(parts.trace.prompts[0].tokens[9])
+        rows = [[KEY, 10, token, token + (1 if listed else 2)], [KEY, 11, token, token + 1]]
+        provenance = parts.trace.provenance.model_copy(update={"extra": {"text_ties": rows}})
+        parts.trace = Trace(provenance=provenance, prompts=parts.trace.prompts)
+        parts.edit(change_token, arm="chain", prompt_key=KEY, limit=1)
+
+    record = write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS)
+    assert [row.kind for row in parity_report(record).divergences] == [kind]
+
+
+def test_equal_logits_are_a_tie_whatever_was_measured(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        set_gap(parts, 0.0)
+        parts.rounding = fake_rounding(0.0)
+        parts.edit(change_token, arm="chain", prompt_key=KEY, limit=1)
+
+    record = write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS)
+    assert [row.kind for row in parity_report(record).divergences] == ["tie"]
+
+
+def test_a_measured_rounding_changes_nothing_in_float32(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        set_gap(parts, 0.01)
+        parts.rounding = fake_rounding(0.125, dtype="float32")
+        parts.edit(change_token, arm="chain", prompt_key=KEY, limit=1)
+
+    report = parity_report(write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS))
+    assert [row.kind for row in report.divergences] == ["bug"] and report.rounding is None
 
 
 @pytest.mark.parametrize("cut", [10, -1])
@@ -104,10 +172,10 @@ def test_sampling_arms_are_not_compared(tmp_path: Path) -> None:
     assert parity_report(write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS)).divergences == ()
 
 
-def split_a_step(generation: Generation) -> dict[str, Any]:
-    """Take the first step that keeps several tokens in two."""
+def split_a_step(generation: Generation, *, since: int = 0) -> dict[str, Any]:
+    """Take the first step that starts at position `since` or later and keeps several tokens in two."""
     steps = generation.step_tokens
-    at = next(index for index, kept in enumerate(steps) if kept > 1)
+    at = next(index for index, kept in enumerate(steps) if kept > 1 and 1 + sum(steps[:index]) >= since)
     times = generation.step_times_s
     return {"step_tokens": (*steps[:at], 1, steps[at] - 1, *steps[at + 1 :]), "step_times_s": (*times[:at], times[at], *times[at:])}
 
@@ -145,7 +213,7 @@ def test_the_same_number_of_steps_in_another_order_is_a_difference(tmp_path: Pat
 def test_a_shown_tie_of_the_texts_or_of_a_heads_candidates_excuses_other_steps(tmp_path: Path) -> None:
     def part_at_a_tie(parts: FakeParts) -> None:
         set_gap(parts, 0.0)
-        parts.edit(lambda row: change_token(row) | split_a_step(row), arm="chain", prompt_key=KEY, limit=1)
+        parts.edit(lambda row: change_token(row) | split_a_step(row, since=9), arm="chain", prompt_key=KEY, limit=1)
 
     (row,) = replay_differences(write_fake_record(tmp_path / "texts", spoil=part_at_a_tie, num_prompts=NUM_PROMPTS))
     assert row.kind == "tie"
@@ -154,9 +222,93 @@ def test_a_shown_tie_of_the_texts_or_of_a_heads_candidates_excuses_other_steps(t
         assert parts.trace is not None
         provenance = parts.trace.provenance.model_copy(update={"extra": {"head_ties": [[KEY, position, 1]]}})
         parts.trace = Trace(provenance=provenance, prompts=parts.trace.prompts)
-        parts.edit(split_a_step, arm="chain", prompt_key=KEY, limit=1)
+        parts.edit(lambda generation: split_a_step(generation, since=9), arm="chain", prompt_key=KEY, limit=1)
 
     there = write_fake_record(tmp_path / "there", spoil=lambda parts: name_head_tie(parts, position=row.position), num_prompts=NUM_PROMPTS)
     elsewhere = write_fake_record(tmp_path / "elsewhere", spoil=lambda parts: name_head_tie(parts, position=30), num_prompts=NUM_PROMPTS)
     assert [difference.kind for difference in replay_differences(there)] == ["tie"]
     assert [difference.kind for difference in replay_differences(elsewhere)] == ["bug"]
+
+
+def test_a_step_that_differs_before_the_texts_part_is_a_bug(tmp_path: Path) -> None:
+    """A tie anywhere in a text once excused every other step of it, those before the tie included."""
+
+    def part_late(parts: FakeParts) -> None:
+        set_gap(parts, 0.0)
+
+        def change(row: Generation) -> dict[str, Any]:
+            last = row.num_tokens - 1
+            return {"token_ids": (*row.token_ids[:last], row.token_ids[last] + 1)} | split_a_step(row)
+
+        assert parts.trace is not None
+        gaps = [np.zeros(prompt.num_kept_tokens, dtype=np.float32) for prompt in parts.trace.prompts]
+        prompts = tuple(replace(prompt, gaps=gap) for prompt, gap in zip(parts.trace.prompts, gaps, strict=True))
+        parts.trace = Trace(provenance=parts.trace.provenance, prompts=prompts)
+        parts.edit(change, arm="chain", prompt_key=KEY, limit=1)
+
+    record = write_fake_record(tmp_path, spoil=part_late, num_prompts=NUM_PROMPTS)
+    assert [row.kind for row in parity_report(record).divergences] == ["tie"]
+    assert [row.kind for row in replay_differences(record)] == ["bug"]
+
+
+@pytest.mark.parametrize(("lowest", "highest", "kind"), [(0, 1, "tie"), (0, 0, "bug")])
+def test_a_step_is_a_tie_only_if_the_listed_ranks_allow_its_length(lowest: int, highest: int, kind: str, tmp_path: Path) -> None:
+    """A chain keeps a head's token at rank 0; at rank 1 it stops, and the rest of the step is a step of its own."""
+
+    def spoil(parts: FakeParts) -> None:
+        assert parts.trace is not None
+        prompt = parts.trace.prompts[0]
+        at = next(row for row in range(prompt.num_kept_tokens - 12) if prompt.ranks[row, 0] == 0)
+        ranks = np.array(prompt.ranks)
+        ranks[: at + 7] = 3  # one token a step up to there, and behind the step below
+        ranks[at, 0] = 0
+        traced = replace(prompt, ranks=ranks)
+        extra = {"head_ties": [[KEY, at + 1, 1, lowest, highest]]}
+        provenance = parts.trace.provenance.model_copy(update={"extra": extra})
+        parts.trace = Trace(provenance=provenance, prompts=(traced, *parts.trace.prompts[1:]))
+        alone = Trace(provenance=provenance, prompts=(traced,))
+
+        def steps(generation: Generation) -> dict[str, Any]:
+            decoded = replay(alone, parts.trees[generation.trial.arm].tree()).acceptance_lengths.tolist()
+            assert decoded[at] == 2
+            decoded[at : at + 1] = [1, 1]
+            return {"step_tokens": tuple(decoded), "step_times_s": (0.02,) * len(decoded)}
+
+        def as_replayed(generation: Generation) -> dict[str, Any]:
+            decoded = replay(alone, parts.trees[generation.trial.arm].tree()).acceptance_lengths.tolist()
+            return {"step_tokens": tuple(decoded), "step_times_s": (0.02,) * len(decoded)}
+
+        for arm in ("cartesian", "optimised_64"):
+            parts.edit(as_replayed, arm=arm, prompt_key=KEY)
+        parts.edit(steps, arm="chain", prompt_key=KEY)
+
+    record = write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS, rounds=1)
+    (row,) = replay_differences(record)
+    assert (row.arm, row.prompt_key, row.kind) == ("chain", KEY, kind)
+    num_steps, num_known = steps_known(record)
+    assert num_steps > 0
+    # the chain's own step, and those of the other trees that know ranks 0 and 1 as different paths
+    assert (num_steps - num_known >= 1) is (kind == "tie")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_lengths_that_ranges_allow_are_those_of_every_assignment_of_ranks(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_tokens, num_heads = 6, 3
+    tree = (DraftTree.chain(3), DraftTree.cartesian((2, 2)), DraftTree.from_paths([(1,), (2,), (1, 0), (1, 2), (1, 0, 1)]))[seed % 3]
+    beyond = np.arange(1, num_tokens + 1)[:, None] + np.arange(1, num_heads + 1) > num_tokens
+    lowest = np.where(beyond, -1, rng.integers(0, 3, size=(num_tokens, num_heads)))
+    highest = np.where(beyond, -1, lowest + rng.integers(0, 3, size=(num_tokens, num_heads)))
+    ranges = RankRanges(lowest.tolist(), highest.tolist(), set())
+    for position in range(1, num_tokens):
+        row = position - 1
+        possible = set()
+        for ranks in itertools.product(*(range(lowest[row, head], highest[row, head] + 1) for head in range(num_heads))):
+            assigned = np.where(beyond, -1, 9).astype(np.int32)  # all rows but this one end a step at once, so that one starts here
+            assigned[row] = ranks
+            prompt = PromptTrace(key="p", category=None, prompt_tokens=1, tokens=np.arange(num_tokens), ended_by="budget", ranks=assigned)
+            trace = Trace(provenance=TraceProvenance(model_hash="b", heads_hash="h", dtype="float32", max_new_tokens=6), prompts=(prompt,))
+            replayed = replay(trace, tree)
+            assert replayed.positions[row] == position
+            possible.add(int(replayed.acceptance_lengths[row]))
+        assert ranges.kept_tokens(tree, position, num_heads=None) == possible, position

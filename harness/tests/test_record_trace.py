@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.arms import ArmRunner
 from harness.engine import Engine, load_engine, load_model
-from harness.record_trace import MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
+from harness.record_trace import HEAD_TIE_MARGIN, MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
 from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
 from harness.trace import Trace, replay
@@ -51,7 +51,8 @@ def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None
     heads = heads_with_ties(num_heads=3, vocab_size=40, hidden_size=6)
     states = torch.randint(-2, 3, (num_tokens, 6), generator=torch.Generator().manual_seed(num_tokens)).float()
     tokens = torch.randint(0, 40, (num_tokens,), generator=torch.Generator().manual_seed(1)).tolist()
-    ranks, losses, near = rank_rows(heads, nn.Identity(), states, tokens)
+    ranks, losses, ranges = rank_rows(heads, nn.Identity(), states, tokens)
+    _, _, wide = rank_rows(heads, nn.Identity(), states, tokens, tie_margin=1.0)
     assert ranks.shape == losses.shape == (num_tokens, 3)
     with torch.inference_mode():
         logits = heads(states, lm_head=nn.Identity())
@@ -60,13 +61,19 @@ def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None
         for head in range(3):
             if row + 1 + head >= num_tokens:
                 assert ranks[row, head] == -1 and torch.isnan(losses[row, head])
+                assert ranges[row, head].tolist() == wide[row, head].tolist() == [-1, -1]
                 continue
             token = tokens[row + 1 + head]
             assert ranks[row, head] == slow_rank(logits[row, head], token)
             assert losses[row, head].item() == pytest.approx(-torch.log_softmax(logits[row, head], -1)[token].item(), abs=1e-5)
-            is_tie = int((logits[row, head] == logits[row, head, token]).sum()) > 1  # whole numbers: near is equal
-            assert bool(near[row, head]) == (is_tie and int(ranks[row, head]) <= MAX_TREE_RANK)
-            ties += is_tie
+            above, truth = int((logits[row, head] > logits[row, head, token]).sum()), logits[row, head, token]
+            equal = int((logits[row, head] == truth).sum())
+            assert ranges[row, head].tolist() == [above, above + equal - 1]  # whole numbers: near is equal
+            assert wide[row, head].tolist() == [
+                int((logits[row, head] > truth + 1).sum()),
+                int((logits[row, head] >= truth - 1).sum()) - 1,
+            ]
+            ties += equal > 1
     assert ties or num_tokens < 33
 
 
@@ -107,6 +114,35 @@ def test_trace_holds_gaps_losses_and_origin(engine: Engine) -> None:
     provenance = trace.provenance
     assert (provenance.model_hash, provenance.heads_hash) == (engine.loaded.sha256, engine.heads_sha256)
     assert provenance.dtype == "float32" and provenance.extra["suite"] == "x" and "torch" in provenance.versions
+    assert provenance.extra["head_tie_margin"] == HEAD_TIE_MARGIN
+
+
+def test_text_ties_are_the_tokens_near_the_best(engine: Engine) -> None:
+    texts = texts_of(engine)
+    assert "text_ties" not in record_trace(engine, texts, max_new_tokens=12, extra={}).provenance.extra
+    rows = record_trace(engine, texts, max_new_tokens=12, extra={}, text_tie_margin=1.0).provenance.extra["text_ties"]
+    expected = []
+    for text in texts:
+        _, logits = kept_states(engine.runner.backbone, text)
+        for place, row in enumerate(logits.tolist()):
+            near = [token for token, logit in enumerate(row) if logit >= max(row) - 1.0]
+            if len(near) > 1:
+                assert text.token_ids[place] in near
+                expected.append([text.key, place + 1, *near])
+    assert expected and rows == expected
+
+
+def test_head_ties_are_listed_with_the_ranks_that_rounding_allows(engine: Engine) -> None:
+    texts = texts_of(engine)
+    wide = record_trace(engine, texts, max_new_tokens=12, extra={}, head_tie_margin=0.5)
+    rows = wide.provenance.extra["head_ties"]
+    assert isinstance(rows, list) and rows
+    prompts = {prompt.key: prompt for prompt in wide.prompts}
+    for row in rows:
+        assert isinstance(row, list)
+        key, position, head, lowest, highest = str(row[0]), *(int(str(cell)) for cell in row[1:])
+        assert 0 <= lowest <= int(prompts[key].ranks[position - 1, head - 1]) <= highest and lowest < highest
+        assert lowest <= MAX_TREE_RANK
 
 
 def test_ranks_that_rounding_could_move_are_listed_by_prompt_position_and_head(engine: Engine) -> None:

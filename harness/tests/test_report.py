@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.judgement import Divergence, Interval, Judgement, ParityReport, VerdictKind
+from harness.judgement import Divergence, Interval, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.records import ArmTree, Failure, RunRecord
 from harness.report import headline, print_verdicts, render_arms_table, render_report, render_verdict_table
 from harness.report.evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
@@ -267,6 +267,14 @@ def test_every_divergence_is_shown_with_its_gap(judgement: Judgement) -> None:
     assert "3 greedy generations" in text and "1,200 tokens: 1 identical, 2 divergences." in text
     assert _rows(text)["chain"][1:] == ["vanilla", "p-1", "7", "1.00e-04", "tie"]
     assert _rows(text)["cartesian"][4:] == [ABSENT, "bug"]
+
+
+def test_parity_of_half_precision_says_what_a_tie_is_and_how_often_one_is_there(judgement: Judgement) -> None:
+    assert judgement.parity.rounding is None and "only up to ties" not in render_parity(judgement)
+    rounding = ParityRounding(dtype="bfloat16", largest_shift=0.375, tie_margin=0.75, share_below=0.277, num_equal_tokens=1100)
+    text = render_parity(judgement.model_copy(update={"parity": judgement.parity.model_copy(update={"rounding": rounding})}))
+    assert "In bfloat16 a text is equal only up to ties." in text
+    assert "at most 0.375 " in text and "below 0.750 counts" in text and "27.7 % of the traced places" in text and "1,100 tokens" in text
 
 
 def test_terminal_shows_tested_verdicts_and_counts_the_rest(judgement: Judgement) -> None:

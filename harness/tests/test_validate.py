@@ -12,7 +12,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.records import ArmTree
-from harness.tests.fake_record import FakeParts, write_fake_record
+from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from harness.validate import json_schemas, validate_record, write_schemas
 
 
@@ -87,6 +87,23 @@ def test_other_schema_version_is_refused(tmp_path: Path, name: str) -> None:
     path.write_text(re.sub(r'(schema_version"?\s*[:=]\s*)1', r"\g<1>2", text))
     assert path.read_text() != text
     assert any(line.startswith(name) and "Input should be 1" in line for line in validate_record(tmp_path / "run"))
+
+
+def _measured(parts: FakeParts) -> None:
+    parts.rounding = fake_rounding(0.125)
+
+
+def test_a_measured_rounding_is_part_of_the_record(tmp_path: Path) -> None:
+    record = write_fake_record(tmp_path / "run", spoil=_measured, dtype="bfloat16", num_prompts=8, rounds=1, jitter=0.0)
+    assert validate_record(record.folder) == ()
+    assert record.rounding is not None and (record.rounding.largest_gap_shift, record.rounding.largest_head_shift) == (0.125, 0.125)
+    path = record.folder / "rounding.json"
+    schema, written = json_schemas()["rounding"], set(json.loads(path.read_text()))
+    assert set(schema["required"]) <= written == set(schema["properties"])
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    faults = validate_record(record.folder)
+    assert any(fault.startswith("rounding.json: found schema_version") for fault in faults), faults
+    assert any(fault.startswith("rounding.json: found SHA-256") for fault in faults), faults
 
 
 def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
