@@ -276,7 +276,11 @@ def _error_words(error: PredictionError) -> str:
 
 
 def _break_even_words(record: LatencyRecord) -> str:
-    return break_even({point.batch: point.speedup.estimate for point in _batch_points(record)}).words
+    speedups = {point.batch: point.speedup for point in _batch_points(record)}
+    found = break_even({batch: speedup.estimate for batch, speedup in speedups.items()})
+    if found.largest_batch is None:
+        return found.words
+    return f"{found.words} (speedup {ratio_interval(speedups[found.largest_batch])} at batch {found.largest_batch})"
 
 
 def _batch_points(record: LatencyRecord) -> tuple[BatchPoint, ...]:
