@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from harness.ablation_specs import AblationSpec, parse_ablation
 from harness.config import Frozen
 from harness.errors import UserError
-from harness.records import ArmTree, Environment, RecordFolder
+from harness.records import ArmTree, Environment, RecordFolder, read_lines
 from harness.trace import Trace
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
@@ -175,21 +175,5 @@ def steps_file(label: str) -> str:
 
 
 def read_results(path: Path, *, allow_torn_tail: bool = False) -> tuple[ArmResult, ...]:
-    """Read an `arms.jsonl`; with `allow_torn_tail` a last line that a kill cut short is left out instead of refused.
-
-    Raises: UserError naming file and line.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
-    lines = content.split(b"\n")
-    if lines.pop() and not allow_torn_tail:
-        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")
-    results = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            results.append(ArmResult.model_validate_json(line))
-        except ValidationError as error:
-            raise UserError(found=error.errors()[0]["msg"], need="one arm a line", where=f"{path.name}:{number}") from error
-    return tuple(results)
+    """Read an `arms.jsonl` as `records.read_lines` does."""
+    return read_lines(path, ArmResult.model_validate_json, holds="one arm", allow_torn_tail=allow_torn_tail)

@@ -17,7 +17,6 @@ from statistics import fmean, median
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
 from scipy.optimize import isotonic_regression
 
 from harness.config import Frozen, IntervalSpec
@@ -25,7 +24,7 @@ from harness.errors import UserError
 from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
 from harness.judgement import Interval
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
-from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder, first_fault
+from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder, read_lines
 from harness.roofline import ModelShape
 from harness.shapes import ShapeSpec
 
@@ -388,23 +387,8 @@ def break_even(speedups: Mapping[int, float]) -> BreakEven:
 
 
 def read_points(path: Path, *, allow_torn_tail: bool = False) -> tuple[LatencyPoint, ...]:
-    """Read a `points.jsonl`; with `allow_torn_tail` half a last line, left by a kill, is left out instead of refused.
-
-    Raises: UserError naming file and line.
-    """
-    try:
-        *lines, tail = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
-    if tail and not allow_torn_tail:
-        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")
-    points = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            points.append(LatencyPoint.model_validate_json(line))
-        except ValidationError as error:
-            raise UserError(found=first_fault(error), need="one point a line", where=f"{path.name}:{number}") from error
-    return tuple(points)
+    """Read a `points.jsonl` as `records.read_lines` does."""
+    return read_lines(path, LatencyPoint.model_validate_json, holds="one point", allow_torn_tail=allow_torn_tail)
 
 
 def limits_file(dtype: str, *, first: str) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -26,6 +27,7 @@ from medusa_impl.tree import DraftTree
 RECORD_SCHEMA_VERSION = 1
 CALIBRATION_FILE = "calibration.npz"
 ModelT = TypeVar("ModelT", bound=BaseModel)
+Line = TypeVar("Line")
 
 
 class TrialKey(Frozen):
@@ -424,26 +426,29 @@ def first_fault(error: ValidationError) -> str:
 
 
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
-    """Read a `generations.jsonl`.
+    """Read a `generations.jsonl` as `read_lines` does."""
+    return read_lines(path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail)
+
+
+def read_lines(path: Path, parse: Callable[[bytes], Line], *, holds: str, allow_torn_tail: bool = False) -> tuple[Line, ...]:
+    """Read a file of one record a line.
 
     With `allow_torn_tail` a last line without its newline (a run killed while writing) is left out instead of refused.
     Raises: UserError naming file and line.
     """
     try:
-        content = path.read_bytes()
+        *lines, tail = path.read_bytes().split(b"\n")  # bytes: a kill may cut a character in two
     except OSError as error:
         raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
-    lines = content.split(b"\n")  # bytes: a kill may cut a character in two
-    tail = lines.pop()
     if tail and not allow_torn_tail:
         raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")
-    outcomes = []
+    found = []
     for number, line in enumerate(lines, start=1):
         try:
-            outcomes.append(_OUTCOME.validate_json(line))
+            found.append(parse(line))
         except ValidationError as error:
-            raise UserError(found=error.errors()[0]["msg"], need="one trial outcome a line", where=f"{path.name}:{number}") from error
-    return tuple(outcomes)
+            raise UserError(found=first_fault(error), need=f"{holds} a line", where=f"{path.name}:{number}") from error
+    return tuple(found)
 
 
 def write_json(path: Path, record: BaseModel) -> None:

@@ -11,15 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from harness.config import Frozen
 from harness.cost_search import Method
 from harness.device_curves import CurveLabel, RooflineError
-from harness.errors import UserError
 from harness.judgement import FigureKind, Interval
 from harness.latency import BreakEven, break_even
-from harness.records import DeviceInfo, RecordFolder, first_fault
+from harness.records import DeviceInfo, RecordFolder, read_lines
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_trees import SweepTree
 
@@ -336,20 +335,5 @@ class SweepRecord(RecordFolder):
 
 
 def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:
-    """Read a `cells.jsonl`; with `allow_torn_tail` half a last line, left by a kill, is left out instead of refused.
-
-    Raises: UserError naming file and line.
-    """
-    try:
-        *lines, tail = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
-    if tail and not allow_torn_tail:
-        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the sweep")
-    cells: list[AnyCell] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            cells.append(_CELL.validate_json(line))
-        except ValidationError as error:
-            raise UserError(found=first_fault(error), need="one cell a line", where=f"{path.name}:{number}") from error
-    return tuple(cells)
+    """Read a `cells.jsonl` as `records.read_lines` does."""
+    return read_lines(path, _CELL.validate_json, holds="one cell", allow_torn_tail=allow_torn_tail)

@@ -99,13 +99,15 @@ def test_a_grid_may_be_for_one_dtype_only() -> None:
     assert len(spec.points("float32", ("eager",))) == 7
 
 
-@pytest.mark.parametrize("name", ["embedded", "gpu"])
+@pytest.mark.parametrize("name", ["embedded", "cpu", "gpu"])
 def test_shipped_specs_load_and_time_what_their_tables_read(name: str) -> None:
     spec = load_latency_spec(ROOT / "suites" / f"latency_{name}.toml")
     assert spec.modes_table is not None and spec.modes != "auto"
     for dtype in spec.dtypes:
         keys = spec.points(dtype, spec.modes)
-        for mode in spec.modes:
+        modes = {key.mode for key in keys}
+        assert modes and (dtype != spec.dtypes[0] or modes == set(spec.modes))
+        for mode in modes:
             timed = {key.num_nodes for key in keys if key.group == (dtype, mode, spec.modes_table.context_tokens, 1)}
             assert set(spec.modes_table.sizes) <= timed
     assert spec.shape is None or spec.shape in load_shapes()
