@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -53,8 +54,9 @@ VANILLA = SampledTask(SampledSetting(rule="vanilla", temperature=0.7), tree=None
 
 @pytest.fixture(scope="module", autouse=True)
 def steady() -> Iterator[None]:
-    """One state of the checkout for all sweeps, and no figures."""
-    with pytest.MonkeyPatch.context() as patch:
+    """One state of the checkout for all sweeps, no figures, and a folder for Ray whose sockets have short names, as they must."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        patch.setenv("RAY_TMPDIR", folder)
         one_state = cache(git_state)
         patch.setattr(harness.record_sweep, "git_state", one_state)
         patch.setattr(harness.ray_executor, "git_state", one_state)
