@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from harness.environment import device_info
 from harness.errors import UserError
 from harness.hardware import match_device
 from harness.locks import device_held
-from harness.quality.parity import HEAD_TIES_KEY, TIE_MARGIN_FLOAT32
+from harness.quality.parity import decoded_difference
 from harness.record_trace import KeptText
 from harness.report.formatting import without_paths
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
@@ -307,7 +306,7 @@ def decode_point(
                 composed_medusa_s=composed["medusa"][number],
             )
         )
-        difference = step_difference(traced, drafted_result, replayed=replay.hops(number).tolist(), trace=trace)
+        difference = step_difference(traced, drafted_result, tree, replayed=replay.hops(number).tolist(), trace=trace)
         if difference is not None:
             differences.append(difference)
     return DecodedCell(curve=curve.label, tree=task.place, rows=tuple(rows), differences=tuple(differences), elapsed_s=clock() - started)
@@ -325,22 +324,14 @@ def _warm_up(runner: ArmRunner, warm_ups: Sequence[SuitePrompt], *, clock: Clock
     few.generate(warm_ups[0].prompt_ids, seed=None)
 
 
-def step_difference(traced: PromptTrace, result: TimedGeneration, *, replayed: Sequence[int], trace: Trace) -> StepDifference | None:
+def step_difference(
+    traced: PromptTrace, result: TimedGeneration, tree: DraftTree, *, replayed: Sequence[int], trace: Trace
+) -> StepDifference | None:
     """Return where decoding first took another step than the replay, and whether rounding explains it; None where all steps agree."""
-    decoded = list(accumulate(result.step_tokens, initial=1))[:-1]
-    tokens, ids = traced.tokens.tolist(), list(result.token_ids)
-    if decoded == list(replayed) and ids == tokens:
+    found = decoded_difference(trace, traced, tree, token_ids=result.token_ids, step_tokens=result.step_tokens, replayed=replayed)
+    if found is None:
         return None
-    common = takewhile(lambda pair: pair[0] == pair[1], zip(decoded, replayed, strict=False))
-    position = max((first for first, _ in common), default=1)
-    parted = next((at for at, (ours, theirs) in enumerate(zip(ids, tokens, strict=False)) if ours != theirs), None)
-    at_text_tie = parted is not None and traced.gaps is not None and float(traced.gaps[parted]) < TIE_MARGIN_FLOAT32
-    ties = trace.provenance.extra.get(HEAD_TIES_KEY, [])
-    at_head_tie = isinstance(ties, list) and any(isinstance(tie, list) and tie[:2] == [traced.key, position] for tie in ties)
+    position, kind = found
     return StepDifference(
-        prompt_key=traced.key,
-        position=position,
-        decoded_steps=len(decoded),
-        replayed_steps=len(replayed),
-        kind="tie" if at_text_tie or (ids == tokens and at_head_tie) else "bug",
+        prompt_key=traced.key, position=position, decoded_steps=len(result.step_tokens), replayed_steps=len(replayed), kind=kind
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Literal
@@ -20,6 +21,7 @@ TIE_SHIFTS = 2.0
 HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
 
 
+Kind = Literal["tie", "bug"]
 NearTokens = dict[tuple[str, int], list[int]]  # prompt key and position i to the tokens that rounding may put first
 
 
@@ -107,11 +109,18 @@ def replay_differences(record: RunRecord, *, tie_margin: float | None = None) ->
             key = generation.trial.prompt_key
             if generation.trial.arm != arm.name or key not in prompts:
                 continue
-            decoded, expected = _starts(generation), replayed.hops(prompts[key]).tolist()
+            decoded, expected = _starts(generation.step_tokens), replayed.hops(prompts[key]).tolist()
             if decoded == expected:
                 continue
             position = _last_common(decoded, expected)
-            kind = _kind(generation, tree, arm=arm, ranges=ranges[key], since=position, parted=parted.get((arm.name, key)))
+            kind = _kind(
+                generation.step_tokens,
+                tree,
+                num_heads=arm.num_heads,
+                ranges=ranges[key],
+                since=position,
+                parted=parted.get((arm.name, key)),
+            )
             differences.append(
                 ReplayDifference(
                     arm=arm.name,
@@ -123,6 +132,24 @@ def replay_differences(record: RunRecord, *, tie_margin: float | None = None) ->
                 )
             )
     return tuple(differences)
+
+
+def decoded_difference(
+    trace: Trace, prompt: PromptTrace, tree: DraftTree, *, token_ids: Sequence[int], step_tokens: Sequence[int], replayed: Sequence[int]
+) -> tuple[int, Kind] | None:
+    """Return where a text decoded greedily, apart from any record, took another path than its replay, classed as `replay_differences` does.
+
+    `replayed` are the positions at which the replay's steps start; the result is None where tokens and steps agree. Ties of the text are
+    float32's.
+    """
+    near = _near_tokens(trace)
+    expected: list[int] = prompt.tokens.tolist()
+    parted = _parting(token_ids, expected, key=prompt.key, prompt=prompt, near=near, tie_margin=TIE_MARGIN_FLOAT32)
+    decoded = _starts(step_tokens)
+    if parted is None and decoded == list(replayed):
+        return None
+    position, ranges = _last_common(decoded, list(replayed)), _rank_ranges(trace)[prompt.key]
+    return position, _kind(step_tokens, tree, num_heads=None, ranges=ranges, since=position, parted=parted)
 
 
 def steps_known(record: RunRecord) -> tuple[int, int]:
@@ -141,7 +168,11 @@ def steps_known(record: RunRecord) -> tuple[int, int]:
             key = generation.trial.prompt_key
             if generation.trial.arm == arm.name and key in ranges:
                 end = min(parted.get((arm.name, key), generation.num_tokens), ranges[key].num_tokens)
-                starts = [start for start, kept in zip(_starts(generation), generation.step_tokens, strict=True) if start + kept <= end]
+                starts = [
+                    start
+                    for start, kept in zip(_starts(generation.step_tokens), generation.step_tokens, strict=True)
+                    if start + kept <= end
+                ]
                 num_steps += len(starts)
                 num_known += sum(len(ranges[key].kept_tokens(tree, start, num_heads=arm.num_heads)) == 1 for start in starts)
     return num_steps, num_known
@@ -155,23 +186,34 @@ def is_deterministic(arm: ArmSpec) -> bool:
 def _first_divergence(
     generation: Generation, reference: Generation, *, prompt: PromptTrace | None, near: NearTokens | None, tie_margin: float
 ) -> Divergence | None:
-    ids, expected = generation.token_ids, reference.token_ids
-    if ids == expected:
+    key = generation.trial.prompt_key
+    found = _parting(generation.token_ids, reference.token_ids, key=key, prompt=prompt, near=near, tie_margin=tie_margin)
+    if found is None:
+        return None
+    arms = {"arm": generation.trial.arm, "reference": reference.trial.arm}
+    return Divergence(**arms, prompt_key=key, position=found.position, gap=found.gap, kind=found.kind)
+
+
+@dataclass(frozen=True)
+class _Parting:
+    """Where two texts part, the reference's top-two gap there, and what that makes of it."""
+
+    position: int
+    gap: float | None
+    kind: Kind
+
+
+def _parting(
+    ids: Sequence[int], expected: Sequence[int], *, key: str, prompt: PromptTrace | None, near: NearTokens | None, tie_margin: float
+) -> _Parting | None:
+    if tuple(ids) == tuple(expected):
         return None
     shorter = min(len(ids), len(expected))
     position = next((index for index in range(shorter) if ids[index] != expected[index]), shorter)
-    key = generation.trial.prompt_key
-    gap = _gap(prompt, expected, position=position) if position < shorter else None
+    gap = _gap(prompt, tuple(expected), position=position) if position < shorter else None
     is_tie = gap is not None and (gap == 0 or gap < tie_margin)
     is_tie &= near is None or (position < shorter and ids[position] in near.get((key, position + 1), ()))
-    return Divergence(
-        arm=generation.trial.arm,
-        reference=reference.trial.arm,
-        prompt_key=key,
-        position=position,
-        gap=gap,
-        kind="tie" if is_tie else "bug",
-    )
+    return _Parting(position=position, gap=gap, kind="tie" if is_tie else "bug")
 
 
 def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int) -> float | None:
@@ -251,24 +293,30 @@ def _replayable(record: RunRecord) -> list[ArmSpec]:
 
 
 def _kind(
-    generation: Generation, tree: DraftTree, *, arm: ArmSpec, ranges: RankRanges, since: int, parted: Divergence | None
-) -> Literal["tie", "bug"]:
+    step_tokens: Sequence[int],
+    tree: DraftTree,
+    *,
+    num_heads: int | None,
+    ranges: RankRanges,
+    since: int,
+    parted: Divergence | _Parting | None,
+) -> Kind:
     """Class the difference between decoded and replayed steps that begins with the step at `since`."""
-    for start, kept in zip(_starts(generation), generation.step_tokens, strict=True):
+    for start, kept in zip(_starts(step_tokens), step_tokens, strict=True):
         if start < since:
             continue
         if parted is not None and start + kept > parted.position:
             return parted.kind
         if start in ranges.unknown:
             return "tie"
-        if start >= ranges.num_tokens or kept not in ranges.kept_tokens(tree, start, num_heads=arm.num_heads):
+        if start >= ranges.num_tokens or kept not in ranges.kept_tokens(tree, start, num_heads=num_heads):
             return "bug"
-    return "tie" if generation.num_tokens == ranges.num_tokens else "bug"
+    return "tie" if 1 + sum(step_tokens) == ranges.num_tokens else "bug"
 
 
-def _starts(generation: Generation) -> list[int]:
-    """The positions at which the generation's steps started."""
-    return list(accumulate(generation.step_tokens, initial=1))[:-1]
+def _starts(step_tokens: Sequence[int]) -> list[int]:
+    """The positions at which the steps of a generation started."""
+    return list(accumulate(step_tokens, initial=1))[:-1]
 
 
 def _last_common(decoded: list[int], expected: list[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
 from harness.trace import Trace
 from harness.tracing import trace_suite
 from harness.validate import json_schemas, validate_record
+from medusa_impl.tree import DraftTree
 
 CPU = torch.device("cpu")
 
@@ -323,20 +325,26 @@ def test_differences_are_ties_only_where_rounding_explains_them(home: Path) -> N
             cache_bytes=None,
         )
 
-    ones = [1] * (len(tokens) - 1)
+    ones, alone = [1] * (len(tokens) - 1), DraftTree.root_only()
     hops = list(range(1, len(tokens)))
-    assert step_difference(first, result(tokens, ones), replayed=hops, trace=trace) is None
+    assert step_difference(first, result(tokens, ones), alone, replayed=hops, trace=trace) is None
     other_steps = [2, *ones[2:]]
-    found = step_difference(first, result(tokens, other_steps), replayed=hops, trace=trace)
+    found = step_difference(first, result(tokens, other_steps), alone, replayed=hops, trace=trace)
     assert found is not None and (found.kind, found.position) == ("bug", 1)
     tied = trace.provenance.model_copy(update={"extra": {"head_ties": [[first.key, 1, 1]]}})
-    found = step_difference(first, result(tokens, other_steps), replayed=hops, trace=Trace(provenance=tied, prompts=trace.prompts))
+    found = step_difference(first, result(tokens, other_steps), alone, replayed=hops, trace=Trace(provenance=tied, prompts=trace.prompts))
     assert found is not None and found.kind == "tie"
     wrong = [*tokens[:-1], tokens[-1] + 1]
-    found = step_difference(first, result(wrong, ones), replayed=hops, trace=trace)
+    found = step_difference(first, result(wrong, ones), alone, replayed=hops, trace=trace)
     assert found is not None
     assert first.gaps is not None
     assert found.kind == ("tie" if float(first.gaps[-1]) < 5e-4 else "bug")
+    even = replace(first, gaps=0 * first.gaps)  # every place a tie of the text
+    traces = Trace(provenance=trace.provenance, prompts=(even, *trace.prompts[1:]))
+    found = step_difference(even, result(wrong, ones), alone, replayed=hops, trace=traces)
+    assert found is not None and found.kind == "tie"
+    found = step_difference(even, result(wrong, other_steps), alone, replayed=hops, trace=traces)
+    assert found is not None and found.kind == "bug"  # a later tie excuses no step before it
 
 
 def test_failed_cells_have_keys_of_their_own() -> None:
