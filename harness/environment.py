@@ -14,7 +14,7 @@ import torch
 
 from harness.records import DeviceInfo
 
-_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
