@@ -31,7 +31,7 @@ from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.engine import Engine, LoadedModel, best_device, describe_engine, heads_for, load_model
 from harness.environment import device_info, machine_slug
 from harness.errors import ExitCode, UserError
-from harness.joint_run import check_runnable, corpus_text, train_joint
+from harness.joint_run import JointText, check_runnable, corpus_text, train_joint
 from harness.locks import folder_held
 from harness.paths import resolve_path
 from harness.prompts import load_mt_bench
@@ -136,7 +136,7 @@ def train_arm(job: ArmJob) -> None:
     train_joint(
         loaded,
         recipe,
-        text=type(text)(train=train, held_out=text.held_out),
+        text=JointText(train=train, held_out=()),  # the bench measures every arm on the same held-out texts
         start_heads=start,
         work=job.work / "training",
         target=job.target,

@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NUM_RANKS
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
-from medusa_impl.sequences import SequenceDataset, TrainingSequence, collate
+from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
 
 STEP_LOG = "steps.jsonl"
 
@@ -97,12 +97,20 @@ class MedusaTrainer(Trainer):
         if not any(sequence.num_targets for sequence in sequences):
             raise UserError(found="no answer to train on", need="sequences with answers", where="the corpus")
         self.recipe = model.recipe
+        self._lengths = [len(sequence.token_ids) for sequence in sequences]
         self._window: dict[str, Tensor] = {}
         self._on_step, self._clock, self._mark = on_step, clock, clock()
         super().__init__(
             model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
         )
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthSampler:
+        """Return the order of the sequences; a batch is what all processes see in one step."""
+        arguments = self.args
+        batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        self._sampler = LikeLengthSampler(self._lengths, batch_size=batch_size, seed=self.recipe.seed)
+        return self._sampler
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """Return AdamW over two groups, heads first; rates are set step by step."""
@@ -231,6 +239,9 @@ class _StepLog(TrainerCallback):
             temporary.write_text("".join(kept))
             temporary.replace(path)
         self._trainer._mark = self._trainer._clock()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._sampler.set_epoch(int(state.epoch or 0))  # accelerate does not reach it in a resumed run of several processes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         record = self._trainer.take_step_record()

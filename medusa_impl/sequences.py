@@ -6,18 +6,20 @@ answer that quotes the prompt, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from medusa_impl.distill import CorpusSample
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NO_TARGET
 
 IGNORED = -100  # the label that transformers' Trainer leaves out when it counts the targets of a batch
+WINDOW_BATCHES = 16  # sequences are sorted by length within as many batches: less padding, and batches still differ from epoch to epoch
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,38 @@ class SequenceDataset(Dataset[dict[str, list[int]]]):
         for start, end in sequence.answers:
             labels[start:end] = sequence.token_ids[start:end]
         return {"input_ids": list(sequence.token_ids), "labels": labels}
+
+
+class LikeLengthSampler(Sampler[int]):
+    """A random order in which the sequences of a batch are of like length, so that little of a batch is padding.
+
+    Sequences are shuffled, sorted by length within windows of `WINDOW_BATCHES` batches, and the whole batches shuffled once more: no batch
+    comes early for being long. A batch that is not full comes last. Seed and epoch decide the order, so a resumed run sees the same one.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        source = random.Random(f"{self.seed}, {self.epoch}")
+        order = source.sample(range(len(self.lengths)), len(self.lengths))
+        remainder = len(order) % self.batch_size
+        whole, rest = order[: len(order) - remainder], order[len(order) - remainder :]
+        window = self.batch_size * WINDOW_BATCHES
+        grouped = [index for start in range(0, len(whole), window) for index in sorted(whole[start : start + window], key=self._length)]
+        batches = [grouped[start : start + self.batch_size] for start in range(0, len(grouped), self.batch_size)]
+        source.shuffle(batches)
+        return iter([index for batch in (*batches, rest) for index in batch])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch, as the Trainer asks before each."""
+        self.epoch = epoch
+
+    def _length(self, index: int) -> int:
+        return self.lengths[index]
 
 
 def sequences_of(samples: Iterable[CorpusSample], *, max_length: int) -> tuple[TrainingSequence, ...]:

@@ -64,10 +64,10 @@ def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
 
     assert differing("embedded_hard_labels") == {"target"}
     assert differing("embedded_medusa2_two_stage") == {"warmup", "schedule"}
-    assert differing("embedded_direct") == {"warmup", "lambda_0", "backbone_learning_rate"}
+    assert differing("embedded_direct") == {"warmup", "lambda_0", "heads_learning_rate"}
     direct = joint("embedded_direct").recipe
     assert direct.heads_learning_rate == direct.backbone_learning_rate
-    assert ramped.heads_learning_rate == 4 * ramped.backbone_learning_rate
+    assert ramped.heads_learning_rate < ramped.backbone_learning_rate, "heads that are trained already must not be thrown back"
     assert joint("embedded_medusa1_continued").recipe.heads_learning_rate == ramped.heads_learning_rate
 
 
@@ -77,7 +77,7 @@ def test_shipped_ablations_name_recipes_of_one_budget(name: str) -> None:
     assert len(spec.seeds) >= 2 and spec.decides_claims == (spec.answer_tokens >= 50_000)
     assert {"medusa1", "two_stage", "ramped", "direct", "hard_labels"} <= {arm.name for arm in spec.arms}
     recipes = [arm_recipe(spec, arm.name, beside=None) for arm in spec.arms]
-    assert {recipe.batch_sequences for recipe in recipes} == {8} and {recipe.max_length for recipe in recipes} == {512}
+    assert {recipe.batch_sequences for recipe in recipes} == {4} and {recipe.max_length for recipe in recipes} == {512}
     assert all(recipe.lora.rank <= 8 for recipe in recipes if recipe.backbone == "lora")
 
 
@@ -91,7 +91,7 @@ def test_a_quarter_of_the_quick_budget_is_not_a_claim() -> None:
     [
         ('kind = "joint"', 'kind = "both"', "kind"),
         ('packed_corpus = "embedded/corpus.safetensors"', "", "give packed_corpus, corpus or conversations"),
-        ("num_steps = 48", "num_steps = 48\nnum_epochs = 1.0", "exactly one of num_epochs and num_steps"),
+        ("num_steps = 96", "num_steps = 96\nnum_epochs = 1.0", "exactly one of num_epochs and num_steps"),
         ("rank = 8", "rank = 0", r"recipe\.lora\.rank"),
         ('target = "original"', 'target = "luck"', r"recipe\.target"),
         ("seed = 0", "sead = 0", r"recipe\.sead"),

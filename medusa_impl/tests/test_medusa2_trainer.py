@@ -119,6 +119,19 @@ def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
         assert torch.equal(value, state_of(again)[name]), name
 
 
+def test_a_run_resumed_in_its_second_epoch_sees_the_sequences_in_that_epochs_order(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"save_steps": 8, "num_steps": None, "num_epochs": 2.0}
+    make_trainer(tmp_path / "whole", **changes).train()
+    first = make_trainer(tmp_path / "cut", **changes)
+    first._on_step = lambda step: setattr(first.control, "should_training_stop", step.step == 9)
+    first.train()
+    make_trainer(tmp_path / "cut", **changes).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
+    expected, got = (read_step_log(tmp_path / name / STEP_LOG) for name in ("whole", "cut"))
+    assert [step.loss for step in got] == [step.loss for step in expected]
+    positions = [step.num_positions for step in expected]
+    assert sum(positions[:6]) == sum(positions[6:]) and positions[:6] != positions[6:], "each epoch has its own batches"
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     """Two gloo processes with a sequence each make the loss and the gradients of one process with both."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]

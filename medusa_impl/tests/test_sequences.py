@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import statistics
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medusa_impl.distill import CorpusSample
 from medusa_impl.errors import UserError
-from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate, sequences_of
+from medusa_impl.sequences import IGNORED, LikeLengthSampler, SequenceDataset, TrainingSequence, answer_targets, collate, sequences_of
 
 TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2, 5), (6, 8)))
 
@@ -66,3 +71,35 @@ def test_corpus_answers_become_sequences_cut_at_the_length() -> None:
 def test_spans_that_cannot_be_are_refused(answers: tuple[tuple[int, int], ...]) -> None:
     with pytest.raises(UserError, match="a training sequence"):
         TrainingSequence(token_ids=(1, 2, 3, 4, 5, 6), answers=answers)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=400),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 2),
+)
+def test_an_order_of_like_lengths_holds_every_sequence_once(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    sampler, again = (LikeLengthSampler(lengths, batch_size=batch_size, seed=seed) for _ in range(2))
+    for one in (sampler, again):
+        one.set_epoch(epoch)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+    assert order == list(again), "the same seed and epoch must give the same order"
+
+
+def test_batches_of_like_lengths_are_hardly_padded_and_come_in_no_order_of_length() -> None:
+    source = random.Random(0)
+    lengths = [source.randrange(20, 400) for _ in range(403)]
+    sampler = LikeLengthSampler(lengths, batch_size=8, seed=1)
+    order = list(sampler)
+
+    def padded(indices: list[int]) -> int:
+        batches = [indices[start : start + 8] for start in range(0, len(indices), 8)]
+        return sum(max(lengths[index] for index in batch) * len(batch) for batch in batches)
+
+    assert padded(order) < 1.1 * sum(lengths) < 1.4 * sum(lengths) < padded(list(range(403)))
+    longest = [max(lengths[index] for index in order[start : start + 8]) for start in range(0, 400, 8)]
+    assert abs(statistics.correlation(range(50), longest)) < 0.4
+    sampler.set_epoch(1)
+    assert list(sampler) != order
