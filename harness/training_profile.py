@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -54,7 +55,7 @@ from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.medusa2_trainer import MedusaTrainer, training_arguments
 from medusa_impl.runner import StepRunner
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.sequences import LikeLengthSampler, TrainingSequence
 from medusa_impl.training import Medusa1Recipe, train_medusa1
 
 HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states are to reach
@@ -574,14 +575,14 @@ def joint_stages(spec: JointSuite) -> dict[str, float]:
 
 
 def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) -> tuple[TrainingSequence, ...]:
-    """Return `size` sequences drawn without replacement.
+    """Return a batch as training under that seed sees it first.
 
     Raises: UserError where there are fewer.
     """
     if len(sequences) < size:
         raise UserError(found=f"{len(sequences)} sequences", need=f"a batch of {size}", where="the recipe's text", do="add text")
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
-    return tuple(sequences[index] for index in order[:size].tolist())
+    sampler = LikeLengthSampler([len(sequence.token_ids) for sequence in sequences], batch_size=size, seed=seed)
+    return tuple(sequences[index] for index in islice(sampler, size))
 
 
 def _describe(spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str) -> Environment:

@@ -75,6 +75,7 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         disable_tqdm=True,
         dataloader_drop_last=False,
         average_tokens_across_devices=True,
+        train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
     )
 
@@ -97,6 +98,7 @@ class MedusaTrainer(Trainer):
         if not any(sequence.num_targets for sequence in sequences):
             raise UserError(found="no answer to train on", need="sequences with answers", where="the corpus")
         self.recipe = model.recipe
+        self._sampler: LikeLengthSampler | None = None
         self._lengths = [len(sequence.token_ids) for sequence in sequences]
         self._window: dict[str, Tensor] = {}
         self._on_step, self._clock, self._mark = on_step, clock, clock()
@@ -105,9 +107,11 @@ class MedusaTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthSampler:
-        """Return the order of the sequences; a batch is what all processes see in one step."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the sequences; a batch of like lengths is what all processes see in one step."""
         arguments = self.args
+        if arguments.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
         batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         self._sampler = LikeLengthSampler(self._lengths, batch_size=batch_size, seed=self.recipe.seed)
         return self._sampler
@@ -241,7 +245,8 @@ class _StepLog(TrainerCallback):
         self._trainer._mark = self._trainer._clock()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer._sampler.set_epoch(int(state.epoch or 0))  # accelerate does not reach it in a resumed run of several processes
+        if self._trainer._sampler is not None:
+            self._trainer._sampler.set_epoch(int(state.epoch or 0))  # accelerate does not reach it in a resumed run of several processes
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         record = self._trainer.take_step_record()
