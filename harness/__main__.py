@@ -248,7 +248,8 @@ def profile_training_command(
 ) -> None:
     """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their time goes."""
     from harness.environment import machine_slug
-    from harness.training_profile import print_training_profile, profile_training, training_headline
+    from harness.record_training_profile import profile_training
+    from harness.training_profile import print_training_profile, training_headline
     from harness.training_specs import load_training_suite
 
     spec = load_training_suite(_find_data(recipe, folder="recipes"))

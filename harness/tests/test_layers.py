@@ -26,6 +26,7 @@ PURE = (
     "harness.shapes",
     "harness.prediction",
     "harness.step_profile",
+    "harness.training_profile",
     "harness.sweep",
     "harness.sweep_specs",
     "harness.sweep_trees",
@@ -99,9 +100,10 @@ DEVICE = {
     "harness.suite_prompts",
     "harness.tiny_heads",
     "harness.tracing",
-    "harness.training_profile",
+    "harness.record_training_profile",
     "harness.training_run",
     "harness.training_specs",
+    "harness.training_watch",
 }
 
 

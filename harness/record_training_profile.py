@@ -1,0 +1,255 @@
+"""Take the profile of a recipe's training steps, on the trainers' own steps and the recipe's own text.
+
+A stage is what the steps of a recipe have in common: heads alone on a subset of the vocabulary, then on all of it; joint training with the
+heads alone, then with the backbone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback
+
+from harness.clock import Clock, device_clock
+from harness.engine import LoadedModel, best_device, load_model
+from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.errors import UserError
+from harness.joint_run import check_runnable, first_heads, read_text, token_subset
+from harness.locks import device_held
+from harness.paths import resolve_path
+from harness.probes import measure_device_limits
+from harness.records import DeviceLimits, Environment, canonical_sha256
+from harness.training_profile import MatrixThroughput, TrainingProfile
+from harness.training_specs import AnySuite, JointSuite, TrainingSuite
+from harness.training_watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
+from medusa_impl.checkpoint import backbone_sha256
+from medusa_impl.distill import CorpusSample, unpack_corpus
+from medusa_impl.features import FeatureSet, add_states, load_features
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.medusa2 import MedusaTrainingModel
+from medusa_impl.medusa2_trainer import MedusaTrainer, training_arguments
+from medusa_impl.runner import StepRunner
+from medusa_impl.sequences import LikeLengthSampler, TrainingSequence
+from medusa_impl.training import Medusa1Recipe, train_medusa1
+
+_STATE_BATCHES = 2  # batches' worth of cached states that heads alone are profiled on
+_NEVER = 1_000_000_000  # steps between two saves: none falls among the timed ones
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A trainer that is ready to take the watched steps; `rates` are the stages' shares of the recipe's steps."""
+
+    watch: StepWatch
+    run: Callable[[], object]
+    rates: Mapping[str, float]
+    parts: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    environment: Environment
+
+
+def profile_training(spec: AnySuite, *, num_steps: int, allow_hub: bool, command: str, console: Console) -> TrainingProfile:
+    """Take `num_steps` plain and as many marked steps of every stage of a recipe, count the products of one more, and say what they reach.
+
+    Heads alone train on the CPU, whatever else there is. Matrix throughput is measured just before and after, the device held throughout.
+    Raises: UserError for a recipe that cannot run here or whose text is not there.
+    """
+    if isinstance(spec, JointSuite):
+        check_runnable(spec.recipe)
+    if spec.packed_corpus is None and (isinstance(spec, TrainingSuite) or spec.conversations is None):
+        raise UserError(
+            found="a recipe whose text is still to be made",
+            need="packed_corpus, or conversations",
+            where=f"{spec.name}.toml",
+            do="make it with medusa-repro distill and name it there",
+        )
+    device = best_device() if isinstance(spec, JointSuite) else torch.device("cpu")
+    clock = device_clock(device)
+    console.print(f"[bold]{spec.name}[/bold]: loading {spec.model.asset or spec.model.path or 'a tiny random model'}")
+    quantisation = spec.recipe.quantisation if isinstance(spec, JointSuite) else None
+    loaded = load_model(spec.model, device=device, allow_hub=allow_hub, quantisation=quantisation)
+    with tempfile.TemporaryDirectory() as text:
+        bench = (
+            _joint_bench(spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command)
+            if isinstance(spec, JointSuite)
+            else _heads_bench(spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command)
+        )
+        console.print(f"{bench.watch.num_steps} steps, {num_steps} of them plain in each stage: {', '.join(bench.rates)}")
+        with device_held(device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")):
+            before = _limits(bench.dtypes, device=device, clock=clock)
+            with bench.watch:
+                bench.run()
+            after = _limits(bench.dtypes, device=device, clock=clock)
+    stages = bench.watch.profiles(bench.rates, parts=bench.parts)
+    counted = {dtype for stage in stages for dtype in stage.flops}
+    return TrainingProfile(
+        recipe=spec.name,
+        kind=spec.kind,
+        environment=bench.environment,
+        throughput=tuple(
+            MatrixThroughput(
+                dtype=dtype,
+                before_flop_per_s=before[dtype].matmul_flop_per_s,
+                after_flop_per_s=after[dtype].matmul_flop_per_s,
+                method=before[dtype].method,
+            )
+            for dtype in bench.dtypes
+            if dtype in counted
+        ),
+        stages=stages,
+    )
+
+
+def _limits(dtypes: Sequence[str], *, device: torch.device, clock: Clock) -> dict[str, DeviceLimits]:
+    return {dtype: measure_device_limits(device, getattr(torch, dtype), clock=clock) for dtype in dtypes}
+
+
+def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str) -> _Bench:
+    """Return Medusa-1's trainer on the cached states of as many answers as a few batches need."""
+    recipe = spec.recipe
+    samples = _samples(spec)
+    features = _features(samples, loaded, recipe, folder=folder)
+    lm_head: Any = loaded.model.get_output_embeddings()
+    heads = MedusaHeads(
+        num_heads=recipe.num_heads,
+        num_layers=recipe.num_layers,
+        hidden_size=lm_head.weight.shape[1],
+        vocab_size=lm_head.weight.shape[0],
+        architecture=recipe.architecture,
+        lm_head=lm_head,
+    )
+    rates = heads_stages(recipe, vocab_size=heads.vocab_size)
+    watch = StepWatch(tuple(rates), num_steps=num_steps, clock=clock, marks=partial(heads_marks, heads=heads))
+    changed: dict[str, object] = {"num_epochs": None, "num_steps": watch.num_steps, "full_vocabulary_rate": (len(rates) - 1) / 2}
+    if "subset" not in rates:
+        changed["subset_size"] = None
+    texts = [[sample.key, [*sample.prompt_ids, *sample.token_ids]] for sample in samples]
+    environment = _describe(spec, loaded, heads=heads, texts=texts, command=command)
+    run = partial(
+        train_medusa1,
+        features,
+        heads,
+        lm_head.weight.detach().float().cpu(),
+        recipe=recipe.model_copy(update=changed),
+        checkpoint_dir=folder / "training",
+        resume=False,
+        on_step=lambda _: watch(recipe.batch_positions),
+        log_every_steps=1,
+        save_every_steps=_NEVER,
+    )
+    dtypes = tuple(sorted({"float32", recipe.matmul_dtype}))
+    return _Bench(watch=watch, run=run, rates=rates, parts=HEADS_PARTS, dtypes=dtypes, environment=environment)
+
+
+def heads_stages(recipe: Medusa1Recipe, *, vocab_size: int) -> dict[str, float]:
+    """Return Medusa-1's stages, with their shares of the recipe's steps: a subset of the vocabulary, then all of it."""
+    full = recipe.full_vocabulary_rate if recipe.subset_size is not None and recipe.subset_size < vocab_size else 1.0
+    return {stage: rate for stage, rate in (("subset", 1 - full), ("full", full)) if rate > 0}
+
+
+def _samples(spec: TrainingSuite) -> list[CorpusSample]:
+    """Return the corpus' first answers, enough for a few batches."""
+    assert spec.packed_corpus is not None
+    needed, rows, taken = _STATE_BATCHES * spec.recipe.batch_positions, 0, list[CorpusSample]()
+    for sample in unpack_corpus(resolve_path(spec.packed_corpus, beside=None)):
+        if rows >= needed:
+            break
+        taken.append(sample)
+        rows += len(sample.token_ids) - 1
+    if rows < spec.recipe.batch_positions:
+        raise UserError(
+            found=f"{rows} positions", need=f"a batch of {spec.recipe.batch_positions}", where=Path(spec.packed_corpus).name, do="add text"
+        )
+    return taken
+
+
+def _features(samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Recipe, *, folder: Path) -> FeatureSet:
+    backbone = StepRunner(loaded.model, None, mode="eager").backbone
+    store = add_states(backbone, samples, cache_folder=folder, backbone_sha256=loaded.sha256)
+    return load_features(store, num_heads=recipe.num_heads, held_out_rate=0.0)
+
+
+def _joint_bench(spec: JointSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str) -> _Bench:
+    """Return the joint trainer on one batch of the recipe's text, the same in every step, so that the counted step is like the timed."""
+    recipe = spec.recipe
+    text = read_text(spec, loaded, work=folder).train
+    start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
+    heads, _ = first_heads(loaded, recipe, start_heads=start)
+    batch = one_batch(text, size=recipe.batch_sequences * recipe.accumulation_steps, seed=recipe.seed)
+    texts = [[str(index), list(sequence.token_ids)] for index, sequence in enumerate(batch)]
+    environment = _describe(spec, loaded, heads=heads, texts=texts, command=command)
+    torch.manual_seed(recipe.seed)
+    rates = joint_stages(spec)
+    watch = StepWatch(
+        tuple(rates),
+        num_steps=num_steps,
+        clock=clock,
+        marks=lambda parts: joint_marks(parts, model=model, accelerator=trainer.accelerator),
+    )
+    planned = recipe.model_copy(update={"num_epochs": None, "num_steps": watch.num_steps, "stage_rate": 0.5})
+    subset = token_subset(text, recipe, vocab_size=heads.vocab_size)
+    model = MedusaTrainingModel(loaded.model, heads, recipe=planned, subset=subset)
+    arguments = training_arguments(planned, folder=folder / "joint", save_steps=_NEVER, use_cpu=loaded.model.device.type == "cpu")
+    arguments.set_save(strategy="no")
+    arguments.train_sampling_strategy = "sequential"
+    trainer = MedusaTrainer(model, sequences=batch * watch.num_steps, arguments=arguments, on_step=lambda step: watch(step.num_positions))
+    trainer.remove_callback(PrinterCallback)  # standard output is for the table
+    dtypes = tuple(sorted({"float32", spec.model.dtype, recipe.autocast or "float32"}))
+    return _Bench(watch=watch, run=trainer.train, rates=rates, parts=JOINT_PARTS, dtypes=dtypes, environment=environment)
+
+
+def joint_stages(spec: JointSuite) -> dict[str, float]:
+    """Return the joint stages, with their shares of the recipe's steps: the heads alone, then heads and backbone."""
+    if spec.recipe.backbone == "frozen":
+        return {"heads": 1.0}
+    if spec.recipe.warmup == "two_stage":
+        return {"heads": spec.recipe.stage_rate, "both": 1 - spec.recipe.stage_rate}
+    return {"both": 1.0}
+
+
+def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) -> tuple[TrainingSequence, ...]:
+    """Return a batch as training under that seed sees it first.
+
+    Raises: UserError where there are fewer.
+    """
+    if len(sequences) < size:
+        raise UserError(found=f"{len(sequences)} sequences", need=f"a batch of {size}", where="the recipe's text", do="add text")
+    sampler = LikeLengthSampler([len(sequence.token_ids) for sequence in sequences], batch_size=size, seed=seed)
+    return tuple(sequences[index] for index in islice(sampler, size))
+
+
+def _describe(spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str) -> Environment:
+    """Return where the profile comes from; no engine is built, which would change the attention that joint training runs."""
+    commit, dirty = git_state(Path(__file__).parent)
+    weight_bytes, heads_bytes = (
+        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) for module in (loaded.model, heads)
+    )
+    return Environment(
+        commit=commit,
+        dirty=dirty,
+        command=command,
+        python=python_version(),
+        packages=package_versions(),
+        device=device_info(loaded.model.device),
+        engine="eager",
+        dtype=spec.model.dtype,
+        blas=blas_settings(),
+        variables=settings(),
+        backbone_sha256=loaded.sha256,
+        heads_sha256=backbone_sha256(heads),
+        prompts_sha256=canonical_sha256(texts),
+        model_name=loaded.name,
+        weight_bytes=weight_bytes,
+        heads_bytes=heads_bytes,
+        assets=loaded.assets,
+        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )
