@@ -14,11 +14,11 @@ import torch
 from pytest import MonkeyPatch
 from torch.nn.functional import kl_div, log_softmax
 
-import harness.ablate
-from harness.ablate import AblateOptions, budgeted, run_ablation
+from harness.ablate import AblateOptions, run_ablation
 from harness.ablation import ARMS_FILE, AblationRecord
 from harness.ablation_figures import ablation_rows, rate_columns
 from harness.ablation_specs import AblationSpec
+from harness.ablation_training import ArmJob, budgeted, train_arm
 from harness.engine import Engine
 from harness.environment import git_state
 from harness.errors import ExitCode, UserError
@@ -46,14 +46,13 @@ def record(folder: Path, heads_file: Path) -> AblationRecord:
     """The tiny ablation, cut off after its second arm and run again."""
     spec = AblationSpec.model_validate(ablation_data(folder, heads_file))
     options = AblateOptions(results=folder / "results", work=folder / "work", own_process=False)
-    train = harness.ablate.train_arm
     trained: list[tuple[str, int]] = []
 
-    def cut(job: harness.ablate.ArmJob) -> None:
+    def cut(job: ArmJob) -> None:
         if (job.arm, job.seed) == ("hard_labels", 0) and len(trained) == 2:
             raise KeyboardInterrupt
         trained.append((job.arm, job.seed))
-        train(job)
+        train_arm(job)
 
     with patch("harness.engine.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
         with pytest.raises(KeyboardInterrupt):

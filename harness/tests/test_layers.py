@@ -69,6 +69,8 @@ PURE = (
 # Who touches the device, the clock or the disk on the way to a record; no pure module may import one of them.
 DEVICE = {
     "harness.ablate",
+    "harness.ablation_bench",
+    "harness.ablation_training",
     "harness.ablation_store",
     "harness.arms",
     "harness.clock",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.ablate import arm_recipe
 from harness.ablation_specs import load_ablation, parse_ablation
+from harness.ablation_training import arm_recipe
 from harness.errors import ExitCode, UserError
 from harness.tests.tiny_suite import command
 from harness.training_specs import JointSuite, TrainingSuite, load_training_suite, parse_training_suite

@@ -1,0 +1,99 @@
+"""Train one arm of an ablation: its recipe, on its share of the corpus, once over, under its seed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.ablation_specs import AblationSpec
+from harness.engine import best_device, load_model
+from harness.errors import UserError
+from harness.joint_run import JointText, corpus_text, train_joint
+from harness.paths import resolve_path
+from harness.training_specs import JointSuite, load_training_suite
+from medusa_impl.distill import unpack_corpus
+from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.sequences import TrainingSequence
+
+
+@dataclass(frozen=True)
+class ArmJob:
+    """All that training one arm takes, fit to be sent to another process."""
+
+    spec: AblationSpec
+    suite_file: Path | None
+    arm: str
+    seed: int
+    work: Path
+    allow_hub: bool
+
+    @property
+    def target(self) -> Path:
+        """Where the arm's heads, adapter and step log go."""
+        return self.work / "out"
+
+
+def train_arm(job: ArmJob) -> None:
+    """Train one arm; its files are under the job's target."""
+    beside = job.suite_file.parent if job.suite_file is not None else None
+    spec = job.spec
+    loaded = load_model(spec.model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
+    recipe = once_over(arm_recipe(spec, job.arm, beside=beside), seed=job.seed)
+    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=beside)))
+    text = corpus_text(samples, max_length=recipe.max_length)
+    train = budgeted(text.train, answer_tokens=spec.answer_tokens, seed=job.seed)
+    start = None if spec.arm(job.arm).fresh_heads else resolve_path(spec.start_heads, beside=beside)
+    train_joint(
+        loaded,
+        recipe,
+        text=JointText(train=train, held_out=()),  # the bench measures every arm on the same held-out texts
+        start_heads=start,
+        work=job.work / "training",
+        target=job.target,
+        console=Console(stderr=True, quiet=multiprocessing.parent_process() is None),
+    )
+
+
+def once_over(recipe: Medusa2Recipe, *, seed: int) -> Medusa2Recipe:
+    """Return a recipe that sees its text once, under a seed."""
+    return recipe.model_copy(update={"num_epochs": 1.0, "num_steps": None, "seed": seed})
+
+
+def budgeted(sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed: int) -> tuple[TrainingSequence, ...]:
+    """Return sequences drawn by a seed until their answers hold the budget: the same for every arm, each seen once.
+
+    Raises: UserError for a corpus that holds less.
+    """
+    order = list(range(len(sequences)))
+    random.Random(seed).shuffle(order)
+    taken, held = [], 0
+    for index in order:
+        if held >= answer_tokens:
+            break
+        taken.append(sequences[index])
+        held += sequences[index].num_targets
+    if held < answer_tokens:
+        raise UserError(
+            found=f"{held} answer tokens", need=f"{answer_tokens}, the suite's budget", where="the corpus", do="lower answer_tokens"
+        )
+    return tuple(taken)
+
+
+def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2Recipe:
+    """Return an arm's recipe from its file, a shipped recipe's name or a path.
+
+    Raises: UserError for a recipe of heads alone: a frozen backbone in a joint recipe sees the same batches as the other arms.
+    """
+    name = spec.arm(arm).recipe
+    shipped = Path(str(resources.files("suites"))) / "recipes" / f"{name}.toml"
+    path = shipped if shipped.is_file() else resolve_path(name, beside=beside)
+    found = load_training_suite(path)
+    if not isinstance(found, JointSuite):
+        raise UserError(found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name)
+    return found.recipe
