@@ -25,10 +25,11 @@ from harness.claim_specs import ClaimSpec, load_claims
 from harness.config import SuiteSpec, load_suite
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.export import export
+from harness.files import write_bytes, write_json
 from harness.judge import judge
 from harness.judgement import Judgement
 from harness.paths import default_results, resolve_path
-from harness.records import RunRecord, write_bytes, write_json
+from harness.records import RunRecord
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
 from harness.report.terminal import print_verdicts

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from harness.ablation_specs import AblationSpec, parse_ablation
 from harness.config import Frozen
 from harness.errors import UserError
-from harness.records import ArmTree, Environment, RecordFolder, read_lines
+from harness.files import read_lines
+from harness.records import ArmTree, Environment, RecordFolder
 from harness.trace import Trace
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
@@ -175,5 +176,5 @@ def steps_file(label: str) -> str:
 
 
 def read_results(path: Path, *, allow_torn_tail: bool = False) -> tuple[ArmResult, ...]:
-    """Read an `arms.jsonl` as `records.read_lines` does."""
+    """Read an `arms.jsonl` as `files.read_lines` does."""
     return read_lines(path, ArmResult.model_validate_json, holds="one arm", allow_torn_tail=allow_torn_tail)

@@ -12,7 +12,8 @@ import tomli_w
 from harness.ablation import ARMS_FILE, TREE_FILE, AblationManifest, AblationRecord, ArmResult, read_results, steps_file, trace_file
 from harness.ablation_specs import AblationSpec
 from harness.environment import machine_slug
-from harness.records import ArmTree, Environment, write_bytes, write_json
+from harness.files import write_bytes, write_json
+from harness.records import ArmTree, Environment
 from harness.run_store import append_line, drop_left_overs, hashes, open_folder, other_than, portable
 from harness.trace import Trace
 

@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import canonical_sha256
 from harness.hardware import DeviceSpec, load_hardware, match_device
 from harness.latency import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
 from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey
 from harness.prediction import Prediction, PredictionError, prediction_error
-from harness.records import canonical_sha256
 from harness.roofline import Limits, heads_seconds, step_seconds
 from harness.shapes import ShapeSpec, load_shapes
 

@@ -27,8 +27,9 @@ from harness.assets import FetchedAsset, cache_dir, fetch_asset, load_asset_spec
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
+from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.records import Environment, canonical_sha256
+from harness.records import Environment
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from harness.errors import UserError
-from harness.records import Failure, Generation, RunRecord, write_bytes
+from harness.files import write_bytes
+from harness.records import Failure, Generation, RunRecord
 
 ExportTable = Literal["generations", "steps"]
 

@@ -22,8 +22,8 @@ from harness.conversations import conversation_sequence, load_conversations, tur
 from harness.engine import LoadedModel, best_device, heads_for, load_model
 from harness.environment import git_state
 from harness.errors import UserError
+from harness.files import canonical_sha256, write_bytes
 from harness.paths import resolve_path
-from harness.records import canonical_sha256, write_bytes
 from harness.training_run import calibrate, check_overlap, fill_corpus
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, save_adapter, save_heads

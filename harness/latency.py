@@ -21,10 +21,11 @@ from scipy.optimize import isotonic_regression
 
 from harness.config import Frozen, IntervalSpec
 from harness.errors import UserError
+from harness.files import read_lines
 from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
 from harness.judgement import Interval
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
-from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder, read_lines
+from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder
 from harness.roofline import ModelShape
 from harness.shapes import ShapeSpec
 
@@ -387,7 +388,7 @@ def break_even(speedups: Mapping[int, float]) -> BreakEven:
 
 
 def read_points(path: Path, *, allow_torn_tail: bool = False) -> tuple[LatencyPoint, ...]:
-    """Read a `points.jsonl` as `records.read_lines` does."""
+    """Read a `points.jsonl` as `files.read_lines` does."""
     return read_lines(path, LatencyPoint.model_validate_json, holds="one point", allow_torn_tail=allow_torn_tail)
 
 

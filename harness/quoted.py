@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from harness.config import Frozen
 from harness.errors import UserError
-from harness.records import first_fault
+from harness.files import first_fault
 
 QUOTED_FILE = Path(__file__).parent.parent / "suites" / "quoted.toml"
 

@@ -35,12 +35,12 @@ from harness.config import SuiteSpec
 from harness.engine import best_device
 from harness.environment import device_info, git_state, machine_slug, package_versions, python_version
 from harness.errors import UserError
+from harness.files import write_bytes, write_json
 from harness.latency import LatencyRecord
 from harness.latency_specs import LatencySpec, load_latency_spec
 from harness.paths import resolve_path
 from harness.record_latency import LatencyOptions, run_latency
 from harness.record_sweep import SweepOptions
-from harness.records import write_bytes, write_json
 from harness.report.latency import render_latency_report
 from harness.run_store import hashes
 from harness.sweep_cells import CellInputs, CellRunner, RunTask, SampledTask, failed_cell

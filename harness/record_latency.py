@@ -23,6 +23,7 @@ from harness.clock import Clock, device_clock
 from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device
 from harness.errors import UserError
+from harness.files import write_json
 from harness.latency import BATCHES_FILE, MODEL_FILE, MODES_FILE, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials, limits_file
 from harness.latency_engine import (
     chosen_modes,
@@ -39,7 +40,6 @@ from harness.latency_store import LatencyStore
 from harness.locks import device_held, folder_held
 from harness.measure_modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
 from harness.memory import peak_memory_bytes, reset_peak_memory
-from harness.records import write_json
 from harness.report.formatting import without_paths
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.backbone import Backbone

@@ -20,10 +20,10 @@ from harness.config import load_suite
 from harness.device_curves import StepTimes
 from harness.engine import best_device
 from harness.environment import device_info, git_state, package_versions, python_version
+from harness.files import file_sha256
 from harness.hardware import match_device
 from harness.locks import folder_held
 from harness.paths import resolve_path
-from harness.records import file_sha256
 from harness.sweep import KnotPrices, SweepPlan, compose, plan_sweep, tree_rates
 from harness.sweep_cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.sweep_record import (

@@ -23,6 +23,7 @@ from harness.config import ArmSpec, FastestTree, FileTree, SearchedTree, SuiteSp
 from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device, describe_engine, load_engine, load_model
 from harness.errors import InvalidMeasurement, UserError
+from harness.files import write_json
 from harness.locks import device_held, folder_held
 from harness.memory import peak_memory_bytes, reset_peak_memory
 from harness.paths import resolve_path
@@ -42,7 +43,6 @@ from harness.records import (
     Profile,
     RunRecord,
     StepCosts,
-    write_json,
 )
 from harness.report.formatting import without_paths
 from harness.rounding import measure_rounding

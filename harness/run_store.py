@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from harness.config import SuiteSpec
 from harness.environment import machine_slug
 from harness.errors import UserError
+from harness.files import file_sha256, write_bytes, write_json
 from harness.plan import PlannedTrial
 from harness.records import (
     Environment,
@@ -24,10 +25,7 @@ from harness.records import (
     RunRecord,
     StepCost,
     TrialKey,
-    file_sha256,
     read_outcomes,
-    write_bytes,
-    write_json,
 )
 
 _GENERATIONS, _ARM_STEPS = "generations.jsonl", "arm_steps.jsonl"

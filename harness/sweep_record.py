@@ -16,9 +16,10 @@ from pydantic import Field, TypeAdapter
 from harness.config import Frozen
 from harness.cost_search import Method
 from harness.device_curves import CurveLabel, RooflineError
+from harness.files import read_lines
 from harness.judgement import FigureKind, Interval
 from harness.latency import BreakEven, break_even
-from harness.records import DeviceInfo, RecordFolder, read_lines
+from harness.records import DeviceInfo, RecordFolder
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_trees import SweepTree
 
@@ -335,5 +336,5 @@ class SweepRecord(RecordFolder):
 
 
 def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:
-    """Read a `cells.jsonl` as `records.read_lines` does."""
+    """Read a `cells.jsonl` as `files.read_lines` does."""
     return read_lines(path, _CELL.validate_json, holds="one cell", allow_torn_tail=allow_torn_tail)

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import Frozen, IntervalSpec
 from harness.errors import UserError
+from harness.files import first_fault
 from harness.latency_specs import Counts, LatencyHeads
-from harness.records import first_fault
 
 MAX_NODES = 256  # the widest tree of Fig. 4
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...], Field(min_length=1)]

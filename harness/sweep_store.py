@@ -11,7 +11,7 @@ import tomli_w
 
 from harness.environment import machine_slug
 from harness.errors import UserError
-from harness.records import write_bytes, write_json
+from harness.files import write_bytes, write_json
 from harness.run_store import drop_left_overs, hashes, open_folder, other_than, portable
 from harness.sweep_record import (
     CELLS_FILE,

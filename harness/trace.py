@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -34,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from harness.errors import UserError
+from harness.files import write_bytes
 from medusa_impl.tree import DraftTree, RankPath
 
 SCHEMA_VERSION = 1
@@ -194,7 +193,14 @@ class Trace:
                 arrays[name] = np.concatenate([getattr(prompt, name) for prompt in prompts])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy types its keyword arrays as flags
-        _write_atomically(Path(path), buffer.getvalue())
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, buffer.getvalue())
+        except OSError as error:
+            raise UserError(
+                found=f"a failed write ({error})", need="room and permission", where=str(path), do="free space there"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -451,20 +457,3 @@ def _split(headers: Iterable[_PromptHeader], arrays: Mapping[str, NDArray[Any]])
 
 def _is_integer(array: ArrayLike) -> bool:
     return bool(np.issubdtype(np.asarray(array).dtype, np.integer))
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(found=f"a failed write ({error})", need="room and permission", where=str(path), do="free space there") from error

@@ -13,6 +13,7 @@ from harness.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmRes
 from harness.ablation_specs import START_ARM, AblationSpec
 from harness.config import SuiteSpec
 from harness.errors import UserError
+from harness.files import file_sha256, write_bytes
 from harness.judgement import Judgement
 from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.latency_specs import LatencySpec
@@ -29,8 +30,6 @@ from harness.records import (
     RunRecord,
     StepCosts,
     TrialOutcome,
-    file_sha256,
-    write_bytes,
 )
 from harness.report.formatting import holds_absolute_path
 from harness.sweep_record import (

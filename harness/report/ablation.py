@@ -13,8 +13,8 @@ from harness.ablation import AblationRecord
 from harness.ablation_figures import AblationRow
 from harness.ablation_specs import START_ARM
 from harness.errors import UserError
+from harness.files import write_bytes
 from harness.judgement import ClaimVerdict, Interval, VerdictKind
-from harness.records import write_bytes
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import InvalidMeasurement, UserError
+from harness.files import write_bytes
 from harness.judgement import CheckStatus, Judgement
 from harness.latency import LatencyRecord
-from harness.records import RunRecord, write_bytes
+from harness.records import RunRecord
 from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes
 from harness.report.markdown import render_best_arm

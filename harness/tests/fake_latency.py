@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from harness.files import file_sha256, write_bytes, write_json
 from harness.latency import (
     BATCHES_FILE,
     MODEL_FILE,
@@ -28,7 +29,7 @@ from harness.latency import (
     facts_of_shape,
 )
 from harness.latency_specs import DtypeName, LatencySpec, PointKey
-from harness.records import ArmTree, DeviceInfo, DeviceLimits, Environment, file_sha256, write_bytes, write_json
+from harness.records import ArmTree, DeviceInfo, DeviceLimits, Environment
 from harness.shapes import load_shapes
 
 SHAPE = "smollm2-135m-instruct"

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.config import SuiteSpec, parse_suite
+from harness.files import file_sha256, write_bytes, write_json
 from harness.records import (
     ArmTree,
     ArmTrees,
@@ -38,9 +39,6 @@ from harness.records import (
     StepCost,
     StepCosts,
     TrialKey,
-    file_sha256,
-    write_bytes,
-    write_json,
 )
 from harness.trace import PromptTrace, Trace, TraceProvenance, replay
 from medusa_impl.tree import DraftTree

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from harness.records import DeviceInfo, file_sha256, write_bytes, write_json
+from harness.files import file_sha256, write_bytes, write_json
+from harness.records import DeviceInfo
 from harness.sweep import SweepPlan, compose, plan_sweep, tree_rates
 from harness.sweep_record import (
     CELLS_FILE,

@@ -19,6 +19,7 @@ PURE = (
     "harness.config",
     "harness.paths",
     "harness.records",
+    "harness.files",
     "harness.judgement",
     "harness.trace",
     "harness.roofline",

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.records import (
-    Environment,
-    Generation,
-    Manifest,
-    RunRecord,
-    canonical_sha256,
-    read_outcomes,
-    write_bytes,
-    write_json,
-)
+from harness.files import canonical_sha256, write_bytes, write_json
+from harness.records import Environment, Generation, Manifest, RunRecord, read_outcomes
 from harness.tests.fake_record import FakeParts, write_fake_record
 
 

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from harness.clock import device_clock
 from harness.engine import Engine, load_engine, load_model
 from harness.errors import ExitCode, UserError
+from harness.files import write_json
 from harness.record_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
 from harness.record_trace import record_trace
-from harness.records import ArmTree, write_json
+from harness.records import ArmTree
 from harness.report.formatting import holds_absolute_path
 from harness.report.profile import profile_headline, render_step_profile
 from harness.run import describe
