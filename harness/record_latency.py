@@ -39,12 +39,12 @@ from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
 from harness.latency_store import LatencyStore
 from harness.locks import device_held, folder_held
 from harness.measure_modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.memory import peak_memory_bytes, reset_peak_memory
 from harness.report.formatting import without_paths
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.kv_cache import TreeCache
+from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 

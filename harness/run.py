@@ -25,7 +25,6 @@ from harness.engine import Engine, best_device, describe_engine, load_engine, lo
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
 from harness.locks import device_held, folder_held
-from harness.memory import peak_memory_bytes, reset_peak_memory
 from harness.paths import resolve_path
 from harness.plan import PlannedTrial, make_plan
 from harness.quality.parity import TIE_SHIFTS
@@ -51,6 +50,7 @@ from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, war
 from harness.tiny_heads import train_tiny_heads
 from harness.trace import Trace
 from harness.trees import check_fixed_trees, resolve_trees
+from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NUM_RANKS
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
+from medusa_impl.memory import peak_memory_bytes
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
 
 STEP_LOG = "steps.jsonl"
@@ -33,7 +33,8 @@ class JointStep(_Record):
     """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
 
     `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree, both None where
-    the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best.
+    the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best;
+    memory_bytes is the peak so far: of the GPU's allocator, or of the process's resident set.
     """
 
     step: int
@@ -188,7 +189,7 @@ class MedusaTrainer(Trainer):
             backbone_learning_rate=rates[1],
             num_positions=positions,
             positions_per_s=positions / elapsed if elapsed > 0 else None,
-            memory_bytes=_memory_bytes(),
+            memory_bytes=peak_memory_bytes(self.args.device),
         )
 
     @property
@@ -278,9 +279,3 @@ def _optimizer_class(recipe: Medusa2Recipe) -> Any:
             found="no bitsandbytes", need="it for the 8-bit optimiser", where="the recipe", do="install it, or set optimizer = 'adamw'"
         ) from error
     return AdamW8bit
-
-
-def _memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return int(psutil.Process().memory_info().rss)

@@ -83,7 +83,6 @@ DEVICE = {
     "harness.environment",
     "harness.joint_run",
     "harness.locks",
-    "harness.memory",
     "harness.probes",
     "harness.quality.backbone_change",
     "harness.random_model",
