@@ -11,12 +11,13 @@ from itertools import pairwise
 from math import ceil, isfinite, sqrt
 from statistics import median
 
-from harness.config import ArmSpec
+from harness.config import ArmSpec, BackboneName
 from harness.errors import UserError
 from harness.judgement import CheckOutcome, CheckStatus
 from harness.metrics import bandwidth_share
 from harness.quality.parity import is_deterministic, parity_report, replay_differences, steps_known
 from harness.records import Generation, RunRecord, TrialKey
+from harness.trace import Trace
 
 Check = Callable[[RunRecord], CheckOutcome]
 
@@ -122,8 +123,7 @@ def equal_prompts(record: RunRecord) -> CheckOutcome:
 def equal_budgets(record: RunRecord) -> CheckOutcome:
     """Every generation that the budget ended has as many tokens as any other, in the trace too."""
     lengths = {generation.num_tokens for generation in _generations(record) if generation.ended_by == "budget"}
-    if record.trace is not None:
-        lengths.add(record.trace.provenance.max_new_tokens)
+    lengths |= {trace.provenance.max_new_tokens for trace in _traces(record).values() if trace is not None}
     found, need = f"budgets of {sorted(lengths)} tokens", f"{record.suite.max_new_tokens} tokens in every arm"
     return _outcome("equal_budgets", lengths <= {record.suite.max_new_tokens}, found=found, need=need)
 
@@ -159,12 +159,16 @@ def replay_equals_decode(record: RunRecord) -> CheckOutcome:
     generations = _of_arms(record, lambda arm: arm.method == "medusa" and is_deterministic(arm))
     if not generations:
         return _skipped("replay_equals_decode", "no greedy Medusa arm")
-    if record.trace is None:
-        return _outcome("replay_equals_decode", False, found="no trace", need="the trace of the greedy vanilla generations")
+    traces = _traces(record)
+    backbone_of = {arm.name: arm.backbone for arm in record.suite.arms}
+    if missing := {backbone_of[generation.trial.arm] for generation in generations if traces[backbone_of[generation.trial.arm]] is None}:
+        found = f"no trace of the {' or the '.join(sorted(missing))} backbone"
+        return _outcome("replay_equals_decode", False, found=found, need="the trace of the greedy vanilla generations")
     differences = replay_differences(record)
-    traced = {prompt.key for prompt in record.trace.prompts}
+    traced = {(backbone, prompt.key) for backbone, trace in traces.items() if trace is not None for prompt in trace.prompts}
     bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in differences if row.kind == "bug"]
-    bugs += [f"{_name(generation.trial)} has no trace" for generation in generations if generation.trial.prompt_key not in traced]
+    untraced = [row for row in generations if (backbone_of[row.trial.arm], row.trial.prompt_key) not in traced]
+    bugs += [f"{_name(generation.trial)} has no trace" for generation in untraced]
     found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(", unexplained", bugs)
     if (dtype := record.environment.dtype) != "float32":
         if record.rounding is None:
@@ -179,15 +183,18 @@ def heads_beat_random(record: RunRecord) -> CheckOutcome:
     need = f"every head above random, the first by {STANDARD_ERRORS_OVER_RANDOM:.0f} standard errors"
     if all(arm.method != "medusa" for arm in record.suite.arms):
         return _skipped("heads_beat_random", "no Medusa arm")
-    control = record.heads_control
-    if control is None or not control.num_positions or not 0 < len(control.trained_top1) == len(control.random_top1):
-        return _outcome("heads_beat_random", False, found="no control of the heads", need=need)
-    pairs = list(zip(control.trained_top1, control.random_top1, strict=True))
-    error = sqrt(sum(share * (1 - share) for share in pairs[0]) / control.num_positions)
-    is_better = all(trained > random for trained, random in pairs)
-    is_better &= pairs[0][0] - pairs[0][1] >= STANDARD_ERRORS_OVER_RANDOM * error
-    found = ", ".join(f"{trained:.3f} over {random:.3f}" for trained, random in pairs)
-    return _outcome("heads_beat_random", is_better, found=f"{found} at {control.num_positions} positions", need=need)
+    told, is_better = [], True
+    for backbone in record.suite.backbones:
+        control = record.heads_control_of(backbone)
+        if control is None or not control.num_positions or not 0 < len(control.trained_top1) == len(control.random_top1):
+            return _outcome("heads_beat_random", False, found=f"no control of the heads of the {backbone} backbone", need=need)
+        pairs = list(zip(control.trained_top1, control.random_top1, strict=True))
+        error = sqrt(sum(share * (1 - share) for share in pairs[0]) / control.num_positions)
+        is_better &= all(trained > random for trained, random in pairs)
+        is_better &= pairs[0][0] - pairs[0][1] >= STANDARD_ERRORS_OVER_RANDOM * error
+        shares = ", ".join(f"{trained:.3f} over {random:.3f}" for trained, random in pairs)
+        told.append(f"{'' if backbone == 'original' else f'{backbone}: '}{shares} at {control.num_positions} positions")
+    return _outcome("heads_beat_random", is_better, found="; ".join(told), need=need)
 
 
 def repeats_agree(record: RunRecord) -> CheckOutcome:
@@ -273,14 +280,19 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
     """The trace is of the model, heads and precision that the environment names; commit and dirty flag are shown."""
     environment = record.environment
     wrong = []
-    if record.trace is not None:
-        traced = record.trace.provenance
-        pairs = {
-            "backbone": (traced.model_hash, environment.backbone_sha256),
-            "heads": (traced.heads_hash, environment.heads_sha256),
-            "dtype": (traced.dtype, environment.dtype),
-        }
-        wrong = [name for name, (ours, theirs) in pairs.items() if ours != theirs]
+    for backbone, trace in _traces(record).items():
+        origin = environment if backbone == "original" else environment.tuned
+        if origin is None:
+            wrong.append(f"{backbone} backbone of the environment")
+        elif trace is not None:
+            traced = trace.provenance
+            pairs = {
+                "backbone": (traced.model_hash, origin.backbone_sha256),
+                "heads": (traced.heads_hash, origin.heads_sha256),
+                "dtype": (traced.dtype, environment.dtype),
+            }
+            mark = "" if backbone == "original" else f"{backbone} "
+            wrong += [mark + name for name, (ours, theirs) in pairs.items() if ours != theirs]
     if environment.dtype != record.suite.model.dtype:
         wrong.append("dtype of the suite")
     if record.rounding is not None and environment.dtype != record.rounding.dtype:
@@ -337,6 +349,10 @@ def _run(check: Check, record: RunRecord) -> CheckOutcome:
     except UserError as error:
         where = f" in {error.where}" if error.where is not None else ""
         return _outcome(getattr(check, "__name__", "check"), False, found=f"{error.found}{where}", need=error.need)
+
+
+def _traces(record: RunRecord) -> dict[BackboneName, Trace | None]:
+    return {backbone: record.trace_of(backbone) for backbone in record.suite.backbones}
 
 
 def _outcome(name: str, passed: bool, *, found: str, need: str) -> CheckOutcome:

@@ -12,6 +12,8 @@ from harness.errors import UserError
 
 SUITE_SCHEMA_VERSION = 1
 
+BackboneName = Literal["original", "tuned"]
+
 
 class Frozen(BaseModel):
     """Base of every configuration and record model: immutable, and an unknown key is an error."""
@@ -64,6 +66,14 @@ class HeadsSpec(Frozen):
         if (self.path is None) == (self.train_steps is None):
             raise ValueError("give exactly one of path, train_steps")
         return self
+
+
+class TunedSpec(Frozen):
+    """The suite's model once more, with an adapter merged into it, and the heads that were trained with it: Medusa-2 beside Medusa-1."""
+
+    adapter: str
+    heads_path: str
+    calibration_trace: str | None = None
 
 
 class PromptSpec(Frozen):
@@ -151,12 +161,13 @@ AcceptanceSpec = Annotated[GreedyAcceptance | TypicalAcceptance | RejectionAccep
 class ArmSpec(Frozen):
     """One configuration that decodes every prompt.
 
-    `baseline` names the vanilla arm that it is compared with; `temperature` is that of a sampled vanilla arm (a Medusa arm's
-    stands in its acceptance); `seeds` are refused where no random number is drawn, since they could not matter.
+    `baseline` names the vanilla arm that it is compared with, on the same `backbone`; `temperature` is that of a sampled vanilla arm
+    (a Medusa arm's stands in its acceptance); `seeds` are refused where no random number is drawn, since they could not matter.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     method: Literal["vanilla", "medusa", "hf_greedy", "hf_prompt_lookup"]
+    backbone: BackboneName = "original"
     baseline: str | None = None
     tree: TreeSpec | None = None
     num_heads: int | None = Field(default=None, ge=1)
@@ -223,6 +234,7 @@ class SuiteSpec(Frozen):
     calibration_trace: str | None = None
     model: ModelSpec
     heads: HeadsSpec
+    tuned: TunedSpec | None = None
     prompts: PromptSpec
     interval: IntervalSpec = IntervalSpec()
     probes: ProbeSpec = ProbeSpec()
@@ -241,7 +253,29 @@ class SuiteSpec(Frozen):
                 raise ValueError(f"arm {arm.name!r}: baseline {arm.baseline!r} is no vanilla arm of this suite")
             if arm.sampling_temperature != vanilla[arm.baseline].temperature:
                 raise ValueError(f"arm {arm.name!r}: its baseline {arm.baseline!r} samples at another temperature")
+            if arm.backbone != vanilla[arm.baseline].backbone:
+                raise ValueError(f"arm {arm.name!r}: its baseline {arm.baseline!r} decodes with another backbone")
         return self
+
+    @model_validator(mode="after")
+    def _tuned_consistent(self) -> SuiteSpec:
+        has_arms = any(arm.backbone == "tuned" for arm in self.arms)
+        if has_arms != (self.tuned is not None):
+            raise ValueError("arms on the tuned backbone and a [tuned] table need each other")
+        if self.tuned is not None and self.model.adapter is not None:
+            raise ValueError("a [tuned] table beside model.adapter: the original is the model without an adapter")
+        return self
+
+    @property
+    def backbones(self) -> tuple[BackboneName, ...]:
+        """The backbones that its arms decode with, the original first."""
+        return ("original",) if self.tuned is None else ("original", "tuned")
+
+    def calibration_of(self, backbone: BackboneName) -> str | None:
+        """Return the path of the calibration trace of a backbone's heads."""
+        if backbone == "original":
+            return self.calibration_trace
+        return self.tuned.calibration_trace if self.tuned is not None else None
 
     def arm(self, name: str) -> ArmSpec:
         """Return the arm of that name."""

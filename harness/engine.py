@@ -29,7 +29,7 @@ from harness.environment import blas_settings, device_info, git_state, package_v
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.records import Environment
+from harness.records import Environment, TunedOrigin
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import Mode, StepRunner
@@ -98,10 +98,13 @@ class Engine:
         return own + (lm_head.numel() * lm_head.element_size() if reads_backbone else 0)
 
 
-def describe_engine(engine: Engine, *, dtype: str, texts: list[list[Any]], command: str, modes: str | None = None) -> Environment:
+def describe_engine(
+    engine: Engine, *, dtype: str, texts: list[list[Any]], command: str, modes: str | None = None, tuned: Engine | None = None
+) -> Environment:
     """Return where a record made with this engine now comes from.
 
-    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a record compares several.
+    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a record compares several; `tuned`
+    is the engine of the same model with an adapter.
     """
     commit, dirty = git_state(Path(__file__).parent)
     return Environment(
@@ -123,8 +126,19 @@ def describe_engine(engine: Engine, *, dtype: str, texts: list[list[Any]], comma
         packed_bytes=engine.runner.packed_bytes,
         heads_bytes=engine.heads_bytes,
         heads_provenance=dict(engine.heads_provenance),
+        tuned=_tuned_origin(tuned) if tuned is not None else None,
         assets=engine.loaded.assets,
         started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    )
+
+
+def _tuned_origin(tuned: Engine) -> TunedOrigin:
+    assert tuned.loaded.adapter_sha256 is not None and tuned.heads_sha256 is not None
+    return TunedOrigin(
+        backbone_sha256=tuned.loaded.sha256,
+        adapter_sha256=tuned.loaded.adapter_sha256,
+        heads_sha256=tuned.heads_sha256,
+        heads_provenance=dict(tuned.heads_provenance),
     )
 
 
@@ -241,6 +255,20 @@ def load_engine(
     digest = backbone_sha256(heads) if heads is not None else None
     runner = StepRunner(loaded.model, heads, mode=mode or suite.engine)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance)
+
+
+def load_tuned_engine(suite: SuiteSpec, *, device: torch.device, allow_hub: bool, beside: Path | None) -> Engine | None:
+    """Load a suite's tuned backbone, a second copy of its model with the adapter merged, and its heads; None where the suite has none.
+
+    Raises: UserError for an adapter or heads that do not fit the model, or each other.
+    """
+    if suite.tuned is None:
+        return None
+    model = suite.model.model_copy(update={"adapter": suite.tuned.adapter})
+    loaded = load_model(model, device=device, allow_hub=allow_hub, beside=beside)
+    heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, beside=beside))
+    runner = StepRunner(loaded.model, heads, mode=suite.engine)
+    return Engine(loaded=loaded, runner=runner, heads_sha256=backbone_sha256(heads), heads_provenance=provenance.model_dump(mode="json"))
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:

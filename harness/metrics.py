@@ -85,8 +85,44 @@ def comparisons(record: RunRecord) -> tuple[Comparison, ...]:
     """
     if not record.suite.reports_speed:
         return ()
-    made = (_comparison(record, arm.name, baseline=arm.baseline) for arm in record.suite.arms if arm.baseline is not None)
+    made = (compare(record, arm.name, baseline=arm.baseline) for arm in record.suite.arms if arm.baseline is not None)
     return tuple(comparison for comparison in made if comparison is not None)
+
+
+def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
+    """Compare an arm with a vanilla arm, its own baseline or another, on the prompts that both have timed; None without any."""
+    own, base = paired_totals(record, arm, baseline=baseline, timed=True)
+    if not _has_steps(own) or not _has_steps(base):
+        return None
+
+    def over_baseline(numerator: str, denominator: str) -> Interval:
+        return bootstrap_ratio_of_ratios(
+            _column(own, numerator),
+            _column(own, denominator),
+            base_numerator=_column(base, numerator),
+            base_denominator=_column(base, denominator),
+            spec=record.suite.interval,
+            rng=_rng(record),
+        )
+
+    speedup = over_baseline("decode_tokens", "decode_s")
+    overhead = over_baseline("decode_s", "steps")
+    rates = [_column(totals, "decode_tokens").sum() / _column(totals, "steps").sum() for totals in (own, base)]
+    return Comparison(
+        arm=arm,
+        baseline=baseline,
+        speedup=speedup,
+        wall_speedup=over_baseline("kept_tokens", "wall_s"),
+        overhead=overhead,
+        separate_overhead=separate_costs(record, arm).overhead,
+        identity_gap=float(abs(speedup.estimate - rates[0] / rates[1] / overhead.estimate) / speedup.estimate),
+    )
+
+
+def original_baseline(record: RunRecord, arm: ArmSpec) -> ArmSpec | None:
+    """Return the original backbone's vanilla arm of the arm's temperature: the second baseline of an arm on the tuned one."""
+    found = (other for other in record.suite.arms if other.method == "vanilla" and other.backbone == "original")
+    return next((other for other in found if other.temperature == arm.sampling_temperature), None)
 
 
 def arm_metrics(record: RunRecord) -> tuple[ArmMetrics, ...]:
@@ -144,13 +180,14 @@ def bandwidth_share(record: RunRecord, arm: str) -> float | None:
 
 
 def replayed_tokens_per_step(record: RunRecord, arm: str) -> float | None:
-    """The acceleration rate of the arm's tree replayed on the record's trace; None unless the arm is a greedy Medusa arm."""
+    """The acceleration rate of the arm's tree replayed on the trace of its backbone; None unless the arm is a greedy Medusa arm."""
     spec = record.suite.arm(arm)
-    if record.trace is None or spec.method != "medusa" or spec.sampling_temperature > 0 or arm not in record.trees:
+    trace = record.trace_of(spec.backbone)
+    if trace is None or spec.method != "medusa" or spec.sampling_temperature > 0 or arm not in record.trees:
         return None
-    if all(prompt.num_kept_tokens == 1 for prompt in record.trace.prompts):
+    if all(prompt.num_kept_tokens == 1 for prompt in trace.prompts):
         return None
-    return replay(record.trace, record.trees[arm].tree(), num_heads=spec.num_heads).tokens_per_step
+    return replay(trace, record.trees[arm].tree(), num_heads=spec.num_heads).tokens_per_step
 
 
 def diagnose(
@@ -233,35 +270,6 @@ def _arm_metrics(record: RunRecord, arm: ArmSpec, *, comparison: Comparison | No
             bandwidth_share=shares[arm.name] if arm.baseline is None else None,
             baseline_bandwidth_share=shares[arm.baseline] if arm.baseline is not None else None,
         ),
-    )
-
-
-def _comparison(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
-    own, base = paired_totals(record, arm, baseline=baseline, timed=True)
-    if not _has_steps(own) or not _has_steps(base):
-        return None
-
-    def over_baseline(numerator: str, denominator: str) -> Interval:
-        return bootstrap_ratio_of_ratios(
-            _column(own, numerator),
-            _column(own, denominator),
-            base_numerator=_column(base, numerator),
-            base_denominator=_column(base, denominator),
-            spec=record.suite.interval,
-            rng=_rng(record),
-        )
-
-    speedup = over_baseline("decode_tokens", "decode_s")
-    overhead = over_baseline("decode_s", "steps")
-    rates = [_column(totals, "decode_tokens").sum() / _column(totals, "steps").sum() for totals in (own, base)]
-    return Comparison(
-        arm=arm,
-        baseline=baseline,
-        speedup=speedup,
-        wall_speedup=over_baseline("kept_tokens", "wall_s"),
-        overhead=overhead,
-        separate_overhead=separate_costs(record, arm).overhead,
-        identity_gap=float(abs(speedup.estimate - rates[0] / rates[1] / overhead.estimate) / speedup.estimate),
     )
 
 

@@ -2,7 +2,8 @@
 
 A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by line), the probes
 (`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last,
-`manifest.json`, which seals it with the SHA-256 of every other file. No clock, device or torch is needed to read one.
+`manifest.json`, which seals it with the SHA-256 of every other file. What a suite's tuned backbone has of its own has `-tuned` in its
+name (`file_of`). No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from harness.config import Frozen, SuiteSpec, parse_suite
+from harness.config import BackboneName, Frozen, SuiteSpec, parse_suite
 from harness.errors import UserError
 from harness.files import file_sha256, first_fault, read_lines
 from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1
-CALIBRATION_FILE = "calibration.npz"
+CALIBRATION_FILE, TRACE_FILE, HEADS_CONTROL_FILE = "calibration.npz", "trace.npz", "heads_control.json"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -106,6 +107,15 @@ class DeviceInfo(Frozen):
     details: dict[str, str] = {}
 
 
+class TunedOrigin(Frozen):
+    """The tuned backbone of a run: `backbone_sha256` stands for model and adapter together."""
+
+    backbone_sha256: str
+    adapter_sha256: str
+    heads_sha256: str
+    heads_provenance: dict[str, Any] = {}
+
+
 class Environment(Frozen):
     """Where a record comes from. `commit` is None outside a git checkout, and the report says so."""
 
@@ -128,6 +138,7 @@ class Environment(Frozen):
     packed_bytes: int = 0
     heads_bytes: int
     heads_provenance: dict[str, Any] = {}
+    tuned: TunedOrigin | None = None
     assets: dict[str, str] = {}
     started_utc: str
 
@@ -396,7 +407,11 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def heads_control(self) -> HeadsControl | None:
-        return self._optional("heads_control.json", HeadsControl)
+        return self.heads_control_of("original")
+
+    def heads_control_of(self, backbone: BackboneName) -> HeadsControl | None:
+        """The control of one backbone's heads."""
+        return self._optional(file_of(HEADS_CONTROL_FILE, backbone), HeadsControl)
 
     @cached_property
     def rounding(self) -> Rounding | None:
@@ -410,8 +425,24 @@ class RunRecord(RecordFolder):
     @cached_property
     def trace(self) -> Trace | None:
         """The trace of the greedy vanilla generations, with the backbone's top-two gaps and the heads' losses."""
-        path = self.folder / "trace.npz"
-        return Trace.load(path) if path.exists() else None
+        return self.trace_of("original")
+
+    def trace_of(self, backbone: BackboneName) -> Trace | None:
+        """The trace of one backbone's greedy vanilla generations; read once."""
+        if backbone not in self._traces:
+            path = self.folder / file_of(TRACE_FILE, backbone)
+            self._traces[backbone] = Trace.load(path) if path.exists() else None
+        return self._traces[backbone]
+
+    @cached_property
+    def _traces(self) -> dict[BackboneName, Trace | None]:
+        return {}
+
+
+def file_of(name: str, backbone: BackboneName) -> str:
+    """Return the name that a file has for one backbone: trace.npz, and trace-tuned.npz."""
+    stem, _, suffix = name.rpartition(".")
+    return name if backbone == "original" else f"{stem}-{backbone}.{suffix}"
 
 
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:

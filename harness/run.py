@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness import probes
 from harness.arms import ArmRunner
 from harness.clock import device_clock
-from harness.config import ArmSpec, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.config import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.doctor import foreign_gpu_processes
-from harness.engine import Engine, best_device, describe_engine, load_engine, load_model
+from harness.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
 from harness.locks import device_held, folder_held
@@ -31,6 +31,8 @@ from harness.quality.parity import TIE_SHIFTS
 from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.records import (
     CALIBRATION_FILE,
+    HEADS_CONTROL_FILE,
+    TRACE_FILE,
     ArmTree,
     ArmTrees,
     DeviceLimits,
@@ -42,6 +44,7 @@ from harness.records import (
     Profile,
     RunRecord,
     StepCosts,
+    file_of,
 )
 from harness.report.formatting import without_paths
 from harness.rounding import measure_rounding
@@ -73,13 +76,18 @@ class RunOptions:
 @dataclass
 class _Session:
     suite: SuiteSpec
-    engine: Engine
+    engines: Mapping[BackboneName, Engine]
     prompts: tuple[SuitePrompt, ...]
     warmup: tuple[SuitePrompt, ...]
     store: RunStore
     console: Console
     clock: Callable[[], float]
     device: torch.device
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the original backbone."""
+        return self.engines["original"]
 
 
 def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
@@ -98,14 +106,16 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     return suite.model_copy(update={"prompts": prompts, "arms": arms})
 
 
-def greedy_vanilla(suite: SuiteSpec) -> ArmSpec:
+def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> ArmSpec:
     """Return the arm whose texts are traced and scored against.
 
     Raises: UserError where the suite has none.
     """
-    arm = next((arm for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic), None)
+    found = (arm for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone)
+    arm = next(found, None)
     if arm is None:
-        raise UserError(found="no greedy vanilla arm", need="one: its texts are the reference", where=f"suite {suite.name!r}")
+        what = f"no greedy vanilla arm on the {backbone} backbone"
+        raise UserError(found=what, need="one: its texts are the reference", where=f"suite {suite.name!r}")
     return arm
 
 
@@ -116,7 +126,8 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     """
     started = time.monotonic()
     suite = effective_suite(suite, options)
-    greedy_vanilla(suite)
+    for backbone in suite.backbones:
+        greedy_vanilla(suite, backbone)
     if options.resume is not None:
         RunRecord(options.resume)  # must be there before minutes go into loading
     device = best_device()
@@ -131,23 +142,28 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     engine = load_engine(suite, loaded, beside=beside, heads=heads)
     if engine.runner.note:
         console.print(engine.runner.note)
-    calibration = Trace.load(resolve_path(suite.calibration_trace, beside=beside)) if suite.calibration_trace is not None else None
-    _check_calibration(calibration, engine)
-    check_fixed_trees(suite, num_heads=engine.heads.num_heads, beside=beside, has_calibration=calibration is not None)
+    tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, beside=beside)
+    engines: dict[BackboneName, Engine] = {"original": engine} if tuned is None else {"original": engine, "tuned": tuned}
+    calibrations = {name: _calibration(suite, name, one, beside=beside) for name, one in engines.items()}
+    for name, one in engines.items():
+        has_calibration = calibrations[name] is not None
+        check_fixed_trees(suite, num_heads=one.heads.num_heads, beside=beside, has_calibration=has_calibration, backbone=name)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
-    environment = describe(engine, suite=suite, prompts=prompts, command=options.command)
+    environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
-    session = _Session(suite, engine, prompts, warmup, store, console, device_clock(device), device)
+    session = _Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
     with folder_held(store.folder):
-        _fill_record(session, calibration, beside=beside, started=started, budget_s=options.time_budget_s)
+        _fill_record(session, calibrations, beside=beside, started=started, budget_s=options.time_budget_s)
     return store.folder
 
 
-def _fill_record(session: _Session, calibration: Trace | None, *, beside: Path | None, started: float, budget_s: float | None) -> None:
+def _fill_record(
+    session: _Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None, started: float, budget_s: float | None
+) -> None:
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
     with _device(session):
-        trees = _prepare(session, calibration, beside=beside)
+        trees = _prepare(session, calibrations, beside=beside)
     runners = _runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
     peak = _run_blocks(session, runners, plan, started=started, budget_s=budget_s)
@@ -169,10 +185,10 @@ def _fill_record(session: _Session, calibration: Trace | None, *, beside: Path |
     )
 
 
-def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str) -> Environment:
+def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str, tuned: Engine | None = None) -> Environment:
     """Return where the record will come from."""
     texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
-    return describe_engine(engine, dtype=suite.model.dtype, texts=texts, command=command)
+    return describe_engine(engine, dtype=suite.model.dtype, texts=texts, command=command, tuned=tuned)
 
 
 def _device(session: _Session) -> contextlib.AbstractContextManager[None]:
@@ -182,9 +198,11 @@ def _device(session: _Session) -> contextlib.AbstractContextManager[None]:
     return device_held(session.device, on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"))
 
 
-def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
-    if calibration is None:
-        return
+def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, beside: Path | None) -> Trace | None:
+    path = suite.calibration_of(backbone)
+    if path is None:
+        return None
+    calibration = Trace.load(resolve_path(path, beside=beside))
     provenance = calibration.provenance
     if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
         raise UserError(
@@ -193,9 +211,10 @@ def _check_calibration(calibration: Trace | None, engine: Engine) -> None:
             where="calibration_trace",
             do="record it again with medusa-repro trace",
         )
+    return calibration
 
 
-def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | None) -> dict[str, ArmTree]:
+def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None) -> dict[str, ArmTree]:
     """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is read back instead."""
     folder, suite, engine = session.store.folder, session.suite, session.engine
     if (folder / "trees.json").exists():
@@ -203,19 +222,22 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
         trees = RunRecord(folder).trees
         _check_same_files(suite, trees, beside=beside)
         return trees
-    if calibration is not None:
-        calibration.save(folder / CALIBRATION_FILE)
+    for backbone, calibration in calibrations.items():
+        if calibration is not None:
+            calibration.save(folder / file_of(CALIBRATION_FILE, backbone))
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
-    texts = _control_texts(session)
-    control = probes.control_heads(engine, texts)
-    write_json(folder / "heads_control.json", control)
-    if control.trained_top1[0] <= control.random_top1[0]:
-        raise InvalidMeasurement(
-            f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 on {control.num_positions} positions, "
-            f"need more than the {control.random_top1[0]:.3f} of randomly weighted heads; nothing was timed"
-        )
+    texts = _control_texts(session, engine)
+    for backbone, one in session.engines.items():
+        control = probes.control_heads(one, texts if one is engine else _control_texts(session, one))
+        write_json(folder / file_of(HEADS_CONTROL_FILE, backbone), control)
+        if control.trained_top1[0] <= control.random_top1[0]:
+            raise InvalidMeasurement(
+                f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 of the {backbone} backbone on "
+                f"{control.num_positions} positions, need more than the {control.random_top1[0]:.3f} of randomly weighted heads; "
+                "nothing was timed"
+            )
     costs = probes.measure_step_costs(
         engine,
         suite.probes.step_nodes,
@@ -224,7 +246,13 @@ def _prepare(session: _Session, calibration: Trace | None, *, beside: Path | Non
         clock=session.clock,
     )
     write_json(folder / "step_costs.json", StepCosts(costs=costs))
-    trees = resolve_trees(suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside)
+    found: dict[str, ArmTree] = {}  # a step costs both backbones the same: their weights have one shape
+    for backbone, one in session.engines.items():
+        num_heads = one.heads.num_heads
+        found |= resolve_trees(
+            suite, calibration=calibrations[backbone], costs=costs, num_heads=num_heads, beside=beside, backbone=backbone
+        )
+    trees = {arm.name: found[arm.name] for arm in suite.arms if arm.name in found}
     if engine.runner.backbone.dtype != torch.float32:
         session.console.print("measuring this precision's rounding")
         rounding = measure_rounding(engine, texts, arms=suite.arms, trees={name: tree.tree() for name, tree in trees.items()})
@@ -245,11 +273,11 @@ def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside:
             )
 
 
-def _control_texts(session: _Session) -> list[KeptText]:
+def _control_texts(session: _Session, engine: Engine) -> list[KeptText]:
     """Return vanilla's greedy texts on prompts that are never measured."""
     arm = ArmSpec(name="control", method="vanilla")
     longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
-    runner = ArmRunner(session.engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
+    runner = ArmRunner(engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
     texts = []
     for prompt in session.warmup[:_CONTROL_PROMPTS]:
         result = runner.generate(prompt.prompt_ids, seed=None)
@@ -263,7 +291,12 @@ def _runners(session: _Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunne
     for arm in session.suite.arms:
         tree: DraftTree | None = trees[arm.name].tree() if arm.name in trees else None
         runners[arm.name] = ArmRunner(
-            session.engine, arm, tree=tree, max_new_tokens=session.suite.max_new_tokens, max_prompt_tokens=longest, clock=session.clock
+            session.engines[arm.backbone],
+            arm,
+            tree=tree,
+            max_new_tokens=session.suite.max_new_tokens,
+            max_prompt_tokens=longest,
+            clock=session.clock,
         )
     return runners
 
@@ -304,7 +337,7 @@ def _warm_up(session: _Session, runners: dict[str, ArmRunner]) -> None:
     for prompt in session.warmup[: session.suite.warmup_prompts]:
         for arm in session.suite.arms:
             runner = ArmRunner(
-                session.engine,
+                session.engines[arm.backbone],
                 arm,
                 tree=runners[arm.name].tree,
                 max_new_tokens=min(_WARMUP_TOKENS, session.suite.max_new_tokens),
@@ -370,24 +403,25 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
     record = RunRecord(folder)
     prompts = {prompt.key: prompt for prompt in session.prompts}
     generations = record.generations
-    vanilla = greedy_vanilla(suite).name
-    texts = [
-        KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)
-        for item in generations
-        if item.trial.arm == vanilla and item.trial.round == 0
-    ]
     session.console.print("tracing the vanilla texts, profiling, scoring sampled texts")
-    if texts:
-        rounding = record.rounding
-        trace = record_trace(
-            session.engine,
-            texts,
-            max_new_tokens=suite.max_new_tokens,
-            extra={"suite": suite.name},
-            head_tie_margin=HEAD_TIE_MARGIN if rounding is None else TIE_SHIFTS * rounding.largest_head_shift,
-            text_tie_margin=None if rounding is None else TIE_SHIFTS * rounding.largest_gap_shift,
-        )
-        trace.save(folder / "trace.npz")
+    rounding = record.rounding
+    for backbone, engine in session.engines.items():
+        vanilla = greedy_vanilla(suite, backbone).name
+        texts = [
+            KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)
+            for item in generations
+            if item.trial.arm == vanilla and item.trial.round == 0
+        ]
+        if texts:
+            trace = record_trace(
+                engine,
+                texts,
+                max_new_tokens=suite.max_new_tokens,
+                extra={"suite": suite.name},
+                head_tie_margin=HEAD_TIE_MARGIN if rounding is None else TIE_SHIFTS * rounding.largest_head_shift,
+                text_tie_margin=None if rounding is None else TIE_SHIFTS * rounding.largest_gap_shift,
+            )
+            trace.save(folder / file_of(TRACE_FILE, backbone))
     if suite.reports_speed:
         chosen = [prompt.prompt_ids for prompt in session.prompts[: suite.probes.profile_prompts]]
         failed = {failure.trial.arm for failure in record.failures}

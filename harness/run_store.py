@@ -29,8 +29,8 @@ from harness.records import (
 )
 
 _GENERATIONS, _ARM_STEPS = "generations.jsonl", "arm_steps.jsonl"
-_PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads")
-IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "prompts_sha256")
+_PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads", "heads_path")
+IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "tuned", "prompts_sha256")
 
 
 class RunStore:

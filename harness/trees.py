@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config import ArmSpec, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.config import ArmSpec, BackboneName, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records import ArmTree, StepCost
@@ -48,15 +48,16 @@ def resolve_trees(
     costs: tuple[StepCost, ...],
     num_heads: int,
     beside: Path | None,
+    backbone: BackboneName = "original",
 ) -> dict[str, ArmTree]:
-    """Return every Medusa arm's tree.
+    """Return the tree of every Medusa arm on one backbone; calibration trace and heads are that one's.
 
     Raises: UserError where a searched tree has no calibration trace, or a tree is deeper than the heads.
     """
     resolved: dict[str, ArmTree] = {}
     index = ReplayIndex(calibration) if calibration is not None else None
     for arm in suite.arms:
-        if arm.tree is None:
+        if arm.tree is None or arm.backbone != backbone:
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
         tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside)
@@ -66,10 +67,12 @@ def resolve_trees(
     return resolved
 
 
-def check_fixed_trees(suite: SuiteSpec, *, num_heads: int, beside: Path | None, has_calibration: bool) -> None:
+def check_fixed_trees(
+    suite: SuiteSpec, *, num_heads: int, beside: Path | None, has_calibration: bool, backbone: BackboneName = "original"
+) -> None:
     """Refuse, before anything is measured, a tree that is no tree or is deeper than its heads, and a search without a calibration trace."""
     for arm in suite.arms:
-        if arm.tree is None or (has_calibration and isinstance(arm.tree, SearchedTree | FastestTree)):
+        if arm.tree is None or arm.backbone != backbone or (has_calibration and isinstance(arm.tree, SearchedTree | FastestTree)):
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
         tree, _ = _resolve(arm, None, costs=(), num_heads=heads, beside=beside)

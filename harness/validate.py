@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
 from harness.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
-from harness.config import SuiteSpec
+from harness.config import BackboneName, SuiteSpec
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.judgement import Judgement
 from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.latency_specs import LatencySpec
 from harness.records import (
+    HEADS_CONTROL_FILE,
+    TRACE_FILE,
     ArmTrees,
     DeviceLimits,
     Environment,
@@ -30,6 +33,7 @@ from harness.records import (
     RunRecord,
     StepCosts,
     TrialOutcome,
+    file_of,
 )
 from harness.report.formatting import holds_absolute_path
 from harness.sweep_record import (
@@ -71,8 +75,9 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_trees": SweepTrees,
     "sweep_manifest": SweepManifest,
 }
-_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "rounding.json", "likelihoods.json")
-_SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", *_PROBES)
+_OF_BACKBONES = tuple(file_of(name, backbone) for name in (TRACE_FILE, HEADS_CONTROL_FILE) for backbone in get_args(BackboneName))
+_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "rounding.json", "likelihoods.json")
+_SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", *_OF_BACKBONES, *_PROBES)
 
 
 def validate_record(folder: Path) -> tuple[str, ...]:
@@ -97,12 +102,13 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         "step_costs.json": lambda: record.step_costs,
         "profile.json": lambda: record.profile,
         "device_limits.json": lambda: record.device_limits,
-        "heads_control.json": lambda: record.heads_control,
         "rounding.json": lambda: record.rounding,
         "likelihoods.json": lambda: record.likelihoods,
-        "trace.npz": lambda: record.trace,
         "manifest.json": lambda: record.manifest,
     }
+    for backbone in get_args(BackboneName):
+        loaders[file_of(HEADS_CONTROL_FILE, backbone)] = partial(record.heads_control_of, backbone)
+        loaders[file_of(TRACE_FILE, backbone)] = partial(record.trace_of, backbone)
     unreadable = {name: str(fault) for name, load in loaders.items() if (fault := _fault_of(load)) is not None}
     faults = [f"{name}: {fault}" for name, fault in unreadable.items()]
     relations: tuple[tuple[set[str], Callable[[RunRecord], Iterator[str]]], ...] = (
@@ -111,7 +117,7 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         ({"generations.jsonl"}, _sum_faults),
         ({"suite.toml", "generations.jsonl"}, _trial_faults),
         ({"suite.toml", "trees.json"}, _tree_faults),
-        ({"suite.toml", "generations.jsonl", "trace.npz"}, _trace_faults),
+        ({"suite.toml", "generations.jsonl", *(file_of(TRACE_FILE, name) for name in get_args(BackboneName))}, _trace_faults),
         ({"environment.json"}, _place_faults),
     )
     for needed, relation in relations:
@@ -318,16 +324,17 @@ def _tree_faults(record: RunRecord) -> Iterator[str]:
 
 
 def _trace_faults(record: RunRecord) -> Iterator[str]:
-    if record.trace is None:
-        return
-    greedy = {arm.name for arm in record.suite.arms if arm.method == "vanilla" and not arm.stochastic}
-    texts: dict[str, set[tuple[int, ...]]] = {}
-    for generation in record.generations:
-        if generation.trial.arm in greedy:
-            texts.setdefault(generation.trial.prompt_key, set()).add(generation.token_ids)
-    for prompt in record.trace.prompts:
-        if tuple(prompt.tokens.tolist()) not in texts.get(prompt.key, set()):
-            yield f"trace.npz: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
+    for backbone in record.suite.backbones:
+        trace = record.trace_of(backbone)
+        greedy = {arm.name for arm in record.suite.arms if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone}
+        texts: dict[str, set[tuple[int, ...]]] = {}
+        for generation in record.generations:
+            if generation.trial.arm in greedy:
+                texts.setdefault(generation.trial.prompt_key, set()).add(generation.token_ids)
+        for prompt in trace.prompts if trace is not None else ():
+            if tuple(prompt.tokens.tolist()) not in texts.get(prompt.key, set()):
+                file = file_of(TRACE_FILE, backbone)
+                yield f"{file}: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
 
 
 def _place_faults(record: RunRecord | LatencyRecord | AblationRecord | SweepRecord) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Literal
@@ -60,8 +60,9 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
     """
     margin = tie_margin if tie_margin is not None else tie_margin_of(record)
     references = {generation.trial: generation for generation in record.generations}
-    traces = {prompt.key: prompt for prompt in record.trace.prompts} if record.trace is not None else {}
-    near = _near_tokens(record.trace)
+    traced = {backbone: record.trace_of(backbone) for backbone in record.suite.backbones}
+    prompts = {backbone: {prompt.key: prompt for prompt in trace.prompts} for backbone, trace in traced.items() if trace is not None}
+    near = {backbone: _near_tokens(trace) for backbone, trace in traced.items()}
     num_compared = num_tokens = num_equal = 0
     divergences = []
     for generation in record.generations:
@@ -73,9 +74,9 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
             continue
         num_compared += 1
         num_tokens += reference.num_tokens
-        prompt = traces.get(generation.trial.prompt_key)
+        prompt = prompts.get(arm.backbone, {}).get(generation.trial.prompt_key)
         found = _first_divergence(
-            generation, reference, prompt=prompt, near=near, tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin
+            generation, reference, prompt=prompt, near=near[arm.backbone], tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin
         )
         num_equal += reference.num_tokens if found is None else found.position
         if found is not None:
@@ -96,15 +97,12 @@ def replay_differences(record: RunRecord, *, tie_margin: float | None = None) ->
     allows with ranks that rounding moved. How far it moves them is read from the trace's provenance, `extra["head_ties"]`: rows of prompt
     key, position i, head k, lowest and highest rank. Older traces have no ranks there: then the position excuses what follows it.
     """
-    if record.trace is None:
-        return ()
-    prompts = {prompt.key: index for index, prompt in enumerate(record.trace.prompts)}
-    ranges = _rank_ranges(record.trace)
     parted = {(row.arm, row.prompt_key): row for row in parity_report(record, tie_margin=tie_margin).divergences}
     differences = []
-    for arm in _replayable(record):
+    for arm, trace, ranges in _replayable(record):
         tree = record.trees[arm.name].tree()
-        replayed = replay(record.trace, tree, num_heads=arm.num_heads)
+        replayed = replay(trace, tree, num_heads=arm.num_heads)
+        prompts = {prompt.key: index for index, prompt in enumerate(trace.prompts)}
         for generation in record.generations:
             key = generation.trial.prompt_key
             if generation.trial.arm != arm.name or key not in prompts:
@@ -157,12 +155,9 @@ def steps_known(record: RunRecord) -> tuple[int, int]:
 
     The second over the first is what `replay_differences` can see: in the other steps more than one number of tokens counts as a tie.
     """
-    if record.trace is None:
-        return 0, 0
-    ranges = _rank_ranges(record.trace)
     parted = {(row.arm, row.prompt_key): row.position for row in parity_report(record).divergences}
     num_steps = num_known = 0
-    for arm in _replayable(record):
+    for arm, _, ranges in _replayable(record):
         tree = record.trees[arm.name].tree()
         for generation in record.generations:
             key = generation.trial.prompt_key
@@ -226,7 +221,8 @@ def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int
 def _rounding(record: RunRecord, *, tie_margin: float | None, num_equal_tokens: int) -> ParityRounding | None:
     if record.environment.dtype == "float32" or record.rounding is None or tie_margin is None:
         return None
-    gaps = [prompt.gaps for prompt in record.trace.prompts if prompt.gaps is not None] if record.trace is not None else []
+    traces = [trace for backbone in record.suite.backbones if (trace := record.trace_of(backbone)) is not None]
+    gaps = [prompt.gaps for trace in traces for prompt in trace.prompts if prompt.gaps is not None]
     return ParityRounding(
         dtype=record.environment.dtype,
         largest_shift=record.rounding.largest_gap_shift,
@@ -288,8 +284,15 @@ def _rank_ranges(trace: Trace) -> dict[str, RankRanges]:
     return ranges
 
 
-def _replayable(record: RunRecord) -> list[ArmSpec]:
-    return [arm for arm in record.suite.arms if is_deterministic(arm) and arm.method == "medusa"]
+def _replayable(record: RunRecord) -> Iterator[tuple[ArmSpec, Trace, dict[str, RankRanges]]]:
+    """Yield every greedy Medusa arm whose backbone has a trace, with that trace and its ranks."""
+    for backbone in record.suite.backbones:
+        trace = record.trace_of(backbone)
+        if trace is not None:
+            ranges = _rank_ranges(trace)
+            for arm in record.suite.arms:
+                if is_deterministic(arm) and arm.method == "medusa" and arm.backbone == backbone:
+                    yield arm, trace, ranges
 
 
 def _kind(

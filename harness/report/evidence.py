@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 import numpy as np
 
+from harness.config import BackboneName
 from harness.judgement import CheckStatus, Judgement, ParityRounding
 from harness.metrics import SeparateCosts, separate_costs
 from harness.records import RunRecord, StepCost
@@ -74,7 +75,15 @@ def render_step_costs(record: RunRecord) -> str:
 
 def render_heads(record: RunRecord) -> str:
     """Return each draft head's top-1 share against its controls, and its share and loss on this run's text; empty without either."""
-    control, trace = record.heads_control, record.trace
+    parts = []
+    for backbone in record.suite.backbones:
+        found = _heads_of(record, backbone)
+        parts.append(f"Heads of the {backbone} backbone:\n\n{found}" if found and backbone != "original" else found)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heads_of(record: RunRecord, backbone: BackboneName) -> str:
+    control, trace = record.heads_control_of(backbone), record.trace_of(backbone)
     num_heads = max(len(control.trained_top1) if control else 0, trace.num_heads if trace else 0)
     if not num_heads:
         return ""

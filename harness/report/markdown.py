@@ -22,9 +22,8 @@ from harness.report.evidence import (
 from harness.report.formatting import cell, count, megabytes, ratio_interval, section
 from harness.report.provenance import describe_commit, describe_device, render_provenance
 from harness.report.tables import (
-    ARMS_NOTE,
-    TOKENS_NOTE,
     VERDICT_NOTE,
+    arms_note,
     comparisons_by_arm,
     count_verdicts,
     is_greedy_medusa,
@@ -184,7 +183,7 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
     parts += f"draft heads read {megabytes(environment.heads_bytes)} MB an evaluation, a shared LM head included"
     return [
         render_arms_table(record, judgement),
-        ARMS_NOTE if speed else TOKENS_NOTE,
+        arms_note(record),
         f"{'Latency and memory' if speed else 'Memory'} ({parts}):",
         render_latency_table(record, judgement),
     ]

@@ -48,6 +48,7 @@ def render_provenance(record: RunRecord) -> str:
         ("model", f"{environment.model_name}, {megabytes(environment.weight_bytes)} MB, SHA-256 {_short(environment.backbone_sha256)}"),
         ("draft heads", f"{megabytes(environment.heads_bytes)} MB read an evaluation, SHA-256 {_short(environment.heads_sha256)}"),
         *((f"draft heads: {name}", value) for name, value in _flat(environment.heads_provenance)),
+        *_tuned(environment),
         ("prompts", f"{record.suite.prompts.source}, SHA-256 {_short(environment.prompts_sha256)}"),
         *(
             (f"tree of {arm}", f"{tree.tree().fingerprint}, {count(len(tree.paths), 'path')}, {tree.origin}")
@@ -58,6 +59,16 @@ def render_provenance(record: RunRecord) -> str:
         ("record", record.folder.name),
     ]
     return "\n\n".join([table(["", ""], rows), _how_to_repeat(record)])
+
+
+def _tuned(environment: Environment) -> list[tuple[str, object]]:
+    tuned = environment.tuned
+    if tuned is None:
+        return []
+    return [
+        ("tuned backbone", f"the model with adapter SHA-256 {_short(tuned.adapter_sha256)}; heads SHA-256 {_short(tuned.heads_sha256)}"),
+        *((f"tuned heads: {name}", value) for name, value in _flat(tuned.heads_provenance)),
+    ]
 
 
 def _times(record: RunRecord) -> list[tuple[str, object]]:

@@ -15,7 +15,7 @@ from harness.report.latency import render_readme_modes
 from harness.report.markdown import render_best_arm
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.sweep import render_readme_sweep
-from harness.report.tables import ARMS_NOTE, TOKENS_NOTE, VERDICT_NOTE, render_arms_table, render_verdict_table, verdicts_in_words
+from harness.report.tables import VERDICT_NOTE, arms_note, render_arms_table, render_verdict_table, verdicts_in_words
 from harness.sweep_record import SweepRecord
 
 MARKER = "results"
@@ -70,7 +70,7 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
         render_verdict_table(judgement),
         VERDICT_NOTE,
         render_arms_table(record, judgement),
-        ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE,
+        arms_note(record),
         _link(record.folder, base=base),
     ]
     return "\n\n".join(part for part in parts if part)

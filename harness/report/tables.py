@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from harness.config import GreedyAcceptance
 from harness.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
+from harness.metrics import compare, original_baseline
 from harness.records import RunRecord
 from harness.report.formatting import (
     ABSENT,
@@ -95,6 +96,25 @@ def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
         return table(["arm", "nodes", "prompts", "tokens/step", "diagnosis"], slow_rows)
     headers = ["arm", "against", "nodes", "tokens/step", "step cost", "overhead", "speedup", "tokens/s", "diagnosis"]
     return table(headers, [_arm_row(arm, compared.get(arm.arm)) for arm in judgement.arms])
+
+
+def arms_note(record: RunRecord) -> str:
+    """Return what the columns of the arms' table mean, and how arms on a tuned backbone compare with the original."""
+    note = ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE
+    tuned = [arm for arm in record.suite.arms if arm.backbone == "tuned"]
+    if not tuned:
+        return note
+    names = ", ".join(f"`{arm.name}`" for arm in tuned)
+    note += f"\n{names}: on the *tuned* backbone (Medusa-2), against that backbone's own vanilla arm, whose greedy text they must repeat."
+    if not record.suite.reports_speed:
+        return note
+    across = []
+    for arm in tuned:
+        baseline = original_baseline(record, arm)
+        found = compare(record, arm.name, baseline=baseline.name) if arm.method == "medusa" and baseline is not None else None
+        if found is not None and baseline is not None:
+            across.append(f"`{arm.name}` {ratio_interval(found.speedup)} times `{baseline.name}`")
+    return f"{note} In tokens/s against the original backbone: {'; '.join(across)}." if across else note
 
 
 def render_latency_table(record: RunRecord, judgement: Judgement) -> str:

@@ -1,0 +1,139 @@
+"""Arms on a tuned backbone beside those on the original: each decodes, is traced and is checked with its own model and heads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from harness.checks import run_checks
+from harness.config import parse_suite
+from harness.engine import Engine
+from harness.errors import UserError
+from harness.joint_run import JointFiles, train_joint_suite
+from harness.judge import judge
+from harness.judgement import CheckStatus
+from harness.metrics import compare, original_baseline
+from harness.records import RunRecord
+from harness.report.markdown import render_report
+from harness.report.tables import arms_note
+from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run
+from harness.tests.tiny_training import recipe_data, write_corpus
+from harness.training_specs import JointSuite
+from harness.validate import validate_record
+
+VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}
+MEDUSA2: dict[str, Any] = {**CHAIN, "name": "medusa2", "backbone": "tuned", "baseline": "vanilla_tuned"}
+ARMS = [VANILLA, CHAIN, VANILLA_TUNED, MEDUSA2]
+
+
+@pytest.fixture(scope="module")
+def files(engine: Engine, heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> JointFiles:
+    """An adapter that moves the tiny model well away from itself, and the heads trained with it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write_corpus(folder / "corpus.safetensors", engine)
+    data = recipe_data(folder, backbone_learning_rate=0.05, heads_learning_rate=1e-4, warmup="none", lambda_0=1.0)
+    spec = JointSuite.model_validate({**data, "start_heads": str(heads_file)})
+    return train_joint_suite(spec, work=folder / "work", target=folder / "out", console=QUIET)
+
+
+def suite_data(files: JointFiles, heads_file: Path, **changes: Any) -> dict[str, Any]:
+    tuned = {"adapter": str(files.adapter), "heads_path": str(files.heads)}
+    return micro_data(heads_file, **{"arms": ARMS, "tuned": tuned, "reports_speed": True, **changes})
+
+
+@pytest.fixture(scope="module")
+def record(files: JointFiles, heads_file: Path, steady_checkout: None, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    return RunRecord(run(suite_data(files, heads_file), tmp_path_factory.mktemp("results")))
+
+
+def texts(record: RunRecord, arm: str) -> dict[str, tuple[int, ...]]:
+    return {one.trial.prompt_key: one.token_ids for one in record.generations if one.trial.arm == arm}
+
+
+def test_each_backbone_decodes_its_own_text_and_medusa_repeats_it(record: RunRecord) -> None:
+    assert texts(record, "vanilla") == texts(record, "chain") and texts(record, "vanilla_tuned") == texts(record, "medusa2")
+    assert texts(record, "vanilla") != texts(record, "vanilla_tuned"), "the adapter must be in the arms that name it, and in no other"
+    kept = [step for one in record.generations if one.trial.arm == "medusa2" for step in one.step_tokens]
+    assert max(kept) > 1
+
+
+def test_every_check_looks_at_the_arms_own_backbone(record: RunRecord, tmp_path: Path) -> None:
+    assert validate_record(record.folder) == ()
+    found = {check.name: check for check in run_checks(record)}
+    loose = {"machine_quiet", "bandwidth_sane"}  # whatever else this machine does, and limits measured on tiny blocks
+    assert not [name for name, check in found.items() if check.status is CheckStatus.FAILED and name not in loose]
+    assert "tuned: " in found["heads_beat_random"].found and found["greedy_parity"].found.startswith("8 of 8 identical")
+    tuned, traces = record.environment.tuned, {name: record.trace_of(name) for name in record.suite.backbones}
+    assert tuned is not None and traces["tuned"] is not None and traces["original"] is not None
+    assert traces["tuned"].provenance.model_hash == tuned.backbone_sha256 != record.environment.backbone_sha256
+    assert traces["tuned"].provenance.heads_hash == tuned.heads_sha256 != record.environment.heads_sha256
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(record.folder, spoilt)
+    shutil.copyfile(spoilt / "trace.npz", spoilt / "trace-tuned.npz")
+    found = {check.name: check for check in run_checks(RunRecord(spoilt))}
+    assert {name for name, check in found.items() if check.status is CheckStatus.FAILED} >= {
+        "seal_intact",
+        "provenance_agrees",
+        "replay_equals_decode",
+    }
+    assert any(fault.startswith("trace-tuned.npz: found other tokens") for fault in validate_record(spoilt))
+    (spoilt / "trace-tuned.npz").unlink()
+    found = {check.name: check for check in run_checks(RunRecord(spoilt))}
+    assert found["replay_equals_decode"].found == "no trace of the tuned backbone"
+
+
+def test_the_report_says_which_model_is_which_and_compares_across(record: RunRecord) -> None:
+    note, text = arms_note(record), render_report(record, judge(record))
+    assert "`vanilla_tuned`, `medusa2`: on the *tuned* backbone" in note and note in text
+    arm = record.suite.arm("medusa2")
+    baseline = original_baseline(record, arm)
+    assert baseline is not None and baseline.name == "vanilla"
+    across = compare(record, "medusa2", baseline="vanilla")
+    assert across is not None and f"{across.speedup.estimate:.2f}" in note and "times `vanilla`" in note
+    assert "Heads of the tuned backbone:" in text and "| tuned backbone |" in text
+
+
+def test_a_suite_without_a_tuned_backbone_says_nothing_of_one(micro_record: RunRecord) -> None:
+    assert micro_record.environment.tuned is None and micro_record.suite.backbones == ("original",)
+    assert "tuned" not in render_report(micro_record, judge(micro_record))
+
+
+@pytest.fixture
+def micro_record(micro: Any) -> RunRecord:
+    found: RunRecord = micro.record
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"arms": [VANILLA, CHAIN]}, r"need each other"),
+        ({"tuned": None}, r"need each other"),
+        ({"arms": [*ARMS, {**MEDUSA2, "name": "crossed", "baseline": "vanilla"}]}, r"'vanilla' decodes with another backbone"),
+        ({"model": {"asset": "smollm2-135m-instruct", "adapter": "some"}}, r"beside model.adapter"),
+    ],
+)
+def test_suites_that_mix_the_backbones_are_refused(changes: dict[str, Any], found: str, files: JointFiles, heads_file: Path) -> None:
+    data = {key: value for key, value in suite_data(files, heads_file, **changes).items() if value is not None}
+    with pytest.raises(UserError, match=found):
+        parse_suite(tomli_w.dumps(data), where="mine.toml")
+
+
+def test_a_searched_tree_needs_the_calibration_of_its_own_heads(files: JointFiles, heads_file: Path, tmp_path: Path) -> None:
+    arms = [VANILLA, CHAIN, VANILLA_TUNED, {**MEDUSA2, "tree": {"kind": "searched", "num_nodes": 4}}]
+    with pytest.raises(UserError, match="calibration_trace"):
+        run(suite_data(files, heads_file, arms=arms), tmp_path)
+    with pytest.raises(UserError, match="no greedy vanilla arm on the tuned backbone"):
+        sampled = {**VANILLA_TUNED, "temperature": 0.7, "seeds": [1]}
+        medusa = {**MEDUSA2, "acceptance": {"rule": "rejection", "temperature": 0.7}, "seeds": [1]}
+        run(suite_data(files, heads_file, arms=[VANILLA, CHAIN, sampled, medusa]), tmp_path)
+
+
+def test_heads_that_were_not_trained_with_the_adapter_are_refused(files: JointFiles, heads_file: Path, tmp_path: Path) -> None:
+    tuned = {"adapter": str(files.adapter), "heads_path": str(heads_file)}
+    with pytest.raises(UserError, match="adapter"):
+        run(suite_data(files, heads_file, tuned=tuned), tmp_path)
