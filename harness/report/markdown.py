@@ -93,9 +93,13 @@ def render_summary(record: RunRecord, judgement: Judgement) -> str:
 
 
 def best_greedy_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
-    """Return the greedy Medusa arm with the highest speedup, or most tokens/step where no speed is reported."""
+    """Return the greedy Medusa arm with the highest speedup, or most tokens/step where no speed is reported.
+
+    An arm on a tuned backbone is none of them: its text is another model's.
+    """
     compared = comparisons_by_arm(judgement) if record.suite.reports_speed else {}
     greedy = [arm for arm in judgement.arms if is_greedy_medusa(record, arm.arm) and isfinite(arm.acceleration_rate.estimate)]
+    greedy = [arm for arm in greedy if record.suite.arm(arm.arm).backbone == "original"]
     if record.suite.reports_speed:
         greedy = [arm for arm in greedy if arm.arm in compared]
     return max(

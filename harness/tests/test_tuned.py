@@ -18,7 +18,7 @@ from harness.judge import judge
 from harness.judgement import CheckStatus
 from harness.metrics import compare, original_baseline
 from harness.records import RunRecord
-from harness.report.markdown import render_report
+from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run
 from harness.tests.tiny_training import recipe_data, write_corpus
@@ -94,6 +94,8 @@ def test_the_report_says_which_model_is_which_and_compares_across(record: RunRec
     assert baseline is not None and baseline.name == "vanilla"
     across = compare(record, "medusa2", baseline="vanilla")
     assert across is not None and f"{across.speedup.estimate:.2f}" in note and "times `vanilla`" in note
+    best = best_greedy_arm(record, judge(record))
+    assert best is not None and best.arm == "chain", "the headline is of arms that repeat the original's text"
     assert "Heads of the tuned backbone:" in text and "| tuned backbone |" in text
 
 
