@@ -79,14 +79,14 @@ def run_ablation(spec: AblationSpec, *, suite_file: Path | None, options: Ablate
             if (arm, seed) in done:
                 continue
             if seed is None:
-                result, trace = bench.measure_start()
-                store.add(result, trace=trace, step_log=None)
+                start = bench.measure_start()
+                store.add(start.result, trace=start.trace, step_log=None)
                 continue
             job = ArmJob(spec, suite_file, arm, seed, work / f"{arm}-{seed}", options.allow_hub)
             console.print(f"[bold]{arm}[/bold], seed {seed}")
             _train(job, own_process=options.own_process)
-            result, trace = bench.measure(job, recipes[arm])
-            store.add(result, trace=trace, step_log=job.target / STEP_LOG)
+            found = bench.measure(job, recipes[arm])
+            store.add(found.result, trace=found.trace, original_text=found.original_text, step_log=job.target / STEP_LOG)
         store.seal(elapsed_s=time.monotonic() - started)
     return store.folder
 

@@ -156,6 +156,10 @@ class AblationRecord(RecordFolder):
         """Return the trace of the greedy text that an arm wrote itself."""
         return Trace.load(self.folder / trace_file(result.label))
 
+    def original_text_trace(self, result: ArmResult) -> Trace:
+        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's own text is that text."""
+        return self.trace(result) if result.adapter_sha256 is None else Trace.load(self.folder / original_text_file(result.label))
+
     def steps(self, result: ArmResult) -> tuple[StepPoint, ...]:
         """Return the training steps of an arm; none for the start."""
         path = self.folder / steps_file(result.label)
@@ -168,6 +172,11 @@ class AblationRecord(RecordFolder):
 def trace_file(label: str) -> str:
     """Return the name of an arm's trace."""
     return f"trace-{label}.npz"
+
+
+def original_text_file(label: str) -> str:
+    """Return the name of an arm's trace of the original model's text."""
+    return f"trace-original-text-{label}.npz"
 
 
 def steps_file(label: str) -> str:

@@ -6,6 +6,7 @@ import gc
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,15 @@ def reference_texts(spec: AblationSpec, loaded: LoadedModel, *, allow_hub: bool)
     return tuple(texts)
 
 
+@dataclass(frozen=True)
+class MeasuredArm:
+    """An arm's line, the trace of the text that it wrote, and, where its backbone was tuned, that of the original's text as it reads it."""
+
+    result: ArmResult
+    trace: Trace
+    original_text: Trace | None
+
+
 class ArmBench:
     """What every arm is measured on, made once: prompts, the original's greedy answers, texts of another hand."""
 
@@ -93,11 +103,11 @@ class ArmBench:
             for sample in self.answers
         )
 
-    def measure_start(self) -> tuple[ArmResult, Trace]:
+    def measure_start(self) -> MeasuredArm:
         """Return the untouched model under the heads that every arm starts from."""
         return self._result(self.engine, self.answers, began=time.monotonic(), job=None, recipe=None)
 
-    def measure(self, job: ArmJob, recipe: Medusa2Recipe) -> tuple[ArmResult, Trace]:
+    def measure(self, job: ArmJob, recipe: Medusa2Recipe) -> MeasuredArm:
         """Return what an arm's files are, loaded from disk as a user would; a frozen backbone is the original itself."""
         began = time.monotonic()
         adapter, beside = job.target / "adapter", job.suite_file.parent if job.suite_file is not None else None
@@ -135,12 +145,14 @@ class ArmBench:
         began: float,
         job: ArmJob | None,
         recipe: Medusa2Recipe | None,
-    ) -> tuple[ArmResult, Trace]:
+    ) -> MeasuredArm:
         arm = job.arm if job is not None else START_ARM
         backbone, is_original = engine.runner.backbone, engine.loaded.model is self.engine.loaded.model
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("measuring", total=len(self.held_out) + len(self.references) + len(answers))
+            task = progress.add_task(
+                "measuring", total=len(self.held_out) + len(self.references) + len(answers) * (1 if is_original else 2)
+            )
 
             def advance() -> None:
                 progress.advance(task)
@@ -156,9 +168,14 @@ class ArmBench:
                     held_out.append(change)
                     heads.append(head_text(text, engine.heads, after))
                 advance()
-            texts = [KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by) for one in answers]
             extra = {"prompts": f"held-out prompts, {self.spec.held_out.source}, seed {self.spec.held_out.seed}", "arm": arm}
-            trace = record_trace(engine, texts, max_new_tokens=self.spec.held_out.max_new_tokens, extra=extra, on_text=advance)
+
+            def traced(samples: Sequence[CorpusSample]) -> Trace:
+                texts = [KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by) for one in samples]
+                return record_trace(engine, texts, max_new_tokens=self.spec.held_out.max_new_tokens, extra=extra, on_text=advance)
+
+            trace = traced(answers)
+            original_text = None if is_original else traced(self.answers)
         greedy = tuple(
             greedy_text(ours.key, ours.token_ids, original=theirs.token_ids) for ours, theirs in zip(answers, self.answers, strict=True)
         )
@@ -181,7 +198,7 @@ class ArmBench:
             greedy=greedy,
             heads=tuple(heads),
         )
-        return result, trace
+        return MeasuredArm(result, trace, original_text)
 
 
 def engine_with(loaded: LoadedModel, heads_file: Path, *, mode: Literal["auto", "eager"] = "auto") -> Engine:

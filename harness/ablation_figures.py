@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits
 
 Floats = NDArray[np.float64]
+TextKind = Literal["own", "original"]
+NGRAM_TOKENS = 4
 MAX_RANK = 32  # the search considers each head's 32 best tokens, as the suites' own does
 
 
@@ -79,7 +82,8 @@ class AblationRow:
 
     `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on those answers and on texts of
     another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r + 1 best; `gain` is tokens/step at the
-    fixed tree over the arm `medusa1`'s where there is one, else over the start's.
+    fixed tree over the arm `medusa1`'s where there is one, else over the start's; `original_text_gain` is the same with every arm reading
+    the original's answers instead of its own. `repetition` is the share of the own text's 4-grams that stood in the same answer before.
     """
 
     arm: str
@@ -88,6 +92,8 @@ class AblationRow:
     num_answer_tokens: float
     tokens_per_step: Interval
     gain: Interval | None
+    original_text_gain: Interval | None
+    repetition: Interval
     best_tokens_per_step: Interval
     kl: Interval
     agreement_rate: float
@@ -124,6 +130,12 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         num_answer_tokens=sum(result.num_answer_tokens for result in results) / len(results),
         tokens_per_step=rate.interval(spec),
         gain=rate.over(rate_columns(record, base), spec=spec) if base is not None and arm != START_ARM else None,
+        original_text_gain=(
+            rate_columns(record, arm, text="original").over(rate_columns(record, base, text="original"), spec=spec)
+            if base is not None and arm != START_ARM
+            else None
+        ),
+        repetition=repetition_columns(record, arm).interval(spec),
         best_tokens_per_step=best_rate_columns(record, arm).interval(spec),
         kl=kl.interval(spec),
         agreement_rate=sum(text.num_agreements for text in held_out) / sum(text.num_positions for text in held_out),
@@ -156,21 +168,25 @@ def change_columns(record: AblationRecord, arm: str, total: Callable[[TextChange
     return _pooled([({text.key: (total(text), float(text.num_positions)) for text in table}) for table in tables])
 
 
-def rate_columns(record: AblationRecord, arm: str, *, tree: DraftTree | None = None) -> Columns:
-    """Return decoded tokens over steps by prompt, by replay of each seed's own greedy text at one tree: the record's, or another.
+def rate_columns(record: AblationRecord, arm: str, *, tree: DraftTree | None = None, text: TextKind = "own") -> Columns:
+    """Return decoded tokens over steps by prompt, by replay at one tree: the record's, or another.
 
+    On its `own` greedy text an arm also gains where that text has become more predictable; on the `original` model's answers, which every
+    arm reads alike, only where heads and states predict better.
     Raises: NotTestable where the arm was not run or the tree is deeper than its heads.
     """
     fixed = tree if tree is not None else record.tree.tree()
-    return _pooled([_counts(_replay(record.trace(result), fixed)) for result in _results(record, arm)])
+    return _pooled([_counts(_replay(_trace(record, result, text), fixed)) for result in _results(record, arm)])
 
 
-def best_rate_columns(record: AblationRecord, arm: str, *, num_nodes: int | None = None, max_depth: int | None = None) -> Columns:
+def best_rate_columns(
+    record: AblationRecord, arm: str, *, num_nodes: int | None = None, max_depth: int | None = None, text: TextKind = "own"
+) -> Columns:
     """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged on the others, both ways."""
     size = num_nodes or record.spec.best_tree_nodes
     tables = []
     for result in _results(record, arm):
-        trace = record.trace(result)
+        trace = _trace(record, result, text)
         if len(trace.prompts) < 4:
             raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
         halves = [Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1)]
@@ -181,6 +197,19 @@ def best_rate_columns(record: AblationRecord, arm: str, *, num_nodes: int | None
             except UserError as error:
                 raise NotTestable(f"no tree of {size} nodes can be grown ({error})") from error
             counts |= _counts(_replay(judged, grown.tree))
+        tables.append(counts)
+    return _pooled(tables)
+
+
+def repetition_columns(record: AblationRecord, arm: str) -> Columns:
+    """Return, by prompt, how many 4-grams of the arm's own greedy answer stood in it before, over all of them."""
+    tables = []
+    for result in _results(record, arm):
+        counts: dict[str, tuple[float, float]] = {}
+        for prompt in record.trace(result).prompts:
+            ids = prompt.tokens.tolist()
+            grams = [tuple(ids[start : start + NGRAM_TOKENS]) for start in range(len(ids) - NGRAM_TOKENS + 1)]
+            counts[prompt.key] = (float(len(grams) - len(set(grams))), float(len(grams)))
         tables.append(counts)
     return _pooled(tables)
 
@@ -227,6 +256,10 @@ def _replay(trace: Trace, tree: DraftTree) -> Replay:
 def _counts(replay: Replay) -> dict[str, tuple[float, float]]:
     columns = zip(replay.trace.prompts, (replay.num_kept_tokens - 1).tolist(), replay.num_steps.tolist(), strict=True)
     return {prompt.key: (float(tokens), float(steps)) for prompt, tokens, steps in columns}
+
+
+def _trace(record: AblationRecord, result: ArmResult, text: TextKind) -> Trace:
+    return record.trace(result) if text == "own" else record.original_text_trace(result)
 
 
 def _pooled(tables: Iterable[dict[str, tuple[float, float]]]) -> Columns:

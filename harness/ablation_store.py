@@ -9,7 +9,17 @@ from pathlib import Path
 
 import tomli_w
 
-from harness.ablation import ARMS_FILE, TREE_FILE, AblationManifest, AblationRecord, ArmResult, read_results, steps_file, trace_file
+from harness.ablation import (
+    ARMS_FILE,
+    TREE_FILE,
+    AblationManifest,
+    AblationRecord,
+    ArmResult,
+    original_text_file,
+    read_results,
+    steps_file,
+    trace_file,
+)
 from harness.ablation_specs import AblationSpec
 from harness.environment import machine_slug
 from harness.files import write_bytes, write_json
@@ -57,9 +67,11 @@ class AblationStore:
         write_bytes(path, "".join(result.model_dump_json() + "\n" for result in results).encode())
         return {(result.arm, result.seed) for result in results}
 
-    def add(self, result: ArmResult, *, trace: Trace, step_log: Path | None) -> None:
+    def add(self, result: ArmResult, *, trace: Trace, original_text: Trace | None = None, step_log: Path | None) -> None:
         """Write an arm's files, its line last: without the line the arm counts as not done."""
         trace.save(self.folder / trace_file(result.label))
+        if original_text is not None:
+            original_text.save(self.folder / original_text_file(result.label))
         if step_log is not None:
             temporary = self.folder / (steps_file(result.label) + ".tmp")
             shutil.copyfile(step_log, temporary)

@@ -136,7 +136,11 @@ TransferForm = Annotated[
 
 
 class MoreTokensForm(_Form):
-    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`."""
+    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`.
+
+    It must do so on the text that each writes itself and on the original's answers, which both read: a backbone that has learnt to repeat
+    itself is easy to draft for, and gains on the first alone.
+    """
 
     test: Literal["more_tokens"]
     arm: str

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from harness.ablation import AblationRecord
-from harness.ablation_figures import best_rate_columns, change_columns, kl_of, rate_columns
+from harness.ablation_figures import TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
 from harness.claim_evidence import EQUIVALENCE_LEVEL
 from harness.claim_forms import (
     HeadOrderForm,
@@ -65,16 +65,20 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
 
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
     columns = rate_columns if form.trees == "fixed" else best_rate_columns
-    ours, theirs = columns(record, form.arm), columns(record, form.over)
-    gain = ours.over(theirs, spec=record.spec.interval)
-    kind = above(gain, form.bound)
     where = f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
-    seeds = ", ".join(f"{rate:.3f}" for rate in ours.seeds)
-    reason = (
-        f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g} {holds(kind)}; a step costs both the same; "
-        f"its seeds: {seeds}"
-    )
-    return Finding(kind=kind, ours=shown(gain, "x", digits=3), reason=reason, figure_kind="replayed")
+    texts: tuple[tuple[TextKind, str], ...] = (("own", "on the text of each"), ("original", "on the original's"))
+    parts = []
+    for text, words in texts:
+        ours, theirs = (columns(record, arm, text=text) for arm in (form.arm, form.over))
+        gain = ours.over(theirs, spec=record.spec.interval)
+        kind = above(gain, form.bound)
+        reason = f"{words} {holds(kind)} (its seeds: {', '.join(f'{rate:.3f}' for rate in ours.seeds)})"
+        parts.append(Finding(kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"))
+    repeated = [repetition_columns(record, arm).interval(record.spec.interval).estimate for arm in (form.arm, form.over)]
+    both = combined(parts)
+    prefix = f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, a step costing both the same"
+    repetition = f"4-grams repeated within an answer: {repeated[0]:.1%} against {repeated[1]:.1%}".replace("%", " %")
+    return replace(both, reason=f"{prefix}: {both.reason}; {repetition}")
 
 
 def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:

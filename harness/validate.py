@@ -178,6 +178,8 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
     for result in record.results:
         if (fault := _fault_of(lambda result=result: record.trace(result))) is not None:  # type: ignore[misc]
             faults.append(f"trace of {result.label}: {fault}")
+        if (fault := _fault_of(lambda result=result: record.original_text_trace(result))) is not None:  # type: ignore[misc]
+            faults.append(f"trace of the original's text by {result.label}: {fault}")
         if result.arm != START_ARM and len(record.steps(result)) != result.num_steps:
             faults.append(f"steps of {result.label}: found {len(record.steps(result))}, need {result.num_steps}")
     return (*faults, *_place_faults(record))

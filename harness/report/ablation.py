@@ -26,6 +26,8 @@ _HEADERS = (
     "seeds",
     "tokens/step, one tree",
     "gain",
+    "gain on the original's text",
+    "repeats itself",
     "tokens/step, own best tree",
     "held-out KL, nats",
     "first choice agrees",
@@ -35,7 +37,9 @@ _HEADERS = (
 _NOTE = """\
 *tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one tree* is the same for all, *own
 best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over `medusa1`, whose heads trained on the
-same tokens on a frozen backbone (for `medusa1` itself: over the start). *held-out KL*: KL(original || tuned) a token on the original's own
+same tokens on a frozen backbone (for `medusa1` itself: over the start); *on the original's text* every arm reads the same answers, so that
+text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that stood in the same answer
+before. *held-out KL*: KL(original || tuned) a token on the original's own
 greedy answers; *perplexity* of these answers, original to tuned. Intervals are over texts, seeds pooled; the next table has the seeds."""
 _SEEDS_NOTE = (
     "Each seed draws its own answers, order, dropout and first adapter: how far its figures lie apart is what another training gives."
@@ -106,10 +110,10 @@ def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[Ablatio
 
 def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:
     """Print the arms and the tested claims."""
-    grid = Table("arm", "seeds", "tokens/step", "gain", "KL, nats", "agrees", "perplexity")
+    grid = Table("arm", "seeds", "tokens/step", "gain", "gain on the original's text", "repeats itself", "KL, nats", "agrees", "perplexity")
     for row in rows:
         cells = _cells(row)
-        grid.add_row(cells[0], cells[2], cells[3], cells[4], cells[6], cells[7], cells[8])
+        grid.add_row(cells[0], *cells[2:7], *cells[8:11])
     console.print(grid)
     for verdict in verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
@@ -126,6 +130,8 @@ def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdi
             row.arm: {
                 "tokens_per_step": round(row.tokens_per_step.estimate, 4),
                 "gain": None if row.gain is None else round(row.gain.estimate, 4),
+                "original_text_gain": None if row.original_text_gain is None else round(row.original_text_gain.estimate, 4),
+                "repetition": round(row.repetition.estimate, 4),
                 "kl": round(row.kl.estimate, 6),
                 "seeds": row.num_seeds,
             }
@@ -157,6 +163,8 @@ def _cells(row: AblationRow) -> tuple[str, ...]:
         str(row.num_seeds) if row.arm != START_ARM else ABSENT,
         _three(row.tokens_per_step),
         _three(row.gain),
+        _three(row.original_text_gain),
+        percent(row.repetition.estimate),
         _three(row.best_tokens_per_step),
         _four(row.kl),
         percent(row.agreement_rate),

@@ -23,6 +23,7 @@ from harness.ablation import (
     GreedyText,
     HeadText,
     TextChange,
+    original_text_file,
     steps_file,
     trace_file,
 )
@@ -44,6 +45,7 @@ class FakeArm:
     hits: int
     kl: float
     memory_mb: int = 1000
+    original_hits: int | None = None  # on the original's text, where it is another than its own
 
 
 ARMS: Mapping[str, FakeArm] = {
@@ -121,7 +123,7 @@ def fake_result(name: str, arm: FakeArm, *, seed: int | None) -> ArmResult:
         evaluate_s=60.0,
         memory_bytes=arm.memory_mb * 10**6 if seed is not None else None,
         heads_sha256="e" * 64,
-        adapter_sha256=None,
+        adapter_sha256="f" * 64 if arm.kl else None,
         held_out=texts,
         references=references,
         greedy=tuple(
@@ -145,6 +147,9 @@ def write_fake_ablation(folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, sea
         result = fake_result(name, arms[name], seed=seed)
         lines.append(result.model_dump_json() + "\n")
         fake_trace(arms[name].hits).save(folder / trace_file(result.label))
+        if result.adapter_sha256 is not None:
+            original_hits = arms[name].original_hits
+            fake_trace(arms[name].hits if original_hits is None else original_hits).save(folder / original_text_file(result.label))
         if seed is not None:
             steps = [
                 f'{{"step": {step}, "loss": 1.0, "backbone_loss": {0.01 * step}, "head_losses": [1.0, {2.0 + seed}], "lambda_0": 0.1, '

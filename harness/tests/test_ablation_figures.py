@@ -84,6 +84,27 @@ def test_figures_are_those_the_record_was_made_from(record: AblationRecord) -> N
     assert gain is not None and gain.estimate == pytest.approx(ours / theirs) and 1 < gain.low < gain.high
 
 
+def test_a_gain_on_ones_own_text_alone_is_told_apart(tmp_path: Path) -> None:
+    arms = {**ARMS, "ramped": replace(ARMS["ramped"], hits=8, original_hits=5)}
+    rows = {row.arm: row for row in ablation_rows(write_fake_ablation(tmp_path / "record", arms=arms))}
+    own, original = rows["ramped"].gain, rows["ramped"].original_text_gain
+    assert own is not None and original is not None and own.low > 1 == original.estimate
+    assert rows["two_stage"].gain == rows["two_stage"].original_text_gain and rows["start"].original_text_gain is None
+
+
+def test_repetition_counts_what_stood_in_the_answer_before(tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record")
+    assert {row.repetition.estimate for row in ablation_rows(record)} == {0.0}, "the fake texts count upwards"
+    trace = fake_trace(8)
+    looped = [prompt.tokens % 5 for prompt in trace.prompts]
+    prompts = tuple(replace(prompt, tokens=ids) for prompt, ids in zip(trace.prompts, looped, strict=True))
+    for seed in (0, 1):
+        replace(trace, prompts=prompts).save(record.folder / f"trace-ramped-{seed}.npz")
+    count = len(looped[0]) - 3
+    (row,) = (row for row in ablation_rows(AblationRecord(record.folder)) if row.arm == "ramped")
+    assert row.repetition.estimate == pytest.approx((count - 5) / count), "five 4-grams, and all later ones stood there before"
+
+
 def test_pooling_pairs_texts_by_key_whatever_their_order(record: AblationRecord) -> None:
     columns = change_columns(record, "ramped", kl_of)
     assert len(columns.numerator) == 24 and columns.denominator.sum() == 2 * 24 * 40
@@ -118,6 +139,8 @@ def test_every_claim_of_training_is_decided_by_a_whole_record(claims: dict[str, 
     ("claim_id", "arm", "changes", "kind"),
     [
         ("A2", "ramped", {"hits": 2}, VerdictKind.NOT_REPRODUCED),
+        ("A2", "ramped", {"original_hits": 3}, VerdictKind.NOT_REPRODUCED),
+        ("T3-4", "ramped", {"original_hits": 5}, VerdictKind.NOT_REPRODUCED),
         ("T3-4", "ramped", {"hits": 5}, VerdictKind.NOT_REPRODUCED),
         ("T2-Medusa-2-S", "two_stage", {"hits": 2}, VerdictKind.NOT_REPRODUCED),
         ("T2-Medusa-1-q", "medusa1", {"kl": 0.01}, VerdictKind.NOT_REPRODUCED),
