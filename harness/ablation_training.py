@@ -45,7 +45,7 @@ def train_arm(job: ArmJob) -> None:
     spec = job.spec
     loaded = load_model(spec.model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
     recipe = once_over(arm_recipe(spec, job.arm, beside=beside), seed=job.seed)
-    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=beside)))
+    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=beside), backbone_sha256=loaded.sha256))
     text = corpus_text(samples, max_length=recipe.max_length)
     train = budgeted(text.train, answer_tokens=spec.answer_tokens, seed=job.seed)
     start = None if spec.arm(job.arm).fresh_heads else resolve_path(spec.start_heads, beside=beside)

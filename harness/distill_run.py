@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.conversations import SECOND_TURN
-from harness.training_run import check_overlap, fill_corpus
+from harness.training_run import check_overlap, corpus_backbone, fill_corpus
 from harness.training_specs import AnySuite, needed_corpus
 from medusa_impl.distill import CorpusStore, pack_corpus
 
@@ -35,7 +35,7 @@ def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console,
     samples = list(store.samples(with_states=False))
     target.mkdir(parents=True, exist_ok=True)
     file = target / "corpus.safetensors"
-    pack_corpus(samples, file)
+    pack_corpus(samples, file, backbone_sha256=corpus_backbone(store))
     return DistilledCorpus(
         file=file,
         num_answers=len(samples),

@@ -33,7 +33,7 @@ from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import TokenSubset
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
 from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, training_arguments
-from medusa_impl.sequences import SequenceDataset, TrainingSequence, collate
+from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
 
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
@@ -103,7 +103,7 @@ def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch
     store = CorpusStore(work / "corpus")
     if from_scratch or spec.packed_corpus is None or store.shard_files():
         return corpus_text(list(store.samples(with_states=False)), max_length=length)
-    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None))), max_length=length)
+    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)), max_length=length)
 
 
 def corpus_text(samples: Sequence[CorpusSample], *, max_length: int) -> JointText:
@@ -290,6 +290,7 @@ def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backb
         "text": text.fingerprint(),
         "backbone": backbone_sha256,
         "first heads": heads_sha256,
+        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps * PartialState().num_processes],
     }
     work.mkdir(parents=True, exist_ok=True)
     path = work / "run.json"

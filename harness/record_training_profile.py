@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def _limits(dtypes: Sequence[str], *, device: torch.device, clock: Clock) -> dic
 def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str) -> _Bench:
     """Return Medusa-1's trainer on the cached states of as many answers as a few batches need."""
     recipe = spec.recipe
-    samples = _samples(spec)
+    samples = _samples(spec, loaded)
     features = _features(samples, loaded, recipe, folder=folder)
     lm_head: Any = loaded.model.get_output_embeddings()
     heads = MedusaHeads(
@@ -157,11 +156,11 @@ def heads_stages(recipe: Medusa1Recipe, *, vocab_size: int) -> dict[str, float]:
     return {stage: rate for stage, rate in (("subset", 1 - full), ("full", full)) if rate > 0}
 
 
-def _samples(spec: TrainingSuite) -> list[CorpusSample]:
+def _samples(spec: TrainingSuite, loaded: LoadedModel) -> list[CorpusSample]:
     """Return the corpus' first answers, enough for a few batches."""
     assert spec.packed_corpus is not None
     needed, rows, taken = _STATE_BATCHES * spec.recipe.batch_positions, 0, list[CorpusSample]()
-    for sample in unpack_corpus(resolve_path(spec.packed_corpus, beside=None)):
+    for sample in unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256):
         if rows >= needed:
             break
         taken.append(sample)
@@ -218,14 +217,17 @@ def joint_stages(spec: JointSuite) -> dict[str, float]:
 
 
 def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) -> tuple[TrainingSequence, ...]:
-    """Return a batch as training under that seed sees it first.
+    """Return a batch as training under that seed sees it: the one of median length.
 
     Raises: UserError where there are fewer.
     """
     if len(sequences) < size:
         raise UserError(found=f"{len(sequences)} sequences", need=f"a batch of {size}", where="the recipe's text", do="add text")
     sampler = LikeLengthSampler([len(sequence.token_ids) for sequence in sequences], batch_size=size, seed=seed)
-    return tuple(sequences[index] for index in islice(sampler, size))
+    order = list(sampler)
+    batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    by_length = sorted(batches, key=lambda batch: max(len(sequences[index].token_ids) for index in batch))
+    return tuple(sequences[index] for index in by_length[len(by_length) // 2])
 
 
 def _describe(spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str) -> Environment:

@@ -19,6 +19,7 @@ from harness.corpus import CorpusSpec, corpus_prompts, goes_on, make_corpus, sec
 from harness.engine import LoadedModel, best_device, load_engine, load_model
 from harness.environment import git_state
 from harness.errors import UserError
+from harness.files import write_bytes
 from harness.paths import resolve_path
 from harness.probes import measure_device_limits
 from harness.prompts import overlap_report
@@ -33,6 +34,8 @@ from medusa_impl.features import add_states, load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.runner import StepRunner
 from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
+
+_BACKBONE_FILE = "backbone.sha256"
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def train_suite(
         dirty=dirty,
     )
     save_heads(files.heads, heads, provenance=provenance)
-    pack_corpus(store.samples(with_states=False), files.corpus)
+    pack_corpus(store.samples(with_states=False), files.corpus, backbone_sha256=loaded.sha256)
     calibrate(spec, loaded, heads_file=files.heads, calibration_file=files.calibration, work=work, console=console)
     return files
 
@@ -102,7 +105,7 @@ def train_suite(
 def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
     """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where it stopped."""
     assert spec.packed_corpus is not None
-    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None)))
+    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256))
     runner = StepRunner(loaded.model, None)
     columns = (TextColumn("states"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -167,6 +170,12 @@ def fill_corpus(spec: AnySuite, *, work: Path, console: Console) -> None:
         )
 
 
+def corpus_backbone(store: CorpusStore) -> str | None:
+    """Return the hash of the model that answers into a corpus; None for one from before it was noted."""
+    path = store.folder / _BACKBONE_FILE
+    return path.read_text() if path.exists() else None
+
+
 def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int) -> None:
     """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then the second turns behind."""
     spec = training_suite_of(spec_data)
@@ -179,6 +188,7 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     own_goal = -(-corpus.goal // num_workers)
     share = corpus.model_copy(update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal})
     store = CorpusStore(Path(work) / "corpus", writer=str(index))
+    write_bytes(store.folder / _BACKBONE_FILE, loaded.sha256.encode())
     console = Console(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(runner.backbone, prompts, store=store, spec=share, eos_ids=loaded.eos_ids, console=console, rate_file=rate_file)

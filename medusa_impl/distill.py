@@ -23,7 +23,7 @@ from medusa_impl.decode import StreamRequest, decode_stream
 from medusa_impl.errors import UserError
 
 SCHEMA_VERSION = 1
-_METADATA_KEY = "medusa_repro_corpus"
+_METADATA_KEY, _BACKBONE_KEY = "medusa_repro_corpus", "backbone_sha256"
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,10 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     temporary.replace(target)
 
 
-def pack_corpus(samples: Iterable[CorpusSample], path: Path) -> None:
+def pack_corpus(samples: Iterable[CorpusSample], path: Path, *, backbone_sha256: str | None) -> None:
     """Write the text of many answers as one safetensors file, a few bytes a token and no states, by rename.
 
+    `backbone_sha256` is of the model whose answers they are, where it is known.
     Shapes: `prompt_ids` and `token_ids` flat int32, `prompt_lengths` and `lengths` `[samples]` int32; the rest is JSON in the metadata.
     """
     kept = list(samples)
@@ -195,20 +196,29 @@ def pack_corpus(samples: Iterable[CorpusSample], path: Path) -> None:
         "lengths": torch.tensor([len(sample.token_ids) for sample in kept], dtype=torch.int32),
     }
     rows = [{name: value for name, value in _row(sample).items() if name not in ("prompt_ids", "token_ids")} for sample in kept]
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata={_METADATA_KEY: json.dumps(rows, separators=(",", ":"))}))
+    metadata = {_METADATA_KEY: json.dumps(rows, separators=(",", ":")), _BACKBONE_KEY: backbone_sha256 or ""}
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-def unpack_corpus(path: Path) -> Iterator[CorpusSample]:
-    """Yield the answers of a file that `pack_corpus` wrote.
+def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[CorpusSample]:
+    """Yield the answers of a file that `pack_corpus` wrote; `backbone_sha256` is of the model that is to learn from them, None for any.
 
-    Raises: UserError for a file that cannot be read.
+    Raises: UserError for a file that cannot be read, or that says that it holds another model's answers: its token ids may be other words.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            rows = json.loads(file.metadata()[_METADATA_KEY])
+            metadata = file.metadata()
+            rows, theirs = json.loads(metadata[_METADATA_KEY]), metadata.get(_BACKBONE_KEY, "")
             tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(found=f"an unreadable corpus ({error})", need="a packed corpus", where=path.name) from error
+    if backbone_sha256 is not None and theirs and theirs != backbone_sha256:
+        raise UserError(
+            found=f"the answers of a model with tensors {theirs[:16]}",
+            need=f"those of the model with tensors {backbone_sha256[:16]}",
+            where=path.name,
+            do="make this model's own with medusa-repro distill",
+        )
     prompt_start = start = 0
     for index, row in enumerate(rows):
         prompt_end, end = prompt_start + tensors["prompt_lengths"][index], start + tensors["lengths"][index]

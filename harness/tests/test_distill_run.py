@@ -16,7 +16,7 @@ from harness.engine import best_device, load_model
 from harness.errors import ExitCode
 from harness.joint_run import read_text
 from harness.tests.tiny_suite import command
-from harness.training_run import corpus_worker, fill_corpus
+from harness.training_run import corpus_backbone, corpus_worker, fill_corpus
 from harness.training_specs import JointSuite
 from medusa_impl.distill import CorpusSample, CorpusStore
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
@@ -69,6 +69,7 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
         assert after.prompt_ids[len(context)] == 2 and after.prompt_ids[-1] == 3, "the end of the answer stands once, then the next turn"
 
     loaded = load_model(ModelSpec(path=str(model_folder)), device=best_device())
+    assert corpus_backbone(CorpusStore(tmp_path / "corpus")) == loaded.sha256
     text = read_text(spec, loaded, work=tmp_path)
     sequences = (*text.train, *text.held_out)
     assert len(sequences) == len(first), "a second turn is part of its conversation, not one of its own"

@@ -65,6 +65,14 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
         heads_for(bare, tmp_path / "out" / "heads.safetensors")
 
 
+def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Its token ids may be other words, and nothing else would tell."""
+    data = recipe_data(folder)
+    data["model"]["tiny"]["seed"] += 1
+    with pytest.raises(UserError, match="the answers of a model with tensors"):
+        train_joint_suite(JointSuite.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET)
+
+
 def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, tmp_path: Path) -> None:
     one, two, other = (train(folder, tmp_path / name, seed=seed, num_steps=3) for name, seed in (("one", 0), ("two", 0), ("other", 1)))
     assert one.adapter is not None and two.adapter is not None and other.adapter is not None

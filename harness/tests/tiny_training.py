@@ -22,7 +22,7 @@ def write_corpus(path: Path, engine: Engine) -> None:
     prompts = [CorpusPrompt(f"k{index:02d}", "random", ids, 0.0, index) for index, ids in enumerate(rows)]
     store = CorpusStore(path.parent / "answers")
     generate_corpus(engine.runner.backbone, prompts, store=store, num_rows=20, max_new_tokens=ANSWER_TOKENS, eos_ids=frozenset())
-    pack_corpus(store.samples(with_states=False), path)
+    pack_corpus(store.samples(with_states=False), path, backbone_sha256=engine.loaded.sha256)
 
 
 def recipe_data(folder: Path, *, name: str = "tiny", **recipe: Any) -> dict[str, Any]:
