@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NUM_RANKS
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
-from medusa_impl.memory import peak_memory_bytes
+from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
 
 STEP_LOG = "steps.jsonl"
@@ -34,7 +34,7 @@ class JointStep(_Record):
 
     `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree, both None where
     the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best;
-    memory_bytes is the peak so far: of the GPU's allocator, or of the process's resident set.
+    memory_bytes is the peak since training began: of the GPU's allocator, or of the process's resident set.
     """
 
     step: int
@@ -64,7 +64,6 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         max_grad_norm=recipe.max_gradient_norm,
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
-        data_seed=recipe.seed,
         bf16=recipe.autocast == "bfloat16",
         use_cpu=use_cpu,
         save_strategy="steps",
@@ -76,7 +75,7 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         disable_tqdm=True,
         dataloader_drop_last=False,
         average_tokens_across_devices=True,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length",  # by our own sampler: the Trainer's would begin with the longest
         ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
     )
 
@@ -244,6 +243,7 @@ class _StepLog(TrainerCallback):
             temporary.write_text("".join(kept))
             temporary.replace(path)
         self._trainer._mark = self._trainer._clock()
+        reset_peak_memory(args.device)  # of loading
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._trainer._sampler is not None:

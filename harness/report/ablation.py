@@ -42,7 +42,7 @@ text which has become easier to draft for adds nothing. *repeats itself*: 4-gram
 before. *held-out KL*: KL(original || tuned) a token on the original's own
 greedy answers; *perplexity* of these answers, original to tuned. Intervals are over texts, seeds pooled; the next table has the seeds."""
 _SEEDS_NOTE = (
-    "Each seed draws its own answers, order, dropout and first adapter: how far its figures lie apart is what another training gives."
+    "Each seed draws its own answers, their order and the first adapter: how far its figures lie apart is what another training gives."
 )
 _RANKS_SHOWN = (1, 2, 3, 5, 10)
 _HEADS_NOTE = "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."

@@ -12,7 +12,7 @@ import torch
 
 from medusa_impl.errors import UserError
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
-from medusa_impl.medusa2_trainer import STEP_LOG, MedusaTrainer, read_step_log, training_arguments
+from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, training_arguments
 from medusa_impl.sequences import TrainingSequence
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tests.test_medusa2 import LORA, make_heads
@@ -27,6 +27,12 @@ def some_sequences(count: int = 12) -> tuple[TrainingSequence, ...]:
         ids = torch.randint(1, TINY_VOCAB, (6 + index % 5,), generator=generator).tolist()
         made.append(TrainingSequence(token_ids=tuple(ids), answers=((2, len(ids)),)))
     return tuple(made)
+
+
+def long_run() -> dict[str, Any]:
+    """Two epochs of four steps, each of two parts, the last of an epoch of one; no dropout, which each process would draw for itself."""
+    lora = LORA.model_copy(update={"dropout": 0.0})
+    return {"sequences": some_sequences(14), "lora": lora, "num_steps": None, "num_epochs": 2.0, "accumulation_steps": 2, "save_steps": 5}
 
 
 def make_trainer(
@@ -133,19 +139,26 @@ def test_a_run_resumed_in_its_second_epoch_sees_the_sequences_in_that_epochs_ord
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Two gloo processes with a sequence each make the loss and the gradients of one process with both."""
+    """Two gloo processes with a sequence each make the losses and gradients of one with both: over two epochs, in parts, and resumed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "medusa_impl.tests.two_processes", str(tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one = make_trainer(tmp_path / "one", lora=LORA.model_copy(update={"dropout": 0.0}))
-    one.train()
-    expected, got = read_step_log(tmp_path / "one" / STEP_LOG), read_step_log(tmp_path / "two" / STEP_LOG)
-    assert [step.num_positions for step in got] == [step.num_positions for step in expected]
-    for left, right in zip(got, expected, strict=True):
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "medusa_impl.tests.two_processes"]
+
+    def train(*arguments: Path) -> list[JointStep]:
+        done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return list(read_step_log(tmp_path / "two" / STEP_LOG))
+
+    whole = train(tmp_path / "two")
+    make_trainer(tmp_path / "one", **long_run()).train()
+    expected = read_step_log(tmp_path / "one" / STEP_LOG)
+    assert [step.num_positions for step in whole] == [step.num_positions for step in expected]
+    for left, right in zip(whole, expected, strict=True):
         rel = 1e-6 if left.step == 1 else 1e-3  # from the second step on, Adam's division by small gradients magnifies rounding
         assert left.loss == pytest.approx(right.loss, rel=rel)
         assert left.head_losses == pytest.approx(right.head_losses, rel=rel)
+    again = train(tmp_path / "two", tmp_path / "two" / "checkpoint-5")  # in the second epoch, whose order is another
+    assert [step.loss for step in again] == pytest.approx([step.loss for step in whole], rel=1e-6)
+    assert [step.num_positions for step in again] == [step.num_positions for step in whole]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:

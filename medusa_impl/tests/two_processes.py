@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from medusa_impl.tests.test_medusa2 import LORA
-from medusa_impl.tests.test_medusa2_trainer import make_trainer
+from medusa_impl.tests.test_medusa2_trainer import long_run, make_trainer
 
 if __name__ == "__main__":
-    make_trainer(Path(sys.argv[1]), batch_sequences=1, lora=LORA.model_copy(update={"dropout": 0.0})).train()
+    folder, checkpoint = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    trainer = make_trainer(folder, batch_sequences=1, **long_run())
+    trainer.args.save_total_limit = None
+    trainer.train(resume_from_checkpoint=checkpoint)
