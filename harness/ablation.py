@@ -1,8 +1,9 @@
 """The record of an ablation: what every arm did, by text, in sums; no torch, no clock, no device.
 
 A record folder holds `suite.toml`, `environment.json`, `tree.json`, `arms.jsonl` (one line an arm and seed, appended when it is done), for
-each line a trace `trace-ARM-SEED.npz` of the arm's own greedy text and, but for the start, the log `steps-ARM-SEED.jsonl`, and, last,
-`manifest.json`, which seals it with the SHA-256 of every other file. Ratios are formed in `ablation_figures.py`, each time anew.
+each line a trace `trace-ARM-SEED.npz` of the arm's own greedy text, for a tuned backbone `trace-original-text-ARM-SEED.npz` of the original
+model's text, and, but for the start, the log `steps-ARM-SEED.jsonl`, and, last, `manifest.json`, which seals it with the SHA-256 of every
+other file. Ratios are formed in `ablation_figures.py`, each time anew.
 """
 
 from __future__ import annotations
@@ -156,9 +157,15 @@ class AblationRecord(RecordFolder):
         """Return the trace of the greedy text that an arm wrote itself."""
         return Trace.load(self.folder / trace_file(result.label))
 
-    def original_text_trace(self, result: ArmResult) -> Trace:
-        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's own text is that text."""
-        return self.trace(result) if result.adapter_sha256 is None else Trace.load(self.folder / original_text_file(result.label))
+    def original_text_trace(self, result: ArmResult) -> Trace | None:
+        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's own text is that text.
+
+        None in a record from before it was taken.
+        """
+        if result.adapter_sha256 is None:
+            return self.trace(result)
+        path = self.folder / original_text_file(result.label)
+        return Trace.load(path) if path.exists() else None
 
     def steps(self, result: ArmResult) -> tuple[StepPoint, ...]:
         """Return the training steps of an arm; none for the start."""

@@ -202,6 +202,10 @@ class ArmBench:
 
 
 def engine_with(loaded: LoadedModel, heads_file: Path, *, mode: Literal["auto", "eager"] = "auto") -> Engine:
+    """Return an engine of a loaded model and the heads of a file.
+
+    Raises: UserError for heads of another backbone or adapter.
+    """
     heads, provenance = heads_for(loaded, heads_file)
     digest = backbone_sha256(heads)
     runner = StepRunner(loaded.model, heads, mode=mode)

@@ -130,11 +130,7 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         num_answer_tokens=sum(result.num_answer_tokens for result in results) / len(results),
         tokens_per_step=rate.interval(spec),
         gain=rate.over(rate_columns(record, base), spec=spec) if base is not None and arm != START_ARM else None,
-        original_text_gain=(
-            rate_columns(record, arm, text="original").over(rate_columns(record, base, text="original"), spec=spec)
-            if base is not None and arm != START_ARM
-            else None
-        ),
+        original_text_gain=_original_text_gain(record, arm, over=base) if base is not None and arm != START_ARM else None,
         repetition=repetition_columns(record, arm).interval(spec),
         best_tokens_per_step=best_rate_columns(record, arm).interval(spec),
         kl=kl.interval(spec),
@@ -150,6 +146,14 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         tokens_per_s=sum(result.num_answer_tokens for result in results) / seconds if seconds else None,
         memory_bytes=max(memory, default=None),
     )
+
+
+def _original_text_gain(record: AblationRecord, arm: str, *, over: str) -> Interval | None:
+    try:
+        ours, theirs = (rate_columns(record, name, text="original") for name in (arm, over))
+    except NotTestable:
+        return None
+    return ours.over(theirs, spec=record.spec.interval)
 
 
 def kl_of(text: TextChange) -> float:
@@ -259,7 +263,10 @@ def _counts(replay: Replay) -> dict[str, tuple[float, float]]:
 
 
 def _trace(record: AblationRecord, result: ArmResult, text: TextKind) -> Trace:
-    return record.trace(result) if text == "own" else record.original_text_trace(result)
+    found = record.trace(result) if text == "own" else record.original_text_trace(result)
+    if found is None:
+        raise NotTestable(f"arm {result.arm} was recorded before arms were measured on the original's text")
+    return found
 
 
 def _pooled(tables: Iterable[dict[str, tuple[float, float]]]) -> Columns:

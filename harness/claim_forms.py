@@ -150,7 +150,9 @@ class MoreTokensForm(_Form):
 
 
 class KeepsQualityForm(_Form):
-    """Each of the arms lies at most `max_kl` nats a token from the original; tested where it yields more tokens/step than `over`."""
+    """Each of the arms lies at most `max_kl` nats a token from the original; tested where it yields more tokens/step than `over`,
+    on the text that each writes itself and on the original's.
+    """
 
     test: Literal["keeps_quality"]
     arms: tuple[str, ...] = Field(min_length=1)

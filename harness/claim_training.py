@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from harness.ablation import AblationRecord
-from harness.ablation_figures import TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
+from harness.ablation_figures import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
 from harness.claim_evidence import EQUIVALENCE_LEVEL
 from harness.claim_forms import (
     HeadOrderForm,
@@ -22,7 +22,7 @@ from harness.claim_forms import (
 from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
 from harness.claim_specs import ClaimSpec
 from harness.intervals import above, below, bootstrap_ratio, equivalence
-from harness.judgement import ClaimVerdict, VerdictKind
+from harness.judgement import ClaimVerdict, Interval, VerdictKind
 
 
 def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tuple[ClaimVerdict, ...]:
@@ -66,11 +66,8 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
     columns = rate_columns if form.trees == "fixed" else best_rate_columns
     where = f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
-    texts: tuple[tuple[TextKind, str], ...] = (("own", "on the text of each"), ("original", "on the original's"))
     parts = []
-    for text, words in texts:
-        ours, theirs = (columns(record, arm, text=text) for arm in (form.arm, form.over))
-        gain = ours.over(theirs, spec=record.spec.interval)
+    for words, gain, ours in _gains(record, form.arm, over=form.over, columns=columns):
         kind = above(gain, form.bound)
         reason = f"{words} {holds(kind)} (its seeds: {', '.join(f'{rate:.3f}' for rate in ours.seeds)})"
         parts.append(Finding(kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"))
@@ -81,13 +78,24 @@ def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
     return replace(both, reason=f"{prefix}: {both.reason}; {repetition}")
 
 
+def _gains(record: AblationRecord, arm: str, *, over: str, columns: Callable[..., Columns]) -> list[tuple[str, Interval, Columns]]:
+    """Return an arm's gain in tokens/step on the text that each writes itself and on the original's: words, gain, the arm's own columns."""
+    texts: tuple[tuple[TextKind, str], ...] = (("own", "on the text of each"), ("original", "on the original's"))
+    found = []
+    for text, words in texts:
+        ours, theirs = (columns(record, name, text=text) for name in (arm, over))
+        found.append((words, ours.over(theirs, spec=record.spec.interval), ours))
+    return found
+
+
 def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     parts = []
     for arm in form.arms:
         if form.over is not None:
-            gain = rate_columns(record, arm).over(rate_columns(record, form.over), spec=record.spec.interval)
-            if above(gain, 1.0) is not VerdictKind.REPRODUCED:
-                raise NotTestable(f"{arm} yields no more tokens/step than {form.over} ({shown(gain, 'x', digits=3)}): it paid for nothing")
+            gains = _gains(record, arm, over=form.over, columns=rate_columns)
+            if any(above(gain, 1.0) is not VerdictKind.REPRODUCED for _, gain, _ in gains):
+                found = ", ".join(f"{words} {shown(gain, 'x', digits=3)}" for words, gain, _ in gains)
+                raise NotTestable(f"{arm} does not yield more tokens/step than {form.over} on both texts ({found}): it paid for nothing")
         parts.append(_divergence_part(arm, record, max_kl=form.max_kl))
     return combined(parts)
 

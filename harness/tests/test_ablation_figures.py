@@ -92,6 +92,24 @@ def test_a_gain_on_ones_own_text_alone_is_told_apart(tmp_path: Path) -> None:
     assert rows["two_stage"].gain == rows["two_stage"].original_text_gain and rows["start"].original_text_gain is None
 
 
+def test_a_record_from_before_the_original_text_was_read_still_reports(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+    record = write_fake_ablation(tmp_path / "record")
+    for path in record.folder.glob("trace-original-text-*.npz"):
+        path.unlink()
+    rows = ablation_rows(record)
+    assert all(row.original_text_gain is None for row in rows if row.arm not in ("medusa1",))
+    verdicts = {one.claim_id: one for one in training_verdicts(load_claims(), record)}
+    assert verdicts["A2"].kind is VerdictKind.NOT_TESTED and "before arms were measured" in verdicts["A2"].reason
+    assert verdicts["Q-sdhard"].kind is VerdictKind.REPRODUCED
+    assert "| ramped" in render_ablation(record, rows, list(verdicts.values()), has_curves=False)
+
+
+def test_a_gain_on_repetition_alone_is_not_counted_as_quality_kept(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+    arms = {**ARMS, "two_stage": replace(ARMS["two_stage"], original_hits=5)}
+    with pytest.raises(NotTestable, match="on both texts"):
+        judge_training(form(claims, "T2-Medusa-2-q"), write_fake_ablation(tmp_path / "record", arms=arms))
+
+
 def test_repetition_counts_what_stood_in_the_answer_before(tmp_path: Path) -> None:
     record = write_fake_ablation(tmp_path / "record")
     assert {row.repetition.estimate for row in ablation_rows(record)} == {0.0}, "the fake texts count upwards"
