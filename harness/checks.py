@@ -171,7 +171,7 @@ def replay_equals_decode(record: RunRecord) -> CheckOutcome:
     bugs += [f"{_name(generation.trial)} has no trace" for generation in untraced]
     found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(", unexplained", bugs)
     if (dtype := record.environment.dtype) != "float32":
-        if record.rounding is None:
+        if any(record.rounding_of(backbone) is None for backbone in record.suite.backbones):
             return _skipped("replay_equals_decode", f"{found}; {dtype}, where replay is an approximation")
         num_steps, num_known = steps_known(record)
         found += f"; {dtype}, {num_steps} steps before the texts part, in {num_known} of which its rounding leaves one length only"
@@ -295,7 +295,8 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
             wrong += [mark + name for name, (ours, theirs) in pairs.items() if ours != theirs]
     if environment.dtype != record.suite.model.dtype:
         wrong.append("dtype of the suite")
-    if record.rounding is not None and environment.dtype != record.rounding.dtype:
+    roundings = [record.rounding_of(backbone) for backbone in record.suite.backbones]
+    if any(rounding is not None and environment.dtype != rounding.dtype for rounding in roundings):
         wrong.append("dtype of the rounding")
     commit = f"commit {environment.commit[:8]}" if environment.commit is not None else "no git commit"
     state = {True: ", with uncommitted changes", False: ", clean", None: ""}[environment.dirty]

@@ -39,6 +39,7 @@ class Evidence:
         Raises: NotTestable if the arm was not run or the suite reports no speed.
         """
         self.require_speed()
+        self.require_original(arm)
         found = next((comparison for comparison in self.comparisons if comparison.arm == arm), None)
         if found is None:
             raise NotTestable(f"the record compares no arm {arm} with a baseline")
@@ -48,6 +49,11 @@ class Evidence:
         """Refuse a speed from a suite that reports none."""
         if not self.record.suite.reports_speed:
             raise NotTestable(f"suite {self.record.suite.name} reports no speed")
+
+    def require_original(self, arm: str) -> None:
+        """Refuse an arm on the tuned backbone: the claims that a run decides are about a frozen one."""
+        if any(spec.name == arm and spec.backbone != "original" for spec in self.record.suite.arms):
+            raise NotTestable(f"arm {arm} decodes with the tuned backbone, the claim is about the original")
 
     def tree(self, arm: str) -> DraftTree:
         """Return the tree that an arm decoded with."""
@@ -65,6 +71,7 @@ class Evidence:
 
     def generations(self, arm: str) -> tuple[Generation, ...]:
         """Return an arm's generations."""
+        self.require_original(arm)
         found = tuple(generation for generation in self.record.generations if generation.trial.arm == arm)
         if not found:
             raise NotTestable(f"the record has no generation of arm {arm}")
@@ -85,6 +92,8 @@ def paired_counts(evidence: Evidence, arm: str, *, over: str, timed: bool) -> Pa
 
     Raises: NotTestable if they share no prompt on which both took a step.
     """
+    for name in (arm, over):
+        evidence.require_original(name)
     pairs = list(zip(*paired_totals(evidence.record, arm, baseline=over, timed=timed), strict=True))
     pairs = [pair for pair in pairs if all(side.steps for side in pair)]
     if not pairs:

@@ -40,7 +40,8 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     _require_known_rounding(evidence)
-    greedy = {arm.name for arm in evidence.record.suite.arms if arm.method == "medusa" and not arm.stochastic}
+    medusa = [arm for arm in evidence.record.suite.arms if arm.method == "medusa" and arm.backbone == "original"]  # a frozen backbone
+    greedy = {arm.name for arm in medusa if not arm.stochastic}
     decoded = [generation for generation in evidence.record.generations if generation.trial.arm in greedy]
     if not decoded or not evidence.parity.num_compared:
         raise NotTestable("the record compares no greedy Medusa generation with vanilla")

@@ -139,6 +139,9 @@ def _tuned_origin(tuned: Engine) -> TunedOrigin:
         adapter_sha256=tuned.loaded.adapter_sha256,
         heads_sha256=tuned.heads_sha256,
         heads_provenance=dict(tuned.heads_provenance),
+        weight_bytes=tuned.weight_bytes,
+        packed_bytes=tuned.runner.packed_bytes,
+        heads_bytes=tuned.heads_bytes,
     )
 
 
@@ -267,8 +270,9 @@ def load_tuned_engine(suite: SuiteSpec, *, device: torch.device, allow_hub: bool
     model = suite.model.model_copy(update={"adapter": suite.tuned.adapter})
     loaded = load_model(model, device=device, allow_hub=allow_hub, beside=beside)
     heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, beside=beside))
+    digest = backbone_sha256(heads)  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=suite.engine)
-    return Engine(loaded=loaded, runner=runner, heads_sha256=backbone_sha256(heads), heads_provenance=provenance.model_dump(mode="json"))
+    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json"))
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -110,6 +110,7 @@ class ParityRounding(Frozen):
 
     `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes; `share_below` is the share of the
     traced places whose gap lies below the margin, so that some other token is a tie there; `num_equal_tokens` are those before texts part.
+    With two backbones the larger shift and margin are told, and each place counts under its own.
     """
 
     dtype: str

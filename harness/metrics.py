@@ -114,7 +114,7 @@ def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
         speedup=speedup,
         wall_speedup=over_baseline("kept_tokens", "wall_s"),
         overhead=overhead,
-        separate_overhead=separate_costs(record, arm).overhead,
+        separate_overhead=separate_costs(record, arm).overhead if record.suite.arm(arm).baseline == baseline else None,
         identity_gap=float(abs(speedup.estimate - rates[0] / rates[1] / overhead.estimate) / speedup.estimate),
     )
 
@@ -144,6 +144,8 @@ def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
     Units: ratios; seconds where the name ends in `_s`.
     """
     rows = record.step_costs.costs if record.step_costs is not None and record.suite.arm(arm).method in ("vanilla", "medusa") else ()
+    others = {other.name for other in record.suite.arms if other.backbone != record.suite.arm(arm).backbone}
+    rows = tuple(row for row in rows if row.arm not in others)
     own = _cost_rows(rows, arm=arm, num_nodes=num_nodes(record, arm))
     base = _cost_rows(rows, arm=record.suite.arm(arm).baseline or arm, num_nodes=1)
     shared = sorted(own.keys() & base.keys())
@@ -174,8 +176,9 @@ def bandwidth_share(record: RunRecord, arm: str) -> float | None:
     times = [time for generation in _timed(record, arm) for time in generation.step_times_s]
     if record.device_limits is None or not times or not median(times) > 0:
         return None
-    environment = record.environment
-    read_bytes = environment.weight_bytes + (environment.heads_bytes if record.suite.arm(arm).method == "medusa" else 0)
+    spec, environment = record.suite.arm(arm), record.environment
+    origin = environment.tuned if spec.backbone == "tuned" and environment.tuned is not None else environment
+    read_bytes = origin.weight_bytes + (origin.heads_bytes if spec.method == "medusa" else 0)
     return read_bytes / record.device_limits.read_bandwidth_bytes_per_s / median(times)
 
 

@@ -50,7 +50,7 @@ from harness.sweep_specs import ClusterSpec, SweepSpec
 _PACKAGES = ("harness", "medusa_impl", "suites")
 _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
 _VARIABLES = (CACHE_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")  # of the driver, where set
-_FILE_KEYS = ("path", "adapter", "calibration_trace")  # what suites and latency specs call files by
+_FILE_KEYS = ("path", "adapter", "calibration_trace", "heads_path")  # what suites and latency specs call files by
 _CONNECT_S, _LOOK_S, _PATIENCE_S = 5.0, 10.0, 300.0
 _NODE_ID_DIGITS = 12
 

@@ -22,7 +22,8 @@ from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1
-CALIBRATION_FILE, TRACE_FILE, HEADS_CONTROL_FILE = "calibration.npz", "trace.npz", "heads_control.json"
+CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
+HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
@@ -114,6 +115,9 @@ class TunedOrigin(Frozen):
     adapter_sha256: str
     heads_sha256: str
     heads_provenance: dict[str, Any] = {}
+    weight_bytes: int
+    packed_bytes: int
+    heads_bytes: int
 
 
 class Environment(Frozen):
@@ -416,7 +420,11 @@ class RunRecord(RecordFolder):
     @cached_property
     def rounding(self) -> Rounding | None:
         """None in float32, and in records from before it was measured."""
-        return self._optional("rounding.json", Rounding)
+        return self.rounding_of("original")
+
+    def rounding_of(self, backbone: BackboneName) -> Rounding | None:
+        """What this precision's rounding does to one backbone."""
+        return self._optional(file_of(ROUNDING_FILE, backbone), Rounding)
 
     @cached_property
     def likelihoods(self) -> Likelihoods | None:
@@ -424,7 +432,7 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def trace(self) -> Trace | None:
-        """The trace of the greedy vanilla generations, with the backbone's top-two gaps and the heads' losses."""
+        """The trace of the original backbone's greedy vanilla generations, with the backbone's top-two gaps and the heads' losses."""
         return self.trace_of("original")
 
     def trace_of(self, backbone: BackboneName) -> Trace | None:

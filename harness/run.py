@@ -32,6 +32,7 @@ from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.records import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
+    ROUNDING_FILE,
     TRACE_FILE,
     ArmTree,
     ArmTrees,
@@ -148,7 +149,8 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     for name, one in engines.items():
         has_calibration = calibrations[name] is not None
         check_fixed_trees(suite, num_heads=one.heads.num_heads, beside=beside, has_calibration=has_calibration, backbone=name)
-    check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
+        check_lengths(prompts, one, max_new_tokens=suite.max_new_tokens)
+    _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
     session = _Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
@@ -208,10 +210,25 @@ def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, be
         raise UserError(
             found="a calibration trace of another model or other heads",
             need=f"one of backbone {engine.loaded.sha256[:12]} and heads {(engine.heads_sha256 or 'none')[:12]}",
-            where="calibration_trace",
-            do="record it again with medusa-repro trace",
+            where="calibration_trace" if backbone == "original" else f"{backbone}.calibration_trace",
+            do="record it again with medusa-repro trace"
+            if backbone == "original"
+            else "name the one that medusa-repro train wrote with it",
         )
     return calibration
+
+
+def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine]) -> None:
+    """Refuse to choose a fastest tree for a backbone whose steps read other amounts than those that are timed, the original's."""
+    shapes = {name: (one.weight_bytes, one.heads_bytes, one.heads.num_heads) for name, one in engines.items()}
+    for arm in suite.arms:
+        if isinstance(arm.tree, FastestTree) and shapes[arm.backbone] != shapes["original"]:
+            raise UserError(
+                found=f"weights, heads and number of heads {shapes[arm.backbone]} of the {arm.backbone} backbone, in bytes",
+                need=f"those of the original, {shapes['original']}: its steps are the ones that are timed",
+                where=f"arm {arm.name!r}",
+                do="name a tree of another kind",
+            )
 
 
 def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None) -> dict[str, ArmTree]:
@@ -228,9 +245,9 @@ def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
-    texts = _control_texts(session, engine)
+    texts = {backbone: _control_texts(session, one) for backbone, one in session.engines.items()}
     for backbone, one in session.engines.items():
-        control = probes.control_heads(one, texts if one is engine else _control_texts(session, one))
+        control = probes.control_heads(one, texts[backbone])
         write_json(folder / file_of(HEADS_CONTROL_FILE, backbone), control)
         if control.trained_top1[0] <= control.random_top1[0]:
             raise InvalidMeasurement(
@@ -246,7 +263,7 @@ def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None
         clock=session.clock,
     )
     write_json(folder / "step_costs.json", StepCosts(costs=costs))
-    found: dict[str, ArmTree] = {}  # a step costs both backbones the same: their weights have one shape
+    found: dict[str, ArmTree] = {}
     for backbone, one in session.engines.items():
         num_heads = one.heads.num_heads
         found |= resolve_trees(
@@ -255,8 +272,10 @@ def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None
     trees = {arm.name: found[arm.name] for arm in suite.arms if arm.name in found}
     if engine.runner.backbone.dtype != torch.float32:
         session.console.print("measuring this precision's rounding")
-        rounding = measure_rounding(engine, texts, arms=suite.arms, trees={name: tree.tree() for name, tree in trees.items()})
-        write_json(folder / "rounding.json", rounding)
+        for backbone, one in session.engines.items():
+            own = [arm for arm in suite.arms if arm.backbone == backbone]
+            own_trees = {arm.name: trees[arm.name].tree() for arm in own if arm.name in trees}
+            write_json(folder / file_of(ROUNDING_FILE, backbone), measure_rounding(one, texts[backbone], arms=own, trees=own_trees))
     write_json(folder / "trees.json", ArmTrees(trees=trees))
     return trees
 
@@ -377,17 +396,19 @@ def _run_trial(
 
 
 def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
-    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of this block's vanilla text."""
+    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's vanilla text of this block."""
     if not session.suite.reports_speed:
         return
-    vanilla = greedy_vanilla(session.suite).name
     outcomes = RunRecord(session.store.folder).generations
-    text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
-    if text is None:
-        return
-    context = [*prompt.prompt_ids, *text[: len(text) // 2]]
+    contexts = {}
+    for backbone in session.suite.backbones:
+        vanilla = greedy_vanilla(session.suite, backbone).name
+        text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
+        if text is not None:
+            contexts[backbone] = [*prompt.prompt_ids, *text[: len(text) // 2]]
     for arm in session.suite.arms:
-        if arm.method in ("vanilla", "medusa") and not arm.stochastic:
+        context = contexts.get(arm.backbone)
+        if context is not None and arm.method in ("vanilla", "medusa") and not arm.stochastic:
             try:
                 cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
             except Exception as error:  # a broken arm costs only its own figures; its trials are Failures of their own
@@ -404,8 +425,8 @@ def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
     prompts = {prompt.key: prompt for prompt in session.prompts}
     generations = record.generations
     session.console.print("tracing the vanilla texts, profiling, scoring sampled texts")
-    rounding = record.rounding
     for backbone, engine in session.engines.items():
+        rounding = record.rounding_of(backbone)
         vanilla = greedy_vanilla(suite, backbone).name
         texts = [
             KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)

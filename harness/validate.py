@@ -20,6 +20,7 @@ from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPo
 from harness.latency_specs import LatencySpec
 from harness.records import (
     HEADS_CONTROL_FILE,
+    ROUNDING_FILE,
     TRACE_FILE,
     ArmTrees,
     DeviceLimits,
@@ -75,8 +76,10 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_trees": SweepTrees,
     "sweep_manifest": SweepManifest,
 }
-_OF_BACKBONES = tuple(file_of(name, backbone) for name in (TRACE_FILE, HEADS_CONTROL_FILE) for backbone in get_args(BackboneName))
-_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "rounding.json", "likelihoods.json")
+_OF_BACKBONES = tuple(
+    file_of(name, backbone) for name in (TRACE_FILE, HEADS_CONTROL_FILE, ROUNDING_FILE) for backbone in get_args(BackboneName)
+)
+_PROBES = ("step_costs.json", "profile.json", "device_limits.json", "likelihoods.json")
 _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", *_OF_BACKBONES, *_PROBES)
 
 
@@ -102,12 +105,12 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         "step_costs.json": lambda: record.step_costs,
         "profile.json": lambda: record.profile,
         "device_limits.json": lambda: record.device_limits,
-        "rounding.json": lambda: record.rounding,
         "likelihoods.json": lambda: record.likelihoods,
         "manifest.json": lambda: record.manifest,
     }
     for backbone in get_args(BackboneName):
         loaders[file_of(HEADS_CONTROL_FILE, backbone)] = partial(record.heads_control_of, backbone)
+        loaders[file_of(ROUNDING_FILE, backbone)] = partial(record.rounding_of, backbone)
         loaders[file_of(TRACE_FILE, backbone)] = partial(record.trace_of, backbone)
     unreadable = {name: str(fault) for name, load in loaders.items() if (fault := _fault_of(load)) is not None}
     faults = [f"{name}: {fault}" for name, fault in unreadable.items()]

@@ -184,7 +184,7 @@ def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str |
             found=f"heads trained {_with_adapter(adapter)}",
             need=f"heads trained {_with_adapter(adapter_sha256)}, as the backbone is",
             where=path.name,
-            do="name the adapter that the heads were trained with in model.adapter, or none for heads of the bare backbone",
+            do="name the adapter that the heads were trained with beside them, or none for heads of the bare backbone",
         )
     heads = MedusaHeads(
         num_heads=header.num_heads,

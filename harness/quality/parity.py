@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Literal
 
 import numpy as np
 
-from harness.config import ArmSpec, Frozen
+from harness.config import ArmSpec, BackboneName, Frozen
 from harness.judgement import Divergence, ParityReport, ParityRounding
 from harness.records import Generation, RunRecord
 from harness.trace import PromptTrace, Trace, replay
@@ -40,14 +40,15 @@ class ReplayDifference(Frozen):
     kind: Literal["tie", "bug"]
 
 
-def tie_margin_of(record: RunRecord) -> float | None:
-    """Return the gap of the backbone's two best logits below which rounding explains a divergence in this record's precision.
+def tie_margin_of(record: RunRecord, backbone: BackboneName = "original") -> float | None:
+    """Return the gap of a backbone's two best logits below which rounding explains a divergence in this record's precision.
 
     A fixed one in float32; in half precision a multiple of what the run measured, None where it did not.
     """
     if record.environment.dtype == "float32":
         return TIE_MARGIN_FLOAT32
-    return TIE_SHIFTS * record.rounding.largest_gap_shift if record.rounding is not None else None
+    rounding = record.rounding_of(backbone)
+    return TIE_SHIFTS * rounding.largest_gap_shift if rounding is not None else None
 
 
 def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> ParityReport:
@@ -58,7 +59,7 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
     not known. Where the trace's provenance lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the margin of the
     best), any other token is a bug too. `Divergence.position` is 0-based.
     """
-    margin = tie_margin if tie_margin is not None else tie_margin_of(record)
+    margins = {name: tie_margin if tie_margin is not None else tie_margin_of(record, name) for name in record.suite.backbones}
     references = {generation.trial: generation for generation in record.generations}
     traced = {backbone: record.trace_of(backbone) for backbone in record.suite.backbones}
     prompts = {backbone: {prompt.key: prompt for prompt in trace.prompts} for backbone, trace in traced.items() if trace is not None}
@@ -74,7 +75,7 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
             continue
         num_compared += 1
         num_tokens += reference.num_tokens
-        prompt = prompts.get(arm.backbone, {}).get(generation.trial.prompt_key)
+        prompt, margin = prompts.get(arm.backbone, {}).get(generation.trial.prompt_key), margins[arm.backbone]
         found = _first_divergence(
             generation, reference, prompt=prompt, near=near[arm.backbone], tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin
         )
@@ -86,7 +87,7 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
         num_tokens=num_tokens,
         num_identical=num_compared - len(divergences),
         divergences=tuple(divergences),
-        rounding=_rounding(record, tie_margin=margin, num_equal_tokens=num_equal),
+        rounding=_rounding(record, margins=margins, num_equal_tokens=num_equal),
     )
 
 
@@ -218,16 +219,24 @@ def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int
     return float(prompt.gaps[position])
 
 
-def _rounding(record: RunRecord, *, tie_margin: float | None, num_equal_tokens: int) -> ParityRounding | None:
-    if record.environment.dtype == "float32" or record.rounding is None or tie_margin is None:
+def _rounding(record: RunRecord, *, margins: Mapping[BackboneName, float | None], num_equal_tokens: int) -> ParityRounding | None:
+    """Sum up what parity was judged by; with two backbones the larger shift and margin are told, each place counts under its own."""
+    measured = {name: rounding for name in margins if (rounding := record.rounding_of(name)) is not None}
+    known = {name: margin for name, margin in margins.items() if margin is not None}
+    if record.environment.dtype == "float32" or measured.keys() != margins.keys() or known.keys() != margins.keys():
         return None
-    traces = [trace for backbone in record.suite.backbones if (trace := record.trace_of(backbone)) is not None]
-    gaps = [prompt.gaps for trace in traces for prompt in trace.prompts if prompt.gaps is not None]
+    below = [
+        prompt.gaps < known[name]
+        for name in known
+        if (trace := record.trace_of(name)) is not None
+        for prompt in trace.prompts
+        if prompt.gaps is not None
+    ]
     return ParityRounding(
         dtype=record.environment.dtype,
-        largest_shift=record.rounding.largest_gap_shift,
-        tie_margin=tie_margin,
-        share_below=float(np.mean(np.concatenate(gaps) < tie_margin)) if gaps else 0.0,
+        largest_shift=max(rounding.largest_gap_shift for rounding in measured.values()),
+        tie_margin=max(known.values()),
+        share_below=float(np.mean(np.concatenate(below))) if below else 0.0,
         num_equal_tokens=num_equal_tokens,
     )
 

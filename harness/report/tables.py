@@ -105,7 +105,10 @@ def arms_note(record: RunRecord) -> str:
     if not tuned:
         return note
     names = ", ".join(f"`{arm.name}`" for arm in tuned)
-    note += f"\n{names}: on the *tuned* backbone (Medusa-2), against that backbone's own vanilla arm, whose greedy text they must repeat."
+    note += (
+        f"\n{names}: on the *tuned* backbone (Medusa-2); its Medusa arms stand against its own vanilla arm, whose text greedy ones must "
+        "repeat. Both backbones are loaded throughout, and peak memory holds both."
+    )
     if not record.suite.reports_speed:
         return note
     across = []

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
+import harness.engine
 from harness.checks import run_checks
-from harness.config import parse_suite
-from harness.engine import Engine
+from harness.claim_evidence import Evidence
+from harness.claim_outcomes import NotTestable
+from harness.config import TinyModelSpec, parse_suite
+from harness.engine import Engine, LoadedModel, load_tuned_engine
 from harness.errors import UserError
 from harness.joint_run import JointFiles, train_joint_suite
 from harness.judge import judge
 from harness.judgement import CheckStatus
 from harness.metrics import compare, original_baseline
+from harness.quality.parity import parity_report
+from harness.record_trace import KeptText, record_trace
 from harness.records import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
-from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run
+from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite
 from harness.validate import validate_record
 
+tiny_model = harness.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}
 MEDUSA2: dict[str, Any] = {**CHAIN, "name": "medusa2", "backbone": "tuned", "baseline": "vanilla_tuned"}
 ARMS = [VANILLA, CHAIN, VANILLA_TUNED, MEDUSA2]
@@ -133,6 +141,54 @@ def test_a_searched_tree_needs_the_calibration_of_its_own_heads(files: JointFile
         sampled = {**VANILLA_TUNED, "temperature": 0.7, "seeds": [1]}
         medusa = {**MEDUSA2, "acceptance": {"rule": "rejection", "temperature": 0.7}, "seeds": [1]}
         run(suite_data(files, heads_file, arms=[VANILLA, CHAIN, sampled, medusa]), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
+    dtype: str, files: JointFiles, heads_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heads' hash is that of their file in every precision, and rounding is measured on each backbone."""
+    model = smoke_suite().model
+
+    def stored(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:  # hashed before the cast, as tensors on disk are
+        whole = tiny_model(spec, dtype=torch.float32)
+        model: Any = whole.model
+        return replace(whole, model=model.to(dtype))
+
+    monkeypatch.setattr(harness.engine, "_tiny_model", stored)
+    suite = parse_suite(tomli_w.dumps(suite_data(files, heads_file)), where="the test")
+    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    assert tuned is not None
+    prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
+    texts = [KeptText(f"t{index}", "random", ids, tuple(range(10 + index, 22 + index)), "budget") for index, ids in enumerate(prompts)]
+    record_trace(tuned, texts, max_new_tokens=12, extra={}).save(tmp_path / "calibration.npz")
+    table = {"adapter": str(files.adapter), "heads_path": str(files.heads), "calibration_trace": str(tmp_path / "calibration.npz")}
+    arms = [VANILLA, CHAIN, VANILLA_TUNED, {**MEDUSA2, "tree": {"kind": "searched", "num_nodes": 4}}]
+    data = suite_data(files, heads_file, arms=arms, tuned=table, model={**model.model_dump(mode="json", exclude_none=True), "dtype": dtype})
+    record = RunRecord(run(data, tmp_path / "results"))
+    assert (record.folder / "calibration-tuned.npz").exists() and "calibration trace" in record.trees["medusa2"].origin
+    assert (record.rounding_of("tuned") is not None) == (dtype == "bfloat16")
+    loose = {"machine_quiet", "bandwidth_sane"}
+    assert not [check.name for check in run_checks(record) if check.status is CheckStatus.FAILED and check.name not in loose]
+    if dtype == "bfloat16":
+        ours, theirs = (record.rounding_of(name) for name in ("tuned", "original"))
+        assert ours is not None and theirs is not None and ours != theirs
+        assert {arm for shift in ours.gaps for arm in shift.arms} == {"vanilla_tuned", "medusa2"}
+
+
+def test_claims_about_a_frozen_backbone_leave_tuned_arms_out(record: RunRecord) -> None:
+    spoilt = [
+        one.model_copy(update={"token_ids": (*one.token_ids[:-1], one.token_ids[-1] + 1)}) if one.trial.arm == "medusa2" else one
+        for one in record.generations
+    ]
+    copy = RunRecord(record.folder)
+    copy.__dict__["outcomes"] = tuple(spoilt)
+    whole, other = ({one.claim_id: one for one in judge(found).verdicts} for found in (record, copy))
+    assert parity_report(copy).num_identical < parity_report(record).num_identical
+    assert whole == other and any("generations of 1 arms" in one.ours for one in whole.values())
+    evidence = Evidence(record=record, arms=(), comparisons=(), parity=parity_report(record))
+    with pytest.raises(NotTestable, match="medusa2 decodes with the tuned backbone"):
+        evidence.tree("medusa2")
 
 
 def test_heads_that_were_not_trained_with_the_adapter_are_refused(files: JointFiles, heads_file: Path, tmp_path: Path) -> None:
