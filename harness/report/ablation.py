@@ -44,6 +44,7 @@ greedy answers; *perplexity* of these answers, original to tuned. Intervals are 
 _SEEDS_NOTE = (
     "Each seed draws its own answers, their order and the first adapter: how far its figures lie apart is what another training gives."
 )
+_SIGNS_ONLY = "**Signs and orders only**: the budget is too small to decide a claim."
 _RANKS_SHOWN = (1, 2, 3, 5, 10)
 _HEADS_NOTE = "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."
 _REFERENCE_NOTE = "Texts of another hand: MT-Bench's reference answers, both turns, original to tuned."
@@ -80,6 +81,8 @@ def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], 
         f"Suite `{record.spec.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
         f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; {record.spec.answer_tokens:,} answer tokens an arm."
     )
+    if not record.spec.decides_claims:
+        origin += f" {_SIGNS_ONLY}"
     parts = [origin, render_ablation_table(rows), _NOTE.replace("the next table has the seeds", "the report has the seeds")]
     if folder.is_relative_to(base.resolve()):
         link = folder.relative_to(base.resolve()).as_posix()
@@ -152,7 +155,7 @@ def _summary(record: AblationRecord) -> str:
     if record.manifest is None:
         words += " **Unfinished**: the table has the arms that are done."
     if not spec.decides_claims:
-        words += " **Signs and orders only**: the budget is too small to decide a claim."
+        words += f" {_SIGNS_ONLY}"
     return words
 
 

@@ -23,9 +23,21 @@ def draw_curves(record: AblationRecord, path: Path) -> None:
 
     Raises: UserError without matplotlib, or where no arm has a step log.
     """
+    figure = curves_figure(record)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    temporary.replace(path)
+
+
+def curves_figure(record: AblationRecord) -> Any:
+    """Return the picture as matplotlib's figure; an arm has one colour in all panels.
+
+    Raises: UserError as `draw_curves` does.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
     logs = {arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))] for arm in record.spec.arms}
@@ -35,20 +47,19 @@ def draw_curves(record: AblationRecord, path: Path) -> None:
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(2, 2)
     for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
-        for arm, runs in logs.items():
+        for number, (arm, runs) in enumerate(logs.items()):
             points = curve(runs, value)
             if points:
-                axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2)
+                axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2, color=f"C{number}")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     panels.flat[0].legend(fontsize=8)
     figure.suptitle(
         f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds", fontsize=11
     )
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    temporary.replace(path)
+    return figure
 
 
 def curve(runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]) -> list[tuple[int, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from harness.claim_specs import ClaimSpec, load_claims
 from harness.claim_training import judge_training, training_verdicts
 from harness.errors import UserError
 from harness.judgement import VerdictKind
-from harness.report.ablation import ablation_headline, render_ablation, update_ablation
-from harness.report.ablation_curves import curve, draw_curves
+from harness.report.ablation import MARKER, ablation_headline, render_ablation, render_readme_ablation, update_ablation
+from harness.report.ablation_curves import curve, curves_figure, draw_curves
 from harness.report.formatting import holds_absolute_path
+from harness.report.readme import update_between_markers
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from harness.trace import replay
 from harness.validate import validate_record
@@ -224,6 +226,19 @@ def test_curves_are_means_over_seeds(record: AblationRecord, tmp_path: Path) -> 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_arm_has_one_colour_in_all_panels(tmp_path: Path) -> None:
+    """A frozen backbone has no curve of its own term, and must not hand its colour on there."""
+    record = write_fake_ablation(tmp_path / "record")
+    for path in record.folder.glob("steps-medusa1-*.jsonl"):
+        path.write_text(re.sub(r'"backbone_loss": [^,]*', '"backbone_loss": null', path.read_text()))
+    panels = curves_figure(record).axes
+    colours = [{line.get_label(): line.get_color() for line in axes.get_lines()} for axes in panels]
+    assert "medusa1" in colours[0] and any("medusa1" not in panel for panel in colours)
+    assert len(set(colours[0].values())) == len(colours[0]) == len(record.spec.arms)
+    for panel in colours:
+        assert panel.items() <= colours[0].items()
+
+
 def test_a_planned_arm_twice_or_an_unplanned_one_is_a_fault(tmp_path: Path) -> None:
     record = write_fake_ablation(tmp_path / "record", seal=False)
     lines = (record.folder / "arms.jsonl").read_text()
@@ -253,3 +268,13 @@ def test_committed_ablations_are_whole_and_their_reports_follow_from_them(folder
     verdicts = training_verdicts(load_claims(), record)
     text = render_ablation(record, ablation_rows(record), verdicts, has_curves=(folder / "curves.png").exists())
     assert (folder / "report.md").read_text() == text
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no ablation is committed")
+def test_the_readme_shows_a_committed_ablation(tmp_path: Path) -> None:
+    """The one that decides claims where there is one, the newest of its kind."""
+    records = [AblationRecord(folder) for folder in COMMITTED]
+    record = max(records, key=lambda one: (one.spec.decides_claims, one.folder.name))
+    text = (ROOT / "README.md").read_text()
+    content = render_readme_ablation(record, ablation_rows(record), base=ROOT)
+    assert update_between_markers(text, marker=MARKER, content=content) == text
