@@ -24,7 +24,7 @@ from harness.environment import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import resolve_path
-from harness.training_run import calibrate, check_overlap, fill_corpus
+from harness.training_run import calibrate, check_overlap, fill_corpus, new_heads
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, save_adapter, save_heads
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
@@ -175,17 +175,8 @@ def first_heads(loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path
 
     Raises: UserError for trained heads of another form than the recipe's.
     """
-    lm_head: Any = loaded.model.get_output_embeddings()
     if start_heads is None:
-        fresh = MedusaHeads(
-            num_heads=recipe.num_heads,
-            num_layers=recipe.num_layers,
-            hidden_size=lm_head.weight.shape[1],
-            vocab_size=lm_head.weight.shape[0],
-            architecture=recipe.architecture,
-            lm_head=lm_head,
-        )
-        return fresh.to(loaded.model.device), "fresh"
+        return new_heads(loaded, recipe).to(loaded.model.device), "fresh"
     heads, _ = heads_for(loaded, start_heads)
     found, need = ((one.num_heads, one.num_layers, one.architecture) for one in (heads, recipe))
     if found != need:

@@ -29,6 +29,7 @@ from harness.paths import resolve_path
 from harness.probes import measure_device_limits
 from harness.records import DeviceLimits, Environment
 from harness.training_profile import MatrixThroughput, TrainingProfile
+from harness.training_run import new_heads
 from harness.training_specs import AnySuite, JointSuite, TrainingSuite
 from harness.training_watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from medusa_impl.checkpoint import backbone_sha256
@@ -119,14 +120,7 @@ def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_
     samples = _samples(spec, loaded)
     features = _features(samples, loaded, recipe, folder=folder)
     lm_head: Any = loaded.model.get_output_embeddings()
-    heads = MedusaHeads(
-        num_heads=recipe.num_heads,
-        num_layers=recipe.num_layers,
-        hidden_size=lm_head.weight.shape[1],
-        vocab_size=lm_head.weight.shape[0],
-        architecture=recipe.architecture,
-        lm_head=lm_head,
-    )
+    heads = new_heads(loaded, recipe)
     rates = heads_stages(recipe, vocab_size=heads.vocab_size)
     watch = StepWatch(tuple(rates), num_steps=num_steps, clock=clock, marks=partial(heads_marks, heads=heads))
     changed: dict[str, object] = {"num_epochs": None, "num_steps": watch.num_steps, "full_vocabulary_rate": (len(rates) - 1) / 2}

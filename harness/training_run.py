@@ -32,8 +32,9 @@ from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.distill import CorpusStore, generate_corpus, pack_corpus, unpack_corpus
 from medusa_impl.features import add_states, load_features
 from medusa_impl.heads import MedusaHeads
+from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.runner import StepRunner
-from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
+from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
 
 _BACKBONE_FILE = "backbone.sha256"
 
@@ -65,14 +66,7 @@ def train_suite(
     features = load_features(store, num_heads=spec.recipe.num_heads)
     console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
     lm_head: Any = loaded.model.get_output_embeddings()
-    heads = MedusaHeads(
-        num_heads=spec.recipe.num_heads,
-        num_layers=spec.recipe.num_layers,
-        hidden_size=lm_head.weight.shape[1],
-        vocab_size=lm_head.weight.shape[0],
-        architecture=spec.recipe.architecture,
-        lm_head=lm_head,
-    )
+    heads = new_heads(loaded, spec.recipe)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=None)
@@ -100,6 +94,19 @@ def train_suite(
     pack_corpus(store.samples(with_states=False), files.corpus, backbone_sha256=loaded.sha256)
     calibrate(spec, loaded, heads_file=files.heads, calibration_file=files.calibration, work=work, console=console)
     return files
+
+
+def new_heads(loaded: LoadedModel, recipe: Medusa1Recipe | Medusa2Recipe) -> MedusaHeads:
+    """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
+    lm_head: Any = loaded.model.get_output_embeddings()
+    return MedusaHeads(
+        num_heads=recipe.num_heads,
+        num_layers=recipe.num_layers,
+        hidden_size=lm_head.weight.shape[1],
+        vocab_size=lm_head.weight.shape[0],
+        architecture=recipe.architecture,
+        lm_head=lm_head,
+    )
 
 
 def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:

@@ -73,6 +73,15 @@ def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> Non
         train_joint_suite(JointSuite.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET)
 
 
+def test_a_run_begun_under_another_order_of_the_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    """To skip the first batches of one order in another would show some answers twice and some never."""
+    train(folder, tmp_path)
+    path = tmp_path / "work" / "joint" / "run.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "order"}))
+    with pytest.raises(UserError, match="a training of another order"):
+        train(folder, tmp_path)
+
+
 def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, tmp_path: Path) -> None:
     one, two, other = (train(folder, tmp_path / name, seed=seed, num_steps=3) for name, seed in (("one", 0), ("two", 0), ("other", 1)))
     assert one.adapter is not None and two.adapter is not None and other.adapter is not None

@@ -15,7 +15,7 @@ import harness.engine
 from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_outcomes import NotTestable
-from harness.config import TinyModelSpec, parse_suite
+from harness.config import FastestTree, TinyModelSpec, parse_suite
 from harness.engine import Engine, LoadedModel, load_tuned_engine
 from harness.errors import UserError
 from harness.joint_run import JointFiles, train_joint_suite
@@ -27,6 +27,7 @@ from harness.record_trace import KeptText, record_trace
 from harness.records import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
+from harness.run import _check_step_shapes
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite
@@ -195,3 +196,22 @@ def test_heads_that_were_not_trained_with_the_adapter_are_refused(files: JointFi
     tuned = {"adapter": str(files.adapter), "heads_path": str(heads_file)}
     with pytest.raises(UserError, match="adapter"):
         run(suite_data(files, heads_file, tuned=tuned), tmp_path)
+
+
+def test_a_fastest_tree_is_refused_where_a_tuned_step_reads_other_amounts(
+    files: JointFiles, heads_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps that are timed are the original's; heads that read more would be sized by the wrong cost."""
+    suite = parse_suite(tomli_w.dumps(suite_data(files, heads_file)), where="the test")
+    fastest = FastestTree(kind="fastest", max_nodes=8)
+    arms = tuple(arm.model_copy(update={"tree": fastest}) if arm.name == "medusa2" else arm for arm in suite.arms)
+    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    assert tuned is not None
+    changed = suite.model_copy(update={"arms": arms})
+    _check_step_shapes(changed, {"original": tuned, "tuned": tuned})
+    other = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    assert other is not None
+    monkeypatch.setattr(type(other), "heads_bytes", property(lambda engine: 1 if engine is other else 2))
+    with pytest.raises(UserError, match="its steps are the ones that are timed"):
+        _check_step_shapes(changed, {"original": tuned, "tuned": other})
+    _check_step_shapes(suite, {"original": tuned, "tuned": other})
