@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -153,8 +154,11 @@ def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def best_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the GPU where there is one, a launcher's process its own, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if rank is None else torch.device("cuda", int(rank))
 
 
 def load_model(
@@ -210,7 +214,7 @@ def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
             do="leave out quantisation, or train where they are",
         )
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"quantization_config": config, "device_map": {"": 0}}
+    return {"quantization_config": config, "device_map": {"": best_device().index or 0}}
 
 
 def _has_bitsandbytes() -> bool:

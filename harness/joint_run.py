@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback
@@ -26,13 +25,13 @@ from harness.files import canonical_sha256, write_bytes
 from harness.paths import resolve_path
 from harness.training_run import calibrate, check_overlap, fill_corpus, new_heads
 from harness.training_specs import JointSuite
-from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, save_adapter, save_heads
+from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.features import is_held_out
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import TokenSubset
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
-from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, training_arguments
+from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, process_state, read_step_log, training_arguments
 from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
 
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
@@ -79,7 +78,7 @@ def train_joint_suite(
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
     files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
-    if files.model is not None or spec.recipe.quantisation is not None or not PartialState().is_main_process:
+    if files.model is not None or spec.recipe.quantisation is not None or not process_state().is_main_process:
         return files
     model = spec.model.model_copy(update={"adapter": str(files.adapter)}) if files.adapter is not None else spec.model
     del loaded
@@ -139,6 +138,7 @@ def train_joint(
     check_runnable(recipe)
     heads, origin = first_heads(loaded, recipe, start_heads=start_heads)
     _check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
+    was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     model = MedusaTrainingModel(loaded.model, heads, recipe=recipe, subset=token_subset(text.train, recipe, vocab_size=heads.vocab_size))
     arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=loaded.model.device.type == "cpu")
@@ -165,6 +165,7 @@ def train_joint(
         num_positions_seen=sum(step.num_positions for step in steps),
         final_loss=steps[-1].loss,
         held_out=evaluate_joint(model, text.held_out[:MAX_HELD_OUT]),
+        backbone_sha256s=(was, backbone_sha256(loaded.model)) if was is not None else None,
     )
     print_joint_figures(console, figures, recipe=recipe)
     return _write(loaded, model, figures, text=text, work=work, target=target)
@@ -281,7 +282,7 @@ def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backb
         "text": text.fingerprint(),
         "backbone": backbone_sha256,
         "first heads": heads_sha256,
-        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps * PartialState().num_processes],
+        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps * process_state().num_processes],
     }
     work.mkdir(parents=True, exist_ok=True)
     path = work / "run.json"
@@ -313,7 +314,7 @@ def _write(
         calibration=None,
         figures=figures,
     )
-    if not PartialState().is_main_process:  # every process has the same weights: one writes them
+    if not process_state().is_main_process:  # every process has the same weights: one writes them
         return files
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / STEP_LOG, files.step_log)

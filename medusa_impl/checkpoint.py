@@ -60,7 +60,10 @@ class JointHeldOut(BaseModel):
 
 
 class JointFigures(BaseModel):
-    """What a finished joint training saw and reached; `held_out` is None where nothing was held out."""
+    """What a finished joint training saw and reached; `held_out` is None where nothing was held out.
+
+    `backbone_sha256s` are the hashes of a frozen backbone's tensors in memory before and behind the training: one and the same.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -70,6 +73,7 @@ class JointFigures(BaseModel):
     num_positions_seen: int
     final_loss: float
     held_out: JointHeldOut | None
+    backbone_sha256s: tuple[str, str] | None = None
 
 
 class HeadsProvenance(BaseModel):

@@ -71,6 +71,10 @@ class TokenSubset:
         """Return targets as rows of the subset; `NO_TARGET` stays, a token outside becomes `OUTSIDE_SUBSET`."""
         return torch.where(targets >= 0, self.local_ids[targets.clamp_min(0).long()], targets)
 
+    def to(self, device: torch.device) -> TokenSubset:
+        """Return the same subset on a device."""
+        return TokenSubset(token_ids=self.token_ids.to(device), local_ids=self.local_ids.to(device))
+
 
 def head_weights(*, num_heads: int, lambda_base: float) -> tuple[float, ...]:
     """Return lambda_k = `lambda_base` ** k for k = 1..K.
@@ -95,7 +99,7 @@ def medusa1_loss(
 
     One normaliser for all heads: the positions that have a target for head 1, in the subset or not (or `num_positions`, for a batch
     given in parts). Padding rows, all `NO_TARGET`, change nothing. The products with a shared unembedding run in `lm_head_weight`'s
-    dtype, the softmax in float32.
+    dtype, the softmax in float32. All tensors lie on one device, the subset's too.
     Shapes: states `[T, H]`; targets `[T, K]` token ids, rows of the subset where one is given, `NO_TARGET` where there is none;
     lm_head_weight `[V', H]`, already restricted to the subset (unused by `own` unembeddings).
     Paper: Section 2.2.1, Eq. 1.
@@ -109,7 +113,7 @@ def medusa1_loss(
     if num_positions is None:
         num_positions = int((targets[:, 0] != NO_TARGET).sum())
     head_states = heads.states(states)
-    scales = torch.tensor(lambdas, dtype=torch.float32) / max(num_positions, 1)
+    scales = torch.tensor(lambdas, dtype=torch.float32, device=states.device) / max(num_positions, 1)
     if heads.architecture == "shared":
         loss, row_losses, row_ranks, row_heads = _shared_loss(head_states, targets, lm_head_weight, scales, max_logits_bytes)
     else:
@@ -117,7 +121,7 @@ def medusa1_loss(
     num_heads = heads.num_heads
     return Medusa1Loss(
         loss=loss,
-        loss_sums=torch.zeros(num_heads, dtype=torch.float64).index_add_(0, row_heads, row_losses.double()),
+        loss_sums=torch.zeros(num_heads, dtype=torch.float64, device=states.device).index_add_(0, row_heads, row_losses.double()),
         num_targets=torch.bincount(row_heads, minlength=num_heads),
         rank_hits=rank_counts(row_ranks, row_heads, num_heads=num_heads),
         num_positions=num_positions,
@@ -212,7 +216,8 @@ def _own_loss(
             ranks.append(row_rank)
             row_heads.append(torch.full_like(part, head))
     if not losses:
-        return loss, torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+        nothing = torch.empty(0, dtype=torch.long, device=head_states.device)
+        return loss, nothing.float(), nothing, nothing
     return loss, torch.cat(losses), torch.cat(ranks), torch.cat(row_heads)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -50,7 +50,9 @@ class Medusa2Recipe(_Record):
     `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).
     `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets lambda_0 rise from 0 along `ramp`
     over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one learning rate is direct fine-tuning, the control of Table 2.
-    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one over `each_stage`.
+    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one over `each_stage`, the second
+    with an optimiser that knows nothing of the first.
+    `batch_sequences` x `accumulation_steps` sequences make a step, however many processes share them.
     `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
     the most frequent tokens. Exactly one of `num_epochs` and `num_steps` is set.
     Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
@@ -96,17 +98,15 @@ class Medusa2Recipe(_Record):
             raise ValueError("a subset of the vocabulary needs a frozen LM head: heads_lm_head must be original")
         return self
 
-    def loss_weights(self, progress: float) -> tuple[float, float]:
-        """Return the weights of L_LM and of L1 at a share of the run, 0 at its first step and 1 behind its last.
+    def loss_weights(self, step: int, *, num_steps: int) -> tuple[float, float]:
+        """Return the weights of L_LM and of L1 at step 0..num_steps - 1.
 
         Paper: Section 2.2.2; the sine ramp is a quarter of a period, 0 to lambda_0.
         """
-        if self.backbone == "frozen":
-            return 0.0, 1.0
-        if self.warmup == "two_stage" and progress < self.stage_rate:
+        if self.backbone == "frozen" or step < self.first_backbone_step(num_steps):
             return 0.0, 1.0
         if self.warmup == "ramped" and self.ramp != "constant":
-            risen = min(1.0, progress / self.ramp_rate)
+            risen = min(1.0, step / num_steps / self.ramp_rate)
             return 1.0, self.lambda_0 * (math.sin(0.5 * math.pi * risen) if self.ramp == "sine" else risen)
         return 1.0, self.lambda_0
 
@@ -127,7 +127,7 @@ class Medusa2Recipe(_Record):
 
     def first_backbone_step(self, num_steps: int) -> int:
         """Return the first step in which the backbone learns."""
-        return math.ceil(self.stage_rate * num_steps) if self.warmup == "two_stage" else 0
+        return math.ceil(round(self.stage_rate * num_steps, 6)) if self.warmup == "two_stage" else 0  # 0.28 x 100 is 28, not a hair more
 
 
 def _cosine(step: int, *, num_steps: int, warmup_steps: int) -> float:
@@ -183,15 +183,15 @@ class MedusaTrainingModel(nn.Module):
         check_plain_lm_head(model)
         self.recipe = recipe
         self.heads = heads.float()
-        self.subset = subset
-        frozen_head: Any = model.get_output_embeddings()
-        original = frozen_head.weight.detach()
         model.requires_grad_(recipe.backbone == "full")
-        if recipe.backbone == "full" and (recipe.target == "original" or recipe.heads_lm_head == "original"):
-            self._copy: list[PreTrainedModel] = [copy.deepcopy(model).eval().requires_grad_(False)]  # in a list: not a submodule, not saved
-            original = self._copy[0].get_output_embeddings().get_parameter("weight").detach()
+        needs_copy = recipe.backbone == "full" and (recipe.target == "original" or recipe.heads_lm_head == "original")
+        self.original_model: Any = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         self.backbone: Any = add_adapter(model, recipe.lora) if recipe.backbone == "lora" else model
-        self._original_lm_head = [original, original[subset.token_ids] if subset is not None else original]
+        if subset is not None:  # as buffers, so that they go where the model goes
+            subset = subset.to(self.original_lm_head.weight.device)
+            self.register_buffer("_subset_token_ids", subset.token_ids, persistent=False)
+            self.register_buffer("_subset_local_ids", subset.local_ids, persistent=False)
+            self.register_buffer("_subset_weight", self.original_lm_head.weight.detach()[subset.token_ids], persistent=False)
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
 
     @property
@@ -199,6 +199,18 @@ class MedusaTrainingModel(nn.Module):
         """The backbone itself, adapter layers within it."""
         base: PreTrainedModel = self.backbone.get_base_model() if self.recipe.backbone == "lora" else self.backbone
         return base
+
+    @property
+    def original_lm_head(self) -> Any:
+        """The LM head of the original model, a linear layer: under an adapter's, of the copy, or the frozen backbone's own."""
+        lm_head: Any = (self.model if self.original_model is None else self.original_model).get_output_embeddings()
+        return getattr(lm_head, "base_layer", lm_head)
+
+    @property
+    def subset(self) -> TokenSubset | None:
+        """The vocabulary that the heads are restricted to, on the model's device."""
+        buffers = dict(self.named_buffers(recurse=False))
+        return TokenSubset(buffers["_subset_token_ids"], buffers["_subset_local_ids"]) if buffers else None
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return all parameters of the heads, biases included, and all of the backbone's that learn."""
@@ -216,8 +228,8 @@ class MedusaTrainingModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and sums for the log.
 
-        `num_items` is that count where a batch comes in parts. A weight of 0 leaves its part out; without L_LM the backbone runs without
-        gradients.
+        `num_items` is that count where a batch comes in parts. Without a weight L_LM is left out, and the backbone runs without gradients;
+        L1 is always there, weighted or not, for the log.
         Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar, head_losses `[K]`,
         head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
         """
@@ -241,7 +253,7 @@ class MedusaTrainingModel(nn.Module):
         """Lend the original model: adapter off, no dropout, no gradients; everything is restored, `requires_grad` included."""
         if self.recipe.backbone == "full":
             with torch.no_grad():
-                yield self._copy[0]
+                yield self.original_model.eval()
             return
         learning = {name: parameter.requires_grad for name, parameter in self.backbone.named_parameters()}
         training = self.backbone.training
@@ -267,17 +279,16 @@ class MedusaTrainingModel(nn.Module):
         The target's first choice is the teacher's under self-distillation, else the token.
         """
         lm_head: Any = self.model.get_output_embeddings()
-        size = self._chunk_rows()
-        teacher_logits: list[Tensor] | None = None
+        loss_of: Callable[..., tuple[Tensor, Tensor]]
         if self.recipe.target == "original":
             with self.teacher() as original:
-                original_head: Any = original.get_output_embeddings()
-                teacher_states = self._hidden(original, input_ids, attention_mask).flatten(0, 1)[rows]
-                teacher_logits = [original_head(part) for part in torch.split(teacher_states, size)]
+                asked = self._hidden(original, input_ids, attention_mask).flatten(0, 1)[rows]
+            unembedding, loss_of = self.original_lm_head, _divergence
+        else:
+            asked, unembedding, loss_of = targets.long(), None, _cross_entropy
         total, agreements = states.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=states.device)
-        for index, (part, wanted) in enumerate(zip(torch.split(states, size), torch.split(targets, size), strict=True)):
-            asked = teacher_logits[index] if teacher_logits is not None else wanted.long()
-            part_sum, ranks = checkpoint(_divergence, lm_head, part, asked, use_reentrant=False)
+        for part, wanted in zip(torch.split(states, self._chunk_rows()), torch.split(asked, self._chunk_rows()), strict=True):
+            part_sum, ranks = checkpoint(loss_of, lm_head, part, wanted, unembedding, use_reentrant=False)
             total, agreements = total + part_sum, agreements + (ranks == 0).sum()
         return total, agreements
 
@@ -290,7 +301,7 @@ class MedusaTrainingModel(nn.Module):
             states,
             targets if subset is None else subset.localise(targets),
             heads=self.heads,
-            lm_head_weight=self._original_lm_head[1],
+            lm_head_weight=self.original_lm_head.weight.detach() if subset is None else self.get_buffer("_subset_weight"),
             lambdas=self.lambdas,
             subset=subset,
             num_positions=int(count),
@@ -307,7 +318,7 @@ class MedusaTrainingModel(nn.Module):
             kept = targets[:, head] != NO_TARGET
             head_sum, head_ranks = states.new_zeros(()), []
             for part, wanted in zip(torch.split(head_states[kept, head], size), torch.split(targets[kept, head].long(), size), strict=True):
-                part_sum, part_ranks = checkpoint(_divergence, lm_head, part, wanted, use_reentrant=False)
+                part_sum, part_ranks = checkpoint(_cross_entropy, lm_head, part, wanted, None, use_reentrant=False)
                 head_sum = head_sum + part_sum
                 head_ranks.append(part_ranks)
             loss = loss + weight * head_sum / count
@@ -317,7 +328,7 @@ class MedusaTrainingModel(nn.Module):
         return {
             "loss": loss,
             "head_losses": torch.stack(sums),
-            "head_targets": torch.tensor([len(head_ranks) for head_ranks in ranks]),
+            "head_targets": torch.tensor([len(head_ranks) for head_ranks in ranks], device=states.device),
             "head_ranks": rank_counts(torch.cat(ranks), groups, num_heads=len(ranks)),
         }
 
@@ -325,19 +336,32 @@ class MedusaTrainingModel(nn.Module):
         return max(1, DEFAULT_LOGITS_BYTES // (4 * self.heads.vocab_size))
 
 
-def _divergence(lm_head: nn.Module, states: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy on token ids `[R]`, or the summed KL from logits `[R, V]`, and the rank of each row's first choice.
+def _cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy on token ids `[R]`, and how many logits exceed each target's."""
+    logits = _logits(lm_head, states)
+    return cross_entropy(logits, targets, reduction="sum"), _ranks(logits, targets)
 
-    The rank is how many logits exceed that of the token, or of the other law's best token: 0 where the two agree.
+
+def _divergence(lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the summed KL from the original's law at states `[R, H]`, and how many logits exceed that of its best token.
+
+    Both laws are formed here, behind a checkpoint, so that no more than one chunk of either is kept.
     """
-    logits = lm_head(states.to(next(lm_head.parameters()).dtype)).float()
-    best = asked if asked.dim() == 1 else asked.argmax(-1)
+    logits = _logits(lm_head, states)
     with torch.no_grad():
-        ranks = (logits > logits.gather(1, best[:, None])).sum(1)
-    if asked.dim() == 1:
-        return cross_entropy(logits, asked, reduction="sum"), ranks
-    wanted = log_softmax(asked.float(), -1)
-    return (wanted.exp() * (wanted - log_softmax(logits, -1))).sum(), ranks
+        original_logits = _logits(original_lm_head, original_states)
+        best, wanted = original_logits.argmax(-1), log_softmax(original_logits, -1)
+    return (wanted.exp() * (wanted - log_softmax(logits, -1))).sum(), _ranks(logits, best)
+
+
+def _logits(lm_head: nn.Module, states: Tensor) -> Tensor:
+    logits: Tensor = lm_head(states.to(next(lm_head.parameters()).dtype))
+    return logits.float()
+
+
+@torch.no_grad()
+def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
+    return (logits > logits.gather(1, token_ids[:, None])).sum(1)
 
 
 def check_plain_lm_head(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +34,9 @@ class JointStep(_Record):
     """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
 
     `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree, both None where
-    the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best;
+    the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best.
+    Equal logits count for the target, and under bfloat16 many are equal: these shares run a little high. Learning rates are those that the
+    optimiser held, gradient_norm is that before clipping;
     memory_bytes is the peak since training began: of the GPU's allocator, or of the process's resident set.
     """
 
@@ -48,17 +51,27 @@ class JointStep(_Record):
     lambda_0: float
     heads_learning_rate: float
     backbone_learning_rate: float
+    gradient_norm: float | None = None
     num_positions: int
     positions_per_s: float | None
     memory_bytes: int
 
 
+def process_state() -> PartialState:
+    """Return which of how many processes this is; without a GPU each would take itself for the only one if not told so."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool) -> TrainingArguments:
-    """Return the Trainer's arguments that a recipe amounts to; learning rates are the recipe's own schedule."""
-    return TrainingArguments(
+    """Return the Trainer's arguments that a recipe amounts to; learning rates are the recipe's own schedule.
+
+    Raises: UserError for a batch that does not divide among the processes, or several GPUs without a launcher.
+    """
+    batch_sequences, accumulation_steps = shared_batch(recipe, num_processes=process_state().num_processes)
+    arguments = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=recipe.batch_sequences,
-        gradient_accumulation_steps=recipe.accumulation_steps,
+        per_device_train_batch_size=batch_sequences,
+        gradient_accumulation_steps=accumulation_steps,
         max_steps=recipe.num_steps if recipe.num_steps is not None else -1,
         num_train_epochs=recipe.num_epochs if recipe.num_epochs is not None else 1.0,
         max_grad_norm=recipe.max_gradient_norm,
@@ -77,6 +90,31 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         average_tokens_across_devices=True,
         train_sampling_strategy="group_by_length",  # by our own sampler: the Trainer's would begin with the longest
         ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
+        ddp_broadcast_buffers=False,  # no buffer changes while training
+    )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            found=f"{arguments.n_gpu} GPUs in one process",
+            need="one process a GPU",
+            where="joint training",
+            do="start it with `accelerate launch -m harness train ..`, or show it one GPU by CUDA_VISIBLE_DEVICES",
+        )
+    return arguments
+
+
+def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int]:
+    """Return each process's sequences at once, and how many times it takes them a step: the step's batch stays the recipe's.
+
+    Raises: UserError for a batch that does not divide.
+    """
+    if recipe.batch_sequences % num_processes == 0:
+        return recipe.batch_sequences // num_processes, recipe.accumulation_steps
+    if recipe.accumulation_steps % num_processes == 0:
+        return recipe.batch_sequences, recipe.accumulation_steps // num_processes
+    raise UserError(
+        found=f"{recipe.accumulation_steps} times {recipe.batch_sequences} sequences for {num_processes} processes",
+        need="batch_sequences or accumulation_steps that the processes divide",
+        where="the recipe",
     )
 
 
@@ -101,6 +139,8 @@ class MedusaTrainer(Trainer):
         self._sampler: LikeLengthSampler | None = None
         self._lengths = [len(sequence.token_ids) for sequence in sequences]
         self._window: dict[str, Tensor] = {}
+        self._gradient_norm: float | None = None
+        self._rates: list[float] = []
         self._on_step, self._clock, self._mark = on_step, clock, clock()
         super().__init__(
             model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
@@ -140,7 +180,7 @@ class MedusaTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor | Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """Return the loss of one part of a batch, weighted as the recipe weights this step."""
-        backbone_weight, heads_weight = self.recipe.loss_weights(self._progress())
+        backbone_weight, heads_weight = self.recipe.loss_weights(self.state.global_step, num_steps=self.state.max_steps)
         result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
         loss = result.pop("loss")
         if not bool(torch.isfinite(loss.detach())):
@@ -167,8 +207,7 @@ class MedusaTrainer(Trainer):
             return None
         now, step = self._clock(), self.state.global_step
         elapsed, self._mark = now - self._mark, now
-        backbone_weight, heads_weight = self.recipe.loss_weights((step - 1) / self.state.max_steps)
-        rates = self.recipe.learning_rates(step - 1, num_steps=self.state.max_steps)
+        backbone_weight, heads_weight = self.recipe.loss_weights(step - 1, num_steps=self.state.max_steps)
         positions = int(sums["positions"])
         targets = sums["head_targets"].tolist()
         hits = sums["head_ranks"].cumsum(-1).tolist()
@@ -184,8 +223,9 @@ class MedusaTrainer(Trainer):
             ),
             backbone_weight=backbone_weight,
             lambda_0=heads_weight,
-            heads_learning_rate=rates[0],
-            backbone_learning_rate=rates[1],
+            heads_learning_rate=self._rates[0],
+            backbone_learning_rate=self._rates[1] if len(self._rates) > 1 else 0.0,
+            gradient_norm=self._gradient_norm,
             num_positions=positions,
             positions_per_s=positions / elapsed if elapsed > 0 else None,
             memory_bytes=peak_memory_bytes(self.args.device),
@@ -197,8 +237,18 @@ class MedusaTrainer(Trainer):
         assert isinstance(model, MedusaTrainingModel)
         return model
 
-    def _progress(self) -> float:
-        return self.state.global_step / self.state.max_steps
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        self._gradient_norm = float(norm) if norm is not None else None
+        return norm
+
+    def begin_step(self) -> None:
+        """Note the rates of the step that begins; where the second of two stages begins anew, so does the optimiser."""
+        step, recipe = self.state.global_step, self.recipe
+        optimizer: Any = self.optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        if recipe.schedule == "each_stage" and step and step == recipe.first_backbone_step(self.state.max_steps):
+            getattr(optimizer, "optimizer", optimizer).state.clear()  # accelerate wraps the optimiser
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save what learns, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
@@ -248,6 +298,9 @@ class _StepLog(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._trainer._sampler is not None:
             self._trainer._sampler.set_epoch(int(state.epoch or 0))  # accelerate does not reach it in a resumed run of several processes
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         record = self._trainer.take_step_record()

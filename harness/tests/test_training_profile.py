@@ -176,12 +176,12 @@ def joint_counts() -> dict[str, int]:
     embedded = sum(linear_flops(tokens, *sizes) for sizes in from_states)  # what reads the embedding passes no gradient on
     embedded += sum(linear_flops(tokens, RANK, inputs) for inputs, _ in from_states)
     return {
-        "teacher": linears + attention + lm_head,
+        "teacher": linears + attention,
         "student": linears + adapters + attention,
-        "backbone_loss": lm_head,
+        "backbone_loss": 2 * lm_head,  # both laws
         "heads_loss": blocks + 2 * linear_flops(head_rows, width, model.vocab_size),
-        # logits again and their gradient; the blocks' two; layers' inputs, adapters' weights and inputs; five products of attention
-        "backward": 2 * lm_head + 2 * blocks + linears + 2 * adapters - embedded + attention // 2 * 5,
+        # both laws' logits again, one's gradient; the blocks' two; layers' inputs, adapters' weights and inputs; five of attention
+        "backward": 3 * lm_head + 2 * blocks + linears + 2 * adapters - embedded + attention // 2 * 5,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -19,6 +20,7 @@ from medusa_impl.losses import TokenSubset
 from medusa_impl.medusa2 import LoraRecipe, Medusa2Recipe, MedusaTrainingModel, add_adapter, untie_lm_head
 from medusa_impl.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.tests.two_devices import HostAndDevice, is_on_device, put_module_on_device, put_on_device
 
 BATCH = collate(
     [
@@ -85,7 +87,7 @@ def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tu
         elif model.recipe.heads_lm_head == "adapted":
             logits = model.model.lm_head(states[..., head, :])
         else:
-            logits = states[..., head, :] @ model._original_lm_head[0].T
+            logits = states[..., head, :] @ model.original_lm_head.weight.detach().T
         heads = heads + 0.8 ** (head + 1) * cross_entropy(logits[kept], targets[..., head + 1][kept], reduction="sum") / count
     return backbone, heads
 
@@ -119,6 +121,53 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=2e-6, rtol=1e-4, msg=name)
         assert bool(gradient.any()), name
+
+
+@pytest.mark.parametrize(
+    "architecture, reads, restricted",
+    [("shared", "original", True), ("own", "original", True), ("own", "adapted", False), ("shared", "adapted", False)],
+)
+@pytest.mark.parametrize("backbone, target", [("lora", "original"), ("lora", "tokens"), ("full", "original")])
+def test_no_tensor_is_left_on_the_host(architecture: str, reads: str, restricted: bool, backbone: str, target: str) -> None:
+    """Regression: weights, sums and the token subset were made on the CPU, and met the model's tensors on the GPU."""
+    subset = TokenSubset.most_frequent(torch.arange(TINY_VOCAB), size=40) if restricted else None
+    model = make_model(architecture=architecture, heads_lm_head=reads, subset=subset, backbone=backbone, target=target)
+    batch = {name: tensor.clone() for name, tensor in BATCH.items()}
+    put_module_on_device(model)
+    put_on_device(*batch.values())
+    with HostAndDevice():
+        found = model(**batch, backbone_weight=1.0, heads_weight=0.3)
+    assert {name for name, value in found.items() if not is_on_device(value)} == set()
+
+
+def test_the_stand_in_for_a_device_sees_what_was_left_behind() -> None:
+    there, here = torch.ones(3), torch.ones(3)
+    put_on_device(there)
+    with HostAndDevice():
+        assert is_on_device((2 * there)[1:]) and is_on_device(torch.zeros(2, device=there.device)) and not is_on_device(here + 1)
+        assert is_on_device(there * torch.ones(()))
+        with pytest.raises(RuntimeError, match="of the host meet"):
+            there + here
+
+
+@pytest.mark.parametrize("target", ["tokens", "original"])
+@pytest.mark.parametrize("architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")])
+def test_no_logits_outlive_their_chunk(monkeypatch: pytest.MonkeyPatch, target: str, architecture: str, reads: str) -> None:
+    """Regression: the original model's logits were kept for all positions until the backward pass. Ten positions, two rows a chunk."""
+    monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
+    model = make_model(target=target, architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    saved: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    gc.collect()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = model(**BATCH, backbone_weight=1.0, heads_weight=0.3)
+    alive = [tuple(one.shape) for one in gc.get_objects() if issubclass(type(one), Tensor) and not isinstance(one, nn.Parameter)]
+    wide = [shape for shape in (*alive, *saved) if len(shape) > 1 and shape[-1] == TINY_VOCAB]
+    assert wide == [] and saved and float(result["loss"].detach()) > 0
 
 
 def test_heads_move_the_backbone_only_while_it_learns() -> None:
@@ -241,22 +290,22 @@ def test_heads_in_a_subset_of_the_vocabulary() -> None:
 def test_schedules() -> None:
     """Heads first, then both; or a quarter sine up to lambda_0; or neither, which is direct fine-tuning."""
     stages = Medusa2Recipe(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
-    assert [stages.loss_weights(progress) for progress in (0.0, 0.39, 0.4, 0.9)] == [(0, 1), (0, 1), (1, 0.2), (1, 0.2)]
+    assert [stages.loss_weights(step, num_steps=100) for step in (0, 39, 40, 90)] == [(0, 1), (0, 1), (1, 0.2), (1, 0.2)]
     assert stages.first_backbone_step(100) == 40
     assert stages.learning_rates(39, num_steps=100)[1] == 0
     assert stages.learning_rates(40, num_steps=100)[1] == pytest.approx(5e-4)
     ramped = Medusa2Recipe(num_steps=100, warmup="ramped", lambda_0=0.01, ramp_rate=0.5)
-    weights = [ramped.loss_weights(progress)[1] for progress in (0.0, 0.25, 0.5, 1.0)]
+    weights = [ramped.loss_weights(step, num_steps=100)[1] for step in (0, 25, 50, 99)]
     assert weights == pytest.approx([0, 0.01 * math.sin(math.pi / 4), 0.01, 0.01])
     linear = ramped.model_copy(update={"ramp": "linear"})
-    assert linear.loss_weights(0.25) == pytest.approx((1.0, 0.005))
-    assert ramped.model_copy(update={"ramp": "constant"}).loss_weights(0.0) == (1.0, 0.01)
+    assert linear.loss_weights(25, num_steps=100) == pytest.approx((1.0, 0.005))
+    assert ramped.model_copy(update={"ramp": "constant"}).loss_weights(0, num_steps=100) == (1.0, 0.01)
     direct = Medusa2Recipe(num_steps=100, warmup="none", lambda_0=1.0, heads_learning_rate=1e-3, backbone_learning_rate=1e-3)
-    assert direct.loss_weights(0.0) == (1.0, 1.0) and len(set(direct.learning_rates(50, num_steps=100))) == 1
+    assert direct.loss_weights(0, num_steps=100) == (1.0, 1.0) and len(set(direct.learning_rates(50, num_steps=100))) == 1
     rates = [ramped.learning_rates(step, num_steps=100)[0] for step in range(100)]
     assert rates[0] == pytest.approx(2e-3 / 41) and max(rates) == rates[40] == pytest.approx(2e-3) and rates[-1] < 2e-6
     frozen = Medusa2Recipe(num_steps=100, backbone="frozen")
-    assert frozen.loss_weights(0.7) == (0.0, 1.0) and frozen.learning_rates(50, num_steps=100)[1] == 0
+    assert frozen.loss_weights(70, num_steps=100) == (0.0, 1.0) and frozen.learning_rates(50, num_steps=100)[1] == 0
 
 
 def test_recipes_that_cannot_be_are_refused() -> None:
