@@ -70,7 +70,8 @@ class ArmResult(Frozen):
     """One arm with one seed: what it trained on, and what came of backbone and heads.
 
     `recipe` is the [recipe] table as it ran, None for the start. `held_out` are the original model's own greedy answers, `references` texts
-    of another hand. `memory_bytes` is the most that a step of training held (on a CPU: of its process).
+    of another hand. `memory_bytes` is the most that a step of training held (on a CPU: of its process). `backbone_sha256s` are the
+    hashes of a frozen backbone's tensors in memory before and behind its training.
     """
 
     schema_version: Literal[1] = 1
@@ -84,6 +85,7 @@ class ArmResult(Frozen):
     train_s: float
     evaluate_s: float
     memory_bytes: int | None
+    backbone_sha256s: tuple[str, str] | None = None
     heads_sha256: str
     adapter_sha256: str | None
     held_out: tuple[TextChange, ...]

@@ -25,6 +25,7 @@ from harness.prompts import load_mt_bench
 from harness.quality.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
 from harness.record_trace import KeptText, record_trace
 from harness.trace import Trace
+from harness.training_prompts import training_prompts
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe
@@ -37,7 +38,7 @@ _TEXT_ROWS = 32
 
 
 def held_out_prompts(spec: AblationSpec, loaded: LoadedModel, *, left_out: set[str]) -> tuple[CorpusPrompt, ...]:
-    """Return the prompts that are answered to measure on; those that the tree was grown on are left out."""
+    """Return the prompts that are answered to measure on; those that the tree was grown on, or recipes chosen on, are left out."""
     wanted = spec.held_out
     if wanted.source == "random":
         vocab_size = int(loaded.model.config.vocab_size)
@@ -47,6 +48,8 @@ def held_out_prompts(spec: AblationSpec, loaded: LoadedModel, *, left_out: set[s
     if loaded.tokenizer is None:
         raise UserError(found="prompts of text for a tiny random model", need="held_out.source = 'random'", where=f"suite {spec.name!r}")
     corpus = _greedy_corpus(spec)
+    for draw in wanted.left_out:
+        left_out = left_out | {prompt.key for prompt in training_prompts(num_prompts=draw.num_prompts, seed=draw.seed, split="held_out")}
     drawn = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts + len(left_out))
     return tuple(prompt for prompt in drawn if prompt.key not in left_out)[: wanted.num_prompts]
 
@@ -191,6 +194,7 @@ class ArmBench:
             train_s=sum(step.num_positions / step.positions_per_s for step in steps if step.positions_per_s),
             evaluate_s=time.monotonic() - began,
             memory_bytes=max((step.memory_bytes for step in steps), default=None),
+            backbone_sha256s=_trained_backbone(engine) if job is not None else None,
             heads_sha256=engine.heads_sha256 or "",
             adapter_sha256=engine.loaded.adapter_sha256,
             held_out=tuple(held_out),
@@ -210,6 +214,12 @@ def engine_with(loaded: LoadedModel, heads_file: Path, *, mode: Literal["auto", 
     digest = backbone_sha256(heads)
     runner = StepRunner(loaded.model, heads, mode=mode)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json"))
+
+
+def _trained_backbone(engine: Engine) -> tuple[str, str] | None:
+    training = engine.heads_provenance.get("training")
+    found = training.get("backbone_sha256s") if isinstance(training, dict) else None
+    return (str(found[0]), str(found[1])) if found else None
 
 
 def _num_sequences(engine: Engine) -> int:

@@ -14,17 +14,25 @@ from harness.errors import UserError
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
 
 
+class PromptDraw(Frozen):
+    """The first `num_prompts` held-out prompts that a seed draws from the project's catalogue."""
+
+    num_prompts: int = Field(ge=1)
+    seed: int
+
+
 class HeldOutSpec(Frozen):
     """Prompts that no arm trains on; the original model answers them greedily, and so does every tuned one.
 
     `training` takes held-out prompts of the project's own catalogue, without those of the calibration trace; `random` draws token ids,
-    for tiny models.
+    for tiny models. `left_out` names draws whose prompts are not measured on: those that rates and weights were chosen on.
     """
 
     source: Literal["training", "random"] = "training"
     num_prompts: int = Field(ge=2)
     max_new_tokens: int = Field(ge=2)
     seed: int
+    left_out: tuple[PromptDraw, ...] = ()
 
 
 class ReferenceSpec(Frozen):

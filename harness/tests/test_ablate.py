@@ -82,7 +82,10 @@ def test_a_frozen_backbone_is_the_original_and_a_trained_one_is_not(record: Abla
     for result in (*record.of("start"), *record.of("medusa1")):
         assert {text.kl_sum for text in result.held_out} == {0.0} and all(text.is_equal for text in result.greedy)
         assert all(text.num_agreements == text.num_positions for text in result.held_out)
+    for result in record.of("medusa1"):
+        assert result.backbone_sha256s is not None and len(set(result.backbone_sha256s)) == 1, "hashed where it was trained"
     for result in (*record.of("ramped"), *record.of("hard_labels")):
+        assert result.backbone_sha256s is None
         assert all(text.kl_sum > 0 for text in result.held_out) and result.adapter_sha256
 
 

@@ -55,7 +55,7 @@ def test_the_33b_recipe_carries_appendix_b() -> None:
 
 
 def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
-    """One factor at a time, so that a difference between two arms has one cause."""
+    """One factor at a time, so that a difference between two arms has one cause; direct fine-tuning is three of them at once."""
     ramped = joint("embedded_medusa2_ramped").recipe
 
     def differing(name: str) -> set[str]:
@@ -64,6 +64,7 @@ def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
 
     assert differing("embedded_hard_labels") == {"target"}
     assert differing("embedded_medusa2_two_stage") == {"warmup", "schedule"}
+    assert differing("embedded_no_warmup") == {"warmup"}
     assert differing("embedded_direct") == {"warmup", "lambda_0", "heads_learning_rate"}
     direct = joint("embedded_direct").recipe
     assert direct.heads_learning_rate == direct.backbone_learning_rate
