@@ -498,7 +498,7 @@ def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path 
     write_bytes(folder / "report.md", text.encode())
     print_ablation(Console(), rows, verdicts)
     if readme is not None:
-        update_ablation(readme, record, rows)
+        update_ablation(readme, record, rows, verdicts)
     print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
 
 

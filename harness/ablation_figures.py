@@ -84,6 +84,7 @@ class AblationRow:
     another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r + 1 best; `gain` is tokens/step at the
     fixed tree over the arm `medusa1`'s where there is one, else over the start's; `original_text_gain` is the same with every arm reading
     the original's answers instead of its own. `repetition` is the share of the own text's 4-grams that stood in the same answer before.
+    `kl_above` is the arm's divergence less that of the arm `ramped`, paired by text. None where an arm or a text is missing, or too short.
     """
 
     arm: str
@@ -93,9 +94,10 @@ class AblationRow:
     tokens_per_step: Interval
     gain: Interval | None
     original_text_gain: Interval | None
-    repetition: Interval
-    best_tokens_per_step: Interval
+    repetition: Interval | None
+    best_tokens_per_step: Interval | None
     kl: Interval
+    kl_above: Interval | None
     agreement_rate: float
     equal_texts_rate: float
     perplexity: tuple[float, float]
@@ -130,10 +132,11 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         num_answer_tokens=sum(result.num_answer_tokens for result in results) / len(results),
         tokens_per_step=rate.interval(spec),
         gain=rate.over(rate_columns(record, base), spec=spec) if base is not None and arm != START_ARM else None,
-        original_text_gain=_original_text_gain(record, arm, over=base) if base is not None and arm != START_ARM else None,
-        repetition=repetition_columns(record, arm).interval(spec),
-        best_tokens_per_step=best_rate_columns(record, arm).interval(spec),
+        original_text_gain=_or_none(lambda: _original_text_gain(record, arm, over=base)) if base is not None and arm != START_ARM else None,
+        repetition=_or_none(lambda: repetition_columns(record, arm).interval(spec)),
+        best_tokens_per_step=_or_none(lambda: best_rate_columns(record, arm).interval(spec)),
         kl=kl.interval(spec),
+        kl_above=kl.less(change_columns(record, "ramped", kl_of), spec=spec) if arm != "ramped" and record.of("ramped") else None,
         agreement_rate=sum(text.num_agreements for text in held_out) / sum(text.num_positions for text in held_out),
         equal_texts_rate=sum(text.is_equal for text in greedy) / len(greedy),
         perplexity=perplexities(held_out),
@@ -148,12 +151,16 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
     )
 
 
-def _original_text_gain(record: AblationRecord, arm: str, *, over: str) -> Interval | None:
+def _original_text_gain(record: AblationRecord, arm: str, *, over: str) -> Interval:
+    ours, theirs = (rate_columns(record, name, text="original") for name in (arm, over))
+    return ours.over(theirs, spec=record.spec.interval)
+
+
+def _or_none(figure: Callable[[], Interval]) -> Interval | None:
     try:
-        ours, theirs = (rate_columns(record, name, text="original") for name in (arm, over))
+        return figure()
     except NotTestable:
         return None
-    return ours.over(theirs, spec=record.spec.interval)
 
 
 def kl_of(text: TextChange) -> float:
@@ -186,14 +193,19 @@ def rate_columns(record: AblationRecord, arm: str, *, tree: DraftTree | None = N
 def best_rate_columns(
     record: AblationRecord, arm: str, *, num_nodes: int | None = None, max_depth: int | None = None, text: TextKind = "own"
 ) -> Columns:
-    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged on the others, both ways."""
+    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged on the others, both ways.
+
+    The halves share every category, every other prompt of it each.
+    Raises: NotTestable where the arm was not run, has fewer than four prompts, or its heads make no tree of that size.
+    """
     size = num_nodes or record.spec.best_tree_nodes
     tables = []
     for result in _results(record, arm):
         trace = _trace(record, result, text)
         if len(trace.prompts) < 4:
             raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
-        halves = [Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1)]
+        by_category = sorted(trace.prompts, key=lambda prompt: (prompt.category or "", prompt.key))
+        halves = [Trace(provenance=trace.provenance, prompts=tuple(by_category[start::2])) for start in (0, 1)]
         counts: dict[str, tuple[float, float]] = {}
         for growth, judged in (halves, halves[::-1]):
             try:

@@ -139,7 +139,7 @@ class MoreTokensForm(_Form):
     """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`.
 
     It must do so on the text that each writes itself and on the original's answers, which both read: a backbone that has learnt to repeat
-    itself is easy to draft for, and gains on the first alone.
+    itself is easy to draft for, and gains on the first alone. A step of both must cost the same: heads of one form, one LM head.
     """
 
     test: Literal["more_tokens"]
@@ -150,24 +150,42 @@ class MoreTokensForm(_Form):
 
 
 class KeepsQualityForm(_Form):
-    """Each of the arms lies at most `max_kl` nats a token from the original; tested where it yields more tokens/step than `over`,
-    on the text that each writes itself and on the original's.
+    """Each of the arms lies at most `max_kl` nats a token from the original, and yields more tokens/step than `over`, on the text that each
+    writes itself and on the original's.
+
+    The gain is `judged` with the divergence, or `required`: without one there is nothing that quality was kept for, and the claim is not
+    tested. `control` names an arm whose figures are shown beside.
     """
 
     test: Literal["keeps_quality"]
     arms: tuple[str, ...] = Field(min_length=1)
-    over: str | None = None
+    over: str
+    gain: Literal["required", "judged"]
     max_kl: float = Field(gt=0)
+    control: str | None = None
+
+
+class UnchangedForm(_Form):
+    """Training an arm left every tensor of its backbone as it was, by the hashes that were taken where it was trained."""
+
+    test: Literal["unchanged"]
+    arm: str
 
 
 class HurtsMoreForm(_Form):
-    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within `max_kl` where given."""
+    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within `max_kl` where given.
+
+    `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are the settings of the recipe
+    that the two arms may differ in, where the claim is about those alone.
+    """
 
     test: Literal["hurts_more"]
     arm: str
     over: str
     bound: float
     max_kl: float | None = Field(default=None, gt=0)
+    on_references: bool = False
+    differ: tuple[str, ...] | None = None
 
 
 class LittleMemoryForm(_Form):
@@ -199,7 +217,8 @@ class SpareHeadForm(_Form):
 
 
 TrainingForm = Annotated[
-    MoreTokensForm | KeepsQualityForm | HurtsMoreForm | LittleMemoryForm | HeadOrderForm | SpareHeadForm, Field(discriminator="test")
+    MoreTokensForm | KeepsQualityForm | UnchangedForm | HurtsMoreForm | LittleMemoryForm | HeadOrderForm | SpareHeadForm,
+    Field(discriminator="test"),
 ]
 
 

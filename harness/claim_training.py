@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from harness.ablation import AblationRecord
+from harness.ablation import AblationRecord, TextChange
 from harness.ablation_figures import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
 from harness.claim_evidence import EQUIVALENCE_LEVEL
 from harness.claim_forms import (
@@ -18,11 +19,12 @@ from harness.claim_forms import (
     MoreTokensForm,
     SpareHeadForm,
     TrainingForm,
+    UnchangedForm,
 )
 from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
 from harness.claim_specs import ClaimSpec
 from harness.intervals import above, below, bootstrap_ratio, equivalence
-from harness.judgement import ClaimVerdict, Interval, VerdictKind
+from harness.judgement import ClaimVerdict, VerdictKind
 
 
 def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tuple[ClaimVerdict, ...]:
@@ -47,6 +49,8 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
     try:
         if not record.spec.decides_claims:
             raise NotTestable(f"{record.spec.name} shows signs and orders only: {record.spec.answer_tokens:,} tokens an arm are too few")
+        if record.manifest is None:
+            raise NotTestable("the record is unfinished: some arms or seeds are missing")
         finding = judge_training(claim.training, record)
     except NotTestable as gap:
         missing = str(gap)
@@ -64,57 +68,139 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
 
 
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
+    _check_step_cost(record, form.arm, form.over)
     columns = rate_columns if form.trees == "fixed" else best_rate_columns
     where = f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
-    parts = []
-    for words, gain, ours in _gains(record, form.arm, over=form.over, columns=columns):
-        kind = above(gain, form.bound)
-        reason = f"{words} {holds(kind)} (its seeds: {', '.join(f'{rate:.3f}' for rate in ours.seeds)})"
-        parts.append(Finding(kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"))
+    both = combined(_gain_parts(record, form.arm, over=form.over, bound=form.bound, columns=columns))
     repeated = [repetition_columns(record, arm).interval(record.spec.interval).estimate for arm in (form.arm, form.over)]
-    both = combined(parts)
     prefix = f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, a step costing both the same"
     repetition = f"4-grams repeated within an answer: {repeated[0]:.1%} against {repeated[1]:.1%}".replace("%", " %")
     return replace(both, reason=f"{prefix}: {both.reason}; {repetition}")
 
 
-def _gains(record: AblationRecord, arm: str, *, over: str, columns: Callable[..., Columns]) -> list[tuple[str, Interval, Columns]]:
-    """Return an arm's gain in tokens/step on the text that each writes itself and on the original's: words, gain, the arm's own columns."""
+def _gain_parts(record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]) -> list[Finding]:
+    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which both read."""
     texts: tuple[tuple[TextKind, str], ...] = (("own", "on the text of each"), ("original", "on the original's"))
-    found = []
+    parts = []
     for text, words in texts:
         ours, theirs = (columns(record, name, text=text) for name in (arm, over))
-        found.append((words, ours.over(theirs, spec=record.spec.interval), ours))
-    return found
+        gain, seeds = ours.over(theirs, spec=record.spec.interval), _by_seed(ours, theirs, record, arm, over, lambda a, b: a / b)
+        kind = _agreed(above(gain, bound), [seed > bound for seed in seeds])
+        reason = f"{words} {holds(kind)} ({_listed(seeds, 3)})"
+        parts.append(Finding(kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"))
+    return parts
+
+
+def _by_seed(
+    ours: Columns, theirs: Columns, record: AblationRecord, arm: str, over: str, relation: Callable[[float, float], float]
+) -> list[float]:
+    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands for all."""
+    seeds = [[result.seed for result in record.of(name)] for name in (arm, over)]
+    if None not in seeds[1] and seeds[0] != seeds[1]:
+        raise NotTestable(f"{arm} was trained on the seeds {seeds[0]}, {over} on {seeds[1]}")
+    base = theirs.seeds * len(ours.seeds) if None in seeds[1] else theirs.seeds
+    return [relation(one, other) for one, other in zip(ours.seeds, base, strict=True)]
+
+
+def _agreed(kind: VerdictKind, seeds_hold: Sequence[bool]) -> VerdictKind:
+    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is open."""
+    against = {VerdictKind.REPRODUCED: not all(seeds_hold), VerdictKind.NOT_REPRODUCED: any(seeds_hold)}
+    return VerdictKind.INCONCLUSIVE if against.get(kind, False) else kind
+
+
+def _listed(seeds: Sequence[float], digits: int) -> str:
+    return f"by seed {', '.join(f'{seed:.{digits}f}' for seed in seeds)}"
+
+
+def _check_step_cost(record: AblationRecord, arm: str, over: str) -> None:
+    """Raise NotTestable unless a step of both arms costs the same."""
+    recipes = [_recipe(record, name) for name in (arm, over)]
+    for name in ("num_heads", "num_layers", "architecture"):
+        if recipes[0].get(name) != recipes[1].get(name):
+            raise NotTestable(f"the heads of {arm} and {over} differ in {name}: a step does not cost both the same")
+    for name, recipe in zip((arm, over), recipes, strict=True):
+        adapted = recipe.get("backbone") == "lora" and recipe.get("lora", {}).get("lm_head")
+        if adapted and recipe.get("architecture") == "shared" and recipe.get("heads_lm_head") == "original":
+            raise NotTestable(f"a step of {name} reads two LM heads, the adapted and the original: it costs more")
+
+
+def _recipe(record: AblationRecord, arm: str) -> dict[str, Any]:
+    results = record.of(arm)
+    if not results:
+        raise NotTestable(f"the record has no arm {arm}")
+    return results[0].recipe or {}
 
 
 def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     parts = []
     for arm in form.arms:
-        if form.over is not None:
-            gains = _gains(record, arm, over=form.over, columns=rate_columns)
-            if any(above(gain, 1.0) is not VerdictKind.REPRODUCED for _, gain, _ in gains):
-                found = ", ".join(f"{words} {shown(gain, 'x', digits=3)}" for words, gain, _ in gains)
-                raise NotTestable(f"{arm} does not yield more tokens/step than {form.over} on both texts ({found}): it paid for nothing")
-        parts.append(_divergence_part(arm, record, max_kl=form.max_kl))
-    return combined(parts)
+        gains = _gain_parts(record, arm, over=form.over, bound=1.0, columns=rate_columns)
+        named = [
+            replace(gain, ours=f"{arm} {gain.ours}", reason=f"{arm}: more tokens/step than {form.over} {gain.reason}") for gain in gains
+        ]
+        divergence = _divergence_part(arm, record, max_kl=form.max_kl)
+        if form.gain == "judged":
+            parts += [*named, divergence]
+            continue
+        gained = combined(named)
+        if gained.kind is VerdictKind.NOT_REPRODUCED:
+            raise NotTestable(f"{arm} yields no more tokens/step than {form.over} ({gained.ours}): its quality paid for nothing")
+        if gained.kind is VerdictKind.INCONCLUSIVE:
+            open_reason = f"{divergence.reason}; counted only where tokens/step rose, and {gained.reason}"
+            divergence = replace(divergence, kind=VerdictKind.INCONCLUSIVE, ours=f"{divergence.ours}; {gained.ours}", reason=open_reason)
+        parts.append(divergence)
+    found = combined(parts)
+    if form.control is None or not record.of(form.control):
+        return found
+    control = [*_gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)]
+    control.append(_divergence_part(form.control, record, max_kl=form.max_kl))
+    return replace(found, reason=f"{found.reason}; beside them, not judged, {form.control}: {'; '.join(part.ours for part in control)}")
+
+
+def _unchanged(form: UnchangedForm, record: AblationRecord) -> Finding:
+    results = record.of(form.arm)
+    pairs = [result.backbone_sha256s for result in results if result.backbone_sha256s is not None]
+    if not pairs or len(pairs) < len(results):
+        raise NotTestable(f"the record does not say what training {form.arm} did to the backbone's tensors")
+    changed = sum(before != after for before, after in pairs)
+    kind = VerdictKind.NOT_REPRODUCED if changed else VerdictKind.REPRODUCED
+    reason = f"the backbone of {form.arm} hashed before and behind its training, where it was trained: one and the same {holds(kind)}"
+    return Finding(kind=kind, ours=f"{changed} of {len(pairs)} trainings changed a tensor", reason=reason, figure_kind="measured")
 
 
 def _divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Finding:
-    kl = change_columns(record, arm, kl_of).interval(record.spec.interval)
-    kind = VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl)
-    reason = f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)}"
+    columns = change_columns(record, arm, kl_of)
+    kl = columns.interval(record.spec.interval)
+    kind = _agreed(VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl), [seed <= max_kl for seed in columns.seeds])
+    reason = f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} ({_listed(columns.seeds, 4)})"
     return Finding(kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured")
 
 
 def _hurts_more(form: HurtsMoreForm, record: AblationRecord) -> Finding:
-    difference = change_columns(record, form.arm, kl_of).less(change_columns(record, form.over, kl_of), spec=record.spec.interval)
-    kind = above(difference, form.bound)
-    reason = f"{form.arm} further from the original than {form.over}, by more than {form.bound:g} nats a token, {holds(kind)}"
-    parts = [Finding(kind=kind, ours=f"{shown(difference, ' nats', digits=4)} more", reason=reason, figure_kind="measured")]
+    if form.differ is not None:
+        ours, theirs = (_recipe(record, name) for name in (form.arm, form.over))
+        if unlike := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name not in form.differ):
+            raise NotTestable(f"{form.arm} and {form.over} differ in {', '.join(unlike)}, the claim is about {', '.join(form.differ)}")
+    parts = [_worse_part(form, record, kl_of, bound=form.bound, words="further from the original", references=False)]
+    if form.on_references:
+        words = "less fit to predict texts of another hand"
+        parts.append(_worse_part(form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True))
     if form.max_kl is not None:
         parts.append(_divergence_part(form.over, record, max_kl=form.max_kl))
     return combined(parts)
+
+
+def _worse_part(
+    form: HurtsMoreForm, record: AblationRecord, total: Callable[[TextChange], float], *, bound: float, words: str, references: bool
+) -> Finding:
+    ours, theirs = (change_columns(record, arm, total, references=references) for arm in (form.arm, form.over))
+    difference, seeds = (
+        ours.less(theirs, spec=record.spec.interval),
+        _by_seed(ours, theirs, record, form.arm, form.over, lambda a, b: a - b),
+    )
+    kind = _agreed(above(difference, bound), [seed > bound for seed in seeds])
+    reason = f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} ({_listed(seeds, 4)})"
+    return Finding(kind=kind, ours=f"{words}: {shown(difference, ' nats', digits=4)} more", reason=reason, figure_kind="measured")
 
 
 def _little_memory(form: LittleMemoryForm, record: AblationRecord) -> Finding:
@@ -179,6 +265,7 @@ def _spare_head(form: SpareHeadForm, record: AblationRecord) -> Finding:
 _TESTS: dict[type, Callable[..., Finding]] = {
     MoreTokensForm: _more_tokens,
     KeepsQualityForm: _keeps_quality,
+    UnchangedForm: _unchanged,
     HurtsMoreForm: _hurts_more,
     LittleMemoryForm: _little_memory,
     HeadOrderForm: _head_order,

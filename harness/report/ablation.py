@@ -18,6 +18,7 @@ from harness.judgement import ClaimVerdict, Interval, VerdictKind
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers
+from harness.report.tables import render_verdicts
 
 CURVES_FILE, MARKER = "curves.png", "ablation"
 _HEADERS = (
@@ -30,8 +31,10 @@ _HEADERS = (
     "repeats itself",
     "tokens/step, own best tree",
     "held-out KL, nats",
+    "KL above ramped's",
     "first choice agrees",
     "perplexity",
+    "on texts of another hand",
     "top-1 of each head",
 )
 _NOTE = """\
@@ -40,7 +43,9 @@ best tree* is grown on one half of an arm's texts and judged on the other, both 
 same tokens on a frozen backbone (for `medusa1` itself: over the start); *on the original's text* every arm reads the same answers, so that
 text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that stood in the same answer
 before. *held-out KL*: KL(original || tuned) a token on the original's own
-greedy answers; *perplexity* of these answers, original to tuned. Intervals are over texts, seeds pooled; the next table has the seeds."""
+greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard labels lower it, since they
+are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, seeds pooled; the next table has
+the seeds."""
 _SEEDS_NOTE = (
     "Each seed draws its own answers, their order and the first adapter: how far its figures lie apart is what another training gives."
 )
@@ -59,7 +64,7 @@ def render_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdict
         section("Seeds", _render_seeds(rows), _SEEDS_NOTE),
         section("Heads", _render_heads(rows), _HEADS_NOTE),
         section("Texts of another hand", _render_references(rows), _REFERENCE_NOTE if any(row.categories for row in rows) else ""),
-        section("Verdicts", _render_verdicts(verdicts)),
+        section("Verdicts", render_verdicts(verdicts) if verdicts else ""),
         section("Curves", f"![losses, lambda_0 and divergence by step]({CURVES_FILE})" if has_curves else ""),
         section("Provenance", _render_provenance(record)),
     ]
@@ -71,8 +76,8 @@ def render_ablation_table(rows: Sequence[AblationRow]) -> str:
     return table(_HEADERS, [_cells(row) for row in rows])
 
 
-def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], *, base: Path) -> str:
-    """Return what the README shows of an ablation: where it was run, the table, the picture.
+def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, base: Path) -> str:
+    """Return what the README shows of an ablation: where it was run, the table, the tested claims, the picture.
 
     `base` is the README's folder, which links are given from.
     """
@@ -83,7 +88,10 @@ def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], 
     )
     if not record.spec.decides_claims:
         origin += f" {_SIGNS_ONLY}"
-    parts = [origin, render_ablation_table(rows), _NOTE.replace("the next table has the seeds", "the report has the seeds")]
+    parts = [origin, render_ablation_table(rows), _NOTE.replace("the next table has\nthe seeds", "the report has\nthe seeds")]
+    tested = [verdict for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
+    if tested:
+        parts.append(render_verdicts(tested))
     if folder.is_relative_to(base.resolve()):
         link = folder.relative_to(base.resolve()).as_posix()
         if (folder / CURVES_FILE).exists():
@@ -94,7 +102,7 @@ def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], 
     return "\n\n".join(parts)
 
 
-def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[AblationRow]) -> None:
+def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:
     """Write an ablation's table between the README's `ablation` markers; a README that says so already is not touched.
 
     Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
@@ -102,7 +110,7 @@ def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[Ablatio
     record.check_seal()
     try:
         text = readme.read_text()
-        updated = update_between_markers(text, marker=MARKER, content=render_readme_ablation(record, rows, base=readme.parent))
+        updated = update_between_markers(text, marker=MARKER, content=render_readme_ablation(record, rows, verdicts, base=readme.parent))
     except OSError as error:
         raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
     except UserError as error:
@@ -116,7 +124,7 @@ def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequ
     grid = Table("arm", "seeds", "tokens/step", "gain", "gain on the original's text", "repeats itself", "KL, nats", "agrees", "perplexity")
     for row in rows:
         cells = _cells(row)
-        grid.add_row(cells[0], *cells[2:7], *cells[8:11])
+        grid.add_row(cells[0], *cells[2:7], cells[8], *cells[10:12])
     console.print(grid)
     for verdict in verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
@@ -129,12 +137,13 @@ def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdi
         "ablation": record.spec.name,
         "answer_tokens": record.spec.answer_tokens,
         "decides_claims": record.spec.decides_claims,
+        "finished": record.manifest is not None,
         "arms": {
             row.arm: {
                 "tokens_per_step": round(row.tokens_per_step.estimate, 4),
                 "gain": None if row.gain is None else round(row.gain.estimate, 4),
                 "original_text_gain": None if row.original_text_gain is None else round(row.original_text_gain.estimate, 4),
-                "repetition": round(row.repetition.estimate, 4),
+                "repetition": None if row.repetition is None else round(row.repetition.estimate, 4),
                 "kl": round(row.kl.estimate, 6),
                 "seeds": row.num_seeds,
             }
@@ -167,11 +176,13 @@ def _cells(row: AblationRow) -> tuple[str, ...]:
         _three(row.tokens_per_step),
         _three(row.gain),
         _three(row.original_text_gain),
-        percent(row.repetition.estimate),
+        ABSENT if row.repetition is None else percent(row.repetition.estimate),
         _three(row.best_tokens_per_step),
         _four(row.kl),
+        _four(row.kl_above),
         percent(row.agreement_rate),
-        f"{significant(row.perplexity[0], digits=4)} to {significant(row.perplexity[1], digits=4)}",
+        _from_to(row.perplexity),
+        ABSENT if row.reference_perplexity is None else _from_to(row.reference_perplexity),
         ", ".join(percent(accuracies[0]) for accuracies in row.top_accuracies),
     )
 
@@ -218,20 +229,11 @@ def _render_references(rows: Sequence[AblationRow]) -> str:
     for row in rows:
         by_name = {change.category: change for change in row.categories}
         shown = [
-            f"{significant(by_name[name].original_perplexity, digits=4)} to {significant(by_name[name].tuned_perplexity, digits=4)}"
-            if name in by_name
-            else ABSENT
-            for name in names
+            _from_to((by_name[name].original_perplexity, by_name[name].tuned_perplexity)) if name in by_name else ABSENT for name in names
         ]
-        whole = row.reference_perplexity
-        total = f"{significant(whole[0], digits=4)} to {significant(whole[1], digits=4)}" if whole is not None else ABSENT
+        total = ABSENT if row.reference_perplexity is None else _from_to(row.reference_perplexity)
         cells.append((row.arm, _four(row.reference_kl), total, *shown))
     return table(["arm", "KL, nats", "perplexity", *names], cells)
-
-
-def _render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
-    rows = [(v.claim_id, v.stated, v.paper_figure, v.ours or ABSENT, v.kind.value, v.reason) for v in verdicts]
-    return table(["claim", "the paper states", "paper", "ours", "verdict", "why"], rows) if rows else ""
 
 
 def _render_provenance(record: AblationRecord) -> str:
@@ -249,6 +251,7 @@ def _render_provenance(record: AblationRecord) -> str:
         ("model", f"{environment.model_name}, SHA-256 {environment.backbone_sha256[:16]}"),
         ("heads at the start", f"SHA-256 {(environment.heads_sha256 or '')[:16]}"),
         ("texts", f"SHA-256 {environment.prompts_sha256[:16]}"),
+        ("shared heads read", ", ".join(f"{arm}: the {words} LM head" for arm, words in _lm_heads_read(record))),
         ("one tree", f"{record.tree.tree().fingerprint}, {count(len(record.tree.paths), 'path')}, {record.tree.origin}"),
         *(
             (
@@ -262,6 +265,17 @@ def _render_provenance(record: AblationRecord) -> str:
         ("record", record.folder.name),
     ]
     return table(["", ""], rows)
+
+
+def _lm_heads_read(record: AblationRecord) -> list[tuple[str, str]]:
+    recipes = {result.arm: result.recipe for result in record.results if result.recipe is not None}
+    return [
+        (arm, str(recipe.get("heads_lm_head", "original"))) for arm, recipe in recipes.items() if recipe.get("architecture") == "shared"
+    ]
+
+
+def _from_to(values: tuple[float, float]) -> str:
+    return f"{significant(values[0], digits=4)} to {significant(values[1], digits=4)}"
 
 
 def _three(interval: Interval | None) -> str:

@@ -67,8 +67,13 @@ def render_verdict_table(judgement: Judgement) -> str:
     tested = _tested(judgement)
     if not tested:
         return "No claim of the registry was tested by this run."
+    return render_verdicts(tested)
+
+
+def render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
+    """Return one row a verdict."""
     headers = ["claim", "what the paper states", "paper", "ours", "kind of figure", "verdict", "why"]
-    return table(headers, [_verdict_row(verdict) for verdict in tested])
+    return table(headers, [_verdict_row(verdict) for verdict in verdicts])
 
 
 def render_not_tested_table(judgement: Judgement) -> str:

@@ -46,6 +46,11 @@ class FakeArm:
     kl: float
     memory_mb: int = 1000
     original_hits: int | None = None  # on the original's text, where it is another than its own
+    seed_hits: int | None = None  # of seed 1, where its training came out otherwise
+    target: str = "original"
+    num_layers: int = 1
+    changed: bool = False  # a tensor of a frozen backbone
+    reference_nll: float | None = None  # nats a token on texts of another hand, where it does not follow from KL
 
 
 ARMS: Mapping[str, FakeArm] = {
@@ -53,8 +58,9 @@ ARMS: Mapping[str, FakeArm] = {
     "medusa1": FakeArm(hits=5, kl=0.0),
     "two_stage": FakeArm(hits=7, kl=0.008),
     "ramped": FakeArm(hits=8, kl=0.01, memory_mb=1040),
+    "no_warmup": FakeArm(hits=8, kl=0.02),
     "direct": FakeArm(hits=8, kl=0.05),
-    "hard_labels": FakeArm(hits=8, kl=0.08),
+    "hard_labels": FakeArm(hits=8, kl=0.08, target="tokens"),
 }
 
 
@@ -109,13 +115,15 @@ def fake_result(name: str, arm: FakeArm, *, seed: int | None) -> ArmResult:
     """One arm's line."""
     kl = arm.kl * (1.1 if seed == 1 else 1.0)
     texts = tuple(_change(f"p{number:02d}", "writing", kl * (0.8 + 0.4 * (number % 2)), 40) for number in range(NUM_PROMPTS))
-    references = tuple(_change(f"r{number}", ("math", "coding")[number % 2], 2 * kl, 100) for number in range(8))
+    references = tuple(_change(f"r{number}", ("math", "coding")[number % 2], 2 * kl, 100, nll=arm.reference_nll) for number in range(8))
+    recipe = {"num_layers": arm.num_layers, "target": arm.target, "seed": seed}
     hits = tuple((8 - 2 * head, 2, *([0] * 8)) for head in range(NUM_HEADS))
     return ArmResult(
         arm=name,
         seed=seed,
         recipe_name=f"embedded_{name}" if seed is not None else None,
-        recipe={"lambda_0": 0.2} if seed is not None else None,
+        recipe=recipe if seed is not None else None,
+        backbone_sha256s=("b" * 64, ("d" if arm.changed else "b") * 64) if name == "medusa1" else None,
         num_steps=3 if seed is not None else 0,
         num_sequences=400 if seed is not None else 0,
         num_answer_tokens=50_000 if seed is not None else 0,
@@ -146,7 +154,8 @@ def write_fake_ablation(folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, sea
     for name, seed in spec.plan():
         result = fake_result(name, arms[name], seed=seed)
         lines.append(result.model_dump_json() + "\n")
-        fake_trace(arms[name].hits).save(folder / trace_file(result.label))
+        own = arms[name].seed_hits if seed == 1 else None
+        fake_trace(arms[name].hits if own is None else own).save(folder / trace_file(result.label))
         if result.adapter_sha256 is not None:
             original_hits = arms[name].original_hits
             fake_trace(arms[name].hits if original_hits is None else original_hits).save(folder / original_text_file(result.label))
@@ -171,13 +180,13 @@ def write_fake_ablation(folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, sea
     return AblationRecord(folder)
 
 
-def _change(key: str, category: str, kl: float, count: int) -> TextChange:
+def _change(key: str, category: str, kl: float, count: int, *, nll: float | None = None) -> TextChange:
     return TextChange(
         key=key,
         category=category,
         num_positions=count,
         kl_sum=kl * count,
         original_nll_sum=ORIGINAL_NLL * count,
-        tuned_nll_sum=(ORIGINAL_NLL + kl) * count,
+        tuned_nll_sum=(ORIGINAL_NLL + kl if nll is None else nll) * count,
         num_agreements=count - (2 if kl else 0),
     )
