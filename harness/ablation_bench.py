@@ -136,7 +136,7 @@ class ArmBench:
         """Return the engine's greedy answers to all prompts, in their order; what is on disk is not generated again."""
         store = CorpusStore(folder)
         spec, eos_ids = _greedy_corpus(self.spec), engine.loaded.eos_ids
-        make_corpus(engine.runner.backbone, self.prompts, store=store, spec=spec, eos_ids=eos_ids, console=self.console)
+        make_corpus(engine.runner.backbone, self.prompts, store=store, spec=spec, eos_ids=eos_ids, console=self.console, keep_states=False)
         by_key = {sample.key: sample for sample in store.samples(with_states=False)}
         return tuple(by_key[prompt.key] for prompt in self.prompts)
 

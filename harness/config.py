@@ -37,7 +37,8 @@ class TinyModelSpec(Frozen):
 class ModelSpec(Frozen):
     """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
 
-    `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
+    `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2. `chat_template` names a Jinja file for a
+    model whose tokenizer brings no template of its own.
     """
 
     asset: str | None = None
@@ -46,6 +47,7 @@ class ModelSpec(Frozen):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
     adapter: str | None = None
+    chat_template: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

@@ -48,6 +48,20 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
     return kept
 
 
+def check_has_template(tokenizer: Any, *, where: str) -> None:
+    """Refuse a tokenizer without a chat template: conversations would be trained on as text without roles.
+
+    Raises: UserError.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise UserError(
+            found="a tokenizer without a chat template",
+            need="one, for conversations of several turns",
+            where=where,
+            do="name a Jinja file in model.chat_template; chat_templates/vicuna.jinja is shipped",
+        )
+
+
 def conversation_sequence(tokenizer: Any, turns: Sequence[tuple[str, str]], *, max_length: int) -> TrainingSequence | None:
     """Return a conversation through the tokenizer's own chat template, cut at `max_length`; None where no answer is left.
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.config import Frozen
-from harness.conversations import SECOND_TURN, follow_up_ids
+from harness.conversations import SECOND_TURN, check_has_template, follow_up_ids
 from harness.paths import resolve_path
 from harness.prompts import load_prompt_file, render_chat
 from harness.training_prompts import Split, TrainingPrompt, training_prompts
@@ -25,7 +25,8 @@ class CorpusSpec(Frozen):
     """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is sampled, the rest greedy.
 
     `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the conversations whose first answer
-    came to its end go on to a second question: the file's own second turn, or another of the project's prompts of that category.
+    came to its end go on to a second question: the file's own second turn, or another of the project's prompts of that category. There is
+    no third.
     """
 
     num_tokens: int | None = Field(default=None, ge=1)
@@ -72,6 +73,13 @@ class CorpusSpec(Frozen):
         rows = load_prompt_file(resolve_path(self.prompts_file, beside=None))
         return tuple(TrainingPrompt(key=row.key, category=row.category, text=row.turns[0]) for row in rows[:num_prompts])
 
+    def questions(self) -> tuple[str, ...]:
+        """Return all that may be asked, a file's second questions included; the project's own are prompts of the catalogue as well."""
+        if self.prompts_file is None:
+            return tuple(prompt.text for prompt in self.catalogue_prompts(self.num_prompts()))
+        rows = load_prompt_file(resolve_path(self.prompts_file, beside=None))[: self.num_prompts()]
+        return tuple(turn for row in rows for turn in row.turns[:2])
+
 
 def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tuple[CorpusPrompt, ...]:
     """Return rendered prompts; whether a prompt is sampled, and its seed, follow from its own text.
@@ -94,6 +102,7 @@ def second_turn_prompts(tokenizer: Any, samples: Iterable[CorpusSample], *, spec
     going_on = [sample for sample in samples if goes_on(sample, spec=spec)]
     if not going_on:
         return ()
+    check_has_template(tokenizer, where="corpus.second_turn_share")
     questions = _second_questions(spec, going_on)
     made = []
     for sample in going_on:
@@ -142,6 +151,7 @@ def make_corpus(
     eos_ids: frozenset[int],
     console: Console,
     rate_file: Path | None = None,
+    keep_states: bool = True,
 ) -> int:
     """Generate until the store holds as many tokens, or answers, to these prompts as wanted or they run out; return how many it holds.
 
@@ -175,5 +185,6 @@ def make_corpus(
                 eos_ids=eos_ids,
                 on_sample=advance,
                 stop=lambda: held >= spec.goal,
+                keep_states=keep_states,
             )
     return held

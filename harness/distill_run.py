@@ -26,11 +26,11 @@ class DistilledCorpus:
 def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False) -> DistilledCorpus:
     """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and added to.
 
-    Raises: UserError for a recipe without a [corpus], or one whose prompts overlap with a benchmark's.
+    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, or a work folder of another model.
     """
     needed_corpus(spec)
     check_overlap(spec, allow_hub=allow_hub)
-    fill_corpus(spec, work=work, console=console)
+    fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
     store = CorpusStore(work / "corpus")
     samples = list(store.samples(with_states=False))
     target.mkdir(parents=True, exist_ok=True)

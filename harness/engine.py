@@ -175,6 +175,8 @@ def load_model(
     """
     quantised = _quantised(quantisation)  # before anything is fetched
     bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
+    if spec.chat_template is not None and bare.tokenizer is not None:
+        bare.tokenizer.chat_template = resolve_path(spec.chat_template, beside=beside).read_text()
     if spec.adapter is None:
         return bare
     return with_adapter(bare, resolve_path(spec.adapter, beside=beside))
@@ -224,19 +226,7 @@ def _has_bitsandbytes() -> bool:
 def _load_bare(spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
-    assets: dict[str, str] = {}
-    if spec.asset is not None:
-        specs = load_asset_specs()
-        if spec.asset not in specs:
-            raise UserError(found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite")
-        fetched: FetchedAsset = fetch_asset(specs[spec.asset], cache_dir=cache_dir(), allow_hub=allow_hub)
-        folder, name = fetched.paths["model"], spec.asset
-        assets = {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"}
-    else:
-        assert spec.path is not None
-        folder, name = Path(spec.path), Path(spec.path).name
-        if not folder.is_dir():
-            raise UserError(found=f"no folder {name!r}", need="a folder with a model in Hugging Face format", where="model.path")
+    folder, name, assets = _model_folder(spec, allow_hub=allow_hub)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, local_files_only=True, **quantised
@@ -249,6 +239,28 @@ def _load_bare(spec: ModelSpec, *, device: torch.device, allow_hub: bool, quanti
     sha256 = tensors_sha256(folder)  # of the stored tensors: the same whatever dtype they are loaded in
     placed = model if quantised else model.to(device)
     return LoadedModel(model=placed.eval(), tokenizer=tokenizer, name=name, sha256=sha256, eos_ids=_eos_ids(model), assets=assets)
+
+
+def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, beside: Path | None = None) -> str:
+    """Return the hash that the model would be known by, where it can be had without loading it."""
+    if spec.tiny is not None or spec.adapter is not None:
+        return load_model(spec, device=torch.device("cpu"), allow_hub=allow_hub, beside=beside).sha256
+    return tensors_sha256(_model_folder(spec, allow_hub=allow_hub)[0])
+
+
+def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[str, str]]:
+    """Return where a model lies, what it is called, and the asset behind it with its hashes."""
+    if spec.asset is None:
+        assert spec.path is not None
+        folder = Path(spec.path)
+        if not folder.is_dir():
+            raise UserError(found=f"no folder {folder.name!r}", need="a folder with a model in Hugging Face format", where="model.path")
+        return folder, folder.name, {}
+    specs = load_asset_specs()
+    if spec.asset not in specs:
+        raise UserError(found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite")
+    fetched: FetchedAsset = fetch_asset(specs[spec.asset], cache_dir=cache_dir(), allow_hub=allow_hub)
+    return fetched.paths["model"], spec.asset, {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"}
 
 
 def load_engine(

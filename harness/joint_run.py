@@ -17,13 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback
 
 from harness.asset_files import tensors_sha256
-from harness.conversations import conversation_sequence, load_conversations, turn_sequences
+from harness.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
 from harness.engine import LoadedModel, best_device, heads_for, load_model
 from harness.environment import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import resolve_path
-from harness.training_run import calibrate, check_overlap, fill_corpus, new_heads
+from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus, new_heads
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
@@ -73,12 +73,23 @@ def train_joint_suite(
     check_runnable(spec.recipe)
     check_overlap(spec, allow_hub=allow_hub)
     if spec.conversations is None and (from_scratch or spec.packed_corpus is None):
-        fill_corpus(spec, work=work, console=console)
+        if process_state().num_processes > 1:
+            raise UserError(
+                found=f"a corpus to be made by {process_state().num_processes} processes that train",
+                need="text that is there",
+                where=f"{spec.name}.toml",
+                do="make it first with medusa-repro distill, and name its file in packed_corpus",
+            )
+        fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
     loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
     files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
-    if files.model is not None or spec.recipe.quantisation is not None or not process_state().is_main_process:
+    if not process_state().is_main_process:
+        return files
+    if files.model is not None or spec.recipe.quantisation is not None:
+        what = "a model trained in full" if files.model is not None else "an adapter trained on a 4-bit backbone"
+        console.print(f"no calibration trace for {what}: record one with medusa-repro trace, on a suite that names what was written here")
         return files
     model = spec.model.model_copy(update={"adapter": str(files.adapter)}) if files.adapter is not None else spec.model
     del loaded
@@ -96,11 +107,12 @@ def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch
     if spec.conversations is not None:
         if loaded.tokenizer is None:
             raise UserError(found="conversations for a tiny random model", need="a model with a tokenizer", where=f"{spec.name}.toml")
+        check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
         conversations = load_conversations(resolve_path(spec.conversations, beside=None))
         made = [conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length) for conversation in conversations]
         return split_text([sequence for sequence in made if sequence is not None])
-    store = CorpusStore(work / "corpus")
-    if from_scratch or spec.packed_corpus is None or store.shard_files():
+    if from_scratch or spec.packed_corpus is None or CorpusStore(work / "corpus").shard_files():
+        store = corpus_store(work, backbone_sha256=loaded.sha256)
         return corpus_text(list(store.samples(with_states=False)), max_length=length)
     return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)), max_length=length)
 
@@ -227,6 +239,10 @@ def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medu
         name = "KL from the original" if recipe.target == "original" else "loss"
         mean, share = held_out.backbone_loss_sum / held_out.num_positions, held_out.num_agreements / held_out.num_positions
         console.print(f"backbone: held-out {name} {mean:.4f} nats a token, first choice agrees at {100 * share:.1f} %")
+    if recipe.architecture == "shared":
+        console.print(
+            f"heads read the {recipe.heads_lm_head if recipe.backbone != 'frozen' else 'original'} LM head, here and when decoding"
+        )
     for head, (hits, targets) in enumerate(zip(held_out.rank_hits, held_out.head_targets, strict=True), start=1):
         if targets:
             console.print(f"head {head}: held-out top-1 {100 * hits[0] / targets:.1f} %, top-10 {100 * sum(hits) / targets:.1f} %")

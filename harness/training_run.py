@@ -16,7 +16,7 @@ from harness.clock import device_clock
 from harness.config import SuiteSpec
 from harness.conversations import SECOND_TURN
 from harness.corpus import CorpusSpec, corpus_prompts, goes_on, make_corpus, second_turn_prompts
-from harness.engine import LoadedModel, best_device, load_engine, load_model
+from harness.engine import LoadedModel, best_device, load_engine, load_model, model_sha256
 from harness.environment import git_state
 from harness.errors import UserError
 from harness.files import write_bytes
@@ -62,7 +62,7 @@ def train_suite(
     if not from_scratch and spec.packed_corpus is not None and not store.shard_files():
         store = unpacked_corpus(spec, loaded, work=work, console=console)
     else:
-        fill_corpus(spec, work=work, console=console)
+        fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
     features = load_features(store, num_heads=spec.recipe.num_heads)
     console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
     lm_head: Any = loaded.model.get_output_embeddings()
@@ -139,7 +139,7 @@ def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
         suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
         benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
     corpus = spec.corpus
-    training = [prompt.text for prompt in corpus.catalogue_prompts(corpus.num_prompts())] if corpus is not None else []
+    training = list(corpus.questions()) if corpus is not None else []
     for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
         training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
     report = overlap_report(training, benchmark)
@@ -152,10 +152,33 @@ def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
         )
 
 
-def fill_corpus(spec: AnySuite, *, work: Path, console: Console) -> None:
-    """Bring the corpus to its size with one single-threaded process a core: on a CPU they need no barriers between them."""
+def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> CorpusStore:
+    """Return the corpus in a work folder; one that is still empty becomes this model's.
+
+    Raises: UserError for the corpus of another model: its token ids may be other words, and its states another model's.
+    """
+    store = CorpusStore(work / "corpus", writer=writer)
+    theirs = corpus_backbone(store)
+    if theirs is None and not store.shard_files():
+        write_bytes(store.folder / _BACKBONE_FILE, backbone_sha256.encode())
+    if theirs not in (None, backbone_sha256):
+        raise UserError(
+            found=f"the answers of a model with tensors {theirs[:16]}",
+            need=f"those of the model with tensors {backbone_sha256[:16]}",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
+    return store
+
+
+def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool = False) -> None:
+    """Bring the corpus to its size with one single-threaded process a core: on a CPU they need no barriers between them.
+
+    Raises: UserError for a work folder with another model's answers, or workers that fail.
+    """
     corpus = needed_corpus(spec)
-    samples = list(CorpusStore(work / "corpus").samples(with_states=False))
+    store = corpus_store(work, backbone_sha256=model_sha256(spec.model, allow_hub=allow_hub))
+    samples = list(store.samples(with_states=False))
     held, keys = corpus.amount(samples), {sample.key for sample in samples}
     waiting = [sample for sample in samples if goes_on(sample, spec=corpus) and sample.key + SECOND_TURN not in keys]
     if held >= corpus.goal and not waiting:
@@ -194,11 +217,20 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())[index::num_workers]
     own_goal = -(-corpus.goal // num_workers)
     share = corpus.model_copy(update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal})
-    store = CorpusStore(Path(work) / "corpus", writer=str(index))
-    write_bytes(store.folder / _BACKBONE_FILE, loaded.sha256.encode())
+    store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
+    keep_states = isinstance(spec, TrainingSuite)  # what heads alone learn from; with the backbone they learn from text
     console = Console(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
-    make_corpus(runner.backbone, prompts, store=store, spec=share, eos_ids=loaded.eos_ids, console=console, rate_file=rate_file)
+    make_corpus(
+        runner.backbone,
+        prompts,
+        store=store,
+        spec=share,
+        eos_ids=loaded.eos_ids,
+        console=console,
+        rate_file=rate_file,
+        keep_states=keep_states,
+    )
     own = {prompt.key for prompt in prompts}
     first = [sample for sample in store.samples(with_states=False) if sample.key in own]
     second = second_turn_prompts(loaded.tokenizer, first, spec=corpus)
@@ -210,6 +242,7 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
             num_rows=corpus.num_rows,
             max_new_tokens=corpus.max_new_tokens,
             eos_ids=loaded.eos_ids,
+            keep_states=keep_states,
         )
 
 
@@ -238,8 +271,8 @@ def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibrat
     )
     engine = load_engine(suite, loaded, beside=None)
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
-    store = CorpusStore(work / "calibration")
-    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console)
+    store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")  # by model: a backbone that was trained anew answers anew
+    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console, keep_states=False)
     samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
     texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
     trace = record_trace(

@@ -115,10 +115,12 @@ def generate_corpus(
     eos_ids: frozenset[int],
     on_sample: Callable[[CorpusSample], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    keep_states: bool = True,
 ) -> None:
-    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and states.
+    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and, where wanted, states.
 
-    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early, losing nothing.
+    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early: finished answers are kept,
+    those under way are dropped.
     """
     finished = store.finished_keys()
     by_key = {prompt.key: prompt for prompt in prompts if prompt.key not in finished}
@@ -126,7 +128,7 @@ def generate_corpus(
         StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed) for p in by_key.values()
     )
     for completion in decode_stream(
-        backbone, requests, num_rows=num_rows, max_new_tokens=max_new_tokens, eos_ids=eos_ids, keep_states=True
+        backbone, requests, num_rows=num_rows, max_new_tokens=max_new_tokens, eos_ids=eos_ids, keep_states=keep_states
     ):
         prompt = by_key[completion.key]
         sample = CorpusSample(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from harness.conversations import SECOND_TURN, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
+from harness.conversations import SECOND_TURN, check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
 from harness.corpus import CorpusSpec, goes_on, second_turn_prompts
 from harness.errors import UserError
 from medusa_impl.distill import CorpusSample
@@ -114,6 +117,32 @@ def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
     assert not second_turn_prompts(ChatTokenizer(), firsts, spec=CorpusSpec(num_tokens=400))
 
 
+def test_vicunas_template_writes_its_roles() -> None:
+    """Golden text: a system line, one space, roles in capitals, the end of sequence behind answers and nowhere else."""
+    plain = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (Path(str(resources.files("suites"))) / "chat_templates" / "vicuna.jinja").read_text()
+    messages = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.startswith("<s>A chat between") and text.endswith(
+        "answers to the user's questions. USER: hi ASSISTANT: yes</s>USER: so ASSISTANT: no</s>"
+    )
+    own = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, messages[0]], add_generation_prompt=True, tokenize=False
+    )
+    assert own == "<s>Be brief. USER: hi ASSISTANT:"
+
+
+def test_conversations_without_a_template_are_refused() -> None:
+    tokenizer = ChatTokenizer()
+    tokenizer.chat_template = None  # type: ignore[assignment]
+    spec = CorpusSpec(num_samples=2, second_turn_share=1.0)
+    with pytest.raises(UserError, match=r"without a chat template; .*model\.chat_template"):
+        second_turn_prompts(tokenizer, [sample("k1", (1,), (2, 0))], spec=spec)
+    with pytest.raises(UserError, match=r"where mine\.toml|mine\.toml"):
+        check_has_template(tokenizer, where="mine.toml")
+
+
 def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
     rows = [{"key": "k1", "turns": ["first", "second"]}, {"key": "k2", "turns": ["alone"]}]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -122,6 +151,7 @@ def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
     (prompt,) = second_turn_prompts(ChatTokenizer(), firsts, spec=spec)
     assert prompt.prompt_ids == (1, 2, 0, *follow_up_ids(ChatTokenizer(), "second"))
     assert [one.text for one in spec.catalogue_prompts(9)] == ["first", "alone"]
+    assert spec.questions() == ("first", "second", "alone"), "what is compared with the benchmarks"
 
 
 def test_a_corpus_has_one_goal() -> None:

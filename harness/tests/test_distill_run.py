@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import tomli_w
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harness.config import ModelSpec
-from harness.conversations import SECOND_TURN
+from harness.conversations import SECOND_TURN, conversation_sequence
 from harness.corpus import goes_on
-from harness.engine import best_device, load_model
-from harness.errors import ExitCode
+from harness.distill_run import distill_suite
+from harness.engine import best_device, load_model, model_sha256
+from harness.errors import ExitCode, UserError
 from harness.joint_run import read_text
-from harness.tests.tiny_suite import command
+from harness.tests.tiny_suite import QUIET, command
 from harness.training_run import corpus_backbone, corpus_worker, fill_corpus
 from harness.training_specs import JointSuite
-from medusa_impl.distill import CorpusSample, CorpusStore
+from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 
 TEMPLATE = (
@@ -84,13 +90,69 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
     assert all(again[key].prompt_ids == made[key].prompt_ids for key in first)
 
 
-def test_a_whole_corpus_starts_no_worker(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
+def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    """Regression: a recipe whose model was changed went on with the first one's answers, and called them the second one's."""
+    spec = suite(model_folder)
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    torch.manual_seed(5)
+    changed = tiny_llama(scale=0.1)
+    torch.nn.init.normal_(changed.lm_head.weight)
+    changed.save_pretrained(str(other))
+    elsewhere = spec.model_copy(update={"model": ModelSpec(path=str(other))})
+    loaded = load_model(elsewhere.model, device=best_device())
+    assert model_sha256(elsewhere.model) == loaded.sha256 != corpus_backbone(CorpusStore(tmp_path / "corpus"))
+    for use in (
+        lambda: fill_corpus(elsewhere, work=tmp_path, console=QUIET),
+        lambda: corpus_worker(elsewhere.model_dump(mode="json"), str(tmp_path), 0, 1),
+        lambda: read_text(elsewhere, loaded, work=tmp_path),
+        lambda: distill_suite(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
+    ):
+        with patch("harness.distill_run.check_overlap"), pytest.raises(UserError, match="found the answers of a model with tensors"):
+            use()
 
+
+def test_distill_answers_packs_and_goes_on_from_the_command_line(model_folder: Path, tmp_path: Path) -> None:
+    data = suite(model_folder).model_dump(mode="json", exclude_none=True)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(tomli_w.dumps({**data, "num_workers": 2}))
+    told = []
+    with patch("harness.distill_run.check_overlap"):
+        for _ in range(2):
+            ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
+            assert ran.code == ExitCode.OK, ran.err
+            told.append(json.loads(ran.out.splitlines()[-1]))
+    loaded = load_model(ModelSpec(path=str(model_folder)), device=best_device())
+    made = list(unpack_corpus(tmp_path / "out" / "corpus.safetensors", backbone_sha256=loaded.sha256))
+    assert told[0] == told[1] and told[0]["answers"] == len(made) >= 40 and told[0]["second_turns"] > 0
+    assert told[0]["tokens"] == sum(len(sample.token_ids) for sample in made)
+    assert not list((tmp_path / "work" / "corpus").glob("states-*")), "text alone: no state is kept where none is learnt from"
+
+
+def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
+    tokenizer: Any = load_model(ModelSpec(path=str(model_folder)), device=best_device()).tokenizer
+    turns = [("word5 word6", "word7 word8 word9"), ("word10", "word11")]
+    messages = [
+        message
+        for question, answer in turns
+        for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    ]
+    marked = (
+        "{% for message in messages %}<{{ message['role'] }}> {% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] }} <end>{% endgeneration %} {% else %}{{ message['content'] }} <end> {% endif %}{% endfor %}"
+    )
+    whole = tokenizer.apply_chat_template(messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
+    made = conversation_sequence(tokenizer, turns, max_length=100)
+    assert made is not None and list(made.token_ids) == list(whole["input_ids"])
+    inside = [int(any(start <= index < end for start, end in made.answers)) for index in range(len(made.token_ids))]
+    assert inside == list(whole["assistant_masks"]) and sum(inside) == 6
+
+
+def test_a_whole_corpus_starts_no_worker(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = suite(model_folder)
     corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
     monkeypatch.setattr("harness.training_run.multiprocessing.get_context", lambda kind: pytest.fail("a worker was started"))
-    fill_corpus(spec, work=tmp_path, console=Console(quiet=True))
+    fill_corpus(spec, work=tmp_path, console=QUIET)
 
 
 def test_a_recipe_without_a_corpus_has_nothing_to_distil(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_the_7b_recipe_carries_appendix_b() -> None:
     assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (5e-4, 2e-3, 40)
     assert (recipe.lambda_0, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == (0.2, 0.8, 5, 1)
     assert (recipe.quantisation, recipe.optimizer, recipe.target, recipe.architecture) == ("4bit", "adamw_8bit", "tokens", "own")
+    assert (recipe.max_length, recipe.schedule) == (4096, "each_stage")
     lora = recipe.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
 
@@ -51,7 +52,24 @@ def test_the_33b_recipe_carries_appendix_b() -> None:
     assert (recipe.warmup, recipe.ramp, recipe.lambda_0, recipe.target) == ("ramped", "sine", 0.01, "original")
     assert recipe.batch_sequences * recipe.accumulation_steps == 128 and recipe.max_length == 2048
     assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (1e-4, 4e-4, 20)
-    assert recipe.quantisation is None and (recipe.lora.rank, recipe.lora.lm_head) == (32, True)
+    assert (recipe.optimizer, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == ("adamw_8bit", 0.8, 5, 1)
+    lora = recipe.lora
+    assert recipe.quantisation is None
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
+
+
+@pytest.mark.parametrize("name", ["paper_7b_two_stage", "paper_33b_ramped"])
+def test_conversations_of_a_model_without_a_template_get_one(name: str) -> None:
+    template = joint(name).model.chat_template
+    assert template is not None and (SUITES / template).is_file()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_corpus_can_be_asked_for(path: Path) -> None:
+    """Regression: a recipe wanted more prompts than the catalogue has combinations; such a one has to bring its own."""
+    corpus = load_training_suite(path).corpus
+    if corpus is not None and corpus.prompts_file is None:
+        assert len(corpus.catalogue_prompts(corpus.num_prompts())) == corpus.num_prompts()
 
 
 def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
