@@ -130,6 +130,7 @@ def train(
     from harness.joint_run import check_runnable, train_joint_suite
     from harness.training_run import announce, train_suite
     from harness.training_specs import JointSuite, load_training_suite
+    from medusa_impl.medusa2_trainer import process_state
 
     spec = load_training_suite(_find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name
@@ -140,7 +141,16 @@ def train(
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(spec, JointSuite):
         joint = train_joint_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
-        written = {"heads": joint.heads, "adapter": joint.adapter, "model": joint.model, "calibration": joint.calibration}
+        if not process_state().is_main_process:
+            return
+        picture = _draw_steps(joint.step_log)
+        written = {
+            "heads": joint.heads,
+            "adapter": joint.adapter,
+            "model": joint.model,
+            "calibration": joint.calibration,
+            "curves": picture,
+        }
         print(json.dumps({"recipe": spec.name, **{name: path.name for name, path in written.items() if path is not None}}))
         return
     files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
@@ -478,6 +488,19 @@ def _finish_latency(folder: Path, *, readme: Path | None) -> None:
     if readme is not None:
         update_modes(readme, record)
     print(json.dumps(latency_headline(record), allow_nan=False))
+
+
+def _draw_steps(log: Path) -> Path | None:
+    """Draw a joint training's log beside it; where that cannot be, say so."""
+    from harness.report.training_curves import CURVES_FILE, draw_step_log
+
+    picture = log.with_name(CURVES_FILE)
+    try:
+        draw_step_log(log, picture)
+    except UserError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
+        return None
+    return picture
 
 
 def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:

@@ -23,10 +23,7 @@ def draw_curves(record: AblationRecord, path: Path) -> None:
 
     Raises: UserError without matplotlib, or where no arm has a step log.
     """
-    figure = curves_figure(record)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    temporary.replace(path)
+    save_figure(curves_figure(record), path)
 
 
 def curves_figure(record: AblationRecord) -> Any:
@@ -34,32 +31,48 @@ def curves_figure(record: AblationRecord) -> Any:
 
     Raises: UserError as `draw_curves` does.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
     logs = {arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))] for arm in record.spec.arms}
     if not any(logs.values()):
         raise UserError(found="no step log", need="at least one trained arm", where=record.folder.name)
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(2, 2)
+    title = f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds"
+    figure, panels = new_figure(rows=2, columns=2, title=title)
     for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
         for number, (arm, runs) in enumerate(logs.items()):
             points = curve(runs, value)
             if points:
                 axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2, color=f"C{number}")
         axes.set_title(title, fontsize=10)
+    panels.flat[0].legend(fontsize=8)
+    return figure
+
+
+def new_figure(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
+    """Return matplotlib's figure and its grid of axes, steps along the bottom of each.
+
+    Raises: UserError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
+    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(rows, columns)
+    for axes in panels.flat:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    panels.flat[0].legend(fontsize=8)
-    figure.suptitle(
-        f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds", fontsize=11
-    )
-    return figure
+    figure.suptitle(title, fontsize=11)
+    return figure, panels
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, without a trace of when or by what."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    temporary.replace(path)
 
 
 def curve(runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]) -> list[tuple[int, float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,21 @@ import pytest
 import torch
 from pytest import MonkeyPatch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 import harness.joint_run
+from harness.asset_files import tensors_sha256
 from harness.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
 from harness.joint_run import JointFiles, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
 from harness.training_specs import JointSuite
-from medusa_impl.checkpoint import JointFigures
+from medusa_impl.checkpoint import JointFigures, load_heads
 from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,17 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
     path.write_text(path.read_text().replace('kind = "joint"', f'kind = "joint"\nstart_heads = "{heads_file}"'))
     ran = command("train", path, "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert ran.code == ExitCode.OK, ran.err
-    assert json.loads(ran.out.splitlines()[-1]) == {"recipe": "cli", "heads": "heads.safetensors", "adapter": "adapter"}
+    told = json.loads(ran.out.splitlines()[-1])
+    assert {name: told[name] for name in ("recipe", "heads", "adapter")} == {
+        "recipe": "cli",
+        "heads": "heads.safetensors",
+        "adapter": "adapter",
+    }
+    if "curves" in told:  # without matplotlib it says so instead
+        assert (tmp_path / "out" / told["curves"]).read_bytes().startswith(b"\x89PNG")
+    assert ("curves" in told) != ("no picture" in ran.err)
     assert "held-out KL from the original" in ran.err and "head 4: held-out top-1" in ran.err
+    assert "heads read the original LM head" in " ".join(ran.err.split())
     steps = read_step_log(tmp_path / "out" / "steps.jsonl")
     assert [step.step for step in steps] == [1, 2, 3, 4, 5] and steps[0].backbone_loss == 0.0
     model = smoke_suite().model.model_copy(update={"adapter": str(tmp_path / "out" / "adapter")})
@@ -63,6 +77,30 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
     assert figures.num_positions_seen == sum(step.num_positions for step in steps)
     with pytest.raises(UserError, match="heads trained with the adapter"):
         heads_for(bare, tmp_path / "out" / "heads.safetensors")
+
+
+def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path: Path) -> None:
+    """The command under a launcher: the same batches, one process that writes, and an end from which it goes on."""
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "lm_head": False}
+    path = write_recipe(folder, "shared", lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
+    one = train(folder, tmp_path / "one", lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_endpoint", "localhost:0", "-m", "harness", "train", str(path)]
+    for _ in range(2):  # the second time, training is over
+        arguments = [sys.executable, *launcher, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "two")]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line]
+        assert told["heads"] == "heads.safetensors" and told["adapter"] == "adapter"
+        assert one.adapter is not None
+        for ours, theirs in (
+            (tensors(one.heads), tensors(tmp_path / "two" / "heads.safetensors")),
+            (tensors(one.adapter / "adapter_model.safetensors"), tensors(tmp_path / "two" / "adapter" / "adapter_model.safetensors")),
+        ):
+            for name, tensor in ours.items():
+                torch.testing.assert_close(tensor.float(), theirs[name].float(), atol=2e-3, rtol=0.05, msg=name)
+    steps = read_step_log(tmp_path / "two" / "steps.jsonl")
+    assert [step.num_positions for step in steps] == [step.num_positions for step in read_step_log(one.step_log)]
 
 
 def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -138,6 +176,11 @@ def test_a_frozen_backbone_writes_heads_alone(folder: Path, heads_file: Path, tm
 def test_full_fine_tuning_writes_the_whole_model(folder: Path, tmp_path: Path) -> None:
     files = train(folder, tmp_path, backbone="full", heads_lm_head="adapted", target="tokens", num_steps=2)
     assert files.model is not None and (files.model / "config.json").exists() and files.adapter is None
+    written: Any = AutoModelForCausalLM.from_pretrained(files.model)
+    bare: Any = load_model(smoke_suite().model, device=CPU).model
+    assert not torch.equal(written.lm_head.weight, bare.lm_head.weight)
+    heads, provenance = load_heads(files.heads, backbone_sha256=tensors_sha256(files.model))
+    assert heads.num_heads == 4 and (provenance.lm_head_read, provenance.lm_head_adapted) == ("adapted", True)
     with pytest.raises(UserError, match="one LM head only"):
         train(folder, tmp_path / "other", backbone="full")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -94,7 +95,9 @@ def test_in_bfloat16_it_is_small_and_still_one_model(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=TOKENS).logits, apart(input_ids=TOKENS).logits, atol=1e-5, rtol=0)
     num_learning = sum(parameter.numel() for name, parameter in model.backbone.named_parameters() if "lora_" in name)
-    assert (tmp_path / "adapter" / ADAPTER_FILE).stat().st_size < 2 * num_learning + 8192, "no embedding among the tensors"
+    assert (tmp_path / "adapter" / ADAPTER_FILE).stat().st_size < 2 * num_learning + 8192
+    with safe_open(tmp_path / "adapter" / ADAPTER_FILE, framework="pt") as file:
+        assert all(".lora_A." in name or ".lora_B." in name for name in file.keys()), "no embedding among the tensors"  # noqa: SIM118
 
 
 def test_no_place_on_this_machine_is_written(tmp_path: Path) -> None:

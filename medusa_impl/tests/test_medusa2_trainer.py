@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from medusa_impl.errors import UserError
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
-from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, training_arguments
+from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, read_step_log, shared_batch, training_arguments
 from medusa_impl.sequences import TrainingSequence
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
-from medusa_impl.tests.test_medusa2 import LORA, make_heads
+from medusa_impl.tests.test_medusa2 import LORA, make_heads, tied_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +37,12 @@ def long_run() -> dict[str, Any]:
 
 
 def make_trainer(
-    folder: Path, *, save_steps: int = 100, sequences: tuple[TrainingSequence, ...] | None = None, **changes: Any
+    folder: Path,
+    *,
+    save_steps: int = 100,
+    sequences: tuple[TrainingSequence, ...] | None = None,
+    backbone_model: LlamaForCausalLM | None = None,
+    **changes: Any,
 ) -> MedusaTrainer:
     recipe = Medusa2Recipe(
         **{
@@ -52,7 +58,7 @@ def make_trainer(
         }
     )
     torch.manual_seed(recipe.seed)
-    model = MedusaTrainingModel(tiny_llama(), make_heads(), recipe=recipe)
+    model = MedusaTrainingModel(backbone_model or tiny_llama(), make_heads(), recipe=recipe)
     arguments = training_arguments(recipe, folder=folder, save_steps=save_steps, use_cpu=True)
     return MedusaTrainer(model, sequences=some_sequences() if sequences is None else sequences, arguments=arguments)
 
@@ -106,6 +112,59 @@ def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
         assert all(0 <= (row[0] or 0) <= (row[-1] or 0) <= 1 for row in step.head_accuracies)
     assert steps[0].backbone_loss == 0.0 and steps[0].agreement_rate == 1.0
     assert (steps[-1].backbone_loss or 0) > 0
+
+
+def test_the_optimiser_holds_two_groups_at_two_rates(tmp_path: Path) -> None:
+    """All of the heads in the first, biases too: once, a filter by name left some at the backbone's rate."""
+    trainer = make_trainer(tmp_path)
+    model = trainer._training_model
+    groups = trainer.create_optimizer().param_groups
+    assert [{id(one) for one in group["params"]} for group in groups] == [
+        {id(one) for one in model.heads.parameters()},
+        {id(one) for name, one in model.backbone.named_parameters() if "lora_" in name},
+    ]
+    assert any(one.dim() == 1 for one in groups[0]["params"]), "biases"
+
+
+@pytest.mark.parametrize(("schedule", "held"), [("whole", [0, 6, 6, 6, 36, 36]), ("each_stage", [0, 6, 6, 0, 36, 36])])
+def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(tmp_path: Path, schedule: str, held: list[int]) -> None:
+    """Regression: the heads' weight falls by a factor where the stages meet, and moments of the first held their steps back."""
+    trainer = make_trainer(tmp_path, warmup="two_stage", stage_rate=0.5, schedule=schedule)
+    seen: list[int] = []
+    begin = trainer.begin_step
+
+    def note() -> None:
+        begin()
+        optimizer: Any = trainer.optimizer
+        seen.append(len(optimizer.optimizer.state))
+
+    trainer.begin_step = note  # type: ignore[method-assign]
+    trainer.train()
+    assert seen == held
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone": "full", "heads_lm_head": "adapted", "target": "tokens"}], ids=["lora", "full"])
+def test_a_tied_model_is_saved_and_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The names of tensors that share memory are many; what learns is saved once, and found again."""
+    whole = make_trainer(tmp_path / "whole", save_steps=3, backbone_model=tied_llama(), **changes)
+    whole.train()
+    cut = make_trainer(tmp_path / "cut", save_steps=3, backbone_model=tied_llama(), **changes)
+    cut._on_step = lambda step: setattr(cut.control, "should_training_stop", step.step == 4)
+    cut.train()
+    again = make_trainer(tmp_path / "cut", save_steps=3, backbone_model=tied_llama(), **changes)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for name, value in state_of(whole).items():
+        assert torch.equal(value, state_of(again)[name]), name
+    is_tied = again._training_model.model.lm_head.weight is again._training_model.model.model.embed_tokens.weight
+    assert is_tied == (changes != {}), "an adapter on the LM head unties it, full training leaves it tied"
+
+
+@pytest.mark.parametrize(("processes", "shared"), [(1, (6, 4)), (2, (3, 4)), (4, (6, 1))])
+def test_a_batch_stays_the_recipes_whatever_the_processes(processes: int, shared: tuple[int, int]) -> None:
+    recipe = Medusa2Recipe(num_steps=1, batch_sequences=6, accumulation_steps=4)
+    assert shared_batch(recipe, num_processes=processes) == shared
+    with pytest.raises(UserError, match="found 4 times 6 sequences for 5 processes"):
+        shared_batch(recipe, num_processes=5)
 
 
 def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
