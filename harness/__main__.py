@@ -255,9 +255,24 @@ def profile_training_command(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
     steps: Annotated[int, typer.Option(help="untouched steps a stage; as many are taken apart", min=1)] = 8,
     output: Annotated[Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")] = None,
+    report: Annotated[bool, typer.Option("--report", help="measure nothing: only write the table of all committed profiles")] = False,
+    readme: Annotated[Path | None, typer.Option(help="write the table of all committed profiles between this file's markers")] = None,
     hub: HubOption = False,
 ) -> None:
     """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their time goes."""
+    if not report:
+        _profile_training(recipe, steps=steps, output=output, hub=hub)
+    if report or readme is not None:
+        from harness.report.training import committed_profiles, render_readme_training, update_training
+
+        paths = committed_profiles(default_results())
+        if readme is not None:
+            update_training(readme, paths)
+        else:
+            print(render_readme_training(paths, base=default_results().parent))
+
+
+def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
     from harness.environment import machine_slug
     from harness.record_training_profile import profile_training
     from harness.training_profile import print_training_profile, training_headline
