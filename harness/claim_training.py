@@ -152,7 +152,7 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     found = combined(parts)
     if form.control is None or not record.of(form.control):
         return found
-    control = [*_gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)]
+    control = _gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)
     control.append(_divergence_part(form.control, record, max_kl=form.max_kl))
     return replace(found, reason=f"{found.reason}; beside them, not judged, {form.control}: {'; '.join(part.ours for part in control)}")
 

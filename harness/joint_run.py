@@ -298,7 +298,7 @@ def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backb
         "text": text.fingerprint(),
         "backbone": backbone_sha256,
         "first heads": heads_sha256,
-        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps * process_state().num_processes],
+        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps],
     }
     work.mkdir(parents=True, exist_ok=True)
     path = work / "run.json"

@@ -44,8 +44,8 @@ same tokens on a frozen backbone (for `medusa1` itself: over the start); *on the
 text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that stood in the same answer
 before. *held-out KL*: KL(original || tuned) a token on the original's own
 greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard labels lower it, since they
-are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, seeds pooled; the next table has
-the seeds."""
+are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, seeds pooled; {seeds} has the
+seeds."""
 _SEEDS_NOTE = (
     "Each seed draws its own answers, their order and the first adapter: how far its figures lie apart is what another training gives."
 )
@@ -60,7 +60,7 @@ def render_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdict
     parts = [
         f"# {record.spec.name}",
         _summary(record),
-        section("Recipes side by side", render_ablation_table(rows), _NOTE),
+        section("Recipes side by side", render_ablation_table(rows), _NOTE.format(seeds="the next table")),
         section("Seeds", _render_seeds(rows), _SEEDS_NOTE),
         section("Heads", _render_heads(rows), _HEADS_NOTE),
         section("Texts of another hand", _render_references(rows), _REFERENCE_NOTE if any(row.categories for row in rows) else ""),
@@ -88,7 +88,7 @@ def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], 
     )
     if not record.spec.decides_claims:
         origin += f" {_SIGNS_ONLY}"
-    parts = [origin, render_ablation_table(rows), _NOTE.replace("the next table has\nthe seeds", "the report has\nthe seeds")]
+    parts = [origin, render_ablation_table(rows), _NOTE.format(seeds="the report")]
     tested = [verdict for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
     if tested:
         parts.append(render_verdicts(tested))

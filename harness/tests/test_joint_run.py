@@ -101,6 +101,9 @@ def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path
                 torch.testing.assert_close(tensor.float(), theirs[name].float(), atol=2e-3, rtol=0.05, msg=name)
     steps = read_step_log(tmp_path / "two" / "steps.jsonl")
     assert [step.num_positions for step in steps] == [step.num_positions for step in read_step_log(one.step_log)]
+    alone = train(folder, tmp_path, lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
+    ours, theirs = tensors(alone.heads), tensors(tmp_path / "two" / "heads.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "what two processes began, one takes up: the batch is the recipe's"
 
 
 def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> None:
