@@ -33,6 +33,7 @@ from medusa_impl.losses import TokenSubset
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
 from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, process_state, read_step_log, training_arguments
 from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
+from medusa_impl.sharding import check_launcher, under_fsdp
 
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
@@ -81,7 +82,7 @@ def train_joint_suite(
                 do="make it first with medusa-repro distill, and name its file in packed_corpus",
             )
         fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
-    loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
+    loaded = load_model(spec.model, device=_loading_device(spec.recipe), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
     files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
@@ -99,6 +100,11 @@ def train_joint_suite(
     calibration = target / "calibration.npz"
     calibrate(spec, tuned, heads_file=files.heads, calibration_file=calibration, work=work, console=console)
     return JointFiles(**{**files.__dict__, "calibration": calibration})
+
+
+def _loading_device(recipe: Medusa2Recipe) -> torch.device:
+    """Return where the model is loaded: under FSDP on the host, from where each GPU takes its part; 4-bit weights are made on a GPU."""
+    return torch.device("cpu") if under_fsdp() and recipe.quantisation is None else best_device()
 
 
 def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
@@ -153,7 +159,8 @@ def train_joint(
     was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     model = MedusaTrainingModel(loaded.model, heads, recipe=recipe, subset=token_subset(text.train, recipe, vocab_size=heads.vocab_size))
-    arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=loaded.model.device.type == "cpu")
+    device = best_device() if under_fsdp() else loaded.model.device
+    arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=device.type == "cpu")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("joint training", total=recipe.num_steps)
@@ -166,9 +173,13 @@ def train_joint(
         trainer.remove_callback(PrinterCallback)  # what it would print on stdout is in the step log
         last = last_checkpoint(work)
         if last is not None and last.is_finished:
-            trainer._load_from_checkpoint(str(last.folder))
+            trainer.load_finished(last.folder)
         else:
             trainer.train(resume_from_checkpoint=str(last.folder) if last is not None else None)
+    with trainer.autocast():
+        held_out = evaluate_joint(model, text.held_out[:MAX_HELD_OUT])
+    trainer.make_whole()
+    writes = process_state().is_main_process  # the others may hold a part of the weights
     steps = read_step_log(work / STEP_LOG)
     figures = JointFigures(
         num_steps=len(steps),
@@ -176,8 +187,8 @@ def train_joint(
         num_answer_tokens=sum(sequence.num_targets for sequence in text.train),
         num_positions_seen=sum(step.num_positions for step in steps),
         final_loss=steps[-1].loss,
-        held_out=evaluate_joint(model, text.held_out[:MAX_HELD_OUT]),
-        backbone_sha256s=(was, backbone_sha256(loaded.model)) if was is not None else None,
+        held_out=held_out,
+        backbone_sha256s=(was, backbone_sha256(loaded.model)) if was is not None and writes else None,
     )
     print_joint_figures(console, figures, recipe=recipe)
     return _write(loaded, model, figures, text=text, work=work, target=target)
@@ -249,10 +260,11 @@ def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medu
 
 
 def check_runnable(recipe: Medusa2Recipe) -> None:
-    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks.
+    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher that would train another one.
 
-    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device.
+    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, and as `check_launcher` does.
     """
+    check_launcher(process_state())
     if recipe.quantisation is not None or recipe.optimizer == "adamw_8bit":
         there = {"bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None, "a CUDA device": torch.cuda.is_available()}
         if missing := [name for name, found in there.items() if not found]:
@@ -330,7 +342,7 @@ def _write(
         calibration=None,
         figures=figures,
     )
-    if not process_state().is_main_process:  # every process has the same weights: one writes them
+    if not process_state().is_main_process:
         return files
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / STEP_LOG, files.step_log)

@@ -193,6 +193,8 @@ class MedusaTrainingModel(nn.Module):
             self.register_buffer("_subset_local_ids", subset.local_ids, persistent=False)
             self.register_buffer("_subset_weight", self.original_lm_head.weight.detach()[subset.token_ids], persistent=False)
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
+        layers = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = sorted(layers & set(model._no_split_modules or ()))  # what FSDP takes for one unit
 
     @property
     def model(self) -> PreTrainedModel:

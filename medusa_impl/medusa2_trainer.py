@@ -1,6 +1,6 @@
-"""Joint training on transformers' Trainer, which brings checkpoints, resuming, DDP, FSDP and DeepSpeed through accelerate.
+"""Joint training on transformers' Trainer, which brings resuming, data parallel and FSDP through accelerate.
 
-What is Medusa's own stands here: one loss, two learning rates, a weight that rises, and a log of every step.
+What is Medusa's own stands here: one loss, two learning rates, a weight that rises, a log of every step, and checkpoints of what learns.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_impl.errors import UserError
@@ -26,6 +28,14 @@ from medusa_impl.losses import NUM_RANKS
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
+from medusa_impl.sharding import (
+    cut_like,
+    keep_dtypes,
+    load_optimizer_state,
+    make_whole,
+    whole,
+    whole_optimizer_state,
+)
 
 STEP_LOG = "steps.jsonl"
 
@@ -145,6 +155,8 @@ class MedusaTrainer(Trainer):
         super().__init__(
             model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
         )
+        if self.is_fsdp_enabled:
+            keep_dtypes(self.accelerator)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -181,7 +193,8 @@ class MedusaTrainer(Trainer):
     ) -> Any:
         """Return the loss of one part of a batch, weighted as the recipe weights this step."""
         backbone_weight, heads_weight = self.recipe.loss_weights(self.state.global_step, num_steps=self.state.max_steps)
-        result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
+        with self.autocast():
+            result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
         loss = result.pop("loss")
         if not bool(torch.isfinite(loss.detach())):
             raise UserError(
@@ -193,6 +206,11 @@ class MedusaTrainer(Trainer):
         for name, value in {**result, "loss": loss.detach()}.items():
             self._window[name] = self._window[name] + value if name in self._window else value
         return loss * self.accelerator.num_processes  # gradients are averaged over processes, and the count is that of all of them
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the recipe's autocast, which accelerate puts around a model only under some launchers."""
+        context: AbstractContextManager[None] = self.accelerator.autocast()
+        return context
 
     @property
     def log_file(self) -> Path:
@@ -250,12 +268,30 @@ class MedusaTrainer(Trainer):
         if recipe.schedule == "each_stage" and step and step == recipe.first_backbone_step(self.state.max_steps):
             getattr(optimizer, "optimizer", optimizer).state.clear()  # accelerate wraps the optimiser
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save what learns, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
-        if state_dict is None:
-            state_dict = self._training_model.state_dict()
-        learning = {name for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
-        super()._save(output_dir, state_dict={name: value.contiguous() for name, value in state_dict.items() if name in learning})
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what learns, whole, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
+        learning = {name: whole(parameter) for name, parameter in self._learning().items()}  # on all processes, for one to write
+        if self.args.should_save:
+            self._save(output_dir, state_dict={name: tensor.contiguous() for name, tensor in learning.items()})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimiser's state whole, so that a run may go on under another number of processes."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load what learns, all of it; the rest is there already."""
@@ -264,7 +300,7 @@ class MedusaTrainer(Trainer):
             state = load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(found=f"no readable checkpoint ({error})", need="a whole one", where=file.parent.name) from error
-        learning = {name: parameter for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
+        learning = self._learning()
         if state.keys() != learning.keys():
             raise UserError(
                 found=f"{len(state.keys() ^ learning.keys())} tensors that only one side has",
@@ -274,7 +310,30 @@ class MedusaTrainer(Trainer):
             )
         with torch.no_grad():
             for name, parameter in learning.items():
-                parameter.copy_(state[name])
+                parameter.copy_(cut_like(state[name], parameter))
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Load the end of a run that is over, whose steps need not be taken again."""
+        if self.is_fsdp_enabled:
+            self.accelerator.prepare(self.model, self.create_optimizer())
+        self._load_from_checkpoint(str(checkpoint))
+
+    def make_whole(self) -> None:
+        """Give the first process whole weights, on the host, where each process held a part of them; the model is not run any more.
+
+        Under an adapter these are the weights that learn: the rest is the original's, and files hold none of it.
+        """
+        if self.is_fsdp_enabled:
+            model, every = self._training_model, self.recipe.backbone != "lora"
+            make_whole(
+                model,
+                [model.heads, model.backbone],
+                wanted=lambda parameter: every or parameter.requires_grad,
+                keep=self.is_world_process_zero(),
+            )
+
+    def _learning(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
 
 
 class _StepLog(TrainerCallback):

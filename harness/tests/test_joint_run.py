@@ -24,6 +24,7 @@ from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, 
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import JointFigures, load_heads
 from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
+from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, SHARDED
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,31 +80,69 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
         heads_for(bare, tmp_path / "out" / "heads.safetensors")
 
 
-def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path: Path) -> None:
+def train_together(path: Path, launcher: list[str], *, work: Path, out: Path) -> dict[str, Any]:
+    """Run the command under a launcher and return the one line that it prints."""
+    arguments = [sys.executable, *launcher, "harness", "train", str(path), "--work", str(work), "--out", str(out)]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line]
+    return dict(told)
+
+
+def assert_like(ours: Path, theirs: Path) -> None:
+    """The tensors of two files are those of one training but for rounding."""
+    expected, got = tensors(ours), tensors(theirs)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name].float(), tensor.float(), atol=2e-3, rtol=0.05, msg=name)
+
+
+@pytest.mark.parametrize("launcher", [DATA_PARALLEL, SHARDED], ids=["data_parallel", "sharded"])
+def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path: Path, launcher: list[str]) -> None:
     """The command under a launcher: the same batches, one process that writes, and an end from which it goes on."""
-    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "lm_head": False}
-    path = write_recipe(folder, "shared", lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
-    one = train(folder, tmp_path / "one", lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    launcher += ["--rdzv_endpoint", "localhost:0", "-m", "harness", "train", str(path)]
+    recipe: dict[str, Any] = {
+        "lora": {"rank": 2, "alpha": 4, "dropout": 0.0, "lm_head": False},
+        "warmup": "two_stage",
+        "schedule": "each_stage",
+        "num_steps": 4,
+    }
+    path = write_recipe(folder, "shared", **recipe)
+    one = train(folder, tmp_path / "one", **recipe)
+    assert one.adapter is not None
     for _ in range(2):  # the second time, training is over
-        arguments = [sys.executable, *launcher, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "two")]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line]
+        told = train_together(path, launcher, work=tmp_path / "work", out=tmp_path / "two")
         assert told["heads"] == "heads.safetensors" and told["adapter"] == "adapter"
-        assert one.adapter is not None
-        for ours, theirs in (
-            (tensors(one.heads), tensors(tmp_path / "two" / "heads.safetensors")),
-            (tensors(one.adapter / "adapter_model.safetensors"), tensors(tmp_path / "two" / "adapter" / "adapter_model.safetensors")),
-        ):
-            for name, tensor in ours.items():
-                torch.testing.assert_close(tensor.float(), theirs[name].float(), atol=2e-3, rtol=0.05, msg=name)
+        assert_like(one.heads, tmp_path / "two" / "heads.safetensors")
+        assert_like(one.adapter / "adapter_model.safetensors", tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    _, provenance = load_heads(tmp_path / "two" / "heads.safetensors", backbone_sha256=None)
+    assert isinstance(provenance.training, JointFigures) and provenance.training.held_out is not None and one.figures.held_out is not None
+    assert provenance.training.held_out.head_loss_sums == pytest.approx(one.figures.held_out.head_loss_sums, rel=1e-3)
     steps = read_step_log(tmp_path / "two" / "steps.jsonl")
     assert [step.num_positions for step in steps] == [step.num_positions for step in read_step_log(one.step_log)]
-    alone = train(folder, tmp_path, lora=lora, warmup="two_stage", schedule="each_stage", num_steps=4)
+    alone = train(folder, tmp_path, **recipe)
     ours, theirs = tensors(alone.heads), tensors(tmp_path / "two" / "heads.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours), "what two processes began, one takes up: the batch is the recipe's"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"backbone": "frozen"}, {"backbone": "full", "heads_lm_head": "adapted", "target": "tokens"}],
+    ids=["frozen", "full"],
+)
+def test_sharded_processes_write_whole_models(folder: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """A frozen backbone is hashed behind its training, one trained in full is written: both need weights that no process holds."""
+    path = write_recipe(folder, f"sharded_{recipe['backbone']}", num_steps=2, **recipe)
+    one = train(folder, tmp_path / "one", num_steps=2, **recipe)
+    train_together(path, SHARDED, work=tmp_path / "work", out=tmp_path / "two")
+    assert_like(one.heads, tmp_path / "two" / "heads.safetensors")
+    _, provenance = load_heads(tmp_path / "two" / "heads.safetensors", backbone_sha256=None)
+    assert isinstance(provenance.training, JointFigures)
+    if one.model is None:
+        assert one.figures.backbone_sha256s == provenance.training.backbone_sha256s
+        assert len(set(provenance.training.backbone_sha256s or ())) == 1
+    else:
+        assert_like(one.model / "model.safetensors", tmp_path / "two" / "model" / "model.safetensors")
+        assert (one.model / "config.json").read_text() == (tmp_path / "two" / "model" / "config.json").read_text()
 
 
 def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -135,14 +174,18 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, t
         assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
 
 
-def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    whole = train(folder, tmp_path / "whole", num_steps=5)
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(
+    folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch, autocast: str | None
+) -> None:
+    """Regression: under autocast, the held-out figures of a run found finished were taken without it."""
+    whole = train(folder, tmp_path / "whole", num_steps=5, autocast=autocast)
 
     def cut(step: JointStep) -> None:
         if step.step == 3:
             raise KeyboardInterrupt
 
-    spec = JointSuite.model_validate(recipe_data(folder, num_steps=5))
+    spec = JointSuite.model_validate(recipe_data(folder, num_steps=5, autocast=autocast))
     loaded = load_model(spec.model, device=CPU)
 
     class Cut(MedusaTrainer):
@@ -159,7 +202,7 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(folder: Path, tm
     (left.folder.parent / "checkpoint-4").mkdir()  # begun and not ended: no trainer_state.json in it
     monkeypatch.undo()
     for _ in range(2):  # the second time, training is over: files are written again from the last checkpoint
-        again = train(folder, tmp_path / "cut", num_steps=5)
+        again = train(folder, tmp_path / "cut", num_steps=5, autocast=autocast)
         assert [step.loss for step in read_step_log(again.step_log)] == [step.loss for step in read_step_log(whole.step_log)]
         expected, got = tensors(whole.heads), tensors(again.heads)
         assert all(torch.equal(expected[name], got[name]) for name in expected)

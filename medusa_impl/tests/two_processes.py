@@ -1,14 +1,43 @@
-"""One of two processes that train together; started by torch's launcher from test_medusa2_trainer.py."""
+"""One of two processes that train together, one job after another; started by a launcher from test_medusa2_trainer.py."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from medusa_impl.tests.test_medusa2_trainer import long_run, make_trainer
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-if __name__ == "__main__":
-    folder, checkpoint = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
-    trainer = make_trainer(folder, **long_run())
+from medusa_impl.medusa2_trainer import MedusaTrainer
+from medusa_impl.tests.test_medusa2 import tied_llama
+from medusa_impl.tests.test_medusa2_trainer import SHARE, WEIGHTS, long_run, make_trainer
+
+
+def share(trainer: MedusaTrainer) -> tuple[float, int]:
+    """Return which share of the weights this process holds, and of how many modules it gathers the rest at a time."""
+    parameters = list(trainer._training_model.parameters())
+    held = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in parameters)
+    num_units = sum(isinstance(module, FSDPModule) for module in trainer._training_model.modules())
+    return held / sum(one.numel() for one in parameters), num_units
+
+
+def train(folder: Path, *, checkpoint: str | None = None, tied: bool = False, **changes: Any) -> None:
+    """Train, or go on from a checkpoint, then write this process's share and, on the first, the weights that learnt."""
+    if tied:
+        changes["backbone_model"] = tied_llama()
+    trainer = make_trainer(folder, **{**long_run(), **changes})
     trainer.args.save_total_limit = None
     trainer.train(resume_from_checkpoint=checkpoint)
+    held = share(trainer)
+    trainer.make_whole()
+    if trainer.is_world_process_zero():
+        (folder / SHARE).write_text(json.dumps(held))
+        torch.save({name: parameter.detach() for name, parameter in trainer._learning().items()}, folder / WEIGHTS)
+
+
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]):
+        train(Path(job.pop("folder")), **job)

@@ -1,0 +1,131 @@
+"""Tensors of which each process holds a part (FSDP, version 2): made whole for files, and cut again when they are read.
+
+What is written is whole, so that a run may go on under another number of processes, or under another launcher.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, str_to_bool
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from medusa_impl.errors import UserError
+
+
+def under_fsdp() -> bool:
+    """Return whether accelerate's launcher asked for FSDP."""
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def check_launcher(state: PartialState) -> None:
+    """Refuse settings of accelerate's launcher under which this model would be trained on other weights, or not as they say.
+
+    Raises: UserError for DeepSpeed, for FSDP without GPUs, for its first version, and for weights that the first process alone reads.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise _refused("DeepSpeed", need="FSDP or data parallel")
+    if not under_fsdp():
+        return
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        raise UserError(
+            found="FSDP on CPUs, where accelerate leaves it out",
+            need="GPUs, or data parallel",
+            where="accelerate's settings",
+            do="start it with `python -m torch.distributed.run --nproc_per_node N -m harness train ..`",
+        )
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise _refused(f"fsdp_version {version}", need="fsdp_version 2, which cuts parameter by parameter")
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise _refused("fsdp_cpu_ram_efficient_loading", need="every process to read the model, whose hash all of them check")
+
+
+def _is_set(name: str) -> bool:
+    return bool(str_to_bool(os.environ.get(name, "false")))
+
+
+def _refused(found: str, *, need: str) -> UserError:
+    return UserError(
+        found=found,
+        need=need,
+        where="accelerate's settings",
+        do="start it with `accelerate launch --config_file suites/recipes/fsdp.yaml`",
+    )
+
+
+def keep_dtypes(accelerator: Accelerator) -> None:
+    """Have FSDP compute in the weights' own dtypes, as all other launchers do; autocast is what lowers them.
+
+    accelerate would cast weights and outputs to the autocast's dtype, the loss and the sums for the log among them.
+    """
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor of which each process may hold a part, whole; all processes must ask for it together."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return this process's part of a whole tensor, cut as the parameter is; all processes must ask for it together."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
+    """Return an optimiser's state with whole tensors on the host; without `keep` they are gathered, for others to keep, and let go.
+
+    One tensor at a time is gathered, so that no more than one is whole on the device.
+    """
+    state: dict[str, Any] = tree_map(
+        lambda value: _on_host(value, keep=keep) if isinstance(value, Tensor) else value, optimizer.state_dict()
+    )
+    return state
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Fill an optimiser from a whole state: what has its parameter's shape is cut as the parameter is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        parameter = parameters[index]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[name] = cut_like(value, parameter)
+    optimizer.load_state_dict(state)
+
+
+def make_whole(root: nn.Module, parts: Iterable[nn.Module], *, wanted: Callable[[nn.Parameter], bool], keep: bool) -> None:
+    """Put the wanted parameters of some parts of a sharded model, whole and on the host, in the place of this process's shares of them.
+
+    The model is not run any more after this. Without `keep` they are gathered, for others to keep, and let go. All processes must do it
+    together.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what a last pass left whole would be cut again later, over the weights put here
+    made = dict[int, nn.Parameter]()
+    for module in (module for part in parts for module in part.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not isinstance(parameter, DTensor) or not wanted(parameter):
+                continue
+            if id(parameter) not in made:  # tied weights stay tied
+                made[id(parameter)] = nn.Parameter(_on_host(parameter, keep=keep), requires_grad=parameter.requires_grad)
+            if keep:
+                module.register_parameter(name, made[id(parameter)])
+
+
+def _on_host(tensor: Tensor, *, keep: bool) -> Tensor:
+    full = whole(tensor)
+    return full.cpu() if keep else torch.empty(0)
