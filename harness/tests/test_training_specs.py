@@ -153,4 +153,4 @@ def test_what_needs_bitsandbytes_says_so_before_anything_is_fetched(name: str, t
 def test_ablations_are_no_suites_and_suites_no_ablations() -> None:
     assert "embedded_training" not in command("reproduce", "nosuch").error_line
     listed = command("ablate", "nosuch").error_line
-    assert "['embedded_training', 'embedded_training_quick']" in listed
+    assert "['embedded_training', 'embedded_training_long', 'embedded_training_quick']" in listed
