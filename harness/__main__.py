@@ -520,9 +520,9 @@ def _draw_steps(log: Path) -> Path | None:
 
 def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON line."""
-    from harness.ablation import AblationRecord
+    from harness.ablation import AblationRecord, newest_ablations
     from harness.ablation_figures import ablation_rows
-    from harness.claim_training import training_verdicts
+    from harness.claim_training import decided_elsewhere, training_verdicts
     from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
     from harness.report.ablation_curves import draw_curves
 
@@ -536,7 +536,8 @@ def _finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path 
     write_bytes(folder / "report.md", text.encode())
     print_ablation(Console(), rows, verdicts)
     if readme is not None:
-        update_ablation(readme, record, rows, verdicts)
+        elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
+        update_ablation(readme, record, rows, verdicts, elsewhere=elsewhere)
     print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
 
 

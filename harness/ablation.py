@@ -178,6 +178,15 @@ class AblationRecord(RecordFolder):
             raise UserError(found="an unreadable step log", need="one step a line", where=path.name) from error
 
 
+def newest_ablations(results: Path) -> tuple[AblationRecord, ...]:
+    """Return the newest finished record of every ablation in a folder of results."""
+    newest: dict[str, Path] = {}
+    for manifest in sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name):
+        if (manifest.parent / ARMS_FILE).exists():
+            newest[manifest.parents[2].name] = manifest.parent
+    return tuple(AblationRecord(newest[suite]) for suite in sorted(newest))
+
+
 def trace_file(label: str) -> str:
     """Return the name of an arm's trace."""
     return f"trace-{label}.npz"

@@ -26,6 +26,7 @@ from medusa_impl.tree_search import grow_by_joint_hits
 
 Floats = NDArray[np.float64]
 TextKind = Literal["own", "original"]
+MEDUSA1_ARM = "medusa1"  # heads trained on alone, on the tokens of every other arm
 NGRAM_TOKENS = 4
 MAX_RANK = 32  # the search considers each head's 32 best tokens, as the suites' own does
 
@@ -82,8 +83,9 @@ class AblationRow:
 
     `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on those answers and on texts of
     another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r + 1 best; `gain` is tokens/step at the
-    fixed tree over the arm `medusa1`'s where there is one, else over the start's; `original_text_gain` is the same with every arm reading
-    the original's answers instead of its own. `repetition` is the share of the own text's 4-grams that stood in the same answer before.
+    fixed tree over the arm `medusa1`'s, and `original_text_gain` the same with every arm reading the original's answers instead of its own;
+    `start_gain` and `original_text_start_gain` are over the start's, which training on may have made better or worse. `repetition` is the
+    share of the own text's 4-grams that stood in the same answer before.
     `kl_above` is the arm's divergence less that of the arm `ramped`, paired by text. None where an arm or a text is missing, or too short.
     """
 
@@ -94,6 +96,8 @@ class AblationRow:
     tokens_per_step: Interval
     gain: Interval | None
     original_text_gain: Interval | None
+    start_gain: Interval | None
+    original_text_start_gain: Interval | None
     repetition: Interval | None
     best_tokens_per_step: Interval | None
     kl: Interval
@@ -120,7 +124,6 @@ def ablation_rows(record: AblationRecord) -> tuple[AblationRow, ...]:
 def _row(record: AblationRecord, arm: str) -> AblationRow:
     results, spec = record.of(arm), record.spec.interval
     rate, kl = rate_columns(record, arm), change_columns(record, arm, kl_of)
-    base = next((name for name in ("medusa1", START_ARM) if name != arm and record.of(name)), None)
     held_out = [text for result in results for text in result.held_out]
     references = [text for result in results for text in result.references]
     greedy = [text for result in results for text in result.greedy]
@@ -131,8 +134,10 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         num_seeds=len(results),
         num_answer_tokens=sum(result.num_answer_tokens for result in results) / len(results),
         tokens_per_step=rate.interval(spec),
-        gain=rate.over(rate_columns(record, base), spec=spec) if base is not None and arm != START_ARM else None,
-        original_text_gain=_or_none(lambda: _original_text_gain(record, arm, over=base)) if base is not None and arm != START_ARM else None,
+        gain=_gain(record, arm, over=MEDUSA1_ARM, text="own"),
+        original_text_gain=_gain(record, arm, over=MEDUSA1_ARM, text="original"),
+        start_gain=_gain(record, arm, over=START_ARM, text="own"),
+        original_text_start_gain=_gain(record, arm, over=START_ARM, text="original"),
         repetition=_or_none(lambda: repetition_columns(record, arm).interval(spec)),
         best_tokens_per_step=_or_none(lambda: best_rate_columns(record, arm).interval(spec)),
         kl=kl.interval(spec),
@@ -151,9 +156,11 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
     )
 
 
-def _original_text_gain(record: AblationRecord, arm: str, *, over: str) -> Interval:
-    ours, theirs = (rate_columns(record, name, text="original") for name in (arm, over))
-    return ours.over(theirs, spec=record.spec.interval)
+def _gain(record: AblationRecord, arm: str, *, over: str, text: TextKind) -> Interval | None:
+    """Return an arm's tokens/step over another's; None for that arm itself, for the start, and where one of them is missing."""
+    if arm in (over, START_ARM):
+        return None
+    return _or_none(lambda: rate_columns(record, arm, text=text).over(rate_columns(record, over, text=text), spec=record.spec.interval))
 
 
 def _or_none(figure: Callable[[], Interval]) -> Interval | None:

@@ -88,7 +88,8 @@ def budgeted(sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed:
 def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2Recipe:
     """Return an arm's recipe from its file, a shipped recipe's name or a path.
 
-    Raises: UserError for a recipe of heads alone: a frozen backbone in a joint recipe sees the same batches as the other arms.
+    Raises: UserError for a recipe of heads alone (a frozen backbone in a joint recipe sees the same batches as the other arms), of a
+    4-bit backbone, or of one trained in full: arms are measured as adapters on the suite's own model.
     """
     name = spec.arm(arm).recipe
     shipped = Path(str(resources.files("suites"))) / "recipes" / f"{name}.toml"
@@ -96,4 +97,7 @@ def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2R
     found = load_training_suite(path)
     if not isinstance(found, JointSuite):
         raise UserError(found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name)
+    if found.recipe.backbone == "full" or found.recipe.quantisation is not None:
+        what = "a backbone trained in full" if found.recipe.backbone == "full" else "a 4-bit backbone"
+        raise UserError(found=f"the recipe {found.name!r} of {what}", need="an adapter, or a frozen backbone", where=path.name)
     return found.recipe

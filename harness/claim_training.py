@@ -35,6 +35,25 @@ def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tu
     return tuple(_verdict(claim, record) for claim in claims if claim.training is not None)
 
 
+def decided_elsewhere(claims: Sequence[ClaimSpec], record: AblationRecord, others: Sequence[AblationRecord]) -> dict[str, str]:
+    """Return, for each claim that a finished record of a larger budget tests too, the name of that record's suite: it decides the claim.
+
+    Only records of the same model and the same heads at the start are looked at. A claim is decided once, by the largest budget.
+    """
+    ours = record.environment
+    larger = [
+        other
+        for other in others
+        if other.spec.answer_tokens > record.spec.answer_tokens
+        and (other.environment.backbone_sha256, other.environment.heads_sha256) == (ours.backbone_sha256, ours.heads_sha256)
+    ]
+    found: dict[str, str] = {}
+    for other in sorted(larger, key=lambda one: one.spec.answer_tokens):
+        tested = [verdict for verdict in training_verdicts(claims, other) if verdict.kind is not VerdictKind.NOT_TESTED]
+        found |= {verdict.claim_id: other.spec.name for verdict in tested}
+    return found
+
+
 def judge_training(form: TrainingForm, record: AblationRecord) -> Finding:
     """Judge one claim.
 

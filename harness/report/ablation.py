@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.ablation import AblationRecord
-from harness.ablation_figures import AblationRow
+from harness.ablation_figures import MEDUSA1_ARM, AblationRow
 from harness.ablation_specs import START_ARM
 from harness.errors import UserError
 from harness.files import write_bytes
@@ -20,7 +20,7 @@ from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers
 from harness.report.tables import render_verdicts
 
-CURVES_FILE, MARKER = "curves.png", "ablation"
+CURVES_FILE = "curves.png"
 _HEADERS = (
     "arm",
     "recipe",
@@ -28,6 +28,8 @@ _HEADERS = (
     "tokens/step, one tree",
     "gain",
     "gain on the original's text",
+    "over the start",
+    "over the start on the original's text",
     "repeats itself",
     "tokens/step, own best tree",
     "held-out KL, nats",
@@ -40,7 +42,8 @@ _HEADERS = (
 _NOTE = """\
 *tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one tree* is the same for all, *own
 best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over `medusa1`, whose heads trained on the
-same tokens on a frozen backbone (for `medusa1` itself: over the start); *on the original's text* every arm reads the same answers, so that
+same tokens on a frozen backbone; *over the start*: over the heads that all arms begin with, which had seen this corpus before, so that
+training on may also set them back; *on the original's text* every arm reads the same answers, so that
 text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that stood in the same answer
 before. *held-out KL*: KL(original || tuned) a token on the original's own
 greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard labels lower it, since they
@@ -60,7 +63,7 @@ def render_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdict
     parts = [
         f"# {record.spec.name}",
         _summary(record),
-        section("Recipes side by side", render_ablation_table(rows), _NOTE.format(seeds="the next table")),
+        section("Recipes side by side", outcome_in_words(rows), render_ablation_table(rows), _NOTE.format(seeds="the next table")),
         section("Seeds", _render_seeds(rows), _SEEDS_NOTE),
         section("Heads", _render_heads(rows), _HEADS_NOTE),
         section("Texts of another hand", _render_references(rows), _REFERENCE_NOTE if any(row.categories for row in rows) else ""),
@@ -76,22 +79,59 @@ def render_ablation_table(rows: Sequence[AblationRow]) -> str:
     return table(_HEADERS, [_cells(row) for row in rows])
 
 
-def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, base: Path) -> str:
-    """Return what the README shows of an ablation: where it was run, the table, the tested claims, the picture.
+def outcome_in_words(rows: Sequence[AblationRow]) -> str:
+    """Return a sentence for each way of training the backbone to stay: how far it went from the original, and what was gained by it."""
+    by_arm = {row.arm: row for row in rows}
+    sentences = []
+    for name in ("two_stage", "ramped"):
+        if (row := by_arm.get(name)) is None:
+            continue
+        further = [
+            f"`{other}`'s {_four(by_arm[other].kl)}{_apart(by_arm[other].kl_above) if name == 'ramped' else ''}"
+            for other in ("direct", "hard_labels")
+            if other in by_arm
+        ]
+        beside = f" beside {' and '.join(further)}" if further else ""
+        gains = [
+            f"{_three(gain)} on {words} ({_against_one(gain)})"
+            for gain, words in ((row.gain, "its own text"), (row.original_text_gain, "the original's"))
+            if gain is not None
+        ]
+        yields = f", and yields {', '.join(gains)} times the tokens/step of `{MEDUSA1_ARM}`" if gains else ""
+        sentences.append(f"`{name}` lies {_four(row.kl)} nats a token from the original{beside}{yields}.")
+    return " ".join(sentences)
 
-    `base` is the README's folder, which links are given from.
+
+def _apart(kl_above: Interval | None) -> str:
+    return "" if kl_above is None else f" ({_four(kl_above)} more)"
+
+
+def _against_one(gain: Interval) -> str:
+    return "above one" if gain.low > 1 else "below one" if gain.high < 1 else "the interval holds one"
+
+
+def render_readme_ablation(
+    record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, base: Path, elsewhere: Mapping[str, str]
+) -> str:
+    """Return what the README shows of an ablation: where it was run, the outcome, the table, the claims that it decides, the picture.
+
+    `base` is the README's folder, which links are given from; `elsewhere` names the suite that decides a claim in this one's place.
     """
     environment, folder = record.environment, record.folder.resolve()
     origin = (
         f"Suite `{record.spec.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
-        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; {record.spec.answer_tokens:,} answer tokens an arm."
+        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; {record.spec.answer_tokens:,} answer tokens an arm, "
+        f"{count(record.spec.held_out.num_prompts, 'held-out prompt')}."
     )
     if not record.spec.decides_claims:
         origin += f" {_SIGNS_ONLY}"
-    parts = [origin, render_ablation_table(rows), _NOTE.format(seeds="the report")]
+    parts = [origin, outcome_in_words(rows), render_ablation_table(rows), _NOTE.format(seeds="the report")]
     tested = [verdict for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
-    if tested:
-        parts.append(render_verdicts(tested))
+    if decided := [verdict for verdict in tested if verdict.claim_id not in elsewhere]:
+        parts.append(render_verdicts(decided))
+    for suite in sorted(set(elsewhere.values())):
+        names = ", ".join(verdict.claim_id for verdict in tested if elsewhere.get(verdict.claim_id) == suite)
+        parts.append(f"Decided by `{suite}`, whose budget is larger: {names}.")
     if folder.is_relative_to(base.resolve()):
         link = folder.relative_to(base.resolve()).as_posix()
         if (folder / CURVES_FILE).exists():
@@ -99,18 +139,21 @@ def render_readme_ablation(record: AblationRecord, rows: Sequence[AblationRow], 
         parts.append(f"Full report and raw data: [`{folder.name}`]({link}/report.md).")
     else:
         parts.append(f"From the record `{folder.name}`.")
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
-def update_ablation(readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:
-    """Write an ablation's table between the README's `ablation` markers; a README that says so already is not touched.
+def update_ablation(
+    readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, elsewhere: Mapping[str, str]
+) -> None:
+    """Write an ablation's table between the README's markers of the suite's name; a README that says so already is not touched.
 
     Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
     """
     record.check_seal()
     try:
         text = readme.read_text()
-        updated = update_between_markers(text, marker=MARKER, content=render_readme_ablation(record, rows, verdicts, base=readme.parent))
+        content = render_readme_ablation(record, rows, verdicts, base=readme.parent, elsewhere=elsewhere)
+        updated = update_between_markers(text, marker=record.spec.name, content=content)
     except OSError as error:
         raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
     except UserError as error:
@@ -124,7 +167,7 @@ def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequ
     grid = Table("arm", "seeds", "tokens/step", "gain", "gain on the original's text", "repeats itself", "KL, nats", "agrees", "perplexity")
     for row in rows:
         cells = _cells(row)
-        grid.add_row(cells[0], *cells[2:7], cells[8], *cells[10:12])
+        grid.add_row(cells[0], *cells[2:6], cells[8], cells[10], *cells[12:14])
     console.print(grid)
     for verdict in verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
@@ -143,6 +186,7 @@ def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdi
                 "tokens_per_step": round(row.tokens_per_step.estimate, 4),
                 "gain": None if row.gain is None else round(row.gain.estimate, 4),
                 "original_text_gain": None if row.original_text_gain is None else round(row.original_text_gain.estimate, 4),
+                "start_gain": None if row.start_gain is None else round(row.start_gain.estimate, 4),
                 "repetition": None if row.repetition is None else round(row.repetition.estimate, 4),
                 "kl": round(row.kl.estimate, 6),
                 "seeds": row.num_seeds,
@@ -176,6 +220,8 @@ def _cells(row: AblationRow) -> tuple[str, ...]:
         _three(row.tokens_per_step),
         _three(row.gain),
         _three(row.original_text_gain),
+        _three(row.start_gain),
+        _three(row.original_text_start_gain),
         ABSENT if row.repetition is None else percent(row.repetition.estimate),
         _three(row.best_tokens_per_step),
         _four(row.kl),

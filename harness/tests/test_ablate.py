@@ -28,8 +28,9 @@ from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
 from harness.validate import validate_record
 from medusa_impl.backbone import Backbone
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.sequences import TrainingSequence
-from medusa_impl.tests.conftest import tiny_llama
+from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 
 SEQUENCE = TrainingSequence(token_ids=(3, 9, 4, 17, 33, 2, 8, 5, 21), answers=((2, 5), (7, 9)))
 
@@ -92,7 +93,7 @@ def test_a_frozen_backbone_is_the_original_and_a_trained_one_is_not(record: Abla
 def test_figures_and_report_follow_from_the_record_alone(record: AblationRecord, tmp_path: Path) -> None:
     moved = shutil.copytree(record.folder, tmp_path / "moved")
     readme = tmp_path / "README.md"
-    readme.write_text("# T\n\n<!-- begin:ablation -->\n<!-- end:ablation -->\n")
+    readme.write_text("# T\n\n<!-- begin:tiny_training -->\n<!-- end:tiny_training -->\n")
     ran = command("ablate", "--report", moved, "--readme", readme)
     assert ran.code == ExitCode.OK, ran.err
     headline = json.loads(ran.out.splitlines()[-1])
@@ -183,7 +184,34 @@ def test_heads_are_counted_as_traces_count_them(engine: Engine) -> None:
     ranks, losses, _ = rank_rows(engine.heads, engine.runner.backbone.lm_head, states, token_ids[3:])
     assert counted.num_targets == (4, 3, 2, 1)
     assert counted.loss_sums == pytest.approx(losses.nan_to_num().sum(0).tolist(), rel=1e-4)
-    assert [hits[0] for hits in counted.rank_hits] == [int((ranks[:, head] == 0).sum()) for head in range(4)]
+    assert counted.rank_hits == tuple(tuple(int((ranks[:, head] == rank).sum()) for rank in range(10)) for head in range(4))
+
+
+def test_all_ten_ranks_of_a_text_are_those_of_the_sorted_logits() -> None:
+    """Counted one by one on random heads, over two answers: head k is asked for the token k places on within one answer only."""
+    torch.manual_seed(6)
+    backbone = Backbone(tiny_llama())
+    heads = MedusaHeads(num_heads=3, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture="shared")
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    token_ids = torch.randint(TINY_VOCAB, (480,)).tolist()
+    text = MeasuredText("k", None, TrainingSequence(tuple(token_ids), ((5, 200), (210, 480))))
+    counted = head_text(text, heads, read_text(backbone, text))
+    with torch.no_grad():
+        states = tiny_llama().model(torch.tensor([token_ids])).last_hidden_state[0]
+        logits = heads(states, lm_head=backbone.lm_head).tolist()
+    hits, targets = [[0] * 10 for _ in range(3)], [0] * 3
+    for start, end in text.sequence.answers:
+        for index in range(start, end):  # the token that the backbone's state at index - 1 yields; head k proposes the k-th after it
+            for head in range(min(3, end - 1 - index)):
+                row = logits[index - 1][head]
+                place = sorted(row, reverse=True).index(row[token_ids[index + 1 + head]])
+                targets[head] += 1
+                if place < 10:
+                    hits[head][place] += 1
+    assert counted.num_targets == tuple(targets) == (463, 461, 459)
+    assert [list(row) for row in counted.rank_hits] == hits
+    assert all(min(row) > 0 for row in hits) and all(sum(row) < 200 for row in hits), "ten different counts, most targets behind them"
 
 
 def test_greedy_texts_are_compared_up_to_where_they_part() -> None:

@@ -8,19 +8,20 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
-from harness.ablation import AblationRecord, StepPoint
+from harness.ablation import AblationRecord, StepPoint, newest_ablations
 from harness.ablation_figures import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
 from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.claim_training import judge_training, training_verdicts
+from harness.claim_training import decided_elsewhere, judge_training, training_verdicts
 from harness.errors import UserError
 from harness.judgement import VerdictKind
-from harness.report.ablation import MARKER, ablation_headline, render_ablation, render_readme_ablation, update_ablation
+from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation, update_ablation
 from harness.report.ablation_curves import curve, curves_figure, draw_curves
 from harness.report.formatting import holds_absolute_path
 from harness.report.readme import update_between_markers
@@ -82,10 +83,11 @@ def test_figures_are_those_the_record_was_made_from(record: AblationRecord) -> N
         assert row.equal_texts_rate == (1.0 if not arm.kl else 0.75)
         assert [change.num_texts for change in row.categories] == [4, 4]
         assert row.best_tokens_per_step is not None and row.best_tokens_per_step.estimate > 1
-    assert rows["start"].gain is None and rows["ramped"].tokens_per_s == 50.0
-    ours, theirs = (rows[name].tokens_per_step.estimate for name in ("ramped", "medusa1"))
-    gain = rows["ramped"].gain
-    assert gain is not None and gain.estimate == pytest.approx(ours / theirs) and 1 < gain.low < gain.high
+    assert rows["start"].gain is None and rows["start"].start_gain is None and rows["ramped"].tokens_per_s == 50.0
+    assert rows["medusa1"].gain is None and rows["medusa1"].start_gain is not None
+    ours, theirs, first = (rows[name].tokens_per_step.estimate for name in ("ramped", "medusa1", "start"))
+    for gain, base in ((rows["ramped"].gain, theirs), (rows["ramped"].start_gain, first)):
+        assert gain is not None and gain.estimate == pytest.approx(ours / base) and 1 < gain.low < gain.high
 
 
 def test_a_gain_on_ones_own_text_alone_is_told_apart(tmp_path: Path) -> None:
@@ -93,6 +95,7 @@ def test_a_gain_on_ones_own_text_alone_is_told_apart(tmp_path: Path) -> None:
     rows = {row.arm: row for row in ablation_rows(write_fake_ablation(tmp_path / "record", arms=arms))}
     own, original = rows["ramped"].gain, rows["ramped"].original_text_gain
     assert own is not None and original is not None and own.low > 1 == original.estimate
+    assert rows["ramped"].original_text_start_gain == rows["medusa1"].start_gain, "there it yields what medusa1 does"
     assert rows["two_stage"].gain == rows["two_stage"].original_text_gain and rows["start"].original_text_gain is None
 
 
@@ -295,9 +298,9 @@ def test_an_unfinished_record_is_shown_as_such_and_kept_out_of_the_readme(tmp_pa
     record = write_fake_ablation(tmp_path / "record", seal=False)
     assert "**Unfinished**" in render_ablation(record, ablation_rows(record), (), has_curves=False)
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin:ablation -->\n<!-- end:ablation -->\n")
+    readme.write_text("<!-- begin:fake_training -->\n<!-- end:fake_training -->\n")
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        update_ablation(readme, record, ablation_rows(record), ())
+        update_ablation(readme, record, ablation_rows(record), (), elsewhere={})
 
 
 def test_curves_are_means_over_seeds(record: AblationRecord, tmp_path: Path) -> None:
@@ -357,10 +360,52 @@ def test_committed_ablations_are_whole_and_their_reports_follow_from_them(folder
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no ablation is committed")
-def test_the_readme_shows_a_committed_ablation(tmp_path: Path) -> None:
-    """The one that decides claims where there is one, the newest of its kind."""
-    records = [AblationRecord(folder) for folder in COMMITTED]
-    record = max(records, key=lambda one: (one.spec.decides_claims, one.folder.name))
-    text = (ROOT / "README.md").read_text()
-    content = render_readme_ablation(record, ablation_rows(record), training_verdicts(load_claims(), record), base=ROOT)
-    assert update_between_markers(text, marker=MARKER, content=content) == text
+def test_the_readme_shows_the_committed_ablations_that_decide_claims_each_claim_once() -> None:
+    text, claims, others = (ROOT / "README.md").read_text(), load_claims(), newest_ablations(ROOT / "results")
+    decided: list[str] = []
+    for record in (one for one in others if one.spec.decides_claims):
+        verdicts, elsewhere = training_verdicts(claims, record), decided_elsewhere(claims, record, others)
+        content = render_readme_ablation(record, ablation_rows(record), verdicts, base=ROOT, elsewhere=elsewhere)
+        assert update_between_markers(text, marker=record.spec.name, content=content) == text
+        decided += [one.claim_id for one in verdicts if one.kind is not VerdictKind.NOT_TESTED and one.claim_id not in elsewhere]
+    assert sorted(decided) == sorted(DECIDED)
+
+
+def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) -> None:
+    """A second look at a claim must not stand beside the first as if both were asked; which one counts is fixed before it is run."""
+    few = {name: ARMS[name] for name in ("start", "medusa1", "two_stage", "ramped")}
+    suites: dict[str, dict[str, Any]] = {
+        "small": {},
+        "large": {"answer_tokens": 100_000, "arms": few, "name": "large"},
+        "signs": {"answer_tokens": 200_000, "decides_claims": False, "name": "signs"},
+        "unlike": {"answer_tokens": 300_000, "name": "unlike"},
+    }
+    small, large, signs, other = (
+        write_fake_ablation(tmp_path / "results" / name / "machine" / "2024", **changes) for name, changes in suites.items()
+    )
+    environment = json.loads((other.folder / "environment.json").read_text())
+    (other.folder / "environment.json").write_text(json.dumps({**environment, "heads_sha256": "9" * 64}))
+    claims, others = load_claims(), newest_ablations(tmp_path / "results")
+    assert len(others) == 4
+    elsewhere = decided_elsewhere(claims, small, others)
+    controls = {"T2-DirectFine-tuning-q", "Q-sdhard", "Q-sdmem"}
+    assert elsewhere == dict.fromkeys(DECIDED - controls - {"DEF-nheads"}, "large") and decided_elsewhere(claims, large, others) == {}
+    shown = render_readme_ablation(small, ablation_rows(small), training_verdicts(claims, small), base=tmp_path, elsewhere=elsewhere)
+    assert "| Q-sdhard (" in shown and "| A2 (" not in shown and "Decided by `large`, whose budget is larger: A2," in shown
+    assert signs.spec.answer_tokens > large.spec.answer_tokens
+
+
+def test_the_newest_record_of_an_ablation_stands_for_it(tmp_path: Path) -> None:
+    few = {name: ARMS[name] for name in ("start", "medusa1")}
+    for name, seal in (("20240101T0-a", True), ("20240301T0-b", True), ("20240601T0-c", False)):
+        write_fake_ablation(tmp_path / "fake" / "machine" / name, arms=few, seal=seal)
+    assert [record.folder.name for record in newest_ablations(tmp_path)] == ["20240301T0-b"]
+
+
+def test_the_outcome_is_said_in_words(record: AblationRecord, tmp_path: Path) -> None:
+    words = outcome_in_words(ablation_rows(record))
+    assert "`ramped` lies 0.0105 [" in words and "beside `direct`'s 0.0525 [" in words and "`hard_labels`'s 0.0840 [" in words
+    assert words.count("(above one)") == 4 and "0.0735 [" in words
+    arms = {**ARMS, "two_stage": replace(ARMS["two_stage"], hits=5), "ramped": replace(ARMS["ramped"], original_hits=2)}
+    words = outcome_in_words(ablation_rows(write_fake_ablation(tmp_path / "record", arms=arms)))
+    assert words.count("the interval holds one") == 2 and words.count("(below one)") == 1
