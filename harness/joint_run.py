@@ -82,15 +82,14 @@ def train_joint_suite(
                 do="make it first with medusa-repro distill, and name its file in packed_corpus",
             )
         fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
-    loaded = load_model(spec.model, device=_loading_device(spec.recipe), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
+    loaded = load_model(spec.model, device=_loading_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
     files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
     if not process_state().is_main_process:
         return files
-    if files.model is not None or spec.recipe.quantisation is not None:
-        what = "a model trained in full" if files.model is not None else "an adapter trained on a 4-bit backbone"
-        console.print(f"no calibration trace for {what}: record one with medusa-repro trace, on a suite that names what was written here")
+    if (reason := _too_large(spec.recipe)) is not None:
+        console.print(f"no calibration trace for {reason}: record one with medusa-repro trace, on a suite that names what was written here")
         return files
     model = spec.model.model_copy(update={"adapter": str(files.adapter)}) if files.adapter is not None else spec.model
     del loaded
@@ -102,9 +101,18 @@ def train_joint_suite(
     return JointFiles(**{**files.__dict__, "calibration": calibration})
 
 
-def _loading_device(recipe: Medusa2Recipe) -> torch.device:
-    """Return where the model is loaded: under FSDP on the host, from where each GPU takes its part; 4-bit weights are made on a GPU."""
-    return torch.device("cpu") if under_fsdp() and recipe.quantisation is None else best_device()
+def _too_large(recipe: Medusa2Recipe) -> str | None:
+    """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on one device."""
+    if recipe.backbone == "full":
+        return "a model trained in full"
+    if recipe.quantisation is not None:
+        return "an adapter trained on a 4-bit backbone"
+    return "a model that was trained in parts (FSDP)" if under_fsdp() else None
+
+
+def _loading_device() -> torch.device:
+    """Return where the model is loaded: under FSDP on the host, from where each GPU takes its part."""
+    return torch.device("cpu") if under_fsdp() else best_device()
 
 
 def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
@@ -154,6 +162,12 @@ def train_joint(
     Raises: UserError where the work folder holds another run, the heads to start from do not fit, or a loss is not finite.
     """
     check_runnable(recipe)
+    if under_fsdp() and recipe.backbone == "full" and loaded.model.dtype != torch.float32:
+        raise UserError(
+            found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under FSDP, with heads of float32",
+            need="one dtype for all that learns: [model] dtype = 'float32', and the recipe's autocast",
+            where="the recipe",
+        )
     heads, origin = first_heads(loaded, recipe, start_heads=start_heads)
     _check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
     was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
@@ -176,8 +190,7 @@ def train_joint(
             trainer.load_finished(last.folder)
         else:
             trainer.train(resume_from_checkpoint=str(last.folder) if last is not None else None)
-    with trainer.autocast():
-        held_out = evaluate_joint(model, text.held_out[:MAX_HELD_OUT])
+    held_out = evaluate_joint(model, text.held_out[:MAX_HELD_OUT])
     trainer.make_whole()
     writes = process_state().is_main_process  # the others may hold a part of the weights
     steps = read_step_log(work / STEP_LOG)
@@ -262,10 +275,18 @@ def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medu
 def check_runnable(recipe: Medusa2Recipe) -> None:
     """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher that would train another one.
 
-    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, and as `check_launcher` does.
+    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, or under FSDP, and as
+    `check_launcher` does.
     """
     check_launcher(process_state())
     if recipe.quantisation is not None or recipe.optimizer == "adamw_8bit":
+        if under_fsdp():
+            raise UserError(
+                found="a 4-bit backbone or an 8-bit optimiser under FSDP, which cuts neither",
+                need="optimizer = 'adamw' and no quantisation",
+                where="the recipe",
+                do="change it, or train data parallel",
+            )
         there = {"bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None, "a CUDA device": torch.cuda.is_available()}
         if missing := [name for name, found in there.items() if not found]:
             raise UserError(

@@ -143,7 +143,7 @@ def save_heads(path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, d
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt", _METADATA_KEY: header.model_dump_json()})
+    save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})  # one key: more are written in no set order
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)

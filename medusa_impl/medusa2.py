@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -54,7 +54,8 @@ class Medusa2Recipe(_Record):
     with an optimiser that knows nothing of the first.
     `batch_sequences` x `accumulation_steps` sequences make a step, however many processes share them.
     `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
-    the most frequent tokens. Exactly one of `num_epochs` and `num_steps` is set.
+    the most frequent tokens. `gradient_checkpointing` keeps each layer's input alone and runs the layer again for its gradients: less
+    memory, more time, the same result. Exactly one of `num_epochs` and `num_steps` is set.
     Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
     """
 
@@ -85,6 +86,7 @@ class Medusa2Recipe(_Record):
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     quantisation: Literal["4bit"] | None = None
     autocast: Literal["bfloat16"] | None = None
+    gradient_checkpointing: bool = False
     subset_size: int | None = Field(default=None, ge=1)
     seed: int = 0
 
@@ -170,6 +172,13 @@ def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
     return get_peft_model(model, config)
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Have each layer of a model in training keep its input alone, and run again for its gradients with the same dropout."""
+    # transformers renames the method; the old name goes with its version 6
+    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    getattr(model, name)({"use_reentrant": False})
+
+
 class MedusaTrainingModel(nn.Module):
     """Backbone and heads under one loss, as a trainer takes them.
 
@@ -187,6 +196,8 @@ class MedusaTrainingModel(nn.Module):
         needs_copy = recipe.backbone == "full" and (recipe.target == "original" or recipe.heads_lm_head == "original")
         self.original_model: Any = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         self.backbone: Any = add_adapter(model, recipe.lora) if recipe.backbone == "lora" else model
+        if recipe.gradient_checkpointing:
+            checkpoint_layers(model)
         if subset is not None:  # as buffers, so that they go where the model goes
             subset = subset.to(self.original_lm_head.weight.device)
             self.register_buffer("_subset_token_ids", subset.token_ids, persistent=False)
@@ -231,24 +242,33 @@ class MedusaTrainingModel(nn.Module):
         """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and sums for the log.
 
         `num_items` is that count where a batch comes in parts. Without a weight L_LM is left out, and the backbone runs without gradients;
-        L1 is always there, weighted or not, for the log.
+        L1 is always there, weighted or not, for the log. The recipe's autocast is put on here, so that no launcher decides what it covers.
         Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar, head_losses `[K]`,
         head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
         """
-        targets = answer_targets(labels, num_heads=self.heads.num_heads).flatten(0, 1)
-        rows = (targets[:, 0] != NO_TARGET).nonzero().squeeze(1)
-        targets = targets[rows]
-        count = len(rows) if num_items is None else num_items
-        with contextlib.nullcontext() if backbone_weight else torch.no_grad():
-            states = self._hidden(self.model, input_ids, attention_mask).flatten(0, 1)[rows]
-        loss = states.new_zeros(())
-        sums: dict[str, Tensor] = {"positions": torch.tensor(len(rows), device=states.device)}
-        if backbone_weight:
-            backbone_sum, agreements = self._backbone_loss(states, targets[:, 0], input_ids, attention_mask, rows)
-            loss = loss + backbone_weight * backbone_sum / count
-            sums |= {"backbone_loss": backbone_sum.detach(), "agreements": agreements}
-        heads = self._heads_loss(states.float(), targets[:, 1:], count)
-        return {"loss": loss + heads_weight * heads.pop("loss"), **sums, **heads}
+        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast is not None):
+            targets = answer_targets(labels, num_heads=self.heads.num_heads).flatten(0, 1)
+            rows = (targets[:, 0] != NO_TARGET).nonzero().squeeze(1)
+            targets = targets[rows]
+            count = len(rows) if num_items is None else num_items
+            with contextlib.nullcontext() if backbone_weight else torch.no_grad():
+                states = self._hidden(self.model, input_ids, attention_mask).flatten(0, 1)[rows]
+            loss = states.new_zeros(())
+            sums: dict[str, Tensor] = {"positions": torch.tensor(len(rows), device=states.device)}
+            if backbone_weight:
+                backbone_sum, agreements = self._backbone_loss(states, targets[:, 0], input_ids, attention_mask, rows)
+                loss = loss + backbone_weight * backbone_sum / count
+                sums |= {"backbone_loss": backbone_sum.detach(), "agreements": agreements}
+            heads = self._heads_loss(states.float(), targets[:, 1:], count)
+            return {"loss": loss + heads_weight * heads.pop("loss"), **sums, **heads}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what learns; the frozen rest is the original model's, is there already, and may be missing."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if strict and (wrong := sorted(learning & set(found.missing_keys)) + found.unexpected_keys):
+            raise RuntimeError(f"tensors that only one side has: {wrong[:3]}")
+        return found
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[PreTrainedModel]:

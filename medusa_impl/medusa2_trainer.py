@@ -1,4 +1,4 @@
-"""Joint training on transformers' Trainer, which brings resuming, data parallel and FSDP through accelerate.
+"""Joint training on transformers' Trainer, which brings resuming, data parallel, FSDP and DeepSpeed through accelerate.
 
 What is Medusa's own stands here: one loss, two learning rates, a weight that rises, a log of every step, and checkpoints of what learns.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,12 @@ from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
 from medusa_impl.sharding import (
+    check_deepspeed,
     cut_like,
-    keep_dtypes,
     load_optimizer_state,
     make_whole,
-    whole,
+    on_host,
+    under_fsdp,
     whole_optimizer_state,
 )
 
@@ -87,7 +87,6 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         max_grad_norm=recipe.max_gradient_norm,
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
-        bf16=recipe.autocast == "bfloat16",
         use_cpu=use_cpu,
         save_strategy="steps",
         save_steps=save_steps,
@@ -98,6 +97,8 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         disable_tqdm=True,
         dataloader_drop_last=False,
         average_tokens_across_devices=True,
+        # FSDP keeps whole gradients of all layers from part to part of a batch unless they are cut after each
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": under_fsdp()}},
         train_sampling_strategy="group_by_length",  # by our own sampler: the Trainer's would begin with the longest
         ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
         ddp_broadcast_buffers=False,  # no buffer changes while training
@@ -131,7 +132,8 @@ def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int
 class MedusaTrainer(Trainer):
     """transformers' Trainer with the loss of Eq. 2, two learning rates and the heads' warm-up of one recipe.
 
-    Raises: UserError where the recipe asks for an optimiser that is not installed, or a loss is not finite.
+    Raises: UserError where the recipe asks for an optimiser that is not installed, DeepSpeed's settings are not those of
+    `suites/recipes/deepspeed.yaml`, or a loss is not finite.
     """
 
     def __init__(
@@ -155,8 +157,8 @@ class MedusaTrainer(Trainer):
         super().__init__(
             model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
         )
-        if self.is_fsdp_enabled:
-            keep_dtypes(self.accelerator)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin)
         self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -193,8 +195,7 @@ class MedusaTrainer(Trainer):
     ) -> Any:
         """Return the loss of one part of a batch, weighted as the recipe weights this step."""
         backbone_weight, heads_weight = self.recipe.loss_weights(self.state.global_step, num_steps=self.state.max_steps)
-        with self.autocast():
-            result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
+        result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
         loss = result.pop("loss")
         if not bool(torch.isfinite(loss.detach())):
             raise UserError(
@@ -206,11 +207,6 @@ class MedusaTrainer(Trainer):
         for name, value in {**result, "loss": loss.detach()}.items():
             self._window[name] = self._window[name] + value if name in self._window else value
         return loss * self.accelerator.num_processes  # gradients are averaged over processes, and the count is that of all of them
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return the recipe's autocast, which accelerate puts around a model only under some launchers."""
-        context: AbstractContextManager[None] = self.accelerator.autocast()
-        return context
 
     @property
     def log_file(self) -> Path:
@@ -268,14 +264,39 @@ class MedusaTrainer(Trainer):
         if recipe.schedule == "each_stage" and step and step == recipe.first_backbone_step(self.state.max_steps):
             getattr(optimizer, "optimizer", optimizer).state.clear()  # accelerate wraps the optimiser
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
+        """Train, or go on from a checkpoint.
+
+        Raises: UserError for a checkpoint whose optimiser this launcher cannot read: it would begin anew without a word.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            parts = len(list(Path(resume_from_checkpoint).glob("global_step*/zero_pp_rank_*")))
+            ours = self.args.world_size if self.is_deepspeed_enabled else 0
+            if parts != ours:
+                words = {0: "a checkpoint of another launcher than DeepSpeed"}
+                raise UserError(
+                    found=words.get(parts, f"a checkpoint of DeepSpeed on {parts} processes"),
+                    need=f"one of DeepSpeed on {ours} processes" if ours else "one of another launcher than DeepSpeed",
+                    where=Path(resume_from_checkpoint).name,
+                    do="go on as the training began, or start it anew",
+                )
+        return super().train(resume_from_checkpoint, *arguments, **options)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what learns, whole, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
-        learning = {name: whole(parameter) for name, parameter in self._learning().items()}  # on all processes, for one to write
-        if self.args.should_save:
-            self._save(output_dir, state_dict={name: tensor.contiguous() for name, tensor in learning.items()})
+        keep = self.args.should_save
+        learning = {name: on_host(parameter, keep=keep).contiguous() for name, parameter in self._learning().items()}  # on all processes
+        if keep:
+            self._save(output_dir, state_dict=learning)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimiser's state whole, so that a run may go on under another number of processes."""
+        """Save the optimiser's state whole, so that a run may go on under another number of processes; DeepSpeed saves its own parts."""
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save and self.lr_scheduler is not None:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            return
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -290,7 +311,8 @@ class MedusaTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        load_optimizer_state(self.optimizer, torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        load_optimizer_state(self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -1,19 +1,20 @@
-"""Tensors of which each process holds a part (FSDP, version 2): made whole for files, and cut again when they are read.
+"""What joint training needs to know of its launcher: which settings it takes, and tensors of which each process holds a part.
 
-What is written is whole, so that a run may go on under another number of processes, or under another launcher.
+Under FSDP (version 2) what is written is whole, so that a run may go on under another number of processes, or under another launcher.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import DistributedType, str_to_bool
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -29,10 +30,15 @@ def under_fsdp() -> bool:
 def check_launcher(state: PartialState) -> None:
     """Refuse settings of accelerate's launcher under which this model would be trained on other weights, or not as they say.
 
-    Raises: UserError for DeepSpeed, for FSDP without GPUs, for its first version, and for weights that the first process alone reads.
+    Raises: UserError for an autocast beside the recipe's, for DeepSpeed that is not installed, for FSDP without GPUs, and for any of FSDP's
+    settings but those of `suites/recipes/fsdp.yaml`.
     """
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise _refused("DeepSpeed", need="FSDP or data parallel")
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            found="no deepspeed", need="it for this launcher", where="accelerate's settings", do="install medusa-repro[deepspeed]"
+        )
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        raise _refused(f"mixed_precision {precision}", need="no other autocast than the recipe's")
     if not under_fsdp():
         return
     if state.distributed_type == DistributedType.MULTI_CPU:
@@ -44,29 +50,46 @@ def check_launcher(state: PartialState) -> None:
         )
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise _refused(f"fsdp_version {version}", need="fsdp_version 2, which cuts parameter by parameter")
-    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise _refused("fsdp_cpu_ram_efficient_loading", need="every process to read the model, whose hash all of them check")
+    if (policy := os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")) != "TRANSFORMER_BASED_WRAP":
+        raise _refused(f"fsdp_auto_wrap_policy {policy}", need="TRANSFORMER_BASED_WRAP: else all layers are gathered at once")
+    for name, need in _REFUSED_SETTINGS.items():
+        if _is_set(name):
+            raise _refused(name.lower(), need=need)
+
+
+_REFUSED_SETTINGS = {
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, whose hash all of them check",
+    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's own, under which dropout draws the same masks again",
+    "FSDP_OFFLOAD_PARAMS": "weights that stay on their GPUs",
+}
+
+
+def check_deepspeed(plugin: Any) -> None:
+    """Refuse settings of DeepSpeed under which a process holds a part of the weights, or which lower dtypes beside the recipe.
+
+    Raises: UserError for ZeRO's stage 3, for offloading, and for fp16 or bf16.
+    """
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization", {})
+    if plugin.zero_stage > 2:
+        raise _refused(f"ZeRO stage {plugin.zero_stage}", need="stage 1 or 2, or FSDP", settings="deepspeed")
+    if lowered := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]:
+        raise _refused(f"{lowered[0]} of DeepSpeed", need="no other autocast than the recipe's", settings="deepspeed")
+    if moved := [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") not in (None, "none")]:
+        raise _refused(moved[0], need="an optimiser that stays on its GPUs", settings="deepspeed")
 
 
 def _is_set(name: str) -> bool:
     return bool(str_to_bool(os.environ.get(name, "false")))
 
 
-def _refused(found: str, *, need: str) -> UserError:
+def _refused(found: str, *, need: str, settings: Literal["fsdp", "deepspeed"] = "fsdp") -> UserError:
     return UserError(
         found=found,
         need=need,
         where="accelerate's settings",
-        do="start it with `accelerate launch --config_file suites/recipes/fsdp.yaml`",
+        do=f"start it with `accelerate launch --config_file suites/recipes/{settings}.yaml`",
     )
-
-
-def keep_dtypes(accelerator: Accelerator) -> None:
-    """Have FSDP compute in the weights' own dtypes, as all other launchers do; autocast is what lowers them.
-
-    accelerate would cast weights and outputs to the autocast's dtype, the loss and the sums for the log among them.
-    """
-    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -89,9 +112,7 @@ def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]
 
     One tensor at a time is gathered, so that no more than one is whole on the device.
     """
-    state: dict[str, Any] = tree_map(
-        lambda value: _on_host(value, keep=keep) if isinstance(value, Tensor) else value, optimizer.state_dict()
-    )
+    state: dict[str, Any] = tree_map(lambda one: on_host(one, keep=keep) if isinstance(one, Tensor) else one, optimizer.state_dict())
     return state
 
 
@@ -121,11 +142,12 @@ def make_whole(root: nn.Module, parts: Iterable[nn.Module], *, wanted: Callable[
             if not isinstance(parameter, DTensor) or not wanted(parameter):
                 continue
             if id(parameter) not in made:  # tied weights stay tied
-                made[id(parameter)] = nn.Parameter(_on_host(parameter, keep=keep), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(on_host(parameter, keep=keep), requires_grad=parameter.requires_grad)
             if keep:
                 module.register_parameter(name, made[id(parameter)])
 
 
-def _on_host(tensor: Tensor, *, keep: bool) -> Tensor:
+def on_host(tensor: Tensor, *, keep: bool) -> Tensor:
+    """Return a tensor of which each process may hold a part, whole and on the host; without `keep`, gathered for others, nothing of it."""
     full = whole(tensor)
     return full.cpu() if keep else torch.empty(0)

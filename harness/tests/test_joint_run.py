@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,13 +21,13 @@ import harness.joint_run
 from harness.asset_files import tensors_sha256
 from harness.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
-from harness.joint_run import JointFiles, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
+from harness.joint_run import JointFiles, check_runnable, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import JointFigures, load_heads
 from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
-from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, SHARDED
+from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +86,8 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
 def train_together(path: Path, launcher: list[str], *, work: Path, out: Path) -> dict[str, Any]:
     """Run the command under a launcher and return the one line that it prints."""
     arguments = [sys.executable, *launcher, "harness", "train", str(path), "--work", str(work), "--out", str(out)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line]
     return dict(told)
@@ -97,7 +101,9 @@ def assert_like(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(got[name].float(), tensor.float(), atol=2e-3, rtol=0.05, msg=name)
 
 
-@pytest.mark.parametrize("launcher", [DATA_PARALLEL, SHARDED], ids=["data_parallel", "sharded"])
+@pytest.mark.parametrize(
+    "launcher", [DATA_PARALLEL, SHARDED, pytest.param(DEEPSPEED, marks=needs_deepspeed)], ids=["data_parallel", "sharded", "deepspeed"]
+)
 def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path: Path, launcher: list[str]) -> None:
     """The command under a launcher: the same batches, one process that writes, and an end from which it goes on."""
     recipe: dict[str, Any] = {
@@ -170,8 +176,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, t
         for name in ("adapter_model.safetensors",):
             ours, theirs = tensors(left.adapter / name), tensors(right.adapter / name)
             assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
-        ours, theirs = tensors(left.heads), tensors(right.heads)
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
+        assert (left.heads.read_bytes() == right.heads.read_bytes()) == same, "weights, figures and provenance"
 
 
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
@@ -209,6 +214,36 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(
         assert again.figures == whole.figures
 
 
+def test_a_process_that_is_killed_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
+    """By the signal that no process can handle, between two checkpoints, and wherever in a step or in a write it strikes."""
+    recipe: dict[str, Any] = {"num_steps": 45, "autocast": "bfloat16"}
+    path = write_recipe(folder, "killed", **recipe)
+    log = tmp_path / "cut" / "work" / "joint" / "steps.jsonl"
+    arguments = [
+        sys.executable,
+        "-m",
+        "harness",
+        "train",
+        str(path),
+        "--work",
+        str(tmp_path / "cut" / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 13):
+            time.sleep(0.002)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, "it had ended before"
+    left = last_checkpoint(log.parent)
+    assert left is not None and 10 <= left.step < 45
+    whole, again = train(folder, tmp_path / "whole", name="killed", **recipe), train(folder, tmp_path / "cut", name="killed", **recipe)
+    assert [step.loss for step in read_step_log(again.step_log)] == [step.loss for step in read_step_log(whole.step_log)]
+    assert again.heads.read_bytes() == whole.heads.read_bytes()
+
+
 def test_a_frozen_backbone_writes_heads_alone(folder: Path, heads_file: Path, tmp_path: Path) -> None:
     files = train(folder, tmp_path, heads=heads_file, backbone="frozen", num_steps=2)
     assert files.adapter is None and files.model is None and not (tmp_path / "out" / "adapter").exists()
@@ -229,6 +264,26 @@ def test_full_fine_tuning_writes_the_whole_model(folder: Path, tmp_path: Path) -
     assert heads.num_heads == 4 and (provenance.lm_head_read, provenance.lm_head_adapted) == ("adapted", True)
     with pytest.raises(UserError, match="one LM head only"):
         train(folder, tmp_path / "other", backbone="full")
+
+
+@pytest.mark.parametrize("recipe", [{"optimizer": "adamw_8bit"}, {"quantisation": "4bit"}])
+def test_what_fsdp_cannot_cut_is_refused(folder: Path, monkeypatch: MonkeyPatch, recipe: dict[str, str]) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="under FSDP, which cuts neither"):
+        check_runnable(JointSuite.model_validate(recipe_data(folder, **recipe)).recipe)
+
+
+def test_one_dtype_for_all_that_learns_is_asked_for_under_fsdp(folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """FSDP gathers heads and LM head together, and raises from within where their dtypes differ."""
+    spec = JointSuite.model_validate(recipe_data(folder, backbone="full", heads_lm_head="adapted", target="tokens"))
+    loaded = load_model(spec.model, device=CPU)
+    cast(torch.nn.Module, loaded.model).to(torch.bfloat16)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    text = read_text(spec, loaded, work=tmp_path)
+    with pytest.raises(UserError, match="found a backbone of bfloat16 trained in full under FSDP"):
+        train_joint(loaded, spec.recipe, text=text, start_heads=None, work=tmp_path, target=tmp_path, console=QUIET)
 
 
 def test_another_recipe_does_not_go_on_from_this_ones_state(folder: Path, tmp_path: Path) -> None:

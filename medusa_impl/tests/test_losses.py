@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import HeadArchitecture, MedusaHeads
-from medusa_impl.losses import NO_TARGET, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss
+from medusa_impl.losses import NO_TARGET, NUM_RANKS, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss, rank_counts
 
 HIDDEN, VOCAB, NUM_HEADS, NUM_POSITIONS = 12, 50, 3, 23
 LAMBDAS = head_weights(num_heads=NUM_HEADS, lambda_base=0.8)
@@ -35,6 +35,17 @@ def _plain_loss(heads: MedusaHeads, lm_head: nn.Linear, states: Tensor, targets:
         total = total + weight * cross_entropy(logits[:, head], targets[:, head].long(), ignore_index=NO_TARGET, reduction="sum")
     loss: Tensor = total / (targets[:, 0] >= 0).sum()
     return loss
+
+
+def _counted_one_by_one(logits: Tensor, targets: Tensor) -> list[list[int]]:
+    """Targets at rank 0..9 of each head: the first place of a target's logit in its row, sorted; of equal logits the first counts."""
+    counts = [[0] * NUM_RANKS for _ in range(logits.shape[1])]
+    for row, wanted in zip(logits.tolist(), targets.tolist(), strict=True):
+        for head, (values, token) in enumerate(zip(row, wanted, strict=True)):
+            place = NUM_RANKS if token < 0 else sorted(values, reverse=True).index(values[token])
+            if place < NUM_RANKS:
+                counts[head][place] += 1
+    return counts
 
 
 def _gradients(heads: MedusaHeads, loss: Tensor) -> list[Tensor]:
@@ -69,6 +80,57 @@ def test_sums_and_hits_are_those_of_the_logits(architecture: HeadArchitecture) -
     assert chunked.num_positions == NUM_POSITIONS - 1
     weighted = (torch.tensor(LAMBDAS, dtype=torch.float64) * chunked.loss_sums).sum() / chunked.num_positions
     assert float(weighted) == pytest.approx(float(chunked.loss.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_hits_of_all_ten_ranks_are_those_of_the_sorted_logits(architecture: HeadArchitecture, restricted: bool) -> None:
+    """Targets are drawn from a row's twelve best tokens: every head hits every rank, and some targets stand behind the tenth."""
+    heads, lm_head, _, _ = _case(architecture)
+    subset = TokenSubset.most_frequent(torch.randperm(VOCAB), size=30) if restricted else None
+    states, kept = torch.randn(120, HIDDEN), slice(None) if subset is None else subset.token_ids
+    logits = heads(states, lm_head=lm_head)[..., kept]
+    targets = logits.argsort(-1, descending=True).gather(-1, torch.randint(12, (120, NUM_HEADS, 1))).squeeze(-1).int()
+    targets[100:, 1], targets[110:, 2] = NO_TARGET, OUTSIDE_SUBSET
+    counted = _counted_one_by_one(logits, targets)
+    loss = medusa1_loss(
+        states,
+        targets,
+        heads=heads,
+        lm_head_weight=lm_head.weight[kept],
+        lambdas=LAMBDAS,
+        subset=subset,
+        max_logits_bytes=SMALL_CHUNKS,
+    )
+    assert loss.rank_hits.tolist() == counted
+    assert all(min(hits) > 0 and sum(hits) < num_targets for hits, num_targets in zip(counted, loss.num_targets.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["own", "shared"])
+def test_equal_logits_count_for_the_target(architecture: HeadArchitecture) -> None:
+    """Small whole numbers, in which products are exact and ties are many; blocks at zero pass the states on unchanged."""
+    heads, lm_head, _, targets = _case(architecture)
+    lm_head.weight.copy_(torch.randint(-1, 2, (VOCAB, HIDDEN)))
+    for parameter in (*heads.blocks.parameters(), *heads.unembeddings.parameters()):
+        nn.init.zeros_(parameter)
+    for unembedding in heads.unembeddings:
+        unembedding.load_state_dict({"weight": lm_head.weight})
+    states = torch.randint(-2, 3, (NUM_POSITIONS, HIDDEN)).float()
+    logits = heads(states, lm_head=lm_head)
+    loss = medusa1_loss(states, targets, heads=heads, lm_head_weight=lm_head.weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
+    assert loss.rank_hits.tolist() == _counted_one_by_one(logits, targets)
+    by_lower_id = logits.sort(dim=-1, descending=True, stable=True).indices[..., :NUM_RANKS] == targets[..., None]
+    assert loss.rank_hits.tolist() != by_lower_id.sum(0).tolist(), "no tie, nothing tested"
+
+
+def test_ranks_are_counted_head_by_head() -> None:
+    """Rank 10 is no head's, least of all the next one's rank 0; a head without a target has a row of zeros."""
+    ranks, groups = torch.randint(0, 15, (300,)), torch.randint(0, 3, (300,))
+    pairs = list(zip(groups.tolist(), ranks.tolist(), strict=True))
+    assert (0, NUM_RANKS) in pairs and (1, NUM_RANKS - 1) in pairs
+    assert rank_counts(ranks, groups, num_heads=4).tolist() == [
+        [pairs.count((head, rank)) for rank in range(NUM_RANKS)] for head in range(4)
+    ]
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])

@@ -11,12 +11,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_impl import medusa2
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import TokenSubset
+from medusa_impl.losses import NO_TARGET, NUM_RANKS, TokenSubset
 from medusa_impl.medusa2 import LoraRecipe, Medusa2Recipe, MedusaTrainingModel, add_adapter, untie_lm_head
 from medusa_impl.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
@@ -187,7 +187,7 @@ def test_heads_move_the_backbone_only_while_it_learns() -> None:
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
-    """At step 0 the adapter adds nothing: with dropout switched on in the student, the KL term must still be 0 to the last bit."""
+    """At step 0 the adapter adds nothing, whatever its own dropout draws: the KL term must be 0 to the last bit."""
     model = make_model(target="original", backbone=backbone).train()
     result = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
     assert float(result["backbone_loss"]) == 0.0
@@ -195,6 +195,102 @@ def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
     if backbone == "lora":
         stir(model)
         assert float(model(**BATCH, backbone_weight=1.0, heads_weight=0.2)["backbone_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
+    """In training the student drops in attention and adapter; what it is compared with is the untouched model, to the last bit, each time.
+
+    Regression: this was tested at step 0 of a model without dropout in its attention, where a teacher left in train mode looks the same.
+    """
+    noisy = tiny_llama()
+    for layer in noisy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = make_model(model=noisy, target="original", backbone=backbone, lora=LoraRecipe(rank=4, alpha=8, dropout=0.5)).train()
+    stir(model)
+    read: list[tuple[Tensor, Tensor]] = []
+    real = medusa2._divergence
+
+    def spy(lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module) -> tuple[Tensor, Tensor]:
+        read.append((states.detach().clone(), original_lm_head(original_states)))
+        return real(lm_head, states, original_states, original_lm_head)
+
+    monkeypatch.setattr(medusa2, "_divergence", spy)
+    for _ in range(2):
+        model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
+    with torch.no_grad():
+        clean = tiny_llama()(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+    clean = clean[answer_targets(BATCH["labels"], num_heads=0)[..., 0] != NO_TARGET]
+    (student, teacher), (student_again, teacher_again) = read
+    assert not torch.allclose(student, student_again, atol=1e-3), "a student that drops nothing"
+    for logits in (teacher, teacher_again):
+        torch.testing.assert_close(logits, clean, atol=1e-5, rtol=1e-5)
+
+
+def longer_batch() -> dict[str, Tensor]:
+    """Four random sequences of 24 tokens, the last cut to 17; the tokens 6 to 16 are the answers, 11 positions a sequence."""
+    torch.manual_seed(5)
+    lengths = (24, 24, 24, 17)
+    sequences = [TrainingSequence(tuple(torch.randint(TINY_VOCAB, (length,)).tolist()), ((6, 17),)) for length in lengths]
+    data = SequenceDataset(sequences)
+    return collate([data[index] for index in range(4)])
+
+
+@pytest.mark.parametrize("backbone", ["lora", "full"])
+@pytest.mark.parametrize("target", ["original", "tokens"])
+def test_agreements_are_first_choices_compared_one_by_one(monkeypatch: pytest.MonkeyPatch, backbone: str, target: str) -> None:
+    """Where training has moved the backbone some of its first choices are the target's and some are not. In chunks of three rows.
+
+    Every other token asked for is the moved model's own first choice, apart from the tokens it reads: else none would agree.
+    """
+    monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
+    model = make_model(backbone=backbone, target=target, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    stir(model)
+    batch = longer_batch()
+    seen, labels = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, batch["labels"]
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            if backbone == "full":
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        first, original = (one(**seen).logits.argmax(-1) for one in (model.backbone, tiny_llama()))
+    labels[:, 6:17:2] = first[:, 5:16:2]
+    result = model(**batch, backbone_weight=1.0, heads_weight=0.3)
+    agreements = 0
+    for row in range(4):
+        for position in range(5, 16):
+            wanted = original[row, position] if target == "original" else labels[row, position + 1]
+            agreements += int(first[row, position]) == int(wanted)
+    assert int(result["positions"]) == 44 and int(result["agreements"]) == agreements
+    assert 8 < agreements < 36, "some agree and some do not"
+
+
+@pytest.mark.parametrize("architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")])
+def test_head_ranks_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch, architecture: str, reads: str) -> None:
+    """Where each target's logit stands in its row, sorted, by the LM head that the heads read. In chunks of three rows.
+
+    Every token asked for is the (i mod 12)-th best of head 1 two positions before, so that head 1 hits every rank and others few.
+    """
+    monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
+    model = make_model(architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    stir(model)
+    batch = longer_batch()
+    with torch.no_grad():
+        hidden = model.model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        logits = model.heads(hidden, lm_head=model.model.lm_head if reads == "adapted" else model.original_lm_head)
+    counted = [[0] * NUM_RANKS for _ in range(3)]
+    for row in range(4):
+        for position in range(6, 17):
+            batch["labels"][row, position] = logits[row, position - 2, 0].argsort(descending=True)[(11 * row + position) % 12]
+        for position in range(5, 16):
+            for head in range(min(3, 15 - position)):
+                values = logits[row, position, head].tolist()
+                place = sorted(values, reverse=True).index(values[int(batch["labels"][row, position + 2 + head])])
+                if place < NUM_RANKS:
+                    counted[head][place] += 1
+    result = model(**batch, backbone_weight=1.0, heads_weight=0.3)
+    assert result["head_targets"].tolist() == [40, 36, 32]
+    assert result["head_ranks"].tolist() == counted
+    assert min(counted[0]) > 0 and all(sum(ranks) < 38 for ranks in counted)
 
 
 def test_the_teacher_leaves_everything_as_it_was() -> None:
@@ -321,3 +417,29 @@ def test_capped_logits_are_refused() -> None:
     heads = MedusaHeads(num_heads=1, num_layers=1, hidden_size=16, vocab_size=40, architecture="shared")
     with pytest.raises(UserError, match="final_logit_softcapping"):
         MedusaTrainingModel(Gemma2ForCausalLM(config), heads, recipe=Medusa2Recipe(num_steps=1, num_heads=1))
+
+
+@pytest.mark.parametrize("recipe", [{"target": "original"}, {"target": "tokens", "backbone": "full", "heads_lm_head": "adapted"}])
+def test_checkpointed_layers_give_the_same_gradients_and_keep_less(recipe: dict[str, Any]) -> None:
+    """Layers that run again draw the dropout masks that they drew the first time, and the teacher is left alone."""
+    found = []
+    for checkpointed in (False, True):
+        backbone = LlamaForCausalLM._from_config(LlamaConfig(**{**tiny_llama().config.to_dict(), "attention_dropout": 0.1}))
+        backbone.load_state_dict(tiny_llama().state_dict())
+        model = make_model(model=backbone, gradient_checkpointing=checkpointed, **recipe)
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(11)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(**BATCH, backbone_weight=1.0, heads_weight=0.5)["loss"]
+        loss.backward()
+        gradients = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        found.append((loss.item(), gradients, sum(kept.values())))
+    (plain, expected, all_bytes), (checkpointed_loss, got, few_bytes) = found
+    assert checkpointed_loss == plain and expected.keys() == got.keys() and len(got) > 10
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+    assert few_bytes < 0.75 * all_bytes

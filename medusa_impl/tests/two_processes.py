@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from medusa_impl.medusa2_trainer import MedusaTrainer
-from medusa_impl.tests.test_medusa2 import tied_llama
-from medusa_impl.tests.test_medusa2_trainer import SHARE, WEIGHTS, long_run, make_trainer
+from medusa_impl.tests.test_medusa2_trainer import SHARE, WEIGHTS, learning, make_case
 
 
 def share(trainer: MedusaTrainer) -> tuple[float, int]:
@@ -24,18 +24,15 @@ def share(trainer: MedusaTrainer) -> tuple[float, int]:
     return held / sum(one.numel() for one in parameters), num_units
 
 
-def train(folder: Path, *, checkpoint: str | None = None, tied: bool = False, **changes: Any) -> None:
-    """Train, or go on from a checkpoint, then write this process's share and, on the first, the weights that learnt."""
-    if tied:
-        changes["backbone_model"] = tied_llama()
-    trainer = make_trainer(folder, **{**long_run(), **changes})
-    trainer.args.save_total_limit = None
+def train(folder: Path, *, checkpoint: str | None = None, **case: Any) -> None:
+    """Train, or go on from a checkpoint; the first process then writes every process's share and the weights that learnt."""
+    trainer = make_case(folder, **case)
     trainer.train(resume_from_checkpoint=checkpoint)
-    held = share(trainer)
+    held = gather_object([share(trainer)])
     trainer.make_whole()
     if trainer.is_world_process_zero():
         (folder / SHARE).write_text(json.dumps(held))
-        torch.save({name: parameter.detach() for name, parameter in trainer._learning().items()}, folder / WEIGHTS)
+        torch.save(learning(trainer), folder / WEIGHTS)
 
 
 if __name__ == "__main__":
