@@ -158,6 +158,24 @@ def train(
 
 
 @app.command()
+def calibrate(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file, of heads and backbone")],
+    folder: Annotated[Path, typer.Argument(help="what its training wrote: heads, and adapter or model")],
+    work: Annotated[Path | None, typer.Option(help="folder for the answers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Record the calibration trace of trained heads, which trees are searched on, as training does at its end where the model fits."""
+    from harness.joint_run import calibrate_folder
+    from harness.training_specs import JointSuite, load_training_suite
+
+    spec = load_training_suite(_find_data(recipe, folder="recipes"))
+    if not isinstance(spec, JointSuite):
+        raise UserError(found=f"the recipe {spec.name!r} of heads alone", need="kind = 'joint'", where=recipe)
+    file = calibrate_folder(spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub)
+    print(json.dumps({"recipe": spec.name, "calibration": file.name if file is not None else None}))
+
+
+@app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file with a [corpus]")],
     out: Annotated[Path | None, typer.Option(help="folder for the packed corpus")] = None,

@@ -89,16 +89,28 @@ def train_joint_suite(
     if not process_state().is_main_process:
         return files
     if (reason := _too_large(spec.recipe)) is not None:
-        console.print(f"no calibration trace for {reason}: record one with medusa-repro trace, on a suite that names what was written here")
+        console.print(f"no calibration trace for {reason}: record one with medusa-repro calibrate, where the tuned model fits")
         return files
-    model = spec.model.model_copy(update={"adapter": str(files.adapter)}) if files.adapter is not None else spec.model
     del loaded
-    tuned = load_model(model, device=best_device(), allow_hub=allow_hub)
-    if tuned.tokenizer is None:  # a tiny random model: no prompts of text
-        return files
-    calibration = target / "calibration.npz"
-    calibrate(spec, tuned, heads_file=files.heads, calibration_file=calibration, work=work, console=console)
+    calibration = calibrate_folder(spec, target, work=work, console=console, allow_hub=allow_hub)
     return JointFiles(**{**files.__dict__, "calibration": calibration})
+
+
+def calibrate_folder(spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False) -> Path | None:
+    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a model without a tokenizer.
+
+    Raises: UserError for a folder without heads, or heads that were not trained with what lies beside them.
+    """
+    heads, adapter, whole = folder / "heads.safetensors", folder / "adapter", folder / "model"
+    if not heads.exists():
+        raise UserError(found="no heads.safetensors", need="what medusa-repro train wrote", where=folder.name)
+    changes = {"asset": None, "path": str(whole)} if whole.exists() else {"adapter": str(adapter)} if adapter.exists() else {}
+    tuned = load_model(spec.model.model_copy(update=changes), device=best_device(), allow_hub=allow_hub)
+    if tuned.tokenizer is None:  # a tiny random model: no prompts of text
+        return None
+    file = folder / "calibration.npz"
+    calibrate(spec, tuned, heads_file=heads, calibration_file=file, work=work, console=console)
+    return file
 
 
 def _too_large(recipe: Medusa2Recipe) -> str | None:

@@ -83,6 +83,20 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
         heads_for(bare, tmp_path / "out" / "heads.safetensors")
 
 
+def test_what_a_training_left_is_calibrated_apart(folder: Path, tmp_path: Path) -> None:
+    """Where the tuned model could not be loaded whole behind its training."""
+    path = write_recipe(folder, "apart")
+    train(folder, tmp_path / "one")
+    ran = command("calibrate", path, tmp_path / "one" / "out")
+    assert ran.code == ExitCode.OK and json.loads(ran.out) == {"recipe": "apart", "calibration": None}, (
+        "a tiny model has no prompts of text"
+    )
+    ran = command("calibrate", path, tmp_path)
+    assert ran.code == ExitCode.USER_ERROR and "found no heads.safetensors" in ran.error_line
+    ran = command("calibrate", "embedded_medusa1", tmp_path)
+    assert ran.code == ExitCode.USER_ERROR and "of heads alone" in ran.error_line
+
+
 def train_together(path: Path, launcher: list[str], *, work: Path, out: Path) -> dict[str, Any]:
     """Run the command under a launcher and return the one line that it prints."""
     arguments = [sys.executable, *launcher, "harness", "train", str(path), "--work", str(work), "--out", str(out)]
