@@ -182,7 +182,7 @@ def distill(
     work: Annotated[Path | None, typer.Option(help="folder for the shards")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Make a recipe's corpus and nothing else: the model's own answers, one turn or two; resumes where it stopped."""
+    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where it stopped."""
     from harness.distill_run import distill_suite
     from harness.training_run import announce
     from harness.training_specs import load_training_suite

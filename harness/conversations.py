@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from harness.prompts import render_chat
 from medusa_impl.distill import CorpusSample
 from medusa_impl.sequences import TrainingSequence
 
-SECOND_TURN = "+2"  # what the key of an answer to a second turn ends with
+_LATER_TURN = re.compile(r"(.+)\+([2-9]|[1-9][0-9]+)", re.DOTALL)  # the key of an answer to a later turn: its conversation's, and "+2"
 _STAND_IN = "ANSWER"  # for an answer, while a template is rendered
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -99,24 +100,44 @@ def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
+def turn_key(conversation: str, turn: int) -> str:
+    """Return the key of the answer to a conversation's n-th question, 1-based: the conversation's own for the first."""
+    return conversation if turn == 1 else f"{conversation}+{turn}"
+
+
+def conversation_and_turn(key: str) -> tuple[str, int]:
+    """Return the conversation that an answer belongs to, and which of its questions it answers: what `turn_key` made the key of."""
+    later = _LATER_TURN.fullmatch(key)
+    return (key, 1) if later is None else (later[1], int(later[2]))
+
+
+def next_turn_key(key: str) -> str:
+    """Return the key of the answer that follows this one in its conversation."""
+    conversation, turn = conversation_and_turn(key)
+    return turn_key(conversation, turn + 1)
+
+
 def turn_sequences(samples: Iterable[CorpusSample], *, max_length: int) -> tuple[tuple[str, TrainingSequence], ...]:
-    """Return a corpus as sequences by the key of their first turn; a second turn and the answer before it become one with two spans.
+    """Return a corpus as sequences by the key of their first turn; the turns of a conversation become one with a span for each answer.
 
     What is left of a sequence without an answer token, once it is cut at `max_length`, is left out.
+    Raises: UserError for a later turn that does not stand behind the answer before it.
     """
     by_key = {sample.key: sample for sample in samples}
+    following = {next_turn_key(key) for key in by_key}
     made = []
-    for key, sample in by_key.items():
-        if key.endswith(SECOND_TURN):
+    for key in by_key:
+        if key in following:
             continue
-        spans = [(len(sample.prompt_ids), len(sample.prompt_ids) + len(sample.token_ids))]
-        token_ids = (*sample.prompt_ids, *sample.token_ids)
-        second = by_key.get(key + SECOND_TURN)
-        if second is not None:
-            if second.prompt_ids[: len(token_ids)] != token_ids:
-                raise UserError(found=f"a second turn of {key!r} behind another answer", need="the answer of its first", where="the corpus")
-            token_ids = (*second.prompt_ids, *second.token_ids)
-            spans.append((len(second.prompt_ids), len(token_ids)))
+        turn: CorpusSample | None = by_key[key]
+        token_ids: tuple[int, ...] = ()
+        spans: list[tuple[int, int]] = []
+        while turn is not None:
+            if turn.prompt_ids[: len(token_ids)] != token_ids:
+                raise UserError(found=f"the turn {turn.key!r} behind another answer", need="the answer before it", where="the corpus")
+            token_ids = (*turn.prompt_ids, *turn.token_ids)
+            spans.append((len(turn.prompt_ids), len(token_ids)))
+            turn = by_key.get(next_turn_key(turn.key))
         cut = tuple((start, min(end, max_length)) for start, end in spans if start < max_length)
         if cut:
             made.append((key, TrainingSequence(token_ids=token_ids[:max_length], answers=cut)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.config import Frozen
-from harness.conversations import SECOND_TURN, check_has_template, follow_up_ids
+from harness.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
+from harness.errors import UserError
+from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.prompts import load_prompt_file, render_chat
+from harness.prompts import BenchmarkPrompt, load_prompt_file, render_chat
 from harness.training_prompts import Split, TrainingPrompt, training_prompts
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
@@ -25,8 +27,9 @@ class CorpusSpec(Frozen):
     """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is sampled, the rest greedy.
 
     `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the conversations whose first answer
-    came to its end go on to a second question: the file's own second turn, or another of the project's prompts of that category. There is
-    no third.
+    came to its end go on: through all further turns of the file's, one after another, or to one other of the project's prompts of that
+    category. A conversation ends before its last question where an answer used up its budget, where a question is longer than
+    `max_prompt_tokens`, or where the model has too few positions for all that was said and another answer.
     """
 
     num_tokens: int | None = Field(default=None, ge=1)
@@ -58,8 +61,8 @@ class CorpusSpec(Frozen):
         return "tokens" if self.num_tokens is not None else "answers"
 
     def amount(self, samples: Iterable[CorpusSample]) -> int:
-        """Return how much of the goal these answers are; second turns come on top of it."""
-        first = [sample for sample in samples if not sample.key.endswith(SECOND_TURN)]
+        """Return how much of the goal these answers are; later turns come on top of it."""
+        first = [sample for sample in samples if conversation_and_turn(sample.key)[1] == 1]
         return sum(len(sample.token_ids) for sample in first) if self.num_tokens is not None else len(first)
 
     def num_prompts(self) -> int:
@@ -70,15 +73,37 @@ class CorpusSpec(Frozen):
         """Return the first turns: the file's, or the project's own."""
         if self.prompts_file is None:
             return training_prompts(num_prompts=num_prompts, seed=self.seed, split=self.split)
-        rows = load_prompt_file(resolve_path(self.prompts_file, beside=None))
-        return tuple(TrainingPrompt(key=row.key, category=row.category, text=row.turns[0]) for row in rows[:num_prompts])
+        rows = self.own_conversations()[:num_prompts]
+        return tuple(TrainingPrompt(key=row.key, category=row.category, text=row.turns[0]) for row in rows)
+
+    def own_conversations(self) -> tuple[BenchmarkPrompt, ...]:
+        """Return the rows of the prompts file, none where there is no file.
+
+        Raises: UserError for a file that cannot be read, or a key that the answer to a later turn would bear.
+        """
+        if self.prompts_file is None:
+            return ()
+        path = resolve_path(self.prompts_file, beside=None)
+        rows = load_prompt_file(path)
+        for row in rows:
+            if conversation_and_turn(row.key)[1] > 1:
+                raise UserError(
+                    found=f"the key {row.key!r}",
+                    need="one that does not end in a plus sign and a number, as those of later turns do",
+                    where=path.name,
+                    do="rename it",
+                )
+        return rows
 
     def questions(self) -> tuple[str, ...]:
-        """Return all that may be asked, a file's second questions included; the project's own are prompts of the catalogue as well."""
+        """Return all that may be asked, a file's further turns included; the project's own are prompts of the catalogue as well."""
         if self.prompts_file is None:
             return tuple(prompt.text for prompt in self.catalogue_prompts(self.num_prompts()))
-        rows = load_prompt_file(resolve_path(self.prompts_file, beside=None))[: self.num_prompts()]
-        return tuple(turn for row in rows for turn in row.turns[:2])
+        return tuple(turn for row in self.own_conversations()[: self.num_prompts()] for turn in row.turns)
+
+    def fingerprint(self, keys: Iterable[str]) -> str:
+        """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what is still to be done."""
+        return canonical_sha256([self.model_dump(), [row.model_dump() for row in self.own_conversations()], sorted(keys)])
 
 
 def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tuple[CorpusPrompt, ...]:
@@ -97,45 +122,57 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
     return tuple(rendered)
 
 
-def second_turn_prompts(tokenizer: Any, samples: Iterable[CorpusSample], *, spec: CorpusSpec) -> tuple[CorpusPrompt, ...]:
-    """Return the prompts of second turns behind these answers; which conversations go on follows from their own keys."""
-    going_on = [sample for sample in samples if goes_on(sample, spec=spec)]
-    if not going_on:
-        return ()
-    check_has_template(tokenizer, where="corpus.second_turn_share")
-    questions = _second_questions(spec, going_on)
+def next_turn_prompts(
+    tokenizer: Any, samples: Iterable[CorpusSample], *, spec: CorpusSpec, fits: Callable[[int], bool]
+) -> tuple[CorpusPrompt, ...]:
+    """Return the prompt of the next turn of every conversation among these answers that goes on; which do follows from their own keys.
+
+    `fits` says of a number of prompt tokens whether the model has room for them and an answer.
+    """
+    kept = list(samples)
+    questions = next_questions(kept, spec=spec)
+    if questions:
+        check_has_template(tokenizer, where="corpus.second_turn_share")
     made = []
-    for sample in going_on:
-        if (question := questions.get(sample.key)) is None:
+    for sample in kept:
+        if sample.key not in questions:
             continue
-        follow_up = follow_up_ids(tokenizer, question)
-        if len(follow_up) <= spec.max_prompt_tokens:
-            made.append(
-                CorpusPrompt(
-                    key=sample.key + SECOND_TURN,
-                    category=sample.category,
-                    prompt_ids=(*sample.prompt_ids, *sample.token_ids, *follow_up),
-                    temperature=sample.temperature,
-                    seed=_digest(sample.key + SECOND_TURN),
-                )
-            )
+        follow_up = follow_up_ids(tokenizer, questions[sample.key])
+        prompt_ids = (*sample.prompt_ids, *sample.token_ids, *follow_up)
+        if len(follow_up) > spec.max_prompt_tokens or not fits(len(prompt_ids)):
+            continue
+        key = next_turn_key(sample.key)
+        made.append(
+            CorpusPrompt(key=key, category=sample.category, prompt_ids=prompt_ids, temperature=sample.temperature, seed=_digest(key))
+        )
     return tuple(made)
 
 
-def goes_on(sample: CorpusSample, *, spec: CorpusSpec) -> bool:
-    """Return whether a conversation gets a second turn: a share of the first answers that ended by themselves."""
-    ended = sample.ended_by == "eos" and not sample.key.endswith(SECOND_TURN)
-    return ended and _digest(sample.key) % 1000 < 1000 * spec.second_turn_share
-
-
-def _second_questions(spec: CorpusSpec, samples: Sequence[CorpusSample]) -> dict[str, str]:
+def next_questions(samples: Sequence[CorpusSample], *, spec: CorpusSpec) -> dict[str, str]:
+    """Return the questions that are still to be asked, each by the key of the answer that it follows."""
+    keys = {sample.key for sample in samples}
+    last = [sample for sample in samples if goes_on(sample, spec=spec) and next_turn_key(sample.key) not in keys]
+    if not last:
+        return {}
     if spec.prompts_file is not None:
-        rows = load_prompt_file(resolve_path(spec.prompts_file, beside=None))
-        return {row.key: row.turns[1] for row in rows if len(row.turns) > 1}
+        asked = {row.key: row.turns for row in spec.own_conversations()}
+        places = {sample.key: conversation_and_turn(sample.key) for sample in last}
+        return {key: asked[name][turn] for key, (name, turn) in places.items() if turn < len(asked.get(name, ()))}
     pools: dict[str, list[str]] = {}
     for prompt in training_prompts(num_prompts=spec.num_prompts(), seed=spec.seed, split=spec.split):
         pools.setdefault(prompt.category, []).append(prompt.text)
-    return {sample.key: pools[sample.category][_digest(sample.key) // 1000 % len(pools[sample.category])] for sample in samples}
+    asking = [(sample.key, pools[sample.category]) for sample in last if sample.category in pools]
+    return {key: pool[_digest(key) // 1000 % len(pool)] for key, pool in asking}
+
+
+def goes_on(sample: CorpusSample, *, spec: CorpusSpec) -> bool:
+    """Return whether a conversation may go on behind an answer: one of the share that does, and an answer that ended by itself.
+
+    The project's own conversations have two turns, a file's as many as it gives.
+    """
+    conversation, turn = conversation_and_turn(sample.key)
+    open_ended = sample.ended_by == "eos" and (turn == 1 or spec.prompts_file is not None)
+    return open_ended and _digest(conversation) % 1000 < 1000 * spec.second_turn_share
 
 
 def _digest(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`medusa-repro distill`: the model's own answers to a recipe's prompts, one turn or two, and nothing else."""
+"""`medusa-repro distill`: the model's own answers to a recipe's prompts, of one turn or several, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.conversations import SECOND_TURN
+from harness.conversations import conversation_and_turn
 from harness.training_run import check_overlap, corpus_backbone, fill_corpus
 from harness.training_specs import AnySuite, needed_corpus
 from medusa_impl.distill import CorpusStore, pack_corpus
@@ -26,7 +26,8 @@ class DistilledCorpus:
 def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False) -> DistilledCorpus:
     """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and added to.
 
-    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, or a work folder of another model.
+    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, a prompt that leaves no room for its answer,
+    or a work folder of another model.
     """
     needed_corpus(spec)
     check_overlap(spec, allow_hub=allow_hub)
@@ -39,6 +40,6 @@ def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console,
     return DistilledCorpus(
         file=file,
         num_answers=len(samples),
-        num_second_turns=sum(sample.key.endswith(SECOND_TURN) for sample in samples),
+        num_second_turns=sum(conversation_and_turn(sample.key)[1] == 2 for sample in samples),
         num_tokens=sum(len(sample.token_ids) for sample in samples),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.clock import device_clock
 from harness.config import SuiteSpec
-from harness.conversations import SECOND_TURN
-from harness.corpus import CorpusSpec, corpus_prompts, goes_on, make_corpus, second_turn_prompts
+from harness.conversations import conversation_and_turn
+from harness.corpus import CorpusSpec, corpus_prompts, make_corpus, next_questions, next_turn_prompts
 from harness.engine import LoadedModel, best_device, load_engine, load_model, model_sha256
 from harness.environment import git_state
 from harness.errors import UserError
-from harness.files import write_bytes
+from harness.files import canonical_sha256, write_bytes
 from harness.paths import resolve_path
 from harness.probes import measure_device_limits
 from harness.prompts import overlap_report
@@ -28,8 +30,9 @@ from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.trace import Trace
 from harness.training_prompts import training_prompts
 from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
+from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
-from medusa_impl.distill import CorpusStore, generate_corpus, pack_corpus, unpack_corpus
+from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus, unpack_corpus
 from medusa_impl.features import add_states, load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import Medusa2Recipe
@@ -37,6 +40,7 @@ from medusa_impl.runner import StepRunner
 from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
 
 _BACKBONE_FILE = "backbone.sha256"
+_DONE_FILE = "done.sha256"
 
 
 @dataclass(frozen=True)
@@ -172,32 +176,44 @@ def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> Corp
 
 
 def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool = False) -> None:
-    """Bring the corpus to its size with one single-threaded process a core: on a CPU they need no barriers between them.
+    """Bring the corpus to its size with a process a GPU, or a single-threaded one a core: on a CPU they need no barriers between them.
 
-    Raises: UserError for a work folder with another model's answers, or workers that fail.
+    Raises: UserError for a work folder with another model's answers, or for what a worker refuses or fails at.
     """
     corpus = needed_corpus(spec)
     store = corpus_store(work, backbone_sha256=model_sha256(spec.model, allow_hub=allow_hub))
     samples = list(store.samples(with_states=False))
-    held, keys = corpus.amount(samples), {sample.key for sample in samples}
-    waiting = [sample for sample in samples if goes_on(sample, spec=corpus) and sample.key + SECOND_TURN not in keys]
-    if held >= corpus.goal and not waiting:
+    held = corpus.amount(samples)
+    if held >= corpus.goal and not next_questions(samples, spec=corpus):
         return
-    num_workers = spec.num_workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+    num_gpus = torch.cuda.device_count()
+    num_workers = spec.num_workers or num_gpus or os.cpu_count() or 1
+
+    def state(keys: Iterable[str]) -> str:
+        return canonical_sha256([corpus.fingerprint(keys), spec.model.chat_template, num_workers])
+
+    done = store.folder / _DONE_FILE  # prompts may run out and conversations end early: then the workers have no more to do
+    if done.exists() and done.read_text() == state(sample.key for sample in samples):
+        return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
+    refusals: SimpleQueue[dict[str, str | None]] = context.SimpleQueue()
     workers = [
-        context.Process(target=corpus_worker, args=(spec.model_dump(mode="json"), str(work), index, num_workers))
+        context.Process(target=_corpus_process, args=(refusals, spec.model_dump(mode="json"), str(work), index, num_workers, num_gpus))
         for index in range(num_workers)
     ]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    if not refusals.empty():
+        refusal = refusals.get()
+        raise UserError(found=str(refusal["found"]), need=str(refusal["need"]), where=refusal["where"], do=refusal["do"])
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise UserError(
             found=f"corpus workers that ended with {failed}", need="all to finish", where="corpus", do="run the command again: it resumes"
         )
+    write_bytes(done, state(store.finished_keys()).encode())
 
 
 def corpus_backbone(store: CorpusStore) -> str | None:
@@ -206,15 +222,38 @@ def corpus_backbone(store: CorpusStore) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int) -> None:
-    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then the second turns behind."""
+def worker_device(index: int, *, num_gpus: int) -> torch.device:
+    """Return where a corpus worker computes: on a GPU of its own as long as there are enough of them, without any on the CPU."""
+    return torch.device("cuda", index % num_gpus) if num_gpus else torch.device("cpu")
+
+
+def _corpus_process(
+    refusals: SimpleQueue[dict[str, str | None]], spec_data: dict[str, object], work: str, index: int, num_workers: int, num_gpus: int
+) -> None:
+    """Be a corpus worker in a process of its own: what the user can mend is told to the one that waits."""
+    try:
+        corpus_worker(spec_data, work, index, num_workers, num_gpus=num_gpus)
+    except UserError as error:
+        refusals.put({"found": error.found, "need": error.need, "where": error.where, "do": error.do})
+
+
+def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int, *, num_gpus: int) -> None:
+    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then the turns behind, one by one.
+
+    Raises: UserError before anything is generated, where a prompt of any worker's leaves no room for its answer.
+    """
     spec = training_suite_of(spec_data)
     corpus = needed_corpus(spec)
     if num_workers > 1:
         torch.set_num_threads(1)
-    loaded = load_model(spec.model, device=best_device())
-    runner = StepRunner(loaded.model, None)
-    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())[index::num_workers]
+    device = worker_device(index, num_gpus=num_gpus)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    loaded = load_model(spec.model, device=device)
+    backbone = StepRunner(loaded.model, None).backbone
+    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())
+    check_answers_fit(backbone, prompts, max_new_tokens=corpus.max_new_tokens)  # all, so that no worker starts where another refuses
+    prompts = prompts[index::num_workers]
     own_goal = -(-corpus.goal // num_workers)
     share = corpus.model_copy(update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal})
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
@@ -222,7 +261,7 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     console = Console(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
-        runner.backbone,
+        backbone,
         prompts,
         store=store,
         spec=share,
@@ -231,16 +270,37 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
         rate_file=rate_file,
         keep_states=keep_states,
     )
+    answer_further_turns(loaded, backbone, prompts, store=store, spec=corpus, console=console, keep_states=keep_states)
+
+
+def answer_further_turns(
+    loaded: LoadedModel,
+    backbone: Backbone,
+    prompts: Sequence[CorpusPrompt],
+    *,
+    store: CorpusStore,
+    spec: CorpusSpec,
+    console: Console,
+    keep_states: bool,
+) -> None:
+    """Ask what is left to be asked in the conversations that these prompts began, a turn of all of them at a time, until none goes on."""
     own = {prompt.key for prompt in prompts}
-    first = [sample for sample in store.samples(with_states=False) if sample.key in own]
-    second = second_turn_prompts(loaded.tokenizer, first, spec=corpus)
-    if second:
+
+    def fits(prompt_tokens: int) -> bool:
+        return answer_fits(backbone, prompt_tokens=prompt_tokens, max_new_tokens=spec.max_new_tokens)
+
+    def next_prompts() -> tuple[CorpusPrompt, ...]:
+        answers = [sample for sample in store.samples(with_states=False) if conversation_and_turn(sample.key)[0] in own]
+        return next_turn_prompts(loaded.tokenizer, answers, spec=spec, fits=fits)
+
+    while going_on := next_prompts():
+        console.print(f"corpus: {len(going_on)} conversations go on")
         generate_corpus(
-            runner.backbone,
-            second,
+            backbone,
+            going_on,
             store=store,
-            num_rows=corpus.num_rows,
-            max_new_tokens=corpus.max_new_tokens,
+            num_rows=spec.num_rows,
+            max_new_tokens=spec.max_new_tokens,
             eos_ids=loaded.eos_ids,
             keep_states=keep_states,
         )

@@ -6,6 +6,7 @@ frozen backbone, and decoding has it at hand: keeping it here saves a second pas
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,10 +121,14 @@ def generate_corpus(
     """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and, where wanted, states.
 
     `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early: finished answers are kept,
-    those under way are dropped.
+    those under way are dropped. At most two key-value caches are held at a time, the one in use and the shorter one that it replaced.
+    Raises: UserError before anything is generated, where the model has too few positions for a prompt and its answer.
     """
     finished = store.finished_keys()
     by_key = {prompt.key: prompt for prompt in prompts if prompt.key not in finished}
+    check_answers_fit(backbone, by_key.values(), max_new_tokens=max_new_tokens)
+    longest = 0
+    gc.collect()  # a cache and its layers name each other: that of an earlier call would stay until Python looks for such rings
     requests: Iterable[StreamRequest] = (
         StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed) for p in by_key.values()
     )
@@ -131,6 +136,9 @@ def generate_corpus(
         backbone, requests, num_rows=num_rows, max_new_tokens=max_new_tokens, eos_ids=eos_ids, keep_states=keep_states
     ):
         prompt = by_key[completion.key]
+        if len(prompt.prompt_ids) > longest:  # perhaps it had the cache replaced
+            longest = len(prompt.prompt_ids)
+            gc.collect()
         sample = CorpusSample(
             key=prompt.key,
             category=prompt.category,
@@ -147,6 +155,29 @@ def generate_corpus(
         if stop is not None and stop():
             break
     store.flush()
+
+
+def check_answers_fit(backbone: Backbone, prompts: Iterable[CorpusPrompt], *, max_new_tokens: int) -> None:
+    """Refuse prompts of which one leaves too few of the model's positions for an answer of `max_new_tokens`.
+
+    Raises: UserError.
+    """
+    for prompt in prompts:
+        try:
+            backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=0)
+        except UserError as error:
+            raise UserError(
+                found=error.found, need=error.need, where="the corpus", do="lower max_prompt_tokens or max_new_tokens"
+            ) from error
+
+
+def answer_fits(backbone: Backbone, *, prompt_tokens: int, max_new_tokens: int) -> bool:
+    """Return whether the model has positions enough for a prompt and an answer of `max_new_tokens`."""
+    try:
+        backbone.check_positions(prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, depth=0)
+    except UserError:
+        return False
+    return True
 
 
 def _row(sample: CorpusSample) -> dict[str, Any]:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness.conversations import SECOND_TURN, check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
-from harness.corpus import CorpusSpec, goes_on, second_turn_prompts
+from harness.assets import cache_dir, find_cached, load_asset_specs
+from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
+from harness.corpus import CorpusSpec, goes_on, next_turn_prompts
 from harness.errors import UserError
-from medusa_impl.distill import CorpusSample
+from medusa_impl.distill import CorpusPrompt, CorpusSample
+from medusa_impl.losses import NO_TARGET
+from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate
+
+SECOND_TURN = "+2"  # golden: what keys on disk end with
 
 
 class ChatTokenizer:
@@ -39,6 +44,10 @@ TURNS = (("hi", "yes"), ("so", "no"))
 
 def sample(key: str, prompt: tuple[int, ...], answer: tuple[int, ...], *, ended_by: Any = "eos", category: str = "writing") -> CorpusSample:
     return CorpusSample(key, category, prompt, answer, ended_by, 0.3, 5, None)
+
+
+def second_turns(firsts: list[CorpusSample], *, spec: CorpusSpec) -> tuple[CorpusPrompt, ...]:
+    return next_turn_prompts(ChatTokenizer(), firsts, spec=spec, fits=lambda tokens: True)
 
 
 def test_a_conversation_is_the_templates_own_text_with_its_answers_marked() -> None:
@@ -102,7 +111,7 @@ def test_two_turns_become_one_sequence_with_two_spans() -> None:
 def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
     spec = CorpusSpec(num_tokens=400, max_new_tokens=20, second_turn_share=0.5)
     firsts = [sample(f"k{index}", (1, 2), (60 + index, 0), ended_by="eos" if index % 4 else "budget") for index in range(80)]
-    prompts = second_turn_prompts(ChatTokenizer(), firsts, spec=spec)
+    prompts = second_turns(firsts, spec=spec)
     going = {one.key for one in firsts if goes_on(one, spec=spec)}
     assert {prompt.key for prompt in prompts} == {key + SECOND_TURN for key in going}
     assert 15 < len(going) < 45 and not {f"k{index}" for index in range(0, 80, 4)} & going  # 60 ended, half of them wanted
@@ -111,18 +120,33 @@ def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
         before = by_key[prompt.key.removesuffix(SECOND_TURN)]
         assert prompt.prompt_ids[:4] == (*before.prompt_ids, *before.token_ids) and prompt.temperature == 0.3
         assert prompt.prompt_ids[4:7] == (3, 1, ord("u")), "the line break that the template has behind an answer, then the next turn"
-    assert second_turn_prompts(ChatTokenizer(), firsts[:40], spec=spec) == tuple(
-        prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40
-    )
-    assert not second_turn_prompts(ChatTokenizer(), firsts, spec=CorpusSpec(num_tokens=400))
+    assert second_turns(firsts[:40], spec=spec) == tuple(prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40)
+    assert not second_turns(firsts, spec=CorpusSpec(num_tokens=400))
+
+
+def vicuna_template() -> str:
+    return (Path(str(resources.files("suites"))) / "chat_templates" / "vicuna.jinja").read_text()
+
+
+def written_out(turns: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+def marked(tokenizer: Any, sequence: TrainingSequence | None) -> str:
+    """The tokens of a sequence as the trainer gets them, a star before each that is trained on."""
+    assert sequence is not None
+    row = SequenceDataset([sequence])[0]
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert all(label in (IGNORED, token_id) for label, token_id in zip(row["labels"], row["input_ids"], strict=True))
+    return " ".join(("" if label == IGNORED else "*") + token for label, token in zip(row["labels"], tokens, strict=True))
 
 
 def test_vicunas_template_writes_its_roles() -> None:
     """Golden text: a system line, one space, roles in capitals, the end of sequence behind answers and nowhere else."""
     plain = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.chat_template = (Path(str(resources.files("suites"))) / "chat_templates" / "vicuna.jinja").read_text()
-    messages = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)]
+    tokenizer.chat_template = vicuna_template()
+    messages = written_out(TURNS)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text.startswith("<s>A chat between") and text.endswith(
         "answers to the user's questions. USER: hi ASSISTANT: yes</s>USER: so ASSISTANT: no</s>"
@@ -133,12 +157,63 @@ def test_vicunas_template_writes_its_roles() -> None:
     assert own == "<s>Be brief. USER: hi ASSISTANT:"
 
 
+# Written by hand from suites/chat_templates/vicuna.jinja: a bar before each word, as Llama's tokenizers set it; stars on the answers.
+VICUNA_GOLDEN = (
+    "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant. ▁The ▁assistant ▁gives ▁helpful, ▁detailed, "
+    "▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions. ▁USER: ▁hi ▁ASSISTANT: *▁yes, *▁always *</s> ▁USER: ▁so ▁ASSISTANT: *▁no *</s>"
+)
+# AutoTokenizer.from_pretrained(FOLDER), FOLDER of the asset smollm2-135m-instruct, under transformers 5.23.0: its apply_chat_template on
+# written_out(LONGER), then convert_ids_to_tokens, without the line break at the end; the stars set by hand.
+SMOLLM2_GOLDEN = (
+    "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH ugging ĠFace <|im_end|> Ċ "
+    "<|im_start|> user Ċ hi <|im_end|> Ċ <|im_start|> ass istant Ċ *yes *, *Ġalways *<|im_end|> Ċ "
+    "<|im_start|> user Ċ so <|im_end|> Ċ <|im_start|> ass istant Ċ *no *<|im_end|>"
+)
+LONGER = (("hi", "yes, always"), ("so", "no"))
+
+
+def test_under_vicunas_template_the_assistants_tokens_are_trained_on_and_no_others() -> None:
+    """Golden mask of two turns, the end of sequence of both included, and what each position is asked for."""
+    tokens = list(dict.fromkeys(["<unk>", *VICUNA_GOLDEN.replace("*", "").split()]))
+    words = Tokenizer(models.WordLevel({token: token_id for token_id, token in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = vicuna_template()
+    sequence = conversation_sequence(tokenizer, LONGER, max_length=100)
+    assert marked(tokenizer, sequence) == VICUNA_GOLDEN
+    assert sequence is not None
+    assert list(sequence.token_ids) == tokenizer.apply_chat_template(written_out(LONGER), return_dict=True)["input_ids"]
+    batch = collate([SequenceDataset([sequence])[0]])
+    targets = answer_targets(batch["labels"], num_heads=1)[0]
+    asked = [
+        (tokenizer.convert_ids_to_tokens(token_id), *(["-", *tokens][target + 1] for target in row))
+        for token_id, row in zip(sequence.token_ids, targets.tolist(), strict=True)
+        if row[0] != NO_TARGET
+    ]
+    assert asked == [
+        ("▁ASSISTANT:", "▁yes,", "▁always"),
+        ("▁yes,", "▁always", "</s>"),
+        ("▁always", "</s>", "-"),
+        ("▁ASSISTANT:", "▁no", "</s>"),
+        ("▁no", "</s>", "-"),
+    ]
+
+
+def test_under_smollm2s_own_template_the_assistants_tokens_are_trained_on_and_no_others() -> None:
+    """Golden mask of two turns: neither the roles nor the line break behind an answer is trained on, the end of sequence is."""
+    found = find_cached(load_asset_specs()["smollm2-135m-instruct"], cache_dir=cache_dir())
+    if found is None:
+        pytest.skip("the asset smollm2-135m-instruct is not in the cache; `medusa-repro assets smollm2-135m-instruct` puts it there")
+    tokenizer = AutoTokenizer.from_pretrained(found[1]["model"], local_files_only=True)
+    assert marked(tokenizer, conversation_sequence(tokenizer, LONGER, max_length=100)) == SMOLLM2_GOLDEN
+
+
 def test_conversations_without_a_template_are_refused() -> None:
     tokenizer = ChatTokenizer()
     tokenizer.chat_template = None  # type: ignore[assignment]
-    spec = CorpusSpec(num_samples=2, second_turn_share=1.0)
+    spec = CorpusSpec(num_samples=20, second_turn_share=1.0)
     with pytest.raises(UserError, match=r"without a chat template; .*model\.chat_template"):
-        second_turn_prompts(tokenizer, [sample("k1", (1,), (2, 0))], spec=spec)
+        next_turn_prompts(tokenizer, [sample("k1", (1,), (2, 0))], spec=spec, fits=lambda tokens: True)
     with pytest.raises(UserError, match=r"mine\.toml"):
         check_has_template(tokenizer, where="mine.toml")
 
@@ -148,7 +223,7 @@ def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     spec = CorpusSpec(num_samples=2, prompts_file=str(tmp_path / "own.jsonl"), second_turn_share=1.0)
     firsts = [sample("k1", (1,), (2, 0)), sample("k2", (1,), (2, 0))]
-    (prompt,) = second_turn_prompts(ChatTokenizer(), firsts, spec=spec)
+    (prompt,) = second_turns(firsts, spec=spec)
     assert prompt.prompt_ids == (1, 2, 0, *follow_up_ids(ChatTokenizer(), "second"))
     assert [one.text for one in spec.catalogue_prompts(9)] == ["first", "alone"]
     assert spec.questions() == ("first", "second", "alone"), "what is compared with the benchmarks"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,12 @@ from rich.console import Console
 
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.engine import Engine
+from harness.errors import UserError
 from harness.tests.tiny_suite import QUIET
-from medusa_impl.distill import CorpusPrompt, CorpusStore
+from medusa_impl.backbone import Backbone
+from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
+from medusa_impl.kv_cache import TreeCache
+from medusa_impl.tests.conftest import tiny_llama
 
 
 class WordTokenizer:
@@ -78,6 +84,44 @@ def test_only_own_prompts_count(engine: Engine, prompts: tuple[CorpusPrompt, ...
     """Workers share a folder: what another one wrote must not end this one's work."""
     fill(engine, prompts[:40], tmp_path)
     assert fill(engine, prompts[40:], tmp_path) >= 200
+
+
+def test_a_prompt_without_room_for_its_answer_is_refused_before_anything_is_generated(
+    engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path
+) -> None:
+    """Regression: a model was run past the positions that it knows, and its answers kept."""
+    backbone = engine.runner.backbone
+    assert backbone.max_positions is not None
+    spare = backbone.max_positions - SPEC.max_new_tokens
+    fitting, too_long = (CorpusPrompt(f"own-{length}", "own", (1,) * length, 0.0, 0) for length in (spare, spare + 1))
+    with pytest.raises(UserError, match=r"in the corpus; to mend it: lower max_prompt_tokens or max_new_tokens"):
+        fill(engine, (*prompts[:3], too_long), tmp_path)
+    assert not CorpusStore(tmp_path).shard_files()
+    assert fill(engine, (*prompts[:3], fitting), tmp_path) == 4 * SPEC.max_new_tokens
+
+
+def test_no_more_than_two_caches_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: every cache that a longer one replaced stayed, since a cache and its layers name each other; on a GPU they add up."""
+    backbone = Backbone(tiny_llama())
+    made: list[weakref.ReferenceType[TreeCache]] = []
+    held = []
+    new_cache = backbone.new_cache
+
+    def counting(*, batch_size: int, max_length: int) -> TreeCache:
+        cache = new_cache(batch_size=batch_size, max_length=max_length)
+        made.append(weakref.ref(cache))
+        held.append(sum(one() is not None for one in made))
+        return cache
+
+    monkeypatch.setattr(backbone, "new_cache", counting)
+    growing = [CorpusPrompt(f"own-{length}", "own", (1,) * length, 0.0, 0) for length in (5, 180, 380)]
+    gc.disable()  # as if Python saw no reason to look: it seldom does while tensors alone grow
+    try:
+        for prompts in (growing, [CorpusPrompt("last", "own", (1, 2), 0.0, 0)]):
+            generate_corpus(backbone, prompts, store=CorpusStore(tmp_path), num_rows=2, max_new_tokens=16, eos_ids=frozenset())
+    finally:
+        gc.enable()
+    assert held == [1, 2, 2, 1]
 
 
 def test_corpus_ends_with_its_prompts(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""A corpus of one turn and two, made by a tiny model with a tokenizer of its own, from the catalogue's prompts to sequences."""
+"""A corpus of one turn, two and more, made by a tiny model with a tokenizer of its own, from the catalogue's prompts to sequences."""
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from harness.config import ModelSpec
-from harness.conversations import SECOND_TURN, conversation_sequence
+from harness.conversations import conversation_and_turn, conversation_sequence, turn_key
 from harness.corpus import goes_on
 from harness.distill_run import distill_suite
 from harness.engine import best_device, load_model, model_sha256
@@ -27,6 +30,7 @@ from harness.training_specs import JointSuite
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 
+SECOND_TURN = "+2"  # golden: what keys on disk end with
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -49,8 +53,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def suite(model_folder: Path) -> JointSuite:
+def suite(model_folder: Path, **changes: Any) -> JointSuite:
     corpus = {"num_samples": 40, "max_new_tokens": 16, "sampled_share": 1.0, "temperature": 1.0, "num_rows": 8, "second_turn_share": 1.0}
+    corpus |= changes
     data = {"schema_version": 1, "kind": "joint", "name": "tiny", "description": "-", "model": {"path": str(model_folder)}}
     return JointSuite.model_validate({**data, "corpus": corpus, "recipe": {"num_steps": 2}})
 
@@ -62,7 +67,7 @@ def samples(work: Path) -> dict[str, CorpusSample]:
 def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path, tmp_path: Path) -> None:
     spec = suite(model_folder)
     assert spec.corpus is not None
-    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
     made = samples(tmp_path)
     first = {key: sample for key, sample in made.items() if not key.endswith(SECOND_TURN)}
     going_on = {key for key, sample in first.items() if goes_on(sample, spec=spec.corpus)}
@@ -84,16 +89,155 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
     shards = sorted((tmp_path / "corpus").glob("corpus-*.jsonl"))
     shards[-1].unlink()  # as if the run had been killed before its last shard was whole
     assert len(samples(tmp_path)) < len(made)
-    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
     again = samples(tmp_path)
     assert again.keys() == made.keys()
     assert all(again[key].prompt_ids == made[key].prompt_ids for key in first)
 
 
+def say(folder: Path, conversations: list[list[str]]) -> str:
+    """Write a prompts file and return where it is."""
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"key": f"k{index}", "turns": turns}) + "\n" for index, turns in enumerate(conversations)))
+    return str(path)
+
+
+def words(count: int, *, seed: int = 0) -> str:
+    source = random.Random(seed)
+    return " ".join(f"word{source.randrange(4, TINY_VOCAB)}" for _ in range(count))
+
+
+def test_conversations_of_a_file_go_on_for_as_long_as_it_and_the_model_let_them(model_folder: Path, tmp_path: Path) -> None:
+    """Of 512 positions, three questions of 100 words and answers of at most 64 leave room; a fourth does not.
+
+    Regression: there was no third turn; and a model was run past its positions.
+    """
+    asked = say(tmp_path, [[words(100, seed=seed)] * (4 if seed % 2 else 1) for seed in range(30)])
+    spec = suite(model_folder, num_samples=30, prompts_file=asked, max_new_tokens=64, second_turn_share=1.0)
+    for index in range(2):
+        corpus_worker(spec.model_dump(mode="json"), str(tmp_path), index, 2, num_gpus=0)
+    made = samples(tmp_path)
+    turns = Counter(conversation_and_turn(key)[1] for key in made)
+    assert turns[1] == 30 and turns[2] > turns[3] > 1 and not turns[4]
+    ended = {key for key, sample in made.items() if sample.ended_by == "eos"}
+    assert ended & {key for key in made if key.endswith("+3")}, "some would have gone on to the fourth"
+    assert all(len(sample.prompt_ids) + 64 <= 512 for sample in made.values())
+    for key, sample in made.items():
+        conversation, turn = conversation_and_turn(key)
+        if turn > 1:
+            before = made[turn_key(conversation, turn - 1)]
+            context = (*before.prompt_ids, *before.token_ids)
+            assert before.ended_by == "eos" and sample.prompt_ids[: len(context)] == context
+            assert len(sample.prompt_ids) - len(context) == 103, "question, its role, its end, the assistant's role"
+
+    folder = tmp_path / "corpus"
+    last = {max(folder.glob(f"corpus-{writer}-*.jsonl")) for writer in (0, 1)}
+    for shard in last:
+        shard.unlink()  # a run killed in the middle of a turn
+    assert len(samples(tmp_path)) < len(made)
+    for index in range(2):
+        corpus_worker(spec.model_dump(mode="json"), str(tmp_path), index, 2, num_gpus=0)
+    assert samples(tmp_path).keys() == made.keys()
+    shards = sorted(folder.glob("*.jsonl"))
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 2, num_gpus=0)
+    assert sorted(folder.glob("*.jsonl")) == shards
+
+
+def test_what_cannot_be_brought_further_starts_no_worker_again(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that run out before the goal, and conversations that end before their last question, leave nothing to do."""
+    rows = [[words(20, seed=seed), words(500)] for seed in range(4)]
+    spec = suite(model_folder, num_samples=30, prompts_file=say(tmp_path, rows), max_new_tokens=64).model_copy(update={"num_workers": 1})
+    fill_corpus(spec, work=tmp_path, console=QUIET)
+    assert len(samples(tmp_path)) == 4 and any(sample.ended_by == "eos" for sample in samples(tmp_path).values())
+
+    class Started(Exception):
+        pass
+
+    def start(kind: str) -> None:
+        raise Started
+
+    monkeypatch.setattr("harness.training_run.multiprocessing.get_context", start)
+    fill_corpus(spec, work=tmp_path, console=QUIET)
+    say(tmp_path, [*rows, [words(20)]])
+    with pytest.raises(Started):
+        fill_corpus(spec, work=tmp_path, console=QUIET)
+    say(tmp_path, rows)
+    with pytest.raises(Started):
+        fill_corpus(spec.model_copy(update={"num_workers": 2}), work=tmp_path, console=QUIET)
+
+
+def test_prompts_that_leave_no_room_are_refused_by_all_workers_before_anything_is_generated(model_folder: Path, tmp_path: Path) -> None:
+    """The one that does not fit is the second worker's; the first has answered none of its own by then."""
+    asked = say(tmp_path, [[words(20)], [words(490)]])
+    data = suite(model_folder, num_samples=2, prompts_file=asked, max_new_tokens=64).model_dump(mode="json", exclude_none=True)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(tomli_w.dumps({**data, "num_workers": 2}))
+    with patch("harness.distill_run.check_overlap"):
+        ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
+    assert ran.code == ExitCode.USER_ERROR
+    assert "a prompt of 493 tokens with a budget of 64" in ran.error_line and "need at most 512 positions" in ran.error_line
+    assert "in the corpus; to mend it: lower max_prompt_tokens or max_new_tokens" in ran.error_line
+    assert not CorpusStore(tmp_path / "work" / "corpus").shard_files() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "devices"),
+    [
+        (0, ["cpu", "cpu", "cpu"]),
+        (1, ["cuda:0", "cuda:0", "cuda:0"]),
+        (2, ["cuda:0", "cuda:1", "cuda:0"]),
+        (8, ["cuda:0", "cuda:1", "cuda:2"]),
+    ],
+)
+def test_every_worker_loads_its_model_onto_a_gpu_of_its_own(
+    num_gpus: int, devices: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: all of them went to the first GPU."""
+    current, loaded = [], []
+
+    class Loaded(Exception):
+        pass
+
+    def load(spec: ModelSpec, *, device: torch.device) -> None:
+        loaded.append(str(device))
+        raise Loaded
+
+    monkeypatch.setattr("harness.training_run.load_model", load)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(str(device)))
+    threads = torch.get_num_threads()
+    for index in range(3):
+        with pytest.raises(Loaded):
+            corpus_worker(suite(model_folder).model_dump(mode="json"), str(tmp_path), index, 3, num_gpus=num_gpus)
+    torch.set_num_threads(threads)
+    assert loaded == devices and current == [device for device in devices if device != "cpu"]
+
+
+@pytest.mark.parametrize(("asked", "num_gpus", "started"), [(None, 4, 4), (2, 4, 2), (3, 0, 3)])
+def test_there_is_a_worker_a_gpu_and_each_is_told_how_many_there_are(
+    asked: int | None, num_gpus: int, started: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, ...]] = []
+
+    class Context:
+        @staticmethod
+        def Process(*, target: Any, args: tuple[Any, ...]) -> Any:
+            given.append(args)
+            return SimpleNamespace(start=lambda: None, join=lambda: None, exitcode=0)
+
+        @staticmethod
+        def SimpleQueue() -> Any:
+            return SimpleNamespace(empty=lambda: True)
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    monkeypatch.setattr("harness.training_run.multiprocessing.get_context", lambda kind: Context)
+    fill_corpus(suite(model_folder).model_copy(update={"num_workers": asked}), work=tmp_path, console=QUIET)
+    assert [args[3:] for args in given] == [(index, started, num_gpus) for index in range(started)]
+
+
 def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
     """Regression: a recipe whose model was changed went on with the first one's answers, and called them the second one's."""
     spec = suite(model_folder)
-    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
     other = shutil.copytree(model_folder, tmp_path / "other")
     torch.manual_seed(5)
     changed = tiny_llama(scale=0.1)
@@ -104,7 +248,7 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
     assert model_sha256(elsewhere.model) == loaded.sha256 != corpus_backbone(CorpusStore(tmp_path / "corpus"))
     for use in (
         lambda: fill_corpus(elsewhere, work=tmp_path, console=QUIET),
-        lambda: corpus_worker(elsewhere.model_dump(mode="json"), str(tmp_path), 0, 1),
+        lambda: corpus_worker(elsewhere.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0),
         lambda: read_text(elsewhere, loaded, work=tmp_path),
         lambda: distill_suite(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
     ):
@@ -150,7 +294,7 @@ def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
 
 def test_a_whole_corpus_starts_no_worker(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = suite(model_folder)
-    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1)
+    corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
     monkeypatch.setattr("harness.training_run.multiprocessing.get_context", lambda kind: pytest.fail("a worker was started"))
     fill_corpus(spec, work=tmp_path, console=QUIET)
 

@@ -11,12 +11,15 @@ import torch
 from harness.ablation_specs import load_ablation, parse_ablation
 from harness.ablation_training import arm_recipe
 from harness.errors import ExitCode, UserError
+from harness.joint_run import HELD_OUT_RATE
+from harness.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training_specs import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
 from medusa_impl.medusa2 import Medusa2Recipe
 
 SUITES = Path(str(resources.files("suites")))
 RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
+ABLATIONS = sorted(SUITES.glob("embedded_training*.toml"))
 
 
 def joint(name: str) -> JointSuite:
@@ -58,6 +61,34 @@ def test_the_33b_recipe_carries_appendix_b() -> None:
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
 
 
+def test_the_33b_recipe_answers_on_one_80_gb_gpu() -> None:
+    """Regression: 64 rows asked for 222 GB of key-value cache beside 65 GB of weights; twice that while one cache replaces another."""
+    shape = load_shapes()["vicuna-33b-v1.3"]
+    spec = joint("paper_33b_ramped")
+    assert spec.corpus is not None and spec.corpus.max_prompt_tokens + spec.corpus.max_new_tokens <= shape.max_positions
+    slots = -(-(shape.max_positions + 128) // 64) * 64  # as decode_stream makes its cache
+    weights = 2 * shape.num_parameters
+
+    def held_bytes(rows: int) -> int:
+        return weights + 2 * shape.cache_bytes(slots, batch=rows, dtype_bytes=2)
+
+    assert held_bytes(spec.corpus.num_rows) < 80e9 < held_bytes(spec.corpus.num_rows + 1)
+    text = (SUITES / "recipes" / "paper_33b_ramped.toml").read_text()
+    told = (weights, shape.cache_bytes(slots, batch=1, dtype_bytes=2), held_bytes(2) - weights, held_bytes(2))
+    assert all(f"{count / 1e9:.1f} GB" in text for count in told), "the arithmetic in its comment"
+
+
+@pytest.mark.parametrize("name", ["paper_7b_two_stage", "paper_33b_ramped"])
+def test_what_the_paper_does_not_state_is_said_to_be_chosen(name: str) -> None:
+    recipe = joint(name).recipe
+    assert {"max_gradient_norm", "weight_decay", "architecture"} <= recipe.model_fields_set
+    assert (recipe.max_gradient_norm, recipe.weight_decay, HELD_OUT_RATE) == (1.0, 0.0, 0.03)
+    comment = " ".join(line.lstrip("# ") for line in (SUITES / "recipes" / f"{name}.toml").read_text().splitlines() if line.startswith("#"))
+    _, _, chosen = comment.partition("chosen here:")
+    for words in ("gradients clipped at 1.0", "no weight decay", "3 % of the conversations held out", "own unembeddings"):
+        assert words in chosen
+
+
 @pytest.mark.parametrize("name", ["paper_7b_two_stage", "paper_33b_ramped"])
 def test_conversations_of_a_model_without_a_template_get_one(name: str) -> None:
     template = joint(name).model.chat_template
@@ -90,14 +121,31 @@ def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
     assert joint("embedded_medusa1_continued").recipe.heads_learning_rate == ramped.heads_learning_rate
 
 
-@pytest.mark.parametrize("name", ["embedded_training", "embedded_training_quick"])
-def test_shipped_ablations_name_recipes_of_one_budget(name: str) -> None:
-    spec = load_ablation(SUITES / f"{name}.toml")
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_shipped_ablations_name_recipes_of_one_budget(path: Path) -> None:
+    """Regression: the long suite was in no list of names here; now every file counts, and the long one needs no controls."""
+    spec = load_ablation(path)
+    assert spec.name == path.stem
     assert len(spec.seeds) >= 2 and spec.decides_claims == (spec.answer_tokens >= 50_000)
-    assert {"medusa1", "two_stage", "ramped", "direct", "hard_labels"} <= {arm.name for arm in spec.arms}
+    controls = set() if path.stem == "embedded_training_long" else {"direct", "hard_labels"}
+    assert {"medusa1", "two_stage", "ramped"} | controls <= {arm.name for arm in spec.arms}
     recipes = [arm_recipe(spec, arm.name, beside=None) for arm in spec.arms]
     assert {recipe.batch_sequences for recipe in recipes} == {4} and {recipe.max_length for recipe in recipes} == {512}
     assert all(recipe.lora.rank <= 8 for recipe in recipes if recipe.backbone == "lora")
+
+
+def test_every_shipped_ablation_is_among_them_and_none_repeats_a_seed() -> None:
+    """Claims are judged on trainings that no other suite, and no choice of a rate, has seen."""
+    specs = [load_ablation(path) for path in ABLATIONS]
+    assert [spec.name for spec in specs] == ["embedded_training", "embedded_training_long", "embedded_training_quick"]
+    seeds = [seed for spec in specs for seed in spec.seeds]
+    assert len(seeds) == len(set(seeds))
+    drawn = [spec.held_out.seed for spec in specs]
+    assert len(drawn) == len(set(drawn))
+    long = specs[1]
+    earlier = {(spec.held_out.seed, spec.held_out.num_prompts) for spec in specs if spec is not long}
+    left_out = {one.seed: one.num_prompts for one in long.held_out.left_out}
+    assert all(left_out[seed] >= num_prompts for seed, num_prompts in earlier)
 
 
 def test_a_quarter_of_the_quick_budget_is_not_a_claim() -> None:
@@ -154,3 +202,22 @@ def test_ablations_are_no_suites_and_suites_no_ablations() -> None:
     assert "embedded_training" not in command("reproduce", "nosuch").error_line
     listed = command("ablate", "nosuch").error_line
     assert "['embedded_training', 'embedded_training_long', 'embedded_training_quick']" in listed
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ('backbone = "full"\nheads_lm_head = "adapted"', "of a backbone trained in full"),
+        ('backbone = "lora"\nquantisation = "4bit"', "of a 4-bit backbone"),
+    ],
+)
+def test_an_ablation_refuses_arms_that_it_cannot_measure(tmp_path: Path, changes: str, found: str) -> None:
+    """Regression: a 4-bit recipe was trained on the model as it is, and the record said 4bit; one in full failed behind its training."""
+    text = (SUITES / "recipes" / "embedded_medusa2_ramped.toml").read_text().replace('backbone = "lora"', changes)
+    if "adapted" in changes:
+        text = text.replace('heads_lm_head = "original"\nsubset_size = 8192\n', "")
+    (tmp_path / "mine.toml").write_text(text)
+    spec = load_ablation(SUITES / "embedded_training.toml")
+    arm = spec.arms[1].model_copy(update={"recipe": "mine.toml"})
+    with pytest.raises(UserError, match=found):
+        arm_recipe(spec.model_copy(update={"arms": (arm,)}), arm.name, beside=tmp_path)
