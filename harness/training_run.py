@@ -231,6 +231,8 @@ def _corpus_process(
     refusals: SimpleQueue[dict[str, str | None]], spec_data: dict[str, object], work: str, index: int, num_workers: int, num_gpus: int
 ) -> None:
     """Be a corpus worker in a process of its own: what the user can mend is told to the one that waits."""
+    if num_workers > 1:
+        torch.set_num_threads(1)
     try:
         corpus_worker(spec_data, work, index, num_workers, num_gpus=num_gpus)
     except UserError as error:
@@ -244,8 +246,6 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     """
     spec = training_suite_of(spec_data)
     corpus = needed_corpus(spec)
-    if num_workers > 1:
-        torch.set_num_threads(1)
     device = worker_device(index, num_gpus=num_gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -37,7 +37,7 @@ def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme()
 
 
 def test_every_option_of_the_readme_exists() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"`accelerate launch [^`]*`", "", (ROOT / "README.md").read_text())  # another program's
     options = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
     assert {"--dry-run", "--limit", "--time-budget", "--from-scratch"} <= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text)) <= options
 

@@ -208,7 +208,7 @@ def test_every_worker_loads_its_model_onto_a_gpu_of_its_own(
     for index in range(3):
         with pytest.raises(Loaded):
             corpus_worker(suite(model_folder).model_dump(mode="json"), str(tmp_path), index, 3, num_gpus=num_gpus)
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads, "regression: a worker that was called, not started, left its caller with one thread"
     assert loaded == devices and current == [device for device in devices if device != "cpu"]
 
 
