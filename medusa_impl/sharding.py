@@ -22,6 +22,13 @@ from torch.utils._pytree import tree_map
 from medusa_impl.errors import UserError
 
 
+_REFUSED_SETTINGS = {
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, whose hash all of them check",
+    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's own, under which dropout draws the same masks again",
+    "FSDP_OFFLOAD_PARAMS": "weights that stay on their GPUs",
+}
+
+
 def under_fsdp() -> bool:
     """Return whether accelerate's launcher asked for FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")
@@ -55,13 +62,6 @@ def check_launcher(state: PartialState) -> None:
     for name, need in _REFUSED_SETTINGS.items():
         if _is_set(name):
             raise _refused(name.lower(), need=need)
-
-
-_REFUSED_SETTINGS = {
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, whose hash all of them check",
-    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's own, under which dropout draws the same masks again",
-    "FSDP_OFFLOAD_PARAMS": "weights that stay on their GPUs",
-}
 
 
 def check_deepspeed(plugin: Any) -> None:
