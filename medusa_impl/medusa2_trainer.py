@@ -44,9 +44,9 @@ class JointStep(_Record):
     """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
 
     `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree (under
-    self-distillation with the teacher's, else with the token), both None where the backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best.
-    Equal logits count for the target, and under bfloat16 many are equal: these shares run a little high. Learning rates are those that the
-    optimiser held, gradient_norm is that before clipping;
+    self-distillation with the teacher's, else with the token), both None where the backbone did not learn; head_losses are mean nats;
+    head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best. Equal logits count for the target, and under bfloat16
+    many are equal: these shares run a little high. Learning rates are those that the optimiser held, gradient_norm is that before clipping;
     memory_bytes is the peak since training began: of the GPU's allocator, or of the process's resident set.
     """
 

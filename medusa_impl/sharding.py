@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_map
 
 from medusa_impl.errors import UserError
 
-
 _REFUSED_SETTINGS = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, whose hash all of them check",
     "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's own, under which dropout draws the same masks again",
