@@ -41,7 +41,7 @@ def shared_python(session: nox.Session) -> str:
     groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "lint", "types", "tests")
     pinned = ["--constraint", constraints] if constraints else []
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True)
-    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots,ray,train]", *groups, external=True)
+    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots,ray]", *groups, external=True)
     stamp.write_text(fingerprint)
     return str(python)
 

@@ -231,12 +231,10 @@ def adapter_sha256(folder: Path) -> str:
 def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
     """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter changes is untied first.
 
-    Raises: UserError where peft is missing, the folder holds no adapter, or it does not fit the model.
+    Raises: UserError where the folder holds no adapter, or it does not fit the model.
     """
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise UserError(found="no peft", need="it for LoRA adapters", do="install medusa-repro[train]") from error
+    from peft import PeftConfig, PeftModel  # here, since it takes seconds to import
+
     digest = adapter_sha256(folder)  # before peft, which would ask a hub for a folder that is not there
     lm_head: Any = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is lm_head)

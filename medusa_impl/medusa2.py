@@ -153,12 +153,10 @@ def untie_lm_head(model: PreTrainedModel) -> None:
 def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
     """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is untied first.
 
-    Raises: UserError where peft is missing or a target is not the name of a linear layer.
+    Raises: UserError where a target is not the name of a linear layer.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError(found="no peft", need="it for LoRA adapters", do="install medusa-repro[train]") from error
+    from peft import LoraConfig, get_peft_model  # here, since it takes seconds to import
+
     lm_head = model.get_output_embeddings()
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not lm_head}
     head_name = next(name for name, module in model.named_modules() if module is lm_head)
