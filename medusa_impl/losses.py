@@ -161,7 +161,8 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
 
     With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass, chunk by chunk, so that
     neither pass holds more than one chunk of logits and no logit is computed twice. On a CPU what lies between the two products goes
-    block by block through the cache and ends where the logits were: whole chunks of float32 cost more time than the products do.
+    block by block through the cache and ends where the logits were: whole chunks of float32 cost more time than the products do. One
+    exponential a logit serves loss and gradient.
     """
 
     @staticmethod
@@ -179,13 +180,13 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
             blocks = zip(*(torch.split(kept, block_rows) for kept in rowwise), strict=True)
             for block, wanted, block_losses, block_ranks in blocks:
                 wide, chosen = block.float(), wanted[:, None]
-                log_probabilities = torch.log_softmax(wide, dim=-1)
-                block_losses.copy_(-log_probabilities.gather(1, chosen).squeeze(1))
-                block_ranks.copy_((wide > wide.gather(1, chosen)).sum(1))
+                probabilities, target_logits = torch.softmax(wide, dim=-1), wide.gather(1, chosen)
+                normaliser = wide.amax(1) - probabilities.amax(1).log()  # of the largest, which never underflows
+                block_losses.copy_(normaliser - target_logits.squeeze(1))
+                block_ranks.copy_((wide > target_logits).sum(1))
                 if gradient is not None:
-                    residual = log_probabilities.exp_()
-                    residual.scatter_add_(1, chosen, residual.new_full((1, 1), -1.0).expand_as(chosen))
-                    block.copy_(residual)
+                    probabilities.scatter_add_(1, chosen, probabilities.new_full((1, 1), -1.0).expand_as(chosen))
+                    block.copy_(probabilities)
             if gradient is not None:
                 gradient[rows[part]] = (logits @ weight).to(gradient.dtype) * scales[part, None]
         if gradient is not None:
