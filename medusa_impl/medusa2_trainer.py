@@ -273,10 +273,12 @@ class MedusaTrainer(Trainer):
             parts = len(list(Path(resume_from_checkpoint).glob("global_step*/zero_pp_rank_*")))
             ours = self.args.world_size if self.is_deepspeed_enabled else 0
             if parts != ours:
-                words = {0: "a checkpoint of another launcher than DeepSpeed"}
+                found, need = (
+                    f"of DeepSpeed on {count} processes" if count else "of another launcher than DeepSpeed" for count in (parts, ours)
+                )
                 raise UserError(
-                    found=words.get(parts, f"a checkpoint of DeepSpeed on {parts} processes"),
-                    need=f"one of DeepSpeed on {ours} processes" if ours else "one of another launcher than DeepSpeed",
+                    found=f"a checkpoint {found}",
+                    need=f"one {need}",
                     where=Path(resume_from_checkpoint).name,
                     do="go on as the training began, or start it anew",
                 )
