@@ -66,12 +66,12 @@ def check_launcher(state: PartialState) -> None:
 def check_deepspeed(plugin: Any) -> None:
     """Refuse settings of DeepSpeed under which a process holds a part of the weights, or which lower dtypes beside the recipe.
 
-    Raises: UserError for ZeRO's stage 3, for offloading, and for fp16 or bf16.
+    Raises: UserError for any stage of ZeRO but the second, for offloading, and for fp16 or bf16.
     """
     config = plugin.deepspeed_config
     zero = config.get("zero_optimization", {})
-    if plugin.zero_stage > 2:
-        raise _refused(f"ZeRO stage {plugin.zero_stage}", need="stage 1 or 2, or FSDP", settings="deepspeed")
+    if plugin.zero_stage != 2:
+        raise _refused(f"ZeRO stage {plugin.zero_stage}", need="stage 2, or FSDP, which cuts the weights too", settings="deepspeed")
     if lowered := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]:
         raise _refused(f"{lowered[0]} of DeepSpeed", need="no other autocast than the recipe's", settings="deepspeed")
     if moved := [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") not in (None, "none")]:

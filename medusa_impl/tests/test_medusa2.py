@@ -443,3 +443,18 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_less(recipe: dict[
     assert checkpointed_loss == plain and expected.keys() == got.keys() and len(got) > 10
     assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
     assert few_bytes < 0.75 * all_bytes
+
+
+def test_a_state_of_what_learns_is_enough_and_anything_else_is_refused() -> None:
+    """DeepSpeed's checkpoints leave the frozen weights out."""
+    source, target = make_model(), make_model()
+    learning = {name for name, parameter in source.named_parameters() if parameter.requires_grad}
+    state = {name: tensor + 1 for name, tensor in source.state_dict().items() if name in learning}
+    frozen = {name: one.detach().clone() for name, one in target.named_parameters() if name not in learning}
+    target.load_state_dict(state)
+    assert len(frozen) > 10 and all(torch.equal(target.get_parameter(name), tensor) for name, tensor in frozen.items())
+    assert all(torch.equal(target.get_parameter(name), tensor) for name, tensor in state.items())
+    first = min(learning)
+    for wrong in ({name: tensor for name, tensor in state.items() if name != first}, {**state, "other": state[first]}):
+        with pytest.raises(RuntimeError, match="only one side has"):
+            target.load_state_dict(wrong)

@@ -389,6 +389,7 @@ def test_deepspeed_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "config", "found"),
     [
+        (0, {}, "found ZeRO stage 0"),  # its checkpoints have no parts, by which those of DeepSpeed are known
         (3, {}, "found ZeRO stage 3"),
         (2, {"bf16": {"enabled": True}}, "found bf16 of DeepSpeed"),
         (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "found offload_optimizer"),
