@@ -130,7 +130,7 @@ def train(
     from harness.joint_run import check_runnable, train_joint_suite
     from harness.training_run import announce, train_suite
     from harness.training_specs import JointSuite, load_training_suite
-    from medusa_impl.medusa2_trainer import process_state
+    from medusa_impl.medusa2_trainer import end_processes, process_state
 
     spec = load_training_suite(_find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name
@@ -141,7 +141,9 @@ def train(
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(spec, JointSuite):
         joint = train_joint_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
-        if not process_state().is_main_process:
+        writes = process_state().is_main_process
+        end_processes()
+        if not writes:
             return
         picture = _draw_steps(joint.step_log)
         written = {

@@ -72,6 +72,12 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def end_processes() -> None:
+    """Take leave of the other processes, after the last thing that all do together; left to Python's exit, their threads may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool) -> TrainingArguments:
     """Return the Trainer's arguments that a recipe amounts to; learning rates are the recipe's own schedule.
 

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from medusa_impl.medusa2_trainer import MedusaTrainer
+from medusa_impl.medusa2_trainer import MedusaTrainer, end_processes
 from medusa_impl.tests.test_medusa2_trainer import SHARE, WEIGHTS, learning, make_case
 
 
@@ -38,3 +38,4 @@ def train(folder: Path, *, checkpoint: str | None = None, **case: Any) -> None:
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         train(Path(job.pop("folder")), **job)
+    end_processes()
