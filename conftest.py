@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,8 +50,9 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder and branch."""
     from harness.environment import git_state
+    from harness.paths import code_folder
 
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     return {"id": commit, "dirty": dirty, "project": "medusa-repro"}
 
 

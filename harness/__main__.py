@@ -7,9 +7,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
+
+from harness.paths import default_results, resolve_path, shipped
 
 if "--hub" not in sys.argv:  # before huggingface_hub is imported, which reads it once
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub that is not there
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from harness.assets import asset_rows, cache_dir, fetch_asset, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import asset_rows, cache_dir, fetch_asset
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.config import SuiteSpec, load_suite
 from harness.errors import ExitCode, InvalidMeasurement, UserError
@@ -28,7 +30,6 @@ from harness.export import export
 from harness.files import write_bytes, write_json
 from harness.judge import judge
 from harness.judgement import Judgement
-from harness.paths import default_results, resolve_path
 from harness.records import RunRecord
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
@@ -488,7 +489,7 @@ def _find_data(text: str, *, folder: str | None, prefix: str = "", kind: Literal
         if Path(text).is_file():
             return Path(text)
         raise UserError(found=f"no file {text}", need="a TOML file", where="the command line")
-    suites = Path(str(resources.files("suites")))
+    suites = shipped()
     home = suites / folder if folder else suites
     stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
     if folder is None:

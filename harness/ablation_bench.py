@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.ablation import ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
 from harness.ablation_training import ArmJob, once_over
-from harness.assets import cache_dir, fetch_asset, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import cache_dir, fetch_asset
 from harness.conversations import conversation_sequence
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.engine import Engine, LoadedModel, best_device, heads_for, load_model

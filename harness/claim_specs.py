@@ -12,9 +12,10 @@ from pydantic import Field, ValidationError, model_validator
 from harness.claim_forms import LiteralForm, PaperOnlyForm, TrainingForm, TransferForm
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.paths import shipped
 from harness.sweep_forms import SweepForm
 
-CLAIMS_FILE = Path(__file__).parent.parent / "suites" / "claims.toml"
+CLAIMS_FILE = shipped("claims.toml")
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
 
 Kind = Literal["claim", "repo", "definition", "hyperparameter", "derived", "third_party", "inconsistency"]

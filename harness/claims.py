@@ -13,11 +13,9 @@ from harness.claim_arithmetic import Figures, judge_paper_only
 from harness.claim_evidence import Evidence
 from harness.claim_forms import LiteralForm
 from harness.claim_outcomes import Finding, NotTestable
-from harness.claim_specs import CLAIMS_FILE, ClaimSpec, load_claims, parse_claims
+from harness.claim_specs import ClaimSpec
 from harness.claim_tests import judge_transfer
 from harness.judgement import ClaimVerdict, VerdictKind
-
-__all__ = ["CLAIMS_FILE", "ClaimSpec", "Evidence", "evaluate_claims", "load_claims", "parse_claims"]
 
 FormName = Literal["literal", "transfer", "paper-only", "none"]
 

@@ -24,12 +24,13 @@ from transformers import (
 )
 
 from harness.asset_files import tensors_sha256
-from harness.assets import FetchedAsset, cache_dir, fetch_asset, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import FetchedAsset, cache_dir, fetch_asset
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.records import Environment, TunedOrigin
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
@@ -107,7 +108,7 @@ def describe_engine(
     `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a record compares several; `tuned`
     is the engine of the same model with an adapter.
     """
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     return Environment(
         commit=commit,
         dirty=dirty,

@@ -11,9 +11,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.paths import shipped
 from harness.roofline import Limits
 
-HARDWARE_FILE = Path(__file__).parent.parent / "suites" / "hardware.toml"
+HARDWARE_FILE = shipped("hardware.toml")
 
 
 class DeviceSpec(Frozen):

@@ -22,7 +22,7 @@ from harness.engine import LoadedModel, best_device, heads_for, load_model
 from harness.environment import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus, new_heads
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
@@ -386,7 +386,7 @@ def _write(
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(files.model))
         backbone_sha256 = tensors_sha256(files.model)
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     provenance = HeadsProvenance(
         backbone_name=loaded.name,
         backbone_sha256=backbone_sha256,

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from harness.arms import ArmRunner
-from harness.assets import cache_dir, fetch_asset, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import cache_dir, fetch_asset
 from harness.clock import Clock
 from harness.config import ArmSpec, Frozen, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
 from harness.engine import Engine

@@ -11,8 +11,9 @@ from pydantic import Field, ValidationError
 from harness.config import Frozen
 from harness.errors import UserError
 from harness.files import first_fault
+from harness.paths import shipped
 
-QUOTED_FILE = Path(__file__).parent.parent / "suites" / "quoted.toml"
+QUOTED_FILE = shipped("quoted.toml")
 
 
 class QuotedRow(Frozen):

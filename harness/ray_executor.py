@@ -38,7 +38,7 @@ from harness.errors import UserError
 from harness.files import write_bytes, write_json
 from harness.latency import LatencyRecord
 from harness.latency_specs import LatencySpec, load_latency_spec
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.record_latency import LatencyOptions, run_latency
 from harness.record_sweep import SweepOptions
 from harness.report.latency import render_latency_report
@@ -184,7 +184,7 @@ class RayExecutor:
         _check_answers(self._address)
         variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         local = {"include_dashboard": False} if self._address == "local" else {}
-        self._checkout = git_state(Path(__file__).parent)  # of what is shipped
+        self._checkout = git_state(code_folder())  # of what is shipped
         with code_to_ship() as folder:
             environment = {"working_dir": str(folder), "env_vars": variables}
             try:

@@ -23,7 +23,7 @@ from harness.environment import device_info, git_state, package_versions, python
 from harness.files import file_sha256
 from harness.hardware import match_device
 from harness.locks import folder_held
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.sweep import KnotPrices, SweepPlan, compose, plan_sweep, tree_rates
 from harness.sweep_cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.sweep_record import (
@@ -129,7 +129,7 @@ def run_sweep(
 
 def describe_sweep(plan: SweepPlan, *, command: str, executor: Literal["local", "ray"] = "local") -> SweepOrigin:
     """Return where the record will come from."""
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     return SweepOrigin(
         commit=commit,
         dirty=dirty,

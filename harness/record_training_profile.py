@@ -25,7 +25,7 @@ from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.joint_run import check_runnable, first_heads, read_text, token_subset
 from harness.locks import device_held
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.probes import measure_device_limits
 from harness.records import DeviceLimits, Environment
 from harness.training_profile import MatrixThroughput, TrainingProfile
@@ -226,7 +226,7 @@ def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) ->
 
 def _describe(spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str) -> Environment:
     """Return where the profile comes from; no engine is built, which would change the attention that joint training runs."""
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     weight_bytes, heads_bytes = (
         sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) for module in (loaded.model, heads)
     )

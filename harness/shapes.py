@@ -10,9 +10,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.paths import shipped
 from harness.roofline import ModelShape
 
-SHAPES_FILE = Path(__file__).parent.parent / "suites" / "shapes.toml"
+SHAPES_FILE = shipped("shapes.toml")
 
 
 class ShapeSpec(Frozen):

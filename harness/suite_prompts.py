@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.assets import cache_dir, fetch_asset, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import cache_dir, fetch_asset
 from harness.config import Frozen, SuiteSpec
 from harness.engine import Engine, LoadedModel
 from harness.errors import UserError

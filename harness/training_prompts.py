@@ -7,7 +7,6 @@ import random
 import string
 import tomllib
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import Frozen
 from harness.errors import UserError
+from harness.paths import shipped
 
 HELD_OUT_PERCENT = 5
 _MAX_TRIES = 2000  # fresh draws for one prompt before a catalogue counts as exhausted
@@ -72,7 +72,7 @@ def load_catalogue(folder: Path | None = None) -> tuple[CategoryCatalogue, ...]:
 
     Raises: UserError naming file and fault.
     """
-    root = folder if folder is not None else Path(str(resources.files("suites") / "prompts"))
+    root = folder if folder is not None else shipped("prompts")
     catalogues = []
     for path in sorted(root.glob("*.toml")):
         try:

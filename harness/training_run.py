@@ -22,7 +22,7 @@ from harness.engine import LoadedModel, best_device, load_engine, load_model, mo
 from harness.environment import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
-from harness.paths import resolve_path
+from harness.paths import code_folder, resolve_path
 from harness.probes import measure_device_limits
 from harness.prompts import overlap_report
 from harness.record_trace import KeptText, record_trace
@@ -84,7 +84,7 @@ def train_suite(
             features, heads, lm_head.weight.detach().float().cpu(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show
         )
     print_figures(console, figures)
-    commit, dirty = git_state(Path(__file__).parent)
+    commit, dirty = git_state(code_folder())
     provenance = HeadsProvenance(
         backbone_name=loaded.name,
         backbone_sha256=loaded.sha256,

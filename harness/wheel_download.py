@@ -12,8 +12,6 @@ from typing import Protocol
 from harness.asset_files import Progress
 from harness.errors import UserError
 
-__all__ = ["SourceUnavailable", "WheelDownloader", "pip_download"]
-
 POLL_S = 0.2
 
 

@@ -22,15 +22,8 @@ from safetensors.numpy import save_file
 
 from harness import asset_files
 from harness.asset_files import PART, Progress, convert_gguf, tensors_sha256
-from harness.assets import (
-    AssetSpec,
-    asset_rows,
-    cache_dir,
-    fetch_asset,
-    find_cached,
-    load_asset_specs,
-    verify_asset,
-)
+from harness.asset_specs import AssetSpec, load_asset_specs
+from harness.assets import asset_rows, cache_dir, fetch_asset, find_cached, verify_asset
 from harness.errors import UserError
 from harness.wheel_download import SourceUnavailable, pip_download
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.claims import ClaimSpec, Evidence, evaluate_claims, load_claims
+from harness.claim_evidence import Evidence
+from harness.claim_specs import ClaimSpec, load_claims
+from harness.claims import evaluate_claims
 from harness.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.metrics import comparisons
 from harness.quality.parity import parity_report

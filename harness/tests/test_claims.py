@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.claim_evidence import Evidence
 from harness.claim_forms import LadderStepForm, SpeedIdentityForm
-from harness.claim_specs import ROLE_KEYS
-from harness.claims import CLAIMS_FILE, ClaimSpec, Evidence, evaluate_claims, load_claims, parse_claims
+from harness.claim_specs import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims, parse_claims
+from harness.claims import evaluate_claims
 from harness.errors import UserError
 from harness.judgement import ParityReport, VerdictKind
 from harness.tests.fake_record import write_fake_record

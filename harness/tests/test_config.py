@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import tomli_w
 
 from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.errors import UserError
+from harness.paths import shipped
 
-SUITES = Path(str(resources.files("suites")))
+SUITES = shipped()
 VANILLA: dict[str, Any] = {"name": "vanilla", "method": "vanilla"}
 SAMPLED: dict[str, Any] = {"name": "sampled", "method": "vanilla", "temperature": 0.7, "seeds": [1]}
 MEDUSA: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness.assets import cache_dir, find_cached, load_asset_specs
+from harness.asset_specs import load_asset_specs
+from harness.assets import cache_dir, find_cached
 from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
 from harness.corpus import CorpusSpec, goes_on, next_turn_prompts
 from harness.errors import UserError
+from harness.paths import shipped
 from medusa_impl.distill import CorpusPrompt, CorpusSample
 from medusa_impl.losses import NO_TARGET
 from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate
@@ -125,7 +126,7 @@ def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
 
 
 def vicuna_template() -> str:
-    return (Path(str(resources.files("suites"))) / "chat_templates" / "vicuna.jinja").read_text()
+    return shipped("chat_templates", "vicuna.jinja").read_text()
 
 
 def written_out(turns: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from harness.conversations import conversation_and_turn, follow_up_ids, next_tur
 from harness.corpus import CorpusSpec, next_questions, next_turn_prompts
 from harness.errors import UserError
 from harness.files import canonical_sha256
+from harness.paths import shipped
 from harness.tests.test_conversations import ChatTokenizer, sample
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
 
@@ -145,7 +145,7 @@ def test_shards_from_before_read_as_they_did(tmp_path: Path) -> None:
 
 def test_the_shipped_corpus_gives_the_sequences_it_gave() -> None:
     """Golden hash of `turn_sequences(unpack_corpus(FILE, backbone_sha256=None), max_length=512)` at commit 8c2fed6, before third turns."""
-    path = Path(str(resources.files("suites"))) / "embedded" / "corpus.safetensors"
+    path = shipped("embedded", "corpus.safetensors")
     made = turn_sequences(unpack_corpus(path, backbone_sha256=None), max_length=512)
     found = canonical_sha256([(key, sequence.token_ids, sequence.answers) for key, sequence in made])
     assert len(made) == 4352 and found == "b7655e73f57fb6967fd5b770118db108c9391ee7bfaf7e27f38e2ca2b05803b1"

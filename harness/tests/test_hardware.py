@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.claims import load_claims
+from harness.claim_specs import load_claims
 from harness.errors import UserError
 from harness.hardware import DeviceSpec, load_hardware, match_device
 

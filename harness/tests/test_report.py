@@ -15,7 +15,6 @@ from rich.console import Console
 
 from harness.judgement import Divergence, Interval, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.records import ArmTree, Failure, RunRecord
-from harness.report import headline, print_verdicts, render_arms_table, render_report, render_verdict_table
 from harness.report.evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
 from harness.report.formatting import (
     ABSENT,
@@ -29,8 +28,9 @@ from harness.report.formatting import (
     table,
     without_paths,
 )
-from harness.report.markdown import relative_folder
-from harness.report.tables import render_not_tested_table
+from harness.report.markdown import headline, relative_folder, render_report
+from harness.report.tables import render_arms_table, render_not_tested_table, render_verdict_table
+from harness.report.terminal import print_verdicts
 from harness.tests.fake_judgement import FAILED_CHECK, NEEDS_GPU, VERDICTS, judge, verdict
 from harness.tests.fake_record import HEAD_HITS, STEP_S, FakeParts, node_cost, write_fake_record
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from harness.claims import ClaimSpec, load_claims
+from harness.claim_specs import ClaimSpec, load_claims
 from harness.errors import UserError
 from harness.hardware import load_hardware
 from harness.roofline import (

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-import harness.engine
+import harness.paths
 import harness.run
 from harness.arms import ArmRunner, TimedGeneration
 from harness.engine import Engine, LoadedModel
@@ -192,7 +192,7 @@ def test_heads_no_better_than_random_ones_are_never_timed(tiny: tuple[LoadedMode
 
 
 def test_outside_a_checkout_the_record_says_so_and_the_run_goes_on(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.engine, "__file__", str(tmp_path / "site-packages" / "harness" / "engine.py"))
+    monkeypatch.setattr(harness.paths, "__file__", str(tmp_path / "site-packages" / "harness" / "paths.py"))
     (tmp_path / "site-packages" / "harness").mkdir(parents=True)
     folder = run(micro_data(heads_file), tmp_path / "results")
     record = RunRecord(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -11,11 +10,12 @@ from safetensors import safe_open
 from harness.ablation import newest_ablations
 from harness.ablation_figures import ablation_rows
 from harness.config import load_suite
+from harness.paths import shipped
 from harness.trace import Trace
 from medusa_impl.checkpoint import HeadsProvenance, adapter_sha256, backbone_sha256, load_heads
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = Path(str(resources.files("suites")))
+SUITES = shipped()
 FOLDER = SUITES / "embedded" / "medusa2"
 MAX_KL = 0.02  # nats a token: the bound that the rule for shipping names
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,13 @@ from harness.ablation_specs import load_ablation, parse_ablation
 from harness.ablation_training import arm_recipe
 from harness.errors import ExitCode, UserError
 from harness.joint_run import HELD_OUT_RATE
+from harness.paths import shipped
 from harness.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training_specs import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
 from medusa_impl.medusa2 import Medusa2Recipe
 
-SUITES = Path(str(resources.files("suites")))
+SUITES = shipped()
 RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
 ABLATIONS = sorted(SUITES.glob("embedded_training*.toml"))
 

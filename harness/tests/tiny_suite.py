@@ -7,7 +7,6 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +20,7 @@ from harness.__main__ import main
 from harness.arms import ArmRunner, TimedGeneration
 from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.engine import Engine, LoadedModel, load_engine, load_model
+from harness.paths import shipped
 from harness.records import Failure, Generation, RunRecord
 from harness.run import RunOptions, run_suite
 from harness.run_store import RunStore
@@ -30,7 +30,7 @@ from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.training import Medusa1Recipe, TrainingFigures
 
-SMOKE_FILE = Path(str(resources.files("suites"))) / "smoke.toml"
+SMOKE_FILE = shipped("smoke.toml")
 QUIET = Console(quiet=True)
 
 
