@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from harness.asset_specs import load_asset_specs
-from harness.assets import asset_rows, cache_dir, fetch_asset
+from harness.assets import asset_rows, fetch_asset
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.config import SuiteSpec, load_suite
 from harness.errors import ExitCode, InvalidMeasurement, UserError
@@ -30,6 +30,7 @@ from harness.export import export
 from harness.files import write_bytes, write_json
 from harness.judge import judge
 from harness.judgement import Judgement
+from harness.paths import cache_dir
 from harness.records import RunRecord
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme

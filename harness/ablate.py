@@ -21,14 +21,13 @@ from harness.ablation_bench import ArmBench, engine_with, held_out_prompts, refe
 from harness.ablation_specs import AblationSpec
 from harness.ablation_store import AblationStore
 from harness.ablation_training import ArmJob, arm_recipe, train_arm
-from harness.assets import cache_dir
 from harness.config import SearchedTree
 from harness.engine import Engine, best_device, describe_engine, load_model
 from harness.environment import device_info, machine_slug
 from harness.errors import ExitCode, UserError
 from harness.joint_run import check_runnable
 from harness.locks import folder_held
-from harness.paths import resolve_path
+from harness.paths import cache_dir, resolve_path
 from harness.quality.backbone_change import MeasuredText
 from harness.records import ArmTree, Environment
 from harness.trace import Trace

@@ -15,9 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.ablation_specs import AblationSpec, parse_ablation
-from harness.config import Frozen
 from harness.errors import UserError
-from harness.files import read_lines
+from harness.files import Frozen, read_lines
 from harness.records import ArmTree, Environment, RecordFolder
 from harness.trace import Trace
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import ChainTree, Frozen, IntervalSpec, ModelSpec, SearchedTree
+from harness.config import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 from harness.errors import UserError
+from harness.files import Frozen
 
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
 

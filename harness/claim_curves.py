@@ -10,9 +10,9 @@ import numpy as np
 
 from harness.claim_evidence import Evidence, Floats, ratio_of_rates, replay_counts, replays, search_split
 from harness.claim_forms import LogGrowthForm, SpeedPeaksForm
-from harness.claim_outcomes import Finding, NotTestable, combined, holds, shown
-from harness.intervals import above, bootstrap_totals
-from harness.judgement import Interval, VerdictKind
+from harness.claim_outcomes import Finding, NotTestable, above, combined, holds, shown
+from harness.judgement import VerdictKind
+from harness.stats import Interval, bootstrap_totals
 
 
 def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from harness.claim_outcomes import NotTestable
 from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.intervals import bootstrap_ratio_of_ratios, bootstrap_totals
-from harness.judgement import ArmMetrics, Comparison, Interval, ParityReport
+from harness.judgement import ArmMetrics, Comparison, ParityReport
 from harness.metrics import paired_totals
 from harness.records import Generation, RunRecord
+from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from harness.trace import Replay, ReplayIndex, Trace
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.judgement import FigureKind, Interval, VerdictKind
+from harness.judgement import VerdictKind
+from harness.stats import FigureKind, Interval
 
 _WORST_FIRST = (VerdictKind.NOT_TESTED, VerdictKind.NOT_REPRODUCED, VerdictKind.INCONCLUSIVE, VerdictKind.REPRODUCED)
 
@@ -54,3 +56,32 @@ def holds(kind: VerdictKind) -> str:
     return {VerdictKind.REPRODUCED: "holds", VerdictKind.NOT_REPRODUCED: "fails", VerdictKind.INCONCLUSIVE: "is open"}.get(
         kind, "is untested"
     )
+
+
+def equivalence(interval90: Interval, margin: float) -> VerdictKind:
+    """Whether a difference lies within +-margin, by its 90 % interval (two one-sided tests at 5 %).
+
+    Inside: reproduced. Wholly outside: not reproduced. Else inconclusive.
+    Raises: ValueError if the margin is not positive or the interval is of another level.
+    """
+    if margin <= 0 or not math.isclose(interval90.level, 0.9):
+        raise ValueError(f"found margin {margin} and level {interval90.level}, need a positive margin and a 90 % interval")
+    if -margin < interval90.low and interval90.high < margin:
+        return VerdictKind.REPRODUCED
+    if interval90.low > margin or interval90.high < -margin:
+        return VerdictKind.NOT_REPRODUCED
+    return VerdictKind.INCONCLUSIVE
+
+
+def above(interval: Interval, bound: float) -> VerdictKind:
+    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    if interval.low > bound:
+        return VerdictKind.REPRODUCED
+    return VerdictKind.NOT_REPRODUCED if interval.high <= bound else VerdictKind.INCONCLUSIVE
+
+
+def below(interval: Interval, bound: float) -> VerdictKind:
+    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    if interval.high < bound:
+        return VerdictKind.REPRODUCED
+    return VerdictKind.NOT_REPRODUCED if interval.low >= bound else VerdictKind.INCONCLUSIVE

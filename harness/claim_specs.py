@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from harness.claim_forms import LiteralForm, PaperOnlyForm, TrainingForm, TransferForm
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.paths import shipped
 from harness.sweep_forms import SweepForm
 

@@ -23,10 +23,10 @@ from harness.claim_forms import (
     SpeedPeaksForm,
     TransferForm,
 )
-from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
-from harness.intervals import above, bootstrap_ratio, equivalence
+from harness.claim_outcomes import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
 from harness.judgement import Divergence, VerdictKind
 from harness.records import Generation
+from harness.stats import bootstrap_ratio
 from medusa_impl.tree_search import random_dense
 
 

@@ -21,10 +21,10 @@ from harness.claim_forms import (
     TrainingForm,
     UnchangedForm,
 )
-from harness.claim_outcomes import Finding, NotTestable, combined, holds, percent, shown
+from harness.claim_outcomes import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
 from harness.claim_specs import ClaimSpec
-from harness.intervals import above, below, bootstrap_ratio, equivalence
 from harness.judgement import ClaimVerdict, VerdictKind
+from harness.stats import bootstrap_ratio
 
 
 def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tuple[ClaimVerdict, ...]:

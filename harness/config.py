@@ -6,19 +6,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from harness.errors import UserError
+from harness.files import Frozen
 
 SUITE_SCHEMA_VERSION = 1
 
 BackboneName = Literal["original", "tuned"]
-
-
-class Frozen(BaseModel):
-    """Base of every configuration and record model: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class TinyModelSpec(Frozen):

@@ -12,10 +12,9 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness.config import Frozen
 from harness.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import Frozen, canonical_sha256
 from harness.paths import resolve_path
 from harness.prompts import BenchmarkPrompt, load_prompt_file, render_chat
 from harness.training_prompts import Split, TrainingPrompt, training_prompts

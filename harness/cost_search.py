@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from harness.config import Frozen
 from harness.errors import UserError
-from harness.files import canonical_sha256, write_json
+from harness.files import Frozen, canonical_sha256, write_json
 from harness.sweep_trees import most_nodes
 from harness.trace import ReplayIndex
 from harness.trees import MAX_RANK

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
 
-from harness.config import Frozen
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import Frozen, canonical_sha256
 from harness.hardware import DeviceSpec, load_hardware, match_device
 from harness.latency import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
 from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey

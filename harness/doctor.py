@@ -9,10 +9,10 @@ import sys
 import psutil
 import torch
 
-from harness.assets import cache_dir
-from harness.config import Frozen
 from harness.engine import best_device
 from harness.environment import device_info
+from harness.files import Frozen
+from harness.paths import cache_dir
 from medusa_impl.packed_linear import packing_available
 
 _NEEDED_MEMORY_BYTES, _NEEDED_DISK_BYTES, _QUIET_SHARE = 8 * 10**9, 3 * 10**9, 0.25

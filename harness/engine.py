@@ -25,12 +25,12 @@ from transformers import (
 
 from harness.asset_files import tensors_sha256
 from harness.asset_specs import load_asset_specs
-from harness.assets import FetchedAsset, cache_dir, fetch_asset
+from harness.assets import FetchedAsset, fetch_asset
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.paths import code_folder, resolve_path
+from harness.paths import cache_dir, code_folder, resolve_path
 from harness.records import Environment, TunedOrigin
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.paths import shipped
 from harness.roofline import Limits
 

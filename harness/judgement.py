@@ -5,19 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from harness.config import Frozen
-
-FigureKind = Literal["measured", "composed", "predicted", "quoted", "hypothetical", "replayed", "computed"]
-
-
-class Interval(Frozen):
-    """An estimate with its bootstrap interval over prompts; `num_prompts` is what was resampled."""
-
-    estimate: float
-    low: float
-    high: float
-    level: float
-    num_prompts: int
+from harness.files import Frozen
+from harness.stats import FigureKind, Interval
 
 
 class CategoryMetrics(Frozen):

@@ -19,15 +19,14 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from harness.config import Frozen, IntervalSpec
+from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.files import read_lines
-from harness.intervals import bootstrap_ratio, bootstrap_ratio_of_ratios
-from harness.judgement import Interval
+from harness.files import Frozen, read_lines
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder
 from harness.roofline import ModelShape
 from harness.shapes import ShapeSpec
+from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"

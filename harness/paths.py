@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
+import platformdirs
+
 from harness.errors import UserError
+
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
+CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
 
 
 def shipped(*parts: str) -> Path:
@@ -33,3 +41,19 @@ def default_results() -> Path:
     """Return the results folder of the checkout, or of the working directory outside one."""
     beside = code_folder().parent / "results"
     return beside if beside.is_dir() else Path("results")
+
+
+def without_paths(text: str) -> str:
+    """Return the text with every absolute path cut to its last part, which names no user and no machine."""
+    return _ABSOLUTE_PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text)
+
+
+def holds_absolute_path(text: str) -> bool:
+    """Whether the text names a file by its place on one machine."""
+    return _ABSOLUTE_PATH.search(text) is not None
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Returns the cache folder: MEDUSA_REPRO_CACHE where set, else the platform's place for caches; it need not exist."""
+    override = (os.environ if environ is None else environ).get(CACHE_VARIABLE)
+    return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from harness.config import Frozen, SuiteSpec
+from harness.config import SuiteSpec
+from harness.files import Frozen
 from harness.records import TrialKey
 
 

@@ -7,8 +7,8 @@ from statistics import median
 
 from pydantic import Field
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 
 
 class Prediction(Frozen):

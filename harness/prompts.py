@@ -12,8 +12,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 
 
 class BenchmarkPrompt(Frozen):

@@ -8,9 +8,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from harness.config import Frozen
 from harness.errors import UserError
-from harness.files import first_fault
+from harness.files import Frozen, first_fault
 from harness.paths import shipped
 
 QUOTED_FILE = shipped("quoted.toml")

@@ -39,7 +39,7 @@ from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
 from harness.latency_store import LatencyStore
 from harness.locks import device_held, folder_held
 from harness.measure_modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.report.formatting import without_paths
+from harness.paths import without_paths
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla

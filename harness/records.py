@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from harness.config import BackboneName, Frozen, SuiteSpec, parse_suite
+from harness.config import BackboneName, SuiteSpec, parse_suite
 from harness.errors import UserError
-from harness.files import file_sha256, first_fault, read_lines
+from harness.files import Frozen, file_sha256, first_fault, read_lines
 from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 

@@ -25,7 +25,7 @@ from harness.engine import Engine, best_device, describe_engine, load_engine, lo
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
 from harness.locks import device_held, folder_held
-from harness.paths import resolve_path
+from harness.paths import resolve_path, without_paths
 from harness.plan import PlannedTrial, make_plan
 from harness.quality.parity import TIE_SHIFTS
 from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
@@ -47,7 +47,6 @@ from harness.records import (
     StepCosts,
     file_of,
 )
-from harness.report.formatting import without_paths
 from harness.rounding import measure_rounding
 from harness.run_store import RunStore
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.paths import shipped
 from harness.roofline import ModelShape
 

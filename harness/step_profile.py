@@ -18,8 +18,8 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.records import ArmTree, Environment
 
 Part = Literal["mask", "backbone", "heads", "candidates", "acceptance", "cache"]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.asset_specs import load_asset_specs
-from harness.assets import cache_dir, fetch_asset
-from harness.config import Frozen, SuiteSpec
+from harness.assets import fetch_asset
+from harness.config import SuiteSpec
 from harness.engine import Engine, LoadedModel
 from harness.errors import UserError
+from harness.files import Frozen
+from harness.paths import cache_dir
 from harness.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
 from harness.training_prompts import training_prompts
 

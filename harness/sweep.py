@@ -31,11 +31,10 @@ from harness.device_curves import (
 )
 from harness.errors import UserError
 from harness.hardware import HARDWARE_FILE, load_hardware
-from harness.judgement import FigureKind, Interval
 from harness.latency import LatencyRecord
 from harness.paths import resolve_path
-from harness.resamples import Resamples
 from harness.shapes import SHAPES_FILE, load_shapes
+from harness.stats import FigureKind, Interval, Resamples
 from harness.sweep_record import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, SweepTrees, TreeRate, composed_key
 from harness.sweep_specs import SweepSpec
 from harness.sweep_trees import CHOSEN, JOINT, SweepTree, resolve_families

@@ -21,9 +21,9 @@ from harness.environment import device_info
 from harness.errors import UserError
 from harness.hardware import match_device
 from harness.locks import device_held
+from harness.paths import without_paths
 from harness.quality.parity import decoded_difference
 from harness.record_trace import KeptText
-from harness.report.formatting import without_paths
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.sweep import Composer, KnotPrices
 from harness.sweep_record import (

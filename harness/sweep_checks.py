@@ -9,8 +9,7 @@ from math import fsum
 import numpy as np
 
 from harness.config import IntervalSpec
-from harness.intervals import bootstrap_ratio
-from harness.judgement import Interval
+from harness.stats import Interval, bootstrap_ratio
 from harness.sweep_record import ChosenTree, ComposedCell, DecodedCell, SweepRecord
 from harness.sweep_trees import DENSE, JOINT, MARGINALS, SweepTree
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.claim_outcomes import Finding, NotTestable, combined, holds, shown
+from harness.claim_outcomes import Finding, NotTestable, above, below, combined, holds, shown
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.intervals import above, below, bootstrap_ratio_of_ratios, bootstrap_totals
-from harness.judgement import ClaimVerdict, Interval, VerdictKind
+from harness.judgement import ClaimVerdict, VerdictKind
+from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
 from harness.sweep_record import SampledCell, SweepRecord
 

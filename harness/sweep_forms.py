@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.config import Frozen
+from harness.files import Frozen
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 

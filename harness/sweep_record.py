@@ -13,13 +13,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.config import Frozen
 from harness.cost_search import Method
 from harness.device_curves import CurveLabel, RooflineError
-from harness.files import read_lines
-from harness.judgement import FigureKind, Interval
+from harness.files import Frozen, read_lines
 from harness.latency import BreakEven, break_even
 from harness.records import DeviceInfo, RecordFolder
+from harness.stats import FigureKind, Interval
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_trees import SweepTree
 

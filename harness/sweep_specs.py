@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import Frozen, IntervalSpec
+from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.files import first_fault
+from harness.files import Frozen, first_fault
 from harness.latency_specs import Counts, LatencyHeads
 
 MAX_NODES = 256  # the widest tree of Fig. 4

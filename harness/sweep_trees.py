@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.sweep_specs import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
 from harness.trace import ReplayIndex
 from harness.trees import MAX_RANK, grow

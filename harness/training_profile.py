@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Column, Table
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.records import Environment
 from harness.report.formatting import ABSENT, milliseconds, percent, significant
 

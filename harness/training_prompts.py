@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import Frozen
 from harness.errors import UserError
+from harness.files import Frozen
 from harness.paths import shipped
 
 HELD_OUT_PERCENT = 5

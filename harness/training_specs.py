@@ -8,9 +8,10 @@ from typing import Literal
 
 from pydantic import ValidationError, model_validator
 
-from harness.config import Frozen, ModelSpec
+from harness.config import ModelSpec
 from harness.corpus import CorpusSpec
 from harness.errors import UserError
+from harness.files import Frozen
 from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.training import Medusa1Recipe
 

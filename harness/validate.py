@@ -18,6 +18,7 @@ from harness.files import file_sha256, write_bytes
 from harness.judgement import Judgement
 from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.latency_specs import LatencySpec
+from harness.paths import holds_absolute_path
 from harness.records import (
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
@@ -36,7 +37,6 @@ from harness.records import (
     TrialOutcome,
     file_of,
 )
-from harness.report.formatting import holds_absolute_path
 from harness.sweep_record import (
     CELLS_FILE,
     ORIGIN_FILE,

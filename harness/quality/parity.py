@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from harness.config import ArmSpec, BackboneName, Frozen
+from harness.config import ArmSpec, BackboneName
+from harness.files import Frozen
 from harness.judgement import Divergence, ParityReport, ParityRounding
 from harness.records import Generation, RunRecord
 from harness.trace import PromptTrace, Trace, replay

@@ -14,11 +14,12 @@ from harness.ablation_figures import MEDUSA1_ARM, AblationRow
 from harness.ablation_specs import START_ARM
 from harness.errors import UserError
 from harness.files import write_bytes
-from harness.judgement import ClaimVerdict, Interval, VerdictKind
+from harness.judgement import ClaimVerdict, VerdictKind
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers
 from harness.report.tables import render_verdicts
+from harness.stats import Interval
 
 CURVES_FILE = "curves.png"
 _HEADERS = (

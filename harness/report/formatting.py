@@ -9,12 +9,12 @@ from datetime import datetime
 
 from tabulate import tabulate
 
-from harness.judgement import Interval
+from harness.paths import without_paths
+from harness.stats import Interval
 
 ABSENT = "–"
 _WIDE_CELL = 40
 _START_S = 60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
 _TAG = re.compile(r"<(?=[A-Za-z/!])")
 
 
@@ -76,16 +76,6 @@ def finished_words(started_utc: str, finished_utc: str, *, elapsed_s: float) -> 
     between_s = (datetime.fromisoformat(finished_utc) - datetime.fromisoformat(started_utc)).total_seconds()
     resumed = between_s > elapsed_s + _START_S
     return f"{finished_utc} ({elapsed_s / 60:.1f} minutes{' since it was resumed' if resumed else ''})"
-
-
-def without_paths(text: str) -> str:
-    """Return the text with every absolute path cut to its last part, which names no user and no machine."""
-    return _ABSOLUTE_PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text)
-
-
-def holds_absolute_path(text: str) -> bool:
-    """Whether the text names a file by its place on one machine."""
-    return _ABSOLUTE_PATH.search(text) is not None
 
 
 def cell(value: object) -> str:

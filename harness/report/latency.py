@@ -22,6 +22,7 @@ from harness.latency import (
     mode_rows,
     step_cost_of,
 )
+from harness.paths import without_paths
 from harness.prediction import Prediction, PredictionError, prediction_error
 from harness.report.formatting import (
     ABSENT,
@@ -37,7 +38,6 @@ from harness.report.formatting import (
     section,
     significant,
     table,
-    without_paths,
 )
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit, describe_device

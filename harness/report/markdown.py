@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from harness.judgement import ArmMetrics, CheckStatus, Interval, Judgement
+from harness.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records import RunRecord
 from harness.report.evidence import (
     render_checks,
@@ -34,6 +34,7 @@ from harness.report.tables import (
     render_verdict_table,
     verdicts_in_words,
 )
+from harness.stats import Interval
 
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:

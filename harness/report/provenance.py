@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from harness.paths import without_paths
 from harness.records import Environment, RunRecord
-from harness.report.formatting import ABSENT, count, finished_words, megabytes, table, without_paths
+from harness.report.formatting import ABSENT, count, finished_words, megabytes, table
 
 
 def describe_commit(environment: Environment) -> str:

@@ -21,9 +21,9 @@ from harness.claim_specs import ClaimSpec, load_claims
 from harness.claim_training import decided_elsewhere, judge_training, training_verdicts
 from harness.errors import UserError
 from harness.judgement import VerdictKind
+from harness.paths import holds_absolute_path
 from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation, update_ablation
 from harness.report.ablation_curves import curve, curves_figure, draw_curves
-from harness.report.formatting import holds_absolute_path
 from harness.report.readme import update_between_markers
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from harness.trace import Replay, ReplayIndex, Trace, replay

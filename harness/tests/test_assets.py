@@ -23,8 +23,9 @@ from safetensors.numpy import save_file
 from harness import asset_files
 from harness.asset_files import PART, Progress, convert_gguf, tensors_sha256
 from harness.asset_specs import AssetSpec, load_asset_specs
-from harness.assets import asset_rows, cache_dir, fetch_asset, find_cached, verify_asset
+from harness.assets import asset_rows, fetch_asset, find_cached, verify_asset
 from harness.errors import UserError
+from harness.paths import cache_dir
 from harness.wheel_download import SourceUnavailable, pip_download
 
 MEMBERS = {"tiny_prompts/question.jsonl": b'{"q": 1}\n' * 50, "tiny_prompts/answer.jsonl": b'{"a": 2}\n' * 50}

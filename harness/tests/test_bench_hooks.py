@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.environment import device_info
-from harness.report.formatting import holds_absolute_path
+from harness.paths import holds_absolute_path
 
 pytest_plugins = ["pytester"]
 

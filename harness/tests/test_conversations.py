@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.asset_specs import load_asset_specs
-from harness.assets import cache_dir, find_cached
+from harness.assets import find_cached
 from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
 from harness.corpus import CorpusSpec, goes_on, next_turn_prompts
 from harness.errors import UserError
-from harness.paths import shipped
+from harness.paths import cache_dir, shipped
 from medusa_impl.distill import CorpusPrompt, CorpusSample
 from medusa_impl.losses import NO_TARGET
 from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate

@@ -15,9 +15,8 @@ from pytest import MonkeyPatch
 from harness.doctor import examine
 from harness.engine import Engine
 from harness.environment import blas_settings, device_info, git_state, machine_slug, package_versions, settings
-from harness.paths import default_results
+from harness.paths import default_results, holds_absolute_path
 from harness.records import DeviceInfo
-from harness.report.formatting import holds_absolute_path
 from harness.run import describe
 from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import smoke_suite

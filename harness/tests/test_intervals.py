@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from harness.claim_outcomes import above, below, equivalence
 from harness.config import IntervalSpec
-from harness.intervals import (
-    above,
-    below,
-    bootstrap_ratio,
-    bootstrap_ratio_of_ratios,
-    equivalence,
-    widened_level,
-)
-from harness.judgement import Interval, VerdictKind
+from harness.judgement import VerdictKind
+from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, widened_level
 
 SPEC = IntervalSpec(num_resamples=500)
 Columns = tuple[NDArray[np.float64], ...]

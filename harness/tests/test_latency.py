@@ -33,7 +33,7 @@ from harness.latency import (
     step_cost_of,
 )
 from harness.latency_specs import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
-from harness.report.formatting import holds_absolute_path
+from harness.paths import holds_absolute_path
 from harness.report.latency import latency_headline, predict, print_latency, read_share, render_latency_report
 from harness.report.readme import check_modes, update_modes
 from harness.shapes import load_shapes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.judgement import ArmMetrics, Comparison, Interval
+from harness.judgement import ArmMetrics, Comparison
 from harness.metrics import (
     arm_metrics,
     bandwidth_share,
@@ -18,6 +18,7 @@ from harness.metrics import (
     separate_costs,
 )
 from harness.records import Failure, Generation, RunRecord, StepCosts
+from harness.stats import Interval
 from harness.tests.fake_record import (
     HEADS_BYTES,
     STEP_S,

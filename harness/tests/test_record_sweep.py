@@ -24,9 +24,9 @@ from harness.engine import Engine, LoadedModel
 from harness.environment import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
-from harness.judgement import FigureKind
 from harness.record_sweep import SweepOptions, run_sweep
 from harness.records import Environment
+from harness.stats import FigureKind
 from harness.sweep_cells import arm_of, step_difference
 from harness.sweep_checks import decoded_checks
 from harness.sweep_record import CELLS_FILE, AnyCell, FailedCell, SweepRecord

@@ -14,8 +14,8 @@ from harness.appendix_g import CANDIDATES, simulate
 from harness.claim_specs import load_claims
 from harness.errors import UserError
 from harness.hardware import load_hardware
+from harness.paths import holds_absolute_path
 from harness.report.figures import FORMATS, draw_figures, tree_layout
-from harness.report.formatting import holds_absolute_path
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
 from harness.roofline import llama_7b_block, step_cost

@@ -16,10 +16,10 @@ from harness.clock import device_clock
 from harness.engine import Engine, load_engine, load_model
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
+from harness.paths import holds_absolute_path
 from harness.record_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
 from harness.record_trace import record_trace
 from harness.records import ArmTree
-from harness.report.formatting import holds_absolute_path
 from harness.report.profile import profile_headline, render_step_profile
 from harness.run import describe
 from harness.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from harness.config import IntervalSpec
 from harness.device_curves import MeasuredCurve, StepTimes
 from harness.errors import UserError
-from harness.intervals import bootstrap_totals
 from harness.latency import LatencyRecord
-from harness.resamples import Resamples
+from harness.stats import Resamples, bootstrap_totals
 from harness.sweep import (
     Composer,
     KnotPrices,

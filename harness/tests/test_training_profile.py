@@ -19,8 +19,8 @@ import medusa_impl.training
 from harness.config import TinyModelSpec
 from harness.engine import Engine
 from harness.errors import ExitCode, UserError
+from harness.paths import holds_absolute_path
 from harness.record_training_profile import heads_stages, joint_stages, one_batch, profile_training
-from harness.report.formatting import holds_absolute_path
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
 from harness.training_profile import (

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from harness.config import IntervalSpec
-from harness.judgement import Interval, VerdictKind
+from harness.files import Frozen
 
 Floats = NDArray[np.float64]
+
+
+FigureKind = Literal["measured", "composed", "predicted", "quoted", "hypothetical", "replayed", "computed"]
 
 
 def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
@@ -91,34 +95,45 @@ def widened_level(level: float, *, num_prompts: int) -> float:
     return float(1 - 2 * stats.norm.sf(quantile))
 
 
-def equivalence(interval90: Interval, margin: float) -> VerdictKind:
-    """Whether a difference lies within +-margin, by its 90 % interval (two one-sided tests at 5 %).
-
-    Inside: reproduced. Wholly outside: not reproduced. Else inconclusive.
-    Raises: ValueError if the margin is not positive or the interval is of another level.
-    """
-    if margin <= 0 or not math.isclose(interval90.level, 0.9):
-        raise ValueError(f"found margin {margin} and level {interval90.level}, need a positive margin and a 90 % interval")
-    if -margin < interval90.low and interval90.high < margin:
-        return VerdictKind.REPRODUCED
-    if interval90.low > margin or interval90.high < -margin:
-        return VerdictKind.NOT_REPRODUCED
-    return VerdictKind.INCONCLUSIVE
-
-
-def above(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
-    if interval.low > bound:
-        return VerdictKind.REPRODUCED
-    return VerdictKind.NOT_REPRODUCED if interval.high <= bound else VerdictKind.INCONCLUSIVE
-
-
-def below(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
-    if interval.high < bound:
-        return VerdictKind.REPRODUCED
-    return VerdictKind.NOT_REPRODUCED if interval.low >= bound else VerdictKind.INCONCLUSIVE
-
-
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return numerator / denominator
+
+
+class Interval(Frozen):
+    """An estimate with its bootstrap interval over prompts; `num_prompts` is what was resampled."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    num_prompts: int
+
+
+class Resamples:
+    """The draws of `num_units` units (prompts, or batches of prompts) with replacement; the same draws for every statistic.
+
+    Intervals are those of `intervals.bootstrap_totals`: percentiles, widened for few units. One unit bounds nothing.
+    """
+
+    def __init__(self, num_units: int, *, spec: IntervalSpec) -> None:
+        self.num_units, self.level = num_units, spec.level
+        rng = np.random.default_rng(spec.seed)
+        shares = np.full(num_units, 1 / num_units)
+        self._times_drawn = rng.multinomial(num_units, shares, size=spec.num_resamples).astype(np.float64)
+
+    def totals(self, columns: Floats) -> Floats:
+        """Return the totals of columns in every draw. Shapes: `columns` [units, C] or [units]; result [draws, C] or [draws]."""
+        return self._times_drawn @ columns
+
+    def bounds(self, draws: Floats) -> tuple[Floats, Floats]:
+        """Return the bounds that a statistic's values in the draws give. Shapes: `draws` [.., draws]; results [..]."""
+        if self.num_units == 1:
+            return np.full(draws.shape[:-1], -math.inf), np.full(draws.shape[:-1], math.inf)
+        tail = (1 - widened_level(self.level, num_prompts=self.num_units)) / 2
+        low, high = np.quantile(draws, (tail, 1 - tail), axis=-1)
+        return np.asarray(low), np.asarray(high)
+
+    def interval(self, estimate: float, draws: Floats) -> Interval:
+        """Return an estimate with the interval that a statistic's values in the draws give. Shapes: `draws` [draws]."""
+        low, high = self.bounds(draws)
+        return Interval(estimate=estimate, low=float(low), high=float(high), level=self.level, num_prompts=self.num_units)
