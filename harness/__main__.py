@@ -22,7 +22,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from harness.asset_specs import load_asset_specs
-from harness.assets import asset_rows, fetch_asset
+from harness.assets.fetch import fetch_asset
+from harness.assets.listing import asset_rows
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.config import SuiteSpec, load_suite
 from harness.errors import ExitCode, InvalidMeasurement, UserError

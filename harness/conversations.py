@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.assets.prompts import render_chat
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.prompts import render_chat
 from medusa_impl.distill import CorpusSample
 from medusa_impl.sequences import TrainingSequence
 

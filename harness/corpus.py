@@ -12,12 +12,12 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.assets.catalogue import Split, TrainingPrompt, training_prompts
+from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, render_chat
 from harness.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
 from harness.errors import UserError
 from harness.files import Frozen, canonical_sha256
 from harness.paths import resolve_path
-from harness.prompts import BenchmarkPrompt, load_prompt_file, render_chat
-from harness.training_prompts import Split, TrainingPrompt, training_prompts
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 

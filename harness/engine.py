@@ -23,9 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from harness.asset_files import tensors_sha256
 from harness.asset_specs import load_asset_specs
-from harness.assets import FetchedAsset, fetch_asset
+from harness.assets.fetch import FetchedAsset, fetch_asset
+from harness.assets.hashes import tensors_sha256
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError

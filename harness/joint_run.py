@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback
 
-from harness.asset_files import tensors_sha256
+from harness.assets.hashes import tensors_sha256
 from harness.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
 from harness.engine import LoadedModel, best_device, heads_for, load_model
 from harness.environment import git_state

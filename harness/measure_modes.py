@@ -9,7 +9,8 @@ from pathlib import Path
 
 from harness.arms import ArmRunner
 from harness.asset_specs import load_asset_specs
-from harness.assets import fetch_asset
+from harness.assets.fetch import fetch_asset
+from harness.assets.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
 from harness.clock import Clock
 from harness.config import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
 from harness.engine import Engine
@@ -18,7 +19,6 @@ from harness.files import Frozen
 from harness.latency import STOCK, BatchTrial, BatchTrials, LatencyCurve, LatencyPoint, ModeTrial
 from harness.latency_specs import DtypeName, LatencySpec, ModeName
 from harness.paths import cache_dir, resolve_path
-from harness.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
 from harness.records import ArmTree, StepCost
 from harness.trace import Trace
 from harness.trees import resolve_trees

@@ -14,6 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harness.assets.catalogue import training_prompts
+from harness.assets.prompts import overlap_report
 from harness.clock import device_clock
 from harness.config import SuiteSpec
 from harness.conversations import conversation_and_turn
@@ -24,11 +26,9 @@ from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
 from harness.probes import measure_device_limits
-from harness.prompts import overlap_report
 from harness.record_trace import KeptText, record_trace
 from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.trace import Trace
-from harness.training_prompts import training_prompts
 from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
 from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads

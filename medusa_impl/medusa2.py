@@ -27,11 +27,11 @@ from medusa_impl.sequences import answer_targets
 HeadsLmHead = Literal["original", "adapted"]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class LoraRecipe(_Record):
+class LoraRecipe(Record):
     """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says whether that one is adapted.
 
     Paper: Appendix B, rank 32, alpha 16, dropout 0.05 on every linear layer and the LM head.
@@ -44,7 +44,7 @@ class LoraRecipe(_Record):
     lm_head: bool = True
 
 
-class Medusa2Recipe(_Record):
+class Medusa2Recipe(Record):
     """Everything that decides what joint training yields, given model, heads and sequences.
 
     `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).

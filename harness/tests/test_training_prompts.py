@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.assets.catalogue import HELD_OUT_PERCENT, CategoryCatalogue, load_catalogue, training_prompts
 from harness.errors import UserError
-from harness.training_prompts import HELD_OUT_PERCENT, CategoryCatalogue, load_catalogue, training_prompts
 
 CATEGORIES = ["coding", "extraction", "humanities", "math", "reasoning", "roleplay", "stem", "writing"]
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.asset_files import tensors_sha256 as folder_sha256
+from harness.assets.hashes import tensors_sha256 as folder_sha256
 from medusa_impl.checkpoint import HeadsProvenance, backbone_sha256, load_heads, load_released_heads, save_heads
 from medusa_impl.errors import UserError
 from medusa_impl.heads import HeadArchitecture, MedusaHeads

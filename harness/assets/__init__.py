@@ -1,0 +1,1 @@
+"""Models and prompts by name, on this machine."""
