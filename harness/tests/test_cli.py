@@ -12,9 +12,9 @@ import pytest
 import typer.main
 from pytest import MonkeyPatch
 
-import harness.__main__
 import harness.run
-from harness.__main__ import app
+from harness.cli.app import app
+from harness.cli.options import command_line
 from harness.errors import ExitCode
 from harness.records import RunRecord
 from harness.tests.tiny_suite import CHAIN, FASTEST, VANILLA, MicroRun, SmokeRun, command, micro_data, write_suite
@@ -107,7 +107,7 @@ def test_dry_run_counts_own_prompts(tmp_path: Path) -> None:
 def test_record_holds_the_command_without_folders(monkeypatch: MonkeyPatch) -> None:
     words = ["medusa-repro", "reproduce", "suites/my.toml", "--results=/home/someone/out", "--tree", "/srv/x/tree.json", "--limit", "3"]
     monkeypatch.setattr("sys.argv", words)
-    assert harness.__main__._command() == "medusa-repro reproduce my.toml --results=out --tree tree.json --limit 3"
+    assert command_line() == "medusa-repro reproduce my.toml --results=out --tree tree.json --limit 3"
 
 
 def test_own_claims_file_is_judged_instead_of_the_papers(smoke: SmokeRun, tmp_path: Path) -> None:

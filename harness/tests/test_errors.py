@@ -273,6 +273,6 @@ def test_defects_keep_their_traceback(monkeypatch: MonkeyPatch) -> None:
     def defect(text: str) -> Path:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("harness.__main__.find_record", defect)
+    monkeypatch.setattr("harness.cli.reproduce.find_record", defect)
     with pytest.raises(ZeroDivisionError):
         command("report", "any")

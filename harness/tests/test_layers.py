@@ -40,7 +40,7 @@ PURE = (
     "harness.quoted",
     "harness.stats",
     "harness.appendix_g",
-    "harness.search",
+    "harness.cli.trees",
     "harness.report.sweep",
     "harness.report.figures",
     "harness.report.latency",

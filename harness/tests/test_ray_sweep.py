@@ -295,7 +295,7 @@ def test_a_stopped_driver_goes_on_where_it_stopped(
         run_sweep(record.spec, spec_file=home / "sweep.toml", options=options, console=QUIET)
 
 
-def test_the_command(
+def test_the_command_line(
     record: SweepRecord, home: Path, results: Path, executor: RayExecutor, address: str, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The command line sweeps on the cluster that this module is connected to, and its record does not say where that is."""
@@ -492,7 +492,7 @@ def test_what_a_cluster_may_be_asked() -> None:
 
 
 def test_the_record_of_a_command_names_no_address(monkeypatch: MonkeyPatch) -> None:
-    from harness.__main__ import _command
+    from harness.cli.options import command_line
 
     monkeypatch.setattr(sys, "argv", ["medusa-repro", "sweep", "x.toml", "--address=ray://10.1.2.3:10001"])
-    assert json.dumps(_command(address="ray://10.1.2.3:10001")) == '"medusa-repro sweep x.toml --address=HOST:PORT"'
+    assert json.dumps(command_line(address="ray://10.1.2.3:10001")) == '"medusa-repro sweep x.toml --address=HOST:PORT"'

@@ -93,7 +93,7 @@ def test_pure_modules_need_no_torch() -> None:
         "harness.sweep_claims",
         "harness.report.sweep",
         "harness.report.figures",
-        "harness.search",
+        "harness.cli.trees",
     )
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
     code += "print([name for name in ('torch', 'matplotlib') if name in sys.modules])"

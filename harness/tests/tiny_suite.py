@@ -16,8 +16,8 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from harness.__main__ import main
 from harness.arms import ArmRunner, TimedGeneration
+from harness.cli.app import main
 from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.engine import Engine, LoadedModel, load_engine, load_model
 from harness.paths import shipped

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from harness.cli.find import find_suite
+from harness.cli.options import HubOption, SuiteArgument, console
 from harness.cost_search import CostChoice, SearchSpace, cached_choices
 from harness.device_curves import find_curves
 from harness.errors import UserError
+from harness.files import write_bytes
 from harness.latency_specs import LatencyHeads
+from harness.paths import cache_dir, default_results, resolve_path
 from harness.sweep import KnotPrices, search_both, shared_knots, step_contexts
 from harness.trace import ReplayIndex, Trace
 from harness.trees import grow
@@ -86,3 +93,53 @@ def print_device_search(
     console.print(table)
     console.print(found[0].tree().draw(), markup=False, highlight=False)
     return found[0]
+
+
+def trace(
+    suite: SuiteArgument,
+    out: Annotated[Path, typer.Argument(help="the .npz file to write")],
+    limit: Annotated[int | None, typer.Option(help="only the first N prompts", min=1)] = None,
+    hub: HubOption = False,
+) -> None:
+    """Answer a suite's prompts greedily and record how its heads rank the answers."""
+    from harness.tracing import trace_suite
+
+    spec, file = find_suite(suite)
+    written = trace_suite(spec, suite_file=file, out=out, limit=limit, allow_hub=hub, console=console)
+    print(json.dumps({"trace": out.name, "prompts": len(written.prompts), "positions": written.num_positions}))
+
+
+def search_tree(
+    calibration: Annotated[Path | None, typer.Argument(help="the trace (.npz) to grow trees on; the embedded one by default")] = None,
+    num_nodes: Annotated[int, typer.Option(help="nodes, root included; with --device at most so many", min=2)] = 64,
+    values: Annotated[str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")] = "joint",
+    check: Annotated[Path | None, typer.Option(help="a second trace to replay the trees on")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the tree as JSON")] = None,
+    device: Annotated[str | None, typer.Option(help="the fastest tree there: a device of hardware.toml, or a latency record")] = None,
+    shape: Annotated[str, typer.Option(help="the model's published shape, for --device")] = "smollm2-135m-instruct",
+    dtype: Annotated[str | None, typer.Option(help="one dtype of --device")] = None,
+) -> None:
+    """Grow the best tree on a trace, or the fastest one on a device, and print what it promises and what it yields."""
+
+    if values not in ("joint", "marginals"):
+        raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
+    trace_file = calibration or resolve_path("embedded/calibration.npz", beside=None)
+    if device is None:
+        tree = print_search(trace_file, num_nodes=num_nodes, values=values, check=check, console=console)
+        text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
+    else:
+        choice = print_device_search(
+            trace_file,
+            device=device,
+            shape=shape,
+            dtype=dtype,
+            max_nodes=num_nodes,
+            check=check,
+            results=default_results(),
+            cache=cache_dir() / "trees",
+            console=console,
+        )
+        text = choice.tree().to_json(provenance={"device": device, "shape": shape, "method": choice.method, "step_s": choice.step_s})
+    if out is not None:
+        write_bytes(out, (text + "\n").encode())
+    print(text)

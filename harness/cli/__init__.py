@@ -1,0 +1,1 @@
+"""One file a verb: arguments, calls and printing, nothing else."""

@@ -1,0 +1,46 @@
+"""`ablate` trains recipes side by side and measures what became of backbone and heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from harness.claim_specs import load_claims
+from harness.cli.find import find_data
+from harness.cli.finish import finish_ablation
+from harness.cli.options import HubOption, command_line, console
+from harness.paths import default_results
+
+
+def ablate(
+    suite: Annotated[str, typer.Argument(help="a shipped ablation's name or a TOML file")] = "embedded_training_quick",
+    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for adapters, heads and training state")] = None,
+    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
+    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")] = False,
+    report: Annotated[Path | None, typer.Option(help="write this record's report again instead of training")] = None,
+    readme: Annotated[Path | None, typer.Option(help="write the table between this file's markers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Train recipes side by side at one token budget, measure what became of backbone and heads, judge the claims about training."""
+    registry = load_claims(claims)
+    if report is not None:
+        finish_ablation(report, claims=registry, readme=readme)
+        return
+    from harness.ablate import AblateOptions, print_ablation_plan, run_ablation
+    from harness.ablation_specs import load_ablation
+
+    file = find_data(suite, folder=None, kind="ablation")
+    spec = load_ablation(file)
+    place = results or default_results()
+    if dry_run:
+        minutes = print_ablation_plan(spec, results=place, console=Console())
+        print(json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)}))
+        return
+    options = AblateOptions(results=place, work=work, resume=resume, allow_hub=hub, command=command_line())
+    finish_ablation(run_ablation(spec, suite_file=file, options=options, console=console), claims=registry, readme=readme)

@@ -1,0 +1,75 @@
+"""`assets`, `doctor`, `validate`, `export` and `schemas`: commands about files and the machine, none of which measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from harness.asset_specs import load_asset_specs
+from harness.assets.fetch import fetch_asset
+from harness.assets.listing import asset_rows
+from harness.cli.find import find_record
+from harness.cli.options import HubOption, console
+from harness.errors import ExitCode, UserError
+from harness.export import export
+from harness.paths import cache_dir
+from harness.records import RunRecord
+from harness.validate import validate_record, write_schemas
+
+
+def assets(
+    names: Annotated[list[str] | None, typer.Argument(help="assets to fetch and verify; none lists them")] = None, hub: HubOption = False
+) -> None:
+    """List assets, or fetch and verify some."""
+    specs = load_asset_specs()
+    for name in names or []:
+        if name not in specs:
+            raise UserError(found=f"asset {name!r}", need=f"one of {sorted(specs)}", where="the command line")
+        fetched = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=hub)
+        console.print(f"{name}: {fetched.source}, {fetched.licence}, every hash right")
+    if not names:
+        table = Table(Column("asset", no_wrap=True), "kind", "licence", "cached", "MB", "source")
+        for row in asset_rows(specs, cache_dir()):
+            size = f"{row.size_bytes / 1e6:.1f}" if row.size_bytes is not None else "-"
+            table.add_row(row.name, row.kind, row.licence, "yes" if row.is_cached else "no", size, row.source)
+        Console().print(table)
+
+
+def doctor() -> None:
+    """Say whether this machine is fit to measure on."""
+    from harness.doctor import examine
+
+    table = Table("", "what", "found", "advice")
+    for line in examine():
+        table.add_row("ok" if line.fine else "!", line.name, line.found, "" if line.fine else line.advice)
+    Console().print(table)
+
+
+def validate(record: Annotated[Path, typer.Argument(help="a record folder")]) -> None:
+    """Check every file of a record: schema, seal, counts."""
+    faults = validate_record(record)
+    for fault in faults:
+        console.print(fault, markup=False)
+    print(json.dumps({"record": record.name, "valid": not faults, "num_faults": len(faults)}))
+    if faults:
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+def export_command(
+    record: Annotated[str, typer.Argument(help="a record folder or a suite's name")],
+    target: Annotated[Path, typer.Argument(help="a .csv or .parquet file")],
+    steps: Annotated[bool, typer.Option("--steps", help="one row a step instead of one a trial")] = False,
+) -> None:
+    """Write a record as one flat table for pandas."""
+    export(RunRecord(find_record(record)), target, table="steps" if steps else "generations")
+
+
+def schemas(folder: Annotated[Path, typer.Argument(help="where to write them")]) -> None:
+    """Write the JSON schemas of all record files."""
+    for path in write_schemas(folder):
+        console.print(path.name)

@@ -1,0 +1,103 @@
+"""The end of every command that made or read a record: report, README, last JSON line, exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from harness.claim_specs import ClaimSpec
+from harness.cli.options import console
+from harness.errors import ExitCode, UserError
+from harness.files import write_bytes
+from harness.judgement import Judgement
+from harness.records import RunRecord
+from harness.report.markdown import headline, render_report
+from harness.report.readme import update_readme
+from harness.report.terminal import print_verdicts
+
+
+def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
+    """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
+    write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
+    print_verdicts(Console(), judgement)
+    print(json.dumps(headline(judgement, record), allow_nan=False))
+    if readme is not None:
+        update_readme(readme, record, judgement)
+    if not judgement.valid or record.failures:
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+def finish_latency(folder: Path, *, readme: Path | None) -> None:
+    """Write a latency record's report and README table, print its step costs, end with one JSON line."""
+    from harness.latency import LatencyRecord
+    from harness.report.latency import latency_headline, print_latency, render_latency_report
+    from harness.report.readme import update_modes
+
+    record = LatencyRecord(folder)
+    write_bytes(folder / "report.md", render_latency_report(record).encode())
+    print_latency(Console(), record)
+    if readme is not None:
+        update_modes(readme, record)
+    print(json.dumps(latency_headline(record), allow_nan=False))
+
+
+def draw_steps(log: Path) -> Path | None:
+    """Draw a joint training's log beside it; where that cannot be, say so."""
+    from harness.report.training_curves import CURVES_FILE, draw_step_log
+
+    picture = log.with_name(CURVES_FILE)
+    try:
+        draw_step_log(log, picture)
+    except UserError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
+        return None
+    return picture
+
+
+def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
+    """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON line."""
+    from harness.ablation import AblationRecord, newest_ablations
+    from harness.ablation_figures import ablation_rows
+    from harness.claim_training import decided_elsewhere, training_verdicts
+    from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
+    from harness.report.ablation_curves import draw_curves
+
+    record = AblationRecord(folder)
+    rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
+    try:
+        draw_curves(record, folder / CURVES_FILE)
+    except UserError as error:
+        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
+    text = render_ablation(record, rows, verdicts, has_curves=(folder / CURVES_FILE).exists())
+    write_bytes(folder / "report.md", text.encode())
+    print_ablation(Console(), rows, verdicts)
+    if readme is not None:
+        elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
+        update_ablation(readme, record, rows, verdicts, elsewhere=elsewhere)
+    print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
+
+
+def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
+    """Write a sweep's figures, report and README table, print its devices, end with one JSON line; a failed run cell is exit code 2."""
+    from harness.report.figures import draw_figures
+    from harness.report.readme import update_sweep
+    from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
+    from harness.sweep_record import SweepRecord
+
+    record = SweepRecord(folder)
+    try:
+        draw_figures(record, folder / "figures")
+    except UserError as error:
+        console.print(f"no figures: {error}", highlight=False, markup=False, soft_wrap=True)
+    names = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
+    write_bytes(folder / "report.md", render_sweep_report(record, claims=claims, figures=names).encode())
+    print_sweep(Console(), record)
+    if readme is not None:
+        update_sweep(readme, record, figures=names)
+    print(json.dumps(sweep_headline(record, claims=claims), allow_nan=False))
+    if any(not failed.key.startswith("curve ") for failed in record.failed):
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)

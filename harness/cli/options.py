@@ -1,0 +1,30 @@
+"""What several commands share: the console, options, and the command as it was typed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console(stderr=True)
+
+SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
+HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
+
+
+def command_line(*, address: str | None = None) -> str:
+    """Return the command as it would be typed, with file names instead of paths and without a cluster's address."""
+    words = sys.argv[1:]
+    if address not in (None, "auto", "local"):
+        words = [word.replace(address, "HOST:PORT") for word in words]
+    return shlex.join(["medusa-repro", *map(_without_folders, words)])
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if os.sep in value else value)

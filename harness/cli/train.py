@@ -1,0 +1,91 @@
+"""`train`, `calibrate` and `distill`: heads, adapters, and the text that they learn from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.cli.find import find_data
+from harness.cli.finish import draw_steps
+from harness.cli.options import HubOption, console
+from harness.errors import UserError
+from harness.paths import cache_dir
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
+    out: Annotated[Path | None, typer.Option(help="folder for heads and calibration trace")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for corpus and training state")] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")] = False,
+    hub: HubOption = False,
+) -> None:
+    """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace; resumes where it stopped."""
+    from harness.joint_run import check_runnable, train_joint_suite
+    from harness.training_run import announce, train_suite
+    from harness.training_specs import JointSuite, load_training_suite
+    from medusa_impl.medusa2_trainer import end_processes, process_state
+
+    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    place = work or cache_dir() / "training" / spec.name
+    if isinstance(spec, JointSuite):
+        check_runnable(spec.recipe)
+    announce(spec, work=place, from_scratch=from_scratch, console=console, allow_hub=hub)
+    target = out or place / "out"
+    target.mkdir(parents=True, exist_ok=True)
+    if isinstance(spec, JointSuite):
+        joint = train_joint_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
+        writes = process_state().is_main_process
+        end_processes()
+        if not writes:
+            return
+        picture = draw_steps(joint.step_log)
+        written = {
+            "heads": joint.heads,
+            "adapter": joint.adapter,
+            "model": joint.model,
+            "calibration": joint.calibration,
+            "curves": picture,
+        }
+        print(json.dumps({"recipe": spec.name, **{name: path.name for name, path in written.items() if path is not None}}))
+        return
+    files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
+    print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
+
+
+def calibrate(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file, of heads and backbone")],
+    folder: Annotated[Path, typer.Argument(help="what its training wrote: heads, and adapter or model")],
+    work: Annotated[Path | None, typer.Option(help="folder for the answers")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Record the calibration trace of trained heads, which trees are searched on, as training does at its end where the model fits."""
+    from harness.joint_run import calibrate_folder
+    from harness.training_specs import JointSuite, load_training_suite
+
+    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    if not isinstance(spec, JointSuite):
+        raise UserError(found=f"the recipe {spec.name!r} of heads alone", need="kind = 'joint'", where=recipe)
+    file = calibrate_folder(spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub)
+    print(json.dumps({"recipe": spec.name, "calibration": file.name if file is not None else None}))
+
+
+def distill(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file with a [corpus]")],
+    out: Annotated[Path | None, typer.Option(help="folder for the packed corpus")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for the shards")] = None,
+    hub: HubOption = False,
+) -> None:
+    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where it stopped."""
+    from harness.distill_run import distill_suite
+    from harness.training_run import announce
+    from harness.training_specs import load_training_suite
+
+    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    place = work or cache_dir() / "training" / spec.name
+    announce(spec, work=place, from_scratch=True, console=console, allow_hub=hub)
+    made = distill_suite(spec, work=place, target=out or place / "out", console=console, allow_hub=hub)
+    counts = {"answers": made.num_answers, "second_turns": made.num_second_turns, "tokens": made.num_tokens}
+    print(json.dumps({"recipe": spec.name, "corpus": made.file.name, **counts}))
