@@ -21,6 +21,8 @@ from harness.ablation_bench import ArmBench, engine_with, held_out_prompts, refe
 from harness.ablation_specs import AblationSpec
 from harness.ablation_store import AblationStore
 from harness.ablation_training import ArmJob, arm_recipe, train_arm
+from harness.compose.replay import Trace
+from harness.compose.trees import grow
 from harness.config import SearchedTree
 from harness.engine import Engine, best_device, describe_engine, load_model
 from harness.environment import device_info, machine_slug
@@ -30,8 +32,6 @@ from harness.locks import folder_held
 from harness.paths import cache_dir, resolve_path
 from harness.quality.backbone_change import MeasuredText
 from harness.records import ArmTree, Environment
-from harness.trace import Trace
-from harness.trees import grow
 from medusa_impl.distill import CorpusPrompt
 from medusa_impl.medusa2_trainer import STEP_LOG
 from medusa_impl.tree import DraftTree

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.ablation_specs import AblationSpec, parse_ablation
+from harness.compose.replay import Trace
 from harness.errors import UserError
 from harness.files import Frozen, read_lines
 from harness.records import ArmTree, Environment, RecordFolder
-from harness.trace import Trace
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 

@@ -21,11 +21,11 @@ from harness.ablation import (
     trace_file,
 )
 from harness.ablation_specs import AblationSpec
+from harness.compose.replay import Trace
 from harness.environment import machine_slug
 from harness.files import write_bytes, write_json
 from harness.records import ArmTree, Environment
 from harness.run_store import append_line, drop_left_overs, hashes, open_folder, other_than, portable
-from harness.trace import Trace
 
 _UNSEALED = ("manifest.json", "report.md", "curves.png")
 

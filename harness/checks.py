@@ -11,13 +11,13 @@ from itertools import pairwise
 from math import ceil, isfinite, sqrt
 from statistics import median
 
-from harness.config import ArmSpec, BackboneName
+from harness.compose.replay import Trace
+from harness.config import ArmSpec, BackboneName, is_deterministic
 from harness.errors import UserError
 from harness.judgement import CheckOutcome, CheckStatus
 from harness.metrics import bandwidth_share
-from harness.quality.parity import is_deterministic, parity_report, replay_differences, steps_known
+from harness.quality.parity import parity_report, replay_differences, steps_known
 from harness.records import Generation, RunRecord, TrialKey
-from harness.trace import Trace
 
 Check = Callable[[RunRecord], CheckOutcome]
 

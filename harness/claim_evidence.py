@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.claim_outcomes import NotTestable
+from harness.compose.replay import Replay, ReplayIndex, Trace
 from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judgement import ArmMetrics, Comparison, ParityReport
 from harness.metrics import paired_totals
 from harness.records import Generation, RunRecord
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
-from harness.trace import Replay, ReplayIndex, Trace
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits
 

@@ -301,3 +301,8 @@ def parse_suite(text: str, *, where: str) -> SuiteSpec:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "suite"
         raise UserError(found=f"{key}: {first['msg']}", need="a key and value that the suite schema knows", where=where) from error
+
+
+def is_deterministic(arm: ArmSpec) -> bool:
+    """Whether the arm decodes greedily, so that its text must be its baseline's."""
+    return not arm.stochastic and arm.sampling_temperature == 0

@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from harness.compose.roofline import Limits
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
-from harness.roofline import Limits
 
 HARDWARE_FILE = shipped("hardware.toml")
 

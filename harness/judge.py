@@ -8,11 +8,11 @@ from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claims import evaluate_claims
+from harness.compose.replay import Trace
 from harness.judgement import Judgement
 from harness.metrics import arm_metrics, comparisons
 from harness.quality.parity import parity_report
 from harness.records import CALIBRATION_FILE, RunRecord
-from harness.trace import Trace
 
 
 def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:

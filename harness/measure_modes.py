@@ -12,16 +12,16 @@ from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
 from harness.clock import Clock
+from harness.compose.curve import STOCK, BatchTrial, BatchTrials, LatencyCurve, LatencyPoint, ModeTrial
+from harness.compose.replay import Trace
+from harness.compose.trees import resolve_trees
 from harness.config import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
 from harness.engine import Engine
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.latency import STOCK, BatchTrial, BatchTrials, LatencyCurve, LatencyPoint, ModeTrial
 from harness.latency_specs import DtypeName, LatencySpec, ModeName
 from harness.paths import cache_dir, resolve_path
 from harness.records import ArmTree, StepCost
-from harness.trace import Trace
-from harness.trees import resolve_trees
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.tree import DraftTree

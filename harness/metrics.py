@@ -9,11 +9,11 @@ from statistics import fmean, median
 
 import numpy as np
 
+from harness.compose.replay import replay
 from harness.config import ArmSpec
 from harness.judgement import ArmMetrics, CategoryMetrics, Comparison
 from harness.records import Generation, RunRecord, StepCost
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
-from harness.trace import replay
 
 LOW_ACCEPTANCE_TOKENS_PER_STEP = 1.3  # under 0.3 drafted tokens kept a step: less than a first head of 30 % gives alone
 DEAR_STEP_COST = 1.5  # the verification alone takes a third of the tokens it yields at 1.5 a step

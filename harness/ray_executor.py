@@ -30,12 +30,12 @@ from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
+from harness.compose.curve import LatencyRecord
 from harness.config import SuiteSpec
 from harness.engine import best_device
 from harness.environment import device_info, git_state, machine_slug, package_versions, python_version
 from harness.errors import UserError
 from harness.files import write_bytes, write_json
-from harness.latency import LatencyRecord
 from harness.latency_specs import LatencySpec, load_latency_spec
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
 from harness.record_latency import LatencyOptions, run_latency

@@ -20,11 +20,11 @@ from rich.table import Table
 
 from harness import probes
 from harness.clock import Clock, device_clock
+from harness.compose.curve import BATCHES_FILE, MODEL_FILE, MODES_FILE, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials, limits_file
 from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device
 from harness.errors import UserError
 from harness.files import write_json
-from harness.latency import BATCHES_FILE, MODEL_FILE, MODES_FILE, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials, limits_file
 from harness.latency_engine import (
     chosen_modes,
     describe_latency,

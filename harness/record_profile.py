@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity
 
 from harness.arms import ArmRunner
 from harness.clock import Clock, SectionTimer, device_clock
+from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.trees import grow
 from harness.config import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.errors import UserError
@@ -26,8 +28,6 @@ from harness.run import describe
 from harness.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.suite_prompts import suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
-from harness.trace import ReplayIndex, Trace
-from harness.trees import grow
 from medusa_impl.runner import Mode
 from medusa_impl.sections import no_section
 

@@ -16,15 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harness.compose.cells import compose
+from harness.compose.composer import KnotPrices
+from harness.compose.devices import StepTimes
+from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
+from harness.compose.replay import Trace
 from harness.config import load_suite
-from harness.device_curves import StepTimes
 from harness.engine import best_device
 from harness.environment import device_info, git_state, package_versions, python_version
 from harness.files import file_sha256
 from harness.hardware import match_device
 from harness.locks import folder_held
 from harness.paths import code_folder, resolve_path
-from harness.sweep import KnotPrices, SweepPlan, compose, plan_sweep, tree_rates
 from harness.sweep_cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.sweep_record import (
     AnyCell,
@@ -35,7 +38,6 @@ from harness.sweep_record import (
 )
 from harness.sweep_specs import SweepSpec
 from harness.sweep_store import SweepStore
-from harness.trace import Trace
 
 
 @dataclass(frozen=True)

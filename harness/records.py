@@ -15,16 +15,20 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from harness.compose.replay import Trace
 from harness.config import BackboneName, SuiteSpec, parse_suite
 from harness.errors import UserError
 from harness.files import Frozen, file_sha256, first_fault, read_lines
-from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+TIE_MARGIN_FLOAT32 = 5e-4  # design.md, section 7: rounding moved top-two gaps by at most 8e-5 in trials
+# Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred positions miss the rarest shift.
+TIE_SHIFTS = 2.0
 
 
 class TrialKey(Frozen):

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from harness.arms import PROMPT_LOOKUP_TOKENS
-from harness.config import ArmSpec
+from harness.config import ArmSpec, is_deterministic
 from harness.engine import Engine
 from harness.errors import InvalidMeasurement
-from harness.quality.parity import is_deterministic
 from harness.record_trace import CHUNK_POSITIONS, MAX_TREE_RANK, KeptText, kept_states
 from harness.records import Rounding, ShapeShift
 from medusa_impl.tree import DraftTree

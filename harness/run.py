@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness import probes
 from harness.arms import ArmRunner
 from harness.clock import device_clock
+from harness.compose.replay import Trace
+from harness.compose.trees import check_fixed_trees, resolve_trees
 from harness.config import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.doctor import foreign_gpu_processes
 from harness.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
@@ -27,12 +29,12 @@ from harness.files import write_json
 from harness.locks import device_held, folder_held
 from harness.paths import resolve_path, without_paths
 from harness.plan import PlannedTrial, make_plan
-from harness.quality.parity import TIE_SHIFTS
 from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.records import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
+    TIE_SHIFTS,
     TRACE_FILE,
     ArmTree,
     ArmTrees,
@@ -51,8 +53,6 @@ from harness.rounding import measure_rounding
 from harness.run_store import RunStore
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
-from harness.trace import Trace
-from harness.trees import check_fixed_trees, resolve_trees
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 

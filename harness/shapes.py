@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from harness.compose.roofline import ModelShape
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
-from harness.roofline import ModelShape
 
 SHAPES_FILE = shipped("shapes.toml")
 

@@ -14,18 +14,19 @@ import numpy as np
 from harness import probes
 from harness.arms import ArmRunner, TimedGeneration
 from harness.clock import Clock, device_clock
+from harness.compose.composer import Composer, KnotPrices
+from harness.compose.devices import StepTimes
+from harness.compose.differences import decoded_difference
+from harness.compose.replay import PromptTrace, Trace
 from harness.config import ArmSpec, GreedyAcceptance, RejectionAcceptance, SuiteSpec, TypicalAcceptance
-from harness.device_curves import StepTimes
 from harness.engine import Engine, best_device, load_engine, load_model
 from harness.environment import device_info
 from harness.errors import UserError
 from harness.hardware import match_device
 from harness.locks import device_held
 from harness.paths import without_paths
-from harness.quality.parity import decoded_difference
 from harness.record_trace import KeptText
 from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
-from harness.sweep import Composer, KnotPrices
 from harness.sweep_record import (
     AnyCell,
     DecodedCell,
@@ -38,7 +39,6 @@ from harness.sweep_record import (
     sampled_key,
 )
 from harness.sweep_specs import SampledSetting, SweepSpec
-from harness.trace import PromptTrace, Trace
 from medusa_impl.tree import DraftTree
 
 _TREE = {"kind": "chain", "depth": 1}  # ArmSpec wants one; ArmRunner takes the resolved tree

@@ -8,10 +8,10 @@ from math import fsum
 
 import numpy as np
 
+from harness.compose.families import DENSE, JOINT, MARGINALS, SweepTree
 from harness.config import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
 from harness.sweep_record import ChosenTree, ComposedCell, DecodedCell, SweepRecord
-from harness.sweep_trees import DENSE, JOINT, MARGINALS, SweepTree
 
 
 @dataclass(frozen=True)

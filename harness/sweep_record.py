@@ -13,14 +13,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.cost_search import Method
-from harness.device_curves import CurveLabel, RooflineError
+from harness.compose.curve import BreakEven, break_even
+from harness.compose.devices import CurveLabel, RooflineError
+from harness.compose.families import SweepTree
+from harness.compose.search import Method
 from harness.files import Frozen, read_lines
-from harness.latency import BreakEven, break_even
 from harness.records import DeviceInfo, RecordFolder
 from harness.stats import FigureKind, Interval
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
-from harness.sweep_trees import SweepTree
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 Context = Literal["trace"] | int

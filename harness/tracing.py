@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from harness.compose.replay import Trace
 from harness.config import SuiteSpec
 from harness.engine import best_device, load_engine, load_model
 from harness.record_trace import KeptText, record_trace
 from harness.suite_prompts import check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
-from harness.trace import Trace
 from medusa_impl.decode import StreamRequest, decode_stream
 
 _NUM_ROWS = 16

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.assets.catalogue import training_prompts
 from harness.assets.prompts import overlap_report
 from harness.clock import device_clock
+from harness.compose.replay import Trace
 from harness.config import SuiteSpec
 from harness.conversations import conversation_and_turn
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus, next_questions, next_turn_prompts
@@ -28,7 +29,6 @@ from harness.paths import code_folder, resolve_path
 from harness.probes import measure_device_limits
 from harness.record_trace import KeptText, record_trace
 from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
-from harness.trace import Trace
 from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
 from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads

@@ -12,11 +12,11 @@ from pydantic import BaseModel, TypeAdapter
 
 from harness.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
+from harness.compose.curve import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.config import BackboneName, SuiteSpec
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.judgement import Judgement
-from harness.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.latency_specs import LatencySpec
 from harness.paths import holds_absolute_path
 from harness.records import (

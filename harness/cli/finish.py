@@ -33,7 +33,7 @@ def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) 
 
 def finish_latency(folder: Path, *, readme: Path | None) -> None:
     """Write a latency record's report and README table, print its step costs, end with one JSON line."""
-    from harness.latency import LatencyRecord
+    from harness.compose.curve import LatencyRecord
     from harness.report.latency import latency_headline, print_latency, render_latency_report
     from harness.report.readme import update_modes
 

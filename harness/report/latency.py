@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.latency import (
+from harness.compose.curve import (
     DTYPE_BYTES,
     STOCK,
     BatchPoint,
@@ -22,8 +22,8 @@ from harness.latency import (
     mode_rows,
     step_cost_of,
 )
+from harness.compose.roofline import Limits, Prediction, PredictionError, prediction_error, step_seconds
 from harness.paths import without_paths
-from harness.prediction import Prediction, PredictionError, prediction_error
 from harness.report.formatting import (
     ABSENT,
     cell,
@@ -41,7 +41,6 @@ from harness.report.formatting import (
 )
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit, describe_device
-from harness.roofline import Limits, step_seconds
 
 _POINTS_NOTE = """\
 Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the same context and batch,

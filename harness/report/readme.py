@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.compose.curve import LatencyRecord
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_bytes
 from harness.judgement import CheckStatus, Judgement
-from harness.latency import LatencyRecord
 from harness.records import RunRecord
 from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.appendix_g import VERDICTS, AppendixG, simulate
 from harness.claim_arithmetic import Figures, judge_paper_only
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.device_curves import RooflineError
+from harness.compose.appendix_g import VERDICTS, AppendixG, simulate
+from harness.compose.devices import RooflineError
 from harness.judgement import ClaimVerdict, VerdictKind
 from harness.quoted import QuotedRow, load_quoted
 from harness.report.formatting import (

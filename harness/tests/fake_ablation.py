@@ -28,10 +28,10 @@ from harness.ablation import (
     trace_file,
 )
 from harness.ablation_specs import AblationSpec
+from harness.compose.replay import PromptTrace, Trace, TraceProvenance
 from harness.files import file_sha256, write_bytes, write_json
 from harness.records import ArmTree
 from harness.tests.fake_latency import fake_environment
-from harness.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree import DraftTree
 
 NUM_PROMPTS, NUM_TOKENS, NUM_HEADS = 24, 41, 2

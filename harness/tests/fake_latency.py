@@ -12,8 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from harness.files import file_sha256, write_bytes, write_json
-from harness.latency import (
+from harness.compose.curve import (
     BATCHES_FILE,
     MODEL_FILE,
     MODES_FILE,
@@ -28,6 +27,7 @@ from harness.latency import (
     ModeTrials,
     facts_of_shape,
 )
+from harness.files import file_sha256, write_bytes, write_json
 from harness.latency_specs import DtypeName, LatencySpec, PointKey
 from harness.records import ArmTree, DeviceInfo, DeviceLimits, Environment
 from harness.shapes import load_shapes

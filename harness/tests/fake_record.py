@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.compose.replay import PromptTrace, Trace, TraceProvenance, replay
 from harness.config import SuiteSpec, parse_suite
 from harness.files import file_sha256, write_bytes, write_json
 from harness.records import (
@@ -40,7 +41,6 @@ from harness.records import (
     StepCosts,
     TrialKey,
 )
-from harness.trace import PromptTrace, Trace, TraceProvenance, replay
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits
 

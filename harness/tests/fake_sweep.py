@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from harness.compose.cells import compose
+from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
+from harness.compose.replay import PromptTrace, Trace, TraceProvenance
 from harness.files import file_sha256, write_bytes, write_json
 from harness.records import DeviceInfo
-from harness.sweep import SweepPlan, compose, plan_sweep, tree_rates
 from harness.sweep_record import (
     CELLS_FILE,
     ORIGIN_FILE,
@@ -32,7 +34,6 @@ from harness.sweep_record import (
 )
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import SHAPE, write_fake_latency
-from harness.trace import PromptTrace, Trace, TraceProvenance
 
 MODEL, HEADS = "b" * 64, "c" * 64  # the hashes of fake_latency's environment
 NUM_HEADS = 4

@@ -19,6 +19,7 @@ from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claim_training import decided_elsewhere, judge_training, training_verdicts
+from harness.compose.replay import Replay, ReplayIndex, Trace, replay
 from harness.errors import UserError
 from harness.judgement import VerdictKind
 from harness.paths import holds_absolute_path
@@ -26,7 +27,6 @@ from harness.report.ablation import ablation_headline, outcome_in_words, render_
 from harness.report.ablation_curves import curve, curves_figure, draw_curves
 from harness.report.readme import update_between_markers
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
-from harness.trace import Replay, ReplayIndex, Trace, replay
 from harness.validate import validate_record
 from medusa_impl.tree import DraftTree
 

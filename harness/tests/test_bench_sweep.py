@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from harness.compose.cells import compose
+from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
+from harness.compose.devices import PredictedCurve, StepTimes
+from harness.compose.families import resolve_families
+from harness.compose.plan import SweepPlan, with_chosen
+from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.search import SearchSpace
 from harness.config import IntervalSpec
-from harness.cost_search import SearchSpace
-from harness.device_curves import PredictedCurve, StepTimes
 from harness.hardware import load_hardware
 from harness.latency_specs import LatencyHeads
 from harness.shapes import load_shapes
-from harness.sweep import Composer, KnotPrices, SweepPlan, compose, shared_knots, step_contexts, with_chosen
 from harness.sweep_record import ComposedCell
 from harness.sweep_specs import SweepSpec
-from harness.sweep_trees import resolve_families
 from harness.tests.fake_sweep import made_up_spec, made_up_trace
-from harness.trace import ReplayIndex, Trace
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits
 

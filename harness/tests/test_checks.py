@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from harness.checks import CHECKS, run_checks
+from harness.compose.replay import Trace
 from harness.judgement import CheckOutcome, CheckStatus
 from harness.records import Failure, Generation, HeadsControl, RunRecord
 from harness.tests.fake_record import EOS_ID, FakeParts, fake_rounding, write_fake_record
-from harness.trace import Trace
 
 NUM_PROMPTS = 4
 Spoiler = Callable[[FakeParts], object]

@@ -15,10 +15,10 @@ from pytest import MonkeyPatch
 import harness.run
 from harness.cli.app import app
 from harness.cli.options import command_line
+from harness.compose.replay import Trace
 from harness.errors import ExitCode
 from harness.records import RunRecord
 from harness.tests.tiny_suite import CHAIN, FASTEST, VANILLA, MicroRun, SmokeRun, command, micro_data, write_suite
-from harness.trace import Trace
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]

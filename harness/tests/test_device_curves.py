@@ -9,21 +9,14 @@ from typing import Any
 import pytest
 
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.device_curves import (
-    MeasuredCurve,
-    PredictedCurve,
-    find_curves,
-    find_latency_records,
-    measured_curves,
-    roofline_error,
-)
+from harness.compose.curve import LatencyRecord
+from harness.compose.devices import MeasuredCurve, PredictedCurve, find_curves, find_latency_records, measured_curves, roofline_error
+from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
 from harness.hardware import load_hardware
-from harness.latency import LatencyRecord
 from harness.latency_specs import LatencyHeads
 from harness.quoted import load_quoted
 from harness.report.latency import predict
-from harness.roofline import heads_seconds, step_seconds
 from harness.shapes import load_shapes
 from harness.tests.fake_latency import SHAPE, backbone_s, heads_s, step_s, write_fake_latency
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pytest import MonkeyPatch
 
 import harness.run_store
+from harness.compose.replay import Trace
 from harness.engine import Engine, LoadedModel
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.records import RunRecord, read_outcomes
@@ -28,7 +29,6 @@ from harness.tests.tiny_suite import (
     save_tiny_heads,
     write_suite,
 )
-from harness.trace import Trace
 
 Spoil = Callable[[dict[str, Any]], object]
 

@@ -19,9 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness.config import IntervalSpec
-from harness.errors import UserError
-from harness.latency import (
+from harness.compose.curve import (
     POINTS_FILE,
     LatencyCurve,
     LatencyPoint,
@@ -32,6 +30,8 @@ from harness.latency import (
     read_points,
     step_cost_of,
 )
+from harness.config import IntervalSpec
+from harness.errors import UserError
 from harness.latency_specs import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
 from harness.paths import holds_absolute_path
 from harness.report.latency import latency_headline, predict, print_latency, read_share, render_latency_report
@@ -72,7 +72,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> LatencyRecord:
 
 
 def test_pure_modules_need_no_torch() -> None:
-    names = ("harness.latency_specs", "harness.latency", "harness.report.latency", "harness.report.readme", "harness.validate")
+    names = ("harness.latency_specs", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.validate")
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
     assert done.stdout.strip() == "False"

@@ -7,8 +7,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from harness.compose.roofline import Prediction, prediction_error
 from harness.errors import UserError
-from harness.prediction import Prediction, prediction_error
 
 
 def test_error_is_a_share_of_the_measured_time() -> None:

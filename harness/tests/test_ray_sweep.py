@@ -25,15 +25,16 @@ from pytest import MonkeyPatch
 import harness.ray_executor
 import harness.record_sweep
 import harness.report.figures
+from harness.compose.curve import LatencyRecord
+from harness.compose.devices import measured_curves
+from harness.compose.plan import SweepPlan, plan_sweep
+from harness.compose.replay import Trace
 from harness.config import parse_suite
-from harness.device_curves import measured_curves
 from harness.engine import Engine, LoadedModel
 from harness.environment import git_state
 from harness.errors import ExitCode, UserError
-from harness.latency import LatencyRecord
 from harness.ray_executor import RayExecutor, keep_record, packed, unpacked
 from harness.record_sweep import SweepOptions, cell_inputs, plan_runs, run_sweep
-from harness.sweep import SweepPlan, plan_sweep
 from harness.sweep_cells import CellInputs, DecodedTask, SampledTask
 from harness.sweep_record import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
 from harness.sweep_specs import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
@@ -41,7 +42,6 @@ from harness.sweep_store import SweepStore, portable_spec
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, Ran, command, micro_data, smoke_suite, write_suite
-from harness.trace import Trace
 from harness.tracing import trace_suite
 from harness.validate import validate_record
 from medusa_impl.tree import DraftTree

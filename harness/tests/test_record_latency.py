@@ -18,11 +18,11 @@ import harness.engine
 import harness.latency_engine
 import harness.locks
 import harness.record_latency
+from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, batch_points, facts_of_shape, mode_rows, read_points
 from harness.engine import Engine, LoadedModel
 from harness.environment import git_state
 from harness.errors import ExitCode, UserError
 from harness.files import Frozen
-from harness.latency import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, batch_points, facts_of_shape, mode_rows, read_points
 from harness.latency_engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.latency_specs import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.latency_store import LatencyStore

@@ -19,6 +19,7 @@ import harness.record_sweep
 import harness.report.figures
 import harness.sweep_cells
 from harness.arms import ArmRunner, TimedGeneration
+from harness.compose.replay import Trace
 from harness.config import parse_suite
 from harness.engine import Engine, LoadedModel
 from harness.environment import device_info, git_state
@@ -35,7 +36,6 @@ from harness.sweep_store import SweepStore
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
-from harness.trace import Trace
 from harness.tracing import trace_suite
 from harness.validate import json_schemas, validate_record
 from medusa_impl.tree import DraftTree
@@ -143,7 +143,7 @@ def test_the_sampled_tree_at_temperature_0_is_the_replay(record: SweepRecord, ho
     assert cell.tree is not None
     tree, trace = record.trees.trees[cell.tree].tree(), Trace.load(home / "trace.npz")
     assert tree.num_nodes == 8
-    from harness.trace import replay
+    from harness.compose.replay import replay
 
     replayed = replay(trace, tree)
     keys = [prompt.key for prompt in trace.prompts]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.arms import ArmRunner
+from harness.compose.replay import Trace, replay
 from harness.engine import Engine, load_engine, load_model
 from harness.record_trace import HEAD_TIE_MARGIN, MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
 from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
-from harness.trace import Trace, replay
 from medusa_impl.heads import MedusaHeads, ordered_topk
 from medusa_impl.runner import StepRunner
 from medusa_impl.tree import DraftTree

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.appendix_g import CANDIDATES, simulate
 from harness.claim_specs import load_claims
 from harness.cli.trees import print_device_search
+from harness.compose.appendix_g import CANDIDATES, simulate
+from harness.compose.plan import SweepPlan
+from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
 from harness.hardware import load_hardware
 from harness.paths import holds_absolute_path
 from harness.report.figures import FORMATS, draw_figures, tree_layout
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
-from harness.roofline import llama_7b_block, step_cost
-from harness.sweep import SweepPlan
 from harness.sweep_checks import headline_cells
 from harness.sweep_record import SweepRecord
 from harness.tests.fake_latency import SHAPE

@@ -9,9 +9,7 @@ from typing import Literal
 import pytest
 
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.errors import UserError
-from harness.hardware import load_hardware
-from harness.roofline import (
+from harness.compose.roofline import (
     Limits,
     ModelShape,
     Simulation,
@@ -26,6 +24,8 @@ from harness.roofline import (
     step_cost,
     step_seconds,
 )
+from harness.errors import UserError
+from harness.hardware import load_hardware
 
 HeadArchitecture = Literal["own", "shared"]
 ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tomli_w
 
+from harness.compose.roofline import step_bytes
 from harness.errors import UserError
-from harness.roofline import step_bytes
 from harness.shapes import ShapeSpec, load_shapes
 
 # Parameters of the published weights, as the hub counts them.

@@ -9,9 +9,9 @@ from safetensors import safe_open
 
 from harness.ablation import newest_ablations
 from harness.ablation_figures import ablation_rows
+from harness.compose.replay import Trace
 from harness.config import load_suite
 from harness.paths import shipped
-from harness.trace import Trace
 from medusa_impl.checkpoint import HeadsProvenance, adapter_sha256, backbone_sha256, load_heads
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from harness.clock import device_clock
+from harness.compose.replay import Trace, replay
 from harness.engine import Engine, load_engine, load_model
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
@@ -26,7 +27,6 @@ from harness.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, r
 from harness.suite_prompts import suite_prompts
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, command, micro_data, smoke_suite, write_suite
-from harness.trace import Trace, replay
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree
 

@@ -14,31 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.compose.cells import compose, compose_cell
+from harness.compose.composer import Composer, KnotPrices, figure_kind, knot_shares, nearby, shared_knots, step_contexts
+from harness.compose.curve import LatencyRecord
+from harness.compose.devices import MeasuredCurve, StepTimes
+from harness.compose.families import CARTESIAN, CHOSEN, DENSE, JOINT, resolve_families
+from harness.compose.plan import SweepPlan, tree_rates
+from harness.compose.replay import PromptTrace, ReplayIndex, Trace
 from harness.config import IntervalSpec
-from harness.device_curves import MeasuredCurve, StepTimes
 from harness.errors import UserError
-from harness.latency import LatencyRecord
 from harness.stats import Resamples, bootstrap_totals
-from harness.sweep import (
-    Composer,
-    KnotPrices,
-    SweepPlan,
-    compose,
-    compose_cell,
-    figure_kind,
-    knot_shares,
-    nearby,
-    shared_knots,
-    step_contexts,
-    tree_rates,
-)
 from harness.sweep_checks import headline_cells, hypothetical_cells
 from harness.sweep_record import CELLS_FILE, ComposedCell, FailedCell, SweepRecord, read_cells
 from harness.sweep_specs import SampledSetting, load_sweep
-from harness.sweep_trees import CARTESIAN, CHOSEN, DENSE, JOINT, resolve_families
 from harness.tests.fake_latency import SHAPE, step_s
 from harness.tests.fake_sweep import MODEL, is_sqrt, made_up_plan, made_up_spec, made_up_trace, write_sweep
-from harness.trace import PromptTrace, ReplayIndex, Trace
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,7 +78,7 @@ def plain_seconds(trace: Trace, tree: DraftTree) -> list[float]:
 
 def test_pure_modules_need_no_torch() -> None:
     names = (
-        "harness.sweep",
+        "harness.compose.composer",
         "harness.sweep_record",
         "harness.sweep_claims",
         "harness.report.sweep",

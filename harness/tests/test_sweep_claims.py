@@ -11,8 +11,8 @@ import pytest
 
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
+from harness.compose.plan import SweepPlan
 from harness.judgement import VerdictKind
-from harness.sweep import SweepPlan
 from harness.sweep_checks import (
     best_by_heads,
     decoded_checks,

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.compose.replay import EndedBy, PromptTrace, Replay, ReplayIndex, Trace, TraceProvenance, replay, replay_rows
 from harness.errors import UserError
-from harness.trace import EndedBy, PromptTrace, Replay, ReplayIndex, Trace, TraceProvenance, replay, replay_rows
 from medusa_impl.tree import DraftTree, RankPath
 
 BUDGET = 24

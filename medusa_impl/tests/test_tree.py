@@ -241,6 +241,6 @@ def test_pruning_keeps_the_nodes_above(paths: list[RankPath], max_depth: int) ->
 
 
 def test_the_pure_half_does_not_load_torch() -> None:
-    code = "import sys, harness.trace, medusa_impl.tree, medusa_impl.tree_search; sys.exit('torch' in sys.modules)"
+    code = "import sys, harness.compose.replay, medusa_impl.tree, medusa_impl.tree_search; sys.exit('torch' in sys.modules)"
     root = Path(tree_module.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

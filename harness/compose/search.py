@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
+from harness.compose.families import most_nodes
+from harness.compose.replay import ReplayIndex
+from harness.compose.trees import MAX_RANK
 from harness.errors import UserError
 from harness.files import Frozen, canonical_sha256, write_json
-from harness.sweep_trees import most_nodes
-from harness.trace import ReplayIndex
-from harness.trees import MAX_RANK
 from medusa_impl.tree import DraftTree, RankPath
 from medusa_impl.tree_search import grow_by_joint_hits, marginal_accuracies
 

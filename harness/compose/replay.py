@@ -38,6 +38,7 @@ from medusa_impl.tree import DraftTree, RankPath
 SCHEMA_VERSION = 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
+HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
 
 
 class TraceProvenance(BaseModel):

@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
 
+from harness.compose.curve import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
+from harness.compose.roofline import Limits, Prediction, PredictionError, heads_seconds, prediction_error, step_seconds
 from harness.errors import UserError
 from harness.files import Frozen, canonical_sha256
 from harness.hardware import DeviceSpec, load_hardware, match_device
-from harness.latency import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
 from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey
-from harness.prediction import Prediction, PredictionError, prediction_error
-from harness.roofline import Limits, heads_seconds, step_seconds
 from harness.shapes import ShapeSpec, load_shapes
 
 _PREDICTED_CONTEXTS = tuple(sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))}))

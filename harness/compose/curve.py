@@ -19,12 +19,12 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from harness.compose.roofline import ModelShape
 from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.files import Frozen, read_lines
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder
-from harness.roofline import ModelShape
 from harness.shapes import ShapeSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 

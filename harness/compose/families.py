@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from harness.compose.replay import ReplayIndex
+from harness.compose.trees import MAX_RANK, grow
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.sweep_specs import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
-from harness.trace import ReplayIndex
-from harness.trees import MAX_RANK, grow
 from medusa_impl.tree import DraftTree, RankPath, largest_cartesian
 from medusa_impl.tree_search import random_dense
 

@@ -1,0 +1,1 @@
+"""Pure arithmetic: tokens/step, step cost, their quotient."""

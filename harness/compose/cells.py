@@ -1,0 +1,136 @@
+"""A sweep's composed cells: replayed steps priced by curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.compose.composer import Composer, Floats, KnotPrices, figure_kind
+from harness.compose.devices import StepTimes
+from harness.compose.plan import SweepPlan
+from harness.errors import UserError
+from harness.sweep_record import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
+from medusa_impl.tree import DraftTree
+
+_DIGITS = 6  # of a figure in a record: far more than its interval allows
+
+
+def compose(plan: SweepPlan, *, done: frozenset[str] = frozenset()) -> Iterator[AnyCell]:
+    """Yield every composed cell that is not done, one after another, then the predictions that cannot be made."""
+    for curve, context, batch in plan.cells:
+        key = composed_key(curve.label, context=context, batch=batch)
+        if key in done:
+            continue
+        try:
+            yield compose_cell(plan, curve, context=context, batch=batch)
+        except UserError as error:
+            words = f"{curve.label.words}, batch {batch}, context {context}"
+            yield FailedCell(key=key, words=words, error_type="UserError", message=str(error))
+    yield from (cell for cell in plan.refused if cell.key not in done)
+
+
+def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: int) -> ComposedCell:
+    """Return all trees on one curve at one batch.
+
+    Raises: UserError where the curve does not cover vanilla steps at that batch.
+    """
+    composer = plan.composer
+    prices = KnotPrices(curve, knots=composer.knots, context=context, batch=batch)
+    vanilla = composer.steps(DraftTree.root_only(), batch=batch)
+    vanilla_prices = prices.step(1, 0)
+    if vanilla_prices is None:
+        found = f"no vanilla step at batch {batch}, context {context}"
+        raise UserError(found=found, need="one timed or predicted there", where=curve.label.words, do="measure it, or leave the size out")
+    vanilla_s = float((vanilla.shares @ vanilla_prices).sum())
+    figures = {}
+    for place, tree in enumerate(plan.drafts):
+        steps = composer.steps(tree, batch=batch)
+        values = prices.step(steps.num_nodes, steps.num_heads)
+        if values is not None:
+            figures[place] = steps.shares @ values
+    columns = np.stack([vanilla.shares @ vanilla_prices, *figures.values()], axis=1)
+    speedups, low, high = _speedups(composer, columns)
+    provenance = composer.index.trace.provenance
+    lengths = composer.trace_contexts(batch=batch)
+    tokens = float(vanilla.tokens.sum())
+    num_steps = [float(composer.steps(plan.drafts[place], batch=batch).steps.sum()) for place in figures]
+    seconds = columns.sum(axis=0)[1:]
+    return ComposedCell(
+        curve=curve.label,
+        context=context,
+        batch=batch,
+        kind=figure_kind(curve, shape=plan.spec.shape, model_sha256=provenance.model_hash, context=context),
+        beyond_share=_beyond(lengths, curve.contexts) if context == "trace" else _beyond(np.array([context]), curve.contexts),
+        vanilla_step_s=_rounded(vanilla_s / float(vanilla.steps.sum())),
+        vanilla_tokens_per_s=_rounded(tokens / vanilla_s),
+        trees=tuple(figures),
+        step_s=tuple(_rounded(total / count) for total, count in zip(seconds.tolist(), num_steps, strict=True)),
+        tokens_per_s=tuple(_rounded(tokens / total) for total in seconds.tolist()),
+        speedup=tuple(map(_rounded, speedups.tolist())),
+        speedup_low=tuple(map(_rounded, low.tolist())),
+        speedup_high=tuple(map(_rounded, high.tolist())),
+        num_uncovered=len(plan.trees) - len(figures),
+        chosen=_chosen(plan, prices, lengths=lengths),
+    )
+
+
+def _speedups(composer: Composer, columns: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return speedups and their bounds. Shapes: `columns` [U, 1 + T], vanilla's seconds first; results [T]."""
+    resamples, totals = composer.resamples(len(columns)), columns.sum(axis=0)
+    draws = resamples.totals(columns)
+    low, high = resamples.bounds((draws[:, :1] / draws[:, 1:]).T)
+    return np.asarray(totals[0] / totals[1:]), low, high
+
+
+def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) -> tuple[ChosenTree, ...]:
+    composer, curve, batch = plan.composer, prices.curve, prices.batch
+    found = []
+    vanilla = composer.steps(DraftTree.root_only(), batch=batch)
+    vanilla_prices = prices.step(1, 0)
+    for choice in plan.choices.get(composed_key(curve.label, context=prices.context, batch=batch), ()):
+        tree = choice.tree()
+        steps = composer.steps(tree, batch=batch)
+        values = prices.step(steps.num_nodes, steps.num_heads)
+        assert values is not None and vanilla_prices is not None  # the search priced it
+        seconds, vanilla_seconds = steps.shares @ values, vanilla.shares @ vanilla_prices
+        resamples = composer.resamples(len(seconds))
+        draws = resamples.totals(np.stack([steps.tokens, seconds, vanilla_seconds], axis=1))
+        total_s, vanilla_s = float(seconds.sum()), float(vanilla_seconds.sum())
+        found.append(
+            ChosenTree(
+                method=choice.method,
+                tree=plan.places[tree],
+                promised=choice.promised,
+                step_cost=prices.backbone_cost(tree.num_nodes, context_tokens=int(median(lengths.tolist()))),
+                overhead=(total_s / float(steps.steps.sum())) / (vanilla_s / float(vanilla.steps.sum())),
+                tokens_per_s=resamples.interval(float(steps.tokens.sum()) / total_s, draws[:, 0] / draws[:, 1]),
+                speedup=resamples.interval(vanilla_s / total_s, draws[:, 2] / draws[:, 1]),
+                speedups=_by_batch(plan, curve, tree, context=prices.context) if batch == 1 and choice.method == "joint" else {},
+            )
+        )
+    return tuple(found)
+
+
+def _by_batch(plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Context) -> dict[int, float]:
+    """Return a tree's speedup at every break-even batch that the curve covers and the trace can fill."""
+    composer, speedups = plan.composer, dict[int, float]()
+    for batch in plan.spec.break_even_batches:
+        if batch > len(composer.index.trace.prompts):
+            continue
+        prices = KnotPrices(curve, knots=composer.knots, context=context, batch=batch)
+        ours, vanilla = composer.steps(tree, batch=batch), composer.steps(DraftTree.root_only(), batch=batch)
+        ours_at, vanilla_at = prices.step(ours.num_nodes, ours.num_heads), prices.step(1, 0)
+        if ours_at is not None and vanilla_at is not None:
+            speedups[batch] = _rounded(float((vanilla.shares @ vanilla_at).sum() / (ours.shares @ ours_at).sum()))
+    return speedups
+
+
+def _beyond(lengths: NDArray[np.int64], covered: Sequence[int]) -> float:
+    return _rounded(float(np.mean((lengths < min(covered)) | (lengths > max(covered)))))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

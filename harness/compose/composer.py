@@ -1,0 +1,204 @@
+"""The sweep's arithmetic: trees replayed on a trace, steps priced with a device's curve, figures that say what they are. No torch.
+
+A tree's steps are reduced once to what any curve needs. A step at context c costs b(c) + h, linear in c between the lengths that were
+timed; so each step is shared out between the two nearest of these lengths, the *knots*, and the sum over a prompt's steps of curve.seconds
+becomes the product of a row of shares with the curve's values at the knots. A thousand trees on a hundred curves are then matrix products.
+
+    context    256 ---------- 512        one step at 320 counts 0.75 at 256 and 0.25 at 512,
+                     ^320                the same seconds as interpolation gives
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.compose.devices import StepTimes
+from harness.compose.replay import Replay, ReplayIndex, Trace
+from harness.compose.search import Price
+from harness.config import IntervalSpec
+from harness.errors import UserError
+from harness.stats import FigureKind, Interval, Resamples
+from harness.sweep_record import Context
+from medusa_impl.tree import DraftTree
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedSteps:
+    """The replay of one tree at one batch, reduced to what composition needs.
+
+    Units are what is resampled: prompts at batch 1, else whole batches of prompts. Shapes: `tokens`, `steps`, `row_steps` [U], the kept
+    tokens behind each row's first, the steps, and steps times rows; `shares` [U, knots], the steps shared out between the knots.
+    """
+
+    num_nodes: int
+    num_heads: int
+    tokens: Floats
+    steps: Floats
+    row_steps: Floats
+    shares: Floats
+
+
+class Composer:
+    """One trace, prepared to be composed with any curve: replays, shares of steps and bootstrap draws, each made once.
+
+    `knots` are the context lengths between which all curves are linear.
+    """
+
+    def __init__(self, trace: Trace, *, knots: Sequence[int], interval: IntervalSpec) -> None:
+        decoded = tuple(prompt for prompt in trace.prompts if prompt.num_kept_tokens > 1)  # the others take no step
+        if not decoded:
+            raise UserError(found="no decoding step: every prompt ends at its first token", need="a prompt of two kept tokens or more")
+        self.index, self.interval = ReplayIndex(Trace(provenance=trace.provenance, prompts=decoded)), interval
+        self.knots = np.array(sorted(set(knots)), dtype=np.float64)
+        self._replayed: dict[tuple[DraftTree, int], ReplayedSteps] = {}
+        self._resamples: dict[int, Resamples] = {}
+
+    def steps(self, tree: DraftTree, *, batch: int = 1) -> ReplayedSteps:
+        """Return a tree's reduced replay."""
+        if (tree, batch) not in self._replayed:
+            self._replayed[tree, batch] = reduced(self.index.replay(tree, batch=batch), knots=self.knots)
+        return self._replayed[tree, batch]
+
+    def resamples(self, num_units: int) -> Resamples:
+        """Return the draws of so many units, the same for every tree and curve."""
+        if num_units not in self._resamples:
+            self._resamples[num_units] = Resamples(num_units, spec=self.interval)
+        return self._resamples[num_units]
+
+    def tokens_per_step(self, tree: DraftTree, *, batch: int = 1) -> Interval:
+        """Return the tokens that a step yields for each row that it carries, with the interval over prompts or batches of prompts."""
+        steps = self.steps(tree, batch=batch)
+        draws = self.resamples(len(steps.tokens)).totals(np.stack([steps.tokens, steps.row_steps], axis=1))
+        rate = float(steps.tokens.sum() / steps.row_steps.sum())
+        return self.resamples(len(steps.tokens)).interval(rate, draws[:, 0] / draws[:, 1])
+
+    def trace_contexts(self, *, batch: int = 1) -> NDArray[np.int64]:
+        """Return the kept tokens behind which each vanilla step runs."""
+        replay = self.index.replay(DraftTree.root_only(), batch=batch)
+        return step_contexts(replay)
+
+
+def step_contexts(replay: Replay) -> NDArray[np.int64]:
+    """Return for every step, of a batch where rows decode together, how many tokens the cache held: all known ones but the root."""
+    known = replay.context_tokens if replay.batch == 1 else replay.batch_context_tokens
+    return np.asarray(known - 1)
+
+
+def reduced(replay: Replay, *, knots: Floats) -> ReplayedSteps:
+    """Return a replay reduced to tokens, steps and shares of the knots, unit by unit."""
+    kept = (replay.num_kept_tokens - 1).astype(np.float64)
+    starts = np.arange(0, len(kept), replay.batch)
+    steps = replay.batch_steps
+    rows = np.diff(np.append(starts, len(kept)))
+    units = np.repeat(np.arange(len(starts)), steps)
+    return ReplayedSteps(
+        num_nodes=replay.tree.num_nodes,
+        num_heads=replay.tree.depth,
+        tokens=np.add.reduceat(kept, starts),
+        steps=steps.astype(np.float64),
+        row_steps=(steps * rows).astype(np.float64),
+        shares=knot_shares(step_contexts(replay), units=units, num_units=len(starts), knots=knots),
+    )
+
+
+def knot_shares(contexts: NDArray[np.int64], *, units: NDArray[np.int64], num_units: int, knots: Floats) -> Floats:
+    """Return each unit's steps shared out between the knots, so that a product with values at the knots is their interpolated sum.
+
+    Beyond the first and the last knot a step counts there whole. Shapes: `contexts`, `units` [S], `knots` [k]; result [U, k].
+    """
+    count = len(knots)
+    if count == 1:
+        return np.bincount(units, minlength=num_units).astype(np.float64)[:, None]
+    within = np.clip(contexts, knots[0], knots[-1])
+    left = np.clip(np.searchsorted(knots, within, side="right") - 1, 0, count - 2)
+    share = (within - knots[left]) / (knots[left + 1] - knots[left])
+    flat = units * count + left
+    size = num_units * count
+    table = np.bincount(flat, weights=1 - share, minlength=size) + np.bincount(flat + 1, weights=share, minlength=size)
+    return np.asarray(table[:size].reshape(num_units, count))
+
+
+class KnotPrices:
+    """A curve's step times at the knots, for one batch: each size asked for once.
+
+    `context` "trace" prices steps where they ran; a number prices every step at that length.
+    """
+
+    def __init__(self, curve: StepTimes, *, knots: Floats, context: Context, batch: int) -> None:
+        self.curve, self.knots, self.context, self.batch = curve, knots, context, batch
+        self._bodies: dict[int, Floats | None] = {}
+        self._heads: dict[int, float | None] = {}
+
+    def step(self, num_nodes: int, num_heads: int) -> Floats | None:
+        """Return the seconds of a whole step at every knot; None where the curve does not reach. Shapes: result [knots]."""
+        if num_nodes not in self._bodies:
+            self._bodies[num_nodes] = self._body(num_nodes)
+        if num_heads not in self._heads:
+            self._heads[num_heads] = self.curve.heads_seconds(num_heads=num_heads, batch=self.batch)
+        body, heads = self._bodies[num_nodes], self._heads[num_heads]
+        return None if body is None or heads is None else body + heads
+
+    def price_at(self, context_tokens: float) -> Price:
+        """Return a search's price of a size: the step's seconds at one context length."""
+
+        def price(num_nodes: int, num_heads: int) -> float | None:
+            values = self.step(num_nodes, num_heads)
+            return None if values is None else float(np.interp(context_tokens, self.knots, values))
+
+        return price
+
+    def backbone_cost(self, num_nodes: int, *, context_tokens: int) -> float | None:
+        """Return the step cost at the covered length that is nearest; None where the curve does not reach."""
+        for context in sorted(self._near(), key=lambda length: abs(length - context_tokens)):
+            asked = {"context_tokens": context, "batch": self.batch}
+            one_s, many_s = (self.curve.backbone_seconds(num_nodes=size, **asked) for size in (1, num_nodes))
+            if one_s is not None and many_s is not None:
+                return many_s / one_s
+        return None
+
+    def _body(self, num_nodes: int) -> Floats | None:
+        asked = self._near()
+        timed = ((at, self.curve.body_seconds(num_nodes=num_nodes, context_tokens=at, batch=self.batch)) for at in asked)
+        known = [(at, seconds) for at, seconds in timed if seconds is not None]
+        if not known:
+            return None
+        lengths, seconds = zip(*known, strict=True)
+        wanted = self.knots if self.context == "trace" else np.full(len(self.knots), float(self.context))
+        return np.asarray(np.interp(wanted, lengths, seconds))
+
+    def _near(self) -> tuple[int, ...]:
+        low, high = (int(self.knots[0]), int(self.knots[-1])) if self.context == "trace" else (self.context, self.context)
+        return nearby(self.curve.contexts, low=low, high=high)
+
+
+def nearby(contexts: Sequence[int], *, low: int, high: int) -> tuple[int, ...]:
+    """Return the lengths from `low` to `high` and the nearest on either side: all that interpolation between the two can touch."""
+    below, above = (max((c for c in contexts if c <= low), default=low), min((c for c in contexts if c >= high), default=high))
+    return tuple(context for context in contexts if below <= context <= above)
+
+
+def shared_knots(curves: Sequence[StepTimes], contexts: NDArray[np.int64]) -> tuple[int, ...]:
+    """Return the lengths between which every curve is linear, within those of a trace's steps."""
+    low, high = int(contexts.min()), int(contexts.max())
+    inner = {context for curve in curves for context in curve.contexts if low < context < high}
+    return tuple(sorted({low, high, *inner}))
+
+
+def figure_kind(curve: StepTimes, *, shape: str, model_sha256: str, context: Context) -> FigureKind:
+    """Return what a speedup from a trace and a curve is: composed, predicted, or hypothetical.
+
+    Hypothetical is what joins one model's trace with another's steps, or prices steps at lengths that the text did not have. A measured
+    curve of random weights of the trace's own shape counts as the model's: a dense step costs what its shape costs.
+    """
+    label = curve.label
+    if label.shape != shape or context != "trace":
+        return "hypothetical"
+    if label.kind == "predicted":
+        return "predicted"
+    return "composed" if label.weights_sha256 in (None, model_sha256) else "hypothetical"

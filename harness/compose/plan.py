@@ -1,0 +1,192 @@
+"""A sweep made ready: its trees, curves and heads, before anything is composed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
+from harness.compose.curve import LatencyRecord
+from harness.compose.devices import PredictedCurve, RooflineError, StepTimes, find_latency_records, measured_curves, roofline_error
+from harness.compose.families import CHOSEN, JOINT, SweepTree, resolve_families
+from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.search import METHODS, CostChoice, Price, SearchSpace, cached_choices
+from harness.compose.trees import grow
+from harness.errors import UserError
+from harness.hardware import HARDWARE_FILE, load_hardware
+from harness.paths import resolve_path
+from harness.shapes import SHAPES_FILE, load_shapes
+from harness.sweep_record import Context, FailedCell, SweepTrees, TreeRate, composed_key
+from harness.sweep_specs import SweepSpec
+from medusa_impl.tree import DraftTree
+
+
+@dataclass(frozen=True, eq=False)
+class SweepPlan:
+    """A sweep made ready: trees, curves and, for each composed cell, the trees that the searches chose for it."""
+
+    spec: SweepSpec
+    composer: Composer
+    calibration: ReplayIndex
+    curves: tuple[StepTimes, ...]
+    trees: tuple[SweepTree, ...]
+    choices: Mapping[str, tuple[CostChoice, ...]]
+    refused: tuple[FailedCell, ...]
+    error: RooflineError | None
+    run_tree: DraftTree | None = None
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def drafts(self) -> tuple[DraftTree, ...]:
+        """The trees themselves, in the order of `trees`."""
+        return tuple(sweep_tree.tree() for sweep_tree in self.trees)
+
+    @cached_property
+    def places(self) -> Mapping[DraftTree, int]:
+        """Where each tree stands in `trees`."""
+        return {tree: place for place, tree in enumerate(self.drafts)}
+
+    @property
+    def cells(self) -> tuple[tuple[StepTimes, Context, int], ...]:
+        """The composed cells: curves, contexts, batches."""
+        return tuple((curve, context, batch) for curve in self.curves for context in self.spec.contexts for batch in self.spec.batches)
+
+
+def plan_sweep(spec: SweepSpec, *, beside: Path | None, results: Path, cache: Path | None = None) -> SweepPlan:
+    """Load traces and curves, resolve every tree, and let the searches choose each cell's own; `cache` keeps what searches found.
+
+    Raises: UserError for what is missing or does not belong together.
+    """
+    trace_file, calibration_file = (resolve_path(name, beside=beside) for name in (spec.trace, spec.calibration_trace))
+    trace, calibration = Trace.load(trace_file), ReplayIndex(Trace.load(calibration_file))
+    check_same_heads(trace, calibration.trace)
+    records = find_latency_records(results, names=spec.measured.records) if spec.measured is not None else ()
+    curves, refused = gather_curves(spec, records)
+    if not curves:
+        raise UserError(found="no curve", need="a latency record, or devices to predict", where="the sweep", do="run medusa-repro latency")
+    known = sorted({*load_shapes(), *(curve.label.shape for curve in curves)})
+    if spec.shape not in known:
+        raise UserError(found=f"shape {spec.shape!r}", need=f"one of {known}, published or measured", where="the sweep")
+    lengths = step_contexts(ReplayIndex(trace).replay(DraftTree.root_only()))
+    composer = Composer(trace, knots=shared_knots(curves, lengths), interval=spec.interval)
+    trees = resolve_families(spec.trees, calibration=calibration, num_heads=spec.num_heads)
+    run_tree = sampled_tree(spec, calibration)
+    choices = choose_trees(spec, composer, calibration, curves, cache=cache)
+    return SweepPlan(
+        spec=spec,
+        composer=composer,
+        calibration=calibration,
+        curves=curves,
+        trees=with_chosen(trees, choices, also=run_tree),
+        run_tree=run_tree,
+        choices=choices,
+        refused=refused,
+        error=roofline_error(records),
+        inputs={
+            "trace": trace_file,
+            "calibration_trace": calibration_file,
+            "hardware.toml": HARDWARE_FILE,
+            "shapes.toml": SHAPES_FILE,
+            **{f"latency record {record.folder.name}": record.folder / "manifest.json" for record in records},
+        },
+    )
+
+
+def check_same_heads(trace: Trace, calibration: Trace) -> None:
+    """Refuse a calibration trace of another model or other heads than the trace's."""
+    ours, theirs = trace.provenance, calibration.provenance
+    if (ours.model_hash, ours.heads_hash) != (theirs.model_hash, theirs.heads_hash):
+        raise UserError(
+            found="a calibration trace of another model or other heads",
+            need=f"one of backbone {ours.model_hash[:12]} and heads {ours.heads_hash[:12]}",
+            where="calibration_trace",
+            do="record it again with medusa-repro trace",
+        )
+
+
+def gather_curves(spec: SweepSpec, records: Sequence[LatencyRecord]) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
+    """Return every curve of a sweep, measured ones first, and a failed cell for each prediction that cannot be made."""
+    curves: list[StepTimes] = []
+    refused: list[FailedCell] = []
+    for record in records:
+        curves += measured_curves(record, dtypes=spec.measured.dtypes if spec.measured is not None else ())
+    wanted, devices, shapes = spec.predicted, load_hardware(), load_shapes()
+    if wanted is None:
+        return tuple(curves), ()
+    keys = tuple(devices) if wanted.devices == "all" else wanted.devices
+    for kind, names, known in (("device", keys, devices), ("shape", wanted.shapes, shapes)):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(found=f"{kind} {unknown[0]!r}", need=f"one of {sorted(known)}", where="predicted")
+    for key, name, dtype in ((key, name, dtype) for name in wanted.shapes for key in keys for dtype in wanted.dtypes):
+        try:
+            curves.append(PredictedCurve(key, devices[key], shapes[name], dtype=dtype, heads=wanted.heads))
+        except UserError as error:
+            words = f"{key}, {name}, {dtype} (predicted)"
+            refused.append(FailedCell(key=f"curve {words}", words=words, error_type="UserError", message=str(error)))
+    return tuple(curves), tuple(refused)
+
+
+def choose_trees(
+    spec: SweepSpec, composer: Composer, calibration: ReplayIndex, curves: Sequence[StepTimes], *, cache: Path | None
+) -> dict[str, tuple[CostChoice, ...]]:
+    """Return what both searches choose for every composed cell, priced at the mean context of the calibration text's vanilla steps."""
+    space = SearchSpace(calibration, max_nodes=spec.search.max_nodes, num_heads=max(spec.num_heads))
+    usual = float(np.mean(step_contexts(calibration.replay(DraftTree.root_only()))))
+    choices: dict[str, tuple[CostChoice, ...]] = {}
+    for curve in curves:
+        for context in spec.contexts:
+            for batch in spec.batches:
+                price = KnotPrices(curve, knots=composer.knots, context=context, batch=batch).price_at(usual)
+                if price(1, 0) is None:
+                    continue  # the cell itself says that its curve does not reach
+                choices[composed_key(curve.label, context=context, batch=batch)] = cached_choices(
+                    space.key,
+                    curve_fingerprint=f"{curve.label.fingerprint} {context} {batch} {usual:.3f} {composer.knots.tolist()}",
+                    folder=cache,
+                    search=partial(search_both, space, price),
+                )
+    return choices
+
+
+def search_both(space: SearchSpace, price: Price) -> list[CostChoice]:
+    """Return what both searches choose at a price, the one on joint hits first."""
+    return [space.choose(method, price) for method in METHODS]
+
+
+def sampled_tree(spec: SweepSpec, calibration: ReplayIndex) -> DraftTree | None:
+    """Return the tree that the run settings share, grown on joint hits; None where nothing is sampled."""
+    if spec.sampled is None:
+        return None
+    return grow(calibration.trace, num_nodes=spec.sampled.tree_nodes, values="joint", num_heads=max(spec.num_heads)).tree
+
+
+def with_chosen(
+    trees: Sequence[SweepTree], choices: Mapping[str, Sequence[CostChoice]], *, also: DraftTree | None = None
+) -> tuple[SweepTree, ...]:
+    """Return the trees with those that searches chose behind them, each tree once; the root alone is always there, and `also`."""
+    found = {sweep_tree.tree(): sweep_tree for sweep_tree in trees}
+    if also is not None and also not in found:
+        found[also] = SweepTree(paths=also.paths, num_heads=also.depth, families=(JOINT,))
+    chosen = [choice.tree() for cell in choices.values() for choice in cell]
+    for tree in (DraftTree.root_only(), *chosen):
+        before = found.get(tree)
+        if before is None:
+            found[tree] = SweepTree(paths=tree.paths, num_heads=tree.depth, families=(CHOSEN,))
+        elif CHOSEN not in before.families:
+            found[tree] = before.model_copy(update={"families": (*before.families, CHOSEN)})
+    return tuple(found.values())
+
+
+def tree_rates(plan: SweepPlan) -> SweepTrees:
+    """Return the plan's trees with their tokens/step, on the calibration trace and, with intervals, on the trace itself."""
+    rates = [
+        TreeRate(batch=batch, tree=place, tokens_per_step=plan.composer.tokens_per_step(tree, batch=batch))
+        for batch in sorted({1, *plan.spec.batches})
+        for place, tree in enumerate(plan.drafts)
+    ]
+    calibrated = tuple(plan.calibration.replay(tree).tokens_per_step for tree in plan.drafts)
+    return SweepTrees(trees=plan.trees, calibrated=calibrated, rates=tuple(rates))
