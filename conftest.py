@@ -34,7 +34,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """
     import torch
 
-    from harness.environment import device_info, python_version
+    from harness.device.machine import device_info, python_version
     from medusa_impl.packed_linear import packing_available
 
     device = device_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -49,7 +49,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder and branch."""
-    from harness.environment import git_state
+    from harness.device.machine import git_state
     from harness.paths import code_folder
 
     commit, dirty = git_state(code_folder())

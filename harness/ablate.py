@@ -24,11 +24,11 @@ from harness.ablation_training import ArmJob, arm_recipe, train_arm
 from harness.compose.replay import Trace
 from harness.compose.trees import grow
 from harness.config import SearchedTree
-from harness.engine import Engine, best_device, describe_engine, load_model
-from harness.environment import device_info, machine_slug
+from harness.device.engine import Engine, best_device, describe_engine, load_model
+from harness.device.locks import folder_held
+from harness.device.machine import device_info, machine_slug
 from harness.errors import ExitCode, UserError
 from harness.joint_run import check_runnable
-from harness.locks import folder_held
 from harness.paths import cache_dir, resolve_path
 from harness.quality.backbone_change import MeasuredText
 from harness.records import ArmTree, Environment

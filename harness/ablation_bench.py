@@ -23,11 +23,11 @@ from harness.assets.prompts import load_mt_bench
 from harness.compose.replay import Trace
 from harness.conversations import conversation_sequence
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
-from harness.engine import Engine, LoadedModel, best_device, heads_for, load_model
+from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
+from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.paths import cache_dir
 from harness.quality.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
-from harness.record_trace import KeptText, record_trace
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -22,7 +22,7 @@ from harness.ablation import (
 )
 from harness.ablation_specs import AblationSpec
 from harness.compose.replay import Trace
-from harness.environment import machine_slug
+from harness.device.machine import machine_slug
 from harness.files import write_bytes, write_json
 from harness.records import ArmTree, Environment
 from harness.run_store import append_line, drop_left_overs, hashes, open_folder, other_than, portable

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.ablation_specs import AblationSpec
-from harness.engine import best_device, load_model
+from harness.device.engine import best_device, load_model
 from harness.errors import UserError
 from harness.joint_run import JointText, corpus_text, train_joint
 from harness.paths import resolve_path, shipped

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.config import SuiteSpec
-from harness.environment import device_info, machine_slug
+from harness.device.machine import device_info, machine_slug
+from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.records import RunRecord
-from harness.suite_prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 
 
 def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console) -> None:
@@ -21,7 +21,7 @@ def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = N
     The estimate takes each arm's seconds a generation from the newest such record, scaled by the token budget; an arm that it lacks shows
     none.
     """
-    from harness.engine import best_device
+    from harness.device.engine import best_device
 
     device = device_info(best_device())
     seconds, origin = _known_seconds(suite, results=results, slug=machine_slug(device))

@@ -18,12 +18,12 @@ from transformers import PrinterCallback
 
 from harness.assets.hashes import tensors_sha256
 from harness.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
-from harness.engine import LoadedModel, best_device, heads_for, load_model
-from harness.environment import git_state
+from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
+from harness.device.machine import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
-from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus, new_heads
+from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus
 from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus

@@ -10,7 +10,7 @@ from pathlib import Path
 import tomli_w
 
 from harness.compose.curve import POINTS_FILE, LatencyManifest, LatencyPoint, LatencyRecord, read_points
-from harness.environment import machine_slug
+from harness.device.machine import machine_slug
 from harness.files import write_bytes, write_json
 from harness.latency_specs import LatencySpec, PointKey
 from harness.records import Environment

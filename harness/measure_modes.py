@@ -7,16 +7,16 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness.arms import ArmRunner
 from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
-from harness.clock import Clock
 from harness.compose.curve import STOCK, BatchTrial, BatchTrials, LatencyCurve, LatencyPoint, ModeTrial
 from harness.compose.replay import Trace
 from harness.compose.trees import resolve_trees
 from harness.config import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
-from harness.engine import Engine
+from harness.device.arms import ArmRunner
+from harness.device.clock import Clock
+from harness.device.engine import Engine
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.latency_specs import DtypeName, LatencySpec, ModeName

@@ -32,8 +32,8 @@ from rich.console import Console
 
 from harness.compose.curve import LatencyRecord
 from harness.config import SuiteSpec
-from harness.engine import best_device
-from harness.environment import device_info, git_state, machine_slug, package_versions, python_version
+from harness.device.engine import best_device
+from harness.device.machine import device_info, git_state, machine_slug, package_versions, python_version
 from harness.errors import UserError
 from harness.files import write_bytes, write_json
 from harness.latency_specs import LatencySpec, load_latency_spec

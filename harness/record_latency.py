@@ -18,11 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from harness import probes
-from harness.clock import Clock, device_clock
 from harness.compose.curve import BATCHES_FILE, MODEL_FILE, MODES_FILE, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials, limits_file
-from harness.doctor import foreign_gpu_processes
-from harness.engine import Engine, best_device
+from harness.device.clock import Clock, device_clock
+from harness.device.doctor import foreign_gpu_processes
+from harness.device.engine import Engine, best_device
+from harness.device.limits import measure_device_limits
+from harness.device.locks import device_held, folder_held
 from harness.errors import UserError
 from harness.files import write_json
 from harness.latency_engine import (
@@ -37,7 +38,6 @@ from harness.latency_engine import (
 )
 from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
 from harness.latency_store import LatencyStore
-from harness.locks import device_held, folder_held
 from harness.measure_modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
 from harness.paths import without_paths
 from medusa_impl.acceptance import GreedyRule
@@ -176,7 +176,7 @@ class _Session:
         if not path.exists():
             with self.held():
                 backbone = self.engine.runner.backbone
-                write_json(path, probes.measure_device_limits(backbone.device, backbone.dtype, clock=self.clock))
+                write_json(path, measure_device_limits(backbone.device, backbone.dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""

@@ -14,19 +14,19 @@ from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity
 
-from harness.arms import ArmRunner
-from harness.clock import Clock, SectionTimer, device_clock
 from harness.compose.replay import ReplayIndex, Trace
 from harness.compose.trees import grow
 from harness.config import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
-from harness.engine import Engine, best_device, load_engine, load_model
+from harness.device.arms import ArmRunner
+from harness.device.clock import Clock, SectionTimer, device_clock
+from harness.device.engine import Engine, best_device, load_engine, load_model
+from harness.device.locks import device_held
+from harness.device.prompts import suite_prompts, warmup_prompts
 from harness.errors import UserError
-from harness.locks import device_held
 from harness.paths import resolve_path
 from harness.records import ArmTree
 from harness.run import describe
 from harness.step_profile import PARTS, Part, SizeProfile, StepProfile
-from harness.suite_prompts import suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.runner import Mode
 from medusa_impl.sections import no_section

@@ -22,11 +22,11 @@ from harness.compose.devices import StepTimes
 from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
 from harness.compose.replay import Trace
 from harness.config import load_suite
-from harness.engine import best_device
-from harness.environment import device_info, git_state, package_versions, python_version
+from harness.device.engine import best_device
+from harness.device.locks import folder_held
+from harness.device.machine import device_info, git_state, package_versions, python_version
 from harness.files import file_sha256
 from harness.hardware import match_device
-from harness.locks import folder_held
 from harness.paths import code_folder, resolve_path
 from harness.sweep_cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.sweep_record import (

@@ -18,18 +18,17 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback
 
-from harness.clock import Clock, device_clock
-from harness.engine import LoadedModel, best_device, load_model
-from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.device.clock import Clock, device_clock
+from harness.device.engine import LoadedModel, best_device, load_model, new_heads
+from harness.device.limits import measure_device_limits
+from harness.device.locks import device_held
+from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.joint_run import check_runnable, first_heads, read_text, token_subset
-from harness.locks import device_held
 from harness.paths import code_folder, resolve_path
-from harness.probes import measure_device_limits
 from harness.records import DeviceLimits, Environment
 from harness.training_profile import MatrixThroughput, TrainingProfile
-from harness.training_run import new_heads
 from harness.training_specs import AnySuite, JointSuite, TrainingSuite
 from harness.training_watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from medusa_impl.checkpoint import backbone_sha256

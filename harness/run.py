@@ -17,19 +17,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harness import probes
-from harness.arms import ArmRunner
-from harness.clock import device_clock
 from harness.compose.replay import Trace
 from harness.compose.trees import check_fixed_trees, resolve_trees
 from harness.config import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
-from harness.doctor import foreign_gpu_processes
-from harness.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
+from harness.device.arms import ArmRunner
+from harness.device.clock import device_clock
+from harness.device.doctor import foreign_gpu_processes
+from harness.device.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
+from harness.device.limits import measure_device_limits
+from harness.device.locks import device_held, folder_held
+from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
+from harness.device.trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
-from harness.locks import device_held, folder_held
 from harness.paths import resolve_path, without_paths
 from harness.plan import PlannedTrial, make_plan
-from harness.record_trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.records import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
@@ -51,7 +53,6 @@ from harness.records import (
 )
 from harness.rounding import measure_rounding
 from harness.run_store import RunStore
-from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
@@ -242,7 +243,7 @@ def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None
         if calibration is not None:
             calibration.save(folder / file_of(CALIBRATION_FILE, backbone))
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
-    limits: DeviceLimits = probes.measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
+    limits: DeviceLimits = measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
     texts = {backbone: _control_texts(session, one) for backbone, one in session.engines.items()}
     for backbone, one in session.engines.items():

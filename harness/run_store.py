@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel
 
 from harness.config import SuiteSpec
-from harness.environment import machine_slug
+from harness.device.machine import machine_slug
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes, write_json
 from harness.plan import PlannedTrial

@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from harness import probes
-from harness.arms import ArmRunner, TimedGeneration
-from harness.clock import Clock, device_clock
 from harness.compose.composer import Composer, KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.differences import decoded_difference
 from harness.compose.replay import PromptTrace, Trace
 from harness.config import ArmSpec, GreedyAcceptance, RejectionAcceptance, SuiteSpec, TypicalAcceptance
-from harness.engine import Engine, best_device, load_engine, load_model
-from harness.environment import device_info
+from harness.device.arms import ArmRunner, TimedGeneration
+from harness.device.clock import Clock, device_clock
+from harness.device.engine import Engine, best_device, load_engine, load_model
+from harness.device.locks import device_held
+from harness.device.machine import device_info
+from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
+from harness.device.trace import KeptText
 from harness.errors import UserError
 from harness.hardware import match_device
-from harness.locks import device_held
 from harness.paths import without_paths
-from harness.record_trace import KeptText
-from harness.suite_prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.sweep_record import (
     AnyCell,
     DecodedCell,

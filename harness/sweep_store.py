@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from harness.environment import machine_slug
+from harness.device.machine import machine_slug
 from harness.errors import UserError
 from harness.files import write_bytes, write_json
 from harness.run_store import drop_left_overs, hashes, open_folder, other_than, portable

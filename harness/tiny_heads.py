@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.config import SuiteSpec
-from harness.engine import LoadedModel
-from harness.suite_prompts import SuitePrompt
+from harness.device.engine import LoadedModel
+from harness.device.prompts import SuitePrompt
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.features import load_features

@@ -16,28 +16,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.assets.catalogue import training_prompts
 from harness.assets.prompts import overlap_report
-from harness.clock import device_clock
 from harness.compose.replay import Trace
 from harness.config import SuiteSpec
 from harness.conversations import conversation_and_turn
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus, next_questions, next_turn_prompts
-from harness.engine import LoadedModel, best_device, load_engine, load_model, model_sha256
-from harness.environment import git_state
+from harness.device.clock import device_clock
+from harness.device.engine import LoadedModel, best_device, load_engine, load_model, model_sha256, new_heads
+from harness.device.limits import measure_device_limits
+from harness.device.machine import git_state
+from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
+from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
-from harness.probes import measure_device_limits
-from harness.record_trace import KeptText, record_trace
-from harness.suite_prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
 from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus, unpack_corpus
 from medusa_impl.features import add_states, load_features
-from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.runner import StepRunner
-from medusa_impl.training import Medusa1Recipe, TrainingFigures, TrainingStep, train_medusa1
+from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
 
 _BACKBONE_FILE = "backbone.sha256"
 _DONE_FILE = "done.sha256"
@@ -98,19 +96,6 @@ def train_suite(
     pack_corpus(store.samples(with_states=False), files.corpus, backbone_sha256=loaded.sha256)
     calibrate(spec, loaded, heads_file=files.heads, calibration_file=files.calibration, work=work, console=console)
     return files
-
-
-def new_heads(loaded: LoadedModel, recipe: Medusa1Recipe | Medusa2Recipe) -> MedusaHeads:
-    """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
-    lm_head: Any = loaded.model.get_output_embeddings()
-    return MedusaHeads(
-        num_heads=recipe.num_heads,
-        num_layers=recipe.num_layers,
-        hidden_size=lm_head.weight.shape[1],
-        vocab_size=lm_head.weight.shape[0],
-        architecture=recipe.architecture,
-        lm_head=lm_head,
-    )
 
 
 def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:

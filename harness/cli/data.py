@@ -42,7 +42,7 @@ def assets(
 
 def doctor() -> None:
     """Say whether this machine is fit to measure on."""
-    from harness.doctor import examine
+    from harness.device.doctor import examine
 
     table = Table("", "what", "found", "advice")
     for line in examine():

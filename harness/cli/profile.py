@@ -63,7 +63,7 @@ def profile_training_command(
 
 
 def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
-    from harness.environment import machine_slug
+    from harness.device.machine import machine_slug
     from harness.record_training_profile import profile_training
     from harness.training_profile import print_training_profile, training_headline
     from harness.training_specs import load_training_suite

@@ -220,13 +220,6 @@ class LatencyRecord(RecordFolder):
         """What the device could do in that dtype."""
         return self._optional(limits_file(dtype, first=self.spec.dtypes[0]), DeviceLimits)
 
-    def curve(self, *, dtype: str, mode: str) -> LatencyCurve:
-        """Return the curve of one dtype and mode.
-
-        Raises: UserError where nothing of them was timed.
-        """
-        return LatencyCurve([point for point in self.points if (point.dtype, point.mode) == (dtype, mode)])
-
 
 class LatencyCurve:
     """Seconds against sizes, from the medians of one dtype and mode: monotone in nodes and in heads, linear between what was measured.
@@ -277,6 +270,14 @@ class LatencyCurve:
         """Return the backbone's pass over so many nodes against one node."""
         one_s = self.backbone_seconds(num_nodes=1, context_tokens=context_tokens, batch=batch)
         return self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch) / one_s
+
+
+def curve_of(record: LatencyRecord, *, dtype: str, mode: str) -> LatencyCurve:
+    """Return the curve of one dtype and mode of a record.
+
+    Raises: UserError where nothing of them was timed.
+    """
+    return LatencyCurve([point for point in record.points if (point.dtype, point.mode) == (dtype, mode)])
 
 
 @dataclass(frozen=True)

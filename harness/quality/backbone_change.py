@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from harness.ablation import GreedyText, HeadText, TextChange
-from harness.record_trace import rank_rows
+from harness.device.trace import rank_rows
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NUM_RANKS

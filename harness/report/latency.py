@@ -19,6 +19,7 @@ from harness.compose.curve import (
     ModeRow,
     batch_points,
     break_even,
+    curve_of,
     mode_rows,
     step_cost_of,
 )
@@ -123,7 +124,7 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     predictions = [made for point in points if (made := predict(record, point)) is not None]
     if predictions:
         lines.append(_error_words(prediction_error(predictions)))
-    correction = record.curve(dtype=dtype, mode=mode).largest_correction
+    correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
     smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
     lines.append(f"Composition makes these times monotone in the number of nodes, which moves {smoothing}; the record keeps them raw.")
     return "\n\n".join(lines)

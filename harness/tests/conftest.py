@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 if TYPE_CHECKING:
-    from harness.engine import Engine, LoadedModel
+    from harness.device.engine import Engine, LoadedModel
     from harness.tests.tiny_suite import MicroRun, SmokeRun
 
 
@@ -45,9 +45,9 @@ def heads_file(tiny: tuple[LoadedModel, Engine], tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def steady_checkout() -> Iterator[None]:
     """Let runs of this session see one state of the checkout: a file saved meanwhile is another code, which a resume rightly refuses."""
-    from harness.environment import git_state
+    from harness.device.machine import git_state
 
-    with patch("harness.engine.git_state", cache(git_state)):
+    with patch("harness.device.engine.git_state", cache(git_state)):
         yield
 
 

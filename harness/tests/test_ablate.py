@@ -19,11 +19,11 @@ from harness.ablation import ARMS_FILE, AblationRecord
 from harness.ablation_figures import ablation_rows, rate_columns
 from harness.ablation_specs import AblationSpec
 from harness.ablation_training import ArmJob, budgeted, train_arm
-from harness.engine import Engine
-from harness.environment import git_state
+from harness.device.engine import Engine
+from harness.device.machine import git_state
+from harness.device.trace import KeptText, kept_states, rank_rows
 from harness.errors import ExitCode, UserError
 from harness.quality.backbone_change import MeasuredText, greedy_text, head_text, read_text, text_change
-from harness.record_trace import KeptText, kept_states, rank_rows
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
 from harness.validate import validate_record
@@ -55,7 +55,7 @@ def record(folder: Path, heads_file: Path) -> AblationRecord:
         trained.append((job.arm, job.seed))
         train_arm(job)
 
-    with patch("harness.engine.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
+    with patch("harness.device.engine.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
         with pytest.raises(KeyboardInterrupt):
             run_ablation(spec, suite_file=folder / "tiny.toml", options=options, console=QUIET)
         trained.append(("again", 0))

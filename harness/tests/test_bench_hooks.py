@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.environment import device_info
+from harness.device.machine import device_info
 from harness.paths import holds_absolute_path
 
 pytest_plugins = ["pytester"]

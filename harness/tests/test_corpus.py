@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
-from harness.engine import Engine
+from harness.device.engine import Engine
 from harness.errors import UserError
 from harness.tests.tiny_suite import QUIET
 from medusa_impl.backbone import Backbone

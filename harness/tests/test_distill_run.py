@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from harness.config import ModelSpec
 from harness.conversations import conversation_and_turn, conversation_sequence, turn_key
 from harness.corpus import goes_on
+from harness.device.engine import best_device, load_model, model_sha256
 from harness.distill_run import distill_suite
-from harness.engine import best_device, load_model, model_sha256
 from harness.errors import ExitCode, UserError
 from harness.joint_run import read_text
 from harness.tests.tiny_suite import QUIET, command

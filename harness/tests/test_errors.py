@@ -14,7 +14,7 @@ from pytest import MonkeyPatch
 
 import harness.run_store
 from harness.compose.replay import Trace
-from harness.engine import Engine, LoadedModel
+from harness.device.engine import Engine, LoadedModel
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.records import RunRecord, read_outcomes
 from harness.tests.tiny_suite import (

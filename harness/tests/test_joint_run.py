@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import harness.joint_run
 from harness.assets.hashes import tensors_sha256
-from harness.engine import Engine, LoadedModel, heads_for, load_model
+from harness.device.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
 from harness.joint_run import JointFiles, check_runnable, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite

@@ -26,6 +26,7 @@ from harness.compose.curve import (
     LatencyRecord,
     batch_points,
     break_even,
+    curve_of,
     mode_rows,
     read_points,
     step_cost_of,
@@ -191,7 +192,7 @@ def test_facts_of_a_shape_are_its_own() -> None:
 
 
 def test_curve_gives_medians_where_measured_and_lines_between(record: LatencyRecord) -> None:
-    curve = record.curve(dtype="float32", mode="packed")
+    curve = curve_of(record, dtype="float32", mode="packed")
     for nodes, heads in ((1, 0), (8, 5), (64, 5), (8, 0), (20, 5), (40, 3)):
         assert curve.seconds(num_nodes=nodes, num_heads=heads, context_tokens=256) == pytest.approx(step_s(nodes, heads))
         assert curve.backbone_seconds(num_nodes=nodes, context_tokens=256) == pytest.approx(backbone_s(nodes))
@@ -204,7 +205,7 @@ def test_curve_gives_medians_where_measured_and_lines_between(record: LatencyRec
 
 def test_curve_takes_what_incomplete_grids_can_answer(record: LatencyRecord) -> None:
     """Batch 2 has 1 and 16 nodes only, batch 1 also 8 and 64: a size is answered where its neighbours on either side are."""
-    curve = record.curve(dtype="float32", mode="eager")
+    curve = curve_of(record, dtype="float32", mode="eager")
     assert curve.backbone_seconds(num_nodes=8, context_tokens=256, batch=2) == pytest.approx(backbone_s(8, batch=2))
     with pytest.raises(UserError, match="nothing is extrapolated"):
         curve.backbone_seconds(num_nodes=64, context_tokens=256, batch=2)
@@ -225,12 +226,12 @@ def test_curve_takes_what_incomplete_grids_can_answer(record: LatencyRecord) -> 
 def test_curve_refuses_to_extrapolate(record: LatencyRecord, sizes: dict[str, int], found: str) -> None:
     asked = {"num_nodes": 8, "num_heads": 5, "context_tokens": 256, "batch": 1, **sizes}
     with pytest.raises(UserError, match=found):
-        record.curve(dtype="float32", mode="packed").seconds(**asked)
+        curve_of(record, dtype="float32", mode="packed").seconds(**asked)
 
 
 def test_curve_of_nothing_is_refused(record: LatencyRecord) -> None:
     with pytest.raises(UserError, match="no measured point"):
-        record.curve(dtype="float16", mode="packed")
+        curve_of(record, dtype="float16", mode="packed")
 
 
 def test_more_nodes_are_never_cheaper_on_the_curve_and_stay_raw_in_the_record(tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_skipped_points_are_no_data(tmp_path: Path) -> None:
     record = write_fake_latency(tmp_path / "run", skipped={64: "ran out of memory: made up"})
     assert validate_record(record.folder) == ()
     with pytest.raises(UserError, match="nodes 20"):
-        record.curve(dtype="float32", mode="packed").seconds(num_nodes=20, num_heads=5, context_tokens=256)
+        curve_of(record, dtype="float32", mode="packed").seconds(num_nodes=20, num_heads=5, context_tokens=256)
     text = render_latency_report(record)
     assert text.count("ran out of memory: made up") == 4 and "## Skipped" in text
     assert latency_headline(record)["num_skipped"] == 4

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.device.locks import device_held, folder_held
 from harness.errors import UserError
-from harness.locks import device_held, folder_held
 
 CPU = torch.device("cpu")
 

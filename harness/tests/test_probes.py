@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from harness import probes
-from harness.arms import ArmRunner
-from harness.engine import Engine
-from harness.record_trace import KeptText
+from harness.device.arms import ArmRunner
+from harness.device.engine import Engine
+from harness.device.limits import measure_device_limits
+from harness.device.prompts import suite_prompts, warmup_prompts
+from harness.device.trace import KeptText
 from harness.records import Failure
-from harness.suite_prompts import suite_prompts, warmup_prompts
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
 from medusa_impl.heads import MedusaHeads
@@ -24,7 +25,7 @@ from medusa_impl.tree import DraftTree
 def test_device_limits_are_work_over_the_best_time() -> None:
     """On a clock that takes one second for everything, the limits are the work itself."""
     with patch.object(probes, "_BANDWIDTH_BYTES", 4096), patch.object(probes, "_MATMUL_SIZE", 10):
-        limits = probes.measure_device_limits(torch.device("cpu"), torch.float32, clock=TickClock())
+        limits = measure_device_limits(torch.device("cpu"), torch.float32, clock=TickClock())
     assert limits.read_bandwidth_bytes_per_s == 4096 and limits.matmul_flop_per_s == 2000
     assert "10-square" in limits.method
 

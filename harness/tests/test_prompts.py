@@ -19,9 +19,9 @@ from harness.assets.prompts import (
     select_prompts,
 )
 from harness.config import SuiteSpec
-from harness.engine import LoadedModel
+from harness.device.engine import LoadedModel
+from harness.device.prompts import NUM_RANDOM_PROMPTS, suite_prompts, warmup_prompts
 from harness.errors import UserError
-from harness.suite_prompts import NUM_RANDOM_PROMPTS, suite_prompts, warmup_prompts
 from harness.tests.tiny_suite import smoke_suite
 
 QUESTIONS = [

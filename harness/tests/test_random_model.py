@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from harness.engine import embedding_weights
+from harness.device.engine import embedding_weights
+from harness.device.random_model import random_model, transformers_config
 from harness.errors import UserError
-from harness.random_model import random_model, transformers_config
 from harness.shapes import ShapeSpec, load_shapes
 
 CPU = torch.device("cpu")

@@ -30,8 +30,8 @@ from harness.compose.devices import measured_curves
 from harness.compose.plan import SweepPlan, plan_sweep
 from harness.compose.replay import Trace
 from harness.config import parse_suite
-from harness.engine import Engine, LoadedModel
-from harness.environment import git_state
+from harness.device.engine import Engine, LoadedModel
+from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.ray_executor import RayExecutor, keep_record, packed, unpacked
 from harness.record_sweep import SweepOptions, cell_inputs, plan_runs, run_sweep

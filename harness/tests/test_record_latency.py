@@ -14,13 +14,13 @@ import tomli_w
 import torch
 from pytest import MonkeyPatch
 
-import harness.engine
+import harness.device.engine
+import harness.device.locks
 import harness.latency_engine
-import harness.locks
 import harness.record_latency
 from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, batch_points, facts_of_shape, mode_rows, read_points
-from harness.engine import Engine, LoadedModel
-from harness.environment import git_state
+from harness.device.engine import Engine, LoadedModel
+from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.files import Frozen
 from harness.latency_engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
@@ -97,8 +97,8 @@ def parsed(data: dict[str, Any]) -> LatencySpec:
 def quick_and_steady() -> Iterator[None]:
     """One state of the checkout for all runs, no pause for other processes between two blocks, and a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.engine, "git_state", cached(git_state))
-        patch.setattr(harness.locks, "_YIELD_S", 0.0)
+        patch.setattr(harness.device.engine, "git_state", cached(git_state))
+        patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
         patch.setattr(harness.record_latency, "best_device", lambda: CPU)
         yield
 
@@ -114,7 +114,7 @@ def same_mode_afterwards(engine: Engine) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def calibrated(engine: Engine, heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny spec with a calibration trace of its own model and heads."""
-    from harness.record_trace import record_trace
+    from harness.device.trace import record_trace
     from harness.tests.test_record_trace import texts_of
 
     file = tmp_path_factory.mktemp("trace") / "calibration.npz"

@@ -14,15 +14,15 @@ import tomli_w
 import torch
 from pytest import MonkeyPatch
 
-import harness.locks
+import harness.device.locks
 import harness.record_sweep
 import harness.report.figures
 import harness.sweep_cells
-from harness.arms import ArmRunner, TimedGeneration
 from harness.compose.replay import Trace
 from harness.config import parse_suite
-from harness.engine import Engine, LoadedModel
-from harness.environment import device_info, git_state
+from harness.device.arms import ArmRunner, TimedGeneration
+from harness.device.engine import Engine, LoadedModel
+from harness.device.machine import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
 from harness.record_sweep import SweepOptions, run_sweep
@@ -48,7 +48,7 @@ def quick_and_steady() -> Iterator[None]:
     """One state of the checkout for all sweeps, no pause for other processes between two blocks, and a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.record_sweep, "git_state", cache(git_state))
-        patch.setattr(harness.locks, "_YIELD_S", 0.0)
+        patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
         for module in (harness.record_sweep, harness.sweep_cells):
             patch.setattr(module, "best_device", lambda: CPU)
         yield

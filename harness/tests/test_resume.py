@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pytest import MonkeyPatch
 
 from harness.config import SuiteSpec
-from harness.environment import git_state
+from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.plan import PlannedTrial, make_plan
 from harness.records import DeviceInfo, Generation, RunRecord, StepCost, TrialKey, read_outcomes
@@ -206,7 +206,7 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monke
     Without git: a file saved meanwhile would make it another commit's run.
     """
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("harness.engine.git_state", git_state)  # not the one that a fixture keeps steady
+    monkeypatch.setattr("harness.device.engine.git_state", git_state)  # not the one that a fixture keeps steady
     data = micro_data(heads_file, prompts={"source": "random", "limit": 14}, max_new_tokens=24)
     suite, results = write_suite(tmp_path / "micro.toml", data), tmp_path / "results"
 

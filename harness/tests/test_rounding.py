@@ -11,11 +11,11 @@ from pytest import MonkeyPatch
 from torch import Tensor
 
 from harness.config import ArmSpec
-from harness.engine import Engine, load_engine, load_model
+from harness.device.engine import Engine, load_engine, load_model
+from harness.device.trace import KeptText, kept_states
 from harness.errors import InvalidMeasurement
 from harness.judge import judge
 from harness.judgement import CheckStatus
-from harness.record_trace import KeptText, kept_states
 from harness.records import RunRecord
 from harness.report.markdown import render_report
 from harness.rounding import measure_rounding

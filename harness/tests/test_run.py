@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 import harness.paths
 import harness.run
-from harness.arms import ArmRunner, TimedGeneration
-from harness.engine import Engine, LoadedModel
+from harness.device.arms import ArmRunner, TimedGeneration
+from harness.device.engine import Engine, LoadedModel
+from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode, UserError
 from harness.judge import judge
 from harness.judgement import CheckStatus
 from harness.plan import make_plan
 from harness.records import RunRecord
 from harness.report.markdown import render_report
-from harness.suite_prompts import suite_prompts
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,

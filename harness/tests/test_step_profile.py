@@ -12,19 +12,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from harness.clock import device_clock
 from harness.compose.replay import Trace, replay
-from harness.engine import Engine, load_engine, load_model
+from harness.device.clock import device_clock
+from harness.device.engine import Engine, load_engine, load_model
+from harness.device.prompts import suite_prompts
+from harness.device.trace import record_trace
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
 from harness.paths import holds_absolute_path
 from harness.record_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
-from harness.record_trace import record_trace
 from harness.records import ArmTree
 from harness.report.profile import profile_headline, render_step_profile
 from harness.run import describe
 from harness.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
-from harness.suite_prompts import suite_prompts
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, command, micro_data, smoke_suite, write_suite
 from medusa_impl.heads import MedusaHeads

@@ -17,7 +17,7 @@ from torch.optim import optimizer
 import harness.record_training_profile
 import medusa_impl.training
 from harness.config import TinyModelSpec
-from harness.engine import Engine
+from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
 from harness.paths import holds_absolute_path
 from harness.record_training_profile import heads_stages, joint_stages, one_batch, profile_training

@@ -11,19 +11,19 @@ import pytest
 import tomli_w
 import torch
 
-import harness.engine
+import harness.device.engine
 from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_outcomes import NotTestable
 from harness.config import FastestTree, TinyModelSpec, parse_suite
-from harness.engine import Engine, LoadedModel, load_tuned_engine
+from harness.device.engine import Engine, LoadedModel, load_tuned_engine
+from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.joint_run import JointFiles, train_joint_suite
 from harness.judge import judge
 from harness.judgement import CheckStatus
 from harness.metrics import compare, original_baseline
 from harness.quality.parity import parity_report
-from harness.record_trace import KeptText, record_trace
 from harness.records import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
@@ -33,7 +33,7 @@ from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite
 from harness.validate import validate_record
 
-tiny_model = harness.engine._tiny_model
+tiny_model = harness.device.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}
 MEDUSA2: dict[str, Any] = {**CHAIN, "name": "medusa2", "backbone": "tuned", "baseline": "vanilla_tuned"}
 ARMS = [VANILLA, CHAIN, VANILLA_TUNED, MEDUSA2]
@@ -156,7 +156,7 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
         model: Any = whole.model
         return replace(whole, model=model.to(dtype))
 
-    monkeypatch.setattr(harness.engine, "_tiny_model", stored)
+    monkeypatch.setattr(harness.device.engine, "_tiny_model", stored)
     suite = parse_suite(tomli_w.dumps(suite_data(files, heads_file)), where="the test")
     tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
     assert tuned is not None

@@ -16,15 +16,15 @@ import tomli_w
 import torch
 from rich.console import Console
 
-from harness.arms import ArmRunner, TimedGeneration
 from harness.cli.app import main
 from harness.config import SuiteSpec, load_suite, parse_suite
-from harness.engine import Engine, LoadedModel, load_engine, load_model
+from harness.device.arms import ArmRunner, TimedGeneration
+from harness.device.engine import Engine, LoadedModel, load_engine, load_model
+from harness.device.prompts import warmup_prompts
 from harness.paths import shipped
 from harness.records import Failure, Generation, RunRecord
 from harness.run import RunOptions, run_suite
 from harness.run_store import RunStore
-from harness.suite_prompts import warmup_prompts
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
@@ -219,5 +219,5 @@ class TickClock:
 @contextlib.contextmanager
 def small_device_limits() -> Iterator[None]:
     """Measure the device's limits with small blocks: these tests look at no figure of theirs."""
-    with patch("harness.probes._BANDWIDTH_BYTES", 2**20), patch("harness.probes._MATMUL_SIZE", 64):
+    with patch("harness.device.limits._BANDWIDTH_BYTES", 2**20), patch("harness.device.limits._MATMUL_SIZE", 64):
         yield

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from harness.engine import Engine
+from harness.device.engine import Engine
 from harness.tests.tiny_suite import smoke_suite
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus, pack_corpus
 

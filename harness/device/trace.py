@@ -15,8 +15,8 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from harness.compose.replay import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
-from harness.engine import Engine
-from harness.environment import package_versions
+from harness.device.engine import Engine
+from harness.device.machine import package_versions
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 

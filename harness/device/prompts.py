@@ -11,7 +11,7 @@ from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
 from harness.config import SuiteSpec
-from harness.engine import Engine, LoadedModel
+from harness.device.engine import Engine, LoadedModel
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir

@@ -27,14 +27,16 @@ from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
 from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
-from harness.environment import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import cache_dir, code_folder, resolve_path
 from harness.records import Environment, TunedOrigin
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
+from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.runner import Mode, StepRunner
+from medusa_impl.training import Medusa1Recipe
 
 # Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn. A larger LM
 # head makes the law sharp enough for sampling rules to accept drafts.
@@ -326,4 +328,17 @@ def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
     model.generation_config = GenerationConfig()
     return LoadedModel(
         model=model, tokenizer=None, name=f"tiny-random-{spec.seed}", sha256=backbone_sha256(model), eos_ids=frozenset(), assets={}
+    )
+
+
+def new_heads(loaded: LoadedModel, recipe: Medusa1Recipe | Medusa2Recipe) -> MedusaHeads:
+    """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
+    lm_head: Any = loaded.model.get_output_embeddings()
+    return MedusaHeads(
+        num_heads=recipe.num_heads,
+        num_layers=recipe.num_layers,
+        hidden_size=lm_head.weight.shape[1],
+        vocab_size=lm_head.weight.shape[0],
+        architecture=recipe.architecture,
+        lm_head=lm_head,
     )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from harness.clock import Clock
 from harness.config import ArmSpec
-from harness.engine import Engine
+from harness.device.clock import Clock
+from harness.device.engine import Engine
 from harness.errors import UserError
 from medusa_impl.acceptance import AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.decode import DecodingStep, EndedBy, decode_medusa, decode_vanilla

@@ -9,8 +9,8 @@ import sys
 import psutil
 import torch
 
-from harness.engine import best_device
-from harness.environment import device_info
+from harness.device.engine import best_device
+from harness.device.machine import device_info
 from harness.files import Frozen
 from harness.paths import cache_dir
 from medusa_impl.packed_linear import packing_available

@@ -1,0 +1,1 @@
+"""A loaded model on a device: everything here imports torch or asks the machine."""
