@@ -12,8 +12,8 @@ from harness.claim_outcomes import NotTestable
 from harness.compose.replay import Replay, ReplayIndex, Trace
 from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.judgement import ArmMetrics, Comparison, ParityReport
-from harness.metrics import paired_totals
+from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
+from harness.judge.metrics import paired_totals
 from harness.records import Generation, RunRecord
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.judgement import VerdictKind
+from harness.judge.judgement import VerdictKind
 from harness.stats import FigureKind, Interval
 
 _WORST_FIRST = (VerdictKind.NOT_TESTED, VerdictKind.NOT_REPRODUCED, VerdictKind.INCONCLUSIVE, VerdictKind.REPRODUCED)

@@ -24,7 +24,7 @@ from harness.claim_forms import (
     TransferForm,
 )
 from harness.claim_outcomes import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
-from harness.judgement import Divergence, VerdictKind
+from harness.judge.judgement import Divergence, VerdictKind
 from harness.records import Generation
 from harness.stats import bootstrap_ratio
 from medusa_impl.tree_search import random_dense

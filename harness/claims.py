@@ -15,7 +15,7 @@ from harness.claim_forms import LiteralForm
 from harness.claim_outcomes import Finding, NotTestable
 from harness.claim_specs import ClaimSpec
 from harness.claim_tests import judge_transfer
-from harness.judgement import ClaimVerdict, VerdictKind
+from harness.judge.judgement import ClaimVerdict, VerdictKind
 
 FormName = Literal["literal", "transfer", "paper-only", "none"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from harness.claim_outcomes import Finding, NotTestable, above, below, combined, holds, shown
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.judgement import ClaimVerdict, VerdictKind
+from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
 from harness.sweep_record import SampledCell, SweepRecord

@@ -12,7 +12,7 @@ from harness.claim_specs import load_claims
 from harness.cli.find import find_record, find_suite
 from harness.cli.finish import finish_ablation, finish_run
 from harness.cli.options import HubOption, SuiteArgument, command_line, console
-from harness.judge import judge
+from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records import RunRecord
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
-import numpy as np
 from scipy.optimize import isotonic_regression
 
 from harness.compose.roofline import ModelShape
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.files import Frozen, read_lines
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.records import ArmTree, DeviceLimits, Environment, RecordFolder
 from harness.shapes import ShapeSpec
-from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"
@@ -281,37 +278,6 @@ def curve_of(record: LatencyRecord, *, dtype: str, mode: str) -> LatencyCurve:
 
 
 @dataclass(frozen=True)
-class ModeRow:
-    """One row of the table of modes: a mode, or Hugging Face `generate`, in one dtype.
-
-    `over_stock` is tokens/s against `generate` in the same dtype on the same prompts; `bandwidth_share` the bytes of weights that a step
-    must read against what the device could read meanwhile; `step_costs` follow the spec's sizes; `num_same_text` counts prompts whose
-    tokens are those of `generate`.
-    """
-
-    dtype: str
-    mode: str
-    is_auto: bool
-    tokens_per_s: Interval
-    over_stock: Interval
-    bandwidth_share: float | None
-    step_costs: tuple[float | None, ...]
-    num_same_text: int
-    num_prompts: int
-
-
-@dataclass(frozen=True)
-class BatchPoint:
-    """Vanilla and Medusa at one batch, from totals over the same texts; `speedup` is Medusa's tokens/s over vanilla's, groups resampled."""
-
-    batch: int
-    vanilla_tokens_per_s: float
-    medusa_tokens_per_s: float
-    tokens_per_step: float
-    speedup: Interval
-
-
-@dataclass(frozen=True)
 class BreakEven:
     """Up to which batch drafting pays: the largest measured batch with a speedup above 1 (None: at none), and the batch at which the
     speedup crosses 1, linear in log2 of the batch between that one and the next (None where it does not)."""
@@ -330,16 +296,6 @@ class BreakEven:
         return f"batch {self.largest_batch}, crossing 1 at about {self.crossing:.1f}"
 
 
-def mode_rows(record: LatencyRecord) -> tuple[ModeRow, ...]:
-    """Return the table of modes: per dtype first `generate`, then the modes in the spec's order; nothing where it was not measured."""
-    if record.modes is None:
-        return ()
-    rows: dict[tuple[str, str], list[ModeTrial]] = {}
-    for trial in sorted(record.modes.trials, key=lambda trial: (record.spec.dtypes.index(trial.dtype), trial.mode != STOCK)):
-        rows.setdefault((trial.dtype, trial.mode), []).append(trial)
-    return tuple(_mode_row(record, trials, stock=rows[dtype, STOCK]) for (dtype, _), trials in rows.items())
-
-
 def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointKey) -> float | None:
     """Return the raw step cost beside a point, medians over medians: its dtype, mode, context and batch; None where either is missing."""
     times: dict[int, list[float]] = {1: [], num_nodes: []}
@@ -347,32 +303,6 @@ def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointK
         if point.group == like.group and point.num_nodes in times:
             times[point.num_nodes] += point.backbone_s
     return median(times[num_nodes]) / median(times[1]) if times[1] and times[num_nodes] else None
-
-
-def batch_points(batches: BatchTrials, *, spec: IntervalSpec) -> tuple[BatchPoint, ...]:
-    """Return one point a batch, smallest first; tokens/step are Medusa's, for each row that a step carries."""
-    return tuple(_batch_point(batches.trials, batch, spec=spec) for batch in sorted({trial.batch for trial in batches.trials}))
-
-
-def _batch_point(trials: Sequence[BatchTrial], batch: int, *, spec: IntervalSpec) -> BatchPoint:
-    groups = dict.fromkeys(trial.prompt_keys for trial in trials if trial.batch == batch)
-
-    def totals(name: str, method: str) -> list[float]:
-        """Each group's total over the rounds."""
-        mine = [trial for trial in trials if (trial.batch, trial.method) == (batch, method)]
-        return [math.fsum(getattr(trial, name) for trial in mine if trial.prompt_keys == group) for group in groups]
-
-    tokens, seconds, base_tokens, base_seconds = (
-        totals(name, method) for method in ("medusa", "vanilla") for name in ("num_tokens", "decode_s")
-    )
-    rng = np.random.default_rng(spec.seed)
-    return BatchPoint(
-        batch=batch,
-        vanilla_tokens_per_s=math.fsum(base_tokens) / math.fsum(base_seconds),
-        medusa_tokens_per_s=math.fsum(tokens) / math.fsum(seconds),
-        tokens_per_step=math.fsum(tokens) / (batch * math.fsum(totals("num_steps", "medusa"))),
-        speedup=bootstrap_ratio_of_ratios(tokens, seconds, base_numerator=base_tokens, base_denominator=base_seconds, spec=spec, rng=rng),
-    )
 
 
 def break_even(speedups: Mapping[int, float]) -> BreakEven:
@@ -395,40 +325,6 @@ def read_points(path: Path, *, allow_torn_tail: bool = False) -> tuple[LatencyPo
 def limits_file(dtype: str, *, first: str) -> str:
     """Return the file that holds the device's limits in a dtype: the spec's first dtype has the plain name."""
     return "device_limits.json" if dtype == first else f"device_limits_{dtype}.json"
-
-
-def _mode_row(record: LatencyRecord, trials: Sequence[ModeTrial], *, stock: Sequence[ModeTrial]) -> ModeRow:
-    first, by_prompt = trials[0], {trial.prompt_key: trial for trial in stock}
-    paired = [by_prompt[trial.prompt_key] for trial in trials]
-    tokens, seconds = _totals(trials)
-    stock_tokens, stock_seconds = _totals(paired)
-    spec = record.spec.interval
-    rate = bootstrap_ratio(tokens, seconds, spec=spec, rng=np.random.default_rng(spec.seed))
-    over = bootstrap_ratio_of_ratios(
-        tokens, seconds, base_numerator=stock_tokens, base_denominator=stock_seconds, spec=spec, rng=np.random.default_rng(spec.seed)
-    )
-    limits, table = record.limits(first.dtype), record.spec.modes_table
-    costs: list[float | None] = []
-    if table is not None and first.mode != "hf_generate":  # the literal, so that the type shows what is left
-        like = PointKey(dtype=first.dtype, mode=first.mode, num_nodes=1, num_heads=0, context_tokens=table.context_tokens, batch=1)
-        costs = [step_cost_of(record.points, num_nodes=size, like=like) for size in table.sizes]
-    read_per_s = record.facts.step_bytes(first.dtype) * rate.estimate
-    return ModeRow(
-        dtype=first.dtype,
-        mode=first.mode,
-        is_auto=record.modes is not None and record.modes.auto.get(first.dtype) == first.mode,
-        tokens_per_s=rate,
-        over_stock=over,
-        bandwidth_share=read_per_s / limits.read_bandwidth_bytes_per_s if limits is not None else None,
-        step_costs=tuple(costs),
-        num_same_text=sum(mine.token_ids == theirs.token_ids for mine, theirs in zip(trials, paired, strict=True)),
-        num_prompts=len(trials),
-    )
-
-
-def _totals(trials: Sequence[ModeTrial]) -> tuple[list[float], list[float]]:
-    """Return tokens and seconds of each prompt on the decode clock."""
-    return [float(sum(trial.step_tokens)) for trial in trials], [math.fsum(trial.step_times_s) for trial in trials]
 
 
 def _monotone(values: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:

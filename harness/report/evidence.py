@@ -8,8 +8,8 @@ from statistics import fmean, median
 import numpy as np
 
 from harness.config import BackboneName
-from harness.judgement import CheckStatus, Judgement, ParityRounding
-from harness.metrics import SeparateCosts, separate_costs
+from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
+from harness.judge.metrics import SeparateCosts, separate_costs
 from harness.records import RunRecord, StepCost
 from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, ratio_interval, significant, table
 from harness.report.tables import comparisons_by_arm, is_greedy_medusa

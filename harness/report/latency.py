@@ -10,20 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.compose.curve import (
-    DTYPE_BYTES,
-    STOCK,
-    BatchPoint,
-    LatencyPoint,
-    LatencyRecord,
-    ModeRow,
-    batch_points,
-    break_even,
-    curve_of,
-    mode_rows,
-    step_cost_of,
-)
-from harness.compose.roofline import Limits, Prediction, PredictionError, prediction_error, step_seconds
+from harness.compose.curve import STOCK, LatencyPoint, LatencyRecord, break_even, curve_of, step_cost_of
+from harness.compose.roofline import PredictionError, prediction_error
+from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, predict, read_share
 from harness.paths import without_paths
 from harness.report.formatting import (
     ABSENT,
@@ -198,32 +187,6 @@ def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict
         "break_even": break_even(speedups).words if speedups else None,
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
-
-
-def predict(record: LatencyRecord, point: LatencyPoint) -> Prediction | None:
-    """Return a point's backbone time beside the roofline's, with this run's limits; None where the run has none."""
-    limits = record.limits(point.dtype)
-    if limits is None or not point.backbone_s:
-        return None
-    predicted_s = step_seconds(
-        record.facts.roofline_shape,
-        Limits(bytes_per_s=limits.read_bandwidth_bytes_per_s, flop_per_s=limits.matmul_flop_per_s),
-        num_nodes=point.num_nodes,
-        context_tokens=point.context_tokens + point.num_nodes,
-        batch=point.batch,
-        dtype_bytes=DTYPE_BYTES[point.dtype],
-    )
-    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
-
-
-def read_share(record: LatencyRecord, point: LatencyPoint) -> float | None:
-    """Return the least time that reading weights, keys and values takes, as a share of the backbone's time."""
-    limits = record.limits(point.dtype)
-    if limits is None or not point.backbone_s:
-        return None
-    kept = record.facts.cache_bytes(point.batch * point.context_tokens, dtype=point.dtype)
-    least_s = (record.facts.step_bytes(point.dtype) + kept) / limits.read_bandwidth_bytes_per_s
-    return least_s / median(point.backbone_s)
 
 
 def _curves(record: LatencyRecord) -> list[tuple[str, str]]:

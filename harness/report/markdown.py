@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from harness.judgement import ArmMetrics, CheckStatus, Judgement
+from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records import RunRecord
 from harness.report.evidence import (
     render_checks,

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.compose.curve import LatencyRecord
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_bytes
-from harness.judgement import CheckStatus, Judgement
+from harness.judge.judgement import CheckStatus, Judgement
 from harness.records import RunRecord
 from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes

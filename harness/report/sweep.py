@@ -14,7 +14,16 @@ from harness.claim_arithmetic import Figures, judge_paper_only
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.appendix_g import VERDICTS, AppendixG, simulate
 from harness.compose.devices import RooflineError
-from harness.judgement import ClaimVerdict, VerdictKind
+from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.judge.sweep import (
+    best_by_heads,
+    decoded_checks,
+    dense_points,
+    headline_cells,
+    hypothetical_cells,
+    searches_compared,
+    sparse_points,
+)
 from harness.quoted import QuotedRow, load_quoted
 from harness.report.formatting import (
     ABSENT,
@@ -31,15 +40,6 @@ from harness.report.formatting import (
 )
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit_of
-from harness.sweep_checks import (
-    best_by_heads,
-    decoded_checks,
-    dense_points,
-    headline_cells,
-    hypothetical_cells,
-    searches_compared,
-    sparse_points,
-)
 from harness.sweep_claims import evaluate_sweep, sampled_counts
 from harness.sweep_record import ComposedCell, SampledCell, SweepRecord
 

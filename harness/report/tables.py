@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.config import GreedyAcceptance
-from harness.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
-from harness.metrics import compare, original_baseline
+from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
+from harness.judge.metrics import compare, original_baseline
 from harness.records import RunRecord
 from harness.report.formatting import (
     ABSENT,

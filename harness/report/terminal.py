@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.judgement import Judgement, VerdictKind
+from harness.judge.judgement import Judgement, VerdictKind
 from harness.report.formatting import ABSENT, count
 from harness.report.tables import count_verdicts
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.checks import run_checks
-from harness.judgement import CheckOutcome, CheckStatus, ClaimVerdict, Judgement, VerdictKind
-from harness.metrics import arm_metrics, comparisons
-from harness.quality.parity import parity_report
+from harness.judge.checks import run_checks
+from harness.judge.judgement import CheckOutcome, CheckStatus, ClaimVerdict, Judgement, VerdictKind
+from harness.judge.metrics import arm_metrics, comparisons
+from harness.judge.parity import parity_report
 from harness.records import RunRecord
 
 FAILED_CHECK = CheckOutcome(name="greedy_parity", status=CheckStatus.FAILED, found="3 bugs", need="no bug")

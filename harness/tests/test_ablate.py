@@ -16,17 +16,17 @@ from torch.nn.functional import kl_div, log_softmax
 
 from harness.ablate import AblateOptions, run_ablation
 from harness.ablation import ARMS_FILE, AblationRecord
-from harness.ablation_figures import ablation_rows, rate_columns
 from harness.ablation_specs import AblationSpec
 from harness.ablation_training import ArmJob, budgeted, train_arm
 from harness.device.engine import Engine
 from harness.device.machine import git_state
 from harness.device.trace import KeptText, kept_states, rank_rows
 from harness.errors import ExitCode, UserError
+from harness.judge.ablation import ablation_rows, rate_columns
+from harness.judge.validate import validate_record
 from harness.quality.backbone_change import MeasuredText, greedy_text, head_text, read_text, text_change
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
-from harness.validate import validate_record
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.sequences import TrainingSequence

@@ -14,20 +14,20 @@ from unittest.mock import patch
 import pytest
 
 from harness.ablation import AblationRecord, StepPoint, newest_ablations
-from harness.ablation_figures import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
 from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claim_training import decided_elsewhere, judge_training, training_verdicts
 from harness.compose.replay import Replay, ReplayIndex, Trace, replay
 from harness.errors import UserError
-from harness.judgement import VerdictKind
+from harness.judge.ablation import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
+from harness.judge.judgement import VerdictKind
+from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation, update_ablation
 from harness.report.ablation_curves import curve, curves_figure, draw_curves
 from harness.report.readme import update_between_markers
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
-from harness.validate import validate_record
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,7 +271,7 @@ def test_halves_share_every_category(tmp_path: Path) -> None:
         return ReplayIndex(trace).replay(tree)
 
     changed = Trace(provenance=trace.provenance, prompts=turns)
-    with patch("harness.ablation_figures._replay", note), patch.object(AblationRecord, "trace", lambda *_: changed):
+    with patch("harness.judge.ablation._replay", note), patch.object(AblationRecord, "trace", lambda *_: changed):
         best_rate_columns(record, "medusa1")
     assert judged == [{"math", "coding"}] * 4, "two seeds, two halves each"
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.checks import CHECKS, run_checks
 from harness.compose.replay import Trace
-from harness.judgement import CheckOutcome, CheckStatus
+from harness.judge.checks import CHECKS, run_checks
+from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.records import Failure, Generation, HeadsControl, RunRecord
 from harness.tests.fake_record import EOS_ID, FakeParts, fake_rounding, write_fake_record
 
@@ -170,9 +170,9 @@ def test_a_spoilt_record_fails_its_check(spoilt: SpoiltRecord, tmp_path: Path) -
 
 
 def test_no_check_is_left_out_of_the_list() -> None:
-    import harness.checks
+    import harness.judge.checks
 
-    public = {name for name, value in vars(harness.checks).items() if getattr(value, "__module__", "") == "harness.checks"}
+    public = {name for name, value in vars(harness.judge.checks).items() if getattr(value, "__module__", "") == "harness.judge.checks"}
     written = {name for name in public if not name.startswith("_") and name not in ("run_checks",)}
     assert written == {check.__name__ for check in CHECKS}
 

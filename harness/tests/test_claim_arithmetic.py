@@ -9,7 +9,7 @@ import pytest
 from harness.claim_arithmetic import Figures, judge_paper_only
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.judgement import VerdictKind
+from harness.judge.judgement import VerdictKind
 
 YES, NO = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED
 

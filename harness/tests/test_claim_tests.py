@@ -14,9 +14,9 @@ from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claims import evaluate_claims
 from harness.compose.replay import Trace
-from harness.judgement import ClaimVerdict, Divergence, VerdictKind
-from harness.metrics import comparisons
-from harness.quality.parity import parity_report
+from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
+from harness.judge.metrics import comparisons
+from harness.judge.parity import parity_report
 from harness.records import ArmTree, StepCosts
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree

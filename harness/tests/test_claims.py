@@ -12,7 +12,7 @@ from harness.claim_forms import LadderStepForm, SpeedIdentityForm
 from harness.claim_specs import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims, parse_claims
 from harness.claims import evaluate_claims
 from harness.errors import UserError
-from harness.judgement import ParityReport, VerdictKind
+from harness.judge.judgement import ParityReport, VerdictKind
 from harness.tests.fake_record import write_fake_record
 
 NUM_CLAIMS = 233  # entries of the collection of the paper's figures that the registry was written from

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.judge import judge
+from harness.judge.run import judge
+from harness.judge.validate import validate_record
 from harness.records import RunRecord
 from harness.report.readme import check_readme
-from harness.validate import validate_record
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(

@@ -14,9 +14,9 @@ from harness.compose.devices import MeasuredCurve, PredictedCurve, find_curves, 
 from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
 from harness.hardware import load_hardware
+from harness.judge.latency import predict
 from harness.latency_specs import LatencyHeads
 from harness.quoted import load_quoted
-from harness.report.latency import predict
 from harness.shapes import load_shapes
 from harness.tests.fake_latency import SHAPE, backbone_s, heads_s, step_s, write_fake_latency
 

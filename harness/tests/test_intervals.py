@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from harness.claim_outcomes import above, below, equivalence
 from harness.config import IntervalSpec
-from harness.judgement import VerdictKind
+from harness.judge.judgement import VerdictKind
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, widened_level
 
 SPEC = IntervalSpec(num_resamples=500)

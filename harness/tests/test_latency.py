@@ -19,23 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness.compose.curve import (
-    POINTS_FILE,
-    LatencyCurve,
-    LatencyPoint,
-    LatencyRecord,
-    batch_points,
-    break_even,
-    curve_of,
-    mode_rows,
-    read_points,
-    step_cost_of,
-)
+from harness.compose.curve import POINTS_FILE, LatencyCurve, LatencyPoint, LatencyRecord, break_even, curve_of, read_points, step_cost_of
 from harness.config import IntervalSpec
 from harness.errors import UserError
+from harness.judge.latency import batch_points, mode_rows, predict, read_share
+from harness.judge.validate import json_schemas, validate_record
 from harness.latency_specs import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
 from harness.paths import holds_absolute_path
-from harness.report.latency import latency_headline, predict, print_latency, read_share, render_latency_report
+from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import check_modes, update_modes
 from harness.shapes import load_shapes
 from harness.tests.fake_latency import (
@@ -50,7 +41,6 @@ from harness.tests.fake_latency import (
     step_s,
     write_fake_latency,
 )
-from harness.validate import json_schemas, validate_record
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))
@@ -73,7 +63,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> LatencyRecord:
 
 
 def test_pure_modules_need_no_torch() -> None:
-    names = ("harness.latency_specs", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.validate")
+    names = ("harness.latency_specs", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.judge.validate")
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
     assert done.stdout.strip() == "False"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.judgement import ArmMetrics, Comparison
-from harness.metrics import (
+from harness.judge.judgement import ArmMetrics, Comparison
+from harness.judge.metrics import (
     arm_metrics,
     bandwidth_share,
     comparisons,

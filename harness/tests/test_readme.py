@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import InvalidMeasurement, UserError
-from harness.judgement import Judgement
+from harness.judge.judgement import Judgement
 from harness.records import RunRecord
 from harness.report.readme import check_readme, update_between_markers, update_readme
 from harness.tests.fake_judgement import FAILED_CHECK, judge

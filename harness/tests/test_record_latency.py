@@ -18,11 +18,13 @@ import harness.device.engine
 import harness.device.locks
 import harness.latency_engine
 import harness.record_latency
-from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, batch_points, facts_of_shape, mode_rows, read_points
+from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.files import Frozen
+from harness.judge.latency import batch_points, mode_rows
+from harness.judge.validate import validate_record
 from harness.latency_engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.latency_specs import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.latency_store import LatencyStore
@@ -39,7 +41,6 @@ from harness.record_latency import (
 )
 from harness.shapes import ShapeSpec
 from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
-from harness.validate import validate_record
 from medusa_impl.backbone import Backbone
 
 CPU = torch.device("cpu")

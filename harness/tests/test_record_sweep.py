@@ -25,11 +25,12 @@ from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
+from harness.judge.sweep import decoded_checks
+from harness.judge.validate import json_schemas, validate_record
 from harness.record_sweep import SweepOptions, run_sweep
 from harness.records import Environment
 from harness.stats import FigureKind
 from harness.sweep_cells import arm_of, step_difference
-from harness.sweep_checks import decoded_checks
 from harness.sweep_record import CELLS_FILE, AnyCell, FailedCell, SweepRecord
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_store import SweepStore
@@ -37,7 +38,6 @@ from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
 from harness.tracing import trace_suite
-from harness.validate import json_schemas, validate_record
 from medusa_impl.tree import DraftTree
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from harness.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
+from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, without_paths
 from harness.records import ArmTree, Failure, RunRecord
 from harness.report.evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs

@@ -17,15 +17,15 @@ from harness.compose.plan import SweepPlan
 from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
 from harness.hardware import load_hardware
+from harness.judge.sweep import headline_cells
+from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.report.figures import FORMATS, draw_figures, tree_layout
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
-from harness.sweep_checks import headline_cells
 from harness.sweep_record import SweepRecord
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
-from harness.validate import validate_record
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,14 +14,14 @@ from harness.config import ArmSpec
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.trace import KeptText, kept_states
 from harness.errors import InvalidMeasurement
-from harness.judge import judge
-from harness.judgement import CheckStatus
+from harness.judge.judgement import CheckStatus
+from harness.judge.run import judge
+from harness.judge.validate import validate_record
 from harness.records import RunRecord
 from harness.report.markdown import render_report
 from harness.rounding import measure_rounding
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
-from harness.validate import validate_record
 from medusa_impl.backbone import Backbone, BackboneOutput
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree

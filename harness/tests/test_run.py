@@ -24,8 +24,9 @@ from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode, UserError
-from harness.judge import judge
-from harness.judgement import CheckStatus
+from harness.judge.judgement import CheckStatus
+from harness.judge.run import judge
+from harness.judge.validate import validate_record
 from harness.plan import make_plan
 from harness.records import RunRecord
 from harness.report.markdown import render_report
@@ -43,7 +44,6 @@ from harness.tests.tiny_suite import (
     smoke_suite,
     write_suite,
 )
-from harness.validate import validate_record
 from medusa_impl.heads import MedusaHeads
 
 SPEED = re.compile(r"speedup|tokens/s\b(?!tep)|overhead|\bms\b|GB/s|GFLOP", re.IGNORECASE)

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 
 from harness.ablation import newest_ablations
-from harness.ablation_figures import ablation_rows
 from harness.compose.replay import Trace
 from harness.config import load_suite
+from harness.judge.ablation import ablation_rows
 from harness.paths import shipped
 from medusa_impl.checkpoint import HeadsProvenance, adapter_sha256, backbone_sha256, load_heads
 

@@ -23,8 +23,8 @@ from harness.compose.plan import SweepPlan, tree_rates
 from harness.compose.replay import PromptTrace, ReplayIndex, Trace
 from harness.config import IntervalSpec
 from harness.errors import UserError
+from harness.judge.sweep import headline_cells, hypothetical_cells
 from harness.stats import Resamples, bootstrap_totals
-from harness.sweep_checks import headline_cells, hypothetical_cells
 from harness.sweep_record import CELLS_FILE, ComposedCell, FailedCell, SweepRecord, read_cells
 from harness.sweep_specs import SampledSetting, load_sweep
 from harness.tests.fake_latency import SHAPE, step_s

@@ -12,16 +12,8 @@ import pytest
 from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.plan import SweepPlan
-from harness.judgement import VerdictKind
-from harness.sweep_checks import (
-    best_by_heads,
-    decoded_checks,
-    dense_points,
-    depth_of,
-    drawn_cell,
-    searches_compared,
-    sparse_points,
-)
+from harness.judge.judgement import VerdictKind
+from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, depth_of, drawn_cell, searches_compared, sparse_points
 from harness.sweep_claims import evaluate_sweep, sampled_counts, shared_prompts, slope
 from harness.sweep_record import SampledCell, SweepRecord
 from harness.sweep_specs import SampledSetting

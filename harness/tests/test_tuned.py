@@ -12,7 +12,6 @@ import tomli_w
 import torch
 
 import harness.device.engine
-from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_outcomes import NotTestable
 from harness.config import FastestTree, TinyModelSpec, parse_suite
@@ -20,10 +19,12 @@ from harness.device.engine import Engine, LoadedModel, load_tuned_engine
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.joint_run import JointFiles, train_joint_suite
-from harness.judge import judge
-from harness.judgement import CheckStatus
-from harness.metrics import compare, original_baseline
-from harness.quality.parity import parity_report
+from harness.judge.checks import run_checks
+from harness.judge.judgement import CheckStatus
+from harness.judge.metrics import compare, original_baseline
+from harness.judge.parity import parity_report
+from harness.judge.run import judge
+from harness.judge.validate import validate_record
 from harness.records import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
@@ -31,7 +32,6 @@ from harness.run import _check_step_shapes
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite
-from harness.validate import validate_record
 
 tiny_model = harness.device.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}

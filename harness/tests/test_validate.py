@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
+from harness.judge.validate import json_schemas, validate_record, write_schemas
 from harness.records import ArmTree
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
-from harness.validate import json_schemas, validate_record, write_schemas
 
 
 def test_whole_record_has_no_fault(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from statistics import median
 from harness.compose.replay import Trace
 from harness.config import ArmSpec, BackboneName, is_deterministic
 from harness.errors import UserError
-from harness.judgement import CheckOutcome, CheckStatus
-from harness.metrics import bandwidth_share
-from harness.quality.parity import parity_report, replay_differences, steps_known
+from harness.judge.judgement import CheckOutcome, CheckStatus
+from harness.judge.metrics import bandwidth_share
+from harness.judge.parity import parity_report, replay_differences, steps_known
 from harness.records import Generation, RunRecord, TrialKey
 
 Check = Callable[[RunRecord], CheckOutcome]

@@ -11,7 +11,7 @@ from harness.compose.differences import NearTokens, RankRanges, difference_kind,
 from harness.compose.replay import PromptTrace, Trace, replay
 from harness.config import ArmSpec, BackboneName, is_deterministic
 from harness.files import Frozen
-from harness.judgement import Divergence, ParityReport, ParityRounding
+from harness.judge.judgement import Divergence, ParityReport, ParityRounding
 from harness.records import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation, RunRecord
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.checks import run_checks
 from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.claims import evaluate_claims
 from harness.compose.replay import Trace
-from harness.judgement import Judgement
-from harness.metrics import arm_metrics, comparisons
-from harness.quality.parity import parity_report
+from harness.judge.checks import run_checks
+from harness.judge.judgement import Judgement
+from harness.judge.metrics import arm_metrics, comparisons
+from harness.judge.parity import parity_report
 from harness.records import CALIBRATION_FILE, RunRecord
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.compose.replay import replay
 from harness.config import ArmSpec
-from harness.judgement import ArmMetrics, CategoryMetrics, Comparison
+from harness.judge.judgement import ArmMetrics, CategoryMetrics, Comparison
 from harness.records import Generation, RunRecord, StepCost
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 

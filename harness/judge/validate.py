@@ -16,7 +16,7 @@ from harness.compose.curve import POINTS_FILE, BatchTrials, LatencyManifest, Lat
 from harness.config import BackboneName, SuiteSpec
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
-from harness.judgement import Judgement
+from harness.judge.judgement import Judgement
 from harness.latency_specs import LatencySpec
 from harness.paths import holds_absolute_path
 from harness.records import (

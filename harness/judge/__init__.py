@@ -1,0 +1,1 @@
+"""Pure: from records to figures, checks and verdicts."""
