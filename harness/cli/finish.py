@@ -61,8 +61,8 @@ def draw_steps(log: Path) -> Path | None:
 def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON line."""
     from harness.ablation import AblationRecord, newest_ablations
-    from harness.claim_training import decided_elsewhere, training_verdicts
     from harness.judge.ablation import ablation_rows
+    from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
     from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
     from harness.report.ablation_curves import draw_curves
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.claims import evaluate_claims
 from harness.compose.replay import Trace
 from harness.judge.checks import run_checks
+from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import Judgement
 from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report

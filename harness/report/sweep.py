@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.claim_arithmetic import Figures, judge_paper_only
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.compose.appendix_g import VERDICTS, AppendixG, simulate
+from harness.compose.appendix_g import AppendixG, simulate
 from harness.compose.devices import RooflineError
+from harness.judge.claims.sweep import sampled_counts, sweep_verdicts
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.judge.sweep import (
     best_by_heads,
@@ -40,7 +40,6 @@ from harness.report.formatting import (
 )
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit_of
-from harness.sweep_claims import evaluate_sweep, sampled_counts
 from harness.sweep_record import ComposedCell, SampledCell, SweepRecord
 
 _DEVICE_HEADERS = (
@@ -188,29 +187,6 @@ def render_sweep_verdicts(record: SweepRecord, claims: Sequence[ClaimSpec]) -> s
     """Return the claims that this sweep decides, and those of Appendix G beside them."""
     headers = ["claim", "what the paper states", "ours", "verdict", "why"]
     return table(headers, [_verdict_cells(verdict) for verdict in sweep_verdicts(record, claims=claims)])
-
-
-def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple[ClaimVerdict, ...]:
-    """Return the verdicts of a sweep's own forms and of the simulations."""
-    figures = Figures({claim.id: claim for claim in claims})
-    arithmetic = []
-    for claim in claims:
-        if claim.id in VERDICTS and claim.paper_only is not None:
-            finding = judge_paper_only(claim, claim.paper_only, figures=figures)
-            arithmetic.append(
-                ClaimVerdict(
-                    claim_id=claim.id,
-                    stated=claim.stated,
-                    place=claim.place,
-                    paper_figure=claim.figure,
-                    form="paper-only",
-                    kind=finding.kind,
-                    ours=finding.ours,
-                    figure_kind=finding.figure_kind,
-                    reason=finding.reason,
-                )
-            )
-    return (*evaluate_sweep(record, claims=claims), *arithmetic)
 
 
 def _verdict_cells(verdict: ClaimVerdict) -> tuple[object, ...]:

@@ -15,12 +15,12 @@ import pytest
 
 from harness.ablation import AblationRecord, StepPoint, newest_ablations
 from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
-from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.claim_training import decided_elsewhere, judge_training, training_verdicts
 from harness.compose.replay import Replay, ReplayIndex, Trace, replay
 from harness.errors import UserError
 from harness.judge.ablation import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
+from harness.judge.claims.ablation import decided_elsewhere, judge_training, training_verdicts
+from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import VerdictKind
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path

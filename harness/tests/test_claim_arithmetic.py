@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from harness.claim_arithmetic import Figures, judge_paper_only
-from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
+from harness.judge.claims.findings import NotTestable
+from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import VerdictKind
 
 YES, NO = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.claim_evidence import Evidence
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.claims import evaluate_claims
 from harness.compose.replay import Trace
+from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report

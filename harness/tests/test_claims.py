@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from harness.claim_evidence import Evidence
 from harness.claim_forms import LadderStepForm, SpeedIdentityForm
 from harness.claim_specs import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims, parse_claims
-from harness.claims import evaluate_claims
 from harness.errors import UserError
+from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ParityReport, VerdictKind
 from harness.tests.fake_record import write_fake_record
 

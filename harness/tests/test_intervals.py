@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness.claim_outcomes import above, below, equivalence
 from harness.config import IntervalSpec
+from harness.judge.claims.findings import above, below, equivalence
 from harness.judge.judgement import VerdictKind
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, widened_level
 

@@ -80,7 +80,7 @@ def test_pure_modules_need_no_torch() -> None:
     names = (
         "harness.compose.composer",
         "harness.sweep_record",
-        "harness.sweep_claims",
+        "harness.judge.claims.sweep",
         "harness.report.sweep",
         "harness.report.figures",
         "harness.cli.trees",

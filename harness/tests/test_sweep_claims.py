@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.claim_outcomes import NotTestable
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.plan import SweepPlan
+from harness.judge.claims.findings import NotTestable
+from harness.judge.claims.sweep import evaluate_sweep, sampled_counts, shared_prompts, slope
 from harness.judge.judgement import VerdictKind
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, depth_of, drawn_cell, searches_compared, sparse_points
-from harness.sweep_claims import evaluate_sweep, sampled_counts, shared_prompts, slope
 from harness.sweep_record import SampledCell, SweepRecord
 from harness.sweep_specs import SampledSetting
 from harness.tests.fake_sweep import made_up_plan, made_up_spec, sampled_cells, write_sweep

@@ -12,14 +12,14 @@ import tomli_w
 import torch
 
 import harness.device.engine
-from harness.claim_evidence import Evidence
-from harness.claim_outcomes import NotTestable
 from harness.config import FastestTree, TinyModelSpec, parse_suite
 from harness.device.engine import Engine, LoadedModel, load_tuned_engine
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.joint_run import JointFiles, train_joint_suite
 from harness.judge.checks import run_checks
+from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import CheckStatus
 from harness.judge.metrics import compare, original_baseline
 from harness.judge.parity import parity_report

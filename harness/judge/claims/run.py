@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from harness.claim_curves import judge_log_growth, judge_speed_peaks
-from harness.claim_evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
 from harness.claim_forms import (
     ExtraHeadForm,
     FasterForm,
@@ -23,7 +21,9 @@ from harness.claim_forms import (
     SpeedPeaksForm,
     TransferForm,
 )
-from harness.claim_outcomes import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
+from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
+from harness.judge.claims.evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
+from harness.judge.claims.findings import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
 from harness.judge.judgement import Divergence, VerdictKind
 from harness.records import Generation
 from harness.stats import bootstrap_ratio

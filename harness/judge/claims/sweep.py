@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.claim_outcomes import Finding, NotTestable, above, below, combined, holds, shown
 from harness.claim_specs import ClaimSpec, load_claims
+from harness.compose.appendix_g import VERDICTS
+from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, holds, shown
+from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
@@ -180,3 +182,26 @@ _TESTS: dict[type, Callable[..., Finding]] = {
     TypicalBeatsRejectionForm: _typical_beats_rejection,
     TemperatureTrendForm: _temperature_trend,
 }
+
+
+def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple[ClaimVerdict, ...]:
+    """Return the verdicts of a sweep's own forms and of the simulations."""
+    figures = Figures({claim.id: claim for claim in claims})
+    arithmetic = []
+    for claim in claims:
+        if claim.id in VERDICTS and claim.paper_only is not None:
+            finding = judge_paper_only(claim, claim.paper_only, figures=figures)
+            arithmetic.append(
+                ClaimVerdict(
+                    claim_id=claim.id,
+                    stated=claim.stated,
+                    place=claim.place,
+                    paper_figure=claim.figure,
+                    form="paper-only",
+                    kind=finding.kind,
+                    ours=finding.ours,
+                    figure_kind=finding.figure_kind,
+                    reason=finding.reason,
+                )
+            )
+    return (*evaluate_sweep(record, claims=claims), *arithmetic)

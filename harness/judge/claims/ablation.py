@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from harness.ablation import AblationRecord, TextChange
-from harness.claim_evidence import EQUIVALENCE_LEVEL
 from harness.claim_forms import (
     HeadOrderForm,
     HurtsMoreForm,
@@ -20,9 +19,10 @@ from harness.claim_forms import (
     TrainingForm,
     UnchangedForm,
 )
-from harness.claim_outcomes import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
 from harness.claim_specs import ClaimSpec
 from harness.judge.ablation import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
+from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
+from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.stats import bootstrap_ratio
 

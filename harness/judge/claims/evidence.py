@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.claim_outcomes import NotTestable
 from harness.compose.replay import Replay, ReplayIndex, Trace
 from harness.config import IntervalSpec
 from harness.errors import UserError
+from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
 from harness.judge.metrics import paired_totals
 from harness.records import Generation, RunRecord

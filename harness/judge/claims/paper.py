@@ -23,10 +23,10 @@ from harness.claim_forms import (
     StatementsDifferForm,
     TableRatiosForm,
 )
-from harness.claim_outcomes import Finding, NotTestable
 from harness.claim_specs import ClaimSpec, OperatorTable
 from harness.compose.roofline import Simulation, attention_intensity, linear_intensity, llama_7b_block
 from harness.hardware import load_hardware
+from harness.judge.claims.findings import Finding, NotTestable
 from harness.judge.judgement import VerdictKind
 
 

@@ -1,0 +1,1 @@
+"""Each claim's verdict, by what it is judged on."""
