@@ -16,17 +16,8 @@ from harness.config import SuiteSpec
 from harness.device.machine import machine_slug
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes, write_json
-from harness.plan import PlannedTrial
-from harness.records import (
-    Environment,
-    Failure,
-    Generation,
-    Manifest,
-    RunRecord,
-    StepCost,
-    TrialKey,
-    read_outcomes,
-)
+from harness.measure.plan import PlannedTrial
+from harness.records import Environment, Failure, Generation, Manifest, RunRecord, StepCost, TrialKey, read_outcomes
 
 _GENERATIONS, _ARM_STEPS = "generations.jsonl", "arm_steps.jsonl"
 _PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads", "heads_path")

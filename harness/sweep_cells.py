@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import probes
 from harness.compose.composer import Composer, KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.differences import decoded_difference
@@ -26,6 +25,7 @@ from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, wa
 from harness.device.trace import KeptText
 from harness.errors import UserError
 from harness.hardware import match_device
+from harness.measure import probes
 from harness.paths import without_paths
 from harness.sweep_record import (
     AnyCell,

@@ -25,7 +25,7 @@ def profile(
     hub: HubOption = False,
 ) -> None:
     """Say where the time of a step goes, for vanilla and for trees of growing size."""
-    from harness.record_profile import profile_suite
+    from harness.measure.step_profile import profile_suite
     from harness.report.profile import profile_headline, render_step_profile
     from harness.step_profile import parse_sizes
 
@@ -64,7 +64,7 @@ def profile_training_command(
 
 def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
     from harness.device.machine import machine_slug
-    from harness.record_training_profile import profile_training
+    from harness.measure.training_profile import profile_training
     from harness.training_profile import print_training_profile, training_headline
     from harness.training_specs import load_training_suite
 

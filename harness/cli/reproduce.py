@@ -31,7 +31,7 @@ def reproduce(
     hub: HubOption = False,
 ) -> None:
     """Run a suite, judge it against the paper's claims, write the report; resumes an unfinished run of the same kind."""
-    from harness.run import RunOptions, effective_suite, run_suite
+    from harness.measure.run import RunOptions, effective_suite, run_suite
 
     spec, file = find_suite(suite)
     registry = load_claims(claims)
@@ -46,7 +46,7 @@ def reproduce(
         command=command_line(),
     )
     if dry_run:
-        from harness.estimate import print_plan
+        from harness.measure.plan import print_plan
 
         print_plan(effective_suite(spec, options), results=options.results, prompts_file=prompts, console=Console())
         return

@@ -103,7 +103,7 @@ def trace(
     hub: HubOption = False,
 ) -> None:
     """Answer a suite's prompts greedily and record how its heads rank the answers."""
-    from harness.tracing import trace_suite
+    from harness.measure.trace import trace_suite
 
     spec, file = find_suite(suite)
     written = trace_suite(spec, suite_file=file, out=out, limit=limit, allow_hub=hub, console=console)

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from pytest import MonkeyPatch
 
-import harness.run
+import harness.measure.run
 from harness.cli.app import app
 from harness.cli.options import command_line
 from harness.compose.replay import Trace
@@ -67,7 +67,7 @@ def test_dry_run_runs_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("a dry run loaded a model")
 
-    monkeypatch.setattr(harness.run, "load_model", never)
+    monkeypatch.setattr(harness.measure.run, "load_model", never)
     ran = command("reproduce", "smoke", "--dry-run", "--results", tmp_path / "results", "--limit", "5")
     assert ran.code == ExitCode.OK
     assert "no record of this model yet: minutes unknown" in ran.out

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import groupby
 
 from harness.config import SuiteSpec
-from harness.plan import PlannedTrial, make_plan
+from harness.measure.plan import PlannedTrial, make_plan
 from harness.tests.tiny_suite import smoke_suite
 
 KEYS = [f"prompt-{number}" for number in range(12)]

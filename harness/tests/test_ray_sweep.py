@@ -34,6 +34,7 @@ from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
+from harness.measure.trace import trace_suite
 from harness.ray_executor import RayExecutor, keep_record, packed, unpacked
 from harness.record_sweep import SweepOptions, cell_inputs, plan_runs, run_sweep
 from harness.sweep_cells import CellInputs, DecodedTask, SampledTask
@@ -43,7 +44,6 @@ from harness.sweep_store import SweepStore, portable_spec
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, Ran, command, micro_data, smoke_suite, write_suite
-from harness.tracing import trace_suite
 from medusa_impl.tree import DraftTree
 
 ray: Any = pytest.importorskip("ray", reason="needs medusa-repro[ray]")

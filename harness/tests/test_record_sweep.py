@@ -27,6 +27,7 @@ from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
 from harness.judge.sweep import decoded_checks
 from harness.judge.validate import json_schemas, validate_record
+from harness.measure.trace import trace_suite
 from harness.record_sweep import SweepOptions, run_sweep
 from harness.records import Environment
 from harness.stats import FigureKind
@@ -37,7 +38,6 @@ from harness.sweep_store import SweepStore
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
-from harness.tracing import trace_suite
 from medusa_impl.tree import DraftTree
 
 CPU = torch.device("cpu")

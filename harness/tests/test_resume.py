@@ -21,7 +21,7 @@ from harness.config import SuiteSpec
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
-from harness.plan import PlannedTrial, make_plan
+from harness.measure.plan import PlannedTrial, make_plan
 from harness.records import DeviceInfo, Generation, RunRecord, StepCost, TrialKey, read_outcomes
 from harness.run_store import RunStore
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite

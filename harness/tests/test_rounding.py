@@ -17,9 +17,9 @@ from harness.errors import InvalidMeasurement
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
+from harness.measure.rounding import measure_rounding
 from harness.records import RunRecord
 from harness.report.markdown import render_report
-from harness.rounding import measure_rounding
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
 from medusa_impl.backbone import Backbone, BackboneOutput
@@ -136,7 +136,7 @@ def test_an_overflowing_logit_is_no_rounding(engine: Engine, monkeypatch: Monkey
 
 
 def test_stock_generation_that_cannot_run_costs_its_own_figures_only(engine: Engine, monkeypatch: MonkeyPatch) -> None:
-    from harness import rounding as module
+    from harness.measure import rounding as module
 
     def broken(*_: Any) -> Any:
         raise ValueError("no such kernel")

@@ -18,8 +18,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+import harness.measure.run
 import harness.paths
-import harness.run
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.prompts import suite_prompts
@@ -27,7 +27,7 @@ from harness.errors import ExitCode, UserError
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
-from harness.plan import make_plan
+from harness.measure.plan import make_plan
 from harness.records import RunRecord
 from harness.report.markdown import render_report
 from harness.tests.tiny_suite import (

@@ -19,11 +19,11 @@ from harness.device.prompts import suite_prompts
 from harness.device.trace import record_trace
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
+from harness.measure.run import describe
+from harness.measure.step_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
 from harness.paths import holds_absolute_path
-from harness.record_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
 from harness.records import ArmTree
 from harness.report.profile import profile_headline, render_step_profile
-from harness.run import describe
 from harness.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, command, micro_data, smoke_suite, write_suite

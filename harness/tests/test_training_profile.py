@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import optimizer
 
-import harness.record_training_profile
+import harness.measure.training_profile
 import medusa_impl.training
 from harness.config import TinyModelSpec
 from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
+from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
+from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
-from harness.record_training_profile import heads_stages, joint_stages, one_batch, profile_training
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
 from harness.training_profile import (
@@ -32,7 +33,6 @@ from harness.training_profile import (
     training_headline,
 )
 from harness.training_specs import training_suite_of
-from harness.training_watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.losses import TokenSubset
 from medusa_impl.sequences import TrainingSequence
@@ -82,7 +82,7 @@ def profiled(data: dict[str, Any], *, num_steps: int = 1) -> TrainingProfile:
 @pytest.fixture(scope="module")
 def heads_profile(folder: Path) -> TrainingProfile:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.record_training_profile, "_STATE_BATCHES", 1)  # one batch is all there is: its targets are known
+        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)  # one batch is all there is: its targets are known
         return profiled(heads_data(folder), num_steps=2)
 
 

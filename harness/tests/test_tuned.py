@@ -25,10 +25,10 @@ from harness.judge.metrics import compare, original_baseline
 from harness.judge.parity import parity_report
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
+from harness.measure.run import _check_step_shapes
 from harness.records import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
-from harness.run import _check_step_shapes
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite

@@ -21,9 +21,9 @@ from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel, load_engine, load_model
 from harness.device.prompts import warmup_prompts
+from harness.measure.run import RunOptions, run_suite
 from harness.paths import shipped
 from harness.records import Failure, Generation, RunRecord
-from harness.run import RunOptions, run_suite
 from harness.run_store import RunStore
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads

@@ -23,9 +23,9 @@ from harness.device.engine import Engine, best_device, load_engine, load_model
 from harness.device.locks import device_held
 from harness.device.prompts import suite_prompts, warmup_prompts
 from harness.errors import UserError
+from harness.measure.run import describe
 from harness.paths import resolve_path
 from harness.records import ArmTree
-from harness.run import describe
 from harness.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.runner import Mode

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness import probes
 from harness.compose.replay import Trace
 from harness.compose.trees import check_fixed_trees, resolve_trees
-from harness.config import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.config import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.device.arms import ArmRunner
 from harness.device.clock import device_clock
 from harness.device.doctor import foreign_gpu_processes
 from harness.device.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
 from harness.device.limits import measure_device_limits
-from harness.device.locks import device_held, folder_held
+from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
-from harness.paths import resolve_path, without_paths
-from harness.plan import PlannedTrial, make_plan
+from harness.measure import probes
+from harness.measure.plan import make_plan
+from harness.measure.rounding import measure_rounding
+from harness.measure.session import Session, device_turn, greedy_vanilla
+from harness.measure.trials import arm_runners, control_texts, run_blocks
+from harness.paths import resolve_path
 from harness.records import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
@@ -42,8 +39,6 @@ from harness.records import (
     ArmTrees,
     DeviceLimits,
     Environment,
-    Failure,
-    Generation,
     Likelihood,
     Likelihoods,
     Profile,
@@ -51,13 +46,10 @@ from harness.records import (
     StepCosts,
     file_of,
 )
-from harness.rounding import measure_rounding
 from harness.run_store import RunStore
 from harness.tiny_heads import train_tiny_heads
-from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
-
-_WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
 
 
 @dataclass(frozen=True)
@@ -74,23 +66,6 @@ class RunOptions:
     command: str = ""
 
 
-@dataclass
-class _Session:
-    suite: SuiteSpec
-    engines: Mapping[BackboneName, Engine]
-    prompts: tuple[SuitePrompt, ...]
-    warmup: tuple[SuitePrompt, ...]
-    store: RunStore
-    console: Console
-    clock: Callable[[], float]
-    device: torch.device
-
-    @property
-    def engine(self) -> Engine:
-        """The engine of the original backbone."""
-        return self.engines["original"]
-
-
 def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     """Return the suite with the command line's changes in it."""
     prompts, arms = suite.prompts, suite.arms
@@ -105,19 +80,6 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
     return suite.model_copy(update={"prompts": prompts, "arms": arms})
-
-
-def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> ArmSpec:
-    """Return the arm whose texts are traced and scored against.
-
-    Raises: UserError where the suite has none.
-    """
-    found = (arm for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone)
-    arm = next(found, None)
-    if arm is None:
-        what = f"no greedy vanilla arm on the {backbone} backbone"
-        raise UserError(found=what, need="one: its texts are the reference", where=f"suite {suite.name!r}")
-    return arm
 
 
 def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions, console: Console) -> Path:
@@ -153,23 +115,23 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
-    session = _Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
+    session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
     with folder_held(store.folder):
         _fill_record(session, calibrations, beside=beside, started=started, budget_s=options.time_budget_s)
     return store.folder
 
 
 def _fill_record(
-    session: _Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None, started: float, budget_s: float | None
+    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None, started: float, budget_s: float | None
 ) -> None:
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
-    with _device(session):
+    with device_turn(session):
         trees = _prepare(session, calibrations, beside=beside)
-    runners = _runners(session, trees)
+    runners = arm_runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
-    peak = _run_blocks(session, runners, plan, started=started, budget_s=budget_s)
-    with _device(session):
+    peak = run_blocks(session, runners, plan, started=started, budget_s=budget_s)
+    with device_turn(session):
         _after(session, runners)
     outcomes = RunRecord(store.folder).outcomes
     done = len({outcome.trial.prompt_key for outcome in outcomes})
@@ -191,13 +153,6 @@ def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt]
     """Return where the record will come from."""
     texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
     return describe_engine(engine, dtype=suite.model.dtype, texts=texts, command=command, tuned=tuned)
-
-
-def _device(session: _Session) -> contextlib.AbstractContextManager[None]:
-    """Hold the device for one timed block; a suite that reports no speed disturbs nobody's figures and waits for nobody."""
-    if not session.suite.reports_speed:
-        return contextlib.nullcontext()
-    return device_held(session.device, on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"))
 
 
 def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, beside: Path | None) -> Trace | None:
@@ -231,7 +186,7 @@ def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine])
             )
 
 
-def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None) -> dict[str, ArmTree]:
+def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None) -> dict[str, ArmTree]:
     """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is read back instead."""
     folder, suite, engine = session.store.folder, session.suite, session.engine
     if (folder / "trees.json").exists():
@@ -245,7 +200,7 @@ def _prepare(session: _Session, calibrations: Mapping[BackboneName, Trace | None
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
     limits: DeviceLimits = measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
     write_json(folder / "device_limits.json", limits)
-    texts = {backbone: _control_texts(session, one) for backbone, one in session.engines.items()}
+    texts = {backbone: control_texts(session, one) for backbone, one in session.engines.items()}
     for backbone, one in session.engines.items():
         control = probes.control_heads(one, texts[backbone])
         write_json(folder / file_of(HEADS_CONTROL_FILE, backbone), control)
@@ -292,133 +247,7 @@ def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside:
             )
 
 
-def _control_texts(session: _Session, engine: Engine) -> list[KeptText]:
-    """Return vanilla's greedy texts on prompts that are never measured."""
-    arm = ArmSpec(name="control", method="vanilla")
-    longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
-    runner = ArmRunner(engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
-    texts = []
-    for prompt in session.warmup[:_CONTROL_PROMPTS]:
-        result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
-    return texts
-
-
-def _runners(session: _Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunner]:
-    longest = max(len(prompt.prompt_ids) for prompt in (*session.prompts, *session.warmup)) + session.suite.max_new_tokens
-    runners = {}
-    for arm in session.suite.arms:
-        tree: DraftTree | None = trees[arm.name].tree() if arm.name in trees else None
-        runners[arm.name] = ArmRunner(
-            session.engines[arm.backbone],
-            arm,
-            tree=tree,
-            max_new_tokens=session.suite.max_new_tokens,
-            max_prompt_tokens=longest,
-            clock=session.clock,
-        )
-    return runners
-
-
-def _run_blocks(
-    session: _Session, runners: dict[str, ArmRunner], plan: Sequence[PlannedTrial], *, started: float, budget_s: float | None
-) -> int:
-    """Run all blocks that are not done yet; return the peak memory seen."""
-    finished, attempts = session.store.prepare_resume(plan)
-    prompts = {prompt.key: prompt for prompt in session.prompts}
-    todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
-    if todo:
-        with _device(session):
-            _warm_up(session, runners)
-    peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=session.console) as progress:
-        task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
-        for number, block in enumerate(todo):
-            may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key  # later rounds only as a whole
-            has_any = number > 0 or bool(finished)
-            if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
-                break
-            with _device(session):
-                for planned in block:
-                    progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
-                    prompt = prompts[planned.trial.prompt_key]
-                    outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
-                    session.store.append(outcome)
-                    if isinstance(outcome, Generation):
-                        peak = max(peak, outcome.peak_memory_bytes or 0)
-                    progress.advance(task)
-                _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
-    return peak
-
-
-def _warm_up(session: _Session, runners: dict[str, ArmRunner]) -> None:
-    for prompt in session.warmup[: session.suite.warmup_prompts]:
-        for arm in session.suite.arms:
-            runner = ArmRunner(
-                session.engines[arm.backbone],
-                arm,
-                tree=runners[arm.name].tree,
-                max_new_tokens=min(_WARMUP_TOKENS, session.suite.max_new_tokens),
-                max_prompt_tokens=len(prompt.prompt_ids),
-                clock=session.clock,
-            )
-            with contextlib.suppress(Exception):  # an arm that cannot run fails in its own trials, where it is recorded
-                runner.generate(prompt.prompt_ids, seed=0)
-
-
-def _run_trial(
-    session: _Session, runners: dict[str, ArmRunner], planned: PlannedTrial, prompt: SuitePrompt, *, attempt: int
-) -> Generation | Failure:
-    trial = planned.trial
-    reset_peak_memory(session.device)
-    try:
-        result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
-    except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
-        return Failure(
-            trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500]
-        )
-    return Generation(
-        trial=trial,
-        order=planned.order,
-        attempt=attempt,
-        category=prompt.category,
-        prompt_tokens=len(prompt.prompt_ids),
-        token_ids=result.token_ids,
-        ended_by=result.ended_by,
-        step_tokens=result.step_tokens,
-        step_times_s=result.step_times_s,
-        prefill_s=result.prefill_s,
-        peak_memory_bytes=peak_memory_bytes(session.device),
-        cache_bytes=result.cache_bytes,
-        load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
-    )
-
-
-def _time_arm_steps(session: _Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
-    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's vanilla text of this block."""
-    if not session.suite.reports_speed:
-        return
-    outcomes = RunRecord(session.store.folder).generations
-    contexts = {}
-    for backbone in session.suite.backbones:
-        vanilla = greedy_vanilla(session.suite, backbone).name
-        text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
-        if text is not None:
-            contexts[backbone] = [*prompt.prompt_ids, *text[: len(text) // 2]]
-    for arm in session.suite.arms:
-        context = contexts.get(arm.backbone)
-        if context is not None and arm.method in ("vanilla", "medusa") and not arm.stochastic:
-            try:
-                cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
-            except Exception as error:  # a broken arm costs only its own figures; its trials are Failures of their own
-                session.console.print(f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}", markup=False)
-                continue
-            if cost.step_s:
-                session.store.append_arm_steps(cost)
-
-
-def _after(session: _Session, runners: dict[str, ArmRunner]) -> None:
+def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
     """Everything that follows the timed part: trace, profile, likelihoods, and the separately timed steps in one file."""
     folder, suite = session.store.folder, session.suite
     record = RunRecord(folder)

@@ -1,0 +1,154 @@
+"""Blocks of trials, timed one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from itertools import groupby
+
+import psutil
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.config import ArmSpec
+from harness.device.arms import ArmRunner
+from harness.device.engine import Engine
+from harness.device.prompts import SuitePrompt
+from harness.device.trace import KeptText
+from harness.measure import probes
+from harness.measure.plan import PlannedTrial
+from harness.measure.session import Session, device_turn, greedy_vanilla
+from harness.paths import without_paths
+from harness.records import ArmTree, Failure, Generation, RunRecord
+from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.tree import DraftTree
+
+_WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
+
+
+def control_texts(session: Session, engine: Engine) -> list[KeptText]:
+    """Return vanilla's greedy texts on prompts that are never measured."""
+    arm = ArmSpec(name="control", method="vanilla")
+    longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
+    runner = ArmRunner(engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
+    texts = []
+    for prompt in session.warmup[:_CONTROL_PROMPTS]:
+        result = runner.generate(prompt.prompt_ids, seed=None)
+        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+    return texts
+
+
+def arm_runners(session: Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunner]:
+    longest = max(len(prompt.prompt_ids) for prompt in (*session.prompts, *session.warmup)) + session.suite.max_new_tokens
+    runners = {}
+    for arm in session.suite.arms:
+        tree: DraftTree | None = trees[arm.name].tree() if arm.name in trees else None
+        runners[arm.name] = ArmRunner(
+            session.engines[arm.backbone],
+            arm,
+            tree=tree,
+            max_new_tokens=session.suite.max_new_tokens,
+            max_prompt_tokens=longest,
+            clock=session.clock,
+        )
+    return runners
+
+
+def run_blocks(
+    session: Session, runners: dict[str, ArmRunner], plan: Sequence[PlannedTrial], *, started: float, budget_s: float | None
+) -> int:
+    """Run all blocks that are not done yet; return the peak memory seen."""
+    finished, attempts = session.store.prepare_resume(plan)
+    prompts = {prompt.key: prompt for prompt in session.prompts}
+    todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
+    if todo:
+        with device_turn(session):
+            _warm_up(session, runners)
+    peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=session.console) as progress:
+        task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
+        for number, block in enumerate(todo):
+            may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key  # later rounds only as a whole
+            has_any = number > 0 or bool(finished)
+            if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
+                break
+            with device_turn(session):
+                for planned in block:
+                    progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
+                    prompt = prompts[planned.trial.prompt_key]
+                    outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
+                    session.store.append(outcome)
+                    if isinstance(outcome, Generation):
+                        peak = max(peak, outcome.peak_memory_bytes or 0)
+                    progress.advance(task)
+                _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
+    return peak
+
+
+def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
+    for prompt in session.warmup[: session.suite.warmup_prompts]:
+        for arm in session.suite.arms:
+            runner = ArmRunner(
+                session.engines[arm.backbone],
+                arm,
+                tree=runners[arm.name].tree,
+                max_new_tokens=min(_WARMUP_TOKENS, session.suite.max_new_tokens),
+                max_prompt_tokens=len(prompt.prompt_ids),
+                clock=session.clock,
+            )
+            with contextlib.suppress(Exception):  # an arm that cannot run fails in its own trials, where it is recorded
+                runner.generate(prompt.prompt_ids, seed=0)
+
+
+def _run_trial(
+    session: Session, runners: dict[str, ArmRunner], planned: PlannedTrial, prompt: SuitePrompt, *, attempt: int
+) -> Generation | Failure:
+    trial = planned.trial
+    reset_peak_memory(session.device)
+    try:
+        result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
+    except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
+        return Failure(
+            trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500]
+        )
+    return Generation(
+        trial=trial,
+        order=planned.order,
+        attempt=attempt,
+        category=prompt.category,
+        prompt_tokens=len(prompt.prompt_ids),
+        token_ids=result.token_ids,
+        ended_by=result.ended_by,
+        step_tokens=result.step_tokens,
+        step_times_s=result.step_times_s,
+        prefill_s=result.prefill_s,
+        peak_memory_bytes=peak_memory_bytes(session.device),
+        cache_bytes=result.cache_bytes,
+        load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
+    )
+
+
+def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
+    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's vanilla text of this block."""
+    if not session.suite.reports_speed:
+        return
+    outcomes = RunRecord(session.store.folder).generations
+    contexts = {}
+    for backbone in session.suite.backbones:
+        vanilla = greedy_vanilla(session.suite, backbone).name
+        text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
+        if text is not None:
+            contexts[backbone] = [*prompt.prompt_ids, *text[: len(text) // 2]]
+    for arm in session.suite.arms:
+        context = contexts.get(arm.backbone)
+        if context is not None and arm.method in ("vanilla", "medusa") and not arm.stochastic:
+            try:
+                cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
+            except Exception as error:  # a broken arm costs only its own figures; its trials are Failures of their own
+                session.console.print(f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}", markup=False)
+                continue
+            if cost.step_s:
+                session.store.append_arm_steps(cost)
