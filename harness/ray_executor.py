@@ -37,8 +37,8 @@ from harness.device.machine import device_info, git_state, machine_slug, package
 from harness.errors import UserError
 from harness.files import write_bytes, write_json
 from harness.latency_specs import LatencySpec, load_latency_spec
+from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
-from harness.record_latency import LatencyOptions, run_latency
 from harness.record_sweep import SweepOptions
 from harness.report.latency import render_latency_report
 from harness.run_store import hashes

@@ -32,8 +32,8 @@ def ablate(
     if report is not None:
         finish_ablation(report, claims=registry, readme=readme)
         return
-    from harness.ablate import AblateOptions, print_ablation_plan, run_ablation
     from harness.ablation_specs import load_ablation
+    from harness.measure.ablation.run import AblateOptions, print_ablation_plan, run_ablation
 
     file = find_data(suite, folder=None, kind="ablation")
     spec = load_ablation(file)

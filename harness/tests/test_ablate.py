@@ -14,17 +14,17 @@ import torch
 from pytest import MonkeyPatch
 from torch.nn.functional import kl_div, log_softmax
 
-from harness.ablate import AblateOptions, run_ablation
 from harness.ablation import ARMS_FILE, AblationRecord
 from harness.ablation_specs import AblationSpec
-from harness.ablation_training import ArmJob, budgeted, train_arm
 from harness.device.engine import Engine
 from harness.device.machine import git_state
 from harness.device.trace import KeptText, kept_states, rank_rows
 from harness.errors import ExitCode, UserError
 from harness.judge.ablation import ablation_rows, rate_columns
 from harness.judge.validate import validate_record
-from harness.quality.backbone_change import MeasuredText, greedy_text, head_text, read_text, text_change
+from harness.measure.ablation.arm import ArmJob, budgeted, train_arm
+from harness.measure.ablation.backbone_change import MeasuredText, greedy_text, head_text, read_text, text_change
+from harness.measure.ablation.run import AblateOptions, run_ablation
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
 from medusa_impl.backbone import Backbone
@@ -55,7 +55,7 @@ def record(folder: Path, heads_file: Path) -> AblationRecord:
         trained.append((job.arm, job.seed))
         train_arm(job)
 
-    with patch("harness.device.engine.git_state", cache(git_state)), patch("harness.ablate.train_arm", cut):
+    with patch("harness.device.engine.git_state", cache(git_state)), patch("harness.measure.ablation.run.train_arm", cut):
         with pytest.raises(KeyboardInterrupt):
             run_ablation(spec, suite_file=folder / "tiny.toml", options=options, console=QUIET)
         trained.append(("again", 0))

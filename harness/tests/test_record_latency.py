@@ -16,8 +16,8 @@ from pytest import MonkeyPatch
 
 import harness.device.engine
 import harness.device.locks
-import harness.latency_engine
-import harness.record_latency
+import harness.measure.latency.engine
+import harness.measure.latency.run
 from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
@@ -25,20 +25,12 @@ from harness.errors import ExitCode, UserError
 from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
 from harness.judge.validate import validate_record
-from harness.latency_engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.latency_specs import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.latency_store import LatencyStore
-from harness.measure_modes import LatencyPrompt, batch_tree, measure_batches, measure_modes, table_prompts
-from harness.record_latency import (
-    LatencyOptions,
-    check_fits,
-    comb_tree,
-    filled_cache,
-    measure_group,
-    rewind,
-    run_latency,
-    skip_reason,
-)
+from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
+from harness.measure.latency.modes import LatencyPrompt, batch_tree, measure_batches, measure_modes, table_prompts
+from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
+from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
 from harness.shapes import ShapeSpec
 from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
 from medusa_impl.backbone import Backbone
@@ -100,7 +92,7 @@ def quick_and_steady() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.device.engine, "git_state", cached(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
-        patch.setattr(harness.record_latency, "best_device", lambda: CPU)
+        patch.setattr(harness.measure.latency.run, "best_device", lambda: CPU)
         yield
 
 
@@ -154,7 +146,7 @@ def test_comb_trees_have_their_nodes_and_levels() -> None:
 def test_cache_read_in_chunks_is_the_cache_of_the_whole_text(engine: Engine, monkeypatch: MonkeyPatch) -> None:
     backbone, logits = engine.runner.backbone, []
     for chunk in (512, 7):
-        monkeypatch.setattr(harness.record_latency, "_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(harness.measure.latency.run, "_CHUNK_TOKENS", chunk)
         cache = filled_cache(backbone, context_tokens=30, batch=2, room_tokens=1)
         assert list(cache.lengths) == [30, 30]
         step = backbone.forward(
@@ -269,7 +261,7 @@ def test_points_beyond_memory_or_positions_are_not_tried() -> None:
 
 
 def test_shape_that_cannot_fit_is_refused_before_it_is_made(monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.latency_engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
+    monkeypatch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
     spec = parsed(shape_spec())
     check_fits(spec, dtype="float32", free_bytes=10**9)
     with pytest.raises(UserError, match="tiny-llama in float32"):
@@ -288,7 +280,7 @@ def shape_spec(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_facts_of_a_made_model_are_those_planned(dtype: Any, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.latency_engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
+    monkeypatch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
     spec = parsed(shape_spec(dtypes=["float32", "bfloat16"]))
     engine = load_latency_engine(spec, dtype=dtype, device=CPU, beside=None, allow_hub=False)
     assert engine.runner.packed_bytes == 0  # copies for a mode that is not timed may not fit
@@ -418,7 +410,7 @@ def test_report_is_written_again_without_a_device(ran: LatencyRun, tmp_path: Pat
     (folder / "report.md").unlink()
     page = tmp_path / "PAGE.md"
     page.write_text("Title\n<!-- modes:begin -->\n<!-- modes:end -->\nrest\n")
-    monkeypatch.setattr(harness.record_latency, "run_latency", _never)
+    monkeypatch.setattr(harness.measure.latency.run, "run_latency", _never)
     done = command("latency", "--report", folder, "--readme", page)
     assert done.code == ExitCode.OK and (folder / "report.md").read_text() == before
     assert "against `generate`" in page.read_text() and page.read_text().endswith("rest\n")
@@ -509,7 +501,7 @@ def test_resume_refuses_another_device_spec_or_a_finished_run(ran: LatencyRun, t
 
 
 def test_published_shape_runs_in_two_dtypes_with_random_weights(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.latency_engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
+    monkeypatch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
     grid = {"num_nodes": [1, 4], "num_heads": [2], "context_tokens": [80]}
     data = shape_spec(dtypes=["float32", "bfloat16"], grids=[grid], repeats=1)
     data["modes_table"] = {"num_prompts": 1, "max_new_tokens": 4, "context_tokens": 80}
@@ -524,12 +516,12 @@ def test_published_shape_runs_in_two_dtypes_with_random_weights(tmp_path: Path, 
 
 
 def test_dry_run_loads_nothing_and_says_what_would_be_skipped(ran: LatencyRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(harness.record_latency, "load_latency_engine", _never)
+    monkeypatch.setattr(harness.measure.latency.run, "load_latency_engine", _never)
     results = ("--results", tmp_path / "results", "--dry-run")
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
     assert done.code == ExitCode.OK and not (tmp_path / "results").exists()
     assert json.loads(done.out.splitlines()[-1]) == {"latency": "tiny", "points": 4, "skipped": 0}
-    monkeypatch.setattr(harness.record_latency, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(harness.measure.latency.run, "free_memory_bytes", lambda device: 1000)
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
     assert json.loads(done.out.splitlines()[-1])["skipped"] == 4
     shipped: Ran = command("latency", "gpu", "--shape", "vicuna-13b-v1.5", "--contexts", "1024", "--batches", "1", *results)

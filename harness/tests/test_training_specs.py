@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from harness.ablation_specs import load_ablation, parse_ablation
-from harness.ablation_training import arm_recipe
 from harness.errors import ExitCode, UserError
 from harness.joint_run import HELD_OUT_RATE
+from harness.measure.ablation.arm import arm_recipe
 from harness.paths import shipped
 from harness.shapes import load_shapes
 from harness.tests.tiny_suite import command

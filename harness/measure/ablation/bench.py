@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.ablation import ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
-from harness.ablation_training import ArmJob, once_over
 from harness.asset_specs import load_asset_specs
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
@@ -26,8 +25,9 @@ from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
+from harness.measure.ablation.arm import ArmJob, once_over
+from harness.measure.ablation.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
 from harness.paths import cache_dir
-from harness.quality.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -17,10 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.ablation import AblationRecord
-from harness.ablation_bench import ArmBench, engine_with, held_out_prompts, reference_texts
 from harness.ablation_specs import AblationSpec
 from harness.ablation_store import AblationStore
-from harness.ablation_training import ArmJob, arm_recipe, train_arm
 from harness.compose.replay import Trace
 from harness.compose.trees import grow
 from harness.config import SearchedTree
@@ -29,8 +27,10 @@ from harness.device.locks import folder_held
 from harness.device.machine import device_info, machine_slug
 from harness.errors import ExitCode, UserError
 from harness.joint_run import check_runnable
+from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
+from harness.measure.ablation.backbone_change import MeasuredText
+from harness.measure.ablation.bench import ArmBench, engine_with, held_out_prompts, reference_texts
 from harness.paths import cache_dir, resolve_path
-from harness.quality.backbone_change import MeasuredText
 from harness.records import ArmTree, Environment
 from medusa_impl.distill import CorpusPrompt
 from medusa_impl.medusa2_trainer import STEP_LOG

@@ -18,7 +18,7 @@ from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName
-from harness.measure_modes import LatencyPrompt
+from harness.measure.latency.modes import LatencyPrompt
 from harness.paths import resolve_path
 from harness.records import Environment
 from harness.shapes import ShapeSpec, load_shapes

@@ -7,14 +7,12 @@ chunks, once a group; a timed step is dropped by forgetting it, so that every re
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +24,9 @@ from harness.device.limits import measure_device_limits
 from harness.device.locks import device_held, folder_held
 from harness.errors import UserError
 from harness.files import write_json
-from harness.latency_engine import (
+from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
+from harness.latency_store import LatencyStore
+from harness.measure.latency.engine import (
     chosen_modes,
     describe_latency,
     facts_of_engine,
@@ -36,21 +36,9 @@ from harness.latency_engine import (
     packs_weights,
     planned_facts,
 )
-from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
-from harness.latency_store import LatencyStore
-from harness.measure_modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.paths import without_paths
-from medusa_impl.acceptance import GreedyRule
-from medusa_impl.backbone import Backbone
-from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
-from medusa_impl.kv_cache import TreeCache
-from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
-from medusa_impl.tree import DraftTree
-from medusa_impl.tree_buffers import tree_buffers
-
-_TIMES_A_VISIT, _CHUNK_TOKENS, _SEED = 3, 512, 0
-_ENDLESS_TOKENS = 1 << 30  # a budget that no timed loop uses up
-_BACKBONE_DEPTH = 5  # of trees that are timed without heads
+from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
+from harness.measure.latency.timers import measure_group, release
+from medusa_impl.memory import peak_memory_bytes
 
 Held = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -95,7 +83,7 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
         done, num_planned, peak = store.prepare(), 0, 0
         for dtype in spec.dtypes:
             if dtype != first:
-                _release(device)
+                release(device)
                 free_bytes = free_memory_bytes(device)
                 console.print(f"loading {model_words(spec)} in {dtype}")
                 engine = load_latency_engine(spec, dtype=dtype, device=device, beside=beside, allow_hub=options.allow_hub)
@@ -233,146 +221,6 @@ class _Session:
         return skip_reason(key, facts, packs=packs, free_bytes=self.free_bytes, memory_share=self.spec.memory_share)
 
 
-def measure_group(engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock) -> tuple[LatencyPoint, ...]:
-    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits beginning somewhere else.
-
-    So what disturbs the machine for a moment meets a size in one round only, and with three rounds or more its median stands.
-
-    Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator, which no step of a decoding
-    does (on a CPU in eager mode it takes half as long again).
-    A point that runs out of memory is recorded as skipped, and the others go on.
-    """
-    device = engine.runner.backbone.device
-    engine.runner.use(keys[0].mode)
-    reset_peak_memory(device)
-    skipped: dict[PointKey, str] = {}
-    timers: dict[PointKey, _PointTimer] = {}
-    with _noting_out_of_memory(skipped, keys, device):  # of the context; points note their own
-        room_tokens = max(key.num_nodes for key in keys) + 1
-        cache = filled_cache(engine.runner.backbone, context_tokens=keys[0].context_tokens, batch=keys[0].batch, room_tokens=room_tokens)
-        rounds = (0, *_visits(repeats))  # the first warms kernels and allocator up
-        for number, num_times in enumerate(rounds):
-            first = number * len(keys) // len(rounds)
-            for key in (*keys[first:], *keys[:first]):
-                if key in skipped:
-                    continue
-                with _noting_out_of_memory(skipped, [key], device):
-                    if key not in timers:
-                        timers[key] = _PointTimer(engine, key, cache, clock=clock)
-                    timers[key].visit(num_times)
-    peak = peak_memory_bytes(device)
-    return tuple(
-        LatencyPoint(**dict(key), skipped=skipped[key])
-        if key in skipped
-        else LatencyPoint(
-            **dict(key),
-            backbone_s=tuple(timers[key].backbone_s),
-            heads_s=tuple(timers[key].heads_s),
-            step_s=tuple(timers[key].step_s),
-            peak_memory_bytes=peak,
-        )
-        for key in keys
-    )
-
-
-def _visits(repeats: int) -> list[int]:
-    """Return how many times each visit takes."""
-    whole, rest = divmod(repeats, _TIMES_A_VISIT)
-    return [_TIMES_A_VISIT] * whole + ([rest] if rest else [])
-
-
-class _PointTimer:
-    """Times one size behind the shared context: the backbone's pass, the heads, and a step of the decoding loop itself."""
-
-    def __init__(self, engine: Engine, key: PointKey, cache: TreeCache, *, clock: Clock) -> None:
-        backbone = engine.runner.backbone
-        self._engine, self._key, self._cache, self._clock = engine, key, cache, clock
-        self._tree = comb_tree(key.num_nodes, depth=key.num_heads or _BACKBONE_DEPTH)
-        self._buffers = tree_buffers(self._tree, device=backbone.device)
-        self._tokens = torch.arange(key.num_nodes, device=backbone.device).remainder(backbone.vocab_size).repeat(key.batch, 1)
-        self._states = torch.ones(key.batch, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
-        self._steps = self._decoding() if key.num_heads or key.num_nodes == 1 else None
-        self.backbone_s: list[float] = []
-        self.heads_s: list[float] = []
-        self.step_s: list[float] = []
-
-    def visit(self, num_times: int) -> None:
-        """Run each part once unseen, then time it so many times."""
-        parts = [(self.backbone_s, self._backbone_pass)]
-        if self._key.num_heads:
-            parts.append((self.heads_s, self._heads_pass))
-        if self._steps is not None:
-            parts.append((self.step_s, self._step))
-        for times, part in parts:
-            rewind(self._cache, context_tokens=self._key.context_tokens)
-            part()
-            for _ in range(num_times):
-                rewind(self._cache, context_tokens=self._key.context_tokens)
-                started = self._clock()
-                part()
-                times.append(self._clock() - started)
-
-    @torch.inference_mode()
-    def _backbone_pass(self) -> None:
-        self._engine.runner.backbone.forward(self._tokens, depths=self._buffers.depths, visible=self._buffers.visible, cache=self._cache)
-
-    @torch.inference_mode()
-    def _heads_pass(self) -> None:
-        self._engine.heads(self._states, lm_head=self._engine.runner.backbone.lm_head, num_heads=self._key.num_heads)
-
-    def _step(self) -> None:
-        assert self._steps is not None
-        next(self._steps)
-
-    def _decoding(self) -> Iterator[DecodingStep]:
-        """Return an endless decoding behind the context, its prefill of one token a row done."""
-        prompts = [[row % self._engine.runner.backbone.vocab_size] for row in range(self._key.batch)]
-        rewind(self._cache, context_tokens=self._key.context_tokens)
-        backbone, cache, no_end = self._engine.runner.backbone, self._cache, frozenset[int]()
-        if self._key.num_nodes == 1:
-            steps = decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=_ENDLESS_TOKENS, eos_ids=no_end, cache=cache)
-        else:
-            steps = decode_medusa(
-                backbone,
-                self._engine.heads,
-                self._tree,
-                prompts,
-                rule=GreedyRule(),
-                max_new_tokens=_ENDLESS_TOKENS,
-                eos_ids=no_end,
-                cache=cache,
-            )
-        next(steps)
-        return steps
-
-
-def filled_cache(backbone: Backbone, *, context_tokens: int, batch: int, room_tokens: int) -> TreeCache:
-    """Return a cache whose rows hold `context_tokens` random tokens each, read in chunks, with room for some more."""
-    cache = backbone.new_cache(batch_size=batch, max_length=context_tokens + room_tokens)
-    texts = torch.randint(backbone.vocab_size, (batch, context_tokens), generator=torch.Generator().manual_seed(_SEED))
-    for row in range(batch):
-        for start in range(0, context_tokens, _CHUNK_TOKENS):
-            backbone.prefill(texts[row, start : start + _CHUNK_TOKENS], cache=cache, row=row)
-    return cache
-
-
-def rewind(cache: TreeCache, *, context_tokens: int) -> None:
-    """Forget all that was kept behind the first `context_tokens` of every row; their keys and values stay."""
-    cache.clear_rows()
-    for row in range(cache.num_rows):
-        cache.keep_all(row=row, count=context_tokens)
-
-
-def comb_tree(num_nodes: int, *, depth: int) -> DraftTree:
-    """Return a tree of that many nodes: the best path of `depth` levels, then the next best tokens of each level beside it in turn.
-
-    A step's cost depends on its number of nodes and on how many of a head's tokens it sorts, not on where the nodes hang.
-    """
-    depth = min(depth, num_nodes - 1)
-    teeth = ((0,) * level + (rank,) for rank in range(num_nodes) for level in range(depth))
-    return DraftTree.from_paths([(), *(tooth for tooth, _ in zip(teeth, range(num_nodes - 1), strict=False))])
-
-
 def skip_reason(key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: int, memory_share: float) -> str | None:
     """Return why a point must not be tried, or None: too many positions for real weights, or too much memory.
 
@@ -385,30 +233,3 @@ def skip_reason(key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: in
     if needed > memory_share * free_bytes:
         return f"needs {needed / 1e9:.2f} GB, {memory_share:g} of the free {free_bytes / 1e9:.2f} GB is less"
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def _noting_out_of_memory(skipped: dict[PointKey, str], keys: Sequence[PointKey], device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        words = " ".join(without_paths(str(error)).split())[:200]
-        skipped.update(dict.fromkeys(keys, f"ran out of memory: {words}"))
-    else:
-        return
-    _release(device)
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Step times of one model on one device."""
