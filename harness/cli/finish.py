@@ -11,6 +11,7 @@ from rich.console import Console
 
 from harness.claim_specs import ClaimSpec
 from harness.cli.options import console
+from harness.compose.curve import LatencyRecord
 from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
@@ -33,16 +34,23 @@ def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) 
 
 def finish_latency(folder: Path, *, readme: Path | None) -> None:
     """Write a latency record's report and README table, print its step costs, end with one JSON line."""
-    from harness.compose.curve import LatencyRecord
-    from harness.report.latency import latency_headline, print_latency, render_latency_report
+    from harness.report.latency import latency_headline, print_latency
     from harness.report.readme import update_modes
 
-    record = LatencyRecord(folder)
-    write_bytes(folder / "report.md", render_latency_report(record).encode())
+    record = write_latency_report(folder)
     print_latency(Console(), record)
     if readme is not None:
         update_modes(readme, record)
     print(json.dumps(latency_headline(record), allow_nan=False))
+
+
+def write_latency_report(folder: Path) -> LatencyRecord:
+    """Write the report of a latency record and return the record."""
+    from harness.report.latency import render_latency_report
+
+    record = LatencyRecord(folder)
+    write_bytes(folder / "report.md", render_latency_report(record).encode())
+    return record
 
 
 def draw_steps(log: Path) -> Path | None:

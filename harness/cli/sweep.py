@@ -9,7 +9,7 @@ import typer
 
 from harness.claim_specs import load_claims
 from harness.cli.find import SWEEP, find_data
-from harness.cli.finish import finish_sweep
+from harness.cli.finish import finish_sweep, write_latency_report
 from harness.cli.options import HubOption, command_line, console
 from harness.errors import UserError
 from harness.paths import cache_dir, default_results
@@ -35,7 +35,7 @@ def sweep(
     if report is not None:
         finish_sweep(report, claims=registry, readme=readme)
         return
-    from harness.record_sweep import SweepOptions, run_sweep
+    from harness.measure.sweep.run import SweepOptions, run_sweep
     from harness.sweep_specs import load_sweep
 
     file = find_data(suite if suite.endswith(".toml") else suite.removeprefix(SWEEP), folder=None, prefix=SWEEP)
@@ -51,8 +51,12 @@ def sweep(
     if executor == "local":
         folder = run_sweep(spec, spec_file=file, options=options, console=console)
     else:
-        from harness.ray_executor import RayExecutor
+        from harness.measure.sweep.cluster import RayExecutor
 
         with RayExecutor(address or "auto") as cluster:
-            folder = run_sweep(spec, spec_file=file, options=options, console=console, executor=cluster)
+            try:
+                folder = run_sweep(spec, spec_file=file, options=options, console=console, executor=cluster)
+            finally:
+                for latency in cluster.brought:
+                    write_latency_report(latency)
     finish_sweep(folder, claims=registry, readme=readme)

@@ -22,8 +22,8 @@ import pytest
 import tomli_w
 from pytest import MonkeyPatch
 
-import harness.ray_executor
-import harness.record_sweep
+import harness.measure.sweep.cluster
+import harness.measure.sweep.run
 import harness.report.figures
 from harness.compose.curve import LatencyRecord
 from harness.compose.devices import measured_curves
@@ -34,10 +34,12 @@ from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
+from harness.measure.sweep.cells import CellInputs, DecodedTask, SampledTask
+from harness.measure.sweep.cluster import RayExecutor
+from harness.measure.sweep.node import unpacked
+from harness.measure.sweep.run import SweepOptions, cell_inputs, plan_runs, run_sweep
+from harness.measure.sweep.shipping import keep_record, packed
 from harness.measure.trace import trace_suite
-from harness.ray_executor import RayExecutor, keep_record, packed, unpacked
-from harness.record_sweep import SweepOptions, cell_inputs, plan_runs, run_sweep
-from harness.sweep_cells import CellInputs, DecodedTask, SampledTask
 from harness.sweep_record import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
 from harness.sweep_specs import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_store import SweepStore, portable_spec
@@ -58,8 +60,8 @@ def steady() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         patch.setenv("RAY_TMPDIR", folder)
         one_state = cache(git_state)
-        patch.setattr(harness.record_sweep, "git_state", one_state)
-        patch.setattr(harness.ray_executor, "git_state", one_state)
+        patch.setattr(harness.measure.sweep.run, "git_state", one_state)
+        patch.setattr(harness.measure.sweep.cluster, "git_state", one_state)
         patch.setattr(harness.report.figures, "_FIGURES", {})
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield
@@ -234,10 +236,10 @@ def test_points_decode_as_replayed_on_every_type(record: SweepRecord) -> None:
         assert all(row.vanilla_s > 0 and row.composed_medusa_s > 0 for row in cell.rows)
 
 
-def test_a_missing_curve_is_measured_once_on_a_node(record: SweepRecord, results: Path) -> None:
+def test_a_missing_curve_is_measured_once_on_a_node(record: SweepRecord, results: Path, executor: RayExecutor) -> None:
     """Both pretended types are this machine's CPU, so that one record serves both."""
     (folder,) = results.glob("latency/tiny_nodes/*/*")
-    assert validate_record(folder) == () and (folder / "report.md").exists()
+    assert validate_record(folder) == () and folder in executor.brought
     latency = LatencyRecord(folder)
     assert (latency.environment.commit, latency.environment.dirty) == (record.origin.commit, record.origin.dirty)
     assert folder.name.endswith(f"-{(record.origin.commit or 'nocommit')[:8]}")
@@ -248,12 +250,17 @@ def test_a_missing_curve_is_measured_once_on_a_node(record: SweepRecord, results
 
 def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(record: SweepRecord, executor: RayExecutor) -> None:
     def look() -> tuple[str, list[str], bool, int]:
+        import harness.measure.sweep.node
         import harness.paths
-        import harness.ray_executor
 
-        package = Path(harness.ray_executor.__file__).parent
+        package = Path(harness.paths.__file__).parent
         found = harness.paths.resolve_path("embedded/medusa1.safetensors", beside=None)
-        return str(found), sorted(path.name for path in package.parent.iterdir()), (package / "tests").exists(), _hits(harness.ray_executor)
+        return (
+            str(found),
+            sorted(path.name for path in package.parent.iterdir()),
+            (package / "tests").exists(),
+            _hits(harness.measure.sweep.node),
+        )
 
     def _hits(module: Any) -> int:
         return int(module._loaded.cache_info().hits)
@@ -300,7 +307,7 @@ def test_the_command_line(
 ) -> None:
     """The command line sweeps on the cluster that this module is connected to, and its record does not say where that is."""
     (tmp_path / "latency").symlink_to(results / "latency")
-    monkeypatch.setattr(harness.ray_executor, "RayExecutor", lambda asked: nullcontext(executor if asked == address else None))
+    monkeypatch.setattr(harness.measure.sweep.cluster, "RayExecutor", lambda asked: nullcontext(executor if asked == address else None))
     sampled = {**cluster_data("any")["sampled"], "vanilla": [], "rejection": [], "typical": []}
     file = write_suite(home / "sweep_commanded.toml", cluster_data(record.spec.shape, name="commanded", sampled=sampled))
     ran = command("sweep", file, "--results", tmp_path, "--executor", "ray", "--address", address)
@@ -376,8 +383,8 @@ def test_a_type_that_no_node_has(
     with pytest.raises(UserError, match="need a node with B200"):
         swept(home, cluster_spec(tiny[0].name, cluster={"accelerator_types": ["A100", "B200"]}), tmp_path, executor)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(harness.ray_executor, "_LOOK_S", 0.1)
-    monkeypatch.setattr(harness.ray_executor, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(harness.measure.sweep.cluster, "_LOOK_S", 0.1)
+    monkeypatch.setattr(harness.measure.sweep.cluster, "_PATIENCE_S", 0.0)
     with pytest.raises(UserError, match="need a node with B200"):  # as if the last one had left meanwhile
         list(executor.run(asking(inputs, accelerator_types=("B200",)), [VANILLA], on_start=lambda words: None))
 
@@ -388,7 +395,7 @@ def test_a_node_that_cannot_begin(
     def lacking(accelerator_type: str | None) -> None:
         raise ModuleNotFoundError("No module named 'torch'")
 
-    monkeypatch.setattr(harness.ray_executor, "describe_node", lacking)
+    monkeypatch.setattr(harness.measure.sweep.cluster, "describe_node", lacking)
     with pytest.raises(
         UserError, match=r"a node that cannot begin .ModuleNotFoundError: No module named 'torch'.; need nodes with the packages"
     ):

@@ -18,6 +18,7 @@ import harness.device.engine
 import harness.device.locks
 import harness.measure.latency.engine
 import harness.measure.latency.run
+import harness.measure.latency.timers
 from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
@@ -146,7 +147,7 @@ def test_comb_trees_have_their_nodes_and_levels() -> None:
 def test_cache_read_in_chunks_is_the_cache_of_the_whole_text(engine: Engine, monkeypatch: MonkeyPatch) -> None:
     backbone, logits = engine.runner.backbone, []
     for chunk in (512, 7):
-        monkeypatch.setattr(harness.measure.latency.run, "_CHUNK_TOKENS", chunk)
+        monkeypatch.setattr(harness.measure.latency.timers, "_CHUNK_TOKENS", chunk)
         cache = filled_cache(backbone, context_tokens=30, batch=2, room_tokens=1)
         assert list(cache.lengths) == [30, 30]
         step = backbone.forward(

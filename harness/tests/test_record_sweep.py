@@ -15,9 +15,9 @@ import torch
 from pytest import MonkeyPatch
 
 import harness.device.locks
-import harness.record_sweep
+import harness.measure.sweep.cells
+import harness.measure.sweep.run
 import harness.report.figures
-import harness.sweep_cells
 from harness.compose.replay import Trace
 from harness.config import parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
@@ -27,11 +27,11 @@ from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
 from harness.judge.sweep import decoded_checks
 from harness.judge.validate import json_schemas, validate_record
+from harness.measure.sweep.cells import arm_of, step_difference
+from harness.measure.sweep.run import SweepOptions, run_sweep
 from harness.measure.trace import trace_suite
-from harness.record_sweep import SweepOptions, run_sweep
 from harness.records import Environment
 from harness.stats import FigureKind
-from harness.sweep_cells import arm_of, step_difference
 from harness.sweep_record import CELLS_FILE, AnyCell, FailedCell, SweepRecord
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.sweep_store import SweepStore
@@ -47,9 +47,9 @@ CPU = torch.device("cpu")
 def quick_and_steady() -> Iterator[None]:
     """One state of the checkout for all sweeps, no pause for other processes between two blocks, and a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.record_sweep, "git_state", cache(git_state))
+        patch.setattr(harness.measure.sweep.run, "git_state", cache(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
-        for module in (harness.record_sweep, harness.sweep_cells):
+        for module in (harness.measure.sweep.run, harness.measure.sweep.cells):
             patch.setattr(module, "best_device", lambda: CPU)
         yield
 

@@ -27,15 +27,9 @@ from harness.device.locks import folder_held
 from harness.device.machine import device_info, git_state, package_versions, python_version
 from harness.files import file_sha256
 from harness.hardware import match_device
+from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.paths import code_folder, resolve_path
-from harness.sweep_cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
-from harness.sweep_record import (
-    AnyCell,
-    FailedCell,
-    SweepOrigin,
-    TraceFacts,
-    decoded_key,
-)
+from harness.sweep_record import AnyCell, FailedCell, SweepOrigin, TraceFacts, decoded_key
 from harness.sweep_specs import SweepSpec
 from harness.sweep_store import SweepStore
 

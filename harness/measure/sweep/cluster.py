@@ -10,79 +10,35 @@ twice is still counted once.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
-import pickle
-import shutil
 import socket
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from importlib import resources
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
-from harness.compose.curve import LatencyRecord
-from harness.config import SuiteSpec
-from harness.device.engine import best_device
-from harness.device.machine import device_info, git_state, machine_slug, package_versions, python_version
+from harness.device.machine import git_state
 from harness.errors import UserError
-from harness.files import write_bytes, write_json
 from harness.latency_specs import LatencySpec, load_latency_spec
-from harness.measure.latency.run import LatencyOptions, run_latency
+from harness.measure.sweep.cells import CellInputs, RunTask, SampledTask, failed_cell
+from harness.measure.sweep.node import Refusal, describe_node, measure_curve, run_cell
+from harness.measure.sweep.run import SweepOptions
+from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
-from harness.record_sweep import SweepOptions
-from harness.report.latency import render_latency_report
-from harness.run_store import hashes
-from harness.sweep_cells import CellInputs, CellRunner, RunTask, SampledTask, failed_cell
 from harness.sweep_record import AnyCell, RanOn
 from harness.sweep_specs import ClusterSpec, SweepSpec
 
-_PACKAGES = ("harness", "medusa_impl", "suites")
-_NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
 _VARIABLES = (CACHE_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")  # of the driver, where set
-_FILE_KEYS = ("path", "adapter", "calibration_trace", "heads_path")  # what suites and latency specs call files by
 _CONNECT_S, _LOOK_S, _PATIENCE_S = 5.0, 10.0, 300.0
-_NODE_ID_DIGITS = 12
 
 Name = TypeVar("Name")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A UserError on its way from a node: exceptions with keyword arguments do not survive pickling."""
-
-    found: str
-    need: str
-    where: str | None
-    do: str | None
-
-    @staticmethod
-    def of(error: UserError) -> Refusal:
-        """Return what an error says."""
-        return Refusal(found=error.found, need=error.need, where=error.where, do=error.do)
-
-    @property
-    def error(self) -> UserError:
-        """The error again."""
-        return UserError(found=self.found, need=self.need, where=self.where, do=self.do)
-
-
-@dataclass(frozen=True)
-class Shipment:
-    """What a node needs for the cells of one sweep; `digest` is that of all the rest, and stands for it."""
-
-    digest: str
-    inputs: CellInputs = field(compare=False)
-    files: Mapping[str, bytes] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -99,63 +55,6 @@ class _Lost(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-
-
-# ---- on a node
-
-
-def run_cell(shipment: Shipment, task: RunTask, accelerator_type: str | None) -> AnyCell | Refusal:
-    """Run one cell on the engine that this worker process keeps."""
-    try:
-        runner = _loaded(shipment)
-    except UserError as error:
-        return Refusal.of(error)
-    return runner.run(task).model_copy(update={"ran_on": describe_node(accelerator_type)})
-
-
-@lru_cache(maxsize=1)
-def _loaded(shipment: Shipment) -> CellRunner:
-    """Return the engine of a shipment, kept until another sweep's comes."""
-    with unpacked(shipment.files) as folder:
-        suite = shipment.inputs.suite
-        if suite.prompts.path is not None:
-            prompts = suite.prompts.model_copy(update={"path": str(folder / suite.prompts.path)})
-            suite = suite.model_copy(update={"prompts": prompts})
-        return CellRunner(replace(shipment.inputs, suite=suite, beside=folder))
-
-
-def measure_curve(spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str) -> dict[str, bytes] | Refusal:
-    """Measure a latency spec on this node and return the files of the sealed record."""
-    with unpacked(files) as folder:
-        options = LatencyOptions(results=folder / "results", allow_hub=allow_hub, command=command)
-        try:
-            record = run_latency(spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True))
-        except UserError as error:
-            return Refusal.of(error)
-        return {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}
-
-
-def describe_node(accelerator_type: str | None) -> RanOn:
-    """Return what the node is that this worker runs on."""
-    ray: Any = importlib.import_module("ray")
-    return RanOn(
-        node=str(ray.get_runtime_context().get_node_id())[:_NODE_ID_DIGITS],
-        accelerator_type=accelerator_type,
-        device=device_info(best_device()),
-        python=python_version(),
-        packages=package_versions(),
-    )
-
-
-@contextmanager
-def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Give a temporary folder that holds the files under their names."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name, content in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        yield folder
 
 
 # ---- on the driver
@@ -176,6 +75,7 @@ class RayExecutor:
         self._address = address
         self._ray: Any = None
         self._cluster = ClusterSpec()
+        self.brought: list[Path] = []  # latency records that nodes measured and that lie here now
         self._checkout: tuple[str | None, bool | None] = (None, None)
 
     def __enter__(self) -> RayExecutor:
@@ -363,6 +263,7 @@ class RayExecutor:
             for device, ref in ended:
                 try:
                     folder = keep_record(options.results, self._value(ref), checkout=self._checkout)
+                    self.brought.append(folder)
                     console.print(f"Ray: {folder.parent.name} is measured", highlight=False)
                 except UserError as error:
                     failures.append(error)
@@ -370,89 +271,6 @@ class RayExecutor:
                     failures.append(UserError(found=f"no curve of {device} ({lost.kind}: {lost})", need="one", where=latency.name))
         if failures:
             raise failures[0]
-
-
-@contextmanager
-def code_to_ship() -> Iterator[Path]:
-    """Give a temporary folder with the project's packages and their data, for Ray to copy to the nodes.
-
-    As a working directory it comes first there; beside modules alone Ray would put this process's own folder before them, and a node
-    that has something else at that place would run that.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        for name in _PACKAGES:
-            shutil.copytree(str(resources.files(name)), Path(temporary) / name, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
-        yield Path(temporary)
-
-
-def ship(inputs: CellInputs) -> Shipment:
-    """Return what nodes need of a sweep, with the files that its suite names."""
-    data, files = packed(inputs.suite.model_dump(mode="json", exclude_none=True), beside=inputs.beside)
-    inputs = replace(inputs, suite=SuiteSpec.model_validate(data), beside=Path())
-    digest = hashlib.sha256(pickle.dumps((inputs, files))).hexdigest()
-    return Shipment(digest=digest, inputs=inputs, files=files)
-
-
-def packed(data: Mapping[str, Any], *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a suite's data with names of files in a folder of their own, and these files by name.
-
-    A model's folder is too much to ship: it has to lie at the same place on every node.
-    Raises: UserError where a file is missing.
-    """
-    files: dict[str, bytes] = {}
-
-    def place(text: str) -> str:
-        found, given = resolve_path(text, beside=beside), Path(text)
-        name = f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
-        members = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
-        files.update({(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members})
-        return name
-
-    def pack(value: Any, *, of: str = "") -> Any:
-        if isinstance(value, Mapping):
-            return {key: pack(inner, of=f"{of}.{key}") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [pack(inner, of=of) for inner in value]
-        if not isinstance(value, str) or of.rpartition(".")[2] not in _FILE_KEYS:
-            return value
-        return str(Path(value).absolute()) if of == ".model.path" else place(value)
-
-    return pack(data), files
-
-
-def measured_devices(results: Path, *, name: str) -> Iterator[str]:
-    """Yield the names of the devices of which there is a sealed latency record of a spec."""
-    for manifest in results.glob(f"latency/{name}/*/*/manifest.json"):
-        yield LatencyRecord(manifest.parent).environment.device.name
-
-
-def keep_record(results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]) -> Path:
-    """Write the files of a latency record that a node measured to its place, whole or not at all, and return its folder.
-
-    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files differed from it.
-    Raises: UserError where the record is not sealed, or not as it was sealed.
-    """
-    home = results / "latency"
-    home.mkdir(parents=True, exist_ok=True)
-    commit, dirty = checkout
-    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=home) as temporary:
-        part = Path(temporary) / "record"
-        part.mkdir()
-        for name, content in files.items():
-            (part / name).write_bytes(content)
-        arrived = LatencyRecord(part)
-        arrived.check_seal()
-        manifest = arrived.manifest
-        assert manifest is not None  # it is sealed
-        write_json(part / "environment.json", arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}))
-        write_json(part / "manifest.json", manifest.model_copy(update={"sha256": hashes(part)}))
-        record = LatencyRecord(part)
-        began = record.environment.started_utc.replace("-", "").replace(":", "")
-        folder = home / record.spec.name / machine_slug(record.environment.device) / f"{began}-{(commit or 'nocommit')[:8]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part.rename(folder)
-    write_bytes(folder / "report.md", render_latency_report(LatencyRecord(folder)).encode())
-    return folder
 
 
 def _folder_of(name: str | None, *, beside: Path | None) -> Path | None:

@@ -1,0 +1,110 @@
+"""What runs on a node of a cluster."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from harness.device.engine import best_device
+from harness.device.machine import device_info, package_versions, python_version
+from harness.errors import UserError
+from harness.latency_specs import LatencySpec
+from harness.measure.latency.run import LatencyOptions, run_latency
+from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
+from harness.sweep_record import AnyCell, RanOn
+
+_NODE_ID_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A UserError on its way from a node: exceptions with keyword arguments do not survive pickling."""
+
+    found: str
+    need: str
+    where: str | None
+    do: str | None
+
+    @staticmethod
+    def of(error: UserError) -> Refusal:
+        """Return what an error says."""
+        return Refusal(found=error.found, need=error.need, where=error.where, do=error.do)
+
+    @property
+    def error(self) -> UserError:
+        """The error again."""
+        return UserError(found=self.found, need=self.need, where=self.where, do=self.do)
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What a node needs for the cells of one sweep; `digest` is that of all the rest, and stands for it."""
+
+    digest: str
+    inputs: CellInputs = field(compare=False)
+    files: Mapping[str, bytes] = field(compare=False)
+
+
+# ---- on a node
+
+
+def run_cell(shipment: Shipment, task: RunTask, accelerator_type: str | None) -> AnyCell | Refusal:
+    """Run one cell on the engine that this worker process keeps."""
+    try:
+        runner = _loaded(shipment)
+    except UserError as error:
+        return Refusal.of(error)
+    return runner.run(task).model_copy(update={"ran_on": describe_node(accelerator_type)})
+
+
+@lru_cache(maxsize=1)
+def _loaded(shipment: Shipment) -> CellRunner:
+    """Return the engine of a shipment, kept until another sweep's comes."""
+    with unpacked(shipment.files) as folder:
+        suite = shipment.inputs.suite
+        if suite.prompts.path is not None:
+            prompts = suite.prompts.model_copy(update={"path": str(folder / suite.prompts.path)})
+            suite = suite.model_copy(update={"prompts": prompts})
+        return CellRunner(replace(shipment.inputs, suite=suite, beside=folder))
+
+
+def measure_curve(spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str) -> dict[str, bytes] | Refusal:
+    """Measure a latency spec on this node and return the files of the sealed record."""
+    with unpacked(files) as folder:
+        options = LatencyOptions(results=folder / "results", allow_hub=allow_hub, command=command)
+        try:
+            record = run_latency(spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True))
+        except UserError as error:
+            return Refusal.of(error)
+        return {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}
+
+
+def describe_node(accelerator_type: str | None) -> RanOn:
+    """Return what the node is that this worker runs on."""
+    ray: Any = importlib.import_module("ray")
+    return RanOn(
+        node=str(ray.get_runtime_context().get_node_id())[:_NODE_ID_DIGITS],
+        accelerator_type=accelerator_type,
+        device=device_info(best_device()),
+        python=python_version(),
+        packages=package_versions(),
+    )
+
+
+@contextmanager
+def unpacked(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Give a temporary folder that holds the files under their names."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        yield folder

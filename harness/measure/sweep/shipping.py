@@ -1,0 +1,109 @@
+"""What travels to a node of a cluster, and what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from harness.compose.curve import LatencyRecord
+from harness.config import SuiteSpec
+from harness.device.machine import machine_slug
+from harness.files import write_json
+from harness.measure.sweep.cells import CellInputs
+from harness.measure.sweep.node import Shipment
+from harness.paths import resolve_path
+from harness.run_store import hashes
+
+_PACKAGES = ("harness", "medusa_impl", "suites")
+_NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
+_FILE_KEYS = ("path", "adapter", "calibration_trace", "heads_path")  # what suites and latency specs call files by
+
+
+@contextmanager
+def code_to_ship() -> Iterator[Path]:
+    """Give a temporary folder with the project's packages and their data, for Ray to copy to the nodes.
+
+    As a working directory it comes first there; beside modules alone Ray would put this process's own folder before them, and a node
+    that has something else at that place would run that.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in _PACKAGES:
+            shutil.copytree(str(resources.files(name)), Path(temporary) / name, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
+        yield Path(temporary)
+
+
+def ship(inputs: CellInputs) -> Shipment:
+    """Return what nodes need of a sweep, with the files that its suite names."""
+    data, files = packed(inputs.suite.model_dump(mode="json", exclude_none=True), beside=inputs.beside)
+    inputs = replace(inputs, suite=SuiteSpec.model_validate(data), beside=Path())
+    digest = hashlib.sha256(pickle.dumps((inputs, files))).hexdigest()
+    return Shipment(digest=digest, inputs=inputs, files=files)
+
+
+def packed(data: Mapping[str, Any], *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a suite's data with names of files in a folder of their own, and these files by name.
+
+    A model's folder is too much to ship: it has to lie at the same place on every node.
+    Raises: UserError where a file is missing.
+    """
+    files: dict[str, bytes] = {}
+
+    def place(text: str) -> str:
+        found, given = resolve_path(text, beside=beside), Path(text)
+        name = f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
+        members = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
+        files.update({(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members})
+        return name
+
+    def pack(value: Any, *, of: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {key: pack(inner, of=f"{of}.{key}") for key, inner in value.items()}
+        if isinstance(value, list):
+            return [pack(inner, of=of) for inner in value]
+        if not isinstance(value, str) or of.rpartition(".")[2] not in _FILE_KEYS:
+            return value
+        return str(Path(value).absolute()) if of == ".model.path" else place(value)
+
+    return pack(data), files
+
+
+def measured_devices(results: Path, *, name: str) -> Iterator[str]:
+    """Yield the names of the devices of which there is a sealed latency record of a spec."""
+    for manifest in results.glob(f"latency/{name}/*/*/manifest.json"):
+        yield LatencyRecord(manifest.parent).environment.device.name
+
+
+def keep_record(results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]) -> Path:
+    """Write the files of a latency record that a node measured to its place, whole or not at all, and return its folder.
+
+    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files differed from it.
+    Raises: UserError where the record is not sealed, or not as it was sealed.
+    """
+    home = results / "latency"
+    home.mkdir(parents=True, exist_ok=True)
+    commit, dirty = checkout
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=home) as temporary:
+        part = Path(temporary) / "record"
+        part.mkdir()
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        arrived = LatencyRecord(part)
+        arrived.check_seal()
+        manifest = arrived.manifest
+        assert manifest is not None  # it is sealed
+        write_json(part / "environment.json", arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}))
+        write_json(part / "manifest.json", manifest.model_copy(update={"sha256": hashes(part)}))
+        record = LatencyRecord(part)
+        began = record.environment.started_utc.replace("-", "").replace(":", "")
+        folder = home / record.spec.name / machine_slug(record.environment.device) / f"{began}-{(commit or 'nocommit')[:8]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part.rename(folder)
+    return folder
