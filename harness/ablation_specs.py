@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import DataFile, Frozen
 
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
 
@@ -52,7 +52,7 @@ class AblationArm(Frozen):
     fresh_heads: bool = False
 
 
-class AblationSpec(Frozen):
+class AblationSpec(DataFile):
     """One ablation: arms times seeds.
 
     Every arm sees the same `answer_tokens` of the packed corpus once; a seed draws which, in what order, and all else that is random.
@@ -60,8 +60,6 @@ class AblationSpec(Frozen):
     the budget shows signs and orders only. `expected_tokens_per_s` serves the estimate where no record is at hand.
     """
 
-    schema_version: Literal[1]
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
     decides_claims: bool
     answer_tokens: int = Field(ge=1)

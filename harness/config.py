@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import DataFile, Frozen
 
 SUITE_SCHEMA_VERSION = 1
 
@@ -216,11 +216,9 @@ class ProbeSpec(Frozen):
     profile_prompts: int = 2
 
 
-class SuiteSpec(Frozen):
+class SuiteSpec(DataFile):
     """One suite: model, heads, prompts, arms, and how they are measured."""
 
-    schema_version: Literal[1]
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
     reports_speed: bool = True
     max_new_tokens: int = Field(ge=2)

@@ -8,13 +8,26 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness.errors import UserError
 
 Line = TypeVar("Line")
+
+
+class Frozen(BaseModel):
+    """Base of every configuration and record model: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class DataFile(Frozen):
+    """What every data file of a suite, latency run, sweep or ablation says of itself."""
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
 
 
 def first_fault(error: ValidationError) -> str:
@@ -72,9 +85,3 @@ def file_sha256(path: Path) -> str:
 def canonical_sha256(value: Any) -> str:
     """Return the SHA-256 of a JSON-serialisable value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-class Frozen(BaseModel):
-    """Base of every configuration and record model: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")

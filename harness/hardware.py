@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.compose.roofline import Limits
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
@@ -77,3 +77,20 @@ def match_device(name: str, devices: Mapping[str, DeviceSpec] | None = None) -> 
         if wanted in {known.casefold() for known in (device.name, *device.aliases)}:
             return key
     return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device can do at most; `ridge` is the intensity above which it is bound by arithmetic."""
+
+    bytes_per_s: float
+    flop_per_s: float
+
+    def __post_init__(self) -> None:
+        if not (self.bytes_per_s > 0 and self.flop_per_s > 0):
+            raise UserError(found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0")
+
+    @property
+    def ridge(self) -> float:
+        """flop/byte."""
+        return self.flop_per_s / self.bytes_per_s

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 from harness.errors import UserError
-from harness.files import Frozen, first_fault
+from harness.files import DataFile, Frozen, first_fault
 
 ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.runner, which needs torch
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -95,15 +95,13 @@ class PointKey(Frozen):
         return self.dtype, self.mode, self.context_tokens, self.batch
 
 
-class LatencySpec(Frozen):
+class LatencySpec(DataFile):
     """What a latency run times: a model with its own weights or a published shape with random ones, in which dtypes, modes and sizes.
 
     `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A point is skipped where its
     weights, cache and logits would need more than `memory_share` of what is free.
     """
 
-    schema_version: Literal[1]
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
     model: ModelSpec | None = None
     shape: str | None = None

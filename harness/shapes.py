@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from harness.compose.roofline import ModelShape
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
@@ -105,3 +107,25 @@ def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
         raise UserError(found=f"{key}: {first['msg']}", need="shapes as the schema knows them", where=path.name) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(found=f"no readable shapes file ({error})", need="a TOML file of shapes", where=path.name) from error
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding out."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_size: int
+    intermediate_size: int
+    vocab_size: int = 0
+
+    @cached_property
+    def linear_widths(self) -> Counter[tuple[int, int]]:
+        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output, up, gate, down."""
+        queries, keys = self.num_attention_heads * self.head_size, self.num_key_value_heads * self.head_size
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return Counter(
+            [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+        )

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.files import Frozen, first_fault
+from harness.files import DataFile, Frozen, first_fault
 from harness.latency_specs import Counts, LatencyHeads
 
 MAX_NODES = 256  # the widest tree of Fig. 4
@@ -188,7 +188,7 @@ class ClusterSpec(Frozen):
         return self
 
 
-class SweepSpec(Frozen):
+class SweepSpec(DataFile):
     """A sweep: one trace, trees grown on another, curves of devices, and points that are run.
 
     `trace` is replayed; `calibration_trace` is what trees are grown and chosen on. `shape` is the published shape of the trace's model.
@@ -197,8 +197,6 @@ class SweepSpec(Frozen):
     `cluster` is for the executor `ray`.
     """
 
-    schema_version: Literal[1]
-    name: str = Field(pattern=r"^[a-z0-9_]+$")
     description: str
     suite: str
     shape: str

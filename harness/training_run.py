@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.assets.catalogue import training_prompts
 from harness.assets.prompts import overlap_report
-from harness.compose.replay import Trace
 from harness.config import SuiteSpec
 from harness.conversations import conversation_and_turn
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus, next_questions, next_turn_prompts
@@ -29,6 +28,7 @@ from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
+from harness.records.trace import Trace
 from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
 from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads

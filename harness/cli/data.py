@@ -16,10 +16,10 @@ from harness.assets.listing import asset_rows
 from harness.cli.find import find_record
 from harness.cli.options import HubOption, console
 from harness.errors import ExitCode, UserError
-from harness.export import export
 from harness.judge.validate import validate_record, write_schemas
 from harness.paths import cache_dir
-from harness.records import RunRecord
+from harness.records.export import export
+from harness.records.run import RunRecord
 
 
 def assets(

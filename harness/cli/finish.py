@@ -11,11 +11,11 @@ from rich.console import Console
 
 from harness.claim_specs import ClaimSpec
 from harness.cli.options import console
-from harness.compose.curve import LatencyRecord
 from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
-from harness.records import RunRecord
+from harness.records.latency import LatencyRecord
+from harness.records.run import RunRecord
 from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
 from harness.report.terminal import print_verdicts
@@ -68,9 +68,9 @@ def draw_steps(log: Path) -> Path | None:
 
 def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON line."""
-    from harness.ablation import AblationRecord, newest_ablations
     from harness.judge.ablation import ablation_rows
     from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
+    from harness.records.ablation import AblationRecord, newest_ablations
     from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
     from harness.report.ablation_curves import draw_curves
 
@@ -91,10 +91,10 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
 
 def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write a sweep's figures, report and README table, print its devices, end with one JSON line; a failed run cell is exit code 2."""
+    from harness.records.sweep import SweepRecord
     from harness.report.figures import draw_figures
     from harness.report.readme import update_sweep
     from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
-    from harness.sweep_record import SweepRecord
 
     record = SweepRecord(folder)
     try:

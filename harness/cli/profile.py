@@ -26,8 +26,8 @@ def profile(
 ) -> None:
     """Say where the time of a step goes, for vanilla and for trees of growing size."""
     from harness.measure.step_profile import profile_suite
+    from harness.records.step_profile import parse_sizes
     from harness.report.profile import profile_headline, render_step_profile
-    from harness.step_profile import parse_sizes
 
     sizes = parse_sizes(nodes)
     spec, file = find_suite(suite)
@@ -63,9 +63,9 @@ def profile_training_command(
 
 
 def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
-    from harness.device.machine import machine_slug
     from harness.measure.training_profile import profile_training
-    from harness.training_profile import print_training_profile, training_headline
+    from harness.records.provenance import machine_slug
+    from harness.records.training_profile import print_training_profile, training_headline
     from harness.training_specs import load_training_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))

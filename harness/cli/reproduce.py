@@ -14,7 +14,7 @@ from harness.cli.finish import finish_ablation, finish_run
 from harness.cli.options import HubOption, SuiteArgument, command_line, console
 from harness.judge.run import judge
 from harness.paths import default_results
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 
 
 def reproduce(

@@ -17,13 +17,14 @@ from harness.cli.options import HubOption, SuiteArgument, console
 from harness.compose.composer import KnotPrices, shared_knots, step_contexts
 from harness.compose.devices import find_curves
 from harness.compose.plan import search_both
-from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.replay import ReplayIndex
 from harness.compose.search import CostChoice, SearchSpace, cached_choices
 from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.files import write_bytes
 from harness.latency_specs import LatencyHeads
 from harness.paths import cache_dir, default_results, resolve_path
+from harness.records.trace import Trace
 from medusa_impl.tree import DraftTree
 
 

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.devices import StepTimes
-from harness.compose.replay import Replay, ReplayIndex, Trace
+from harness.compose.replay import Replay, ReplayIndex
 from harness.compose.search import Price
 from harness.config import IntervalSpec
 from harness.errors import UserError
+from harness.records.sweep import Context
+from harness.records.trace import Trace
 from harness.stats import FigureKind, Interval, Resamples
-from harness.sweep_record import Context
 from medusa_impl.tree import DraftTree
 
 Floats = NDArray[np.float64]

@@ -12,41 +12,20 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
 
-from harness.compose.curve import DTYPE_BYTES, LatencyCurve, LatencyPoint, LatencyRecord, facts_of_shape, step_cost_of
-from harness.compose.roofline import Limits, Prediction, PredictionError, heads_seconds, prediction_error, step_seconds
+from harness.compose.curve import LatencyCurve, step_cost_of
+from harness.compose.roofline import Prediction, heads_seconds, prediction_error, step_seconds
 from harness.errors import UserError
-from harness.files import Frozen, canonical_sha256
-from harness.hardware import DeviceSpec, load_hardware, match_device
+from harness.files import canonical_sha256
+from harness.hardware import DeviceSpec, Limits, load_hardware, match_device
 from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey
+from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, facts_of_shape
+from harness.records.sweep import CurveLabel, RooflineError
 from harness.shapes import ShapeSpec, load_shapes
 
 _PREDICTED_CONTEXTS = tuple(sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))}))
 _HALF = ("float16", "bfloat16")  # what hardware.toml knows the throughput of
 _NO_BFLOAT16 = ("t4", "v100-16gb-sxm", "v100-32gb-sxm")  # hardware.toml, their sources
 _MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may fill
-
-
-class CurveLabel(Frozen):
-    """Which device, model shape, dtype and mode a curve is of, where it comes from, and what it is worth.
-
-    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint` changes with any figure behind
-    the curve. `weights_sha256` is that of the model that was timed, None for random weights and predictions.
-    """
-
-    device: str
-    shape: str
-    dtype: DtypeName
-    mode: ModeName | None
-    kind: Literal["measured", "predicted"]
-    source: str
-    fingerprint: str
-    weights_sha256: str | None = None
-
-    @property
-    def words(self) -> str:
-        """The curve in a few words."""
-        mode = f", {self.mode}" if self.mode is not None else ""
-        return f"{self.device}, {self.shape}, {self.dtype}{mode} ({self.kind})"
 
 
 class StepTimes(Protocol):
@@ -280,16 +259,6 @@ def _wanted(curves: Sequence[StepTimes], *, dtype: str | None) -> tuple[StepTime
             found=f"dtype {dtype!r}", need=f"one of {sorted({curve.label.dtype for curve in curves})}", where="the command line"
         )
     return wanted
-
-
-class RooflineError(Frozen):
-    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in which a constant factor
-    cancels; `limits` says whose limits it was given there."""
-
-    devices: tuple[str, ...]
-    limits: tuple[Literal["measured", "data sheet"], ...]
-    seconds: PredictionError
-    step_cost: PredictionError | None
 
 
 def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:

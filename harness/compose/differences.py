@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Literal
 
-from harness.compose.replay import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace
-from harness.records import TIE_MARGIN_FLOAT32
+from harness.records.run import TIE_MARGIN_FLOAT32
+from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace
 from medusa_impl.tree import DraftTree
 
 Kind = Literal["tie", "bug"]

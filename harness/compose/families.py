@@ -9,29 +9,10 @@ import numpy as np
 from harness.compose.replay import ReplayIndex
 from harness.compose.trees import MAX_RANK, grow
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.records.sweep import CARTESIAN, CHAIN, DENSE, JOINT, MARGINALS, SweepTree
 from harness.sweep_specs import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
-from medusa_impl.tree import DraftTree, RankPath, largest_cartesian
+from medusa_impl.tree import DraftTree, largest_cartesian
 from medusa_impl.tree_search import random_dense
-
-CHAIN, CARTESIAN, DENSE, MARGINALS, JOINT, CHOSEN = "chain", "Cartesian", "random dense", "marginals", "joint", "cost-aware"
-
-
-class SweepTree(Frozen):
-    """One tree of a sweep: how many heads it was allowed, and every family that came up with it, the first one first."""
-
-    paths: tuple[RankPath, ...]
-    num_heads: int
-    families: tuple[str, ...]
-
-    @property
-    def family(self) -> str:
-        """The first family that came up with it."""
-        return self.families[0]
-
-    def tree(self) -> DraftTree:
-        """Return the validated tree."""
-        return DraftTree.from_paths(self.paths)
 
 
 def resolve_families(families: Sequence[TreeFamily], *, calibration: ReplayIndex, num_heads: Sequence[int]) -> tuple[SweepTree, ...]:

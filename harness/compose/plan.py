@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
-from harness.compose.curve import LatencyRecord
-from harness.compose.devices import PredictedCurve, RooflineError, StepTimes, find_latency_records, measured_curves, roofline_error
-from harness.compose.families import CHOSEN, JOINT, SweepTree, resolve_families
-from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.devices import PredictedCurve, StepTimes, find_latency_records, measured_curves, roofline_error
+from harness.compose.families import resolve_families
+from harness.compose.replay import ReplayIndex
 from harness.compose.search import METHODS, CostChoice, Price, SearchSpace, cached_choices
 from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.hardware import HARDWARE_FILE, load_hardware
 from harness.paths import resolve_path
+from harness.records.latency import LatencyRecord
+from harness.records.sweep import CHOSEN, JOINT, Context, FailedCell, RooflineError, SweepTree, SweepTrees, TreeRate, composed_key
+from harness.records.trace import Trace
 from harness.shapes import SHAPES_FILE, load_shapes
-from harness.sweep_record import Context, FailedCell, SweepTrees, TreeRate, composed_key
 from harness.sweep_specs import SweepSpec
 from medusa_impl.tree import DraftTree
 

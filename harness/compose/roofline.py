@@ -14,10 +14,8 @@ candidates reads the same weights as a step with one, so it costs almost as litt
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import median
 from typing import Literal
 
@@ -25,27 +23,13 @@ from pydantic import Field
 
 from harness.errors import UserError
 from harness.files import Frozen
+from harness.hardware import Limits
+from harness.records.sweep import PredictionError
+from harness.shapes import ModelShape
 
 ATTENTION_HEAD_SIZE = 128  # paper, Tables 6 and 7: Llama-33B
 LLAMA_33B_HIDDEN = 6656  # paper, Table 8
 LLAMA_33B_INTERMEDIATE = 17920  # paper, Table 8
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device can do at most; `ridge` is the intensity above which it is bound by arithmetic."""
-
-    bytes_per_s: float
-    flop_per_s: float
-
-    def __post_init__(self) -> None:
-        if not (self.bytes_per_s > 0 and self.flop_per_s > 0):
-            raise UserError(found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0")
-
-    @property
-    def ridge(self) -> float:
-        """flop/byte."""
-        return self.flop_per_s / self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -63,28 +47,6 @@ class Work:
     def seconds(self, limits: Limits) -> float:
         """The least time: the slower of moving the bytes and doing the arithmetic, the two overlapped."""
         return max(self.num_bytes / limits.bytes_per_s, self.flop / limits.flop_per_s)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding out."""
-
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
-    intermediate_size: int
-    vocab_size: int = 0
-
-    @cached_property
-    def linear_widths(self) -> Counter[tuple[int, int]]:
-        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output, up, gate, down."""
-        queries, keys = self.num_attention_heads * self.head_size, self.num_key_value_heads * self.head_size
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return Counter(
-            [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
-        )
 
 
 def llama_7b_block() -> ModelShape:
@@ -249,18 +211,6 @@ class Prediction(Frozen):
     def error(self) -> float:
         """The prediction's relative error, negative where the device is slower than predicted."""
         return self.predicted_s / self.measured_s - 1
-
-
-class PredictionError(Frozen):
-    """How far predictions are off: absolute relative errors, as shares of the measured time.
-
-    `median_ratio` is measured over predicted: what a prediction has to be multiplied by to be right half of the time.
-    """
-
-    num_points: int = Field(ge=1)
-    median_error: float = Field(ge=0)
-    worst_error: float = Field(ge=0)
-    median_ratio: float = Field(gt=0)
 
 
 def prediction_error(pairs: Iterable[Prediction]) -> PredictionError:

@@ -31,7 +31,7 @@ from harness.device.machine import blas_settings, device_info, git_state, packag
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import cache_dir, code_folder, resolve_path
-from harness.records import Environment, TunedOrigin
+from harness.records.provenance import Environment, TunedOrigin
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from harness.device.clock import Clock
-from harness.records import DeviceLimits
+from harness.records.run import DeviceLimits
 
 _BANDWIDTH_BYTES, _MATMUL_SIZE, _LIMIT_REPEATS = 512 * 2**20, 1536, 8
 

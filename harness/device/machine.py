@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from harness.records import DeviceInfo
+from harness.records.provenance import DeviceInfo
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
 _VARIABLES = (
@@ -82,12 +81,6 @@ def device_info(device: torch.device) -> DeviceInfo:
             "details": details,
         }
     )
-
-
-def machine_slug(device: DeviceInfo) -> str:
-    """Return the folder name of a machine: kind, device name and cores, fit for a path."""
-    words = re.sub(r"[^a-z0-9]+", "-", f"{device.kind}-{device.name}-{device.num_cores}c".lower())
-    return words.strip("-")
 
 
 def blas_settings() -> str:

@@ -14,9 +14,9 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from harness.compose.replay import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
 from harness.device.engine import Engine
 from harness.device.machine import package_versions
+from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 

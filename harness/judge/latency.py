@@ -9,10 +9,12 @@ from statistics import median
 
 import numpy as np
 
-from harness.compose.curve import DTYPE_BYTES, STOCK, BatchTrial, BatchTrials, LatencyPoint, LatencyRecord, ModeTrial, step_cost_of
-from harness.compose.roofline import Limits, Prediction, step_seconds
+from harness.compose.curve import step_cost_of
+from harness.compose.roofline import Prediction, step_seconds
 from harness.config import IntervalSpec
+from harness.hardware import Limits
 from harness.latency_specs import PointKey
+from harness.records.latency import DTYPE_BYTES, STOCK, BatchTrial, BatchTrials, LatencyPoint, LatencyRecord, ModeTrial
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.compose.replay import Trace
 from harness.judge.checks import run_checks
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import Judgement
 from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report
-from harness.records import CALIBRATION_FILE, RunRecord
+from harness.records.run import CALIBRATION_FILE, RunRecord
+from harness.records.trace import Trace
 
 
 def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:

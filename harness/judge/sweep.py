@@ -8,10 +8,9 @@ from math import fsum
 
 import numpy as np
 
-from harness.compose.families import DENSE, JOINT, MARGINALS, SweepTree
 from harness.config import IntervalSpec
+from harness.records.sweep import DENSE, JOINT, MARGINALS, ChosenTree, ComposedCell, DecodedCell, SweepRecord, SweepTree
 from harness.stats import Interval, bootstrap_ratio
-from harness.sweep_record import ChosenTree, ComposedCell, DecodedCell, SweepRecord
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,23 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
-from harness.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
-from harness.compose.curve import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
 from harness.config import BackboneName, SuiteSpec
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.judge.judgement import Judgement
 from harness.latency_specs import LatencySpec
 from harness.paths import holds_absolute_path
-from harness.records import (
+from harness.records.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
+from harness.records.folder import file_of
+from harness.records.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
+from harness.records.provenance import Environment
+from harness.records.run import (
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
     TRACE_FILE,
     ArmTrees,
     DeviceLimits,
-    Environment,
     Generation,
     HeadsControl,
     Likelihoods,
@@ -35,9 +36,8 @@ from harness.records import (
     RunRecord,
     StepCosts,
     TrialOutcome,
-    file_of,
 )
-from harness.sweep_record import (
+from harness.records.sweep import (
     CELLS_FILE,
     ORIGIN_FILE,
     TREES_FILE,
@@ -48,7 +48,7 @@ from harness.sweep_record import (
     SweepRecord,
     SweepTrees,
 )
-from harness.sweep_record import SPEC_FILE as SWEEP_FILE
+from harness.records.sweep import SPEC_FILE as SWEEP_FILE
 from harness.sweep_specs import SweepSpec
 
 _MODELS: dict[str, type[BaseModel]] = {

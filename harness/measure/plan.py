@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.config import SuiteSpec
-from harness.device.machine import device_info, machine_slug
+from harness.device.machine import device_info
 from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records import RunRecord, TrialKey
+from harness.records.provenance import machine_slug
+from harness.records.run import Failure, Generation, RunRecord, TrialKey
 
 
 class PlannedTrial(Frozen):
@@ -48,6 +50,36 @@ def make_plan(suite: SuiteSpec, prompt_keys: Sequence[str]) -> tuple[PlannedTria
             number, first = round_index * len(prompt_keys) + prompt_index, len(trials)
             trials.extend(PlannedTrial(order=first + place, block=number, trial=trial) for place, trial in enumerate(block))
     return tuple(trials)
+
+
+@dataclass(frozen=True)
+class FinishedBlocks:
+    """What a resume finds: the blocks that are done, how often each trial was tried, and the outcomes as the record goes on with them."""
+
+    blocks: set[int]
+    attempts: dict[TrialKey, int]
+    kept: tuple[Generation | Failure, ...]
+
+
+def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[PlannedTrial]) -> FinishedBlocks:
+    """Return which blocks of a plan are done; of a block that a kill cut short the generations keep their tokens, not their timings."""
+    blocks: dict[int, set[TrialKey]] = {}
+    block_of: dict[TrialKey, int] = {}
+    for planned in plan:
+        blocks.setdefault(planned.block, set()).add(planned.trial)
+        block_of[planned.trial] = planned.block
+    done = {outcome.trial for outcome in outcomes if isinstance(outcome, Failure) or outcome.timing_valid}
+    finished = {block for block, trials in blocks.items() if trials <= done}
+    kept = tuple(
+        outcome.model_copy(update={"timing_valid": False})
+        if isinstance(outcome, Generation) and block_of[outcome.trial] not in finished
+        else outcome
+        for outcome in outcomes
+    )
+    attempts: dict[TrialKey, int] = {}
+    for outcome in kept:
+        attempts[outcome.trial] = max(attempts.get(outcome.trial, 0), outcome.attempt + 1)
+    return FinishedBlocks(finished, attempts, kept)
 
 
 def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console) -> None:

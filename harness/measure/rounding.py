@@ -20,7 +20,7 @@ from harness.device.arms import PROMPT_LOOKUP_TOKENS
 from harness.device.engine import Engine
 from harness.device.trace import CHUNK_POSITIONS, MAX_TREE_RANK, KeptText, kept_states
 from harness.errors import InvalidMeasurement
-from harness.records import Rounding, ShapeShift
+from harness.records.run import Rounding, ShapeShift
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from harness.compose.replay import Trace
 from harness.compose.trees import check_fixed_trees, resolve_trees
 from harness.config import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.device.arms import ArmRunner
@@ -29,24 +28,28 @@ from harness.measure.rounding import measure_rounding
 from harness.measure.session import Session, device_turn, greedy_vanilla
 from harness.measure.trials import arm_runners, control_texts, run_blocks
 from harness.paths import resolve_path
-from harness.records import (
+from harness.records.folder import file_of
+from harness.records.provenance import Environment
+from harness.records.run import (
+    ARM_STEPS,
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
+    RUN,
     TIE_SHIFTS,
     TRACE_FILE,
     ArmTree,
     ArmTrees,
     DeviceLimits,
-    Environment,
     Likelihood,
     Likelihoods,
+    Manifest,
     Profile,
     RunRecord,
     StepCosts,
-    file_of,
 )
-from harness.run_store import RunStore
+from harness.records.store import Store
+from harness.records.trace import Trace
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
@@ -114,7 +117,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         check_lengths(prompts, one, max_new_tokens=suite.max_new_tokens)
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
-    store = RunStore.open(options.results, suite=suite, environment=environment, resume=options.resume)
+    store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
     session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
     with folder_held(store.folder):
         _fill_record(session, calibrations, beside=beside, started=started, budget_s=options.time_budget_s)
@@ -139,11 +142,15 @@ def _fill_record(
     if (done, rounds) != (len(prompts), suite.rounds):
         session.console.print(f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} rounds")
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds})
-        store.write_suite(suite)
+        store.write_spec(suite)
         plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
+    record = RunRecord(store.folder)
     store.seal(
+        Manifest,
         suite=suite.name,
         num_planned=len(plan),
+        num_generations=len(record.generations),
+        num_failures=len(record.failures),
         elapsed_s=time.monotonic() - started,
         peak_memory_bytes=max(peak, peak_memory_bytes(session.device)),
     )
@@ -298,4 +305,4 @@ def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
         write_json(folder / "likelihoods.json", Likelihoods(rows=tuple(scored)))
     costs = record.step_costs.costs if record.step_costs is not None else ()
     by_size = tuple(cost for cost in costs if cost.arm is None)
-    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *session.store.arm_steps())))
+    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *ARM_STEPS.done(folder))))

@@ -14,7 +14,8 @@ from harness.device.engine import Engine
 from harness.device.locks import device_held
 from harness.device.prompts import SuitePrompt
 from harness.errors import UserError
-from harness.run_store import RunStore
+from harness.records.run import Failure, Generation
+from harness.records.store import Store
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Session:
     engines: Mapping[BackboneName, Engine]
     prompts: tuple[SuitePrompt, ...]
     warmup: tuple[SuitePrompt, ...]
-    store: RunStore
+    store: Store[Generation | Failure]
     console: Console
     clock: Callable[[], float]
     device: torch.device

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.profiler import ProfilerActivity
 
-from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
 from harness.config import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from harness.device.arms import ArmRunner
@@ -25,8 +25,9 @@ from harness.device.prompts import suite_prompts, warmup_prompts
 from harness.errors import UserError
 from harness.measure.run import describe
 from harness.paths import resolve_path
-from harness.records import ArmTree
-from harness.step_profile import PARTS, Part, SizeProfile, StepProfile
+from harness.records.run import ArmTree
+from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
+from harness.records.trace import Trace
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.runner import Mode
 from medusa_impl.sections import no_section

@@ -28,8 +28,9 @@ from harness.files import canonical_sha256
 from harness.joint_run import check_runnable, first_heads, read_text, token_subset
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import code_folder, resolve_path
-from harness.records import DeviceLimits, Environment
-from harness.training_profile import MatrixThroughput, TrainingProfile
+from harness.records.provenance import Environment
+from harness.records.run import DeviceLimits
+from harness.records.training_profile import MatrixThroughput, TrainingProfile
 from harness.training_specs import AnySuite, JointSuite, TrainingSuite
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusSample, unpack_corpus

@@ -18,10 +18,11 @@ from harness.device.engine import Engine
 from harness.device.prompts import SuitePrompt
 from harness.device.trace import KeptText
 from harness.measure import probes
-from harness.measure.plan import PlannedTrial
+from harness.measure.plan import PlannedTrial, finished_blocks
 from harness.measure.session import Session, device_turn, greedy_vanilla
 from harness.paths import without_paths
-from harness.records import ArmTree, Failure, Generation, RunRecord
+from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
+from harness.records.store import Store
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 
@@ -56,11 +57,20 @@ def arm_runners(session: Session, trees: dict[str, ArmTree]) -> dict[str, ArmRun
     return runners
 
 
+def take_up(store: Store[Generation | Failure], plan: Sequence[PlannedTrial]) -> tuple[set[int], dict[TrialKey, int]]:
+    """Make a store ready to go on; return the finished blocks and, for the other trials, how often each was tried."""
+    done = finished_blocks(store.lines(), plan)
+    ARM_STEPS.done(store.folder)
+    if done.kept:
+        store.rewrite(done.kept)
+    return done.blocks, done.attempts
+
+
 def run_blocks(
     session: Session, runners: dict[str, ArmRunner], plan: Sequence[PlannedTrial], *, started: float, budget_s: float | None
 ) -> int:
     """Run all blocks that are not done yet; return the peak memory seen."""
-    finished, attempts = session.store.prepare_resume(plan)
+    finished, attempts = take_up(session.store, plan)
     prompts = {prompt.key: prompt for prompt in session.prompts}
     todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
     if todo:
@@ -151,4 +161,4 @@ def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Sui
                 session.console.print(f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}", markup=False)
                 continue
             if cost.step_s:
-                session.store.append_arm_steps(cost)
+                ARM_STEPS.append(session.store.folder, cost)

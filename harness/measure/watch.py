@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 import medusa_impl.training
 from harness.device.clock import Clock
-from harness.training_profile import PartProfile, StageProfile
+from harness.records.training_profile import PartProfile, StageProfile
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import MedusaTrainingModel
 

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.ablation import AblationRecord
 from harness.ablation_specs import START_ARM
 from harness.errors import UserError
 from harness.files import write_bytes
 from harness.judge.ablation import MEDUSA1_ARM, AblationRow
 from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.records.ablation import AblationRecord
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers

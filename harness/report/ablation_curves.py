@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness.ablation import AblationRecord, StepPoint
 from harness.errors import UserError
+from harness.records.ablation import AblationRecord, StepPoint
 
 _PANELS: tuple[tuple[str, Callable[[StepPoint], float | None]], ...] = (
     ("loss of head 1, nats", lambda step: step.head_losses[0]),

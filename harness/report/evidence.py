@@ -10,7 +10,7 @@ import numpy as np
 from harness.config import BackboneName
 from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
 from harness.judge.metrics import SeparateCosts, separate_costs
-from harness.records import RunRecord, StepCost
+from harness.records.run import RunRecord, StepCost
 from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, ratio_interval, significant, table
 from harness.report.tables import comparisons_by_arm, is_greedy_medusa
 

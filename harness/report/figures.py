@@ -20,8 +20,8 @@ from harness.hardware import load_hardware
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold_cells
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
+from harness.records.sweep import ComposedCell, SampledCell, SweepRecord
 from harness.stats import Interval, bootstrap_ratio
-from harness.sweep_record import ComposedCell, SampledCell, SweepRecord
 from medusa_impl.tree import DraftTree
 
 FORMATS = ("svg", "png")

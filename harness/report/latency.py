@@ -10,10 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.compose.curve import STOCK, LatencyPoint, LatencyRecord, break_even, curve_of, step_cost_of
-from harness.compose.roofline import PredictionError, prediction_error
+from harness.compose.curve import curve_of, step_cost_of
+from harness.compose.roofline import prediction_error
 from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, predict, read_share
 from harness.paths import without_paths
+from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
+from harness.records.sweep import PredictionError
 from harness.report.formatting import (
     ABSENT,
     cell,

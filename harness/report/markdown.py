@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.evidence import (
     render_checks,
     render_failures,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import fmean, median
 from typing import Any
 
+from harness.records.step_profile import OWN_CODE_BOUND, SizeFactors, SizeProfile, StepProfile
 from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, table
 from harness.report.provenance import describe_commit, describe_device
-from harness.step_profile import OWN_CODE_BOUND, SizeFactors, SizeProfile, StepProfile
 
 _PARTS_NOTE = """\
 Median (mean) milliseconds of a step's parts. *mask*: positions and attention mask. *acceptance* ends with the tokens on the host.

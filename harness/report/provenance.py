@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.paths import without_paths
-from harness.records import Environment, RunRecord
+from harness.records.provenance import Environment
+from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, count, finished_words, megabytes, table
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.compose.curve import LatencyRecord
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_bytes
 from harness.judge.judgement import CheckStatus, Judgement
-from harness.records import RunRecord
+from harness.records.latency import LatencyRecord
+from harness.records.run import RunRecord
+from harness.records.sweep import SweepRecord
 from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes
 from harness.report.markdown import render_best_arm
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.sweep import render_readme_sweep
 from harness.report.tables import VERDICT_NOTE, arms_note, render_arms_table, render_verdict_table, verdicts_in_words
-from harness.sweep_record import SweepRecord
 
 MARKER = "results"
 MODES_MARKERS = ("<!-- modes:begin -->", "<!-- modes:end -->")

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.appendix_g import AppendixG, simulate
-from harness.compose.devices import RooflineError
 from harness.judge.claims.sweep import sampled_counts, sweep_verdicts
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.judge.sweep import (
@@ -25,6 +24,7 @@ from harness.judge.sweep import (
     sparse_points,
 )
 from harness.quoted import QuotedRow, load_quoted
+from harness.records.sweep import ComposedCell, RooflineError, SampledCell, SweepRecord
 from harness.report.formatting import (
     ABSENT,
     cell,
@@ -40,7 +40,6 @@ from harness.report.formatting import (
 )
 from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit_of
-from harness.sweep_record import ComposedCell, SampledCell, SweepRecord
 
 _DEVICE_HEADERS = (
     "device",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from harness.config import GreedyAcceptance
 from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
 from harness.judge.metrics import compare, original_baseline
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.formatting import (
     ABSENT,
     megabytes,

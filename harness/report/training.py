@@ -8,10 +8,10 @@ from statistics import median
 
 from harness.errors import UserError
 from harness.files import write_bytes
+from harness.records.training_profile import HEADS_BOUND, PartProfile, StageProfile, TrainingProfile, read_training_profile
 from harness.report.formatting import ABSENT, cell, milliseconds, percent, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.readme import update_between_markers
-from harness.training_profile import HEADS_BOUND, PartProfile, StageProfile, TrainingProfile, read_training_profile
 
 MARKER = "training"
 _HEADERS = ("recipe", "stage", "positions/s", "ms a step", "of matrix throughput", "the step's parts", "commit")

@@ -62,7 +62,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
 @pytest.fixture(scope="session")
 def micro(heads_file: Path, steady_checkout: None, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
     """A finished run of four prompts and four trials each."""
-    from harness.records import RunRecord
+    from harness.records.run import RunRecord
     from harness.tests.tiny_suite import MicroRun, micro_data, run
 
     data = micro_data(heads_file)

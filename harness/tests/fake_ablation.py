@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from harness.ablation import (
+from harness.ablation_specs import AblationSpec
+from harness.files import file_sha256, write_bytes, write_json
+from harness.records.ablation import (
     ARMS_FILE,
     AblationManifest,
     AblationRecord,
@@ -27,10 +29,8 @@ from harness.ablation import (
     steps_file,
     trace_file,
 )
-from harness.ablation_specs import AblationSpec
-from harness.compose.replay import PromptTrace, Trace, TraceProvenance
-from harness.files import file_sha256, write_bytes, write_json
-from harness.records import ArmTree
+from harness.records.run import ArmTree
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.tests.fake_latency import fake_environment
 from medusa_impl.tree import DraftTree
 

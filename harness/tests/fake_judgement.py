@@ -11,7 +11,7 @@ from harness.judge.checks import run_checks
 from harness.judge.judgement import CheckOutcome, CheckStatus, ClaimVerdict, Judgement, VerdictKind
 from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 
 FAILED_CHECK = CheckOutcome(name="greedy_parity", status=CheckStatus.FAILED, found="3 bugs", need="no bug")
 NEEDS_GPU = "the published weights and a GPU"

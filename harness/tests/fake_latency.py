@@ -12,7 +12,9 @@ from typing import Any
 
 import tomli_w
 
-from harness.compose.curve import (
+from harness.files import file_sha256, write_bytes, write_json
+from harness.latency_specs import DtypeName, LatencySpec, PointKey
+from harness.records.latency import (
     BATCHES_FILE,
     MODEL_FILE,
     MODES_FILE,
@@ -27,9 +29,8 @@ from harness.compose.curve import (
     ModeTrials,
     facts_of_shape,
 )
-from harness.files import file_sha256, write_bytes, write_json
-from harness.latency_specs import DtypeName, LatencySpec, PointKey
-from harness.records import ArmTree, DeviceInfo, DeviceLimits, Environment
+from harness.records.provenance import DeviceInfo, Environment
+from harness.records.run import ArmTree, DeviceLimits
 from harness.shapes import load_shapes
 
 SHAPE = "smollm2-135m-instruct"

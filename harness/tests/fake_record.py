@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.compose.replay import PromptTrace, Trace, TraceProvenance, replay
+from harness.compose.replay import replay
 from harness.config import SuiteSpec, parse_suite
 from harness.files import file_sha256, write_bytes, write_json
-from harness.records import (
+from harness.records.provenance import DeviceInfo, Environment
+from harness.records.run import (
     ArmTree,
     ArmTrees,
-    DeviceInfo,
     DeviceLimits,
-    Environment,
     Failure,
     Generation,
     HeadsControl,
@@ -41,6 +40,7 @@ from harness.records import (
     StepCosts,
     TrialKey,
 )
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits
 

@@ -12,10 +12,9 @@ import tomli_w
 
 from harness.compose.cells import compose
 from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
-from harness.compose.replay import PromptTrace, Trace, TraceProvenance
 from harness.files import file_sha256, write_bytes, write_json
-from harness.records import DeviceInfo
-from harness.sweep_record import (
+from harness.records.provenance import DeviceInfo
+from harness.records.sweep import (
     CELLS_FILE,
     ORIGIN_FILE,
     SPEC_FILE,
@@ -32,6 +31,7 @@ from harness.sweep_record import (
     SweepRecord,
     TraceFacts,
 )
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import SHAPE, write_fake_latency
 

@@ -13,10 +13,9 @@ from unittest.mock import patch
 
 import pytest
 
-from harness.ablation import AblationRecord, StepPoint, newest_ablations
 from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.compose.replay import Replay, ReplayIndex, Trace, replay
+from harness.compose.replay import Replay, ReplayIndex, replay
 from harness.errors import UserError
 from harness.judge.ablation import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
 from harness.judge.claims.ablation import decided_elsewhere, judge_training, training_verdicts
@@ -24,6 +23,8 @@ from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import VerdictKind
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
+from harness.records.ablation import AblationRecord, StepPoint, newest_ablations
+from harness.records.trace import Trace
 from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation, update_ablation
 from harness.report.ablation_curves import curve, curves_figure, draw_curves
 from harness.report.readme import update_between_markers

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.compose.replay import PromptTrace, ReplayIndex, Trace, TraceProvenance
+from harness.compose.replay import ReplayIndex
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits
 

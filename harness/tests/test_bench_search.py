@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from harness.compose.replay import PromptTrace, ReplayIndex, Trace, TraceProvenance
+from harness.compose.replay import ReplayIndex
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree_search import (
     GrownTree,
     SizeChoice,

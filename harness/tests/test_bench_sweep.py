@@ -14,13 +14,14 @@ from harness.compose.composer import Composer, KnotPrices, shared_knots, step_co
 from harness.compose.devices import PredictedCurve, StepTimes
 from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, with_chosen
-from harness.compose.replay import ReplayIndex, Trace
+from harness.compose.replay import ReplayIndex
 from harness.compose.search import SearchSpace
 from harness.config import IntervalSpec
 from harness.hardware import load_hardware
 from harness.latency_specs import LatencyHeads
+from harness.records.sweep import ComposedCell
+from harness.records.trace import Trace
 from harness.shapes import load_shapes
-from harness.sweep_record import ComposedCell
 from harness.sweep_specs import SweepSpec
 from harness.tests.fake_sweep import made_up_spec, made_up_trace
 from medusa_impl.tree import DraftTree

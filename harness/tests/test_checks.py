@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.compose.replay import Trace
 from harness.judge.checks import CHECKS, run_checks
 from harness.judge.judgement import CheckOutcome, CheckStatus
-from harness.records import Failure, Generation, HeadsControl, RunRecord
+from harness.records.run import Failure, Generation, HeadsControl, RunRecord
+from harness.records.trace import Trace
 from harness.tests.fake_record import EOS_ID, FakeParts, fake_rounding, write_fake_record
 
 NUM_PROMPTS = 4

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.compose.replay import Trace
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
-from harness.records import ArmTree, StepCosts
+from harness.records.run import ArmTree, StepCosts
+from harness.records.trace import Trace
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree
 

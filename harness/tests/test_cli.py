@@ -15,9 +15,9 @@ from pytest import MonkeyPatch
 import harness.measure.run
 from harness.cli.app import app
 from harness.cli.options import command_line
-from harness.compose.replay import Trace
 from harness.errors import ExitCode
-from harness.records import RunRecord
+from harness.records.run import RunRecord
+from harness.records.trace import Trace
 from harness.tests.tiny_suite import CHAIN, FASTEST, VANILLA, MicroRun, SmokeRun, command, micro_data, write_suite
 from medusa_impl.tree import DraftTree
 

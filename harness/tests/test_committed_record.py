@@ -9,7 +9,7 @@ import pytest
 
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.readme import check_readme
 
 ROOT = Path(__file__).resolve().parents[2]

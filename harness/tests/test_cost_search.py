@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose.replay import ReplayIndex
-from harness.compose.search import METHODS, CostChoice, IndependentProgramme, Method, SearchSpace, cached_choices, search_sizes
+from harness.compose.search import METHODS, CostChoice, IndependentProgramme, SearchSpace, cached_choices, search_sizes
 from harness.errors import UserError
+from harness.records.sweep import Method
 from harness.tests.fake_sweep import made_up_trace
 from medusa_impl.tree import DraftTree, RankPath
 from medusa_impl.tree_search import grow_by_marginals

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from harness.claim_specs import ClaimSpec, load_claims
-from harness.compose.curve import LatencyRecord
 from harness.compose.devices import MeasuredCurve, PredictedCurve, find_curves, find_latency_records, measured_curves, roofline_error
 from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
@@ -17,6 +16,7 @@ from harness.hardware import load_hardware
 from harness.judge.latency import predict
 from harness.latency_specs import LatencyHeads
 from harness.quoted import load_quoted
+from harness.records.latency import LatencyRecord
 from harness.shapes import load_shapes
 from harness.tests.fake_latency import SHAPE, backbone_s, heads_s, step_s, write_fake_latency
 

@@ -14,11 +14,11 @@ from pytest import MonkeyPatch
 
 from harness.device.doctor import examine
 from harness.device.engine import Engine
-from harness.device.machine import blas_settings, device_info, git_state, machine_slug, package_versions, settings
+from harness.device.machine import blas_settings, device_info, git_state, package_versions, settings
 from harness.device.prompts import suite_prompts
 from harness.measure.run import describe
 from harness.paths import default_results, holds_absolute_path
-from harness.records import DeviceInfo
+from harness.records.provenance import DeviceInfo, machine_slug
 from harness.tests.tiny_suite import smoke_suite
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 

@@ -12,11 +12,11 @@ import pytest
 from pydantic import BaseModel
 from pytest import MonkeyPatch
 
-import harness.run_store
-from harness.compose.replay import Trace
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import ExitCode, InvalidMeasurement, UserError
-from harness.records import RunRecord, read_outcomes
+from harness.records.run import RunRecord, read_outcomes
+from harness.records.store import LineFile
+from harness.records.trace import Trace
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,
@@ -220,20 +220,21 @@ def test_truncated_record_file(name: str, smoke: SmokeRun, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """The disk fills inside a line; with room again, the same command finishes the run."""
-    append = harness.run_store.append_line
+    append = LineFile.append
     left = [6]
 
-    def filling(path: Path, record: BaseModel) -> None:
+    def filling(lines: LineFile[Any], folder: Path, *records: BaseModel) -> None:
         left[0] -= 1
         if left[0] < 0:
+            path = folder / lines.name
             with path.open("a") as file:
-                file.write(record.model_dump_json()[:40])
+                file.write(records[0].model_dump_json()[:40])
             raise OSError(number, "No space left on device", str(path))
-        append(path, record)
+        append(lines, folder, *records)
 
     suite, results = write_suite(tmp_path / "micro.toml", dict(micro.data)), tmp_path / "results"
     with monkeypatch.context() as patched:
-        patched.setattr(harness.run_store, "append_line", filling)
+        patched.setattr(LineFile, "append", filling)
         ran = command("reproduce", suite, "--results", results)
     assert ran.code == ExitCode.USER_ERROR
     assert "No space left on device at generations.jsonl" in ran.error_line and str(tmp_path) not in ran.error_line

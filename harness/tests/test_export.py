@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from harness.errors import UserError
-from harness.export import GENERATION_COLUMNS, STEP_COLUMNS, ExportTable, export, generations_frame, steps_frame
 from harness.judge.metrics import arm_metrics
-from harness.records import Failure, RunRecord
+from harness.records.export import GENERATION_COLUMNS, STEP_COLUMNS, ExportTable, export, generations_frame, steps_frame
+from harness.records.run import Failure, RunRecord
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 
 

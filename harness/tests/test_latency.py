@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness.compose.curve import POINTS_FILE, LatencyCurve, LatencyPoint, LatencyRecord, break_even, curve_of, read_points, step_cost_of
+from harness.compose.curve import LatencyCurve, curve_of, step_cost_of
 from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.latency import batch_points, mode_rows, predict, read_share
 from harness.judge.validate import json_schemas, validate_record
 from harness.latency_specs import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
 from harness.paths import holds_absolute_path
+from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import check_modes, update_modes
 from harness.shapes import load_shapes

@@ -17,7 +17,7 @@ from harness.judge.metrics import (
     replayed_tokens_per_step,
     separate_costs,
 )
-from harness.records import Failure, Generation, RunRecord, StepCosts
+from harness.records.run import Failure, Generation, RunRecord, StepCosts
 from harness.stats import Interval
 from harness.tests.fake_record import (
     HEADS_BYTES,

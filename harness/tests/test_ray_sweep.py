@@ -25,10 +25,8 @@ from pytest import MonkeyPatch
 import harness.measure.sweep.cluster
 import harness.measure.sweep.run
 import harness.report.figures
-from harness.compose.curve import LatencyRecord
 from harness.compose.devices import measured_curves
 from harness.compose.plan import SweepPlan, plan_sweep
-from harness.compose.replay import Trace
 from harness.config import parse_suite
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
@@ -40,9 +38,11 @@ from harness.measure.sweep.node import unpacked
 from harness.measure.sweep.run import SweepOptions, cell_inputs, plan_runs, run_sweep
 from harness.measure.sweep.shipping import keep_record, packed
 from harness.measure.trace import trace_suite
-from harness.sweep_record import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
+from harness.records.latency import LatencyRecord
+from harness.records.store import Store, portable
+from harness.records.sweep import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
+from harness.records.trace import Trace
 from harness.sweep_specs import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
-from harness.sweep_store import SweepStore, portable_spec
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, Ran, command, micro_data, smoke_suite, write_suite
@@ -146,14 +146,14 @@ def executor(address: str) -> Iterator[RayExecutor]:
 
 def noting_appends(patch: MonkeyPatch, note: Callable[[AnyCell], None]) -> None:
     """Call back after each run cell that is on disk."""
-    append = SweepStore.append
+    append = Store.append
 
-    def noting(store: SweepStore, cell: AnyCell) -> None:
+    def noting(store: Store[AnyCell], cell: AnyCell) -> None:
         append(store, cell)
         if not cell.key.startswith("composed"):
             note(cell)
 
-    patch.setattr(SweepStore, "append", noting)
+    patch.setattr(Store, "append", noting)
 
 
 class OneKill:
@@ -495,7 +495,7 @@ def test_what_a_cluster_may_be_asked() -> None:
     with pytest.raises(UserError, match=r"cluster.latency measures step times"):
         cluster_spec("tiny", measured=None, predicted={"shapes": ["vicuna-7b-v1.5"]})
     absolute = cluster_spec("tiny", cluster={"latency": str(Path.cwd() / "latency_own.toml")})
-    assert portable_spec(absolute)["cluster"]["latency"] == "latency_own.toml"
+    assert portable(absolute)["cluster"]["latency"] == "latency_own.toml"
 
 
 def test_the_record_of_a_command_names_no_address(monkeypatch: MonkeyPatch) -> None:

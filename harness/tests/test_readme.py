@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import InvalidMeasurement, UserError
 from harness.judge.judgement import Judgement
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.readme import check_readme, update_between_markers, update_readme
 from harness.tests.fake_judgement import FAILED_CHECK, judge
 from harness.tests.fake_record import write_fake_record

@@ -19,7 +19,6 @@ import harness.device.locks
 import harness.measure.latency.engine
 import harness.measure.latency.run
 import harness.measure.latency.timers
-from harness.compose.curve import POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
@@ -27,11 +26,12 @@ from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
 from harness.judge.validate import validate_record
 from harness.latency_specs import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
-from harness.latency_store import LatencyStore
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.measure.latency.modes import LatencyPrompt, batch_tree, measure_batches, measure_modes, table_prompts
 from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
+from harness.records.latency import LATENCY, POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
+from harness.records.store import Store
 from harness.shapes import ShapeSpec
 from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
 from medusa_impl.backbone import Backbone
@@ -461,7 +461,7 @@ def test_cut_anywhere_leaves_whole_points_only(ran: LatencyRun, tmp_path: Path) 
     points = read_points(ran.folder / POINTS_FILE)
     for num_bytes in range(0, len(content), 97):
         (tmp_path / POINTS_FILE).write_bytes(content[:num_bytes])
-        done = LatencyStore(tmp_path).prepare()
+        done = {point.key for point in Store(tmp_path, kind=LATENCY).lines()}
         num_lines = content[:num_bytes].count(b"\n")
         assert done == {point.key for point in points[:num_lines]}
         assert read_points(tmp_path / POINTS_FILE) == points[:num_lines]

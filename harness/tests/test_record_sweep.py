@@ -18,7 +18,6 @@ import harness.device.locks
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
 import harness.report.figures
-from harness.compose.replay import Trace
 from harness.config import parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
@@ -30,11 +29,12 @@ from harness.judge.validate import json_schemas, validate_record
 from harness.measure.sweep.cells import arm_of, step_difference
 from harness.measure.sweep.run import SweepOptions, run_sweep
 from harness.measure.trace import trace_suite
-from harness.records import Environment
+from harness.records.provenance import Environment
+from harness.records.store import Store
+from harness.records.sweep import CELLS_FILE, AnyCell, FailedCell, SweepRecord
+from harness.records.trace import Trace
 from harness.stats import FigureKind
-from harness.sweep_record import CELLS_FILE, AnyCell, FailedCell, SweepRecord
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
-from harness.sweep_store import SweepStore
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
@@ -180,9 +180,9 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
     results = tmp_path / "results"
     (results / "latency").parent.mkdir(parents=True)
     (results / "latency").symlink_to(home / "results" / "latency")
-    append, left = SweepStore.append, [after]
+    append, left = Store.append, [after]
 
-    def dying(store: SweepStore, cell: AnyCell) -> None:
+    def dying(store: Store[AnyCell], cell: AnyCell) -> None:
         if left[0] == 0:
             with (store.folder / CELLS_FILE).open("a") as file:
                 file.write(cell.model_dump_json()[:30])
@@ -191,7 +191,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
         append(store, cell)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(SweepStore, "append", dying)
+        patched.setattr(Store, "append", dying)
         swept(home, spec, results)
     (folder,) = results.glob("sweep/tiny/*/*")
     kept = (folder / CELLS_FILE).read_text().splitlines()[:after]

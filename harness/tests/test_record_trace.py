@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.compose.replay import Trace, replay
+from harness.compose.replay import replay
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.prompts import suite_prompts
 from harness.device.trace import HEAD_TIE_MARGIN, MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
+from harness.records.trace import Trace
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
 from medusa_impl.heads import MedusaHeads, ordered_topk
 from medusa_impl.runner import StepRunner

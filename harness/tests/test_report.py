@@ -15,7 +15,7 @@ from rich.console import Console
 
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, without_paths
-from harness.records import ArmTree, Failure, RunRecord
+from harness.records.run import ArmTree, Failure, RunRecord
 from harness.report.evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
 from harness.report.formatting import ABSENT, cell, finished_words, megabytes, percent, ratio_interval, significant, table
 from harness.report.markdown import headline, relative_folder, render_report

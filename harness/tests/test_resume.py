@@ -22,8 +22,10 @@ from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
 from harness.measure.plan import PlannedTrial, make_plan
-from harness.records import DeviceInfo, Generation, RunRecord, StepCost, TrialKey, read_outcomes
-from harness.run_store import RunStore
+from harness.measure.trials import take_up
+from harness.records.provenance import DeviceInfo
+from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, StepCost, TrialKey, read_outcomes
+from harness.records.store import Store
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +85,7 @@ def test_every_cut_leaves_a_store_that_can_go_on(micro: MicroRun, tmp_path: Path
     (folder / "generations.jsonl").write_bytes(content)
     (folder / "trees.jsonabc.tmp").write_text("half a fi")
     plan = plan_of(micro.record)
-    finished, attempts = RunStore(folder).prepare_resume(plan)
+    finished, attempts = take_up(Store(folder, kind=RUN), plan)
     num_lines = content.count(b"\n")
     assert finished == set(range(num_lines // 4))
     assert attempts == {outcome.trial: 1 for outcome in micro.record.outcomes[:num_lines]}
@@ -107,15 +109,15 @@ def test_half_a_character_is_no_obstacle(micro: MicroRun, tmp_path: Path) -> Non
 
 def test_torn_step_times_do_not_spoil_what_is_appended_to_them(tmp_path: Path) -> None:
     """Lines appended to a torn one once made the whole file unreadable at the end of the run."""
-    store = RunStore(tmp_path)
+    store = Store(tmp_path, kind=RUN)
     cost = StepCost(arm="chain", num_nodes=5, num_heads=4, context_tokens=9, backbone_s=(0.1,), step_s=(0.2,))
-    store.append_arm_steps(cost)
-    store.append_arm_steps(cost)
+    ARM_STEPS.append(tmp_path, cost)
+    ARM_STEPS.append(tmp_path, cost)
     path = tmp_path / "arm_steps.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
-    store.prepare_resume([])
-    store.append_arm_steps(cost)
-    assert store.arm_steps() == (cost, cost)
+    take_up(store, [])
+    ARM_STEPS.append(tmp_path, cost)
+    assert ARM_STEPS.done(tmp_path) == (cost, cost)
 
 
 def test_the_same_command_finds_its_unfinished_run(micro: MicroRun, tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_leftovers_of_another_version_do_not_stop_a_new_run(micro: MicroRun, tmp
     home = tmp_path / "micro" / micro.record.folder.parent.name
     folder = killed_copy(micro.record, home / "20990101T000000Z-older", num_bytes=10)
     (folder / "suite.toml").write_text("schema_version = 99\n")
-    store = RunStore.open(tmp_path, suite=micro.record.suite, environment=micro.record.environment)
+    store = Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=micro.record.environment)
     assert store.folder != folder and store.folder.parent == home
 
 
@@ -152,7 +154,7 @@ def test_another_run_is_not_resumed(micro: MicroRun, tmp_path: Path, changes: di
     folder = killed_copy(micro.record, tmp_path / "run", num_bytes=0)
     environment = micro.record.environment.model_copy(update=changes)
     with pytest.raises(UserError, match=f"another {named}"):
-        RunStore.open(tmp_path, suite=micro.record.suite, environment=environment, resume=folder)
+        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=folder)
 
 
 def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_path: Path) -> None:
@@ -160,11 +162,11 @@ def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_pat
     folder = killed_copy(micro.record, tmp_path / "run", num_bytes=0)
     other: SuiteSpec = micro.record.suite.model_copy(update={"max_new_tokens": 13})
     with pytest.raises(UserError, match="another suite"):
-        RunStore.open(tmp_path, suite=other, environment=environment, resume=folder)
+        Store.open(tmp_path, kind=RUN, spec=other, provenance=environment, resume=folder)
     with pytest.raises(UserError, match="a finished run"):
-        RunStore.open(tmp_path, suite=micro.record.suite, environment=environment, resume=micro.record.folder)
+        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=micro.record.folder)
     with pytest.raises(UserError, match="no such folder"):
-        RunStore.open(tmp_path, suite=micro.record.suite, environment=environment, resume=tmp_path / "nowhere")
+        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=tmp_path / "nowhere")
 
 
 def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 
 from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.roofline import (
-    Limits,
-    ModelShape,
     Simulation,
     Work,
     attention_intensity,
@@ -25,7 +23,8 @@ from harness.compose.roofline import (
     step_seconds,
 )
 from harness.errors import UserError
-from harness.hardware import load_hardware
+from harness.hardware import Limits, load_hardware
+from harness.shapes import ModelShape
 
 HeadArchitecture = Literal["own", "shared"]
 ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")

@@ -28,7 +28,7 @@ from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.plan import make_plan
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.markdown import render_report
 from harness.tests.tiny_suite import (
     CHAIN,

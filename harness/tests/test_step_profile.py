@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from harness.compose.replay import Trace, replay
+from harness.compose.replay import replay
 from harness.device.clock import device_clock
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.prompts import suite_prompts
@@ -22,9 +22,10 @@ from harness.files import write_json
 from harness.measure.run import describe
 from harness.measure.step_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
 from harness.paths import holds_absolute_path
-from harness.records import ArmTree
+from harness.records.run import ArmTree
+from harness.records.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
+from harness.records.trace import Trace
 from harness.report.profile import profile_headline, render_step_profile
-from harness.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, command, micro_data, smoke_suite, write_suite
 from medusa_impl.heads import MedusaHeads

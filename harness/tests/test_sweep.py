@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 
 from harness.compose.cells import compose, compose_cell
 from harness.compose.composer import Composer, KnotPrices, figure_kind, knot_shares, nearby, shared_knots, step_contexts
-from harness.compose.curve import LatencyRecord
 from harness.compose.devices import MeasuredCurve, StepTimes
-from harness.compose.families import CARTESIAN, CHOSEN, DENSE, JOINT, resolve_families
+from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, tree_rates
-from harness.compose.replay import PromptTrace, ReplayIndex, Trace
+from harness.compose.replay import ReplayIndex
 from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells, hypothetical_cells
+from harness.records.latency import LatencyRecord
+from harness.records.sweep import CARTESIAN, CELLS_FILE, CHOSEN, DENSE, JOINT, ComposedCell, FailedCell, SweepRecord, read_cells
+from harness.records.trace import PromptTrace, Trace
 from harness.stats import Resamples, bootstrap_totals
-from harness.sweep_record import CELLS_FILE, ComposedCell, FailedCell, SweepRecord, read_cells
 from harness.sweep_specs import SampledSetting, load_sweep
 from harness.tests.fake_latency import SHAPE, step_s
 from harness.tests.fake_sweep import MODEL, is_sqrt, made_up_plan, made_up_spec, made_up_trace, write_sweep
@@ -79,7 +80,7 @@ def plain_seconds(trace: Trace, tree: DraftTree) -> list[float]:
 def test_pure_modules_need_no_torch() -> None:
     names = (
         "harness.compose.composer",
-        "harness.sweep_record",
+        "harness.records.sweep",
         "harness.judge.claims.sweep",
         "harness.report.sweep",
         "harness.report.figures",

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.compose.replay import EndedBy, PromptTrace, Replay, ReplayIndex, Trace, TraceProvenance, replay, replay_rows
+from harness.compose.replay import Replay, ReplayIndex, replay, replay_rows
 from harness.errors import UserError
+from harness.records.trace import EndedBy, PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree import DraftTree, RankPath
 
 BUDGET = 24

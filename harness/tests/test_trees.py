@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.compose.replay import PromptTrace, Trace, TraceProvenance, replay
+from harness.compose.replay import replay
 from harness.compose.trees import check_fixed_trees, fastest_tree, grow, resolve_trees
 from harness.config import SuiteSpec
 from harness.errors import UserError
-from harness.records import ArmTree, StepCost
+from harness.records.run import ArmTree, StepCost
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.tests.tiny_suite import CHAIN, VANILLA, smoke_suite
 from medusa_impl.tree import DraftTree
 

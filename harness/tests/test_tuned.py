@@ -26,7 +26,7 @@ from harness.judge.parity import parity_report
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.run import _check_step_shapes
-from harness.records import RunRecord
+from harness.records.run import RunRecord
 from harness.report.markdown import best_greedy_arm, render_report
 from harness.report.tables import arms_note
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite

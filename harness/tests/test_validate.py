@@ -12,7 +12,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.judge.validate import json_schemas, validate_record, write_schemas
-from harness.records import ArmTree
+from harness.records.run import ArmTree
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 
 

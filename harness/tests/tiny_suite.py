@@ -23,8 +23,8 @@ from harness.device.engine import Engine, LoadedModel, load_engine, load_model
 from harness.device.prompts import warmup_prompts
 from harness.measure.run import RunOptions, run_suite
 from harness.paths import shipped
-from harness.records import Failure, Generation, RunRecord
-from harness.run_store import RunStore
+from harness.records.run import Failure, Generation, RunRecord
+from harness.records.store import Store
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
@@ -90,20 +90,20 @@ def run_smoke(results: Path) -> SmokeRun:
     """Run `medusa-repro reproduce smoke` as a user does, noting every prompt that is decoded before the first outcome is on disk."""
     decoded: list[tuple[int, ...]] = []
     recorded: list[Generation | Failure] = []
-    generate, append = ArmRunner.generate, RunStore.append
+    generate, append = ArmRunner.generate, Store.append
 
     def noting_generate(runner: ArmRunner, prompt_ids: Sequence[int], **options: Any) -> TimedGeneration:
         if not recorded:
             decoded.append(tuple(prompt_ids))
         return generate(runner, prompt_ids, **options)
 
-    def noting_append(store: RunStore, outcome: Generation | Failure) -> None:
+    def noting_append(store: Store[Generation | Failure], outcome: Generation | Failure) -> None:
         if not recorded:
             decoded.pop()  # the generation that the first outcome is of
         recorded.append(outcome)
         append(store, outcome)
 
-    with patch.object(ArmRunner, "generate", noting_generate), patch.object(RunStore, "append", noting_append):
+    with patch.object(ArmRunner, "generate", noting_generate), patch.object(Store, "append", noting_append):
         ran = command("reproduce", "smoke", "--results", results)
     (folder,) = results.glob("smoke/*/*")
     return SmokeRun(ran=ran, record=RunRecord(folder), warmed_up=tuple(decoded))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from harness.ablation import AblationRecord, TextChange
 from harness.claim_forms import (
     HeadOrderForm,
     HurtsMoreForm,
@@ -24,6 +23,7 @@ from harness.judge.ablation import Columns, TextKind, best_rate_columns, change_
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
 from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.records.ablation import AblationRecord, TextChange
 from harness.stats import bootstrap_ratio
 
 

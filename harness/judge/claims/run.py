@@ -25,7 +25,7 @@ from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
 from harness.judge.claims.evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
 from harness.judge.claims.findings import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
 from harness.judge.judgement import Divergence, VerdictKind
-from harness.records import Generation
+from harness.records.run import Generation
 from harness.stats import bootstrap_ratio
 from medusa_impl.tree_search import random_dense
 

@@ -16,9 +16,9 @@ from harness.compose.appendix_g import VERDICTS
 from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, holds, shown
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.records.sweep import SampledCell, SweepRecord
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
-from harness.sweep_record import SampledCell, SweepRecord
 
 Floats = NDArray[np.float64]
 

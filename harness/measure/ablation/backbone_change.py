@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from harness.ablation import GreedyText, HeadText, TextChange
 from harness.device.trace import rank_rows
+from harness.records.ablation import GreedyText, HeadText, TextChange
 from medusa_impl.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NUM_RANKS

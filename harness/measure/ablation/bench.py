@@ -13,13 +13,11 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness.ablation import ArmResult
 from harness.ablation_specs import START_ARM, AblationSpec
 from harness.asset_specs import load_asset_specs
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
-from harness.compose.replay import Trace
 from harness.conversations import conversation_sequence
 from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
 from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
@@ -28,6 +26,8 @@ from harness.errors import UserError
 from harness.measure.ablation.arm import ArmJob, once_over
 from harness.measure.ablation.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
 from harness.paths import cache_dir
+from harness.records.ablation import ArmResult
+from harness.records.trace import Trace
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -7,6 +7,8 @@ from disk. One arm after another: a run that was cut off goes on with the arm, a
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,22 +18,33 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.ablation import AblationRecord
 from harness.ablation_specs import AblationSpec
-from harness.ablation_store import AblationStore
-from harness.compose.replay import Trace
 from harness.compose.trees import grow
 from harness.config import SearchedTree
 from harness.device.engine import Engine, best_device, describe_engine, load_model
 from harness.device.locks import folder_held
-from harness.device.machine import device_info, machine_slug
+from harness.device.machine import device_info
 from harness.errors import ExitCode, UserError
+from harness.files import write_json
 from harness.joint_run import check_runnable
 from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
 from harness.measure.ablation.backbone_change import MeasuredText
 from harness.measure.ablation.bench import ArmBench, engine_with, held_out_prompts, reference_texts
 from harness.paths import cache_dir, resolve_path
-from harness.records import ArmTree, Environment
+from harness.records.ablation import (
+    ABLATION,
+    TREE_FILE,
+    AblationManifest,
+    AblationRecord,
+    ArmResult,
+    original_text_file,
+    steps_file,
+    trace_file,
+)
+from harness.records.provenance import Environment, machine_slug
+from harness.records.run import ArmTree
+from harness.records.store import Store
+from harness.records.trace import Trace
 from medusa_impl.distill import CorpusPrompt
 from medusa_impl.medusa2_trainer import STEP_LOG
 from medusa_impl.tree import DraftTree
@@ -68,26 +81,40 @@ def run_ablation(spec: AblationSpec, *, suite_file: Path | None, options: Ablate
     prompts = held_out_prompts(spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set())
     references = reference_texts(spec, loaded, allow_hub=options.allow_hub)
     environment = _describe(engine, spec=spec, prompts=prompts, references=references, command=options.command)
-    store = AblationStore.open(options.results, spec=spec, environment=environment, resume=options.resume)
+    store = Store.open(options.results, kind=ABLATION, spec=spec, provenance=environment, resume=options.resume)
     work = (options.work or cache_dir() / "ablation") / spec.name / store.folder.name
     with folder_held(store.folder):
-        store.write_tree(fixed_tree(spec, calibration, num_heads=engine.heads.num_heads))
-        done = store.prepare()
+        write_json(store.folder / TREE_FILE, fixed_tree(spec, calibration, num_heads=engine.heads.num_heads))
+        done = {(result.arm, result.seed) for result in store.lines()}
         bench = ArmBench(spec, engine, prompts, references, work, console)
         for arm, seed in spec.plan():
             if (arm, seed) in done:
                 continue
             if seed is None:
                 start = bench.measure_start()
-                store.add(start.result, trace=start.trace, step_log=None)
+                _keep(store, start.result, trace=start.trace, step_log=None)
                 continue
             job = ArmJob(spec, suite_file, arm, seed, work / f"{arm}-{seed}", options.allow_hub)
             console.print(f"[bold]{arm}[/bold], seed {seed}")
             _train(job, own_process=options.own_process)
             found = bench.measure(job, recipes[arm])
-            store.add(found.result, trace=found.trace, original_text=found.original_text, step_log=job.target / STEP_LOG)
-        store.seal(elapsed_s=time.monotonic() - started)
+            _keep(store, found.result, trace=found.trace, original_text=found.original_text, step_log=job.target / STEP_LOG)
+        num_arms = len(AblationRecord(store.folder).results)
+        elapsed_s = time.monotonic() - started
+        store.seal(AblationManifest, suite=spec.name, num_planned=len(spec.plan()), num_arms=num_arms, elapsed_s=elapsed_s)
     return store.folder
+
+
+def _keep(store: Store[ArmResult], result: ArmResult, *, trace: Trace, original_text: Trace | None = None, step_log: Path | None) -> None:
+    """Write an arm's files, its line last: without the line the arm counts as not done."""
+    trace.save(store.folder / trace_file(result.label))
+    if original_text is not None:
+        original_text.save(store.folder / original_text_file(result.label))
+    if step_log is not None:
+        temporary = store.folder / (steps_file(result.label) + ".tmp")
+        shutil.copyfile(step_log, temporary)
+        os.replace(temporary, store.folder / steps_file(result.label))
+    store.append(result)
 
 
 def fixed_tree(spec: AblationSpec, calibration: Trace | None, *, num_heads: int) -> ArmTree:

@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.compose.curve import BATCHES_FILE, MODEL_FILE, MODES_FILE, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials, limits_file
 from harness.device.clock import Clock, device_clock
 from harness.device.doctor import foreign_gpu_processes
 from harness.device.engine import Engine, best_device
@@ -25,7 +24,6 @@ from harness.device.locks import device_held, folder_held
 from harness.errors import UserError
 from harness.files import write_json
 from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
-from harness.latency_store import LatencyStore
 from harness.measure.latency.engine import (
     chosen_modes,
     describe_latency,
@@ -38,6 +36,19 @@ from harness.measure.latency.engine import (
 )
 from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
 from harness.measure.latency.timers import measure_group, release
+from harness.records.latency import (
+    BATCHES_FILE,
+    LATENCY,
+    MODEL_FILE,
+    MODES_FILE,
+    LatencyManifest,
+    LatencyPoint,
+    LatencyRecord,
+    ModelFacts,
+    ModeTrials,
+    limits_file,
+)
+from harness.records.store import Store
 from medusa_impl.memory import peak_memory_bytes
 
 Held = Callable[[], contextlib.AbstractContextManager[None]]
@@ -77,10 +88,10 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
     engine = load_latency_engine(spec, dtype=first, device=device, beside=beside, allow_hub=options.allow_hub)
     prompts = table_prompts(spec, engine, allow_hub=options.allow_hub)
     environment = describe_latency(engine, spec=spec, prompts=prompts, command=options.command)
-    store = LatencyStore.open(options.results, spec=spec, environment=environment, resume=options.resume)
+    store = Store.open(options.results, kind=LATENCY, spec=spec, provenance=environment, resume=options.resume)
     with folder_held(store.folder):
         write_json(store.folder / MODEL_FILE, facts_of_engine(engine))
-        done, num_planned, peak = store.prepare(), 0, 0
+        done, num_planned, peak = {point.key for point in store.lines()}, 0, 0
         for dtype in spec.dtypes:
             if dtype != first:
                 release(device)
@@ -91,7 +102,17 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
             num_planned += len(session.plan)
             peak = max(peak, session.measure(prompts, done=done, beside=beside))
             del engine, session  # two copies of the weights may not fit
-        store.seal(num_planned=num_planned, elapsed_s=time.monotonic() - started, peak_memory_bytes=peak)
+        points = LatencyRecord(store.folder).points
+        skipped = sum(point.skipped is not None for point in points)
+        store.seal(
+            LatencyManifest,
+            spec=spec.name,
+            num_planned=num_planned,
+            num_measured=len(points) - skipped,
+            num_skipped=skipped,
+            elapsed_s=time.monotonic() - started,
+            peak_memory_bytes=peak,
+        )
     return store.folder
 
 
@@ -137,7 +158,7 @@ class _Session:
         spec: LatencySpec,
         engine: Engine,
         dtype: DtypeName,
-        store: LatencyStore,
+        store: Store[LatencyPoint],
         clock: Clock,
         held: Held,
         console: Console,
@@ -173,12 +194,12 @@ class _Session:
         for (dtype, mode, context_tokens, batch), members in groupby(self.plan, key=lambda key: key.group):
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
-            self.store.append(LatencyPoint(**dict(key), skipped=reason) for key, reason in reasons.items() if reason is not None)
+            self.store.append(*(LatencyPoint(**dict(key), skipped=reason) for key, reason in reasons.items() if reason is not None))
             if runnable := [key for key in todo if reasons[key] is None]:
                 self.console.print(f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes", highlight=False)
                 with self.held():
                     points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
-                self.store.append(points)
+                self.store.append(*points)
                 peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
         return peak
 

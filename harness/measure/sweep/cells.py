@@ -14,7 +14,6 @@ import numpy as np
 from harness.compose.composer import Composer, KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.differences import decoded_difference
-from harness.compose.replay import PromptTrace, Trace
 from harness.config import ArmSpec, GreedyAcceptance, RejectionAcceptance, SuiteSpec, TypicalAcceptance
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock, device_clock
@@ -27,7 +26,7 @@ from harness.errors import UserError
 from harness.hardware import match_device
 from harness.measure import probes
 from harness.paths import without_paths
-from harness.sweep_record import (
+from harness.records.sweep import (
     AnyCell,
     DecodedCell,
     DecodedRow,
@@ -38,6 +37,7 @@ from harness.sweep_record import (
     decoded_key,
     sampled_key,
 )
+from harness.records.trace import PromptTrace, Trace
 from harness.sweep_specs import SampledSetting, SweepSpec
 from medusa_impl.tree import DraftTree
 

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.latency_specs import LatencySpec
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
-from harness.sweep_record import AnyCell, RanOn
+from harness.records.sweep import AnyCell, RanOn
 
 _NODE_ID_DIGITS = 12
 

@@ -20,18 +20,30 @@ from harness.compose.cells import compose
 from harness.compose.composer import KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
-from harness.compose.replay import Trace
 from harness.config import load_suite
 from harness.device.engine import best_device
 from harness.device.locks import folder_held
 from harness.device.machine import device_info, git_state, package_versions, python_version
-from harness.files import file_sha256
+from harness.errors import UserError
+from harness.files import file_sha256, write_bytes
 from harness.hardware import match_device
 from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.paths import code_folder, resolve_path
-from harness.sweep_record import AnyCell, FailedCell, SweepOrigin, TraceFacts, decoded_key
+from harness.records.store import Store
+from harness.records.sweep import (
+    SWEEP,
+    TREES_FILE,
+    AnyCell,
+    FailedCell,
+    SweepManifest,
+    SweepOrigin,
+    SweepRecord,
+    SweepTrees,
+    TraceFacts,
+    decoded_key,
+)
+from harness.records.trace import Trace
 from harness.sweep_specs import SweepSpec
-from harness.sweep_store import SweepStore
 
 
 @dataclass(frozen=True)
@@ -97,9 +109,9 @@ def run_sweep(
     console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
     plan = plan_sweep(spec, beside=beside, results=options.results, cache=options.cache)
     origin = describe_sweep(plan, command=options.command, executor=executor.name)
-    store = SweepStore.open(options.results, spec=spec, origin=origin, resume=options.resume)
+    store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=origin, resume=options.resume)
     with folder_held(store.folder):
-        done = store.prepare(tree_rates(plan))
+        done = _take_up(store, tree_rates(plan))
         tasks, without_curve = plan_runs(plan, devices=devices, beside=beside)
         runs = [one.key for one in (*tasks, *without_curve)]
         num_planned = len(plan.cells) + len(plan.refused) + len(runs)
@@ -119,8 +131,31 @@ def run_sweep(
                     for cell in chain(run, (failed for failed in without_curve if failed.key not in done)):
                         store.append(cell)
                         progress.advance(running)
-        store.seal(num_planned=num_planned, elapsed_s=time.monotonic() - started)
+        record = SweepRecord(store.folder)
+        store.seal(
+            SweepManifest,
+            sweep=spec.name,
+            num_planned=num_planned,
+            num_done=len(record.cells) - len(record.failed),
+            num_failed=len(record.failed),
+            num_points=record.num_points,
+            elapsed_s=time.monotonic() - started,
+        )
     return store.folder
+
+
+def _take_up(store: Store[AnyCell], trees: SweepTrees) -> frozenset[str]:
+    """Write the trees where they are not there yet and return the keys of the cells that are done.
+
+    Raises: UserError where the sweep was begun with other trees: cells name trees by their index.
+    """
+    done = frozenset(cell.key for cell in store.lines())
+    if not (store.folder / TREES_FILE).exists():
+        write_bytes(store.folder / TREES_FILE, (trees.model_dump_json() + "\n").encode())  # one line: it holds a thousand paths
+    elif SweepRecord(store.folder).trees.trees != trees.trees:
+        need = "those that the sweep began with"
+        raise UserError(found="other trees", need=need, where=store.folder.name, do="start a new sweep")
+    return done
 
 
 def describe_sweep(plan: SweepPlan, *, command: str, executor: Literal["local", "ray"] = "local") -> SweepOrigin:

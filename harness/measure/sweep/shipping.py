@@ -13,14 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from harness.compose.curve import LatencyRecord
 from harness.config import SuiteSpec
-from harness.device.machine import machine_slug
 from harness.files import write_json
 from harness.measure.sweep.cells import CellInputs
 from harness.measure.sweep.node import Shipment
 from harness.paths import resolve_path
-from harness.run_store import hashes
+from harness.records.latency import LatencyRecord
+from harness.records.provenance import machine_slug
+from harness.records.store import hashes
 
 _PACKAGES = ("harness", "medusa_impl", "suites")
 _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")

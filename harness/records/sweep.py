@@ -13,17 +13,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.compose.curve import BreakEven, break_even
-from harness.compose.devices import CurveLabel, RooflineError
-from harness.compose.families import SweepTree
-from harness.compose.search import Method
 from harness.files import Frozen, read_lines
-from harness.records import DeviceInfo, RecordFolder
+from harness.latency_specs import DtypeName, ModeName
+from harness.records.folder import RecordFolder
+from harness.records.latency import BreakEven, break_even
+from harness.records.provenance import DeviceInfo, Provenance
+from harness.records.store import LineFile, StoreKind
 from harness.stats import FigureKind, Interval
 from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
+from medusa_impl.tree import DraftTree, RankPath
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 Context = Literal["trace"] | int
+
+CHAIN, CARTESIAN, DENSE, MARGINALS, JOINT, CHOSEN = "chain", "Cartesian", "random dense", "marginals", "joint", "cost-aware"
+
+Method = Literal["independent", "joint"]
 
 
 class TraceFacts(Frozen):
@@ -38,26 +43,40 @@ class TraceFacts(Frozen):
     num_heads: int
 
 
-class SweepOrigin(Frozen):
-    """Where a record comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that composed.
+class PredictionError(Frozen):
+    """How far predictions are off: absolute relative errors, as shares of the measured time.
+
+    `median_ratio` is measured over predicted: what a prediction has to be multiplied by to be right half of the time.
+    """
+
+    num_points: int = Field(ge=1)
+    median_error: float = Field(ge=0)
+    worst_error: float = Field(ge=0)
+    median_ratio: float = Field(gt=0)
+
+
+class RooflineError(Frozen):
+    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in which a constant factor
+    cancels; `limits` says whose limits it was given there."""
+
+    devices: tuple[str, ...]
+    limits: tuple[Literal["measured", "data sheet"], ...]
+    seconds: PredictionError
+    step_cost: PredictionError | None
+
+
+class SweepOrigin(Provenance):
+    """Where a sweep comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that composed.
 
     The executor `local` ran the run cells there too; with `ray` each run cell says where it ran. `commit` is None outside a git
     checkout, and the report says so.
     """
 
-    schema_version: Literal[1] = 1
-    commit: str | None
-    dirty: bool | None
-    command: str
-    python: str
-    packages: dict[str, str]
-    device: DeviceInfo
     executor: Literal["local", "ray"] = "local"
     inputs: dict[str, str]
     trace: TraceFacts
     calibration: TraceFacts
     roofline_error: RooflineError | None
-    started_utc: str
 
 
 class TreeRate(Frozen):
@@ -66,6 +85,23 @@ class TreeRate(Frozen):
     batch: int
     tree: int
     tokens_per_step: Interval
+
+
+class SweepTree(Frozen):
+    """One tree of a sweep: how many heads it was allowed, and every family that came up with it, the first one first."""
+
+    paths: tuple[RankPath, ...]
+    num_heads: int
+    families: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        """The first family that came up with it."""
+        return self.families[0]
+
+    def tree(self) -> DraftTree:
+        """Return the validated tree."""
+        return DraftTree.from_paths(self.paths)
 
 
 class SweepTrees(Frozen):
@@ -101,6 +137,29 @@ class ChosenTree(Frozen):
     def break_even(self) -> BreakEven | None:
         """Up to which batch the tree pays."""
         return break_even(self.speedups) if self.speedups else None
+
+
+class CurveLabel(Frozen):
+    """Which device, model shape, dtype and mode a curve is of, where it comes from, and what it is worth.
+
+    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint` changes with any figure behind
+    the curve. `weights_sha256` is that of the model that was timed, None for random weights and predictions.
+    """
+
+    device: str
+    shape: str
+    dtype: DtypeName
+    mode: ModeName | None
+    kind: Literal["measured", "predicted"]
+    source: str
+    fingerprint: str
+    weights_sha256: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The curve in a few words."""
+        mode = f", {self.mode}" if self.mode is not None else ""
+        return f"{self.device}, {self.shape}, {self.dtype}{mode} ({self.kind})"
 
 
 class ComposedCell(Frozen):
@@ -337,3 +396,15 @@ class SweepRecord(RecordFolder):
 def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:
     """Read a `cells.jsonl` as `files.read_lines` does."""
     return read_lines(path, _CELL.validate_json, holds="one cell", allow_torn_tail=allow_torn_tail)
+
+
+SWEEP = StoreKind(
+    noun="sweep",
+    spec_noun="spec",
+    spec_file=SPEC_FILE,
+    provenance_file=ORIGIN_FILE,
+    lines=LineFile[AnyCell](CELLS_FILE, read_cells),
+    begun=lambda folder: (SweepRecord(folder).spec, SweepRecord(folder).origin),
+    identity=("commit", "dirty", "packages", "device", "executor", "inputs", "trace", "calibration"),
+    home=("sweep",),
+)

@@ -20,7 +20,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records import ArmTree, Environment
+from harness.records.provenance import Environment
+from harness.records.run import ArmTree
 
 Part = Literal["mask", "backbone", "heads", "candidates", "acceptance", "cache"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -8,23 +8,23 @@ name (`file_of`). No clock, device or torch is needed to read one.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from harness.compose.replay import Trace
 from harness.config import BackboneName, SuiteSpec, parse_suite
-from harness.errors import UserError
-from harness.files import Frozen, file_sha256, first_fault, read_lines
+from harness.files import Frozen, read_lines
+from harness.records.folder import RecordFolder, file_of
+from harness.records.provenance import ENGINE_IDENTITY, Environment
+from harness.records.store import LineFile, StoreKind
+from harness.records.trace import Trace
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 TIE_MARGIN_FLOAT32 = 5e-4  # design.md, section 7: rounding moved top-two gaps by at most 8e-5 in trials
 # Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred positions miss the rarest shift.
@@ -99,56 +99,6 @@ class Failure(Frozen):
 
 TrialOutcome = Annotated[Generation | Failure, Field(discriminator="kind")]
 _OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
-
-
-class DeviceInfo(Frozen):
-    """The device under test; no host name, no user name."""
-
-    kind: Literal["cpu", "cuda"]
-    name: str
-    num_cores: int
-    num_threads: int
-    memory_bytes: int
-    details: dict[str, str] = {}
-
-
-class TunedOrigin(Frozen):
-    """The tuned backbone of a run: `backbone_sha256` stands for model and adapter together."""
-
-    backbone_sha256: str
-    adapter_sha256: str
-    heads_sha256: str
-    heads_provenance: dict[str, Any] = {}
-    weight_bytes: int
-    packed_bytes: int
-    heads_bytes: int
-
-
-class Environment(Frozen):
-    """Where a record comes from. `commit` is None outside a git checkout, and the report says so."""
-
-    schema_version: Literal[1] = 1
-    commit: str | None
-    dirty: bool | None
-    command: str
-    python: str
-    packages: dict[str, str]
-    device: DeviceInfo
-    engine: str
-    dtype: str
-    blas: str
-    variables: dict[str, str]
-    backbone_sha256: str
-    heads_sha256: str | None
-    prompts_sha256: str
-    model_name: str
-    weight_bytes: int
-    packed_bytes: int = 0
-    heads_bytes: int
-    heads_provenance: dict[str, Any] = {}
-    tuned: TunedOrigin | None = None
-    assets: dict[str, str] = {}
-    started_utc: str
 
 
 class StepCost(Frozen):
@@ -308,56 +258,6 @@ class Manifest(Frozen):
         return self.num_generations + self.num_failures >= self.num_planned
 
 
-class SealedFiles(Protocol):
-    """What every manifest holds: the hash of each file that it seals."""
-
-    @property
-    def sha256(self) -> dict[str, str]: ...
-
-
-class RecordFolder(ABC):
-    """The folder of a record of any kind, read lazily and validated; `kind`, `finished` and `again` are its words in errors.
-
-    Raises: UserError for a missing, truncated, altered or unreadable file.
-    """
-
-    kind, finished, again = "a record folder", "a finished run", "run the suite again"
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if not folder.is_dir():
-            raise UserError(found="no such folder", need=self.kind, where=folder.name)
-
-    @property
-    @abstractmethod
-    def manifest(self) -> SealedFiles | None:
-        """What seals the folder; None for an unfinished run."""
-
-    def check_seal(self) -> None:
-        """Refuse a record whose files differ from what its manifest says."""
-        if self.manifest is None:
-            raise UserError(found="no manifest.json", need=self.finished, where=self.folder.name, do="resume it with the same command")
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do=f"restore the file or {self.again}")
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(found=f"no readable {name}", need=self.kind, where=self.folder.name) from error
-
-    def _read(self, name: str, model: type[ModelT]) -> ModelT:
-        try:
-            return model.model_validate_json(self._text(name))
-        except ValidationError as error:
-            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
-
-    def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
-        return self._read(name, model) if (self.folder / name).exists() else None
-
-
 class RunRecord(RecordFolder):
     """A run's folder, read lazily and validated.
 
@@ -451,12 +351,23 @@ class RunRecord(RecordFolder):
         return {}
 
 
-def file_of(name: str, backbone: BackboneName) -> str:
-    """Return the name that a file has for one backbone: trace.npz, and trace-tuned.npz."""
-    stem, _, suffix = name.rpartition(".")
-    return name if backbone == "original" else f"{stem}-{backbone}.{suffix}"
-
-
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
     """Read a `generations.jsonl` as `read_lines` does."""
     return read_lines(path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail)
+
+
+def read_arm_steps(path: Path, *, allow_torn_tail: bool = False) -> tuple[StepCost, ...]:
+    """Read an `arm_steps.jsonl` as `read_lines` does."""
+    return read_lines(path, StepCost.model_validate_json, holds="one arm's separate steps", allow_torn_tail=allow_torn_tail)
+
+
+RUN = StoreKind(
+    noun="run",
+    spec_noun="suite",
+    spec_file="suite.toml",
+    provenance_file="environment.json",
+    lines=LineFile[Generation | Failure]("generations.jsonl", read_outcomes),
+    begun=lambda folder: (RunRecord(folder).suite, RunRecord(folder).environment),
+    identity=ENGINE_IDENTITY,
+)
+ARM_STEPS = LineFile[StepCost]("arm_steps.jsonl", read_arm_steps)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records import Environment
+from harness.records.provenance import Environment
 from harness.report.formatting import ABSENT, milliseconds, percent, significant
 
 HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states are to reach

@@ -11,7 +11,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.files import write_bytes
-from harness.records import Failure, Generation, RunRecord
+from harness.records.run import Failure, Generation, RunRecord
 
 ExportTable = Literal["generations", "steps"]
 

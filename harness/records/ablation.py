@@ -15,10 +15,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.ablation_specs import AblationSpec, parse_ablation
-from harness.compose.replay import Trace
 from harness.errors import UserError
 from harness.files import Frozen, read_lines
-from harness.records import ArmTree, Environment, RecordFolder
+from harness.records.folder import RecordFolder
+from harness.records.provenance import ENGINE_IDENTITY, Environment
+from harness.records.run import ArmTree
+from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
+from harness.records.trace import Trace
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 
@@ -204,3 +207,15 @@ def steps_file(label: str) -> str:
 def read_results(path: Path, *, allow_torn_tail: bool = False) -> tuple[ArmResult, ...]:
     """Read an `arms.jsonl` as `files.read_lines` does."""
     return read_lines(path, ArmResult.model_validate_json, holds="one arm", allow_torn_tail=allow_torn_tail)
+
+
+ABLATION = StoreKind(
+    noun="run",
+    spec_noun="suite",
+    spec_file="suite.toml",
+    provenance_file="environment.json",
+    lines=LineFile[ArmResult](ARMS_FILE, read_results),
+    begun=lambda folder: (AblationRecord(folder).spec, AblationRecord(folder).environment),
+    identity=ENGINE_IDENTITY,
+    unsealed=(MANIFEST_FILE, REPORT_FILE, "curves.png"),
+)

@@ -1,0 +1,182 @@
+"""A record under way: open or resume, append, seal. There is one store; what differs between kinds of records is a `StoreKind`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import tomli_w
+from pydantic import BaseModel
+
+from harness.errors import UserError
+from harness.files import DataFile, file_sha256, write_bytes, write_json
+from harness.records.provenance import Provenance, machine_slug
+
+MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
+_PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads", "heads_path", "suite", "trace", "latency")
+
+LineT = TypeVar("LineT", bound=BaseModel)
+ReadT = TypeVar("ReadT", bound=BaseModel, covariant=True)
+ManifestT = TypeVar("ManifestT", bound=BaseModel)
+
+
+class ReadsLines(Protocol[ReadT]):
+    """Reads the file of a record that grows by whole lines."""
+
+    def __call__(self, path: Path, *, allow_torn_tail: bool = False) -> tuple[ReadT, ...]: ...
+
+
+@dataclass(frozen=True)
+class LineFile(Generic[LineT]):
+    """A file of a record that grows by whole lines, each flushed to disk; a kill leaves at most half a last one."""
+
+    name: str
+    read: ReadsLines[LineT]
+    leaves_out_absent: bool = False
+
+    def done(self, folder: Path) -> tuple[LineT, ...]:
+        """Return the lines that are there; half a last one is dropped from the file, so that the next is not appended to it."""
+        if not (folder / self.name).exists():
+            return ()
+        found = self.read(folder / self.name, allow_torn_tail=True)
+        self.rewrite(folder, found)
+        return found
+
+    def rewrite(self, folder: Path, lines: Iterable[LineT]) -> None:
+        """Write all lines anew, at once or not at all."""
+        write_bytes(folder / self.name, self._text(lines).encode())
+
+    def append(self, folder: Path, *lines: LineT) -> None:
+        """Append lines and flush them to disk."""
+        with (folder / self.name).open("a", encoding="utf-8") as file:
+            file.write(self._text(lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _text(self, lines: Iterable[LineT]) -> str:
+        return "".join(line.model_dump_json(exclude_none=self.leaves_out_absent) + "\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class StoreKind(Generic[LineT]):
+    """How a record of one kind lies on disk while it is under way, and what makes a folder another run's.
+
+    `home` are the folders under the results before the spec's name; `begun` reads what a folder was begun with; `identity` names the
+    fields of its provenance that a resume must find again; `unsealed` are files that can be made from the others again.
+    """
+
+    noun: str
+    spec_noun: str
+    spec_file: str
+    provenance_file: str
+    lines: LineFile[LineT]
+    begun: Callable[[Path], tuple[DataFile, Provenance]]
+    identity: tuple[str, ...]
+    home: tuple[str, ...] = ()
+    unsealed: tuple[str, ...] = (MANIFEST_FILE, REPORT_FILE)
+
+
+class Store(Generic[LineT]):
+    """One record's folder: what is done is on disk, line by line, and survives a kill at any byte."""
+
+    def __init__(self, folder: Path, *, kind: StoreKind[LineT]) -> None:
+        self.folder, self.kind = folder, kind
+
+    @staticmethod
+    def open(results: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None = None) -> Store[LineT]:
+        """Return the store to write to: `resume`, else the newest unfinished run of the same spec and identity, else a new folder.
+
+        Raises: UserError where `resume` names a run that is finished or that was begun with something else.
+        """
+        home = results.joinpath(*kind.home, spec.name, machine_slug(provenance.device))
+        folder = _unfinished(home, kind=kind, spec=spec, provenance=provenance, resume=resume)
+        if folder is None:
+            folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(provenance.commit or 'nocommit')[:8]}"
+            folder.mkdir(parents=True)
+            store = Store(folder, kind=kind)
+            store.write_spec(spec)
+            write_json(folder / kind.provenance_file, provenance)
+            return store
+        return Store(folder, kind=kind)
+
+    def write_spec(self, spec: DataFile) -> None:
+        """Write the spec as it is run, command-line changes included."""
+        write_bytes(self.folder / self.kind.spec_file, tomli_w.dumps(portable(spec)).encode())
+
+    def lines(self) -> tuple[LineT, ...]:
+        """Return the lines that are done; what a kill left, half a last line and temporary files, is dropped first."""
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
+        return self.kind.lines.done(self.folder)
+
+    def rewrite(self, lines: Iterable[LineT]) -> None:
+        """Write all lines anew, at once or not at all."""
+        self.kind.lines.rewrite(self.folder, lines)
+
+    def append(self, *lines: LineT) -> None:
+        """Append lines and flush them to disk."""
+        self.kind.lines.append(self.folder, *lines)
+
+    def seal(self, manifest: type[ManifestT], **counts: Any) -> ManifestT:
+        """Write the manifest, last of all, and return it; `counts` are its fields but for the time and the hashes."""
+        sealed = manifest(finished_utc=utc_now(), sha256=hashes(self.folder, unsealed=self.kind.unsealed), **counts)
+        write_json(self.folder / MANIFEST_FILE, sealed)
+        return sealed
+
+
+def portable(spec: BaseModel) -> dict[str, Any]:
+    """Return a spec as a record keeps it: absolute paths, which name a machine or a user, cut to their last part."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: Path(inner).name if _is_absolute_path(key, inner) else cut(inner) for key, inner in value.items()}
+        return [cut(inner) for inner in value] if isinstance(value, list) else value
+
+    data: dict[str, Any] = cut(spec.model_dump(mode="json", exclude_none=True))
+    return data
+
+
+def _is_absolute_path(key: str, value: Any) -> bool:
+    return key in _PATH_KEYS and isinstance(value, str) and Path(value).is_absolute()
+
+
+def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FILE)) -> dict[str, str]:
+    """Return the SHA-256 of every file that a manifest seals: all but itself and what can be made from the others again."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in unsealed)
+    return {name: file_sha256(folder / name) for name in names if not name.endswith(".tmp")}
+
+
+def utc_now() -> str:
+    """Return the time as records write it."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _unfinished(home: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None) -> Path | None:
+    """Return the folder to go on in: the one to `resume`, or the newest unfinished one of the same run; None where there is none."""
+    if resume is not None:
+        if (resume / MANIFEST_FILE).exists():
+            raise UserError(found=f"a finished {kind.noun}", need="an unfinished one", where=resume.name)
+        if other := _difference(resume, kind=kind, spec=spec, provenance=provenance):
+            need = f"the one that began the {kind.noun}"
+            raise UserError(found=f"another {other}", need=need, where=resume.name, do=f"start a new {kind.noun}")
+        return resume
+    for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
+        if (folder / MANIFEST_FILE).exists():
+            continue
+        with contextlib.suppress(UserError):  # what another version or a damaged disk left must not stop a new run
+            if _difference(folder, kind=kind, spec=spec, provenance=provenance) is None:
+                return folder
+    return None
+
+
+def _difference(folder: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance) -> str | None:
+    """Return the first thing in which what a folder was begun with differs from this run; None where nothing does."""
+    begun, then = kind.begun(folder)
+    if begun != type(spec).model_validate(portable(spec)):
+        return kind.spec_noun
+    return next((name for name in kind.identity if getattr(then, name) != getattr(provenance, name)), None)

@@ -1,0 +1,238 @@
+"""Kept tokens and the ranks of the heads, a prompt each: the .npz file that any tree is replayed from."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from harness.errors import UserError
+from harness.files import write_bytes
+
+SCHEMA_VERSION = 1
+EndedBy = Literal["eos", "budget"]
+Ints = NDArray[np.int64]
+
+
+class TraceProvenance(BaseModel):
+    """What a trace was recorded from: enough to refuse another model's heads and to say where a figure comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_hash: str = Field(description="hash of the backbone's tensors")
+    heads_hash: str = Field(description="hash of the draft heads' tensors")
+    dtype: str = Field(description="dtype of the forward pass, such as float32")
+    max_new_tokens: int = Field(ge=1, description="token budget of every prompt, first token and end-of-sequence counted")
+    versions: Mapping[str, str] = Field(default_factory=dict, description="library to version")
+    extra: Mapping[str, JsonValue] = Field(default_factory=dict, description="anything else worth keeping: commit, device, prompt set")
+
+
+class _PromptHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: str
+    category: str | None
+    prompt_tokens: int
+    ended_by: EndedBy
+    num_kept_tokens: int = Field(ge=1)
+
+
+class _TraceHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1]
+    provenance: TraceProvenance
+    prompts: tuple[_PromptHeader, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTrace:
+    """One prompt's kept tokens and how each draft head ranked them.
+
+    Shapes: `tokens` [n]; `ranks` [n, K], -1 exactly where i + k > n; `gaps` [n], the backbone's top-two logit gap when it produced
+    y_i; `nll` [n, K], head k's negative log-likelihood of y_{i+k} in nats, nan beyond the end.
+    Raises: UserError on any other shape or content. Arrays are copied and made read-only.
+    """
+
+    key: str
+    category: str | None
+    prompt_tokens: int
+    tokens: Ints
+    ended_by: EndedBy
+    ranks: NDArray[np.int32]
+    gaps: NDArray[np.float32] | None = None
+    nll: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        tokens, ranks = np.asarray(self.tokens), np.asarray(self.ranks)
+        if tokens.ndim != 1 or not len(tokens) or not _is_integer(tokens):
+            self._refuse(f"tokens of shape {tokens.shape} and type {tokens.dtype}", "at least one token id in one row")
+        if ranks.ndim != 2 or len(ranks) != len(tokens) or not ranks.shape[1] or not _is_integer(ranks):
+            self._refuse(f"ranks of shape {ranks.shape} and type {ranks.dtype}", f"whole numbers of shape ({len(tokens)}, heads)")
+        beyond = np.arange(1, len(tokens) + 1)[:, None] + np.arange(1, ranks.shape[1] + 1) > len(tokens)
+        if not np.array_equal(ranks < 0, beyond) or (ranks < -1).any():
+            self._refuse("a rank where there is no token, or none where there is one", "-1 exactly where i + k > n")
+        if self.prompt_tokens < 1 or self.ended_by not in ("eos", "budget"):
+            self._refuse(f"{self.prompt_tokens} prompt tokens, ended by {self.ended_by!r}", "at least 1 prompt token, and eos or budget")
+        for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
+            if (array := getattr(self, name)) is not None and np.shape(array) != shape:
+                self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
+        if self.nll is not None and not np.array_equal(np.isnan(self.nll), beyond):
+            self._refuse("a likelihood that is no number, or one beyond the end", "nan exactly where i + k > n")
+        for name, dtype in (("tokens", np.int64), ("ranks", np.int32), ("gaps", np.float32), ("nll", np.float32)):
+            if (array := getattr(self, name)) is not None:
+                copy = np.array(array, dtype=dtype)
+                copy.setflags(write=False)
+                object.__setattr__(self, name, copy)
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """n: the tokens kept, end-of-sequence included."""
+        return len(self.tokens)
+
+    @property
+    def num_heads(self) -> int:
+        """K: the draft heads that were read."""
+        return int(self.ranks.shape[1])
+
+    def _refuse(self, found: str, need: str) -> None:
+        raise UserError(found=found, need=need, where=f"the trace of prompt {self.key!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The traces of a set of prompts, all of one model, one set of heads and one budget.
+
+    Raises: UserError if there is no prompt, a key occurs twice, prompts differ in heads or optional arrays, or one breaks the budget.
+    """
+
+    provenance: TraceProvenance
+    prompts: tuple[PromptTrace, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise UserError(found="a trace without prompts", need="at least one prompt")
+        budget = self.provenance.max_new_tokens
+        kind = {(prompt.num_heads, prompt.gaps is None, prompt.nll is None) for prompt in self.prompts}
+        if len(kind) > 1:
+            raise UserError(found="prompts with different heads or optional arrays", need="the same for every prompt", where="the trace")
+        seen: set[str] = set()
+        for prompt in self.prompts:
+            if prompt.key in seen:
+                raise UserError(found=f"prompt {prompt.key!r} twice", need="every prompt once", where="the trace")
+            if prompt.num_kept_tokens > budget or (prompt.ended_by == "budget" and prompt.num_kept_tokens != budget):
+                found = f"{prompt.num_kept_tokens} tokens ended by {prompt.ended_by} for prompt {prompt.key!r}"
+                raise UserError(found=found, need=f"at most {budget} tokens, exactly as many where the budget ended it")
+            seen.add(prompt.key)
+
+    @property
+    def num_heads(self) -> int:
+        """K: the draft heads that were read."""
+        return self.prompts[0].num_heads
+
+    @property
+    def num_positions(self) -> int:
+        """The kept tokens of all prompts, the first of each included."""
+        return sum(prompt.num_kept_tokens for prompt in self.prompts)
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int32]:
+        """The rank rows of all prompts in order, [positions, K], as the tree search takes them."""
+        return np.concatenate([prompt.ranks for prompt in self.prompts])
+
+    def save(self, path: str | Path) -> None:
+        """Write one .npz with a JSON header, first to a temporary file beside it.
+
+        Raises: UserError if the file cannot be written; an older file of that name is then untouched.
+        """
+        prompts = self.prompts
+        header = _TraceHeader(
+            schema_version=1,
+            provenance=self.provenance,
+            prompts=tuple(
+                _PromptHeader(
+                    key=prompt.key,
+                    category=prompt.category,
+                    prompt_tokens=prompt.prompt_tokens,
+                    ended_by=prompt.ended_by,
+                    num_kept_tokens=prompt.num_kept_tokens,
+                )
+                for prompt in prompts
+            ),
+        )
+        arrays: dict[str, NDArray[Any]] = {"header": np.frombuffer(header.model_dump_json().encode(), dtype=np.uint8)}
+        for name in ("tokens", "ranks", "gaps", "nll"):
+            if getattr(prompts[0], name) is not None:
+                arrays[name] = np.concatenate([getattr(prompt, name) for prompt in prompts])
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy types its keyword arrays as flags
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, buffer.getvalue())
+        except OSError as error:
+            raise UserError(
+                found=f"a failed write ({error})", need="room and permission", where=str(path), do="free space there"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """The trace of a file that `save` wrote.
+
+        Raises: UserError if the file is missing, truncated, corrupt, of another version, or breaks the rules of a trace.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            header = _TraceHeader.model_validate(json.loads(arrays.pop("header").tobytes()))
+            return cls(provenance=header.provenance, prompts=tuple(_split(header.prompts, arrays)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            found = f"a header whose {'.'.join(map(str, first['loc']))} is wrong ({first['msg']})"
+            raise UserError(found=found, need=f"a trace of schema version {SCHEMA_VERSION}", where=str(path)) from error
+        except UserError as error:
+            raise UserError(found=error.found, need=error.need, where=str(path)) from error
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            found = f"no readable trace ({type(error).__name__}: {error})"
+            raise UserError(found=found, need="a whole .npz trace", where=str(path), do="record it again") from error
+
+
+def _split(headers: Iterable[_PromptHeader], arrays: Mapping[str, NDArray[Any]]) -> list[PromptTrace]:
+    if unknown := sorted(set(arrays) - {"tokens", "ranks", "gaps", "nll"}):
+        raise UserError(found=f"unknown array {unknown[0]!r}", need="tokens, ranks and perhaps gaps and nll")
+    prompts, start = [], 0
+    for header in headers:
+        rows = slice(start, start := start + header.num_kept_tokens)
+        prompts.append(
+            PromptTrace(
+                key=header.key,
+                category=header.category,
+                prompt_tokens=header.prompt_tokens,
+                tokens=arrays["tokens"][rows],
+                ended_by=header.ended_by,
+                ranks=arrays["ranks"][rows],
+                gaps=arrays["gaps"][rows] if "gaps" in arrays else None,
+                nll=arrays["nll"][rows] if "nll" in arrays else None,
+            )
+        )
+    if any(len(array) != start for array in arrays.values()):
+        raise UserError(found="arrays of another length than the header says", need=f"{start} positions", do="record it again")
+    return prompts
+
+
+def _is_integer(array: ArrayLike) -> bool:
+    return bool(np.issubdtype(np.asarray(array).dtype, np.integer))
+
+
+HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
