@@ -16,9 +16,8 @@ from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
-from harness.report.markdown import headline, render_report
 from harness.report.readme import update_readme
-from harness.report.terminal import print_verdicts
+from harness.report.run import headline, print_verdicts, render_report
 
 
 def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
@@ -71,8 +70,9 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
     from harness.judge.ablation import ablation_rows
     from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
     from harness.records.ablation import AblationRecord, newest_ablations
-    from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation, update_ablation
-    from harness.report.ablation_curves import draw_curves
+    from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation
+    from harness.report.readme import update_ablation
+    from harness.report.training_curves import draw_curves
 
     record = AblationRecord(folder)
     rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
@@ -92,9 +92,9 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
 def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write a sweep's figures, report and README table, print its devices, end with one JSON line; a failed run cell is exit code 2."""
     from harness.records.sweep import SweepRecord
-    from harness.report.figures import draw_figures
     from harness.report.readme import update_sweep
     from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
+    from harness.report.sweep_figures import draw_figures
 
     record = SweepRecord(folder)
     try:

@@ -27,7 +27,7 @@ def profile(
     """Say where the time of a step goes, for vanilla and for trees of growing size."""
     from harness.measure.step_profile import profile_suite
     from harness.records.step_profile import parse_sizes
-    from harness.report.profile import profile_headline, render_step_profile
+    from harness.report.profiles import profile_headline, render_step_profile
 
     sizes = parse_sizes(nodes)
     spec, file = find_suite(suite)
@@ -53,7 +53,8 @@ def profile_training_command(
     if not report:
         _profile_training(recipe, steps=steps, output=output, hub=hub)
     if report or readme is not None:
-        from harness.report.training import committed_profiles, render_readme_training, update_training
+        from harness.report.profiles import committed_profiles, render_readme_training
+        from harness.report.readme import update_training
 
         paths = committed_profiles(default_results())
         if readme is not None:
@@ -65,7 +66,7 @@ def profile_training_command(
 def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
     from harness.measure.training_profile import profile_training
     from harness.records.provenance import machine_slug
-    from harness.records.training_profile import print_training_profile, training_headline
+    from harness.report.profiles import print_training_profile, training_headline
     from harness.training_specs import load_training_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))

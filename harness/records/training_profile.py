@@ -11,16 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
-from rich.console import Console
-from rich.table import Column, Table
 
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import Environment
-from harness.report.formatting import ABSENT, milliseconds, percent, significant
 
 HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states are to reach
 
@@ -133,65 +130,3 @@ def read_training_profile(path: Path) -> TrainingProfile:
         raise UserError(found=f"{key}: {first['msg']}", need="a TrainingProfile record", where=path.name) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(found=f"no readable {path.name}", need="a training profile", where="the command line") from error
-
-
-def training_headline(profile: TrainingProfile) -> dict[str, Any]:
-    """Return the one JSON object that ends the command's output.
-
-    Units: milliseconds (medians), GFLOP a step and GFLOP/s; shares of the matrix throughput.
-    """
-    return {
-        "recipe": profile.recipe,
-        "kind": profile.kind,
-        "device": profile.environment.device.name,
-        "share": profile.share,
-        "bound": HEADS_BOUND if profile.kind == "heads" else None,
-        "gflop_per_s": {limit.dtype: limit.flop_per_s / 1e9 for limit in profile.throughput},
-        "stages": [
-            {
-                "name": stage.name,
-                "share": profile.stage_share(stage),
-                "num_steps": len(stage.step_s),
-                "step_ms": 1e3 * stage.median_step_s,
-                "positions_per_s": stage.num_positions / stage.median_step_s,
-                "gflop": {dtype: count / 1e9 for dtype, count in sorted(stage.flops.items())},
-                "parts": {
-                    part.name: {"ms": 1e3 * median(part.seconds), "share": profile.part_share(part)}
-                    for part in stage.parts
-                    if any(part.seconds)
-                },
-            }
-            for stage in profile.stages
-        ],
-    }
-
-
-def print_training_profile(console: Console, profile: TrainingProfile) -> None:
-    """Print one table a stage: where the time goes, what is counted in it, and how much of the step each part loses."""
-    for stage in profile.stages:
-        rate = significant(stage.num_positions / stage.median_step_s)
-        title = f"{stage.name}: {milliseconds(stage.median_step_s)} ms a step, {rate} positions/s, {percent(stage.step_rate)} of the steps"
-        shown = Table(Column("part", no_wrap=True), "ms", "of the step", "GFLOP", "of matrix throughput", "lost of the step", title=title)
-        for part in (part for part in stage.parts if any(part.seconds)):
-            lost_s = median(part.seconds) - profile.least_s(part.flops)
-            shown.add_row(
-                part.name,
-                milliseconds(median(part.seconds)),
-                percent(median(part.seconds) / stage.median_step_s),
-                _gflop(part.flops),
-                percent(profile.part_share(part)) if part.flops else ABSENT,
-                percent(lost_s / stage.median_step_s),
-            )
-        share = profile.stage_share(stage)
-        shown.add_section()
-        shown.add_row("step", milliseconds(stage.median_step_s), percent(1), _gflop(stage.flops), percent(share), percent(1 - share))
-        console.print(shown)
-    for limit in profile.throughput:
-        found = f"{limit.before_flop_per_s / 1e9:,.0f} before the steps, {limit.after_flop_per_s / 1e9:,.0f} after"
-        console.print(f"matrix throughput, {limit.dtype}: {found}, GFLOP/s; the better counts", highlight=False, soft_wrap=True)
-    bound = f"; at least {percent(HEADS_BOUND)} are wanted" if profile.kind == "heads" else ""
-    console.print(f"over the recipe: {percent(profile.share)} of the matrix throughput{bound}", highlight=False, soft_wrap=True)
-
-
-def _gflop(flops: Mapping[str, int]) -> str:
-    return ", ".join(f"{significant(count / 1e9)} {dtype}" for dtype, count in sorted(flops.items())) or ABSENT

@@ -10,15 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.ablation_specs import START_ARM
-from harness.errors import UserError
-from harness.files import write_bytes
 from harness.judge.ablation import MEDUSA1_ARM, AblationRow
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
-from harness.report.readme import update_between_markers
-from harness.report.tables import render_verdicts
+from harness.report.run_tables import render_verdicts
 from harness.stats import Interval
 
 CURVES_FILE = "curves.png"
@@ -141,26 +138,6 @@ def render_readme_ablation(
     else:
         parts.append(f"From the record `{folder.name}`.")
     return "\n\n".join(part for part in parts if part)
-
-
-def update_ablation(
-    readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, elsewhere: Mapping[str, str]
-) -> None:
-    """Write an ablation's table between the README's markers of the suite's name; a README that says so already is not touched.
-
-    Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
-    """
-    record.check_seal()
-    try:
-        text = readme.read_text()
-        content = render_readme_ablation(record, rows, verdicts, base=readme.parent, elsewhere=elsewhere)
-        updated = update_between_markers(text, marker=record.spec.name, content=content)
-    except OSError as error:
-        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
-    except UserError as error:
-        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
-    if updated != text:
-        write_bytes(readme, updated.encode())
 
 
 def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:

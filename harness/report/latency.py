@@ -31,8 +31,8 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit, describe_device
+from harness.report.run import relative_folder
 
 _POINTS_NOTE = """\
 Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the same context and batch,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_bytes
-from harness.judge.judgement import CheckStatus, Judgement
+from harness.judge.ablation import AblationRow
+from harness.judge.judgement import CheckStatus, ClaimVerdict, Judgement
+from harness.records.ablation import AblationRecord
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
+from harness.report.ablation import render_readme_ablation
 from harness.report.formatting import cell
 from harness.report.latency import render_readme_modes
-from harness.report.markdown import render_best_arm
+from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_commit, describe_device
+from harness.report.run import render_best_arm
+from harness.report.run_tables import VERDICT_NOTE, arms_note, render_arms_table, render_verdict_table, verdicts_in_words
 from harness.report.sweep import render_readme_sweep
-from harness.report.tables import VERDICT_NOTE, arms_note, render_arms_table, render_verdict_table, verdicts_in_words
 
 MARKER = "results"
 MODES_MARKERS = ("<!-- modes:begin -->", "<!-- modes:end -->")
@@ -168,3 +172,37 @@ def _link(folder: Path, *, base: Path) -> str:
     if not absolute.is_relative_to(start):
         return f"From the record `{absolute.name}`."
     return f"Full report and raw data: [`{absolute.name}`]({absolute.relative_to(start).as_posix()}/report.md)."
+
+
+def update_ablation(
+    readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, elsewhere: Mapping[str, str]
+) -> None:
+    """Write an ablation's table between the README's markers of the suite's name; a README that says so already is not touched.
+
+    Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
+    """
+    record.check_seal()
+    try:
+        text = readme.read_text()
+        content = render_readme_ablation(record, rows, verdicts, base=readme.parent, elsewhere=elsewhere)
+        updated = update_between_markers(text, marker=record.spec.name, content=content)
+    except OSError as error:
+        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+    except UserError as error:
+        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
+    if updated != text:
+        write_bytes(readme, updated.encode())
+
+
+def update_training(readme: Path, paths: Sequence[Path]) -> None:
+    """Write the table between the README's `training` markers.
+
+    Raises: UserError for a README without its markers.
+    """
+    try:
+        text = readme.read_text()
+        updated = update_between_markers(text, marker=MARKER, content=render_readme_training(paths, base=readme.parent))
+    except OSError as error:
+        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+    if updated != text:
+        write_bytes(readme, updated.encode())

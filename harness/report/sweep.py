@@ -38,8 +38,8 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.markdown import relative_folder
 from harness.report.provenance import describe_commit_of
+from harness.report.run import relative_folder
 
 _DEVICE_HEADERS = (
     "device",

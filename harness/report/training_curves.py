@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from harness.errors import UserError
-from harness.report.ablation_curves import new_figure, save_figure
+from harness.records.ablation import AblationRecord, StepPoint
 from medusa_impl.medusa2_trainer import JointStep, read_step_log
 
 CURVES_FILE = "curves.png"
 _MAX_RANK = 10
 
 Lines = dict[str, Callable[[JointStep], float | None]]
+
+_PANELS: tuple[tuple[str, Callable[[StepPoint], float | None]], ...] = (
+    ("loss of head 1, nats", lambda step: step.head_losses[0]),
+    ("loss of the last head, nats", lambda step: step.head_losses[-1]),
+    ("the backbone's term, nats (KL, or loss on tokens)", lambda step: step.backbone_loss),
+    ("lambda_0", lambda step: step.lambda_0),
+)
 
 
 def draw_step_log(log: Path, picture: Path) -> None:
@@ -62,3 +70,70 @@ def step_panels(num_heads: int) -> dict[str, Lines]:
         "answer tokens/s": {"speed": lambda step: step.positions_per_s},
         "peak memory, MB": {"memory": lambda step: step.memory_bytes / 1e6},
     }
+
+
+def draw_curves(record: AblationRecord, path: Path) -> None:
+    """Draw the curves of every arm, seeds averaged step by step, and write a PNG.
+
+    Raises: UserError without matplotlib, or where no arm has a step log.
+    """
+    save_figure(curves_figure(record), path)
+
+
+def curves_figure(record: AblationRecord) -> Any:
+    """Return the picture as matplotlib's figure; an arm has one colour in all panels.
+
+    Raises: UserError as `draw_curves` does.
+    """
+    logs = {arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))] for arm in record.spec.arms}
+    if not any(logs.values()):
+        raise UserError(found="no step log", need="at least one trained arm", where=record.folder.name)
+    title = f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds"
+    figure, panels = new_figure(rows=2, columns=2, title=title)
+    for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
+        for number, (arm, runs) in enumerate(logs.items()):
+            points = curve(runs, value)
+            if points:
+                axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2, color=f"C{number}")
+        axes.set_title(title, fontsize=10)
+    panels.flat[0].legend(fontsize=8)
+    return figure
+
+
+def new_figure(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
+    """Return matplotlib's figure and its grid of axes, steps along the bottom of each.
+
+    Raises: UserError without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
+    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(rows, columns)
+    for axes in panels.flat:
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    return figure, panels
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, without a trace of when or by what."""
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+    temporary.replace(path)
+
+
+def curve(runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]) -> list[tuple[int, float]]:
+    """Return a quantity by step, averaged over the seeds that have it there."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for step in run:
+            if (number := value(step)) is not None:
+                found.setdefault(step.step, []).append(number)
+    return [(step, fmean(numbers)) for step, numbers in sorted(found.items())]

@@ -25,9 +25,9 @@ from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.ablation import AblationRecord, StepPoint, newest_ablations
 from harness.records.trace import Trace
-from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation, update_ablation
-from harness.report.ablation_curves import curve, curves_figure, draw_curves
-from harness.report.readme import update_between_markers
+from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation
+from harness.report.readme import update_ablation, update_between_markers
+from harness.report.training_curves import curve, curves_figure, draw_curves
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from medusa_impl.tree import DraftTree
 

@@ -17,7 +17,7 @@ from pytest import MonkeyPatch
 import harness.device.locks
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
-import harness.report.figures
+import harness.report.sweep_figures
 from harness.config import parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
@@ -259,8 +259,8 @@ def test_a_trace_of_other_heads(home: Path, tiny: tuple[LoadedModel, Engine], tm
 def test_the_command(home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     monkeypatch.setenv("MEDUSA_REPRO_CACHE", str(tmp_path / "cache"))
-    kept = {"fig4_nodes": harness.report.figures._FIGURES["fig4_nodes"]}
-    monkeypatch.setattr(harness.report.figures, "_FIGURES", kept)
+    kept = {"fig4_nodes": harness.report.sweep_figures._FIGURES["fig4_nodes"]}
+    monkeypatch.setattr(harness.report.sweep_figures, "_FIGURES", kept)
     file = home / "sweep_command.toml"
     file.write_text(tomli_w.dumps(tiny_sweep(tiny[0].name, name="commanded")))
     ran = command("sweep", file, "--results", home / "results", "--replay-only")

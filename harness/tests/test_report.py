@@ -16,11 +16,10 @@ from rich.console import Console
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, without_paths
 from harness.records.run import ArmTree, Failure, RunRecord
-from harness.report.evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
 from harness.report.formatting import ABSENT, cell, finished_words, megabytes, percent, ratio_interval, significant, table
-from harness.report.markdown import headline, relative_folder, render_report
-from harness.report.tables import render_arms_table, render_not_tested_table, render_verdict_table
-from harness.report.terminal import print_verdicts
+from harness.report.run import headline, print_verdicts, relative_folder, render_report
+from harness.report.run_evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
+from harness.report.run_tables import render_arms_table, render_not_tested_table, render_verdict_table
 from harness.stats import Interval
 from harness.tests.fake_judgement import FAILED_CHECK, NEEDS_GPU, VERDICTS, judge, verdict
 from harness.tests.fake_record import HEAD_HITS, STEP_S, FakeParts, node_cost, write_fake_record

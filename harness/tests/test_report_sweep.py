@@ -21,9 +21,9 @@ from harness.judge.sweep import headline_cells
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.sweep import SweepRecord
-from harness.report.figures import FORMATS, draw_figures, tree_layout
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
+from harness.report.sweep_figures import FORMATS, draw_figures, tree_layout
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
 from medusa_impl.tree import DraftTree

@@ -19,7 +19,7 @@ from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.rounding import measure_rounding
 from harness.records.run import RunRecord
-from harness.report.markdown import render_report
+from harness.report.run import render_report
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
 from medusa_impl.backbone import Backbone, BackboneOutput

@@ -29,7 +29,7 @@ from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.plan import make_plan
 from harness.records.run import RunRecord
-from harness.report.markdown import render_report
+from harness.report.run import render_report
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,

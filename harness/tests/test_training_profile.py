@@ -22,14 +22,8 @@ from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
 from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
-from harness.records.training_profile import (
-    MatrixThroughput,
-    PartProfile,
-    StageProfile,
-    TrainingProfile,
-    read_training_profile,
-    training_headline,
-)
+from harness.records.training_profile import MatrixThroughput, PartProfile, StageProfile, TrainingProfile, read_training_profile
+from harness.report.profiles import training_headline
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
 from harness.training_specs import training_suite_of

@@ -8,8 +8,8 @@ import pytest
 
 from harness.errors import ExitCode, UserError
 from harness.records.training_profile import read_training_profile
-from harness.report.readme import update_between_markers
-from harness.report.training import MARKER, committed_profiles, render_readme_training, update_training
+from harness.report.profiles import MARKER, committed_profiles, render_readme_training
+from harness.report.readme import update_between_markers, update_training
 from harness.tests.tiny_suite import command
 
 ROOT = Path(__file__).resolve().parents[2]

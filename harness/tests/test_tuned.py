@@ -27,8 +27,8 @@ from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
-from harness.report.markdown import best_greedy_arm, render_report
-from harness.report.tables import arms_note
+from harness.report.run import best_greedy_arm, render_report
+from harness.report.run_tables import arms_note
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training_specs import JointSuite

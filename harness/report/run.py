@@ -7,9 +7,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind
 from harness.records.run import RunRecord
-from harness.report.evidence import (
+from harness.report.formatting import ABSENT, cell, count, megabytes, ratio_interval, section
+from harness.report.provenance import describe_commit, describe_device, render_provenance
+from harness.report.run_evidence import (
     render_checks,
     render_failures,
     render_heads,
@@ -19,9 +25,7 @@ from harness.report.evidence import (
     render_profile,
     render_step_costs,
 )
-from harness.report.formatting import cell, count, megabytes, ratio_interval, section
-from harness.report.provenance import describe_commit, describe_device, render_provenance
-from harness.report.tables import (
+from harness.report.run_tables import (
     VERDICT_NOTE,
     arms_note,
     comparisons_by_arm,
@@ -35,6 +39,13 @@ from harness.report.tables import (
     verdicts_in_words,
 )
 from harness.stats import Interval
+
+_STYLES = {
+    VerdictKind.REPRODUCED: "green",
+    VerdictKind.NOT_REPRODUCED: "red",
+    VerdictKind.INCONCLUSIVE: "yellow",
+    VerdictKind.NOT_TESTED: "dim",
+}
 
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:
@@ -192,3 +203,20 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
         f"{'Latency and memory' if speed else 'Memory'} ({parts}):",
         render_latency_table(record, judgement),
     ]
+
+
+def print_verdicts(console: Console, judgement: Judgement) -> None:
+    """Print the tested claims with their verdicts, and in one line how many were not tested."""
+    grid = Table(title=f"Claims tested by suite {judgement.suite}")
+    for heading in ("claim", "what the paper states", "paper", "ours", "verdict"):
+        grid.add_column(heading, no_wrap=heading in ("claim", "verdict"))
+    for verdict in judgement.verdicts:
+        if verdict.kind is not VerdictKind.NOT_TESTED:
+            figures = (verdict.claim_id, verdict.stated, verdict.paper_figure or ABSENT, verdict.ours or ABSENT)
+            grid.add_row(*(Text(figure) for figure in figures), Text(verdict.kind.value, style=_STYLES[verdict.kind]))
+    if not judgement.valid:
+        console.print(Text("INVALID: a validity check failed; the figures below may not be cited.", style="bold red"))
+    console.print(grid)
+    not_tested = count_verdicts(judgement)[VerdictKind.NOT_TESTED.value]
+    if not_tested:
+        console.print(Text(f"{count(not_tested, 'further claim')} not tested: the report says what each would take.", style="dim"))
