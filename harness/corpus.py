@@ -8,101 +8,64 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness.assets.catalogue import Split, TrainingPrompt, training_prompts
+from harness.assets.catalogue import TrainingPrompt, training_prompts
 from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, render_chat
 from harness.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
-from harness.errors import UserError
-from harness.files import Frozen, canonical_sha256
+from harness.files import canonical_sha256
 from harness.paths import resolve_path
+from harness.specs.recipe import CorpusSpec
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
+from medusa_impl.errors import UserError
 
 
-class CorpusSpec(Frozen):
-    """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is sampled, the rest greedy.
+def amount(spec: CorpusSpec, samples: Iterable[CorpusSample]) -> int:
+    """Return how much of the goal these answers are; later turns come on top of it."""
+    first = [sample for sample in samples if conversation_and_turn(sample.key)[1] == 1]
+    return sum(len(sample.token_ids) for sample in first) if spec.num_tokens is not None else len(first)
 
-    `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the conversations whose first answer
-    came to its end go on: through all further turns of the file's, one after another, or to one other of the project's prompts of that
-    category. A conversation ends before its last question where an answer used up its budget, where a question is longer than
-    `max_prompt_tokens`, or where the model has too few positions for all that was said and another answer.
+
+def catalogue_prompts(spec: CorpusSpec, num_prompts: int) -> tuple[TrainingPrompt, ...]:
+    """Return the first turns: the file's, or the project's own."""
+    if spec.prompts_file is None:
+        return training_prompts(num_prompts=num_prompts, seed=spec.seed, split=spec.split)
+    rows = own_conversations(spec)[:num_prompts]
+    return tuple(TrainingPrompt(key=row.key, category=row.category, text=row.turns[0]) for row in rows)
+
+
+def own_conversations(spec: CorpusSpec) -> tuple[BenchmarkPrompt, ...]:
+    """Return the rows of the prompts file, none where there is no file.
+
+    Raises: UserError for a file that cannot be read, or a key that the answer to a later turn would bear.
     """
+    if spec.prompts_file is None:
+        return ()
+    path = resolve_path(spec.prompts_file, beside=None)
+    rows = load_prompt_file(path)
+    for row in rows:
+        if conversation_and_turn(row.key)[1] > 1:
+            raise UserError(
+                found=f"the key {row.key!r}",
+                need="one that does not end in a plus sign and a number, as those of later turns do",
+                where=path.name,
+                do="rename it",
+            )
+    return rows
 
-    num_tokens: int | None = Field(default=None, ge=1)
-    num_samples: int | None = Field(default=None, ge=1)
-    max_new_tokens: int = 160
-    max_prompt_tokens: int = 512
-    sampled_share: float = 0.34
-    temperature: float = 0.3
-    num_rows: int = 48
-    seed: int = 1
-    split: Split = "train"
-    prompts_file: str | None = None
-    second_turn_share: float = Field(default=0.0, ge=0, le=1)
 
-    @model_validator(mode="after")
-    def _one_goal(self) -> CorpusSpec:
-        if (self.num_tokens is None) == (self.num_samples is None):
-            raise ValueError("set exactly one of num_tokens and num_samples")
-        return self
+def questions(spec: CorpusSpec) -> tuple[str, ...]:
+    """Return all that may be asked, a file's further turns included; the project's own are prompts of the catalogue as well."""
+    if spec.prompts_file is None:
+        return tuple(prompt.text for prompt in catalogue_prompts(spec, spec.num_prompts()))
+    return tuple(turn for row in own_conversations(spec)[: spec.num_prompts()] for turn in row.turns)
 
-    @property
-    def goal(self) -> int:
-        """How much is wanted, in `unit`."""
-        return self.num_tokens or self.num_samples or 0
 
-    @property
-    def unit(self) -> str:
-        """What the goal counts."""
-        return "tokens" if self.num_tokens is not None else "answers"
-
-    def amount(self, samples: Iterable[CorpusSample]) -> int:
-        """Return how much of the goal these answers are; later turns come on top of it."""
-        first = [sample for sample in samples if conversation_and_turn(sample.key)[1] == 1]
-        return sum(len(sample.token_ids) for sample in first) if self.num_tokens is not None else len(first)
-
-    def num_prompts(self) -> int:
-        """Return enough prompts for the goal: answers average more than half of their budget, and few prompts are too long."""
-        return -(-2 * self.num_tokens // self.max_new_tokens) if self.num_tokens is not None else 2 * self.goal
-
-    def catalogue_prompts(self, num_prompts: int) -> tuple[TrainingPrompt, ...]:
-        """Return the first turns: the file's, or the project's own."""
-        if self.prompts_file is None:
-            return training_prompts(num_prompts=num_prompts, seed=self.seed, split=self.split)
-        rows = self.own_conversations()[:num_prompts]
-        return tuple(TrainingPrompt(key=row.key, category=row.category, text=row.turns[0]) for row in rows)
-
-    def own_conversations(self) -> tuple[BenchmarkPrompt, ...]:
-        """Return the rows of the prompts file, none where there is no file.
-
-        Raises: UserError for a file that cannot be read, or a key that the answer to a later turn would bear.
-        """
-        if self.prompts_file is None:
-            return ()
-        path = resolve_path(self.prompts_file, beside=None)
-        rows = load_prompt_file(path)
-        for row in rows:
-            if conversation_and_turn(row.key)[1] > 1:
-                raise UserError(
-                    found=f"the key {row.key!r}",
-                    need="one that does not end in a plus sign and a number, as those of later turns do",
-                    where=path.name,
-                    do="rename it",
-                )
-        return rows
-
-    def questions(self) -> tuple[str, ...]:
-        """Return all that may be asked, a file's further turns included; the project's own are prompts of the catalogue as well."""
-        if self.prompts_file is None:
-            return tuple(prompt.text for prompt in self.catalogue_prompts(self.num_prompts()))
-        return tuple(turn for row in self.own_conversations()[: self.num_prompts()] for turn in row.turns)
-
-    def fingerprint(self, keys: Iterable[str]) -> str:
-        """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what is still to be done."""
-        return canonical_sha256([self.model_dump(), [row.model_dump() for row in self.own_conversations()], sorted(keys)])
+def fingerprint(spec: CorpusSpec, keys: Iterable[str]) -> str:
+    """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what is still to be done."""
+    return canonical_sha256([spec.model_dump(), [row.model_dump() for row in own_conversations(spec)], sorted(keys)])
 
 
 def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tuple[CorpusPrompt, ...]:
@@ -111,7 +74,7 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
     Prompts longer than `max_prompt_tokens` are left out.
     """
     rendered = []
-    for prompt in spec.catalogue_prompts(num_prompts):
+    for prompt in catalogue_prompts(spec, num_prompts):
         digest = _digest(prompt.text)
         ids = render_chat(tokenizer, prompt.text)
         if len(ids) <= spec.max_prompt_tokens:
@@ -154,7 +117,7 @@ def next_questions(samples: Sequence[CorpusSample], *, spec: CorpusSpec) -> dict
     if not last:
         return {}
     if spec.prompts_file is not None:
-        asked = {row.key: row.turns for row in spec.own_conversations()}
+        asked = {row.key: row.turns for row in own_conversations(spec)}
         places = {sample.key: conversation_and_turn(sample.key) for sample in last}
         return {key: asked[name][turn] for key, (name, turn) in places.items() if turn < len(asked.get(name, ()))}
     pools: dict[str, list[str]] = {}
@@ -195,7 +158,7 @@ def make_corpus(
     """
     own = {prompt.key for prompt in prompts}
     samples = [sample for sample in store.samples(with_states=False) if sample.key in own]
-    held = spec.amount(samples)
+    held = amount(spec, samples)
     num_made = 0
     started = time.monotonic()
     columns = (TextColumn("corpus"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn())
@@ -204,7 +167,7 @@ def make_corpus(
 
         def advance(sample: CorpusSample) -> None:
             nonlocal held, num_made
-            held += spec.amount([sample])
+            held += amount(spec, [sample])
             num_made += len(sample.token_ids)
             rate = num_made / max(time.monotonic() - started, 1e-9)
             progress.update(task, completed=held, rate=f"{rate:.0f}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.conversations import conversation_and_turn
+from harness.specs.recipe import AnySuite, needed_corpus
 from harness.training_run import check_overlap, corpus_backbone, fill_corpus
-from harness.training_specs import AnySuite, needed_corpus
 from medusa_impl.distill import CorpusStore, pack_corpus
 
 

@@ -23,8 +23,8 @@ from harness.device.machine import git_state
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
+from harness.specs.recipe import JointSuite
 from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus
-from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.features import is_held_out

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from harness.config import IntervalSpec
 from harness.files import Frozen
+from harness.specs.suite import IntervalSpec
 
 Floats = NDArray[np.float64]
 

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.config import SuiteSpec
 from harness.device.engine import LoadedModel
 from harness.device.prompts import SuitePrompt
+from harness.specs.suite import SuiteSpec
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.features import load_features

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.assets.catalogue import training_prompts
 from harness.assets.prompts import overlap_report
-from harness.config import SuiteSpec
 from harness.conversations import conversation_and_turn
-from harness.corpus import CorpusSpec, corpus_prompts, make_corpus, next_questions, next_turn_prompts
+from harness.corpus import amount, corpus_prompts, fingerprint, make_corpus, next_questions, next_turn_prompts, questions
 from harness.device.clock import device_clock
 from harness.device.engine import LoadedModel, best_device, load_engine, load_model, model_sha256, new_heads
 from harness.device.limits import measure_device_limits
@@ -29,7 +28,8 @@ from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.paths import code_folder, resolve_path
 from harness.records.trace import Trace
-from harness.training_specs import AnySuite, TrainingSuite, needed_corpus, training_suite_of
+from harness.specs.recipe import AnySuite, CorpusSpec, TrainingSuite, needed_corpus, training_suite_of
+from harness.specs.suite import SuiteSpec
 from medusa_impl.backbone import Backbone
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus, unpack_corpus
@@ -128,7 +128,7 @@ def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
         suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
         benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
     corpus = spec.corpus
-    training = list(corpus.questions()) if corpus is not None else []
+    training = list(questions(corpus)) if corpus is not None else []
     for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
         training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
     report = overlap_report(training, benchmark)
@@ -168,14 +168,14 @@ def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool
     corpus = needed_corpus(spec)
     store = corpus_store(work, backbone_sha256=model_sha256(spec.model, allow_hub=allow_hub))
     samples = list(store.samples(with_states=False))
-    held = corpus.amount(samples)
+    held = amount(corpus, samples)
     if held >= corpus.goal and not next_questions(samples, spec=corpus):
         return
     num_gpus = torch.cuda.device_count()
     num_workers = spec.num_workers or num_gpus or os.cpu_count() or 1
 
     def state(keys: Iterable[str]) -> str:
-        return canonical_sha256([corpus.fingerprint(keys), spec.model.chat_template, num_workers])
+        return canonical_sha256([fingerprint(corpus, keys), spec.model.chat_template, num_workers])
 
     done = store.folder / _DONE_FILE  # prompts may run out and conversations end early: then the workers have no more to do
     if done.exists() and done.read_text() == state(sample.key for sample in samples):
@@ -345,7 +345,7 @@ def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console
     if spec.corpus is None:
         return
     corpus = spec.corpus
-    held = corpus.amount(CorpusStore(work / "corpus").samples(with_states=False))
+    held = amount(corpus, CorpusStore(work / "corpus").samples(with_states=False))
     missing = 0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
     rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
     tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
+from harness.specs.recipe import Split
 
 HELD_OUT_PERCENT = 5
 _MAX_TRIES = 2000  # fresh draws for one prompt before a catalogue counts as exhausted
@@ -62,9 +63,6 @@ class TrainingPrompt(Frozen):
     key: str
     category: str
     text: str
-
-
-Split = Literal["train", "held_out"]
 
 
 def load_catalogue(folder: Path | None = None) -> tuple[CategoryCatalogue, ...]:

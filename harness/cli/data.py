@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import fetch_asset
 from harness.assets.listing import asset_rows
 from harness.cli.find import find_record
@@ -20,6 +19,7 @@ from harness.judge.validate import validate_record, write_schemas
 from harness.paths import cache_dir
 from harness.records.export import export
 from harness.records.run import RunRecord
+from harness.specs.assets import load_asset_specs
 
 
 def assets(

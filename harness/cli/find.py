@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from harness.config import SuiteSpec, load_suite
 from harness.errors import UserError
 from harness.paths import default_results, shipped
+from harness.specs.suite import SuiteSpec, load_suite
 
 _NOT_SUITES = ("assets", "claims", "hardware", "quoted", "shapes")  # other data that lies beside the suites
 LATENCY, SWEEP = "latency_", "sweep_"  # what the names of latency specs and of sweeps begin with

@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from harness.claim_specs import ClaimSpec
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
@@ -18,6 +17,7 @@ from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.report.readme import update_readme
 from harness.report.run import headline, print_verdicts, render_report
+from harness.specs.claims import ClaimSpec
 
 
 def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:

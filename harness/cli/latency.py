@@ -35,8 +35,8 @@ def latency(
     if report is not None:
         finish_latency(report, readme=readme)
         return
-    from harness.latency_specs import load_latency_spec, overridden
     from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
+    from harness.specs.latency import load_latency_spec, overridden
 
     file = find_data(spec if spec.endswith(".toml") else spec.removeprefix(LATENCY), folder=None, prefix=LATENCY)
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}

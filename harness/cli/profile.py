@@ -67,7 +67,7 @@ def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool
     from harness.measure.training_profile import profile_training
     from harness.records.provenance import machine_slug
     from harness.report.profiles import print_training_profile, training_headline
-    from harness.training_specs import load_training_suite
+    from harness.specs.recipe import load_training_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     profiled = profile_training(spec, num_steps=steps, allow_hub=hub, command=command_line(), console=console)

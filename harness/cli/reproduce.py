@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harness.claim_specs import load_claims
 from harness.cli.find import find_record, find_suite
 from harness.cli.finish import finish_ablation, finish_run
 from harness.cli.options import HubOption, SuiteArgument, command_line, console
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.run import RunRecord
+from harness.specs.claims import load_claims
 
 
 def reproduce(

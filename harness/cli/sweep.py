@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from harness.claim_specs import load_claims
 from harness.cli.find import SWEEP, find_data
 from harness.cli.finish import finish_sweep, write_latency_report
 from harness.cli.options import HubOption, command_line, console
 from harness.errors import UserError
 from harness.paths import cache_dir, default_results
+from harness.specs.claims import load_claims
 
 
 def sweep(
@@ -36,7 +36,7 @@ def sweep(
         finish_sweep(report, claims=registry, readme=readme)
         return
     from harness.measure.sweep.run import SweepOptions, run_sweep
-    from harness.sweep_specs import load_sweep
+    from harness.specs.sweep import load_sweep
 
     file = find_data(suite if suite.endswith(".toml") else suite.removeprefix(SWEEP), folder=None, prefix=SWEEP)
     options = SweepOptions(

@@ -24,8 +24,8 @@ def train(
 ) -> None:
     """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace; resumes where it stopped."""
     from harness.joint_run import check_runnable, train_joint_suite
+    from harness.specs.recipe import JointSuite, load_training_suite
     from harness.training_run import announce, train_suite
-    from harness.training_specs import JointSuite, load_training_suite
     from medusa_impl.medusa2_trainer import end_processes, process_state
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
@@ -63,7 +63,7 @@ def calibrate(
 ) -> None:
     """Record the calibration trace of trained heads, which trees are searched on, as training does at its end where the model fits."""
     from harness.joint_run import calibrate_folder
-    from harness.training_specs import JointSuite, load_training_suite
+    from harness.specs.recipe import JointSuite, load_training_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     if not isinstance(spec, JointSuite):
@@ -80,8 +80,8 @@ def distill(
 ) -> None:
     """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where it stopped."""
     from harness.distill_run import distill_suite
+    from harness.specs.recipe import load_training_suite
     from harness.training_run import announce
-    from harness.training_specs import load_training_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name

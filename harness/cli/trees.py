@@ -22,9 +22,9 @@ from harness.compose.search import CostChoice, SearchSpace, cached_choices
 from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.files import write_bytes
-from harness.latency_specs import LatencyHeads
 from harness.paths import cache_dir, default_results, resolve_path
 from harness.records.trace import Trace
+from harness.specs.latency import LatencyHeads
 from medusa_impl.tree import DraftTree
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.claim_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.roofline import Simulation, llama_7b_block, step_cost
 from harness.errors import UserError
-from harness.hardware import load_hardware
+from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.hardware import load_hardware
+from harness.specs.paper_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # the paper's grid of Tables 6 to 8, and beyond
 VERDICTS = ("RL-64", "RL-32", "RL-seq", "RL-44", "RL-acc")

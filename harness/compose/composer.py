@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from harness.compose.devices import StepTimes
 from harness.compose.replay import Replay, ReplayIndex
 from harness.compose.search import Price
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.records.sweep import Context
 from harness.records.trace import Trace
+from harness.specs.suite import IntervalSpec
 from harness.stats import FigureKind, Interval, Resamples
 from medusa_impl.tree import DraftTree
 

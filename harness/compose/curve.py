@@ -14,8 +14,8 @@ from statistics import fmean, median
 from scipy.optimize import isotonic_regression
 
 from harness.errors import UserError
-from harness.latency_specs import PointKey
 from harness.records.latency import LatencyPoint, LatencyRecord
+from harness.specs.latency import PointKey
 
 
 class LatencyCurve:

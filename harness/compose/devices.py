@@ -16,11 +16,11 @@ from harness.compose.curve import LatencyCurve, step_cost_of
 from harness.compose.roofline import Prediction, heads_seconds, prediction_error, step_seconds
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.hardware import DeviceSpec, Limits, load_hardware, match_device
-from harness.latency_specs import DtypeName, LatencyHeads, ModeName, PointKey
 from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, facts_of_shape
 from harness.records.sweep import CurveLabel, RooflineError
-from harness.shapes import ShapeSpec, load_shapes
+from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_device
+from harness.specs.latency import DtypeName, LatencyHeads, ModeName, PointKey
+from harness.specs.shapes import ShapeSpec, load_shapes
 
 _PREDICTED_CONTEXTS = tuple(sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))}))
 _HALF = ("float16", "bfloat16")  # what hardware.toml knows the throughput of

@@ -10,7 +10,7 @@ from harness.compose.replay import ReplayIndex
 from harness.compose.trees import MAX_RANK, grow
 from harness.errors import UserError
 from harness.records.sweep import CARTESIAN, CHAIN, DENSE, JOINT, MARGINALS, SweepTree
-from harness.sweep_specs import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
+from harness.specs.sweep import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
 from medusa_impl.tree import DraftTree, largest_cartesian
 from medusa_impl.tree_search import random_dense
 

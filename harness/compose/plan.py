@@ -16,13 +16,13 @@ from harness.compose.replay import ReplayIndex
 from harness.compose.search import METHODS, CostChoice, Price, SearchSpace, cached_choices
 from harness.compose.trees import grow
 from harness.errors import UserError
-from harness.hardware import HARDWARE_FILE, load_hardware
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
 from harness.records.sweep import CHOSEN, JOINT, Context, FailedCell, RooflineError, SweepTree, SweepTrees, TreeRate, composed_key
 from harness.records.trace import Trace
-from harness.shapes import SHAPES_FILE, load_shapes
-from harness.sweep_specs import SweepSpec
+from harness.specs.hardware import HARDWARE_FILE, load_hardware
+from harness.specs.shapes import SHAPES_FILE, load_shapes
+from harness.specs.sweep import SweepSpec
 from medusa_impl.tree import DraftTree
 
 

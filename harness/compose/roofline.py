@@ -23,9 +23,9 @@ from pydantic import Field
 
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.hardware import Limits
 from harness.records.sweep import PredictionError
-from harness.shapes import ModelShape
+from harness.specs.hardware import Limits
+from harness.specs.shapes import ModelShape
 
 ATTENTION_HEAD_SIZE = 128  # paper, Tables 6 and 7: Llama-33B
 LLAMA_33B_HIDDEN = 6656  # paper, Table 8

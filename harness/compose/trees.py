@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.compose.replay import ReplayIndex
-from harness.config import ArmSpec, BackboneName, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.run import ArmTree, StepCost
 from harness.records.trace import Trace
+from harness.specs.suite import ArmSpec, BackboneName, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.tree import DraftTree, largest_cartesian
 from medusa_impl.tree_search import GrownTree, best_size_for_cost, grow_by_joint_hits, grow_by_marginals, marginal_accuracies
 

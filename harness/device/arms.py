@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from harness.config import ArmSpec
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.errors import UserError
+from harness.specs.suite import ArmSpec
 from medusa_impl.acceptance import AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.decode import DecodingStep, EndedBy, decode_medusa, decode_vanilla
 from medusa_impl.kv_cache import TreeCache

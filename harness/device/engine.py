@@ -23,15 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
-from harness.config import ModelSpec, SuiteSpec, TinyModelSpec
 from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import cache_dir, code_folder, resolve_path
 from harness.records.provenance import Environment, TunedOrigin
+from harness.specs.assets import load_asset_specs
+from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -6,15 +6,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.asset_specs import load_asset_specs
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
-from harness.config import SuiteSpec
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir
+from harness.specs.assets import load_asset_specs
+from harness.specs.suite import SuiteSpec
 
 NUM_RANDOM_PROMPTS = 8  # of a tiny suite without a limit
 NUM_WARMUP, WARMUP_SEED = 4, 7

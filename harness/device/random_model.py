@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
 from harness.errors import UserError
-from harness.shapes import ShapeSpec
+from harness.specs.shapes import ShapeSpec
 
 _WEIGHT_STD = 0.02  # initializer_range in the config.json of these families
 

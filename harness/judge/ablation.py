@@ -13,13 +13,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.ablation_specs import START_ARM
 from harness.compose.replay import Replay, ReplayIndex
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.records.ablation import AblationRecord, ArmResult, TextChange
 from harness.records.trace import Trace
+from harness.specs.ablation import START_ARM
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits

@@ -11,13 +11,13 @@ from itertools import pairwise
 from math import ceil, isfinite, sqrt
 from statistics import median
 
-from harness.config import ArmSpec, BackboneName, is_deterministic
 from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.judge.metrics import bandwidth_share
 from harness.judge.parity import parity_report, replay_differences, steps_known
 from harness.records.run import Generation, RunRecord, TrialKey
 from harness.records.trace import Trace
+from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
 Check = Callable[[RunRecord], CheckOutcome]
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from harness.compose.curve import step_cost_of
 from harness.compose.roofline import Prediction, step_seconds
-from harness.config import IntervalSpec
-from harness.hardware import Limits
-from harness.latency_specs import PointKey
 from harness.records.latency import DTYPE_BYTES, STOCK, BatchTrial, BatchTrials, LatencyPoint, LatencyRecord, ModeTrial
+from harness.specs.hardware import Limits
+from harness.specs.latency import PointKey
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 
 

@@ -10,9 +10,9 @@ from statistics import fmean, median
 import numpy as np
 
 from harness.compose.replay import replay
-from harness.config import ArmSpec
 from harness.judge.judgement import ArmMetrics, CategoryMetrics, Comparison
 from harness.records.run import Generation, RunRecord, StepCost
+from harness.specs.suite import ArmSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 
 LOW_ACCEPTANCE_TOKENS_PER_STEP = 1.3  # under 0.3 drafted tokens kept a step: less than a first head of 30 % gives alone

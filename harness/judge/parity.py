@@ -9,11 +9,11 @@ import numpy as np
 
 from harness.compose.differences import NearTokens, RankRanges, difference_kind, last_common, near_tokens, parting, rank_ranges, step_starts
 from harness.compose.replay import replay
-from harness.config import ArmSpec, BackboneName, is_deterministic
 from harness.files import Frozen
 from harness.judge.judgement import Divergence, ParityReport, ParityRounding
 from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation, RunRecord
 from harness.records.trace import PromptTrace, Trace
+from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
 
 class ReplayDifference(Frozen):

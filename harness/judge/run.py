@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.judge.checks import run_checks
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
@@ -13,6 +12,7 @@ from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report
 from harness.records.run import CALIBRATION_FILE, RunRecord
 from harness.records.trace import Trace
+from harness.specs.claims import ClaimSpec, load_claims
 
 
 def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:

@@ -8,8 +8,8 @@ from math import fsum
 
 import numpy as np
 
-from harness.config import IntervalSpec
 from harness.records.sweep import DENSE, JOINT, MARGINALS, ChosenTree, ComposedCell, DecodedCell, SweepRecord, SweepTree
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
 
 

@@ -10,12 +10,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
-from harness.ablation_specs import START_ARM, AblationSpec
-from harness.config import BackboneName, SuiteSpec
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.judge.judgement import Judgement
-from harness.latency_specs import LatencySpec
 from harness.paths import holds_absolute_path
 from harness.records.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
 from harness.records.folder import file_of
@@ -49,7 +46,10 @@ from harness.records.sweep import (
     SweepTrees,
 )
 from harness.records.sweep import SPEC_FILE as SWEEP_FILE
-from harness.sweep_specs import SweepSpec
+from harness.specs.ablation import START_ARM, AblationSpec
+from harness.specs.latency import LatencySpec
+from harness.specs.suite import BackboneName, SuiteSpec
+from harness.specs.sweep import SweepSpec
 
 _MODELS: dict[str, type[BaseModel]] = {
     "environment": Environment,

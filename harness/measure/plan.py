@@ -11,13 +11,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from harness.config import SuiteSpec
 from harness.device.machine import device_info
 from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import machine_slug
 from harness.records.run import Failure, Generation, RunRecord, TrialKey
+from harness.specs.suite import SuiteSpec
 
 
 class PlannedTrial(Frozen):

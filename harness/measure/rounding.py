@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config import ArmSpec, is_deterministic
 from harness.device.arms import PROMPT_LOOKUP_TOKENS
 from harness.device.engine import Engine
 from harness.device.trace import CHUNK_POSITIONS, MAX_TREE_RANK, KeptText, kept_states
 from harness.errors import InvalidMeasurement
 from harness.records.run import Rounding, ShapeShift
+from harness.specs.suite import ArmSpec, is_deterministic
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 

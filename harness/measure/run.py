@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from harness.compose.trees import check_fixed_trees, resolve_trees
-from harness.config import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.device.arms import ArmRunner
 from harness.device.clock import device_clock
 from harness.device.doctor import foreign_gpu_processes
@@ -50,6 +49,7 @@ from harness.records.run import (
 )
 from harness.records.store import Store
 from harness.records.trace import Trace
+from harness.specs.suite import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree

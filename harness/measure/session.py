@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from harness.config import ArmSpec, BackboneName, SuiteSpec
 from harness.device.engine import Engine
 from harness.device.locks import device_held
 from harness.device.prompts import SuitePrompt
 from harness.errors import UserError
 from harness.records.run import Failure, Generation
 from harness.records.store import Store
+from harness.specs.suite import ArmSpec, BackboneName, SuiteSpec
 
 
 @dataclass

@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity
 
 from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
-from harness.config import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_engine, load_model
@@ -28,6 +27,7 @@ from harness.paths import resolve_path
 from harness.records.run import ArmTree
 from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.records.trace import Trace
+from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.runner import Mode
 from medusa_impl.sections import no_section

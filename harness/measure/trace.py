@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from harness.config import SuiteSpec
 from harness.device.engine import best_device, load_engine, load_model
 from harness.device.prompts import check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import KeptText, record_trace
 from harness.records.trace import Trace
+from harness.specs.suite import SuiteSpec
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.decode import StreamRequest, decode_stream
 

@@ -31,7 +31,7 @@ from harness.paths import code_folder, resolve_path
 from harness.records.provenance import Environment
 from harness.records.run import DeviceLimits
 from harness.records.training_profile import MatrixThroughput, TrainingProfile
-from harness.training_specs import AnySuite, JointSuite, TrainingSuite
+from harness.specs.recipe import AnySuite, JointSuite, TrainingSuite
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusSample, unpack_corpus
 from medusa_impl.features import FeatureSet, add_states, load_features

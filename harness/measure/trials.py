@@ -12,7 +12,6 @@ import psutil
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness.config import ArmSpec
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine
 from harness.device.prompts import SuitePrompt
@@ -23,6 +22,7 @@ from harness.measure.session import Session, device_turn, greedy_vanilla
 from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
 from harness.records.store import Store
+from harness.specs.suite import ArmSpec
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 

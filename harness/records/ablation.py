@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harness.ablation_specs import AblationSpec, parse_ablation
 from harness.errors import UserError
 from harness.files import Frozen, read_lines
 from harness.records.folder import RecordFolder
@@ -22,6 +21,7 @@ from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
 from harness.records.trace import Trace
+from harness.specs.ablation import AblationSpec, parse_ablation
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 

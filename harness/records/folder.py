@@ -8,9 +8,9 @@ from typing import Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from harness.config import BackboneName
 from harness.errors import UserError
 from harness.files import file_sha256, first_fault
+from harness.specs.suite import BackboneName
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 

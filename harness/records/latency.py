@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from harness.files import Frozen, read_lines
-from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.records.folder import RecordFolder
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree, DeviceLimits
 from harness.records.store import LineFile, StoreKind
-from harness.shapes import ModelShape, ShapeSpec
+from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
+from harness.specs.shapes import ModelShape, ShapeSpec
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"

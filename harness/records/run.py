@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.config import BackboneName, SuiteSpec, parse_suite
 from harness.files import Frozen, read_lines
 from harness.records.folder import RecordFolder, file_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
+from harness.specs.suite import BackboneName, SuiteSpec, parse_suite
 from medusa_impl.tree import DraftTree
 
 RECORD_SCHEMA_VERSION = 1

@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from harness.files import Frozen, read_lines
-from harness.latency_specs import DtypeName, ModeName
 from harness.records.folder import RecordFolder
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo, Provenance
 from harness.records.store import LineFile, StoreKind
+from harness.specs.latency import DtypeName, ModeName
+from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep
 from harness.stats import FigureKind, Interval
-from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from medusa_impl.tree import DraftTree, RankPath
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"

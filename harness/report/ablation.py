@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.ablation_specs import START_ARM
 from harness.judge.ablation import MEDUSA1_ARM, AblationRow
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
 from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.run_tables import render_verdicts
+from harness.specs.ablation import START_ARM
 from harness.stats import Interval
 
 CURVES_FILE = "curves.png"

@@ -7,12 +7,12 @@ from statistics import fmean, median
 
 import numpy as np
 
-from harness.config import BackboneName
 from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
 from harness.judge.metrics import SeparateCosts, separate_costs
 from harness.records.run import RunRecord, StepCost
 from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, ratio_interval, significant, table
 from harness.report.run_tables import comparisons_by_arm, is_greedy_medusa
+from harness.specs.suite import BackboneName
 
 _PREDICTIONS_NOTE = """\
 *Expected* is the tree on calibration text that shares no prompt with the suite; *replayed* is arithmetic on the ranks of this run's

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.config import GreedyAcceptance
 from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
 from harness.judge.metrics import compare, original_baseline
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, megabytes, milliseconds, percent, rate_interval, ratio, ratio_interval, table
+from harness.specs.suite import GreedyAcceptance
 
 VERDICT_NOTE = """\
 *Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and measured step times;

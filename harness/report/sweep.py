@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.appendix_g import AppendixG, simulate
 from harness.judge.claims.sweep import sampled_counts, sweep_verdicts
 from harness.judge.judgement import ClaimVerdict, VerdictKind
@@ -23,7 +22,6 @@ from harness.judge.sweep import (
     searches_compared,
     sparse_points,
 )
-from harness.quoted import QuotedRow, load_quoted
 from harness.records.sweep import ComposedCell, RooflineError, SampledCell, SweepRecord
 from harness.report.formatting import (
     ABSENT,
@@ -40,6 +38,8 @@ from harness.report.formatting import (
 )
 from harness.report.provenance import describe_commit_of
 from harness.report.run import relative_folder
+from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.quoted import QuotedRow, load_quoted
 
 _DEVICE_HEADERS = (
     "device",

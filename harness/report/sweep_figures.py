@@ -14,13 +14,13 @@ import numpy as np
 
 from harness.compose.appendix_g import AppendixG, simulate
 from harness.compose.roofline import linear_intensity
-from harness.config import IntervalSpec
 from harness.errors import UserError
-from harness.hardware import load_hardware
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold_cells
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
 from harness.records.sweep import ComposedCell, SampledCell, SweepRecord
+from harness.specs.hardware import load_hardware
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
 from medusa_impl.tree import DraftTree
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from harness.ablation_specs import AblationSpec
 from harness.files import file_sha256, write_bytes, write_json
 from harness.records.ablation import (
     ARMS_FILE,
@@ -31,6 +30,7 @@ from harness.records.ablation import (
 )
 from harness.records.run import ArmTree
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.specs.ablation import AblationSpec
 from harness.tests.fake_latency import fake_environment
 from medusa_impl.tree import DraftTree
 

@@ -13,7 +13,6 @@ from typing import Any
 import tomli_w
 
 from harness.files import file_sha256, write_bytes, write_json
-from harness.latency_specs import DtypeName, LatencySpec, PointKey
 from harness.records.latency import (
     BATCHES_FILE,
     MODEL_FILE,
@@ -31,7 +30,8 @@ from harness.records.latency import (
 )
 from harness.records.provenance import DeviceInfo, Environment
 from harness.records.run import ArmTree, DeviceLimits
-from harness.shapes import load_shapes
+from harness.specs.latency import DtypeName, LatencySpec, PointKey
+from harness.specs.shapes import load_shapes
 
 SHAPE = "smollm2-135m-instruct"
 BANDWIDTH_BYTES_PER_S = 40e9

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.replay import replay
-from harness.config import SuiteSpec, parse_suite
 from harness.files import file_sha256, write_bytes, write_json
 from harness.records.provenance import DeviceInfo, Environment
 from harness.records.run import (
@@ -41,6 +40,7 @@ from harness.records.run import (
     TrialKey,
 )
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.specs.suite import SuiteSpec, parse_suite
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits
 

@@ -32,7 +32,7 @@ from harness.records.sweep import (
     TraceFacts,
 )
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
-from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
+from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import SHAPE, write_fake_latency
 
 MODEL, HEADS = "b" * 64, "c" * 64  # the hashes of fake_latency's environment

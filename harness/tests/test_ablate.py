@@ -14,7 +14,6 @@ import torch
 from pytest import MonkeyPatch
 from torch.nn.functional import kl_div, log_softmax
 
-from harness.ablation_specs import AblationSpec
 from harness.device.engine import Engine
 from harness.device.machine import git_state
 from harness.device.trace import KeptText, kept_states, rank_rows
@@ -25,6 +24,7 @@ from harness.measure.ablation.arm import ArmJob, budgeted, train_arm
 from harness.measure.ablation.backbone_change import MeasuredText, greedy_text, head_text, read_text, text_change
 from harness.measure.ablation.run import AblateOptions, run_ablation
 from harness.records.ablation import ARMS_FILE, AblationRecord
+from harness.specs.ablation import AblationSpec
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
 from medusa_impl.backbone import Backbone

@@ -13,8 +13,6 @@ from unittest.mock import patch
 
 import pytest
 
-from harness.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.replay import Replay, ReplayIndex, replay
 from harness.errors import UserError
 from harness.judge.ablation import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
@@ -28,6 +26,8 @@ from harness.records.trace import Trace
 from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation
 from harness.report.readme import update_ablation, update_between_markers
 from harness.report.training_curves import curve, curves_figure, draw_curves
+from harness.specs.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
+from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from medusa_impl.tree import DraftTree
 

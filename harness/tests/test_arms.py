@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.config import ArmSpec
 from harness.device.arms import ArmRunner, TimedGeneration, acceptance_rule, timed
 from harness.device.clock import Clock, SectionTimer, device_clock
 from harness.device.engine import Engine
 from harness.device.prompts import suite_prompts
 from harness.errors import UserError
+from harness.specs.suite import ArmSpec
 from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
 from medusa_impl.acceptance import GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.decode import DecodingStep

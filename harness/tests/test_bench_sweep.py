@@ -16,13 +16,13 @@ from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, with_chosen
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import SearchSpace
-from harness.config import IntervalSpec
-from harness.hardware import load_hardware
-from harness.latency_specs import LatencyHeads
 from harness.records.sweep import ComposedCell
 from harness.records.trace import Trace
-from harness.shapes import load_shapes
-from harness.sweep_specs import SweepSpec
+from harness.specs.hardware import load_hardware
+from harness.specs.latency import LatencyHeads
+from harness.specs.shapes import load_shapes
+from harness.specs.suite import IntervalSpec
+from harness.specs.sweep import SweepSpec
 from harness.tests.fake_sweep import made_up_spec, made_up_trace
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import VerdictKind
+from harness.specs.claims import ClaimSpec, load_claims
 
 YES, NO = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
@@ -18,6 +17,7 @@ from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
 from harness.records.run import ArmTree, StepCosts
 from harness.records.trace import Trace
+from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree
 

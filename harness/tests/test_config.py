@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.errors import UserError
 from harness.paths import shipped
+from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 
 SUITES = shipped()
 VANILLA: dict[str, Any] = {"name": "vanilla", "method": "vanilla"}

@@ -10,12 +10,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness.asset_specs import load_asset_specs
 from harness.assets.listing import find_cached
 from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
-from harness.corpus import CorpusSpec, goes_on, next_turn_prompts
+from harness.corpus import amount, catalogue_prompts, goes_on, next_turn_prompts, questions
 from harness.errors import UserError
 from harness.paths import cache_dir, shipped
+from harness.specs.assets import load_asset_specs
+from harness.specs.recipe import CorpusSpec
 from medusa_impl.distill import CorpusPrompt, CorpusSample
 from medusa_impl.losses import NO_TARGET
 from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate
@@ -226,8 +227,8 @@ def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
     firsts = [sample("k1", (1,), (2, 0)), sample("k2", (1,), (2, 0))]
     (prompt,) = second_turns(firsts, spec=spec)
     assert prompt.prompt_ids == (1, 2, 0, *follow_up_ids(ChatTokenizer(), "second"))
-    assert [one.text for one in spec.catalogue_prompts(9)] == ["first", "alone"]
-    assert spec.questions() == ("first", "second", "alone"), "what is compared with the benchmarks"
+    assert [one.text for one in catalogue_prompts(spec, 9)] == ["first", "alone"]
+    assert questions(spec) == ("first", "second", "alone"), "what is compared with the benchmarks"
 
 
 def test_a_corpus_has_one_goal() -> None:
@@ -235,5 +236,5 @@ def test_a_corpus_has_one_goal() -> None:
         CorpusSpec(num_tokens=5, num_samples=5)
     answers = CorpusSpec(num_samples=3)
     samples = [sample("k", (1,), (2, 0)), sample("k" + SECOND_TURN, (1, 2, 0, 3), (2, 0))]
-    assert answers.amount(samples) == 1 and CorpusSpec(num_tokens=9).amount(samples) == 2
+    assert amount(answers, samples) == 1 and amount(CorpusSpec(num_tokens=9), samples) == 2
     assert (answers.goal, answers.unit) == (3, "answers")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
+from harness.corpus import corpus_prompts, make_corpus
 from harness.device.engine import Engine
 from harness.errors import UserError
+from harness.specs.recipe import CorpusSpec
 from harness.tests.tiny_suite import QUIET
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus

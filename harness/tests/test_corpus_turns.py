@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from harness.conversations import conversation_and_turn, follow_up_ids, next_turn_key, turn_key, turn_sequences
-from harness.corpus import CorpusSpec, next_questions, next_turn_prompts
+from harness.corpus import amount, catalogue_prompts, next_questions, next_turn_prompts, questions
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import shipped
+from harness.specs.recipe import CorpusSpec
 from harness.tests.test_conversations import ChatTokenizer, sample
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
 
@@ -61,7 +62,7 @@ def test_a_files_turns_are_asked_one_after_another(tmp_path: Path) -> None:
         asked.append([prompt.key for prompt in prompts])
         held += [answer(prompt, 40 + len(held), 0) for prompt in prompts]
     assert asked == [["k1+2", "k2+2"], ["k1+3"], ["k1+4"]]
-    assert spec.questions() == ("one", "two", "three", "four", "one", "two"), "what is compared with the benchmarks"
+    assert questions(spec) == ("one", "two", "three", "four", "one", "two"), "what is compared with the benchmarks"
     by_key = {one.key: one for one in held}
     tokenizer = ChatTokenizer()
     last = by_key["k1+4"]
@@ -111,7 +112,7 @@ def test_the_projects_own_conversations_have_two_turns() -> None:
 def test_a_files_key_that_a_later_turn_would_bear_is_refused(tmp_path: Path, key: str) -> None:
     spec = spec_of(tmp_path, [{"key": key, "turns": ["one"]}])
     with pytest.raises(UserError, match=r"found the key .*; in own\.jsonl; to mend it: rename it"):
-        spec.catalogue_prompts(5)
+        catalogue_prompts(spec, 5)
 
 
 def test_a_key_that_looks_like_a_later_turns_is_a_conversation_where_nothing_is_before_it() -> None:
@@ -135,7 +136,7 @@ def test_shards_from_before_read_as_they_did(tmp_path: Path) -> None:
     assert (first, second) == ("k1", "k2")
     assert pair.token_ids == (5, 6, 7, 0, 3, 9, 10, 0) and pair.answers == ((2, 4), (6, 8))
     assert single.token_ids == (4, 8) and single.answers == ((1, 2),)
-    assert CorpusSpec(num_samples=9).amount(store.samples()) == 2
+    assert amount(CorpusSpec(num_samples=9), store.samples()) == 2
     copy = CorpusStore(tmp_path / "copy", shard_samples=2)
     for one in store.samples():
         copy.add(one)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.devices import MeasuredCurve, PredictedCurve, find_curves, find_latency_records, measured_curves, roofline_error
 from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
-from harness.hardware import load_hardware
 from harness.judge.latency import predict
-from harness.latency_specs import LatencyHeads
-from harness.quoted import load_quoted
 from harness.records.latency import LatencyRecord
-from harness.shapes import load_shapes
+from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.hardware import load_hardware
+from harness.specs.latency import LatencyHeads
+from harness.specs.quoted import load_quoted
+from harness.specs.shapes import load_shapes
 from harness.tests.fake_latency import SHAPE, backbone_s, heads_s, step_s, write_fake_latency
 
 HEADS = LatencyHeads(num_heads=5, architecture="own")

@@ -17,16 +17,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from harness.config import ModelSpec
 from harness.conversations import conversation_and_turn, conversation_sequence, turn_key
 from harness.corpus import goes_on
 from harness.device.engine import best_device, load_model, model_sha256
 from harness.distill_run import distill_suite
 from harness.errors import ExitCode, UserError
 from harness.joint_run import read_text
+from harness.specs.recipe import JointSuite
+from harness.specs.suite import ModelSpec
 from harness.tests.tiny_suite import QUIET, command
 from harness.training_run import corpus_backbone, corpus_worker, fill_corpus
-from harness.training_specs import JointSuite
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.claim_specs import load_claims
 from harness.errors import UserError
-from harness.hardware import DeviceSpec, load_hardware, match_device
+from harness.specs.claims import load_claims
+from harness.specs.hardware import DeviceSpec, load_hardware, match_device
 
 PAPERS_DEVICES = {"RL-hw-A100-80GB-PCIe": "a100-80gb-pcie", "RL-hw-A40": "a40", "RL-hw-A6000": "a6000"}
 ROW = """

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from harness.config import IntervalSpec
 from harness.judge.claims.findings import above, below, equivalence
 from harness.judge.judgement import VerdictKind
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, widened_level
 
 SPEC = IntervalSpec(num_resamples=500)

@@ -22,9 +22,9 @@ from harness.assets.hashes import tensors_sha256
 from harness.device.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
 from harness.joint_run import JointFiles, check_runnable, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
+from harness.specs.recipe import JointSuite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
-from harness.training_specs import JointSuite
 from medusa_impl.checkpoint import JointFigures, load_heads
 from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
 from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed

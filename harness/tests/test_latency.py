@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from harness.compose.curve import LatencyCurve, curve_of, step_cost_of
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.latency import batch_points, mode_rows, predict, read_share
 from harness.judge.validate import json_schemas, validate_record
-from harness.latency_specs import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
 from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import check_modes, update_modes
-from harness.shapes import load_shapes
+from harness.specs.latency import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
+from harness.specs.shapes import load_shapes
+from harness.specs.suite import IntervalSpec
 from harness.tests.fake_latency import (
     BANDWIDTH_BYTES_PER_S,
     BATCH_SPEEDUPS,
@@ -64,7 +64,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> LatencyRecord:
 
 
 def test_pure_modules_need_no_torch() -> None:
-    names = ("harness.latency_specs", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.judge.validate")
+    names = ("harness.specs.latency", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.judge.validate")
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
     assert done.stdout.strip() == "False"

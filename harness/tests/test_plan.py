@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from itertools import groupby
 
-from harness.config import SuiteSpec
 from harness.measure.plan import PlannedTrial, make_plan
+from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import smoke_suite
 
 KEYS = [f"prompt-{number}" for number in range(12)]

@@ -18,10 +18,10 @@ from harness.assets.prompts import (
     render_chat,
     select_prompts,
 )
-from harness.config import SuiteSpec
 from harness.device.engine import LoadedModel
 from harness.device.prompts import NUM_RANDOM_PROMPTS, suite_prompts, warmup_prompts
 from harness.errors import UserError
+from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import smoke_suite
 
 QUESTIONS = [

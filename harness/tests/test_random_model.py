@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from harness.device.engine import embedding_weights
 from harness.device.random_model import random_model, transformers_config
 from harness.errors import UserError
-from harness.shapes import ShapeSpec, load_shapes
+from harness.specs.shapes import ShapeSpec, load_shapes
 
 CPU = torch.device("cpu")
 

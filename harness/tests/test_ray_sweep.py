@@ -27,7 +27,6 @@ import harness.measure.sweep.run
 import harness.report.sweep_figures
 from harness.compose.devices import measured_curves
 from harness.compose.plan import SweepPlan, plan_sweep
-from harness.config import parse_suite
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
@@ -42,7 +41,8 @@ from harness.records.latency import LatencyRecord
 from harness.records.store import Store, portable
 from harness.records.sweep import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
 from harness.records.trace import Trace
-from harness.sweep_specs import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
+from harness.specs.suite import parse_suite
+from harness.specs.sweep import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, Ran, command, micro_data, smoke_suite, write_suite

@@ -25,14 +25,14 @@ from harness.errors import ExitCode, UserError
 from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
 from harness.judge.validate import validate_record
-from harness.latency_specs import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.measure.latency.modes import LatencyPrompt, batch_tree, measure_batches, measure_modes, table_prompts
 from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
 from harness.records.latency import LATENCY, POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
 from harness.records.store import Store
-from harness.shapes import ShapeSpec
+from harness.specs.latency import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
+from harness.specs.shapes import ShapeSpec
 from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
 from medusa_impl.backbone import Backbone
 

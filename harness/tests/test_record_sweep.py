@@ -18,7 +18,6 @@ import harness.device.locks
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
 import harness.report.sweep_figures
-from harness.config import parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import device_info, git_state
@@ -33,8 +32,9 @@ from harness.records.provenance import Environment
 from harness.records.store import Store
 from harness.records.sweep import CELLS_FILE, AnyCell, FailedCell, SweepRecord
 from harness.records.trace import Trace
+from harness.specs.suite import parse_suite
+from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep
 from harness.stats import FigureKind
-from harness.sweep_specs import SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.claim_specs import load_claims
 from harness.cli.trees import print_device_search
 from harness.compose.appendix_g import CANDIDATES, simulate
 from harness.compose.plan import SweepPlan
 from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
-from harness.hardware import load_hardware
 from harness.judge.sweep import headline_cells
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
@@ -24,6 +22,8 @@ from harness.records.sweep import SweepRecord
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
 from harness.report.sweep_figures import FORMATS, draw_figures, tree_layout
+from harness.specs.claims import load_claims
+from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
 from medusa_impl.tree import DraftTree

@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytest import MonkeyPatch
 
-from harness.config import SuiteSpec
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
@@ -26,6 +25,7 @@ from harness.measure.trials import take_up
 from harness.records.provenance import DeviceInfo
 from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, StepCost, TrialKey, read_outcomes
 from harness.records.store import Store
+from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
 
 ROOT = Path(__file__).resolve().parents[2]

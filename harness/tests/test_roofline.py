@@ -8,7 +8,6 @@ from typing import Literal
 
 import pytest
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.roofline import (
     Simulation,
     Work,
@@ -23,8 +22,9 @@ from harness.compose.roofline import (
     step_seconds,
 )
 from harness.errors import UserError
-from harness.hardware import Limits, load_hardware
-from harness.shapes import ModelShape
+from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.hardware import Limits, load_hardware
+from harness.specs.shapes import ModelShape
 
 HeadArchitecture = Literal["own", "shared"]
 ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")

@@ -10,7 +10,6 @@ import torch
 from pytest import MonkeyPatch
 from torch import Tensor
 
-from harness.config import ArmSpec
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.trace import KeptText, kept_states
 from harness.errors import InvalidMeasurement
@@ -20,6 +19,7 @@ from harness.judge.validate import validate_record
 from harness.measure.rounding import measure_rounding
 from harness.records.run import RunRecord
 from harness.report.run import render_report
+from harness.specs.suite import ArmSpec
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
 from medusa_impl.backbone import Backbone, BackboneOutput

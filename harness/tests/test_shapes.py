@@ -10,7 +10,7 @@ import tomli_w
 
 from harness.compose.roofline import step_bytes
 from harness.errors import UserError
-from harness.shapes import ShapeSpec, load_shapes
+from harness.specs.shapes import ShapeSpec, load_shapes
 
 # Parameters of the published weights, as the hub counts them.
 PUBLISHED_PARAMETERS = {

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from harness.config import load_suite
 from harness.judge.ablation import ablation_rows
 from harness.paths import shipped
 from harness.records.ablation import newest_ablations
 from harness.records.trace import Trace
+from harness.specs.suite import load_suite
 from medusa_impl.checkpoint import HeadsProvenance, adapter_sha256, backbone_sha256, load_heads
 
 ROOT = Path(__file__).resolve().parents[2]

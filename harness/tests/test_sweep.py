@@ -20,14 +20,14 @@ from harness.compose.devices import MeasuredCurve, StepTimes
 from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, tree_rates
 from harness.compose.replay import ReplayIndex
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells, hypothetical_cells
 from harness.records.latency import LatencyRecord
 from harness.records.sweep import CARTESIAN, CELLS_FILE, CHOSEN, DENSE, JOINT, ComposedCell, FailedCell, SweepRecord, read_cells
 from harness.records.trace import PromptTrace, Trace
+from harness.specs.suite import IntervalSpec
+from harness.specs.sweep import SampledSetting, load_sweep
 from harness.stats import Resamples, bootstrap_totals
-from harness.sweep_specs import SampledSetting, load_sweep
 from harness.tests.fake_latency import SHAPE, step_s
 from harness.tests.fake_sweep import MODEL, is_sqrt, made_up_plan, made_up_spec, made_up_trace, write_sweep
 from medusa_impl.tree import DraftTree

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.plan import SweepPlan
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import evaluate_sweep, sampled_counts, shared_prompts, slope
 from harness.judge.judgement import VerdictKind
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, depth_of, drawn_cell, searches_compared, sparse_points
 from harness.records.sweep import SampledCell, SweepRecord
-from harness.sweep_specs import SampledSetting
+from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.sweep import SampledSetting
 from harness.tests.fake_sweep import made_up_plan, made_up_spec, sampled_cells, write_sweep
 
 FORMS = ("F5-1", "F5-3", "Q-temp")

@@ -16,7 +16,6 @@ from torch.optim import optimizer
 
 import harness.measure.training_profile
 import medusa_impl.training
-from harness.config import TinyModelSpec
 from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
@@ -24,9 +23,10 @@ from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter,
 from harness.paths import holds_absolute_path
 from harness.records.training_profile import MatrixThroughput, PartProfile, StageProfile, TrainingProfile, read_training_profile
 from harness.report.profiles import training_headline
+from harness.specs.recipe import training_suite_of
+from harness.specs.suite import TinyModelSpec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
-from harness.training_specs import training_suite_of
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.losses import TokenSubset
 from medusa_impl.sequences import TrainingSequence

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.ablation_specs import load_ablation, parse_ablation
+from harness.corpus import catalogue_prompts
 from harness.errors import ExitCode, UserError
 from harness.joint_run import HELD_OUT_RATE
 from harness.measure.ablation.arm import arm_recipe
 from harness.paths import shipped
-from harness.shapes import load_shapes
+from harness.specs.ablation import load_ablation, parse_ablation
+from harness.specs.recipe import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
+from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
-from harness.training_specs import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
 from medusa_impl.medusa2 import Medusa2Recipe
 
 SUITES = shipped()
@@ -100,7 +101,7 @@ def test_a_shipped_corpus_can_be_asked_for(path: Path) -> None:
     """Regression: a recipe wanted more prompts than the catalogue has combinations; such a one has to bring its own."""
     corpus = load_training_suite(path).corpus
     if corpus is not None and corpus.prompts_file is None:
-        assert len(corpus.catalogue_prompts(corpus.num_prompts())) == corpus.num_prompts()
+        assert len(catalogue_prompts(corpus, corpus.num_prompts())) == corpus.num_prompts()
 
 
 def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:

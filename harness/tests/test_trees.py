@@ -10,10 +10,10 @@ import pytest
 
 from harness.compose.replay import replay
 from harness.compose.trees import check_fixed_trees, fastest_tree, grow, resolve_trees
-from harness.config import SuiteSpec
 from harness.errors import UserError
 from harness.records.run import ArmTree, StepCost
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, smoke_suite
 from medusa_impl.tree import DraftTree
 

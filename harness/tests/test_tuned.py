@@ -12,7 +12,6 @@ import tomli_w
 import torch
 
 import harness.device.engine
-from harness.config import FastestTree, TinyModelSpec, parse_suite
 from harness.device.engine import Engine, LoadedModel, load_tuned_engine
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
@@ -29,9 +28,10 @@ from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
 from harness.report.run import best_greedy_arm, render_report
 from harness.report.run_tables import arms_note
+from harness.specs.recipe import JointSuite
+from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
-from harness.training_specs import JointSuite
 
 tiny_model = harness.device.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}

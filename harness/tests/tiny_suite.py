@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from harness.cli.app import main
-from harness.config import SuiteSpec, load_suite, parse_suite
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel, load_engine, load_model
 from harness.device.prompts import warmup_prompts
@@ -25,6 +24,7 @@ from harness.measure.run import RunOptions, run_suite
 from harness.paths import shipped
 from harness.records.run import Failure, Generation, RunRecord
 from harness.records.store import Store
+from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 from harness.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads

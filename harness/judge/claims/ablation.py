@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from harness.claim_forms import (
+from harness.judge.ablation import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
+from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
+from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
+from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.records.ablation import AblationRecord, TextChange
+from harness.specs.claim_forms import (
     HeadOrderForm,
     HurtsMoreForm,
     KeepsQualityForm,
@@ -18,12 +23,7 @@ from harness.claim_forms import (
     TrainingForm,
     UnchangedForm,
 )
-from harness.claim_specs import ClaimSpec
-from harness.judge.ablation import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
-from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
-from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
-from harness.judge.judgement import ClaimVerdict, VerdictKind
-from harness.records.ablation import AblationRecord, TextChange
+from harness.specs.claims import ClaimSpec
 from harness.stats import bootstrap_ratio
 
 

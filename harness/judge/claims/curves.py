@@ -8,10 +8,10 @@ from statistics import median
 
 import numpy as np
 
-from harness.claim_forms import LogGrowthForm, SpeedPeaksForm
 from harness.judge.claims.evidence import Evidence, Floats, ratio_of_rates, replay_counts, replays, search_split
 from harness.judge.claims.findings import Finding, NotTestable, above, combined, holds, shown
 from harness.judge.judgement import VerdictKind
+from harness.specs.claim_forms import LogGrowthForm, SpeedPeaksForm
 from harness.stats import Interval, bootstrap_totals
 
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.replay import Replay, ReplayIndex
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
 from harness.judge.metrics import paired_totals
 from harness.records.run import Generation, RunRecord
 from harness.records.trace import Trace
+from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import GrownTree, grow_by_joint_hits

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, harmonic_mean
 
-from harness.claim_forms import (
+from harness.compose.roofline import Simulation, attention_intensity, linear_intensity, llama_7b_block
+from harness.judge.claims.findings import Finding, NotTestable
+from harness.judge.judgement import VerdictKind
+from harness.specs.claims import ClaimSpec, OperatorTable
+from harness.specs.hardware import load_hardware
+from harness.specs.paper_forms import (
     BoundMissedForm,
     CategoryMeansForm,
     ClosedFormsForm,
@@ -23,11 +28,6 @@ from harness.claim_forms import (
     StatementsDifferForm,
     TableRatiosForm,
 )
-from harness.claim_specs import ClaimSpec, OperatorTable
-from harness.compose.roofline import Simulation, attention_intensity, linear_intensity, llama_7b_block
-from harness.hardware import load_hardware
-from harness.judge.claims.findings import Finding, NotTestable
-from harness.judge.judgement import VerdictKind
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from harness.claim_forms import (
+from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
+from harness.judge.claims.evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
+from harness.judge.claims.findings import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
+from harness.judge.judgement import Divergence, VerdictKind
+from harness.records.run import Generation
+from harness.specs.claim_forms import (
     ExtraHeadForm,
     FasterForm,
     LadderStepForm,
@@ -21,11 +26,6 @@ from harness.claim_forms import (
     SpeedPeaksForm,
     TransferForm,
 )
-from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
-from harness.judge.claims.evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
-from harness.judge.claims.findings import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
-from harness.judge.judgement import Divergence, VerdictKind
-from harness.records.run import Generation
 from harness.stats import bootstrap_ratio
 from medusa_impl.tree_search import random_dense
 

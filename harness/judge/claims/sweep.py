@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.claim_specs import ClaimSpec, load_claims
 from harness.compose.appendix_g import VERDICTS
 from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, holds, shown
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.sweep import SampledCell, SweepRecord
+from harness.specs.claim_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
+from harness.specs.claims import ClaimSpec, load_claims
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
-from harness.sweep_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
 
 Floats = NDArray[np.float64]
 

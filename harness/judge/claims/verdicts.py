@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from harness.claim_forms import LiteralForm
-from harness.claim_specs import ClaimSpec
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.findings import Finding, NotTestable
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
 from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.specs.claim_forms import LiteralForm
+from harness.specs.claims import ClaimSpec
 
 FormName = Literal["literal", "transfer", "paper-only", "none"]
 

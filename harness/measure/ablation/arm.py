@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.ablation_specs import AblationSpec
 from harness.device.engine import best_device, load_model
 from harness.errors import UserError
 from harness.joint_run import JointText, corpus_text, train_joint
 from harness.paths import resolve_path, shipped
-from harness.training_specs import JointSuite, load_training_suite
+from harness.specs.ablation import AblationSpec
+from harness.specs.recipe import JointSuite, load_training_suite
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.sequences import TrainingSequence

@@ -13,13 +13,11 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness.ablation_specs import START_ARM, AblationSpec
-from harness.asset_specs import load_asset_specs
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
 from harness.conversations import conversation_sequence
-from harness.corpus import CorpusSpec, corpus_prompts, make_corpus
+from harness.corpus import corpus_prompts, make_corpus
 from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
@@ -28,6 +26,9 @@ from harness.measure.ablation.backbone_change import MeasuredText, Reading, gree
 from harness.paths import cache_dir
 from harness.records.ablation import ArmResult
 from harness.records.trace import Trace
+from harness.specs.ablation import START_ARM, AblationSpec
+from harness.specs.assets import load_asset_specs
+from harness.specs.recipe import CorpusSpec
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe

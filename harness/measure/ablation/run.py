@@ -18,9 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.ablation_specs import AblationSpec
 from harness.compose.trees import grow
-from harness.config import SearchedTree
 from harness.device.engine import Engine, best_device, describe_engine, load_model
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
@@ -45,6 +43,8 @@ from harness.records.provenance import Environment, machine_slug
 from harness.records.run import ArmTree
 from harness.records.store import Store
 from harness.records.trace import Trace
+from harness.specs.ablation import AblationSpec
+from harness.specs.suite import SearchedTree
 from medusa_impl.distill import CorpusPrompt
 from medusa_impl.medusa2_trainer import STEP_LOG
 from medusa_impl.tree import DraftTree

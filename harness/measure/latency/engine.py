@@ -11,17 +11,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from harness.config import TinyModelSpec
 from harness.device.engine import Engine, LoadedModel, describe_engine, embedding_weights, heads_for, load_model
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.latency_specs import DtypeName, LatencyHeads, LatencySpec, ModeName
 from harness.measure.latency.modes import LatencyPrompt
 from harness.paths import resolve_path
 from harness.records.latency import ModelFacts, facts_of_shape
 from harness.records.provenance import Environment
-from harness.shapes import ShapeSpec, load_shapes
+from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName
+from harness.specs.shapes import ShapeSpec, load_shapes
+from harness.specs.suite import TinyModelSpec
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.packed_linear import packing_available

@@ -7,22 +7,22 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness.asset_specs import load_asset_specs
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
 from harness.compose.curve import LatencyCurve
 from harness.compose.trees import resolve_trees
-from harness.config import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.latency_specs import DtypeName, LatencySpec, ModeName
 from harness.paths import cache_dir, resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
 from harness.records.run import ArmTree, StepCost
 from harness.records.trace import Trace
+from harness.specs.assets import load_asset_specs
+from harness.specs.latency import DtypeName, LatencySpec, ModeName
+from harness.specs.suite import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.tree import DraftTree

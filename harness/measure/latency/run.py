@@ -23,7 +23,6 @@ from harness.device.limits import measure_device_limits
 from harness.device.locks import device_held, folder_held
 from harness.errors import UserError
 from harness.files import write_json
-from harness.latency_specs import DtypeName, LatencySpec, ModeName, PointKey
 from harness.measure.latency.engine import (
     chosen_modes,
     describe_latency,
@@ -49,6 +48,7 @@ from harness.records.latency import (
     limits_file,
 )
 from harness.records.store import Store
+from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.memory import peak_memory_bytes
 
 Held = Callable[[], contextlib.AbstractContextManager[None]]

@@ -10,9 +10,9 @@ import torch
 
 from harness.device.clock import Clock
 from harness.device.engine import Engine
-from harness.latency_specs import PointKey
 from harness.paths import without_paths
 from harness.records.latency import LatencyPoint
+from harness.specs.latency import PointKey
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla

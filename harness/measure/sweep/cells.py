@@ -14,7 +14,6 @@ import numpy as np
 from harness.compose.composer import Composer, KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.differences import decoded_difference
-from harness.config import ArmSpec, GreedyAcceptance, RejectionAcceptance, SuiteSpec, TypicalAcceptance
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock, device_clock
 from harness.device.engine import Engine, best_device, load_engine, load_model
@@ -23,7 +22,6 @@ from harness.device.machine import device_info
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import KeptText
 from harness.errors import UserError
-from harness.hardware import match_device
 from harness.measure import probes
 from harness.paths import without_paths
 from harness.records.sweep import (
@@ -38,7 +36,9 @@ from harness.records.sweep import (
     sampled_key,
 )
 from harness.records.trace import PromptTrace, Trace
-from harness.sweep_specs import SampledSetting, SweepSpec
+from harness.specs.hardware import match_device
+from harness.specs.suite import ArmSpec, GreedyAcceptance, RejectionAcceptance, SuiteSpec, TypicalAcceptance
+from harness.specs.sweep import SampledSetting, SweepSpec
 from medusa_impl.tree import DraftTree
 
 _TREE = {"kind": "chain", "depth": 1}  # ArmSpec wants one; ArmRunner takes the resolved tree

@@ -26,14 +26,14 @@ from rich.console import Console
 
 from harness.device.machine import git_state
 from harness.errors import UserError
-from harness.latency_specs import LatencySpec, load_latency_spec
 from harness.measure.sweep.cells import CellInputs, RunTask, SampledTask, failed_cell
 from harness.measure.sweep.node import Refusal, describe_node, measure_curve, run_cell
 from harness.measure.sweep.run import SweepOptions
 from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
 from harness.records.sweep import AnyCell, RanOn
-from harness.sweep_specs import ClusterSpec, SweepSpec
+from harness.specs.latency import LatencySpec, load_latency_spec
+from harness.specs.sweep import ClusterSpec, SweepSpec
 
 _VARIABLES = (CACHE_VARIABLE, "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")  # of the driver, where set
 _CONNECT_S, _LOOK_S, _PATIENCE_S = 5.0, 10.0, 300.0

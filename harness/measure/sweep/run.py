@@ -20,13 +20,11 @@ from harness.compose.cells import compose
 from harness.compose.composer import KnotPrices
 from harness.compose.devices import StepTimes
 from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
-from harness.config import load_suite
 from harness.device.engine import best_device
 from harness.device.locks import folder_held
 from harness.device.machine import device_info, git_state, package_versions, python_version
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
-from harness.hardware import match_device
 from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
 from harness.paths import code_folder, resolve_path
 from harness.records.store import Store
@@ -43,7 +41,9 @@ from harness.records.sweep import (
     decoded_key,
 )
 from harness.records.trace import Trace
-from harness.sweep_specs import SweepSpec
+from harness.specs.hardware import match_device
+from harness.specs.suite import load_suite
+from harness.specs.sweep import SweepSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from harness.config import SuiteSpec
 from harness.files import write_json
 from harness.measure.sweep.cells import CellInputs
 from harness.measure.sweep.node import Shipment
@@ -21,6 +20,7 @@ from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
 from harness.records.provenance import machine_slug
 from harness.records.store import hashes
+from harness.specs.suite import SuiteSpec
 
 _PACKAGES = ("harness", "medusa_impl", "suites")
 _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.claim_forms import LiteralForm, PaperOnlyForm, TrainingForm, TransferForm
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import shipped
-from harness.sweep_forms import SweepForm
+from harness.specs.claim_forms import LiteralForm, SweepForm, TrainingForm, TransferForm
+from harness.specs.paper_forms import PaperOnlyForm
 
 CLAIMS_FILE = shipped("claims.toml")
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role

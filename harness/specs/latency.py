@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 from harness.errors import UserError
 from harness.files import DataFile, Frozen, first_fault
+from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 
 ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.runner, which needs torch
 DtypeName = Literal["float32", "bfloat16", "float16"]

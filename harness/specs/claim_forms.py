@@ -7,17 +7,52 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from harness.files import Frozen
+from harness.specs.paper_forms import Form, Share
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+Margin = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _Form(Frozen):
+class _SweepForm(Frozen):
     """What every form carries: why its bounds, margins and settings are what they are."""
 
     reason: str = Field(min_length=1)
 
 
-class LiteralForm(_Form):
+class TemperatureTrendForm(_SweepForm):
+    """Over at least `min_temperatures` tokens/step of typical acceptance rises and that of rejection falls: both slopes beyond 0."""
+
+    test: Literal["temperature_trend"]
+    epsilon: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0)
+    min_temperatures: int = Field(ge=3)
+
+
+class ThresholdTrendForm(_SweepForm):
+    """Over at least `min_epsilons` thresholds, delta their square root, tokens/step falls and likelihood rises: both slopes beyond 0."""
+
+    test: Literal["threshold_trend"]
+    temperature: float = Field(gt=0)
+    min_epsilons: int = Field(ge=3)
+
+
+class TypicalBeatsRejectionForm(_SweepForm):
+    """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature, and its text is no less likely.
+
+    Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no less.
+    """
+
+    test: Literal["typical_beats_rejection"]
+    temperature: float = Field(gt=0)
+    epsilon: float = Field(gt=0, lt=1)
+    delta: float = Field(gt=0)
+    bound: float
+    margin: Margin
+
+
+SweepForm = Annotated[ThresholdTrendForm | TypicalBeatsRejectionForm | TemperatureTrendForm, Field(discriminator="test")]
+
+
+class LiteralForm(Form):
     """The same model, method, data and metric as the paper: what it needs, and how close counts as the same figure."""
 
     backbone: str
@@ -27,7 +62,7 @@ class LiteralForm(_Form):
     tolerance: Share
 
 
-class LosslessForm(_Form):
+class LosslessForm(Form):
     """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most `max_tie_rate` a token, or one.
 
     Half precision has no such limit, and says how many ties in how many tokens.
@@ -37,7 +72,7 @@ class LosslessForm(_Form):
     max_tie_rate: Share
 
 
-class FasterForm(_Form):
+class FasterForm(Form):
     """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`, and without a parity bug."""
 
     test: Literal["faster"]
@@ -45,7 +80,7 @@ class FasterForm(_Form):
     bound: float
 
 
-class LadderStepForm(_Form):
+class LadderStepForm(Form):
     """One rung: the arm exceeds the arm `over` by more than `bound`, in tokens/step and in measured tokens/s."""
 
     test: Literal["ladder_step"]
@@ -55,7 +90,7 @@ class LadderStepForm(_Form):
     max_nodes: int | None = None
 
 
-class SparseBeatsDenseForm(_Form):
+class SparseBeatsDenseForm(Form):
     """The arm's sparse tree yields more tokens/step than random dense trees of `dense_nodes` nodes, pooled, by replay."""
 
     test: Literal["sparse_beats_dense"]
@@ -67,7 +102,7 @@ class SparseBeatsDenseForm(_Form):
     bound: float
 
 
-class SearchDepthForm(_Form):
+class SearchDepthForm(Form):
     """The tree that the search grew to `num_nodes` nodes is at most `max_depth` deep."""
 
     test: Literal["search_depth"]
@@ -76,14 +111,14 @@ class SearchDepthForm(_Form):
     max_depth: int
 
 
-class LossGrowsForm(_Form):
+class LossGrowsForm(Form):
     """Head k + 1 has a greater loss than head k, for every k, at the positions where both have a target."""
 
     test: Literal["loss_grows"]
     bound: float
 
 
-class ExtraHeadForm(_Form):
+class ExtraHeadForm(Form):
     """With `with_heads` heads tokens/step is that of `without_heads` to within a relative `margin`, each with its own best tree."""
 
     test: Literal["extra_head"]
@@ -94,7 +129,7 @@ class ExtraHeadForm(_Form):
     margin: Share
 
 
-class SpeedIdentityForm(_Form):
+class SpeedIdentityForm(Form):
     """Measured speedup over (acceleration rate / separately timed overhead) is 1 to within `margin`, for each arm that was run."""
 
     test: Literal["speed_identity"]
@@ -102,7 +137,7 @@ class SpeedIdentityForm(_Form):
     margin: Share
 
 
-class LogGrowthForm(_Form):
+class LogGrowthForm(Form):
     """Tokens/step of the best trees of `sizes` nodes rises, less a node late than early, and fits a + b log n with R^2 above the bound."""
 
     test: Literal["log_growth"]
@@ -111,7 +146,7 @@ class LogGrowthForm(_Form):
     min_r_squared: Share
 
 
-class SpeedPeaksForm(_Form):
+class SpeedPeaksForm(Form):
     """Tokens/step over the measured step time peaks before the largest of `sizes` and is less there than at the peak."""
 
     test: Literal["speed_peaks"]
@@ -135,7 +170,7 @@ TransferForm = Annotated[
 ]
 
 
-class MoreTokensForm(_Form):
+class MoreTokensForm(Form):
     """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`.
 
     It must do so on the text that each writes itself and on the original's answers, which both read: a backbone that has learnt to repeat
@@ -149,7 +184,7 @@ class MoreTokensForm(_Form):
     bound: float
 
 
-class KeepsQualityForm(_Form):
+class KeepsQualityForm(Form):
     """Each of the arms lies at most `max_kl` nats a token from the original, and yields more tokens/step than `over`, on the text that each
     writes itself and on the original's.
 
@@ -165,14 +200,14 @@ class KeepsQualityForm(_Form):
     control: str | None = None
 
 
-class UnchangedForm(_Form):
+class UnchangedForm(Form):
     """Training an arm left every tensor of its backbone as it was, by the hashes that were taken where it was trained."""
 
     test: Literal["unchanged"]
     arm: str
 
 
-class HurtsMoreForm(_Form):
+class HurtsMoreForm(Form):
     """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within `max_kl` where given.
 
     `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are the settings of the recipe
@@ -188,7 +223,7 @@ class HurtsMoreForm(_Form):
     differ: tuple[str, ...] | None = None
 
 
-class LittleMemoryForm(_Form):
+class LittleMemoryForm(Form):
     """Training an arm holds at most a relative `margin` more memory than the arm `over`."""
 
     test: Literal["little_memory"]
@@ -197,7 +232,7 @@ class LittleMemoryForm(_Form):
     margin: Share
 
 
-class HeadOrderForm(_Form):
+class HeadOrderForm(Form):
     """Head k + 1 of a trained arm has a greater loss than head k, for every k, on the arm's own greedy text."""
 
     test: Literal["head_order"]
@@ -205,7 +240,7 @@ class HeadOrderForm(_Form):
     bound: float
 
 
-class SpareHeadForm(_Form):
+class SpareHeadForm(Form):
     """With `with_heads` heads a trained arm's tokens/step is that of `without_heads` to within a `margin`, each at its best tree."""
 
     test: Literal["spare_head"]
@@ -218,144 +253,5 @@ class SpareHeadForm(_Form):
 
 TrainingForm = Annotated[
     MoreTokensForm | KeepsQualityForm | UnchangedForm | HurtsMoreForm | LittleMemoryForm | HeadOrderForm | SpareHeadForm,
-    Field(discriminator="test"),
-]
-
-
-class BoundMissedForm(_Form):
-    """At least one of `figures` lies on the wrong side of the bound that `bound_claim` states."""
-
-    test: Literal["bound_missed"]
-    bound_claim: str
-    figures: tuple[str, ...]
-
-
-class QuotientsForm(_Form):
-    """Rate over overhead gives the printed speedup of every model to within a relative `tolerance`."""
-
-    test: Literal["quotients"]
-    models: tuple[str, ...]
-    tolerance: Share
-
-
-class ImpliedOverheadsForm(_Form):
-    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for, for at least `min_apart` models."""
-
-    test: Literal["implied_overheads"]
-    pairs: tuple[tuple[str, str], ...]
-    min_apart: int
-    half_unit: float
-
-
-class Statement(Frozen):
-    """What one place says, in one word or two."""
-
-    place: str
-    says: str
-
-
-class StatementsDifferForm(_Form):
-    """Places that ought to say the same thing do not."""
-
-    test: Literal["statements_differ"]
-    about: str
-    statements: tuple[Statement, ...] = Field(min_length=2)
-
-
-class CategoryMeansForm(_Form):
-    """The arithmetic and the harmonic mean of the categories both differ from the overall figure by more than `half_unit`."""
-
-    test: Literal["category_means"]
-    prefix: str
-    overall: str
-    half_unit: float
-
-
-class ClosedFormsForm(_Form):
-    """The closed forms give every printed intensity to within `tolerance`."""
-
-    test: Literal["closed_forms"]
-    by_length: str
-    by_batch: str
-    linear: str
-    table_context_tokens: int
-    tolerance: float
-
-
-class TableRatiosForm(_Form):
-    """Two ratios of one table round to the whole figures that the text states."""
-
-    test: Literal["table_ratios"]
-    table: str
-    row: int
-    column: int
-
-
-class RelativeLatencyForm(_Form):
-    """n x TFLOP/s(1) / TFLOP/s(n) of one table row gives the stated latencies to within `tolerance`."""
-
-    test: Literal["relative_latency"]
-    table: str
-    row: int
-    tolerance: float
-
-
-class LogConstantForm(_Form):
-    """The slope times the logarithm of `num_nodes` gives the rate of Table 1 to within a relative `tolerance`, for one base at least."""
-
-    test: Literal["log_constant"]
-    slope: float
-    bases: tuple[float, ...]
-    num_nodes: int
-    rate: str
-    tolerance: Share
-
-
-class _SimulationForm(_Form):
-    device: str
-    slope: float
-    log_base: float = Field(gt=1)
-
-
-class SimulatedPeakForm(_SimulationForm):
-    """The simulated speedup is greatest at `num_nodes` candidates, to within a relative `tolerance`, and falls beyond."""
-
-    test: Literal["simulated_peak"]
-    num_nodes: int
-    context_tokens: int
-    batch: int
-    tolerance: Share
-
-
-class SimulatedBatchForm(_SimulationForm):
-    """The best simulated speedup falls with the batch, is above 1 up to `batch`, and below 1 at the next power of two."""
-
-    test: Literal["simulated_batch"]
-    batch: int
-    context_tokens: int
-
-
-class SimulatedLengthForm(_SimulationForm):
-    """Over `context_tokens` the best number of candidates stays within a relative `tolerance` while the best speedup falls."""
-
-    test: Literal["simulated_length"]
-    batch: int
-    context_tokens: tuple[int, ...]
-    tolerance: Share
-
-
-PaperOnlyForm = Annotated[
-    BoundMissedForm
-    | QuotientsForm
-    | ImpliedOverheadsForm
-    | StatementsDifferForm
-    | CategoryMeansForm
-    | ClosedFormsForm
-    | TableRatiosForm
-    | RelativeLatencyForm
-    | LogConstantForm
-    | SimulatedPeakForm
-    | SimulatedBatchForm
-    | SimulatedLengthForm,
     Field(discriminator="test"),
 ]

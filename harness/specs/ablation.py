@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 from harness.errors import UserError
 from harness.files import DataFile, Frozen
+from harness.specs.suite import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
 

@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from harness.config import IntervalSpec
 from harness.errors import UserError
 from harness.files import DataFile, Frozen, first_fault
-from harness.latency_specs import Counts, LatencyHeads
+from harness.specs.latency import Counts, LatencyHeads
+from harness.specs.suite import IntervalSpec
 
 MAX_NODES = 256  # the widest tree of Fig. 4
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...], Field(min_length=1)]

@@ -6,14 +6,15 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from harness.config import ModelSpec
-from harness.corpus import CorpusSpec
 from harness.errors import UserError
 from harness.files import Frozen
+from harness.specs.suite import ModelSpec
 from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.training import Medusa1Recipe
+
+Split = Literal["train", "held_out"]
 
 
 class CalibrationSpec(Frozen):
@@ -32,6 +33,48 @@ class _Recipe(Frozen):
     calibration: CalibrationSpec = CalibrationSpec()
     num_workers: int | None = None
     packed_corpus: str | None = None
+
+
+class CorpusSpec(Frozen):
+    """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is sampled, the rest greedy.
+
+    `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the conversations whose first answer
+    came to its end go on: through all further turns of the file's, one after another, or to one other of the project's prompts of that
+    category. A conversation ends before its last question where an answer used up its budget, where a question is longer than
+    `max_prompt_tokens`, or where the model has too few positions for all that was said and another answer.
+    """
+
+    num_tokens: int | None = Field(default=None, ge=1)
+    num_samples: int | None = Field(default=None, ge=1)
+    max_new_tokens: int = 160
+    max_prompt_tokens: int = 512
+    sampled_share: float = 0.34
+    temperature: float = 0.3
+    num_rows: int = 48
+    seed: int = 1
+    split: Split = "train"
+    prompts_file: str | None = None
+    second_turn_share: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> CorpusSpec:
+        if (self.num_tokens is None) == (self.num_samples is None):
+            raise ValueError("set exactly one of num_tokens and num_samples")
+        return self
+
+    @property
+    def goal(self) -> int:
+        """How much is wanted, in `unit`."""
+        return self.num_tokens or self.num_samples or 0
+
+    @property
+    def unit(self) -> str:
+        """What the goal counts."""
+        return "tokens" if self.num_tokens is not None else "answers"
+
+    def num_prompts(self) -> int:
+        """Return enough prompts for the goal: answers average more than half of their budget, and few prompts are too long."""
+        return -(-2 * self.num_tokens // self.max_new_tokens) if self.num_tokens is not None else 2 * self.goal
 
 
 class TrainingSuite(_Recipe):

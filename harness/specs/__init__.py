@@ -1,0 +1,1 @@
+"""Everything that lies under suites/, as validated data."""

@@ -1,0 +1,156 @@
+"""Forms of claims that are judged on the paper's own figures."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from harness.files import Frozen
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Form(Frozen):
+    """What every form carries: why its bounds, margins and settings are what they are."""
+
+    reason: str = Field(min_length=1)
+
+
+class BoundMissedForm(Form):
+    """At least one of `figures` lies on the wrong side of the bound that `bound_claim` states."""
+
+    test: Literal["bound_missed"]
+    bound_claim: str
+    figures: tuple[str, ...]
+
+
+class QuotientsForm(Form):
+    """Rate over overhead gives the printed speedup of every model to within a relative `tolerance`."""
+
+    test: Literal["quotients"]
+    models: tuple[str, ...]
+    tolerance: Share
+
+
+class ImpliedOverheadsForm(Form):
+    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for, for at least `min_apart` models."""
+
+    test: Literal["implied_overheads"]
+    pairs: tuple[tuple[str, str], ...]
+    min_apart: int
+    half_unit: float
+
+
+class Statement(Frozen):
+    """What one place says, in one word or two."""
+
+    place: str
+    says: str
+
+
+class StatementsDifferForm(Form):
+    """Places that ought to say the same thing do not."""
+
+    test: Literal["statements_differ"]
+    about: str
+    statements: tuple[Statement, ...] = Field(min_length=2)
+
+
+class CategoryMeansForm(Form):
+    """The arithmetic and the harmonic mean of the categories both differ from the overall figure by more than `half_unit`."""
+
+    test: Literal["category_means"]
+    prefix: str
+    overall: str
+    half_unit: float
+
+
+class ClosedFormsForm(Form):
+    """The closed forms give every printed intensity to within `tolerance`."""
+
+    test: Literal["closed_forms"]
+    by_length: str
+    by_batch: str
+    linear: str
+    table_context_tokens: int
+    tolerance: float
+
+
+class TableRatiosForm(Form):
+    """Two ratios of one table round to the whole figures that the text states."""
+
+    test: Literal["table_ratios"]
+    table: str
+    row: int
+    column: int
+
+
+class RelativeLatencyForm(Form):
+    """n x TFLOP/s(1) / TFLOP/s(n) of one table row gives the stated latencies to within `tolerance`."""
+
+    test: Literal["relative_latency"]
+    table: str
+    row: int
+    tolerance: float
+
+
+class LogConstantForm(Form):
+    """The slope times the logarithm of `num_nodes` gives the rate of Table 1 to within a relative `tolerance`, for one base at least."""
+
+    test: Literal["log_constant"]
+    slope: float
+    bases: tuple[float, ...]
+    num_nodes: int
+    rate: str
+    tolerance: Share
+
+
+class _SimulationForm(Form):
+    device: str
+    slope: float
+    log_base: float = Field(gt=1)
+
+
+class SimulatedPeakForm(_SimulationForm):
+    """The simulated speedup is greatest at `num_nodes` candidates, to within a relative `tolerance`, and falls beyond."""
+
+    test: Literal["simulated_peak"]
+    num_nodes: int
+    context_tokens: int
+    batch: int
+    tolerance: Share
+
+
+class SimulatedBatchForm(_SimulationForm):
+    """The best simulated speedup falls with the batch, is above 1 up to `batch`, and below 1 at the next power of two."""
+
+    test: Literal["simulated_batch"]
+    batch: int
+    context_tokens: int
+
+
+class SimulatedLengthForm(_SimulationForm):
+    """Over `context_tokens` the best number of candidates stays within a relative `tolerance` while the best speedup falls."""
+
+    test: Literal["simulated_length"]
+    batch: int
+    context_tokens: tuple[int, ...]
+    tolerance: Share
+
+
+PaperOnlyForm = Annotated[
+    BoundMissedForm
+    | QuotientsForm
+    | ImpliedOverheadsForm
+    | StatementsDifferForm
+    | CategoryMeansForm
+    | ClosedFormsForm
+    | TableRatiosForm
+    | RelativeLatencyForm
+    | LogConstantForm
+    | SimulatedPeakForm
+    | SimulatedBatchForm
+    | SimulatedLengthForm,
+    Field(discriminator="test"),
+]
