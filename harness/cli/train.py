@@ -23,9 +23,10 @@ def train(
     hub: HubOption = False,
 ) -> None:
     """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace; resumes where it stopped."""
-    from harness.joint_run import check_runnable, train_joint_suite
     from harness.specs.recipe import JointSuite, load_training_suite
-    from harness.training_run import announce, train_suite
+    from harness.training.heads import train_suite
+    from harness.training.joint import check_runnable, train_joint_suite
+    from harness.training.workers import announce
     from medusa_impl.medusa2_trainer import end_processes, process_state
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
@@ -62,8 +63,8 @@ def calibrate(
     hub: HubOption = False,
 ) -> None:
     """Record the calibration trace of trained heads, which trees are searched on, as training does at its end where the model fits."""
-    from harness.joint_run import calibrate_folder
     from harness.specs.recipe import JointSuite, load_training_suite
+    from harness.training.calibration import calibrate_folder
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     if not isinstance(spec, JointSuite):
@@ -79,9 +80,8 @@ def distill(
     hub: HubOption = False,
 ) -> None:
     """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where it stopped."""
-    from harness.distill_run import distill_suite
     from harness.specs.recipe import load_training_suite
-    from harness.training_run import announce
+    from harness.training.workers import announce, distill_suite
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name

@@ -28,7 +28,7 @@ from harness.records.run import ArmTree
 from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
-from harness.tiny_heads import train_tiny_heads
+from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.runner import Mode
 from medusa_impl.sections import no_section
 

@@ -12,7 +12,7 @@ from harness.device.prompts import check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import KeptText, record_trace
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec
-from harness.tiny_heads import train_tiny_heads
+from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.decode import StreamRequest, decode_stream
 
 _NUM_ROWS = 16

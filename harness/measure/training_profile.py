@@ -25,13 +25,14 @@ from harness.device.locks import device_held
 from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.joint_run import check_runnable, first_heads, read_text, token_subset
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import code_folder, resolve_path
 from harness.records.provenance import Environment
 from harness.records.run import DeviceLimits
 from harness.records.training_profile import MatrixThroughput, TrainingProfile
 from harness.specs.recipe import AnySuite, JointSuite, TrainingSuite
+from harness.training.joint import check_runnable, first_heads
+from harness.training.text import read_text, token_subset
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusSample, unpack_corpus
 from medusa_impl.features import FeatureSet, add_states, load_features

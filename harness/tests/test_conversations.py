@@ -11,12 +11,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.assets.listing import find_cached
-from harness.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
-from harness.corpus import amount, catalogue_prompts, goes_on, next_turn_prompts, questions
 from harness.errors import UserError
 from harness.paths import cache_dir, shipped
 from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
+from harness.training.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
+from harness.training.corpus import amount, catalogue_prompts, goes_on, next_turn_prompts, questions
 from medusa_impl.distill import CorpusPrompt, CorpusSample
 from medusa_impl.losses import NO_TARGET
 from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate

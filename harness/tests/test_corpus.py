@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.corpus import corpus_prompts, make_corpus
 from harness.device.engine import Engine
 from harness.errors import UserError
 from harness.specs.recipe import CorpusSpec
 from harness.tests.tiny_suite import QUIET
+from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.kv_cache import TreeCache

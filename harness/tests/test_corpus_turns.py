@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.conversations import conversation_and_turn, follow_up_ids, next_turn_key, turn_key, turn_sequences
-from harness.corpus import amount, catalogue_prompts, next_questions, next_turn_prompts, questions
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import shipped
 from harness.specs.recipe import CorpusSpec
 from harness.tests.test_conversations import ChatTokenizer, sample
+from harness.training.conversations import conversation_and_turn, follow_up_ids, next_turn_key, turn_key, turn_sequences
+from harness.training.corpus import amount, catalogue_prompts, next_questions, next_turn_prompts, questions
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
 
 # Two shards as `CorpusStore(folder, shard_samples=2)` wrote them at commit 8c2fed6: a conversation of two turns, and one of a single turn.

@@ -17,16 +17,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from harness.conversations import conversation_and_turn, conversation_sequence, turn_key
-from harness.corpus import goes_on
 from harness.device.engine import best_device, load_model, model_sha256
-from harness.distill_run import distill_suite
 from harness.errors import ExitCode, UserError
-from harness.joint_run import read_text
 from harness.specs.recipe import JointSuite
 from harness.specs.suite import ModelSpec
 from harness.tests.tiny_suite import QUIET, command
-from harness.training_run import corpus_backbone, corpus_worker, fill_corpus
+from harness.training.conversations import conversation_and_turn, conversation_sequence, turn_key
+from harness.training.corpus import goes_on
+from harness.training.text import read_text
+from harness.training.workers import corpus_backbone, corpus_worker, distill_suite, fill_corpus
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 
@@ -156,7 +155,7 @@ def test_what_cannot_be_brought_further_starts_no_worker_again(model_folder: Pat
     def start(kind: str) -> None:
         raise Started
 
-    monkeypatch.setattr("harness.training_run.multiprocessing.get_context", start)
+    monkeypatch.setattr("harness.training.workers.multiprocessing.get_context", start)
     fill_corpus(spec, work=tmp_path, console=QUIET)
     say(tmp_path, [*rows, [words(20)]])
     with pytest.raises(Started):
@@ -172,7 +171,7 @@ def test_prompts_that_leave_no_room_are_refused_by_all_workers_before_anything_i
     data = suite(model_folder, num_samples=2, prompts_file=asked, max_new_tokens=64).model_dump(mode="json", exclude_none=True)
     recipe = tmp_path / "mine.toml"
     recipe.write_text(tomli_w.dumps({**data, "num_workers": 2}))
-    with patch("harness.distill_run.check_overlap"):
+    with patch("harness.training.workers.check_overlap"):
         ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert ran.code == ExitCode.USER_ERROR
     assert "a prompt of 493 tokens with a budget of 64" in ran.error_line and "need at most 512 positions" in ran.error_line
@@ -202,7 +201,7 @@ def test_every_worker_loads_its_model_onto_a_gpu_of_its_own(
         loaded.append(str(device))
         raise Loaded
 
-    monkeypatch.setattr("harness.training_run.load_model", load)
+    monkeypatch.setattr("harness.training.workers.load_model", load)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(str(device)))
     threads = torch.get_num_threads()
     for index in range(3):
@@ -229,7 +228,7 @@ def test_there_is_a_worker_a_gpu_and_each_is_told_how_many_there_are(
             return SimpleNamespace(empty=lambda: True)
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
-    monkeypatch.setattr("harness.training_run.multiprocessing.get_context", lambda kind: Context)
+    monkeypatch.setattr("harness.training.workers.multiprocessing.get_context", lambda kind: Context)
     fill_corpus(suite(model_folder).model_copy(update={"num_workers": asked}), work=tmp_path, console=QUIET)
     assert [args[3:] for args in given] == [(index, started, num_gpus) for index in range(started)]
 
@@ -252,7 +251,7 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
         lambda: read_text(elsewhere, loaded, work=tmp_path),
         lambda: distill_suite(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
     ):
-        with patch("harness.distill_run.check_overlap"), pytest.raises(UserError, match="found the answers of a model with tensors"):
+        with patch("harness.training.workers.check_overlap"), pytest.raises(UserError, match="found the answers of a model with tensors"):
             use()
 
 
@@ -261,7 +260,7 @@ def test_distill_answers_packs_and_goes_on_from_the_command_line(model_folder: P
     recipe = tmp_path / "mine.toml"
     recipe.write_text(tomli_w.dumps({**data, "num_workers": 2}))
     told = []
-    with patch("harness.distill_run.check_overlap"):
+    with patch("harness.training.workers.check_overlap"):
         for _ in range(2):
             ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
             assert ran.code == ExitCode.OK, ran.err
@@ -295,7 +294,7 @@ def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
 def test_a_whole_corpus_starts_no_worker(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = suite(model_folder)
     corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
-    monkeypatch.setattr("harness.training_run.multiprocessing.get_context", lambda kind: pytest.fail("a worker was started"))
+    monkeypatch.setattr("harness.training.workers.multiprocessing.get_context", lambda kind: pytest.fail("a worker was started"))
     fill_corpus(spec, work=tmp_path, console=QUIET)
 
 

@@ -17,14 +17,15 @@ from pytest import MonkeyPatch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import harness.joint_run
+import harness.training.joint
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
-from harness.joint_run import JointFiles, check_runnable, first_heads, last_checkpoint, read_text, train_joint, train_joint_suite
 from harness.specs.recipe import JointSuite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
+from harness.training.joint import JointFiles, check_runnable, first_heads, last_checkpoint, train_joint, train_joint_suite
+from harness.training.text import read_text
 from medusa_impl.checkpoint import JointFigures, load_heads
 from medusa_impl.medusa2_trainer import JointStep, MedusaTrainer, read_step_log
 from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
@@ -211,7 +212,7 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(
         def __init__(self, *arguments: Any, on_step: Any, **options: Any) -> None:
             super().__init__(*arguments, on_step=cut, **options)
 
-    monkeypatch.setattr(harness.joint_run, "MedusaTrainer", Cut)
+    monkeypatch.setattr(harness.training.joint, "MedusaTrainer", Cut)
     text = read_text(spec, loaded, work=tmp_path)
     places = {"work": tmp_path / "cut" / "work" / "joint", "target": tmp_path / "cut" / "out"}
     with pytest.raises(KeyboardInterrupt):

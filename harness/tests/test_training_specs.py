@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.corpus import catalogue_prompts
 from harness.errors import ExitCode, UserError
-from harness.joint_run import HELD_OUT_RATE
 from harness.measure.ablation.arm import arm_recipe
 from harness.paths import shipped
 from harness.specs.ablation import load_ablation, parse_ablation
 from harness.specs.recipe import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
 from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
+from harness.training.corpus import catalogue_prompts
+from harness.training.text import HELD_OUT_RATE
 from medusa_impl.medusa2 import Medusa2Recipe
 
 SUITES = shipped()

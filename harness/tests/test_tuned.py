@@ -15,7 +15,6 @@ import harness.device.engine
 from harness.device.engine import Engine, LoadedModel, load_tuned_engine
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
-from harness.joint_run import JointFiles, train_joint_suite
 from harness.judge.checks import run_checks
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.findings import NotTestable
@@ -32,6 +31,7 @@ from harness.specs.recipe import JointSuite
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
+from harness.training.joint import JointFiles, train_joint_suite
 
 tiny_model = harness.device.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}

@@ -25,7 +25,7 @@ from harness.paths import shipped
 from harness.records.run import Failure, Generation, RunRecord
 from harness.records.store import Store
 from harness.specs.suite import SuiteSpec, load_suite, parse_suite
-from harness.tiny_heads import train_tiny_heads
+from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.training import Medusa1Recipe, TrainingFigures

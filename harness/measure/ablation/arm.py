@@ -12,10 +12,11 @@ from rich.console import Console
 
 from harness.device.engine import best_device, load_model
 from harness.errors import UserError
-from harness.joint_run import JointText, corpus_text, train_joint
 from harness.paths import resolve_path, shipped
 from harness.specs.ablation import AblationSpec
 from harness.specs.recipe import JointSuite, load_training_suite
+from harness.training.joint import train_joint
+from harness.training.text import JointText, corpus_text
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.medusa2 import Medusa2Recipe
 from medusa_impl.sequences import TrainingSequence

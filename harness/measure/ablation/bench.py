@@ -16,8 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
-from harness.conversations import conversation_sequence
-from harness.corpus import corpus_prompts, make_corpus
 from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
@@ -29,6 +27,8 @@ from harness.records.trace import Trace
 from harness.specs.ablation import START_ARM, AblationSpec
 from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
+from harness.training.conversations import conversation_sequence
+from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.medusa2 import Medusa2Recipe

@@ -24,7 +24,6 @@ from harness.device.locks import folder_held
 from harness.device.machine import device_info
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
-from harness.joint_run import check_runnable
 from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
 from harness.measure.ablation.backbone_change import MeasuredText
 from harness.measure.ablation.bench import ArmBench, engine_with, held_out_prompts, reference_texts
@@ -45,6 +44,7 @@ from harness.records.store import Store
 from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
+from harness.training.joint import check_runnable
 from medusa_impl.distill import CorpusPrompt
 from medusa_impl.medusa2_trainer import STEP_LOG
 from medusa_impl.tree import DraftTree

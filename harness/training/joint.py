@@ -17,25 +17,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback
 
 from harness.assets.hashes import tensors_sha256
-from harness.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
 from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
 from harness.device.machine import git_state
 from harness.errors import UserError
-from harness.files import canonical_sha256, write_bytes
+from harness.files import write_bytes
 from harness.paths import code_folder, resolve_path
 from harness.specs.recipe import JointSuite
-from harness.training_run import calibrate, check_overlap, corpus_store, fill_corpus
+from harness.training.calibration import calibrate_folder
+from harness.training.corpus import check_overlap
+from harness.training.text import JointText, read_text, token_subset
+from harness.training.workers import fill_corpus
 from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
-from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
-from medusa_impl.features import is_held_out
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import TokenSubset
 from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
 from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, process_state, read_step_log, training_arguments
 from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
 from medusa_impl.sharding import check_launcher, under_fsdp
 
-HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
 _SAVE_STEPS = 10
 
@@ -50,18 +48,6 @@ class JointFiles:
     step_log: Path
     calibration: Path | None
     figures: JointFigures
-
-
-@dataclass(frozen=True)
-class JointText:
-    """Sequences to train on and sequences to keep out."""
-
-    train: tuple[TrainingSequence, ...]
-    held_out: tuple[TrainingSequence, ...]
-
-    def fingerprint(self) -> str:
-        """Return a hash that changes with any token of the training text, or with its order."""
-        return canonical_sha256([[sequence.token_ids, sequence.answers] for sequence in self.train])
 
 
 def train_joint_suite(
@@ -96,23 +82,6 @@ def train_joint_suite(
     return JointFiles(**{**files.__dict__, "calibration": calibration})
 
 
-def calibrate_folder(spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False) -> Path | None:
-    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a model without a tokenizer.
-
-    Raises: UserError for a folder without heads, or heads that were not trained with what lies beside them.
-    """
-    heads, adapter, whole = folder / "heads.safetensors", folder / "adapter", folder / "model"
-    if not heads.exists():
-        raise UserError(found="no heads.safetensors", need="what medusa-repro train wrote", where=folder.name)
-    changes = {"asset": None, "path": str(whole)} if whole.exists() else {"adapter": str(adapter)} if adapter.exists() else {}
-    tuned = load_model(spec.model.model_copy(update=changes), device=best_device(), allow_hub=allow_hub)
-    if tuned.tokenizer is None:  # a tiny random model: no prompts of text
-        return None
-    file = folder / "calibration.npz"
-    calibrate(spec, tuned, heads_file=heads, calibration_file=file, work=work, console=console)
-    return file
-
-
 def _too_large(recipe: Medusa2Recipe) -> str | None:
     """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on one device."""
     if recipe.backbone == "full":
@@ -125,36 +94,6 @@ def _too_large(recipe: Medusa2Recipe) -> str | None:
 def _loading_device() -> torch.device:
     """Return where the model is loaded: under FSDP on the host, from where each GPU takes its part."""
     return torch.device("cpu") if under_fsdp() else best_device()
-
-
-def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
-    """Return a recipe's text as sequences, split by the tokens of the first prompt."""
-    length = spec.recipe.max_length
-    if spec.conversations is not None:
-        if loaded.tokenizer is None:
-            raise UserError(found="conversations for a tiny random model", need="a model with a tokenizer", where=f"{spec.name}.toml")
-        check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
-        conversations = load_conversations(resolve_path(spec.conversations, beside=None))
-        made = [conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length) for conversation in conversations]
-        return split_text([sequence for sequence in made if sequence is not None])
-    if from_scratch or spec.packed_corpus is None or CorpusStore(work / "corpus").shard_files():
-        store = corpus_store(work, backbone_sha256=loaded.sha256)
-        return corpus_text(list(store.samples(with_states=False)), max_length=length)
-    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)), max_length=length)
-
-
-def corpus_text(samples: Sequence[CorpusSample], *, max_length: int) -> JointText:
-    """Return a corpus' conversations as sequences, split, in an order that no shard decides."""
-    made = sorted(turn_sequences(samples, max_length=max_length))
-    return split_text([sequence for _, sequence in made])
-
-
-def split_text(sequences: Sequence[TrainingSequence]) -> JointText:
-    """Split by each sequence's first prompt."""
-    kept: dict[bool, list[TrainingSequence]] = {True: [], False: []}
-    for sequence in sequences:
-        kept[is_held_out(sequence.token_ids[: sequence.answers[0][0]], rate=HELD_OUT_RATE)].append(sequence)
-    return JointText(train=tuple(kept[False]), held_out=tuple(kept[True]))
 
 
 def train_joint(
@@ -231,14 +170,6 @@ def first_heads(loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path
     if found != need:
         raise UserError(found=f"heads {found} to start from", need=f"heads, layers and unembedding {need}", where=start_heads.name)
     return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
-
-
-def token_subset(sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int) -> TokenSubset | None:
-    """Return the most frequent answer tokens where the recipe restricts the heads' vocabulary."""
-    if recipe.subset_size is None or recipe.subset_size >= vocab_size:
-        return None
-    targets = [token for sequence in sequences for start, end in sequence.answers for token in sequence.token_ids[start:end]]
-    return TokenSubset.most_frequent(torch.bincount(torch.tensor(targets), minlength=vocab_size), size=recipe.subset_size)
 
 
 @torch.no_grad()

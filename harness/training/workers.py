@@ -1,4 +1,4 @@
-"""`medusa-repro train` for heads alone: corpus, features, heads, held-out figures, calibration trace; each part resumes by itself."""
+"""Answers made by several processes, and a corpus distilled from them."""
 
 from __future__ import annotations
 
@@ -8,137 +8,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness.assets.catalogue import training_prompts
-from harness.assets.prompts import overlap_report
-from harness.conversations import conversation_and_turn
-from harness.corpus import amount, corpus_prompts, fingerprint, make_corpus, next_questions, next_turn_prompts, questions
 from harness.device.clock import device_clock
-from harness.device.engine import LoadedModel, best_device, load_engine, load_model, model_sha256, new_heads
+from harness.device.engine import LoadedModel, best_device, load_model, model_sha256
 from harness.device.limits import measure_device_limits
-from harness.device.machine import git_state
-from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
-from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
-from harness.paths import code_folder, resolve_path
-from harness.records.trace import Trace
 from harness.specs.recipe import AnySuite, CorpusSpec, TrainingSuite, needed_corpus, training_suite_of
-from harness.specs.suite import SuiteSpec
+from harness.training.conversations import conversation_and_turn
+from harness.training.corpus import amount, check_overlap, corpus_prompts, fingerprint, make_corpus, next_questions, next_turn_prompts
 from medusa_impl.backbone import Backbone
-from medusa_impl.checkpoint import HeadsProvenance, save_heads
-from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus, unpack_corpus
-from medusa_impl.features import add_states, load_features
+from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus
 from medusa_impl.runner import StepRunner
-from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
 
 _BACKBONE_FILE = "backbone.sha256"
 _DONE_FILE = "done.sha256"
-
-
-@dataclass(frozen=True)
-class TrainingFiles:
-    """What training leaves behind."""
-
-    heads: Path
-    calibration: Path
-    corpus: Path
-
-
-def train_suite(
-    spec: TrainingSuite, *, work: Path, target: Path, console: Console, from_scratch: bool = False, allow_hub: bool = False
-) -> TrainingFiles:
-    """Make or unpack the corpus, train the heads, and write heads, packed corpus and calibration trace; what is already there is kept.
-
-    Raises: UserError where a training prompt overlaps with a benchmark prompt, or the data cannot train the heads.
-    """
-    loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub)
-    check_overlap(spec, allow_hub=allow_hub)
-    files = TrainingFiles(target / "medusa1.safetensors", target / "calibration.npz", target / "corpus.safetensors")
-    store = CorpusStore(work / "corpus")
-    if not from_scratch and spec.packed_corpus is not None and not store.shard_files():
-        store = unpacked_corpus(spec, loaded, work=work, console=console)
-    else:
-        fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
-    features = load_features(store, num_heads=spec.recipe.num_heads)
-    console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
-    lm_head: Any = loaded.model.get_output_embeddings()
-    heads = new_heads(loaded, spec.recipe)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=None)
-
-        def show(step: TrainingStep) -> None:
-            progress.update(
-                task, total=step.num_steps, completed=step.step, description=f"training ({step.vocabulary}) loss {step.loss:.3f}"
-            )
-
-        figures = train_medusa1(
-            features, heads, lm_head.weight.detach().float().cpu(), recipe=spec.recipe, checkpoint_dir=work / "training", on_step=show
-        )
-    print_figures(console, figures)
-    commit, dirty = git_state(code_folder())
-    provenance = HeadsProvenance(
-        backbone_name=loaded.name,
-        backbone_sha256=loaded.sha256,
-        recipe=spec.recipe,
-        training=figures,
-        corpus_sha256=features.fingerprint(),
-        commit=commit,
-        dirty=dirty,
-    )
-    save_heads(files.heads, heads, provenance=provenance)
-    pack_corpus(store.samples(with_states=False), files.corpus, backbone_sha256=loaded.sha256)
-    calibrate(spec, loaded, heads_file=files.heads, calibration_file=files.calibration, work=work, console=console)
-    return files
-
-
-def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
-    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where it stopped."""
-    assert spec.packed_corpus is not None
-    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256))
-    runner = StepRunner(loaded.model, None)
-    columns = (TextColumn("states"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("states", total=len(samples))
-        return add_states(
-            runner.backbone,
-            samples,
-            cache_folder=work,
-            backbone_sha256=loaded.sha256,
-            on_sample=lambda sample: progress.advance(task),
-        )
-
-
-def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
-    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval.
-
-    Conversations of the user's own are not looked into, and a tiny model's random tokens are no words.
-    """
-    if spec.model.tiny is not None:
-        return
-    probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
-    benchmark: list[str] = []
-    for source in ("mt_bench", "human_eval"):
-        suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
-        benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
-    corpus = spec.corpus
-    training = list(questions(corpus)) if corpus is not None else []
-    for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
-        training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
-    report = overlap_report(training, benchmark)
-    if not report.clean:
-        first = report.overlaps[0]
-        raise UserError(
-            found=f"{len(report.overlaps)} overlaps, the first {first.ngram!r}",
-            need="no eight words in common with a benchmark prompt",
-            where="the training prompts",
-        )
 
 
 def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> CorpusStore:
@@ -291,52 +178,6 @@ def answer_further_turns(
         )
 
 
-def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
-    """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
-    wanted = spec.calibration
-    corpus = CorpusSpec(
-        num_tokens=wanted.num_prompts * wanted.max_new_tokens,
-        max_new_tokens=wanted.max_new_tokens,
-        sampled_share=0.0,
-        num_rows=32,
-        seed=wanted.seed,
-        split="held_out",
-    )
-    suite = SuiteSpec.model_validate(
-        {
-            "schema_version": 1,
-            "name": "calibration",
-            "description": "-",
-            "max_new_tokens": wanted.max_new_tokens,
-            "model": spec.model,
-            "heads": {"path": str(heads_file)},
-            "prompts": {"source": "mt_bench"},
-            "arms": (),
-        }
-    )
-    engine = load_engine(suite, loaded, beside=None)
-    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
-    store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")  # by model: a backbone that was trained anew answers anew
-    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console, keep_states=False)
-    samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
-    texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
-    trace = record_trace(
-        engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"}
-    )
-    trace.save(calibration_file)
-    console.print(f"calibration trace: {trace.num_positions} positions of {len(texts)} prompts")
-    return trace
-
-
-def print_figures(console: Console, figures: TrainingFigures) -> None:
-    """Print held-out loss and top-1 per head."""
-    if figures.held_out is None:
-        return
-    for head, (loss, accuracy) in enumerate(zip(figures.held_out.losses(), figures.held_out.top_accuracies(), strict=True), start=1):
-        first, tenth = (100 * (accuracy[rank] or 0) for rank in (0, -1))
-        console.print(f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {first:.1f} %, top-10 {tenth:.1f} %")
-
-
 def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False) -> None:
     """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
 
@@ -368,3 +209,35 @@ def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console
             where="the work folder",
             do="pass --from-scratch to make it",
         )
+
+
+@dataclass(frozen=True)
+class DistilledCorpus:
+    """A corpus on disk and what it holds."""
+
+    file: Path
+    num_answers: int
+    num_second_turns: int
+    num_tokens: int
+
+
+def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False) -> DistilledCorpus:
+    """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and added to.
+
+    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, a prompt that leaves no room for its answer,
+    or a work folder of another model.
+    """
+    needed_corpus(spec)
+    check_overlap(spec, allow_hub=allow_hub)
+    fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
+    store = CorpusStore(work / "corpus")
+    samples = list(store.samples(with_states=False))
+    target.mkdir(parents=True, exist_ok=True)
+    file = target / "corpus.safetensors"
+    pack_corpus(samples, file, backbone_sha256=corpus_backbone(store))
+    return DistilledCorpus(
+        file=file,
+        num_answers=len(samples),
+        num_second_turns=sum(conversation_and_turn(sample.key)[1] == 2 for sample in samples),
+        num_tokens=sum(len(sample.token_ids) for sample in samples),
+    )

@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.assets.catalogue import TrainingPrompt, training_prompts
-from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, render_chat
-from harness.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
+from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, overlap_report, render_chat
+from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
+from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.specs.recipe import CorpusSpec
+from harness.specs.recipe import AnySuite, CorpusSpec
+from harness.specs.suite import SuiteSpec
+from harness.training.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
 from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
-from medusa_impl.errors import UserError
 
 
 def amount(spec: CorpusSpec, samples: Iterable[CorpusSample]) -> int:
@@ -187,3 +189,29 @@ def make_corpus(
                 keep_states=keep_states,
             )
     return held
+
+
+def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
+    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval.
+
+    Conversations of the user's own are not looked into, and a tiny model's random tokens are no words.
+    """
+    if spec.model.tiny is not None:
+        return
+    probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
+    benchmark: list[str] = []
+    for source in ("mt_bench", "human_eval"):
+        suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
+        benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
+    corpus = spec.corpus
+    training = list(questions(corpus)) if corpus is not None else []
+    for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
+        training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
+    report = overlap_report(training, benchmark)
+    if not report.clean:
+        first = report.overlaps[0]
+        raise UserError(
+            found=f"{len(report.overlaps)} overlaps, the first {first.ngram!r}",
+            need="no eight words in common with a benchmark prompt",
+            where="the training prompts",
+        )

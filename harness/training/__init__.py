@@ -1,0 +1,1 @@
+"""From a recipe to heads, adapter and calibration trace."""

@@ -1,0 +1,70 @@
+"""The trace that trees are grown on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.device.engine import LoadedModel, best_device, load_engine, load_model
+from harness.device.trace import KeptText, record_trace
+from harness.errors import UserError
+from harness.records.trace import Trace
+from harness.specs.recipe import AnySuite, CorpusSpec, JointSuite
+from harness.specs.suite import SuiteSpec
+from harness.training.corpus import corpus_prompts, make_corpus
+from medusa_impl.distill import CorpusStore
+
+
+def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
+    """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
+    wanted = spec.calibration
+    corpus = CorpusSpec(
+        num_tokens=wanted.num_prompts * wanted.max_new_tokens,
+        max_new_tokens=wanted.max_new_tokens,
+        sampled_share=0.0,
+        num_rows=32,
+        seed=wanted.seed,
+        split="held_out",
+    )
+    suite = SuiteSpec.model_validate(
+        {
+            "schema_version": 1,
+            "name": "calibration",
+            "description": "-",
+            "max_new_tokens": wanted.max_new_tokens,
+            "model": spec.model,
+            "heads": {"path": str(heads_file)},
+            "prompts": {"source": "mt_bench"},
+            "arms": (),
+        }
+    )
+    engine = load_engine(suite, loaded, beside=None)
+    prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
+    store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")  # by model: a backbone that was trained anew answers anew
+    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console, keep_states=False)
+    samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
+    texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
+    trace = record_trace(
+        engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"}
+    )
+    trace.save(calibration_file)
+    console.print(f"calibration trace: {trace.num_positions} positions of {len(texts)} prompts")
+    return trace
+
+
+def calibrate_folder(spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False) -> Path | None:
+    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a model without a tokenizer.
+
+    Raises: UserError for a folder without heads, or heads that were not trained with what lies beside them.
+    """
+    heads, adapter, whole = folder / "heads.safetensors", folder / "adapter", folder / "model"
+    if not heads.exists():
+        raise UserError(found="no heads.safetensors", need="what medusa-repro train wrote", where=folder.name)
+    changes = {"asset": None, "path": str(whole)} if whole.exists() else {"adapter": str(adapter)} if adapter.exists() else {}
+    tuned = load_model(spec.model.model_copy(update=changes), device=best_device(), allow_hub=allow_hub)
+    if tuned.tokenizer is None:  # a tiny random model: no prompts of text
+        return None
+    file = folder / "calibration.npz"
+    calibrate(spec, tuned, heads_file=heads, calibration_file=file, work=work, console=console)
+    return file

@@ -1,0 +1,94 @@
+"""A corpus as sequences, split into training and held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harness.device.engine import LoadedModel
+from harness.errors import UserError
+from harness.files import canonical_sha256
+from harness.paths import resolve_path
+from harness.specs.recipe import JointSuite, TrainingSuite
+from harness.training.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
+from harness.training.workers import corpus_store
+from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
+from medusa_impl.features import add_states, is_held_out
+from medusa_impl.losses import TokenSubset
+from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.runner import StepRunner
+from medusa_impl.sequences import TrainingSequence
+
+HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
+
+
+def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
+    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where it stopped."""
+    assert spec.packed_corpus is not None
+    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256))
+    runner = StepRunner(loaded.model, None)
+    columns = (TextColumn("states"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("states", total=len(samples))
+        return add_states(
+            runner.backbone,
+            samples,
+            cache_folder=work,
+            backbone_sha256=loaded.sha256,
+            on_sample=lambda sample: progress.advance(task),
+        )
+
+
+@dataclass(frozen=True)
+class JointText:
+    """Sequences to train on and sequences to keep out."""
+
+    train: tuple[TrainingSequence, ...]
+    held_out: tuple[TrainingSequence, ...]
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes with any token of the training text, or with its order."""
+        return canonical_sha256([[sequence.token_ids, sequence.answers] for sequence in self.train])
+
+
+def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
+    """Return a recipe's text as sequences, split by the tokens of the first prompt."""
+    length = spec.recipe.max_length
+    if spec.conversations is not None:
+        if loaded.tokenizer is None:
+            raise UserError(found="conversations for a tiny random model", need="a model with a tokenizer", where=f"{spec.name}.toml")
+        check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
+        conversations = load_conversations(resolve_path(spec.conversations, beside=None))
+        made = [conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length) for conversation in conversations]
+        return split_text([sequence for sequence in made if sequence is not None])
+    if from_scratch or spec.packed_corpus is None or CorpusStore(work / "corpus").shard_files():
+        store = corpus_store(work, backbone_sha256=loaded.sha256)
+        return corpus_text(list(store.samples(with_states=False)), max_length=length)
+    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)), max_length=length)
+
+
+def corpus_text(samples: Sequence[CorpusSample], *, max_length: int) -> JointText:
+    """Return a corpus' conversations as sequences, split, in an order that no shard decides."""
+    made = sorted(turn_sequences(samples, max_length=max_length))
+    return split_text([sequence for _, sequence in made])
+
+
+def split_text(sequences: Sequence[TrainingSequence]) -> JointText:
+    """Split by each sequence's first prompt."""
+    kept: dict[bool, list[TrainingSequence]] = {True: [], False: []}
+    for sequence in sequences:
+        kept[is_held_out(sequence.token_ids[: sequence.answers[0][0]], rate=HELD_OUT_RATE)].append(sequence)
+    return JointText(train=tuple(kept[False]), held_out=tuple(kept[True]))
+
+
+def token_subset(sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int) -> TokenSubset | None:
+    """Return the most frequent answer tokens where the recipe restricts the heads' vocabulary."""
+    if recipe.subset_size is None or recipe.subset_size >= vocab_size:
+        return None
+    targets = [token for sequence in sequences for start, end in sequence.answers for token in sequence.token_ids[start:end]]
+    return TokenSubset.most_frequent(torch.bincount(torch.tensor(targets), minlength=vocab_size), size=recipe.subset_size)
