@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_impl.errors import UserError
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
-from medusa_impl.medusa2 import HeadsLmHead, Medusa2Recipe, untie_lm_head
-from medusa_impl.training import Medusa1Recipe, TrainingFigures
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.medusa2 import untie_lm_head
+from medusa_impl.recipes import HeadArchitecture, HeadsLmHead, Medusa1Recipe, Medusa2Recipe
+from medusa_impl.training_log import JointFigures, TrainingFigures
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _METADATA_KEY = "medusa_repro"
@@ -42,38 +43,29 @@ _DTYPE_NAMES = {
 }
 
 
-class JointHeldOut(BaseModel):
-    """What a jointly trained model does on answers that training never saw, by its own loss: sums, nats.
+def adapter_sha256(folder: Path) -> str:
+    """Return the hash of an adapter's tensors.
 
-    backbone_loss_sum is the KL from the original or the tokens' cross-entropy, as the recipe's target; None for a frozen backbone.
-    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`, within the vocabulary that the heads were trained in.
+    Raises: UserError where the folder holds no readable adapter.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    num_positions: int
-    backbone_loss_sum: float | None
-    num_agreements: int | None
-    head_loss_sums: tuple[float, ...]
-    head_targets: tuple[int, ...]
-    rank_hits: tuple[tuple[int, ...], ...]
+    return tensors_sha256(_read_safetensors(folder / ADAPTER_FILE)[0])
 
 
-class JointFigures(BaseModel):
-    """What a finished joint training saw and reached; `held_out` is None where nothing was held out.
+def backbone_sha256(model: nn.Module) -> str:
+    """Return the hash of a model's tensors as loaded; of tensors that share memory, the first name alone counts, as on disk.
 
-    `backbone_sha256s` are the hashes of a frozen backbone's tensors in memory before and behind the training: one and the same.
+    It equals the hash of the folder that the model was loaded from if the dtype is the file's own: a model that was cast on loading
+    has other bytes, and is known by the hash of its folder.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    num_steps: int
-    num_sequences: int
-    num_answer_tokens: int
-    num_positions_seen: int
-    final_loss: float
-    held_out: JointHeldOut | None
-    backbone_sha256s: tuple[str, str] | None = None
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        identity = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and identity in seen:
+            continue
+        seen.add(identity)
+        kept[name] = tensor
+    return tensors_sha256(kept)
 
 
 class HeadsProvenance(BaseModel):
@@ -98,6 +90,21 @@ class HeadsProvenance(BaseModel):
     commit: str | None = None
     dirty: bool | None = None
     torch_version: str = torch.__version__
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over named tensors: names in sorted order, each with its dtype, shape and bytes.
+
+    The same bytes are hashed as by the assets' hash of a model folder.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        num_bytes = tensor.numel() * tensor.element_size()
+        digest.update(json.dumps([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), num_bytes]).encode())
+        if num_bytes:
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _FileHeader(BaseModel):
@@ -220,14 +227,6 @@ def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat1
     return adapter_sha256(folder)
 
 
-def adapter_sha256(folder: Path) -> str:
-    """Return the hash of an adapter's tensors.
-
-    Raises: UserError where the folder holds no readable adapter.
-    """
-    return tensors_sha256(_read_safetensors(folder / ADAPTER_FILE)[0])
-
-
 def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
     """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter changes is untied first.
 
@@ -296,38 +295,6 @@ def load_released_heads(path: Path, *, vocab_size: int | None = None, num_heads:
     kept = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[0]) < heads.num_heads}
     _fill(heads, kept, where=where)
     return ReleasedHeads(heads=heads.eval(), configured_num_heads=configured, repeated_blocks=_repeated_blocks(heads))
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over named tensors: names in sorted order, each with its dtype, shape and bytes.
-
-    The same bytes are hashed as by the assets' hash of a model folder.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        num_bytes = tensor.numel() * tensor.element_size()
-        digest.update(json.dumps([name, _DTYPE_NAMES[tensor.dtype], list(tensor.shape), num_bytes]).encode())
-        if num_bytes:
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def backbone_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's tensors as loaded; of tensors that share memory, the first name alone counts, as on disk.
-
-    It equals the hash of the folder that the model was loaded from if the dtype is the file's own: a model that was cast on loading
-    has other bytes, and is known by the hash of its folder.
-    """
-    kept: dict[str, Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() and identity in seen:
-            continue
-        seen.add(identity)
-        kept[name] = tensor
-    return tensors_sha256(kept)
 
 
 def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:

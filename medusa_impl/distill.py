@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medusa_impl.backbone import Backbone
-from medusa_impl.decode import StreamRequest, decode_stream
 from medusa_impl.errors import UserError
+from medusa_impl.stream import StreamRequest, decode_stream
 
 SCHEMA_VERSION = 1
 _METADATA_KEY, _BACKBONE_KEY = "medusa_repro_corpus", "backbone_sha256"

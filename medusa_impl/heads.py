@@ -5,14 +5,11 @@ Paper: Section 2.1.1. Head k = 1..K reads the state that produced token y_i and 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from medusa_impl.errors import UserError
-
-HeadArchitecture = Literal["own", "shared"]
+from medusa_impl.recipes import HeadArchitecture
 
 
 class ResBlock(nn.Module):

@@ -8,134 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from medusa_impl.errors import UserError
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
+from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
 from medusa_impl.sequences import answer_targets
-
-HeadsLmHead = Literal["original", "adapted"]
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LoraRecipe(Record):
-    """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says whether that one is adapted.
-
-    Paper: Appendix B, rank 32, alpha 16, dropout 0.05 on every linear layer and the LM head.
-    """
-
-    rank: int = Field(default=32, ge=1)
-    alpha: int = Field(default=16, ge=1)
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    lm_head: bool = True
-
-
-class Medusa2Recipe(Record):
-    """Everything that decides what joint training yields, given model, heads and sequences.
-
-    `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).
-    `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets lambda_0 rise from 0 along `ramp`
-    over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one learning rate is direct fine-tuning, the control of Table 2.
-    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one over `each_stage`, the second
-    with an optimiser that knows nothing of the first.
-    `batch_sequences` x `accumulation_steps` sequences make a step, however many processes share them.
-    `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
-    the most frequent tokens. `gradient_checkpointing` keeps each layer's input alone and runs the layer again for its gradients: less
-    memory, more time, the same result. Exactly one of `num_epochs` and `num_steps` is set.
-    Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
-    """
-
-    num_heads: int = Field(default=5, ge=1)
-    num_layers: int = Field(default=1, ge=1)
-    architecture: HeadArchitecture = "shared"
-    backbone: Literal["frozen", "lora", "full"] = "lora"
-    lora: LoraRecipe = LoraRecipe()
-    target: Literal["tokens", "original"] = "original"
-    heads_lm_head: HeadsLmHead = "original"
-    warmup: Literal["none", "two_stage", "ramped"] = "ramped"
-    stage_rate: float = Field(default=0.5, gt=0, lt=1)
-    ramp: Literal["sine", "linear", "constant"] = "sine"
-    ramp_rate: float = Field(default=1.0, gt=0, le=1)
-    lambda_0: float = Field(default=0.2, gt=0)
-    lambda_base: float = Field(default=0.8, gt=0)
-    heads_learning_rate: float = Field(default=2e-3, gt=0)
-    backbone_learning_rate: float = Field(default=5e-4, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=40, ge=0)
-    schedule: Literal["whole", "each_stage"] = "whole"
-    max_gradient_norm: float = Field(default=1.0, gt=0)
-    batch_sequences: int = Field(default=8, ge=1)
-    accumulation_steps: int = Field(default=1, ge=1)
-    max_length: int = Field(default=2048, ge=2)
-    num_epochs: float | None = Field(default=None, gt=0)
-    num_steps: int | None = Field(default=None, ge=1)
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    quantisation: Literal["4bit"] | None = None
-    autocast: Literal["bfloat16"] | None = None
-    gradient_checkpointing: bool = False
-    subset_size: int | None = Field(default=None, ge=1)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Medusa2Recipe:
-        if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError("set exactly one of num_epochs and num_steps")
-        if self.quantisation is not None and self.backbone == "full":
-            raise ValueError("a quantised backbone cannot be trained in full; take lora or frozen")
-        if self.heads_lm_head == "adapted" and self.subset_size is not None:
-            raise ValueError("a subset of the vocabulary needs a frozen LM head: heads_lm_head must be original")
-        return self
-
-    def loss_weights(self, step: int, *, num_steps: int) -> tuple[float, float]:
-        """Return the weights of L_LM and of L1 at step 0..num_steps - 1.
-
-        Paper: Section 2.2.2; the sine ramp is a quarter of a period, 0 to lambda_0.
-        """
-        if self.backbone == "frozen" or step < self.first_backbone_step(num_steps):
-            return 0.0, 1.0
-        if self.warmup == "ramped" and self.ramp != "constant":
-            risen = min(1.0, step / num_steps / self.ramp_rate)
-            return 1.0, self.lambda_0 * (math.sin(0.5 * math.pi * risen) if self.ramp == "sine" else risen)
-        return 1.0, self.lambda_0
-
-    def learning_rates(self, step: int, *, num_steps: int) -> tuple[float, float]:
-        """Return the rates of heads and backbone at step 0..num_steps - 1: linear warm-up, then half a cosine down to 0.
-
-        The backbone's begins where its own training does.
-        """
-        start = self.first_backbone_step(num_steps)
-        first, last = 0, num_steps
-        if self.schedule == "each_stage" and start:
-            first, last = (0, start) if step < start else (start, num_steps)
-        heads = self.heads_learning_rate * _cosine(step - first, num_steps=last - first, warmup_steps=self.warmup_steps)
-        if self.backbone == "frozen" or step < start:
-            return heads, 0.0
-        backbone = self.backbone_learning_rate * _cosine(step - start, num_steps=num_steps - start, warmup_steps=self.warmup_steps)
-        return heads, backbone
-
-    def first_backbone_step(self, num_steps: int) -> int:
-        """Return the first step in which the backbone learns."""
-        return math.ceil(round(self.stage_rate * num_steps, 6)) if self.warmup == "two_stage" else 0  # 0.28 x 100 is 28, not a hair more
-
-
-def _cosine(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
 def untie_lm_head(model: PreTrainedModel) -> None:

@@ -24,47 +24,12 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_impl.errors import UserError
 from medusa_impl.losses import NUM_RANKS
-from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel, Record
+from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
-from medusa_impl.sharding import (
-    check_deepspeed,
-    cut_like,
-    load_optimizer_state,
-    make_whole,
-    on_host,
-    under_fsdp,
-    whole_optimizer_state,
-)
-
-STEP_LOG = "steps.jsonl"
-
-
-class JointStep(Record):
-    """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
-
-    `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree (under
-    self-distillation with the teacher's, else with the token), both None where the backbone did not learn; head_losses are mean nats;
-    head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best. Equal logits count for the target, and under bfloat16
-    many are equal: these shares run a little high. Learning rates are those that the optimiser held, gradient_norm is that before clipping;
-    memory_bytes is the peak since training began: of the GPU's allocator, or of the process's resident set.
-    """
-
-    step: int
-    num_steps: int
-    loss: float
-    backbone_loss: float | None
-    agreement_rate: float | None
-    head_losses: tuple[float | None, ...]
-    head_accuracies: tuple[tuple[float | None, ...], ...]
-    backbone_weight: float
-    lambda_0: float
-    heads_learning_rate: float
-    backbone_learning_rate: float
-    gradient_norm: float | None = None
-    num_positions: int
-    positions_per_s: float | None
-    memory_bytes: int
+from medusa_impl.sharding import check_deepspeed, cut_like, load_optimizer_state, make_whole, on_host, under_fsdp, whole_optimizer_state
+from medusa_impl.training_log import STEP_LOG, JointStep
 
 
 def process_state() -> PartialState:
@@ -398,17 +363,6 @@ class _StepLog(TrainerCallback):
                 file.write(record.model_dump_json() + "\n")
             if self._trainer._on_step is not None:
                 self._trainer._on_step(record)
-
-
-def read_step_log(path: Path) -> tuple[JointStep, ...]:
-    """Return the steps of a log.
-
-    Raises: UserError for a line that is none.
-    """
-    try:
-        return tuple(JointStep.model_validate_json(line) for line in path.read_text().splitlines())
-    except (OSError, ValueError) as error:
-        raise UserError(found=f"an unreadable step log ({error})", need="one step a line", where=path.name) from error
 
 
 def _optimizer_class(recipe: Medusa2Recipe) -> Any:

@@ -14,135 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from medusa_impl.errors import UserError
 from medusa_impl.features import FeatureSet
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import DEFAULT_LOGITS_BYTES, Medusa1Loss, TokenSubset, head_weights, medusa1_loss
+from medusa_impl.recipes import Medusa1Recipe, steps_per_epoch
+from medusa_impl.training_log import HeadEvaluation, TrainingFigures, TrainingStep
 
 STATE_SCHEMA_VERSION = 1
 NUM_TOP_RANKS = 10
 _STATE_FILE, _LOG_FILE = "training-state.pt", "training-log.jsonl"
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Medusa1Recipe(_Record):
-    """Everything that decides what Medusa-1 training yields, given the features.
-
-    Exactly one of `num_epochs` and `num_steps` is set. `subset_size` tokens serve as vocabulary until the last `full_vocabulary_rate`
-    of the steps, which use all of it; None means all of it throughout. `matmul_dtype` is that of the two products with the shared
-    unembedding; weights, softmax and optimiser stay float32.
-    Paper: Appendix B trains with AdamW, cosine schedule and warm-up. Departs: a step is a number of positions, not of conversations,
-    and the rate is set for `shared` heads of the embedded model, from one short trial a rate; it was not tried on `own` ones.
-    """
-
-    num_heads: int = Field(default=5, ge=1)
-    num_layers: int = Field(default=1, ge=1)
-    architecture: HeadArchitecture = "shared"
-    lambda_base: float = Field(default=0.8, gt=0)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
-    batch_positions: int = Field(default=1024, ge=1)
-    num_epochs: float | None = Field(default=6.0, gt=0)
-    num_steps: int | None = Field(default=None, ge=1)
-    warmup_steps: int = Field(default=40, ge=0)
-    subset_size: int | None = Field(default=8192, ge=1)
-    full_vocabulary_rate: float = Field(default=0.1, ge=0, le=1)
-    matmul_dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Medusa1Recipe:
-        if (self.num_epochs is None) == (self.num_steps is None):
-            raise ValueError("set exactly one of num_epochs and num_steps; the other must be null")
-        return self
-
-    def steps_for(self, num_rows: int) -> int:
-        """Return the number of steps over `num_rows` training rows."""
-        if self.num_steps is not None:
-            return self.num_steps
-        assert self.num_epochs is not None
-        return max(1, round(self.num_epochs * steps_per_epoch(num_rows, batch_positions=self.batch_positions)))
-
-    def learning_rate_at(self, step: int, *, num_steps: int) -> float:
-        """Return the rate of step 0..num_steps - 1: linear warm-up, then half a cosine down to 0 after the last step."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class TrainingStep(_Record):
-    """One line of the training log: means since the line before.
-
-    loss is Eq. 1 per position; head_losses (nats) and head_hit_rates are per head over its own targets, within `vocabulary`;
-    num_positions_seen and num_targets_outside count from the first step.
-    """
-
-    step: int
-    num_steps: int
-    vocabulary: Literal["subset", "full"]
-    loss: float
-    head_losses: tuple[float | None, ...]
-    head_hit_rates: tuple[float | None, ...]
-    learning_rate: float
-    gradient_norm: float
-    num_positions_seen: int
-    num_targets_outside: int
-    positions_per_s: float | None
-
-
-class HeadEvaluation(_Record):
-    """How well the heads predict text, over the full vocabulary in float32.
-
-    loss_sums (nats) and num_targets are per head; rank_hits[k][r] counts the targets of head k + 1 at rank r = 0..9, where the rank of
-    a token is the number of tokens with a greater logit, or an equal one and a lower id.
-    """
-
-    loss_sums: tuple[float, ...]
-    num_targets: tuple[int, ...]
-    rank_hits: tuple[tuple[int, ...], ...]
-
-    def losses(self) -> tuple[float | None, ...]:
-        """Return each head's mean loss in nats."""
-        return tuple(total / n if n else None for total, n in zip(self.loss_sums, self.num_targets, strict=True))
-
-    def top_accuracies(self) -> tuple[tuple[float | None, ...], ...]:
-        """Return, per head, the share of targets among its 1, 2, .., 10 best tokens."""
-        return tuple(
-            tuple(sum(hits[: rank + 1]) / n if n else None for rank in range(len(hits)))
-            for hits, n in zip(self.rank_hits, self.num_targets, strict=True)
-        )
-
-
-class TrainingFigures(_Record):
-    """What a finished training run saw and reached; `held_out` is None where nothing was held out."""
-
-    num_steps: int
-    num_subset_steps: int
-    subset_size: int | None
-    num_positions_seen: int
-    num_targets_outside: int
-    num_train_rows: int
-    num_held_out_rows: int
-    num_train_answers: int
-    num_held_out_answers: int
-    num_corpus_tokens: int
-    final_loss: float
-    held_out: HeadEvaluation | None
-
-
-def steps_per_epoch(num_rows: int, *, batch_positions: int) -> int:
-    """Return the number of whole batches in `num_rows`; the remainder, another one each epoch, is left out."""
-    return max(1, num_rows // batch_positions)
 
 
 def epoch_order(num_rows: int, *, epoch: int, seed: int) -> Tensor:

@@ -34,9 +34,8 @@ from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
 from medusa_impl.runner import Mode, StepRunner
-from medusa_impl.training import Medusa1Recipe
 
 # Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn. A larger LM
 # head makes the law sharp enough for sampling rules to accept drafts.

@@ -13,7 +13,7 @@ from harness.device.trace import KeptText, record_trace
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec
 from harness.training.tiny_heads import train_tiny_heads
-from medusa_impl.decode import StreamRequest, decode_stream
+from medusa_impl.stream import StreamRequest, decode_stream
 
 _NUM_ROWS = 16
 

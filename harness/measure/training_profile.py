@@ -39,9 +39,10 @@ from medusa_impl.features import FeatureSet, add_states, load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.medusa2_trainer import MedusaTrainer, training_arguments
+from medusa_impl.recipes import Medusa1Recipe
 from medusa_impl.runner import StepRunner
 from medusa_impl.sequences import LikeLengthSampler, TrainingSequence
-from medusa_impl.training import Medusa1Recipe, train_medusa1
+from medusa_impl.training import train_medusa1
 
 _STATE_BATCHES = 2  # batches' worth of cached states that heads alone are profiled on
 _NEVER = 1_000_000_000  # steps between two saves: none falls among the timed ones

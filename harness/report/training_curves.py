@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.records.ablation import AblationRecord, StepPoint
-from medusa_impl.medusa2_trainer import JointStep, read_step_log
+from medusa_impl.training_log import JointStep, read_step_log
 
 CURVES_FILE = "curves.png"
 _MAX_RANK = 10

@@ -11,8 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.specs.suite import ModelSpec
-from medusa_impl.medusa2 import Medusa2Recipe
-from medusa_impl.training import Medusa1Recipe
+from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
 
 Split = Literal["train", "held_out"]
 

@@ -663,7 +663,8 @@ def test_rows_say_what_is_cached_and_how_large_it_is(tmp_path: Path) -> None:
 
 def test_listing_assets_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from pathlib import Path; from harness.assets.listing import asset_rows; from harness.specs.assets import load_asset_specs;"
+        "import sys; from pathlib import Path; from harness.assets.listing import asset_rows;"
+        "from harness.specs.assets import load_asset_specs;"
         "asset_rows(load_asset_specs(), Path('none'), environ={}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     child = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.report.training_curves import draw_step_log, step_log_figure, step_panels
-from medusa_impl.medusa2_trainer import JointStep
+from medusa_impl.training_log import JointStep
 
 
 def logged(step: int, *, learns: bool) -> JointStep:

@@ -29,8 +29,8 @@ from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
 from medusa_impl.distill import unpack_corpus
 from medusa_impl.losses import TokenSubset
+from medusa_impl.recipes import Medusa1Recipe
 from medusa_impl.sequences import TrainingSequence
-from medusa_impl.training import Medusa1Recipe
 
 NUM_HEADS, NUM_LAYERS, SUBSET = 3, 2, 32
 ANSWERS = 9  # that a batch of heads alone is made of

@@ -16,7 +16,7 @@ from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training.corpus import catalogue_prompts
 from harness.training.text import HELD_OUT_RATE
-from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Recipe
 
 SUITES = shipped()
 RECIPES = sorted((SUITES / "recipes").glob("*.toml"))

@@ -28,7 +28,8 @@ from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.training import Medusa1Recipe, TrainingFigures
+from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.training_log import TrainingFigures
 
 SMOKE_FILE = shipped("smoke.toml")
 QUIET = Console(quiet=True)

@@ -20,7 +20,8 @@ from harness.training.workers import fill_corpus
 from medusa_impl.checkpoint import HeadsProvenance, save_heads
 from medusa_impl.distill import CorpusStore, pack_corpus
 from medusa_impl.features import load_features
-from medusa_impl.training import TrainingFigures, TrainingStep, train_medusa1
+from medusa_impl.training import train_medusa1
+from medusa_impl.training_log import TrainingFigures, TrainingStep
 
 
 @dataclass(frozen=True)

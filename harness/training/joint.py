@@ -27,12 +27,14 @@ from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
-from medusa_impl.checkpoint import HeadsProvenance, JointFigures, JointHeldOut, backbone_sha256, save_adapter, save_heads
+from medusa_impl.checkpoint import HeadsProvenance, backbone_sha256, save_adapter, save_heads
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import Medusa2Recipe, MedusaTrainingModel
-from medusa_impl.medusa2_trainer import STEP_LOG, JointStep, MedusaTrainer, process_state, read_step_log, training_arguments
+from medusa_impl.medusa2 import MedusaTrainingModel
+from medusa_impl.medusa2_trainer import MedusaTrainer, process_state, training_arguments
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
 from medusa_impl.sharding import check_launcher, under_fsdp
+from medusa_impl.training_log import STEP_LOG, JointFigures, JointHeldOut, JointStep, read_step_log
 
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
 _SAVE_STEPS = 10

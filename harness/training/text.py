@@ -20,7 +20,7 @@ from harness.training.workers import corpus_store
 from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.features import add_states, is_held_out
 from medusa_impl.losses import TokenSubset
-from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.runner import StepRunner
 from medusa_impl.sequences import TrainingSequence
 

@@ -14,7 +14,8 @@ from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.features import load_features
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.training import Medusa1Recipe, train_medusa1
+from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.training import train_medusa1
 
 _NUM_TEXTS, _NUM_ROWS, _BATCH_POSITIONS = 96, 16, 256
 

@@ -17,7 +17,6 @@ from medusa_impl.acceptance import GreedyRule
 from medusa_impl.checkpoint import (
     ADAPTER_FILE,
     HeadsProvenance,
-    JointFigures,
     adapter_sha256,
     bind_heads,
     load_adapter,
@@ -27,10 +26,12 @@ from medusa_impl.checkpoint import (
 )
 from medusa_impl.decode import decode_medusa
 from medusa_impl.errors import UserError
-from medusa_impl.medusa2 import LoraRecipe, Medusa2Recipe, MedusaTrainingModel
+from medusa_impl.medusa2 import MedusaTrainingModel
+from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
 from medusa_impl.runner import StepRunner
 from medusa_impl.tests.conftest import tiny_llama
 from medusa_impl.tests.test_medusa2 import make_heads
+from medusa_impl.training_log import JointFigures
 from medusa_impl.tree import DraftTree
 
 TOKENS = torch.tensor([[3, 9, 4, 17, 33, 2, 8]])

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness.assets.hashes import tensors_sha256 as folder_sha256
 from medusa_impl.checkpoint import HeadsProvenance, backbone_sha256, load_heads, load_released_heads, save_heads
 from medusa_impl.errors import UserError
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
-from medusa_impl.training import HeadEvaluation, Medusa1Recipe, TrainingFigures
+from medusa_impl.heads import MedusaHeads
+from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
+from medusa_impl.training_log import HeadEvaluation, TrainingFigures
 
 HIDDEN, VOCAB = 8, 20
 OURS = "ab" * 32

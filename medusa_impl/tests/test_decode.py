@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from medusa_impl.acceptance import GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.backbone import Backbone
-from medusa_impl.decode import DecodingStep, StreamRequest, decode_medusa, decode_stream, decode_vanilla
+from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
+from medusa_impl.stream import StreamRequest, decode_stream
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tree import DraftTree
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from medusa_impl.errors import UserError
-from medusa_impl.heads import HeadArchitecture, MedusaHeads, ResBlock
+from medusa_impl.heads import MedusaHeads, ResBlock
+from medusa_impl.recipes import HeadArchitecture
 
 HIDDEN, VOCAB = 16, 40
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from medusa_impl.errors import UserError
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NO_TARGET, NUM_RANKS, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss, rank_counts
+from medusa_impl.recipes import HeadArchitecture
 
 HIDDEN, VOCAB, NUM_HEADS, NUM_POSITIONS = 12, 50, 3, 23
 LAMBDAS = head_weights(num_heads=NUM_HEADS, lambda_base=0.8)

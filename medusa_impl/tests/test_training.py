@@ -15,9 +15,11 @@ from torch import Tensor
 
 from medusa_impl.errors import UserError
 from medusa_impl.features import FeatureSet
-from medusa_impl.heads import HeadArchitecture, MedusaHeads
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NO_TARGET
-from medusa_impl.training import Medusa1Recipe, TrainingStep, epoch_order, evaluate_heads, train_medusa1
+from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
+from medusa_impl.training import epoch_order, evaluate_heads, train_medusa1
+from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2
 RECIPE = Medusa1Recipe(

@@ -18,7 +18,7 @@ from harness.specs.recipe import JointSuite, load_training_suite
 from harness.training.joint import train_joint
 from harness.training.text import JointText, corpus_text
 from medusa_impl.distill import unpack_corpus
-from medusa_impl.medusa2 import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.sequences import TrainingSequence
 
 

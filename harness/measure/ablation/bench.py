@@ -31,10 +31,10 @@ from harness.training.conversations import conversation_sequence
 from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.checkpoint import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
-from medusa_impl.medusa2 import Medusa2Recipe
-from medusa_impl.medusa2_trainer import STEP_LOG, read_step_log
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.runner import StepRunner
 from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training_log import STEP_LOG, read_step_log
 
 _RANDOM_PROMPT_TOKENS = 12
 _TEXT_ROWS = 32

@@ -1,1 +1,0 @@
-"""Whether what was decoded is as good as what vanilla decodes."""
