@@ -17,43 +17,12 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from medusa_impl.checkpoints.adapter import add_adapter
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
-from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
+from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.sequences import answer_targets
-
-
-def untie_lm_head(model: PreTrainedModel) -> None:
-    """Give a model whose LM head is its embedding a copy of its own.
-
-    An adapter on a tied LM head is merged into the embedding too, with a warning at most: every logit would be wrong.
-    """
-    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = lm_head.get_parameter("weight")
-    if weight is embedding.get_parameter("weight"):
-        lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    model.config.tie_word_embeddings = False
-
-
-def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
-    """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is untied first.
-
-    Raises: UserError where a target is not the name of a linear layer.
-    """
-    from peft import LoraConfig, get_peft_model  # here, since it takes seconds to import
-
-    lm_head = model.get_output_embeddings()
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not lm_head}
-    head_name = next(name for name, module in model.named_modules() if module is lm_head)
-    targets = sorted(names) if recipe.targets == "all-linear" else list(recipe.targets)
-    if unknown := sorted(set(targets) - names):
-        raise UserError(found=f"adapter targets {unknown}", need=f"some of {sorted(names)}", where="the recipe's lora.targets")
-    if recipe.lm_head:
-        untie_lm_head(model)
-        targets.append(head_name)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
 
 
 def checkpoint_layers(model: Any) -> None:

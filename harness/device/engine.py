@@ -32,7 +32,9 @@ from harness.paths import cache_dir, code_folder, resolve_path
 from harness.records.provenance import Environment, TunedOrigin
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
-from medusa_impl.checkpoint import HeadsProvenance, TunedModel, backbone_sha256, bind_heads, load_adapter, load_heads
+from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
+from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads
+from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
 from medusa_impl.runner import Mode, StepRunner

@@ -33,7 +33,7 @@ from harness.records.training_profile import MatrixThroughput, TrainingProfile
 from harness.specs.recipe import AnySuite, JointSuite, TrainingSuite
 from harness.training.joint import check_runnable, first_heads
 from harness.training.text import read_text, token_subset
-from medusa_impl.checkpoint import backbone_sha256
+from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.distill import CorpusSample, unpack_corpus
 from medusa_impl.features import FeatureSet, add_states, load_features
 from medusa_impl.heads import MedusaHeads

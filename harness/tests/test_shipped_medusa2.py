@@ -12,7 +12,9 @@ from harness.paths import shipped
 from harness.records.ablation import newest_ablations
 from harness.records.trace import Trace
 from harness.specs.suite import load_suite
-from medusa_impl.checkpoint import HeadsProvenance, adapter_sha256, backbone_sha256, load_heads
+from medusa_impl.checkpoints.adapter import adapter_sha256
+from medusa_impl.checkpoints.heads import HeadsProvenance, load_heads
+from medusa_impl.checkpoints.tensors import backbone_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = shipped()

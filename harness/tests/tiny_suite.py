@@ -26,7 +26,7 @@ from harness.records.run import Failure, Generation, RunRecord
 from harness.records.store import Store
 from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 from harness.training.tiny_heads import train_tiny_heads
-from medusa_impl.checkpoint import HeadsProvenance, save_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe
 from medusa_impl.training_log import TrainingFigures

@@ -17,7 +17,7 @@ from harness.training.calibration import calibrate
 from harness.training.corpus import check_overlap
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
-from medusa_impl.checkpoint import HeadsProvenance, save_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.distill import CorpusStore, pack_corpus
 from medusa_impl.features import load_features
 from medusa_impl.training import train_medusa1

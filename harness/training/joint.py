@@ -27,7 +27,9 @@ from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
-from medusa_impl.checkpoint import HeadsProvenance, backbone_sha256, save_adapter, save_heads
+from medusa_impl.checkpoints.adapter import save_adapter
+from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
+from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.medusa2_trainer import MedusaTrainer, process_state, training_arguments

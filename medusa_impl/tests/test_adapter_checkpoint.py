@@ -14,16 +14,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from medusa_impl.acceptance import GreedyRule
-from medusa_impl.checkpoint import (
-    ADAPTER_FILE,
-    HeadsProvenance,
-    adapter_sha256,
-    bind_heads,
-    load_adapter,
-    load_heads,
-    save_adapter,
-    save_heads,
-)
+from medusa_impl.checkpoints.adapter import ADAPTER_FILE, adapter_sha256, load_adapter, save_adapter
+from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads, save_heads
 from medusa_impl.decode import decode_medusa
 from medusa_impl.errors import UserError
 from medusa_impl.medusa2 import MedusaTrainingModel

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets.hashes import tensors_sha256 as folder_sha256
-from medusa_impl.checkpoint import HeadsProvenance, backbone_sha256, load_heads, load_released_heads, save_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, load_heads, save_heads
+from medusa_impl.checkpoints.released import load_released_heads
+from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe

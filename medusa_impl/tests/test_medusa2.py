@@ -14,10 +14,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from medusa_impl import medusa2
+from medusa_impl.checkpoints.adapter import add_adapter, untie_lm_head
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NO_TARGET, NUM_RANKS, TokenSubset
-from medusa_impl.medusa2 import MedusaTrainingModel, add_adapter, untie_lm_head
+from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
 from medusa_impl.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama

@@ -29,7 +29,7 @@ from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
 from harness.training.conversations import conversation_sequence
 from harness.training.corpus import corpus_prompts, make_corpus
-from medusa_impl.checkpoint import backbone_sha256
+from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.runner import StepRunner
