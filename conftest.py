@@ -35,7 +35,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     import torch
 
     from harness.device.machine import device_info, python_version
-    from medusa_impl.packed_linear import packing_available
+    from medusa_impl.engine.packed_linear import packing_available
 
     device = device_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.stream import StreamRequest, decode_stream
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_impl.backbone import Backbone
 from medusa_impl.decode import EndedBy
+from medusa_impl.engine.backbone import Backbone
 
 
 @dataclass(frozen=True)

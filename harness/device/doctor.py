@@ -13,7 +13,7 @@ from harness.device.engine import best_device
 from harness.device.machine import device_info
 from harness.files import Frozen
 from harness.paths import cache_dir
-from medusa_impl.packed_linear import packing_available
+from medusa_impl.engine.packed_linear import packing_available
 
 _NEEDED_MEMORY_BYTES, _NEEDED_DISK_BYTES, _QUIET_SHARE = 8 * 10**9, 3 * 10**9, 0.25
 

@@ -35,9 +35,9 @@ from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
+from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
-from medusa_impl.runner import Mode, StepRunner
 
 # Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn. A larger LM
 # head makes the law sharp enough for sampling rules to accept drafts.

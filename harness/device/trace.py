@@ -17,7 +17,7 @@ from torch import Tensor
 from harness.device.engine import Engine
 from harness.device.machine import package_versions
 from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 
 HEAD_TIE_MARGIN = 1e-4  # rounding moves a float32 logit by about 1e-5 between shapes

@@ -51,7 +51,7 @@ from harness.records.store import Store
 from harness.records.trace import Trace
 from harness.specs.suite import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from harness.training.tiny_heads import train_tiny_heads
-from medusa_impl.memory import peak_memory_bytes
+from medusa_impl.engine.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
 
 

@@ -29,8 +29,8 @@ from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from harness.training.tiny_heads import train_tiny_heads
-from medusa_impl.runner import Mode
-from medusa_impl.sections import no_section
+from medusa_impl.engine.runner import Mode
+from medusa_impl.engine.sections import no_section
 
 _VISIT_STEPS = 8  # marked steps, and as many without marks, of one size before the next size has its turn
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")

@@ -23,7 +23,7 @@ from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
 from harness.records.store import Store
 from harness.specs.suite import ArmSpec
-from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3

@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.files import DataFile, Frozen, first_fault
 from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 
-ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.runner, which needs torch
+ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.engine.runner, which needs torch
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 

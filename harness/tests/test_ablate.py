@@ -27,7 +27,7 @@ from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.specs.ablation import AblationSpec
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.sequences import TrainingSequence
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama

@@ -20,7 +20,7 @@ from harness.measure.run import describe
 from harness.paths import default_results, holds_absolute_path
 from harness.records.provenance import DeviceInfo, machine_slug
 from harness.tests.tiny_suite import smoke_suite
-from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 
 
 def git(folder: Path, *words: str) -> None:

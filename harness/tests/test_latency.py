@@ -156,7 +156,7 @@ def test_another_shape_leaves_what_belongs_to_the_old_model(tmp_path: Path) -> N
 
 
 def test_modes_are_those_of_the_runner() -> None:
-    from medusa_impl.runner import Mode
+    from medusa_impl.engine.runner import Mode
 
     assert set(get_args(ModeName)) == set(get_args(Mode))
 

@@ -17,8 +17,8 @@ from harness.measure import probes
 from harness.records.run import Failure
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
+from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.runner import StepRunner
 from medusa_impl.tree import DraftTree
 
 

@@ -34,7 +34,7 @@ from harness.records.store import Store
 from harness.specs.latency import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ShapeSpec
 from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 
 CPU = torch.device("cpu")
 TINY_SHAPE = ShapeSpec(

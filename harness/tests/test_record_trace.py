@@ -14,8 +14,8 @@ from harness.device.prompts import suite_prompts
 from harness.device.trace import HEAD_TIE_MARGIN, MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
 from harness.records.trace import Trace
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
+from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads, ordered_topk
-from medusa_impl.runner import StepRunner
 from medusa_impl.tree import DraftTree
 
 

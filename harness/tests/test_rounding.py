@@ -22,7 +22,7 @@ from harness.report.run import render_report
 from harness.specs.suite import ArmSpec
 from harness.tests.test_record_trace import texts_of
 from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
-from medusa_impl.backbone import Backbone, BackboneOutput
+from medusa_impl.engine.backbone import Backbone, BackboneOutput
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from harness.device.engine import LoadedModel
 from harness.device.prompts import SuitePrompt
 from harness.specs.suite import SuiteSpec
-from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.features import load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe

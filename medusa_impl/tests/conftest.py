@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 
 TINY_VOCAB = 61
 

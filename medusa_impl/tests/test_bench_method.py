@@ -16,10 +16,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from medusa_impl.acceptance import Acceptance, AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
-from medusa_impl.backbone import Backbone
 from medusa_impl.decode import draft_tokens
+from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.kv_cache import TreeCache
 from medusa_impl.tests.conftest import tiny_llama
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from medusa_impl.acceptance import GreedyRule, RejectionRule, TypicalRule
-from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.stream import StreamRequest, decode_stream

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_impl.backbone import Backbone
 from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.features import add_states, compute_states, is_held_out, load_features
 from medusa_impl.losses import NO_TARGET

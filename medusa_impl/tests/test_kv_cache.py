@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.kv_cache import BUCKET_TOKENS, TreeCache
 from medusa_impl.errors import UserError
-from medusa_impl.kv_cache import BUCKET_TOKENS, TreeCache
 from medusa_impl.tests.conftest import TINY_VOCAB
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.packed_linear import PackedLinears, layers_of_one_input, packing_available
 from medusa_impl.heads import MedusaHeads, ordered_topk, topk_of_keys
-from medusa_impl.packed_linear import PackedLinears, layers_of_one_input, packing_available
 from medusa_impl.recipes import HeadArchitecture
 from medusa_impl.tests.conftest import TINY_VOCAB
 

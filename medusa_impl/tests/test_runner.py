@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from medusa_impl import packed_linear, runner
 from medusa_impl.acceptance import GreedyRule
-from medusa_impl.backbone import GROUPED_ATTENTION
 from medusa_impl.decode import decode_medusa, decode_vanilla
+from medusa_impl.engine import packed_linear, runner
+from medusa_impl.engine.backbone import GROUPED_ATTENTION
+from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.runner import Mode, StepRunner
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tests.test_backbone import FAMILIES, build
 from medusa_impl.tree import DraftTree

@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 
 from harness.device.trace import rank_rows
 from harness.records.ablation import GreedyText, HeadText, TextChange
-from medusa_impl.backbone import Backbone
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.losses import NUM_RANKS
 from medusa_impl.sequences import TrainingSequence

@@ -23,9 +23,9 @@ from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName
 from harness.specs.shapes import ShapeSpec, load_shapes
 from harness.specs.suite import TinyModelSpec
 from medusa_impl.checkpoints.tensors import backbone_sha256
+from medusa_impl.engine.packed_linear import packing_available
+from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.packed_linear import packing_available
-from medusa_impl.runner import StepRunner
 
 _SEED = 0
 

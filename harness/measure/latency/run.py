@@ -49,7 +49,7 @@ from harness.records.latency import (
 )
 from harness.records.store import Store
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
-from medusa_impl.memory import peak_memory_bytes
+from medusa_impl.engine.memory import peak_memory_bytes
 
 Held = Callable[[], contextlib.AbstractContextManager[None]]
 

@@ -14,10 +14,10 @@ from harness.paths import without_paths
 from harness.records.latency import LatencyPoint
 from harness.specs.latency import PointKey
 from medusa_impl.acceptance import GreedyRule
-from medusa_impl.backbone import Backbone
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
-from medusa_impl.kv_cache import TreeCache
-from medusa_impl.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 

@@ -23,11 +23,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from medusa_impl.backbone import Backbone, BackboneOutput, ModelCall, StepInputs
-from medusa_impl.captured_step import CapturedSteps
+from medusa_impl.engine.backbone import Backbone, BackboneOutput, ModelCall, StepInputs
+from medusa_impl.engine.captured_step import CapturedSteps
+from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.packed_linear import PackedLinears, layers_of_one_input, packing_available
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.kv_cache import TreeCache
-from medusa_impl.packed_linear import PackedLinears, layers_of_one_input, packing_available
 
 Mode = Literal["eager", "packed", "compiled", "cuda_graph"]
 _PACKING_ROWS = 16  # the row count that packed layouts are chosen for: between one node and a large tree

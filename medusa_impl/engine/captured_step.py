@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_impl.backbone import BackboneOutput, ModelCall, StepInputs
-from medusa_impl.kv_cache import TreeCache
+from medusa_impl.engine.backbone import BackboneOutput, ModelCall, StepInputs
+from medusa_impl.engine.kv_cache import TreeCache
 
 _WARMUP_CALLS = 3  # PyTorch's own advice before a capture: kernels choose their algorithms and workspaces
 

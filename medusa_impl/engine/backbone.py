@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.sections import Section, no_section
 from medusa_impl.errors import UserError
-from medusa_impl.kv_cache import TreeCache
-from medusa_impl.sections import Section, no_section
 
 _ALIBI_MODEL_TYPES = {"bloom", "mpt"}  # MPT would be silently wrong
 _SLOT_MASK_MODEL_TYPES = {"gpt_neo"}  # masks by cache slot behind the mask that it is given: silently wrong

@@ -1,0 +1,1 @@
+"""One step of the backbone, fast: cache, kernels, captured graphs."""
