@@ -27,7 +27,7 @@ def train(
     from harness.training.heads import train_suite
     from harness.training.joint import check_runnable, train_joint_suite
     from harness.training.workers import announce
-    from medusa_impl.medusa2_trainer import end_processes, process_state
+    from medusa_impl.training.trainer import end_processes, process_state
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     place = work or cache_dir() / "training" / spec.name

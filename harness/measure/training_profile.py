@@ -34,15 +34,15 @@ from harness.specs.recipe import AnySuite, JointSuite, TrainingSuite
 from harness.training.joint import check_runnable, first_heads
 from harness.training.text import read_text, token_subset
 from medusa_impl.checkpoints.tensors import backbone_sha256
-from medusa_impl.distill import CorpusSample, unpack_corpus
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.features import FeatureSet, add_states, load_features
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import MedusaTrainingModel
-from medusa_impl.medusa2_trainer import MedusaTrainer, training_arguments
 from medusa_impl.recipes import Medusa1Recipe
-from medusa_impl.sequences import LikeLengthSampler, TrainingSequence
-from medusa_impl.training import train_medusa1
+from medusa_impl.training.distill import CorpusSample, unpack_corpus
+from medusa_impl.training.features import FeatureSet, add_states, load_features
+from medusa_impl.training.medusa1 import train_medusa1
+from medusa_impl.training.medusa2 import MedusaTrainingModel
+from medusa_impl.training.sequences import LikeLengthSampler, TrainingSequence
+from medusa_impl.training.trainer import MedusaTrainer, training_arguments
 
 _STATE_BATCHES = 2  # batches' worth of cached states that heads alone are profiled on
 _NEVER = 1_000_000_000  # steps between two saves: none falls among the timed ones

@@ -19,11 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import medusa_impl.training
+import medusa_impl.training.medusa1
 from harness.device.clock import Clock
 from harness.records.training_profile import PartProfile, StageProfile
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import MedusaTrainingModel
+from medusa_impl.training.medusa2 import MedusaTrainingModel
 
 OTHER = "other"
 HEADS_PARTS = ("states", "logits_loss", "backward", "optimiser", OTHER)
@@ -188,7 +188,7 @@ class StepWatch:
 def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
     """Mark the parts of Medusa-1's steps: `logits_loss` is the loss but for the heads' own states, with the gradient that it forms."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_timed(medusa_impl.training, "medusa1_loss", parts, part="logits_loss"))
+        stack.enter_context(_timed(medusa_impl.training.medusa1, "medusa1_loss", parts, part="logits_loss"))
         stack.enter_context(_timed(heads, "states", parts, part="states"))
         stack.enter_context(_timed(torch.nn.utils, "clip_grad_norm_", parts, part="optimiser"))
         stack.enter_context(_end_marks(parts))

@@ -29,8 +29,8 @@ from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.sequences import TrainingSequence
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.training.sequences import TrainingSequence
 
 SEQUENCE = TrainingSequence(token_ids=(3, 9, 4, 17, 33, 2, 8, 5, 21), answers=((2, 5), (7, 9)))
 

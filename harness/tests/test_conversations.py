@@ -17,9 +17,9 @@ from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
 from harness.training.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
 from harness.training.corpus import amount, catalogue_prompts, goes_on, next_turn_prompts, questions
-from medusa_impl.distill import CorpusPrompt, CorpusSample
-from medusa_impl.losses import NO_TARGET
-from medusa_impl.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate
+from medusa_impl.training.distill import CorpusPrompt, CorpusSample
+from medusa_impl.training.losses import NO_TARGET
+from medusa_impl.training.sequences import IGNORED, SequenceDataset, TrainingSequence, answer_targets, collate
 
 SECOND_TURN = "+2"  # golden: what keys on disk end with
 

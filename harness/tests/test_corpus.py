@@ -14,10 +14,10 @@ from harness.errors import UserError
 from harness.specs.recipe import CorpusSpec
 from harness.tests.tiny_suite import QUIET
 from harness.training.corpus import corpus_prompts, make_corpus
-from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.tests.conftest import tiny_llama
+from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus
 
 
 class WordTokenizer:

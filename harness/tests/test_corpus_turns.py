@@ -14,7 +14,7 @@ from harness.specs.recipe import CorpusSpec
 from harness.tests.test_conversations import ChatTokenizer, sample
 from harness.training.conversations import conversation_and_turn, follow_up_ids, next_turn_key, turn_key, turn_sequences
 from harness.training.corpus import amount, catalogue_prompts, next_questions, next_turn_prompts, questions
-from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
+from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
 
 # Two shards as `CorpusStore(folder, shard_samples=2)` wrote them at commit 8c2fed6: a conversation of two turns, and one of a single turn.
 OLD_SHARDS = {

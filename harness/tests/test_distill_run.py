@@ -26,8 +26,8 @@ from harness.training.conversations import conversation_and_turn, conversation_s
 from harness.training.corpus import goes_on
 from harness.training.text import read_text
 from harness.training.workers import corpus_backbone, corpus_worker, distill_suite, fill_corpus
-from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
+from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
 
 SECOND_TURN = "+2"  # golden: what keys on disk end with
 TEMPLATE = (

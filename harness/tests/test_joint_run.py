@@ -27,8 +27,8 @@ from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, 
 from harness.training.joint import JointFiles, check_runnable, first_heads, last_checkpoint, train_joint, train_joint_suite
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import load_heads
-from medusa_impl.medusa2_trainer import MedusaTrainer
 from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
+from medusa_impl.training.trainer import MedusaTrainer
 from medusa_impl.training_log import JointFigures, JointStep, read_step_log
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import optimizer
 
 import harness.measure.training_profile
-import medusa_impl.training
+import medusa_impl.training.medusa1
 from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
@@ -27,10 +27,10 @@ from harness.specs.recipe import training_suite_of
 from harness.specs.suite import TinyModelSpec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
-from medusa_impl.distill import unpack_corpus
-from medusa_impl.losses import TokenSubset
 from medusa_impl.recipes import Medusa1Recipe
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.distill import unpack_corpus
+from medusa_impl.training.losses import TokenSubset
+from medusa_impl.training.sequences import TrainingSequence
 
 NUM_HEADS, NUM_LAYERS, SUBSET = 3, 2, 32
 ANSWERS = 9  # that a batch of heads alone is made of
@@ -141,7 +141,7 @@ def test_every_part_of_heads_alone_takes_time(heads_profile: TrainingProfile) ->
 def test_a_step_is_left_as_it_was(heads_profile: TrainingProfile) -> None:
     """Marks stand in other functions' places for marked steps only."""
     assert heads_profile.stages
-    for owner, name in ((medusa_impl.training, "medusa1_loss"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
+    for owner, name in ((medusa_impl.training.medusa1, "medusa1_loss"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
         assert getattr(owner, name).__name__ == name
     assert not optimizer._global_optimizer_pre_hooks and not optimizer._global_optimizer_post_hooks
 

@@ -10,7 +10,7 @@ import tomli_w
 
 from harness.device.engine import Engine
 from harness.tests.tiny_suite import smoke_suite
-from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus, pack_corpus
+from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus, pack_corpus
 
 NUM_ANSWERS, ANSWER_TOKENS = 60, 10
 

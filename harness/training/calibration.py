@@ -13,7 +13,7 @@ from harness.records.trace import Trace
 from harness.specs.recipe import AnySuite, CorpusSpec, JointSuite
 from harness.specs.suite import SuiteSpec
 from harness.training.corpus import corpus_prompts, make_corpus
-from medusa_impl.distill import CorpusStore
+from medusa_impl.training.distill import CorpusStore
 
 
 def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:

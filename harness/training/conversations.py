@@ -11,8 +11,8 @@ from typing import Any
 from harness.assets.prompts import render_chat
 from harness.errors import UserError
 from harness.files import Frozen
-from medusa_impl.distill import CorpusSample
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.distill import CorpusSample
+from medusa_impl.training.sequences import TrainingSequence
 
 _LATER_TURN = re.compile(r"(.+)\+([2-9]|[1-9][0-9]+)", re.DOTALL)  # the key of an answer to a later turn: its conversation's, and "+2"
 _STAND_IN = "ANSWER"  # for an answer, while a template is rendered

@@ -20,8 +20,8 @@ from harness.paths import resolve_path
 from harness.specs.recipe import AnySuite, CorpusSpec
 from harness.specs.suite import SuiteSpec
 from harness.training.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
-from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 from medusa_impl.engine.backbone import Backbone
+from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 
 
 def amount(spec: CorpusSpec, samples: Iterable[CorpusSample]) -> int:

@@ -18,9 +18,9 @@ from harness.training.corpus import check_overlap
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
-from medusa_impl.distill import CorpusStore, pack_corpus
-from medusa_impl.features import load_features
-from medusa_impl.training import train_medusa1
+from medusa_impl.training.distill import CorpusStore, pack_corpus
+from medusa_impl.training.features import load_features
+from medusa_impl.training.medusa1 import train_medusa1
 from medusa_impl.training_log import TrainingFigures, TrainingStep
 
 

@@ -31,11 +31,11 @@ from medusa_impl.checkpoints.adapter import save_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.medusa2 import MedusaTrainingModel
-from medusa_impl.medusa2_trainer import MedusaTrainer, process_state, training_arguments
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
-from medusa_impl.sharding import check_launcher, under_fsdp
+from medusa_impl.training.medusa2 import MedusaTrainingModel
+from medusa_impl.training.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
+from medusa_impl.training.sharding import check_launcher, under_fsdp
+from medusa_impl.training.trainer import MedusaTrainer, process_state, training_arguments
 from medusa_impl.training_log import STEP_LOG, JointFigures, JointHeldOut, JointStep, read_step_log
 
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on

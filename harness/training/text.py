@@ -17,12 +17,12 @@ from harness.paths import resolve_path
 from harness.specs.recipe import JointSuite, TrainingSuite
 from harness.training.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
 from harness.training.workers import corpus_store
-from medusa_impl.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.features import add_states, is_held_out
-from medusa_impl.losses import TokenSubset
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
+from medusa_impl.training.features import add_states, is_held_out
+from medusa_impl.training.losses import TokenSubset
+from medusa_impl.training.sequences import TrainingSequence
 
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 

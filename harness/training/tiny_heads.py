@@ -10,12 +10,12 @@ from pathlib import Path
 from harness.device.engine import LoadedModel
 from harness.device.prompts import SuitePrompt
 from harness.specs.suite import SuiteSpec
-from medusa_impl.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.engine.backbone import Backbone
-from medusa_impl.features import load_features
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe
-from medusa_impl.training import train_medusa1
+from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus
+from medusa_impl.training.features import load_features
+from medusa_impl.training.medusa1 import train_medusa1
 
 _NUM_TEXTS, _NUM_ROWS, _BATCH_POSITIONS = 96, 16, 256
 

@@ -20,9 +20,9 @@ from harness.files import canonical_sha256, write_bytes
 from harness.specs.recipe import AnySuite, CorpusSpec, TrainingSuite, needed_corpus, training_suite_of
 from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import amount, check_overlap, corpus_prompts, fingerprint, make_corpus, next_questions, next_turn_prompts
-from medusa_impl.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.runner import StepRunner
+from medusa_impl.training.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus
 
 _BACKBONE_FILE = "backbone.sha256"
 _DONE_FILE = "done.sha256"

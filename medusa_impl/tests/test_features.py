@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
-from medusa_impl.features import add_states, compute_states, is_held_out, load_features
-from medusa_impl.losses import NO_TARGET
+from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
+from medusa_impl.training.features import add_states, compute_states, is_held_out, load_features
+from medusa_impl.training.losses import NO_TARGET
 
 
 def _sample(key: str, token_ids: tuple[int, ...], *, first_state: float = 0.0, prompt: tuple[int, ...] = (1, 2)) -> CorpusSample:

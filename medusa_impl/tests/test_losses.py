@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import NO_TARGET, NUM_RANKS, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss, rank_counts
 from medusa_impl.recipes import HeadArchitecture
+from medusa_impl.training.losses import NO_TARGET, NUM_RANKS, OUTSIDE_SUBSET, TokenSubset, head_weights, medusa1_loss, rank_counts
 
 HIDDEN, VOCAB, NUM_HEADS, NUM_POSITIONS = 12, 50, 3, 23
 LAMBDAS = head_weights(num_heads=NUM_HEADS, lambda_base=0.8)
@@ -227,7 +227,7 @@ def test_blocks_that_fit_the_cache_change_no_bit(dtype: torch.dtype, monkeypatch
     weight = lm_head.weight.detach().to(dtype)
     found = []
     for block_bytes in (4 * VOCAB * 2, 2**30):  # two rows, and all
-        monkeypatch.setattr("medusa_impl.losses._CACHE_BYTES", block_bytes)
+        monkeypatch.setattr("medusa_impl.training.losses._CACHE_BYTES", block_bytes)
         loss = medusa1_loss(states, targets, heads=heads, lm_head_weight=weight, lambdas=LAMBDAS, max_logits_bytes=SMALL_CHUNKS)
         found.append((loss, _gradients(heads, loss.loss)))
     (small, small_gradients), (whole, whole_gradients) = found

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from medusa_impl import medusa2
 from medusa_impl.checkpoints.adapter import add_adapter, untie_lm_head
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import NO_TARGET, NUM_RANKS, TokenSubset
-from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
-from medusa_impl.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tests.two_devices import HostAndDevice, is_on_device, put_module_on_device, put_on_device
+from medusa_impl.training import medusa2
+from medusa_impl.training.losses import NO_TARGET, NUM_RANKS, TokenSubset
+from medusa_impl.training.medusa2 import MedusaTrainingModel
+from medusa_impl.training.sequences import SequenceDataset, TrainingSequence, answer_targets, collate
 
 BATCH = collate(
     [

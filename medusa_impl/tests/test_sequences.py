@@ -10,9 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_impl.distill import CorpusSample
 from medusa_impl.errors import UserError
-from medusa_impl.sequences import IGNORED, LikeLengthSampler, SequenceDataset, TrainingSequence, answer_targets, collate, sequences_of
+from medusa_impl.training.distill import CorpusSample
+from medusa_impl.training.sequences import (
+    IGNORED,
+    LikeLengthSampler,
+    SequenceDataset,
+    TrainingSequence,
+    answer_targets,
+    collate,
+    sequences_of,
+)
 
 TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2, 5), (6, 8)))
 

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from medusa_impl.errors import UserError
-from medusa_impl.features import FeatureSet
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import NO_TARGET
 from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
-from medusa_impl.training import epoch_order, evaluate_heads, train_medusa1
+from medusa_impl.training.features import FeatureSet
+from medusa_impl.training.losses import NO_TARGET
+from medusa_impl.training.medusa1 import epoch_order, evaluate_heads, train_medusa1
 from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2

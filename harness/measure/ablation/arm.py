@@ -17,9 +17,9 @@ from harness.specs.ablation import AblationSpec
 from harness.specs.recipe import JointSuite, load_training_suite
 from harness.training.joint import train_joint
 from harness.training.text import JointText, corpus_text
-from medusa_impl.distill import unpack_corpus
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.distill import unpack_corpus
+from medusa_impl.training.sequences import TrainingSequence
 
 
 @dataclass(frozen=True)

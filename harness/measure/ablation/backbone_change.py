@@ -14,8 +14,8 @@ from harness.device.trace import rank_rows
 from harness.records.ablation import GreedyText, HeadText, TextChange
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import NUM_RANKS
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.losses import NUM_RANKS
+from medusa_impl.training.sequences import TrainingSequence
 
 _CHUNK_POSITIONS = 64  # bounds the logits in flight to 4 x 64 x V values
 

@@ -30,10 +30,10 @@ from harness.specs.recipe import CorpusSpec
 from harness.training.conversations import conversation_sequence
 from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.checkpoints.tensors import backbone_sha256
-from medusa_impl.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import TrainingSequence
+from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore
+from medusa_impl.training.sequences import TrainingSequence
 from medusa_impl.training_log import STEP_LOG, read_step_log
 
 _RANDOM_PROMPT_TOKENS = 12

@@ -45,7 +45,7 @@ from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
 from harness.training.joint import check_runnable
-from medusa_impl.distill import CorpusPrompt
+from medusa_impl.training.distill import CorpusPrompt
 from medusa_impl.training_log import STEP_LOG
 from medusa_impl.tree import DraftTree
 

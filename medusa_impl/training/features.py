@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa_impl.distill import CorpusSample, CorpusStore
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
-from medusa_impl.losses import NO_TARGET
+from medusa_impl.training.distill import CorpusSample, CorpusStore
+from medusa_impl.training.losses import NO_TARGET
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,19 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.errors import UserError
-from medusa_impl.losses import NUM_RANKS
-from medusa_impl.medusa2 import MedusaTrainingModel
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
-from medusa_impl.sharding import check_deepspeed, cut_like, load_optimizer_state, make_whole, on_host, under_fsdp, whole_optimizer_state
+from medusa_impl.training.losses import NUM_RANKS
+from medusa_impl.training.medusa2 import MedusaTrainingModel
+from medusa_impl.training.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
+from medusa_impl.training.sharding import (
+    check_deepspeed,
+    cut_like,
+    load_optimizer_state,
+    make_whole,
+    on_host,
+    under_fsdp,
+    whole_optimizer_state,
+)
 from medusa_impl.training_log import STEP_LOG, JointStep
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from medusa_impl.distill import CorpusSample
 from medusa_impl.errors import UserError
-from medusa_impl.losses import NO_TARGET
+from medusa_impl.training.distill import CorpusSample
+from medusa_impl.training.losses import NO_TARGET
 
 IGNORED = -100  # the label that transformers' Trainer leaves out when it counts the targets of a batch
 WINDOW_BATCHES = 16  # sequences are sorted by length within as many batches: less padding, and batches still differ from epoch to epoch

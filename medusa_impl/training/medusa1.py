@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from medusa_impl.errors import UserError
-from medusa_impl.features import FeatureSet
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import DEFAULT_LOGITS_BYTES, Medusa1Loss, TokenSubset, head_weights, medusa1_loss
 from medusa_impl.recipes import Medusa1Recipe, steps_per_epoch
+from medusa_impl.training.features import FeatureSet
+from medusa_impl.training.losses import DEFAULT_LOGITS_BYTES, Medusa1Loss, TokenSubset, head_weights, medusa1_loss
 from medusa_impl.training_log import HeadEvaluation, TrainingFigures, TrainingStep
 
 STATE_SCHEMA_VERSION = 1

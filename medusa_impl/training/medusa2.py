@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from medusa_impl.checkpoints.adapter import add_adapter
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.sequences import answer_targets
+from medusa_impl.training.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
+from medusa_impl.training.sequences import answer_targets
 
 
 def checkpoint_layers(model: Any) -> None:

@@ -1,0 +1,1 @@
+"""Medusa-1 and Medusa-2 training."""
