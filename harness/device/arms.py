@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from harness.device.clock import Clock
 from harness.device.engine import Engine
@@ -111,21 +113,15 @@ class ArmRunner:
             model: Any = stock
             marks = _Marks(self.clock, prompt_tokens=prompt.shape[1])
             started = self.clock()
-            output = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=configuration,
-                stopping_criteria=StoppingCriteriaList([marks]),
-            )
+            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=configuration, streamer=marks)
         token_ids = tuple(output[0, prompt.shape[1] :].tolist()[: self.max_new_tokens])
         ended_by: EndedBy = "eos" if token_ids[-1] in eos_ids else "budget"
         lengths = [min(length, len(token_ids)) for length in marks.lengths]
-        first = next(index for index, length in enumerate(lengths) if length >= 1)
-        times = [later - earlier for earlier, later in zip(marks.times_s[first:], marks.times_s[first + 1 :], strict=False)]
-        gained = [later - earlier for earlier, later in zip(lengths[first:], lengths[first + 1 :], strict=False)]
+        times = [later - earlier for earlier, later in pairwise(marks.times_s)]
+        gained = [later - earlier for earlier, later in pairwise(lengths)]
         # prompt lookup may accept tokens together with the first one: the prefill's pass, before the decode clock starts
         # so these tokens join those of the first step; without one they are a step of no time
-        gained_with_first = lengths[first] - 1
+        gained_with_first = lengths[0] - 1
         if gained_with_first and gained:
             gained[0] += gained_with_first
         elif gained_with_first:
@@ -133,25 +129,34 @@ class ArmRunner:
         return TimedGeneration(
             token_ids=token_ids,
             ended_by=ended_by,
-            prefill_s=marks.times_s[first] - started,
+            prefill_s=marks.times_s[0] - started,
             step_tokens=tuple(gained),
             step_times_s=tuple(times),
             cache_bytes=None,
         )
 
 
-class _Marks(StoppingCriteria):
-    """Notes the time and the number of new tokens after every pass of `generate`, and never stops it."""
+class _Marks(BaseStreamer):
+    """Notes the time and the number of new tokens after every pass of `generate` that yields some.
+
+    A streamer is handed accepted tokens only; a stopping criterion is asked about drafts, too, by transformers 5.17.
+    """
 
     def __init__(self, clock: Clock, *, prompt_tokens: int) -> None:
-        self._clock, self._prompt_tokens = clock, prompt_tokens
+        self._clock = clock
+        self._num_new = -prompt_tokens  # `generate` hands over the prompt first
         self.times_s: list[float] = []
         self.lengths: list[int] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times_s.append(self._clock())
-        self.lengths.append(input_ids.shape[1] - self._prompt_tokens)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    def put(self, value: torch.Tensor) -> None:
+        """Take the tokens of one pass."""
+        self._num_new += value.numel()
+        if self._num_new > 0:
+            self.times_s.append(self._clock())
+            self.lengths.append(self._num_new)
+
+    def end(self) -> None:
+        """Nothing is left to note."""
 
 
 def timed(steps: Iterator[DecodingStep], *, clock: Clock, cache: TreeCache | None = None) -> TimedGeneration:
