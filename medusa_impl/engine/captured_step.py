@@ -20,13 +20,13 @@ _WARMUP_CALLS = 3  # PyTorch's own advice before a capture: kernels choose their
 class CapturedSteps:
     """The model's call by CUDA graphs, one for each shape and cache; captures a shape when it first occurs.
 
-    All graphs share one memory pool, since only the output of the last replay is ever read.
+    The graphs of one cache share a memory pool, since only the output of the last replay is ever read, and go together with the cache.
+    PyTorch gives up a pool with its last graph, and a capture into it fails from then on: so a pool is taken from a live graph only.
     """
 
     def __init__(self, call: ModelCall) -> None:
         self._call = call
         self._graphs: weakref.WeakKeyDictionary[TreeCache, dict[tuple[Any, ...], _CapturedStep]] = weakref.WeakKeyDictionary()
-        self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
         """Replay the step of this shape on these inputs.
@@ -36,7 +36,8 @@ class CapturedSteps:
         graphs = self._graphs.setdefault(cache, {})
         key = (tuple(inputs.token_ids.shape), cache.plan.view_length, inputs.num_logits)
         if key not in graphs:
-            graphs[key] = _CapturedStep(self._call, inputs, cache, pool=self._pool)
+            pool = next(iter(graphs.values())).pool if graphs else None  # None: a pool of its own
+            graphs[key] = _CapturedStep(self._call, inputs, cache, pool=pool)
         return graphs[key].replay(inputs, cache)
 
 
@@ -60,6 +61,11 @@ class _CapturedStep:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._output = call(self._inputs, cache)
+
+    @property
+    def pool(self) -> Any:
+        """The handle of the memory pool that this graph keeps alive."""
+        return self._graph.pool()
 
     def replay(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
         assert cache.plan.flat_slots is not None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +17,9 @@ from transformers import LlamaForCausalLM
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import decode_medusa, decode_vanilla
 from medusa_impl.engine import packed_linear, runner
-from medusa_impl.engine.backbone import GROUPED_ATTENTION
+from medusa_impl.engine.backbone import GROUPED_ATTENTION, BackboneOutput, StepInputs
+from medusa_impl.engine.captured_step import CapturedSteps
+from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
@@ -268,3 +275,104 @@ def test_a_captured_step_waits_for_the_host_once() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert len(caught) == 1
+
+
+class _FakeGraphs:
+    """Stands in for PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.users: Counter[int] = Counter()
+        self.captured: list[int] = []
+        users = self.users
+
+        class Graph:
+            handle: int | None = None
+
+            def pool(self) -> int:
+                assert self.handle is not None, "no successful capture"
+                return self.handle
+
+            def replay(self) -> None:
+                pass
+
+            def __del__(self) -> None:
+                if self.handle is not None:
+                    users[self.handle] -= 1
+
+        @contextlib.contextmanager
+        def capture(graph: Graph, pool: int | None = None) -> Iterator[None]:
+            assert pool is None or users[pool] > 0 or pool not in self.captured, "a capture into a pool whose last graph is gone"
+            handle = len(self.captured) if pool is None else pool
+            yield
+            graph.handle = handle
+            users[handle] += 1
+            self.captured.append(handle)
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr("torch.cuda.Stream", lambda: stream)
+        monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
+        monkeypatch.setattr("torch.cuda.stream", lambda chosen: contextlib.nullcontext())
+        monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+        monkeypatch.setattr("torch.cuda.graph", capture)
+        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: -1)
+
+
+def _take_step(steps: CapturedSteps, cache: TreeCache, *, num_new: int) -> None:
+    tokens = torch.zeros(1, num_new, dtype=torch.long)
+    mask = torch.zeros(1, 1, num_new, cache.begin_step(num_new=num_new))
+    steps(StepInputs(token_ids=tokens, position_ids=tokens, mask=mask, num_logits=0), cache)
+
+
+def _no_output(inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+    return BackboneOutput(logits=torch.empty(0), hidden=torch.empty(0))
+
+
+def _small_cache() -> TreeCache:
+    return TreeCache(num_layers=1, batch_size=1, max_length=64)
+
+
+def test_no_capture_goes_into_the_pool_of_graphs_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All caches once shared one pool, which died with the last cache: the next capture crashed inside PyTorch."""
+    fake = _FakeGraphs(monkeypatch)
+    steps = CapturedSteps(_no_output)
+    first, second = _small_cache(), _small_cache()
+    for cache, num_new in ((first, 1), (second, 1), (first, 4), (first, 1), (second, 6)):
+        _take_step(steps, cache, num_new=num_new)
+    assert fake.captured == [0, 1, 0, 1] and fake.users == {0: 2, 1: 2}
+    del first, second, cache
+    gc.collect()
+    assert fake.users.total() == 0
+    third = _small_cache()
+    _take_step(steps, third, num_new=1)
+    _take_step(steps, third, num_new=4)
+    assert fake.captured[4:] == [4, 4]
+
+
+def test_a_capture_that_failed_leaves_no_pool_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that runs out of memory is skipped, and the next one is captured."""
+    fake = _FakeGraphs(monkeypatch)
+
+    def call(inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        if inputs.token_ids.shape[1] > 8:
+            raise torch.OutOfMemoryError
+        return _no_output(inputs, cache)
+
+    steps, cache = CapturedSteps(call), _small_cache()
+    with pytest.raises(torch.OutOfMemoryError):
+        _take_step(steps, cache, num_new=9)
+    _take_step(steps, cache, num_new=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        _take_step(steps, cache, num_new=9)
+    _take_step(steps, cache, num_new=2)
+    assert fake.captured == [0, 0]
+
+
+@pytest.mark.gpu
+def test_steps_are_captured_again_after_a_cache_was_freed() -> None:
+    """Every decoding makes a cache of its own; all graphs of the one before are gone when the next captures."""
+    expected = medusa_tokens(StepRunner(tiny_llama(), make_heads(), mode="eager"))
+    engine = StepRunner(tiny_llama().to("cuda"), make_heads(), mode="cuda_graph")  # type: ignore[arg-type]
+    assert engine.mode == "cuda_graph"
+    for _ in range(3):
+        assert medusa_tokens(engine) == expected == vanilla_tokens(engine)
+        gc.collect()
