@@ -74,12 +74,34 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
 
 
 def foreign_gpu_processes() -> int | None:
-    """Return how many other processes use the GPU, where the driver tells; None elsewhere."""
-    if not torch.cuda.is_available():
+    """Return how many other processes compute on the GPU, or None where that cannot be known.
+
+    The driver's list (NVML) holds numbers of the host, so a container does not find its own among them. A listed process is another one
+    for certain where ours is listed too, or where we have not used the GPU yet.
+    """
+    listed = _gpu_processes(best_device().index or 0) if torch.cuda.is_available() else None
+    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if listed is None or (listed and os.getpid() not in listed and used):
+        return None
+    return len(listed - {os.getpid()})
+
+
+def _gpu_processes(index: int) -> frozenset[int] | None:
+    """Return the numbers of the processes that compute on one of the GPUs that we see, or None where NVML does not tell."""
+    try:
+        import pynvml
+    except ModuleNotFoundError:
         return None
     try:
-        listed = torch.cuda.list_gpu_processes()
-    except (ModuleNotFoundError, RuntimeError):
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
         return None
-    own = str(os.getpid())
-    return sum("process" in line and own not in line for line in listed.splitlines())
+    try:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        name = visible.split(",")[index].strip() if visible else str(index)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+        return frozenset(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except (pynvml.NVMLError, IndexError):
+        return None
+    finally:
+        pynvml.nvmlShutdown()
