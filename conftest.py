@@ -1,5 +1,6 @@
-"""Rules for every test of the project: no hub is asked for anything, GPU tests skip where there is no GPU, and saved micro-benchmarks
-say which device they come from and are compared on that device only."""
+"""Rules for every test of the project: no hub is asked for anything, GPU tests skip where there is no GPU,
+and saved micro-benchmarks say which device they come from and are compared on that device only.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `gpu` tests as skipped when torch sees no CUDA device; torch is imported only if such a test was collected."""
+    """Marks `gpu` tests as skipped when torch sees no CUDA device; torch is imported only if such a test was
+    collected.
+    """
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not gpu_items:
         return
@@ -30,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """Returns what moves a micro-benchmark: device, threads, versions, packed operators.
 
-    It stands in for pytest-benchmark's own, which holds the host's name and clock rates that differ from run to run.
+    It stands in for pytest-benchmark's own, which holds the host's name and clock rates that differ from run
+    to run.
     """
     import torch
 
@@ -42,13 +46,19 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": python_version(),
         "torch": torch.__version__,
-        "device": device.model_dump(mode="json", include={"kind", "name", "num_cores", "num_threads", "details"}),
-        "packed_operators": [str(dtype) for dtype in (torch.float32, torch.bfloat16) if packing_available(dtype)],
+        "device": device.model_dump(
+            mode="json", include={"kind", "name", "num_cores", "num_threads", "details"}
+        ),
+        "packed_operators": [
+            str(dtype) for dtype in (torch.float32, torch.bfloat16) if packing_available(dtype)
+        ],
     }
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
-    """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder and branch."""
+    """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder
+    and branch.
+    """
     from harness.device.machine import git_state
     from harness.paths import code_folder
 
@@ -56,7 +66,9 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     return {"id": commit, "dirty": dirty, "project": "medusa-repro"}
 
 
-def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
+def pytest_benchmark_compare_machine_info(
+    machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> None:
     """Refuses to compare with a result of another machine, of which pytest-benchmark itself only warns.
 
     Raises: pytest.UsageError, which ends the session with exit code 4.
@@ -64,7 +76,10 @@ def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared
     from harness.errors import UserError
 
     # through JSON, as the saved one went
-    saved, here = dict(_flat(compared_benchmark.get("machine_info", {}))), dict(_flat(json.loads(json.dumps(machine_info))))
+    saved, here = (
+        dict(_flat(compared_benchmark.get("machine_info", {}))),
+        dict(_flat(json.loads(json.dumps(machine_info)))),
+    )
     differing = sorted(name for name in here if name not in saved or saved[name] != here[name])
     if differing:
         found = UserError(

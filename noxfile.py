@@ -1,7 +1,8 @@
 """Entry points of the project; every session runs one command in one shared environment.
 
-nox would make an environment per session, and torch alone is 1.7 GB, so the sessions use none of nox's own and call the
-Python of `.nox/shared` instead. It is installed once per content of pyproject.toml and the constraints file.
+nox would make an environment per session, and torch alone is 1.7 GB, so the sessions use none of nox's own
+and call the Python of `.nox/shared` instead. It is installed once per content of pyproject.toml and the
+constraints file.
 
 Environment:
     MEDUSA_REPRO_CONSTRAINTS: another pip constraints file than constraints.txt; empty for none.
@@ -26,12 +27,22 @@ PYPROJECT = ROOT / "pyproject.toml"
 
 
 def shared_python(session: nox.Session) -> str:
-    """Returns the Python of the shared environment, made or brought up to date first where its stamp does not match."""
+    """Returns the Python of the shared environment, made or brought up to date first where its stamp does not
+    match.
+    """
     python = SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     constraints = os.environ.get("MEDUSA_REPRO_CONSTRAINTS", str(ROOT / "constraints.txt"))
     if constraints and not Path(constraints).is_file():
-        session.error(f"found no file {constraints}; need MEDUSA_REPRO_CONSTRAINTS to name a constraints file, or to be empty for none")
-    inputs = [PYPROJECT.read_bytes(), Path(constraints).read_bytes() if constraints else b"", sys.version.encode(), str(ROOT).encode()]
+        session.error(
+            f"found no file {constraints}; need MEDUSA_REPRO_CONSTRAINTS to name a constraints file, or to "
+            "be empty for none"
+        )
+    inputs = [
+        PYPROJECT.read_bytes(),
+        Path(constraints).read_bytes() if constraints else b"",
+        sys.version.encode(),
+        str(ROOT).encode(),
+    ]
     fingerprint = hashlib.sha256(b"\0".join(inputs)).hexdigest()
     stamp = SHARED / "installed.sha256"
     if stamp.is_file() and stamp.read_text() == fingerprint:
@@ -40,8 +51,20 @@ def shared_python(session: nox.Session) -> str:
     stamp.unlink(missing_ok=True)  # an install that is cut short leaves no stamp
     groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "lint", "types", "tests")
     pinned = ["--constraint", constraints] if constraints else []
-    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True)
-    session.run(str(python), "-m", "pip", "install", *pinned, "--editable", f"{ROOT}[plots,ray]", *groups, external=True)
+    session.run(
+        sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True
+    )
+    session.run(
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        *pinned,
+        "--editable",
+        f"{ROOT}[plots,ray]",
+        *groups,
+        external=True,
+    )
     stamp.write_text(fingerprint)
     return str(python)
 
@@ -75,7 +98,8 @@ def tests(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time the project's own code (pytest-benchmark, whose options follow --).
 
-    `-- --benchmark-storage=FOLDER --benchmark-save=NAME` saves; `-- --benchmark-storage=FOLDER --benchmark-compare=0001` compares.
+    `-- --benchmark-storage=FOLDER --benchmark-save=NAME` saves; `-- --benchmark-storage=FOLDER
+    --benchmark-compare=0001` compares.
     """
     files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/tests/test_bench_*.py"))
     run_module(session, "pytest", "--benchmark-only", *files)

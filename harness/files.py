@@ -36,24 +36,36 @@ def first_fault(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
 
 
-def read_lines(path: Path, parse: Callable[[bytes], Line], *, holds: str, allow_torn_tail: bool = False) -> tuple[Line, ...]:
+def read_lines(
+    path: Path, parse: Callable[[bytes], Line], *, holds: str, allow_torn_tail: bool = False
+) -> tuple[Line, ...]:
     """Read a file of one record a line.
 
-    With `allow_torn_tail` a last line without its newline (a run killed while writing) is left out instead of refused.
+    With `allow_torn_tail` a last line without its newline (a run killed while writing) is left out instead of
+    refused.
     Raises: UserError naming file and line.
     """
     try:
         *lines, tail = path.read_bytes().split(b"\n")  # bytes: a kill may cut a character in two
     except OSError as error:
-        raise UserError(found=f"no readable {path.name}", need="a record file", where=path.parent.name) from error
+        raise UserError(
+            found=f"no readable {path.name}", need="a record file", where=path.parent.name
+        ) from error
     if tail and not allow_torn_tail:
-        raise UserError(found="a truncated last line", need="whole lines", where=f"{path.name}:{len(lines) + 1}", do="resume the run")
+        raise UserError(
+            found="a truncated last line",
+            need="whole lines",
+            where=f"{path.name}:{len(lines) + 1}",
+            do="resume the run",
+        )
     found = []
     for number, line in enumerate(lines, start=1):
         try:
             found.append(parse(line))
         except ValidationError as error:
-            raise UserError(found=first_fault(error), need=f"{holds} a line", where=f"{path.name}:{number}") from error
+            raise UserError(
+                found=first_fault(error), need=f"{holds} a line", where=f"{path.name}:{number}"
+            ) from error
     return tuple(found)
 
 

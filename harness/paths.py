@@ -12,17 +12,23 @@ import platformdirs
 
 from harness.errors import UserError
 
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b")
+_ABSOLUTE_PATH = re.compile(
+    r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b"
+)
 CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
 
 
 def shipped(*parts: str) -> Path:
-    """Return a file or folder of the data that ships with the project; without `parts` the folder of all of it."""
+    """Return a file or folder of the data that ships with the project; without `parts` the folder of all of
+    it.
+    """
     return Path(str(resources.files("suites"))).joinpath(*parts)
 
 
 def code_folder() -> Path:
-    """Return the folder of this code, whose checkout, where it has one, is what a record names as its commit."""
+    """Return the folder of this code, whose checkout, where it has one, is what a record names as its
+    commit.
+    """
     return Path(__file__).resolve().parent
 
 
@@ -34,7 +40,11 @@ def resolve_path(text: str, *, beside: Path | None) -> Path:
     for candidate in (Path(text), *((beside / text,) if beside is not None else ()), shipped(text)):
         if candidate.exists():
             return Path(candidate)
-    raise UserError(found=f"no file {text!r}", need="a file that exists, beside the suite or under suites/", where="the suite")
+    raise UserError(
+        found=f"no file {text!r}",
+        need="a file that exists, beside the suite or under suites/",
+        where="the suite",
+    )
 
 
 def default_results() -> Path:
@@ -45,7 +55,9 @@ def default_results() -> Path:
 
 def without_paths(text: str) -> str:
     """Return the text with every absolute path cut to its last part, which names no user and no machine."""
-    return _ABSOLUTE_PATH.sub(lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text)
+    return _ABSOLUTE_PATH.sub(
+        lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text
+    )
 
 
 def holds_absolute_path(text: str) -> bool:
@@ -54,6 +66,10 @@ def holds_absolute_path(text: str) -> bool:
 
 
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Returns the cache folder: MEDUSA_REPRO_CACHE where set, else the platform's place for caches; it need not exist."""
+    """Returns the cache folder: MEDUSA_REPRO_CACHE where set, else the platform's place for caches; it need
+    not exist.
+    """
     override = (os.environ if environ is None else environ).get(CACHE_VARIABLE)
-    return Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")
+    return (
+        Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")
+    )

@@ -1,8 +1,9 @@
 """Bootstrap intervals over prompts: both arms of a prompt drawn together, the statistic formed from totals.
 
-A plain percentile interval is too narrow for few prompts, as a standard deviation with divisor n is. Moving its tails from Phi(-z) to
-Phi(-sqrt(n / (n - 1)) * t) makes up for the divisor and for the normal quantile. Rates at which a nominal 95 % interval of a speedup
-covered the truth (log-normal prompts, 2,000 records each; `tests/test_intervals.py` measures the last column on 400):
+A plain percentile interval is too narrow for few prompts, as a standard deviation with divisor n is. Moving
+its tails from Phi(-z) to Phi(-sqrt(n / (n - 1)) * t) makes up for the divisor and for the normal quantile.
+Rates at which a nominal 95 % interval of a speedup covered the truth (log-normal prompts, 2,000 records each;
+`tests/test_intervals.py` measures the last column on 400):
 
     n     percentile   BCa     widened percentile (used)
     8     0.881        0.882   0.938
@@ -29,7 +30,9 @@ Floats = NDArray[np.float64]
 FigureKind = Literal["measured", "composed", "predicted", "quoted", "hypothetical", "replayed", "computed"]
 
 
-def bootstrap_ratio(numerator: ArrayLike, denominator: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
+def bootstrap_ratio(
+    numerator: ArrayLike, denominator: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator
+) -> Interval:
     """The ratio of two totals over prompts, such as tokens over seconds.
 
     Shapes: [P] each, one entry a prompt.
@@ -56,16 +59,22 @@ def bootstrap_ratio_of_ratios(
     return bootstrap_totals(lambda a, b, c, d: _ratio(a, b) / _ratio(c, d), *columns, spec=spec, rng=rng)
 
 
-def bootstrap_totals(statistic: Callable[..., Floats], *columns: ArrayLike, spec: IntervalSpec, rng: np.random.Generator) -> Interval:
-    """A statistic of column totals with its interval; prompts are resampled whole, all columns of a prompt together.
+def bootstrap_totals(
+    statistic: Callable[..., Floats], *columns: ArrayLike, spec: IntervalSpec, rng: np.random.Generator
+) -> Interval:
+    """A statistic of column totals with its interval; prompts are resampled whole, all columns of a prompt
+    together.
 
-    `statistic` maps one array of totals a column to an array of the same shape. A single prompt bounds nothing: its interval is
-    (-inf, inf). `spec.seed` is not read; the draws come from `rng`.
+    `statistic` maps one array of totals a column to an array of the same shape. A single prompt bounds
+    nothing: its interval is (-inf, inf). `spec.seed` is not read; the draws come from `rng`.
     Raises: ValueError if there is no prompt, the columns differ in length, or a value is not finite.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
-        raise ValueError(f"found columns of shapes {[array.shape for array in arrays]}, need one entry a prompt in each, and a prompt")
+        raise ValueError(
+            f"found columns of shapes {[array.shape for array in arrays]}, need one entry a prompt in "
+            "each, and a prompt"
+        )
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("found a value that is not finite, need finite values for every prompt")
     num_prompts = len(arrays[0])
@@ -89,7 +98,8 @@ def bootstrap_totals(statistic: Callable[..., Floats], *columns: ArrayLike, spec
 def widened_level(level: float, *, num_prompts: int) -> float:
     """The level at which to read a percentile interval so that it covers at about `level` with few prompts.
 
-    Departs: from the plain percentile interval; this is Hesterberg's expanded one ("What Teachers Should Know About the Bootstrap", 2015).
+    Departs: from the plain percentile interval; this is Hesterberg's expanded one ("What Teachers Should Know
+    About the Bootstrap", 2015).
     """
     quantile = stats.t.ppf((1 + level) / 2, num_prompts - 1) * math.sqrt(num_prompts / (num_prompts - 1))
     return float(1 - 2 * stats.norm.sf(quantile))
@@ -110,9 +120,11 @@ class Interval(Frozen):
 
 
 class Resamples:
-    """The draws of `num_units` units (prompts, or batches of prompts) with replacement; the same draws for every statistic.
+    """The draws of `num_units` units (prompts, or batches of prompts) with replacement; the same draws for
+    every statistic.
 
-    Intervals are those of `intervals.bootstrap_totals`: percentiles, widened for few units. One unit bounds nothing.
+    Intervals are those of `intervals.bootstrap_totals`: percentiles, widened for few units. One unit bounds
+    nothing.
     """
 
     def __init__(self, num_units: int, *, spec: IntervalSpec) -> None:
@@ -122,11 +134,15 @@ class Resamples:
         self._times_drawn = rng.multinomial(num_units, shares, size=spec.num_resamples).astype(np.float64)
 
     def totals(self, columns: Floats) -> Floats:
-        """Return the totals of columns in every draw. Shapes: `columns` [units, C] or [units]; result [draws, C] or [draws]."""
+        """Return the totals of columns in every draw. Shapes: `columns` [units, C] or [units]; result [draws,
+        C] or [draws].
+        """
         return self._times_drawn @ columns
 
     def bounds(self, draws: Floats) -> tuple[Floats, Floats]:
-        """Return the bounds that a statistic's values in the draws give. Shapes: `draws` [.., draws]; results [..]."""
+        """Return the bounds that a statistic's values in the draws give. Shapes: `draws` [.., draws]; results
+        [..].
+        """
         if self.num_units == 1:
             return np.full(draws.shape[:-1], -math.inf), np.full(draws.shape[:-1], math.inf)
         tail = (1 - widened_level(self.level, num_prompts=self.num_units)) / 2
@@ -134,6 +150,10 @@ class Resamples:
         return np.asarray(low), np.asarray(high)
 
     def interval(self, estimate: float, draws: Floats) -> Interval:
-        """Return an estimate with the interval that a statistic's values in the draws give. Shapes: `draws` [draws]."""
+        """Return an estimate with the interval that a statistic's values in the draws give. Shapes: `draws`
+        [draws].
+        """
         low, high = self.bounds(draws)
-        return Interval(estimate=estimate, low=float(low), high=float(high), level=self.level, num_prompts=self.num_units)
+        return Interval(
+            estimate=estimate, low=float(low), high=float(high), level=self.level, num_prompts=self.num_units
+        )

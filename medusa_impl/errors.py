@@ -1,4 +1,6 @@
-"""The one exception type for mistakes a user can mend, raised by every layer and rendered once at the command line."""
+"""The one exception type for mistakes a user can mend, raised by every layer and rendered once at the command
+line.
+"""
 
 from __future__ import annotations
 

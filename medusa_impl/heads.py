@@ -15,7 +15,8 @@ from medusa_impl.recipes import HeadArchitecture
 class ResBlock(nn.Module):
     """x + SiLU(W x + b) with W = 0 and b = 0 at the start, so that a fresh block is exactly the identity.
 
-    Departs: the released code zeroes W only and keeps a random bias, so that its heads do not start as the LM head.
+    Departs: the released code zeroes W only and keeps a random bias, so that its heads do not start as the LM
+    head.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -30,12 +31,15 @@ class ResBlock(nn.Module):
 
 
 class MedusaHeads(nn.Module):
-    """K draft heads: L residual blocks each, then an unembedding, the head's `own` or the backbone's LM head (`shared`).
+    """K draft heads: L residual blocks each, then an unembedding, the head's `own` or the backbone's LM head
+    (`shared`).
 
-    The LM head of a `shared` architecture is passed to `forward`, never owned: it stays the backbone's, frozen under Medusa-1. Only where
-    joint training adapted the backbone's LM head but not what the heads read, `lm_head` holds the original one, and is read instead.
-    With `own`, each unembedding starts as a copy of the LM head, so that at step 0 every head equals the LM head exactly.
-    Paper: Section 2.1.1. Departs: the released code builds L blocks as one repeated module; these are distinct.
+    The LM head of a `shared` architecture is passed to `forward`, never owned: it stays the backbone's,
+    frozen under Medusa-1. Only where joint training adapted the backbone's LM head but not what the heads
+    read, `lm_head` holds the original one, and is read instead. With `own`, each unembedding starts as a copy
+    of the LM head, so that at step 0 every head equals the LM head exactly.
+    Paper: Section 2.1.1. Departs: the released code builds L blocks as one repeated module; these are
+    distinct.
     """
 
     def __init__(
@@ -51,12 +55,16 @@ class MedusaHeads(nn.Module):
         super().__init__()
         if num_heads < 1 or num_layers < 1:
             raise UserError(
-                found=f"{num_heads} heads of {num_layers} layers", need="at least one of each", where="the heads' configuration"
+                found=f"{num_heads} heads of {num_layers} layers",
+                need="at least one of each",
+                where="the heads' configuration",
             )
         self.num_heads, self.num_layers = num_heads, num_layers
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.architecture: HeadArchitecture = architecture
-        self.blocks = nn.ModuleList(nn.Sequential(*(ResBlock(hidden_size) for _ in range(num_layers))) for _ in range(num_heads))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(ResBlock(hidden_size) for _ in range(num_layers))) for _ in range(num_heads)
+        )
         self.unembeddings = nn.ModuleList()
         self.lm_head: nn.Module | None = None
         if architecture == "own":
@@ -82,7 +90,13 @@ class MedusaHeads(nn.Module):
         if self.architecture == "shared":
             logits: Tensor = (lm_head if self.lm_head is None else self.lm_head)(states)
             return logits
-        return torch.stack([unembedding(states[..., k, :]) for k, unembedding in enumerate(list(self.unembeddings)[:num_heads])], dim=-2)
+        return torch.stack(
+            [
+                unembedding(states[..., k, :])
+                for k, unembedding in enumerate(list(self.unembeddings)[:num_heads])
+            ],
+            dim=-2,
+        )
 
     def check_backbone(self, *, hidden_size: int, vocab_size: int) -> None:
         """Refuse a backbone of another shape."""
@@ -96,7 +110,8 @@ class MedusaHeads(nn.Module):
 
 
 def ordered_topk(logits: Tensor, count: int) -> Tensor:
-    """Return the ids of the `count` greatest logits, best first, equal logits by lower id: the order that traces rank by.
+    """Return the ids of the `count` greatest logits, best first, equal logits by lower id: the order that
+    traces rank by.
 
     `torch.topk` leaves the order of ties open. On a CPU a stable sort settles the rare tie; elsewhere, where
     looking for one would make the host wait, value and id are ordered together as one integer.
@@ -112,9 +127,11 @@ def ordered_topk(logits: Tensor, count: int) -> Tensor:
 
 
 def topk_of_keys(logits: Tensor, count: int) -> Tensor:
-    """Return what `ordered_topk` returns, by the top of 64-bit keys: the logit's rank among floats above, the complement of the id below.
+    """Return what `ordered_topk` returns, by the top of 64-bit keys: the logit's rank among floats above, the
+    complement of the id below.
 
-    A float's bits read as an integer order like the float where it is positive and in reverse where it is negative.
+    A float's bits read as an integer order like the float where it is positive and in reverse where it is
+    negative.
     Shapes: logits `[.., V]`, result `[.., count]`.
     """
     bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0 makes -0 the 0 that it equals

@@ -19,10 +19,11 @@ class Frozen(BaseModel):
 
 
 def cosine_share(step: int, *, num_steps: int, warmup_steps: int, ramp_steps: int) -> float:
-    """Return the share of its peak that a learning rate has at step 0..num_steps - 1: a linear ramp, then half a cosine down to 0.
+    """Return the share of its peak that a learning rate has at step 0..num_steps - 1: a linear ramp, then
+    half a cosine down to 0.
 
-    `ramp_steps` is where the ramp would reach 1: with `warmup_steps` the last step of the warm-up has the whole rate (Medusa-1), with
-    one more the first step after it (Medusa-2).
+    `ramp_steps` is where the ramp would reach 1: with `warmup_steps` the last step of the warm-up has the
+    whole rate (Medusa-1), with one more the first step after it (Medusa-2).
     """
     if step < warmup_steps:
         return (step + 1) / ramp_steps
@@ -32,11 +33,13 @@ def cosine_share(step: int, *, num_steps: int, warmup_steps: int, ramp_steps: in
 class Medusa1Recipe(Frozen):
     """Everything that decides what Medusa-1 training yields, given the features.
 
-    Exactly one of `num_epochs` and `num_steps` is set. `subset_size` tokens serve as vocabulary until the last `full_vocabulary_rate`
-    of the steps, which use all of it; None means all of it throughout. `matmul_dtype` is that of the two products with the shared
-    unembedding; weights, softmax and optimiser stay float32.
-    Paper: Appendix B trains with AdamW, cosine schedule and warm-up. Departs: a step is a number of positions, not of conversations,
-    and the rate is set for `shared` heads of the embedded model, from one short trial a rate; it was not tried on `own` ones.
+    Exactly one of `num_epochs` and `num_steps` is set. `subset_size` tokens serve as vocabulary until the
+    last `full_vocabulary_rate` of the steps, which use all of it; None means all of it throughout.
+    `matmul_dtype` is that of the two products with the shared unembedding; weights, softmax and optimiser
+    stay float32.
+    Paper: Appendix B trains with AdamW, cosine schedule and warm-up. Departs: a step is a number of
+    positions, not of conversations, and the rate is set for `shared` heads of the embedded model, from one
+    short trial a rate; it was not tried on `own` ones.
     """
 
     num_heads: int = Field(default=5, ge=1)
@@ -67,21 +70,30 @@ class Medusa1Recipe(Frozen):
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None
-        return max(1, round(self.num_epochs * steps_per_epoch(num_rows, batch_positions=self.batch_positions)))
+        return max(
+            1, round(self.num_epochs * steps_per_epoch(num_rows, batch_positions=self.batch_positions))
+        )
 
     def learning_rate_at(self, step: int, *, num_steps: int) -> float:
-        """Return the rate of step 0..num_steps - 1: linear warm-up, then half a cosine down to 0 after the last step."""
-        share = cosine_share(step, num_steps=num_steps, warmup_steps=self.warmup_steps, ramp_steps=self.warmup_steps)
+        """Return the rate of step 0..num_steps - 1: linear warm-up, then half a cosine down to 0 after the
+        last step.
+        """
+        share = cosine_share(
+            step, num_steps=num_steps, warmup_steps=self.warmup_steps, ramp_steps=self.warmup_steps
+        )
         return self.learning_rate * share
 
 
 def steps_per_epoch(num_rows: int, *, batch_positions: int) -> int:
-    """Return the number of whole batches in `num_rows`; the remainder, another one each epoch, is left out."""
+    """Return the number of whole batches in `num_rows`; the remainder, another one each epoch, is left
+    out.
+    """
     return max(1, num_rows // batch_positions)
 
 
 class LoraRecipe(Frozen):
-    """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says whether that one is adapted.
+    """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says
+    whether that one is adapted.
 
     Paper: Appendix B, rank 32, alpha 16, dropout 0.05 on every linear layer and the LM head.
     """
@@ -96,16 +108,20 @@ class LoraRecipe(Frozen):
 class Medusa2Recipe(Frozen):
     """Everything that decides what joint training yields, given model, heads and sequences.
 
-    `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original model's law (KL).
-    `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets lambda_0 rise from 0 along `ramp`
-    over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one learning rate is direct fine-tuning, the control of Table 2.
-    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one over `each_stage`, the second
-    with an optimiser that knows nothing of the first.
-    `batch_sequences` x `accumulation_steps` sequences make a step, however many processes share them.
-    `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts the heads' vocabulary to
-    the most frequent tokens. `gradient_checkpointing` keeps each layer's input alone and runs the layer again for its gradients: less
-    memory, more time, the same result. Exactly one of `num_epochs` and `num_steps` is set.
-    Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the heads are.
+    `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original
+    model's law (KL).
+    `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets
+    lambda_0 rise from 0 along `ramp` over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one
+    learning rate is direct fine-tuning, the control of Table 2.
+    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one
+    over `each_stage`, the second with an optimiser that knows nothing of the first. `batch_sequences` x
+    `accumulation_steps` sequences make a step, however many processes share them.
+    `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts
+    the heads' vocabulary to the most frequent tokens. `gradient_checkpointing` keeps each layer's input alone
+    and runs the layer again for its gradients: less memory, more time, the same result. Exactly one of
+    `num_epochs` and `num_steps` is set.
+    Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the
+    heads are.
     """
 
     num_heads: int = Field(default=5, ge=1)
@@ -146,7 +162,9 @@ class Medusa2Recipe(Frozen):
         if self.quantisation is not None and self.backbone == "full":
             raise ValueError("a quantised backbone cannot be trained in full; take lora or frozen")
         if self.heads_lm_head == "adapted" and self.subset_size is not None:
-            raise ValueError("a subset of the vocabulary needs a frozen LM head: heads_lm_head must be original")
+            raise ValueError(
+                "a subset of the vocabulary needs a frozen LM head: heads_lm_head must be original"
+            )
         return self
 
     def loss_weights(self, step: int, *, num_steps: int) -> tuple[float, float]:
@@ -162,7 +180,8 @@ class Medusa2Recipe(Frozen):
         return 1.0, self.lambda_0
 
     def learning_rates(self, step: int, *, num_steps: int) -> tuple[float, float]:
-        """Return the rates of heads and backbone at step 0..num_steps - 1: linear warm-up, then half a cosine down to 0.
+        """Return the rates of heads and backbone at step 0..num_steps - 1: linear warm-up, then half a cosine
+        down to 0.
 
         The backbone's begins where its own training does.
         """
@@ -177,8 +196,11 @@ class Medusa2Recipe(Frozen):
         return heads, backbone
 
     def _share(self, step: int, *, num_steps: int) -> float:
-        return cosine_share(step, num_steps=num_steps, warmup_steps=self.warmup_steps, ramp_steps=self.warmup_steps + 1)
+        return cosine_share(
+            step, num_steps=num_steps, warmup_steps=self.warmup_steps, ramp_steps=self.warmup_steps + 1
+        )
 
     def first_backbone_step(self, num_steps: int) -> int:
         """Return the first step in which the backbone learns."""
-        return math.ceil(round(self.stage_rate * num_steps, 6)) if self.warmup == "two_stage" else 0  # 0.28 x 100 is 28, not a hair more
+        # 0.28 x 100 is 28, not a hair more
+        return math.ceil(round(self.stage_rate * num_steps, 6)) if self.warmup == "two_stage" else 0

@@ -14,7 +14,9 @@ from medusa_impl.engine.backbone import Backbone
 
 @dataclass(frozen=True)
 class StreamRequest:
-    """One prompt for `decode_stream`; temperature 0 is greedy, otherwise `seed` starts the row's own random numbers."""
+    """One prompt for `decode_stream`; temperature 0 is greedy, otherwise `seed` starts the row's own random
+    numbers.
+    """
 
     key: str
     prompt_ids: Sequence[int]
@@ -24,7 +26,8 @@ class StreamRequest:
 
 @dataclass(frozen=True)
 class StreamCompletion:
-    """One finished row of `decode_stream`: kept tokens (end-of-sequence included) and the states that produced them.
+    """One finished row of `decode_stream`: kept tokens (end-of-sequence included) and the states that
+    produced them.
 
     Shapes: states `[n, H]` float16, or None where they were not asked for.
     """
@@ -55,10 +58,11 @@ def decode_stream(
     eos_ids: frozenset[int],
     keep_states: bool = False,
 ) -> Iterator[StreamCompletion]:
-    """Decode many prompts one token a step, `num_rows` at a time; a finished row takes the next prompt at once.
+    """Decode many prompts one token a step, `num_rows` at a time; a finished row takes the next prompt at
+    once.
 
-    For making corpora, not for measuring: completions come in order of finishing. A row's text depends on its own seed only
-    (and, where two logits lie within rounding, on the batch it ran in).
+    For making corpora, not for measuring: completions come in order of finishing. A row's text depends on its
+    own seed only (and, where two logits lie within rounding, on the batch it ran in).
     """
     pending = iter(requests)
     first = next(pending, None)
@@ -67,7 +71,10 @@ def decode_stream(
     cache = None
     rows: list[_StreamRow | None] = [None] * num_rows
     next_ids = torch.zeros(num_rows, 1, dtype=torch.long)
-    depth, visible = torch.zeros(1, dtype=torch.long, device=backbone.device), torch.ones(1, 1, dtype=torch.bool, device=backbone.device)
+    depth, visible = (
+        torch.zeros(1, dtype=torch.long, device=backbone.device),
+        torch.ones(1, 1, dtype=torch.bool, device=backbone.device),
+    )
     queue: list[StreamRequest] = [first]
 
     def take(row_index: int, logits: Tensor, hidden: Tensor) -> StreamCompletion | None:
@@ -97,7 +104,8 @@ def decode_stream(
                 needed = len(request.prompt_ids) + max_new_tokens
                 if cache is None or needed > cache.max_length:
                     if any(row is not None for row in rows):
-                        queue.append(request)  # waits until the rows in flight are done and a longer cache can replace this one
+                        # waits until the rows in flight are done and a longer cache can replace this one
+                        queue.append(request)
                         break
                     cache = backbone.new_cache(batch_size=num_rows, max_length=-(-(needed + 128) // 64) * 64)
                 rows[row_index] = _StreamRow(request)
@@ -118,7 +126,11 @@ def decode_stream(
             cache.clear_rows(slice(index, index + 1))
         step = backbone.forward(next_ids.to(backbone.device), depths=depth, visible=visible, cache=cache)
         counts = [int(row is not None) for row in rows]
-        cache.keep(torch.zeros_like(next_ids, device=backbone.device), torch.tensor(counts, device=backbone.device), counts=counts)
+        cache.keep(
+            torch.zeros_like(next_ids, device=backbone.device),
+            torch.tensor(counts, device=backbone.device),
+            counts=counts,
+        )
         for index in active:
             completion = take(index, step.logits[index, -1], step.hidden[index, -1])
             if completion is not None:
@@ -128,5 +140,7 @@ def decode_stream(
 def _pick_token(logits: Tensor, row: _StreamRow) -> int:
     if row.request.temperature == 0:
         return int(logits.argmax())
-    cumulative = torch.softmax(logits.float() / row.request.temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+    cumulative = torch.softmax(logits.float() / row.request.temperature, dim=-1).cumsum(
+        -1, dtype=torch.float64
+    )
     return int(torch.searchsorted(cumulative, row.uniform() * cumulative[-1]).clamp_max(logits.shape[-1] - 1))

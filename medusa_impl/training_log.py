@@ -16,8 +16,8 @@ STEP_LOG = "steps.jsonl"
 class TrainingStep(Frozen):
     """One line of the training log: means since the line before.
 
-    loss is Eq. 1 per position; head_losses (nats) and head_hit_rates are per head over its own targets, within `vocabulary`;
-    num_positions_seen and num_targets_outside count from the first step.
+    loss is Eq. 1 per position; head_losses (nats) and head_hit_rates are per head over its own targets,
+    within `vocabulary`; num_positions_seen and num_targets_outside count from the first step.
     """
 
     step: int
@@ -36,8 +36,9 @@ class TrainingStep(Frozen):
 class HeadEvaluation(Frozen):
     """How well the heads predict text, over the full vocabulary in float32.
 
-    loss_sums (nats) and num_targets are per head; rank_hits[k][r] counts the targets of head k + 1 at rank r = 0..9, where the rank of
-    a token is the number of tokens with a greater logit, or an equal one and a lower id.
+    loss_sums (nats) and num_targets are per head; rank_hits[k][r] counts the targets of head k + 1 at rank r
+    = 0..9, where the rank of a token is the number of tokens with a greater logit, or an equal one and a
+    lower id.
     """
 
     loss_sums: tuple[float, ...]
@@ -46,7 +47,9 @@ class HeadEvaluation(Frozen):
 
     def losses(self) -> tuple[float | None, ...]:
         """Return each head's mean loss in nats."""
-        return tuple(total / n if n else None for total, n in zip(self.loss_sums, self.num_targets, strict=True))
+        return tuple(
+            total / n if n else None for total, n in zip(self.loss_sums, self.num_targets, strict=True)
+        )
 
     def top_accuracies(self) -> tuple[tuple[float | None, ...], ...]:
         """Return, per head, the share of targets among its 1, 2, .., 10 best tokens."""
@@ -74,13 +77,16 @@ class TrainingFigures(Frozen):
 
 
 class JointStep(Frozen):
-    """One line of the step log: sums over the step's positions on all processes, and the settings that it ran under.
+    """One line of the step log: sums over the step's positions on all processes, and the settings that it ran
+    under.
 
-    `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and target agree (under
-    self-distillation with the teacher's, else with the token), both None where the backbone did not learn; head_losses are mean nats;
-    head_accuracies[k][r] is the share of head k + 1's targets among its r + 1 best. Equal logits count for the target, and under bfloat16
-    many are equal: these shares run a little high. Learning rates are those that the optimiser held, gradient_norm is that before clipping;
-    memory_bytes is the peak since training began: of the GPU's allocator, or of the process's resident set.
+    `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and
+    target agree (under self-distillation with the teacher's, else with the token), both None where the
+    backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's
+    targets among its r + 1 best. Equal logits count for the target, and under bfloat16 many are equal: these
+    shares run a little high. Learning rates are those that the optimiser held, gradient_norm is that before
+    clipping; memory_bytes is the peak since training began: of the GPU's allocator, or of the process's
+    resident set.
     """
 
     step: int
@@ -108,14 +114,18 @@ def read_step_log(path: Path) -> tuple[JointStep, ...]:
     try:
         return tuple(JointStep.model_validate_json(line) for line in path.read_text().splitlines())
     except (OSError, ValueError) as error:
-        raise UserError(found=f"an unreadable step log ({error})", need="one step a line", where=path.name) from error
+        raise UserError(
+            found=f"an unreadable step log ({error})", need="one step a line", where=path.name
+        ) from error
 
 
 class JointHeldOut(BaseModel):
     """What a jointly trained model does on answers that training never saw, by its own loss: sums, nats.
 
-    backbone_loss_sum is the KL from the original or the tokens' cross-entropy, as the recipe's target; None for a frozen backbone.
-    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`, within the vocabulary that the heads were trained in.
+    backbone_loss_sum is the KL from the original or the tokens' cross-entropy, as the recipe's target; None
+    for a frozen backbone.
+    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`, within the vocabulary that the heads
+    were trained in.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -131,7 +141,8 @@ class JointHeldOut(BaseModel):
 class JointFigures(BaseModel):
     """What a finished joint training saw and reached; `held_out` is None where nothing was held out.
 
-    `backbone_sha256s` are the hashes of a frozen backbone's tensors in memory before and behind the training: one and the same.
+    `backbone_sha256s` are the hashes of a frozen backbone's tensors in memory before and behind the training:
+    one and the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -10,8 +10,9 @@ The tree {(), (0), (1), (0,0), (0,1), (1,0), (0,0,0)}, as `draw` prints it (rank
     `- 1  #2
        `- 0  #5
 
-Node #4 is the path (0, 1): the best token of head 1, then the second-best token of head 2. Nodes are numbered by depth, then
-by path, so a parent precedes its children, the children of a node are neighbours, and siblings stand in the order of their ranks.
+Node #4 is the path (0, 1): the best token of head 1, then the second-best token of head 2. Nodes are numbered
+by depth, then by path, so a parent precedes its children, the children of a node are neighbours, and siblings
+stand in the order of their ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from medusa_impl.errors import UserError
 RankPath = tuple[int, ...]
 
 SCHEMA_VERSION = 1
-MAX_NODES = 65_536  # a guard against widths that would exhaust memory; hundreds of times what one verification can use
+# a guard against widths that would exhaust memory; hundreds of times what one verification can use
+MAX_NODES = 65_536
 _ROOT: RankPath = ()
 
 
@@ -47,8 +49,8 @@ class DraftTree:
     Units: `num_nodes` counts the root; `depth` counts draft levels, 0 for the root alone.
     Raises: UserError if the paths are not a tree in canonical order (`from_paths` sorts and adds the root).
     Paper: section 2.1.2, and 2.3.3 for sparse trees.
-    Departs: the released code flattens ranks with a fixed ten per head, so that rank 10 of one head is rank 0 of the next; paths stay
-    tuples here and cannot alias.
+    Departs: the released code flattens ranks with a fixed ten per head, so that rank 10 of one head is rank 0
+    of the next; paths stay tuples here and cannot alias.
     """
 
     paths: tuple[RankPath, ...]
@@ -70,16 +72,25 @@ class DraftTree:
 
     @classmethod
     def cartesian(cls, widths: Sequence[int]) -> DraftTree:
-        """The tree in which every node of depth k - 1 has the `widths[k - 1]` best tokens of head k as children.
+        """The tree in which every node of depth k - 1 has the `widths[k - 1]` best tokens of head k as
+        children.
 
         Raises: UserError on a width below 1 or on more than MAX_NODES nodes.
         Paper: section 2.1.2.
         """
         for level, width in enumerate(widths, start=1):
             if _as_int(width) is None or width < 1:
-                raise UserError(found=f"width {width!r} at depth {level}", need="a whole number of at least 1", do="drop the level")
+                raise UserError(
+                    found=f"width {width!r} at depth {level}",
+                    need="a whole number of at least 1",
+                    do="drop the level",
+                )
         if (num_nodes := cartesian_num_nodes(widths)) > MAX_NODES:
-            raise UserError(found=f"widths {tuple(widths)} = {num_nodes} nodes", need=f"at most {MAX_NODES}", do="lower a width")
+            raise UserError(
+                found=f"widths {tuple(widths)} = {num_nodes} nodes",
+                need=f"at most {MAX_NODES}",
+                do="lower a width",
+            )
         levels = (product(*(range(width) for width in widths[:depth])) for depth in range(len(widths) + 1))
         return cls(paths=tuple(path for level in levels for path in level))
 
@@ -87,12 +98,17 @@ class DraftTree:
     def from_paths(cls, paths: Iterable[Iterable[int]], *, where: str | None = None) -> DraftTree:
         """The tree of these rank paths, given in any order, with or without the root.
 
-        Raises: UserError that names the path which is a duplicate, lacks its parent, or holds a negative or non-integer rank; or if
-        there is no path at all.
+        Raises: UserError that names the path which is a duplicate, lacks its parent, or holds a negative or
+        non-integer rank; or if there is no path at all.
         """
         nodes = [_as_path(path, where=where) for path in paths]
         if not nodes:
-            raise UserError(found="no path", need="at least one rank path", where=where, do="use root_only() or [[]] for the root alone")
+            raise UserError(
+                found="no path",
+                need="at least one rank path",
+                where=where,
+                do="use root_only() or [[]] for the root alone",
+            )
         if _ROOT not in nodes:
             nodes.append(_ROOT)
         nodes.sort(key=_order)
@@ -101,7 +117,8 @@ class DraftTree:
 
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> DraftTree:
-        """The tree of a JSON file, or of text: what `to_json` writes, a bare JSON list of lists, or a Python literal of tuples.
+        """The tree of a JSON file, or of text: what `to_json` writes, a bare JSON list of lists, or a Python
+        literal of tuples.
 
         Raises: UserError on anything else; on an unknown key or version; and as `from_paths` does.
         """
@@ -170,11 +187,16 @@ class DraftTree:
     @cached_property
     def candidates(self) -> tuple[tuple[int, ...], ...]:
         """For every leaf the node indices from the root down to it, root first."""
-        return tuple(tuple(self.index[self.paths[leaf][:depth]] for depth in range(self.depths[leaf] + 1)) for leaf in self.leaves)
+        return tuple(
+            tuple(self.index[self.paths[leaf][:depth]] for depth in range(self.depths[leaf] + 1))
+            for leaf in self.leaves
+        )
 
     @cached_property
     def num_ranks(self) -> tuple[int, ...]:
-        """For depth 1, 2, .. how many of that head's best tokens the tree needs: one more than its greatest rank there."""
+        """For depth 1, 2, .. how many of that head's best tokens the tree needs: one more than its greatest
+        rank there.
+        """
         needed = [0] * self.depth
         for path in self.paths[1:]:
             needed[len(path) - 1] = max(needed[len(path) - 1], path[-1] + 1)
@@ -184,7 +206,11 @@ class DraftTree:
         """The nodes down to `max_depth`: what is left of the tree when only so many heads are at hand."""
         if max_depth < 0:
             raise UserError(found=f"depth {max_depth}", need="0 or more")
-        return self if max_depth >= self.depth else DraftTree(paths=tuple(path for path in self.paths if len(path) <= max_depth))
+        return (
+            self
+            if max_depth >= self.depth
+            else DraftTree(paths=tuple(path for path in self.paths if len(path) <= max_depth))
+        )
 
     def check_fits(self, *, num_heads: int, vocab_size: int) -> None:
         """Refuse a tree that is deeper than the heads or asks a head for more tokens than the vocabulary has.
@@ -221,7 +247,9 @@ class DraftTree:
 
 
 def cartesian_num_nodes(widths: Iterable[int]) -> int:
-    """How many nodes, root counted, the Cartesian tree of these widths has: 1 + s_1 + s_1 s_2 + .. (section 2.1.2)."""
+    """How many nodes, root counted, the Cartesian tree of these widths has: 1 + s_1 + s_1 s_2 + .. (section
+    2.1.2).
+    """
     total = level = 1
     for width in widths:
         level *= width
@@ -229,16 +257,21 @@ def cartesian_num_nodes(widths: Iterable[int]) -> int:
     return total
 
 
-def largest_cartesian(num_heads: int, max_nodes: int, *, value: Callable[[tuple[int, ...]], float] | None = None) -> tuple[int, ...]:
+def largest_cartesian(
+    num_heads: int, max_nodes: int, *, value: Callable[[tuple[int, ...]], float] | None = None
+) -> tuple[int, ...]:
     """The widths of the best Cartesian tree of at most `max_nodes` nodes, root counted.
 
-    All non-increasing widths of length 0 to `num_heads` that fit are compared, because later heads are worse and deserve no more
-    branches than earlier ones. The greatest `value(widths)` wins where one is given, for instance the tokens/step replayed; then
-    the most nodes; then the deepest; then the narrowest first level.
+    All non-increasing widths of length 0 to `num_heads` that fit are compared, because later heads are worse
+    and deserve no more branches than earlier ones. The greatest `value(widths)` wins where one is given, for
+    instance the tokens/step replayed; then the most nodes; then the deepest; then the narrowest first level.
     Raises: UserError if `max_nodes` is below 1 or `num_heads` below 0.
     """
     if max_nodes < 1 or num_heads < 0:
-        raise UserError(found=f"{num_heads} heads and at most {max_nodes} nodes", need="0 heads or more and at least the root")
+        raise UserError(
+            found=f"{num_heads} heads and at most {max_nodes} nodes",
+            need="0 heads or more and at least the root",
+        )
 
     def merit(widths: tuple[int, ...]) -> tuple[float, int, int, tuple[int, ...]]:
         worth = 0.0 if value is None else value(widths)
@@ -248,31 +281,43 @@ def largest_cartesian(num_heads: int, max_nodes: int, *, value: Callable[[tuple[
 
 
 def _non_increasing_widths(num_heads: int, max_nodes: int) -> Iterator[tuple[int, ...]]:
-    stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]  # widths, nodes of the last level, nodes in all
+    # widths, nodes of the last level, nodes in all
+    stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]
     while stack:
         widths, level, total = stack.pop()
         yield widths
         if len(widths) < num_heads:
             widest = (max_nodes - total) // level
             widest = min(widest, widths[-1]) if widths else widest
-            stack.extend(((*widths, width), level * width, total + level * width) for width in range(1, widest + 1))
+            stack.extend(
+                ((*widths, width), level * width, total + level * width) for width in range(1, widest + 1)
+            )
 
 
 def _check(paths: Sequence[RankPath], *, where: str | None = None) -> None:
     if not paths or paths[0] != _ROOT:
-        raise UserError(found="paths without the root first", need="the root () first", where=where, do="use from_paths")
+        raise UserError(
+            found="paths without the root first", need="the root () first", where=where, do="use from_paths"
+        )
     seen = {_ROOT}
     last = _order(_ROOT)
     for path in paths[1:]:
         if path in seen:
-            raise UserError(found=f"node {path} twice", need="every node once", where=where, do="remove the duplicate")
+            raise UserError(
+                found=f"node {path} twice", need="every node once", where=where, do="remove the duplicate"
+            )
         if any(type(rank) is not int or rank < 0 for rank in path):
             raise UserError(found=f"node {path}", need="ranks that are whole numbers from 0 up", where=where)
         if path[:-1] not in seen:
             found = f"node {path} without its parent {path[:-1]}"
             raise UserError(found=found, need="every ancestor in the tree", where=where, do="add it")
         if (order := _order(path)) < last:
-            raise UserError(found=f"node {path} out of order", need="order by depth, then path", where=where, do="use from_paths")
+            raise UserError(
+                found=f"node {path} out of order",
+                need="order by depth, then path",
+                where=where,
+                do="use from_paths",
+            )
         seen.add(path)
         last = order
 
@@ -288,7 +333,9 @@ def _as_int(rank: object) -> int | None:
 
 def _as_path(path: object, *, where: str | None) -> RankPath:
     if isinstance(path, str) or not isinstance(path, Iterable):
-        raise UserError(found=f"{path!r} in the list of paths", need="a list of ranks, such as [0, 1]", where=where)
+        raise UserError(
+            found=f"{path!r} in the list of paths", need="a list of ranks, such as [0, 1]", where=where
+        )
     given = tuple(path)
     ranks = tuple(rank for item in given if (rank := _as_int(item)) is not None and rank >= 0)
     if len(ranks) != len(given):
@@ -303,7 +350,9 @@ def _read_text(text_or_path: str | Path) -> tuple[str, str]:
     try:
         return Path(text_or_path).read_text(encoding="utf-8"), where
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(found=f"no readable tree ({error})", need="a JSON file of rank paths", where=where) from error
+        raise UserError(
+            found=f"no readable tree ({error})", need="a JSON file of rank paths", where=where
+        ) from error
 
 
 def _parse(text: str, *, where: str) -> object:
@@ -318,7 +367,11 @@ def _parse(text: str, *, where: str) -> object:
     if not isinstance(data, dict):
         return data
     if unknown := sorted(map(str, set(data) - {"schema_version", "paths", "provenance"})):
-        raise UserError(found=f"unknown key {unknown[0]!r}", need="schema_version, paths and perhaps provenance", where=where)
+        raise UserError(
+            found=f"unknown key {unknown[0]!r}",
+            need="schema_version, paths and perhaps provenance",
+            where=where,
+        )
     if data.get("schema_version") != SCHEMA_VERSION or "paths" not in data:
         found = f"schema_version {data.get('schema_version')!r}" if "paths" in data else "no paths"
         raise UserError(found=found, need=f"schema_version {SCHEMA_VERSION} and paths", where=where)

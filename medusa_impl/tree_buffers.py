@@ -1,4 +1,5 @@
-"""A draft tree as the tensors that a step needs: attention mask, depths, paths, and where each node's token comes from.
+"""A draft tree as the tensors that a step needs: attention mask, depths, paths, and where each node's token
+comes from.
 
 Paper: Section 2.1.2 and Figure 2.
 """
@@ -17,11 +18,12 @@ from medusa_impl.tree import DraftTree
 class TreeBuffers:
     """The tensors of one tree of N nodes (root included), P candidates and depth D - 1.
 
-    Shapes: depths `[N]`; visible `[N, N]` boolean, node n sees node m (its ancestors and itself); parents `[N]`, the root's own parent
-    being the root; paths `[P, D]` root-to-leaf node indices, padded with the root, which stands in no path twice; children `[N, C]`
-    padded with N; head_index and rank_index `[N - 1]`, the draft head and the rank that give each node but the root its token, and
-    draft_index `[N - 1]`, the place of the two in a flat table of each head's `num_ranks` best tokens;
-    inner `[I]` nodes with children and inner_position `[N]` its inverse (0 for leaves).
+    Shapes: depths `[N]`; visible `[N, N]` boolean, node n sees node m (its ancestors and itself); parents
+    `[N]`, the root's own parent being the root; paths `[P, D]` root-to-leaf node indices, padded with the
+    root, which stands in no path twice; children `[N, C]` padded with N; head_index and rank_index `[N - 1]`,
+    the draft head and the rank that give each node but the root its token, and draft_index `[N - 1]`, the
+    place of the two in a flat table of each head's `num_ranks` best tokens; inner `[I]` nodes with children
+    and inner_position `[N]` its inverse (0 for leaves).
 
     For the tree {(), (0), (1), (0, 0)} the mask is
 
@@ -67,9 +69,9 @@ def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
     inner_position[inner] = torch.arange(len(inner))
 
     def padded(rows: list[list[int]], width: int, *, filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device).reshape(
-            len(rows), width
-        )
+        return torch.tensor(
+            [row + [filler] * (width - len(row)) for row in rows], dtype=torch.long, device=device
+        ).reshape(len(rows), width)
 
     return TreeBuffers(
         tree=tree,
@@ -81,7 +83,10 @@ def tree_buffers(tree: DraftTree, *, device: torch.device) -> TreeBuffers:
         head_index=torch.tensor([depth - 1 for depth in tree.depths[1:]], dtype=torch.long, device=device),
         rank_index=torch.tensor(tree.ranks[1:], dtype=torch.long, device=device),
         draft_index=torch.tensor(
-            [(depth - 1) * num_ranks + rank for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)],
+            [
+                (depth - 1) * num_ranks + rank
+                for depth, rank in zip(tree.depths[1:], tree.ranks[1:], strict=True)
+            ],
             dtype=torch.long,
             device=device,
         ),

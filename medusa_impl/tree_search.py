@@ -1,6 +1,8 @@
-"""Which tree to verify: grown node by node from what the heads get right, then cut where a device makes it fastest; torch-free.
+"""Which tree to verify: grown node by node from what the heads get right, then cut where a device makes it
+fastest; torch-free.
 
-Growing the canonical tree from a_1 = (0.6, 0.2) and a_2 = (0.5, 0.1); the number in brackets is the order of addition:
+Growing the canonical tree from a_1 = (0.6, 0.2) and a_2 = (0.5, 0.1); the number in brackets is the order of
+addition:
 
     root (1)
     |- 0  0.60 (2)
@@ -9,7 +11,8 @@ Growing the canonical tree from a_1 = (0.6, 0.2) and a_2 = (0.5, 0.1); the numbe
     `- 1  0.20 (4)
        `- 0  0.10 (5)
 
-A node is worth at most as much as its parent, so taking the best node whose parent is in gives, at every size, the best tree of that size.
+A node is worth at most as much as its parent, so taking the best node whose parent is in gives, at every
+size, the best tree of that size.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ class GrownTree:
     def expected_acceptance_lengths(self) -> tuple[float, ...]:
         """The expected acceptance length of `nested(1)`, `nested(2)`, ..: sums of the values.
 
-        Departs: positions count equally here, whereas decoding starts its steps more often after a miss and stops at the last token:
-        a replay gives what is realised.
+        Departs: positions count equally here, whereas decoding starts its steps more often after a miss and
+        stops at the last token: a replay gives what is realised.
         """
         return tuple(float(total) for total in np.cumsum(self.values))
 
@@ -64,16 +67,21 @@ class GrownTree:
 
     def _check_size(self, num_nodes: int) -> None:
         if not 1 <= num_nodes <= len(self.growth):
-            raise UserError(found=f"a tree of {num_nodes} nodes", need=f"1 to {len(self.growth)} nodes, as many as were grown")
+            raise UserError(
+                found=f"a tree of {num_nodes} nodes",
+                need=f"1 to {len(self.growth)} nodes, as many as were grown",
+            )
 
 
 def marginal_accuracies(ranks: ArrayLike, *, max_rank: int) -> NDArray[np.float64]:
-    """How often each rank of each head was the true token, counted over the positions that head could be right at.
+    """How often each rank of each head was the true token, counted over the positions that head could be
+    right at.
 
-    Shapes: `ranks` [n, K], -1 beyond the end of the text -> [K, max_rank]; ranks 0 .. max_rank - 1 are counted. A head that was never
-    tried gets zeros.
+    Shapes: `ranks` [n, K], -1 beyond the end of the text -> [K, max_rank]; ranks 0 .. max_rank - 1 are
+    counted. A head that was never tried gets zeros.
     Paper: a_k^(i) of section 2.3.3.
-    Departs: the released script divides by one fixed number of positions for all heads, though later heads have fewer.
+    Departs: the released script divides by one fixed number of positions for all heads, though later heads
+    have fewer.
     """
     table = _as_ranks(ranks)
     _check_max_rank(max_rank)
@@ -83,7 +91,8 @@ def marginal_accuracies(ranks: ArrayLike, *, max_rank: int) -> NDArray[np.float6
 
 
 def grow_by_marginals(accuracy: ArrayLike, *, num_nodes: int, max_depth: int | None = None) -> GrownTree:
-    """The tree that the paper grows: a node's value is the product of its ranks' accuracies, as if the heads erred independently.
+    """The tree that the paper grows: a node's value is the product of its ranks' accuracies, as if the heads
+    erred independently.
 
     Equal values go to the shallower node, then to the smaller path.
     Shapes: `accuracy` [K, R], row k - 1 the accuracies a_k^(0..R-1).
@@ -92,7 +101,9 @@ def grow_by_marginals(accuracy: ArrayLike, *, num_nodes: int, max_depth: int | N
     """
     table = np.asarray(accuracy, dtype=np.float64)
     if table.ndim != 2 or not ((table >= 0) & (table <= 1)).all():
-        raise UserError(found=f"accuracies of shape {table.shape}", need="a table [heads, ranks] of numbers from 0 to 1")
+        raise UserError(
+            found=f"accuracies of shape {table.shape}", need="a table [heads, ranks] of numbers from 0 to 1"
+        )
     rows = table[: _depth_limit(max_depth, len(table))].tolist()
 
     def expand(path: RankPath, value: float) -> Iterator[tuple[float, int]]:
@@ -103,12 +114,16 @@ def grow_by_marginals(accuracy: ArrayLike, *, num_nodes: int, max_depth: int | N
     return _grow(expand, num_nodes=num_nodes)
 
 
-def grow_by_joint_hits(ranks: ArrayLike, *, num_nodes: int, max_rank: int, max_depth: int | None = None) -> GrownTree:
-    """The tree that the trace itself prefers: a node's value is the share of positions whose true tokens start with its path.
+def grow_by_joint_hits(
+    ranks: ArrayLike, *, num_nodes: int, max_rank: int, max_depth: int | None = None
+) -> GrownTree:
+    """The tree that the trace itself prefers: a node's value is the share of positions whose true tokens
+    start with its path.
 
-    Unlike the product of marginals this sees that heads are right and wrong together. Counts fall along a path, so best-first growth
-    is optimal on the positions given. Positions with nothing after them (first rank -1) start no step and are left out. Equal counts,
-    zero included, go to the shallower node, then to the smaller path.
+    Unlike the product of marginals this sees that heads are right and wrong together. Counts fall along a
+    path, so best-first growth is optimal on the positions given. Positions with nothing after them (first
+    rank -1) start no step and are left out. Equal counts, zero included, go to the shallower node, then to
+    the smaller path.
     Shapes: `ranks` [n, K], -1 beyond the end of the text; ranks 0 .. max_rank - 1 may enter the tree.
     Raises: UserError if no position is left, or fewer than `num_nodes` nodes exist.
     Departs: from section 2.3.3, which multiplies marginals.
@@ -131,7 +146,9 @@ def grow_by_joint_hits(ranks: ArrayLike, *, num_nodes: int, max_rank: int, max_d
 
 
 def _grow(expand: Callable[[RankPath, float], Iterable[tuple[float, int]]], *, num_nodes: int) -> GrownTree:
-    """Best-first growth; `expand(path, value)` yields (value, rank) of the children and is called once, when the path is taken."""
+    """Best-first growth; `expand(path, value)` yields (value, rank) of the children and is called once, when
+    the path is taken.
+    """
     if num_nodes < 1:
         raise UserError(found=f"a tree of {num_nodes} nodes", need="at least 1: the root")
     heap: list[tuple[float, int, RankPath]] = [(-1.0, 0, ())]
@@ -172,9 +189,14 @@ class SizeChoice:
 
 
 def best_size_for_cost(
-    grown: GrownTree, tokens_per_step: Callable[[DraftTree], float], *, cost: Callable[[int], float], sizes: Iterable[int]
+    grown: GrownTree,
+    tokens_per_step: Callable[[DraftTree], float],
+    *,
+    cost: Callable[[int], float],
+    sizes: Iterable[int],
 ) -> SizeChoice:
-    """The nested tree with the most tokens per unit of cost, where `cost(num_nodes)` is the cost of one step; ties go to the smaller.
+    """The nested tree with the most tokens per unit of cost, where `cost(num_nodes)` is the cost of one step;
+    ties go to the smaller.
 
     Raises: UserError if there is no size, a size was not grown, or a cost is not positive.
     """
@@ -192,15 +214,18 @@ def best_size_for_cost(
 def random_dense(num_nodes: int, *, num_heads: int, rng: np.random.Generator) -> DraftTree:
     """A random dense tree of about `num_nodes` nodes, the control of the sparse one.
 
-    Dense means Cartesian, with at least two children at every node above the last level. All width vectors of one to `num_heads`
-    levels, in any order of widths, whose tree has at most `num_nodes` nodes and at most 5 % fewer are equally likely; where there is
-    none, those that come closest from below.
+    Dense means Cartesian, with at least two children at every node above the last level. All width vectors of
+    one to `num_heads` levels, in any order of widths, whose tree has at most `num_nodes` nodes and at most 5
+    % fewer are equally likely; where there is none, those that come closest from below.
     Raises: UserError if `num_nodes` is below 3, the smallest dense tree, or there is no head.
     Paper: section 3.3.1, Fig. 4.
     Departs: the paper samples dense trees without saying how.
     """
     if num_nodes < 3 or num_heads < 1:
-        raise UserError(found=f"a dense tree of {num_nodes} nodes for {num_heads} heads", need="at least 3 nodes and one head")
+        raise UserError(
+            found=f"a dense tree of {num_nodes} nodes for {num_heads} heads",
+            need="at least 3 nodes and one head",
+        )
     vectors = _dense_widths(num_nodes, num_heads=num_heads)
     sizes = [cartesian_num_nodes(widths) for widths in vectors]
     floor = min(max(sizes), (1 - DENSE_SLACK) * num_nodes)
@@ -210,7 +235,8 @@ def random_dense(num_nodes: int, *, num_heads: int, rng: np.random.Generator) ->
 
 def _dense_widths(max_nodes: int, *, num_heads: int) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
-    stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]  # widths, nodes of the last level, nodes in all
+    # widths, nodes of the last level, nodes in all
+    stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]
     while stack:
         widths, level, total = stack.pop()
         for width in range(2, (max_nodes - total) // level + 1):
@@ -223,8 +249,16 @@ def _dense_widths(max_nodes: int, *, num_heads: int) -> list[tuple[int, ...]]:
 
 def _as_ranks(ranks: ArrayLike) -> NDArray[np.int64]:
     table = np.asarray(ranks)
-    if table.ndim != 2 or not table.shape[1] or not np.issubdtype(table.dtype, np.integer) or (table < -1).any():
-        raise UserError(found=f"ranks of shape {table.shape} and type {table.dtype}", need="whole numbers [positions, heads] from -1 up")
+    if (
+        table.ndim != 2
+        or not table.shape[1]
+        or not np.issubdtype(table.dtype, np.integer)
+        or (table < -1).any()
+    ):
+        raise UserError(
+            found=f"ranks of shape {table.shape} and type {table.dtype}",
+            need="whole numbers [positions, heads] from -1 up",
+        )
     return table.astype(np.int64, copy=False)
 
 

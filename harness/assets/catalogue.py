@@ -1,4 +1,6 @@
-"""The project's own training prompts: templates filled with slot values, thousands of combinations a category, none from a benchmark."""
+"""The project's own training prompts: templates filled with slot values, thousands of combinations a
+category, none from a benchmark.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,11 @@ def load_catalogue(folder: Path | None = None) -> tuple[CategoryCatalogue, ...]:
 
 
 def training_prompts(
-    *, num_prompts: int, seed: int, split: Split = "train", catalogue: Sequence[CategoryCatalogue] | None = None
+    *,
+    num_prompts: int,
+    seed: int,
+    split: Split = "train",
+    catalogue: Sequence[CategoryCatalogue] | None = None,
 ) -> tuple[TrainingPrompt, ...]:
     """Return distinct prompts, categories taken in turn; the first n do not depend on how many are asked for.
 
@@ -110,7 +116,9 @@ def training_prompts(
                 do="ask for fewer prompts or add templates",
             )
         seen.add(digest)
-        prompts.append(TrainingPrompt(key=f"{category.category}-{digest[:12]}", category=category.category, text=text))
+        prompts.append(
+            TrainingPrompt(key=f"{category.category}-{digest[:12]}", category=category.category, text=text)
+        )
     return tuple(prompts)
 
 

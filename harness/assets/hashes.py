@@ -17,7 +17,11 @@ from harness.specs.assets import AssetSpec, Source
 def content_sha256s(spec: AssetSpec, paths: Mapping[str, Path]) -> dict[str, str]:
     if spec.kind == "model":
         if not (paths["model"] / "config.json").is_file():
-            raise UserError(found="no config.json", need="a model folder in Hugging Face layout", where=str(paths["model"]))
+            raise UserError(
+                found="no config.json",
+                need="a model folder in Hugging Face layout",
+                where=str(paths["model"]),
+            )
         return {"tensors": tensors_sha256(paths["model"])}
     return {role: file_sha256(path) for role, path in paths.items()}
 
@@ -28,19 +32,24 @@ def pinned_sha256s(spec: AssetSpec, source: Source) -> dict[str, str]:
     return {role: file.sha256 for role, file in source.files.items() if file.sha256 is not None}
 
 
-def require_pinned(spec: AssetSpec, *, pinned: Mapping[str, str], found: Mapping[str, str], where: str) -> None:
+def require_pinned(
+    spec: AssetSpec, *, pinned: Mapping[str, str], found: Mapping[str, str], where: str
+) -> None:
     for role, sha256 in pinned.items():
         if found[role] != sha256:
             raise UserError(
                 found=f"SHA-256 {found[role]} of {role}",
                 need=f"{sha256} for asset {spec.name}",
                 where=where,
-                do="use the files meant, or give these their own asset with its own name and hash: other content is another asset",
+                do="use the files meant, or give these their own asset with its own name and hash: other "
+                "content is another asset",
             )
 
 
 def _safetensors_entries(path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
-    """Yields (name, dtype, shape, first byte, number of bytes) from the header of a safetensors file, without torch."""
+    """Yields (name, dtype, shape, first byte, number of bytes) from the header of a safetensors file, without
+    torch.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -56,7 +65,10 @@ def _safetensors_entries(path: Path) -> Iterator[tuple[str, str, list[int], int,
             yield name, entry["dtype"], entry["shape"], 8 + header_bytes + start, end - start
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            found=f"a damaged safetensors file ({error})", need="a complete one", where=str(path), do="remove it and fetch it again"
+            found=f"a damaged safetensors file ({error})",
+            need="a complete one",
+            where=str(path),
+            do="remove it and fetch it again",
         ) from error
 
 
@@ -68,7 +80,13 @@ def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
     import torch
 
     # The names that safetensors uses, so that one set of weights has one hash in either container.
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+    }
     tensors: dict[str, Any] = {}
     for file in files:
         tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
@@ -76,18 +94,26 @@ def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         if tensor.dtype not in names:
-            raise UserError(found=f"tensor {name} of {tensor.dtype}", need=f"one of {', '.join(names.values())}", where=files[0].name)
+            raise UserError(
+                found=f"tensor {name} of {tensor.dtype}",
+                need=f"one of {', '.join(names.values())}",
+                where=files[0].name,
+            )
         num_bytes = tensor.numel() * tensor.element_size()
-        _update_digest(digest, name=name, dtype=names[tensor.dtype], shape=list(tensor.shape), num_bytes=num_bytes)
+        _update_digest(
+            digest, name=name, dtype=names[tensor.dtype], shape=list(tensor.shape), num_bytes=num_bytes
+        )
         if num_bytes:
             digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
 def tensors_sha256(folder: Path) -> str:
-    """Returns the SHA-256 over a model's tensors: names in sorted order, each with its dtype, shape and bytes.
+    """Returns the SHA-256 over a model's tensors: names in sorted order, each with its dtype, shape and
+    bytes.
 
-    Sharding, file order and metadata do not enter, so a re-saved model keeps its hash and a changed weight does not.
+    Sharding, file order and metadata do not enter, so a re-saved model keeps its hash and a changed weight
+    does not.
 
     Raises:
         UserError: no weight files, a damaged one, or one tensor name in two shards.
@@ -100,7 +126,9 @@ def tensors_sha256(folder: Path) -> str:
         for name, dtype, shape, start, num_bytes in _safetensors_entries(file):
             if name in entries:
                 raise UserError(
-                    found=f"tensor {name} in {entries[name][0].name} and in {file.name}", need="each tensor once", where=str(folder)
+                    found=f"tensor {name} in {entries[name][0].name} and in {file.name}",
+                    need="each tensor once",
+                    where=str(folder),
                 )
             entries[name] = (file, dtype, shape, start, num_bytes)
     digest = hashlib.sha256()

@@ -12,7 +12,9 @@ from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource,
 
 
 class AssetRow(FrozenModel):
-    """One line of the assets table; `size_bytes` is what lies on disk, or else what would be downloaded, where known."""
+    """One line of the assets table; `size_bytes` is what lies on disk, or else what would be downloaded,
+    where known.
+    """
 
     name: str
     kind: str
@@ -22,8 +24,12 @@ class AssetRow(FrozenModel):
     source: str
 
 
-def find_cached(spec: AssetSpec, *, cache_dir: Path, environ: Mapping[str, str] | None = None) -> tuple[str, dict[str, Path]] | None:
-    """Returns the kind of source and the files by role that need no network, or None; looks only, hashes nothing."""
+def find_cached(
+    spec: AssetSpec, *, cache_dir: Path, environ: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Path]] | None:
+    """Returns the kind of source and the files by role that need no network, or None; looks only, hashes
+    nothing.
+    """
     environment = os.environ if environ is None else environ
     for source in spec.sources:
         paths: dict[str, Path] | None
@@ -42,10 +48,16 @@ def find_cached(spec: AssetSpec, *, cache_dir: Path, environ: Mapping[str, str] 
 
 
 def _tree_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if path.is_dir()
+        else path.stat().st_size
+    )
 
 
-def asset_rows(specs: Mapping[str, AssetSpec], cache: Path, *, environ: Mapping[str, str] | None = None) -> list[AssetRow]:
+def asset_rows(
+    specs: Mapping[str, AssetSpec], cache: Path, *, environ: Mapping[str, str] | None = None
+) -> list[AssetRow]:
     """Returns one table line an asset, in the order of the file: where it would come from, or does."""
     rows = []
     for spec in specs.values():
@@ -54,7 +66,9 @@ def asset_rows(specs: Mapping[str, AssetSpec], cache: Path, *, environ: Mapping[
             source_type, paths = cached
             size_bytes: int | None = sum(_tree_bytes(path) for path in set(paths.values()))
         else:
-            first = next((source for source in spec.sources if not isinstance(source, LocalSource)), spec.sources[0])
+            first = next(
+                (source for source in spec.sources if not isinstance(source, LocalSource)), spec.sources[0]
+            )
             source_type = first.type
             size_bytes = first.wheel_bytes if isinstance(first, PypiWheelSource) else None
         rows.append(

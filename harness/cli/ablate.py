@@ -17,17 +17,25 @@ from harness.specs.claims import load_claims
 
 
 def ablate(
-    suite: Annotated[str, typer.Argument(help="a shipped ablation's name or a TOML file")] = "embedded_training_quick",
+    suite: Annotated[
+        str, typer.Argument(help="a shipped ablation's name or a TOML file")
+    ] = "embedded_training_quick",
     results: Annotated[Path | None, typer.Option(help="where records go")] = None,
     work: Annotated[Path | None, typer.Option(help="folder for adapters, heads and training state")] = None,
     resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")] = False,
-    report: Annotated[Path | None, typer.Option(help="write this record's report again instead of training")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="write this record's report again instead of training")
+    ] = None,
     readme: Annotated[Path | None, typer.Option(help="write the table between this file's markers")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Train recipes side by side at one token budget, measure what became of backbone and heads, judge the claims about training."""
+    """Train recipes side by side at one token budget, measure what became of backbone and heads, judge the
+    claims about training.
+    """
     registry = load_claims(claims)
     if report is not None:
         finish_ablation(report, claims=registry, readme=readme)
@@ -40,7 +48,11 @@ def ablate(
     place = results or default_results()
     if dry_run:
         minutes = print_ablation_plan(spec, results=place, console=Console())
-        print(json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)}))
+        print(
+            json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)})
+        )
         return
     options = AblateOptions(results=place, work=work, resume=resume, allow_hub=hub, command=command_line())
-    finish_ablation(run_ablation(spec, suite_file=file, options=options, console=console), claims=registry, readme=readme)
+    finish_ablation(
+        run_ablation(spec, suite_file=file, options=options, console=console), claims=registry, readme=readme
+    )

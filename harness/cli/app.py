@@ -27,7 +27,11 @@ from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 
-app = typer.Typer(help="Do the Medusa paper's claims hold, on this model and this machine?", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Do the Medusa paper's claims hold, on this model and this machine?",
+    no_args_is_help=True,
+    add_completion=False,
+)
 app.command()(assets)
 app.command()(reproduce)
 app.command()(report)
@@ -76,11 +80,16 @@ def _print_error(kind: str, message: str) -> None:
 
 def _disk_message(error: OSError) -> str:
     name = Path(str(error.filename)).name if error.filename else "a file"
-    return f"found {error.strerror or error} at {name}; need a writable place with room; what was measured before is on disk"
+    return (
+        f"found {error.strerror or error} at {name}; need a writable place with room; what was "
+        "measured before is on disk"
+    )
 
 
 def _usage_code(error: Exception) -> int:
-    """Return the exit code of a usage error that typer raised; anything else is a defect and goes on with its traceback."""
+    """Return the exit code of a usage error that typer raised; anything else is a defect and goes on with its
+    traceback.
+    """
     show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
     if show is None or exit_code is None:
         raise error

@@ -1,4 +1,6 @@
-"""`assets`, `doctor`, `validate`, `export` and `schemas`: commands about files and the machine, none of which measures."""
+"""`assets`, `doctor`, `validate`, `export` and `schemas`: commands about files and the machine, none of which
+measures.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from harness.specs.assets import load_asset_specs
 
 
 def assets(
-    names: Annotated[list[str] | None, typer.Argument(help="assets to fetch and verify; none lists them")] = None, hub: HubOption = False
+    names: Annotated[
+        list[str] | None, typer.Argument(help="assets to fetch and verify; none lists them")
+    ] = None,
+    hub: HubOption = False,
 ) -> None:
     """List assets, or fetch and verify some."""
     specs = load_asset_specs()

@@ -26,12 +26,19 @@ def find_record(text: str) -> Path:
         return Path(text)
     sealed = sorted((default_results() / text).glob("*/*/manifest.json"), key=lambda path: path.parent.name)
     if not sealed:
-        raise UserError(found=f"no record {text!r}", need="a record folder or a suite with a finished run", where="results")
+        raise UserError(
+            found=f"no record {text!r}",
+            need="a record folder or a suite with a finished run",
+            where="results",
+        )
     return sealed[-1].parent
 
 
-def find_data(text: str, *, folder: str | None, prefix: str = "", kind: Literal["suite", "ablation"] = "suite") -> Path:
-    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells kinds of data apart.
+def find_data(
+    text: str, *, folder: str | None, prefix: str = "", kind: Literal["suite", "ablation"] = "suite"
+) -> Path:
+    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells
+    kinds of data apart.
 
     Ablations are told by `_training` in their names.
     """
@@ -43,9 +50,15 @@ def find_data(text: str, *, folder: str | None, prefix: str = "", kind: Literal[
     home = suites / folder if folder else suites
     stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
     if folder is None:
-        stems = [stem for stem in stems if next((other for other in (LATENCY, SWEEP) if stem.startswith(other)), "") == prefix]
+        stems = [
+            stem
+            for stem in stems
+            if next((other for other in (LATENCY, SWEEP) if stem.startswith(other)), "") == prefix
+        ]
         stems = [stem for stem in stems if (_ABLATION in stem) == (kind == "ablation")]
     names = sorted(stem.removeprefix(prefix) for stem in stems)
     if text not in names:
-        raise UserError(found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}")
+        raise UserError(
+            found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}"
+        )
     return home / f"{prefix}{text}.toml"

@@ -17,32 +17,48 @@ from harness.paths import default_results
 
 def latency(
     spec: Annotated[str, typer.Argument(help="a shipped latency spec's name or a TOML file")] = "embedded",
-    shape: Annotated[str | None, typer.Option(help="a published shape with random weights, or a model's folder")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="a published shape with random weights, or a model's folder")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="dtypes, with commas between them")] = None,
     modes: Annotated[str | None, typer.Option(help="engine modes, with commas between them, or auto")] = None,
-    nodes: Annotated[str | None, typer.Option(help="numbers of tree nodes, root included, for every grid")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="numbers of tree nodes, root included, for every grid")
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="numbers of draft heads, for every grid")] = None,
     contexts: Annotated[str | None, typer.Option(help="context lengths in tokens, for every grid")] = None,
     batches: Annotated[str | None, typer.Option(help="batches, for every grid")] = None,
     resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
     results: Annotated[Path | None, typer.Option(help="where records go")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the points and their memory, run nothing")] = False,
-    report: Annotated[Path | None, typer.Option(help="write this record's report again instead of measuring")] = None,
-    readme: Annotated[Path | None, typer.Option(help="write the table of modes between this file's markers")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the points and their memory, run nothing")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="write this record's report again instead of measuring")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="write the table of modes between this file's markers")
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Time a step against nodes, heads, context and batch; compare the engine's modes and the speed against batch."""
+    """Time a step against nodes, heads, context and batch; compare the engine's modes and the speed against
+    batch.
+    """
     if report is not None:
         finish_latency(report, readme=readme)
         return
     from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
     from harness.specs.latency import load_latency_spec, overridden
 
-    file = find_data(spec if spec.endswith(".toml") else spec.removeprefix(LATENCY), folder=None, prefix=LATENCY)
+    file = find_data(
+        spec if spec.endswith(".toml") else spec.removeprefix(LATENCY), folder=None, prefix=LATENCY
+    )
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}
     wanted = overridden(load_latency_spec(file), shape=shape, dtypes=dtype, modes=modes, **changes)
     if dry_run:
         print(json.dumps({"latency": wanted.name, **print_latency_plan(wanted, console=Console())}))
         return
-    options = LatencyOptions(results=results or default_results(), resume=resume, allow_hub=hub, command=command_line())
+    options = LatencyOptions(
+        results=results or default_results(), resume=resume, allow_hub=hub, command=command_line()
+    )
     finish_latency(run_latency(wanted, spec_file=file, options=options, console=console), readme=readme)

@@ -18,7 +18,9 @@ HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face
 
 
 def command_line(*, address: str | None = None) -> str:
-    """Return the command as it would be typed, with file names instead of paths and without a cluster's address."""
+    """Return the command as it would be typed, with file names instead of paths and without a cluster's
+    address.
+    """
     words = sys.argv[1:]
     if address not in (None, "auto", "local"):
         words = [word.replace(address, "HOST:PORT") for word in words]

@@ -32,7 +32,14 @@ def profile(
     sizes = parse_sizes(nodes)
     spec, file = find_suite(suite)
     profiled = profile_suite(
-        spec, suite_file=file, sizes=sizes, mode=mode, num_steps=steps, allow_hub=hub, command=command_line(), console=console
+        spec,
+        suite_file=file,
+        sizes=sizes,
+        mode=mode,
+        num_steps=steps,
+        allow_hub=hub,
+        command=command_line(),
+        console=console,
     )
     if out is not None:
         write_json(out, profiled)
@@ -42,14 +49,25 @@ def profile(
 
 
 def profile_training_command(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
+    recipe: Annotated[
+        str, typer.Argument(help="a shipped recipe's name or a TOML file")
+    ] = "embedded_medusa1",
     steps: Annotated[int, typer.Option(help="untouched steps a stage; as many are taken apart", min=1)] = 8,
-    output: Annotated[Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")] = None,
-    report: Annotated[bool, typer.Option("--report", help="measure nothing: only write the table of all committed profiles")] = False,
-    readme: Annotated[Path | None, typer.Option(help="write the table of all committed profiles between this file's markers")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="measure nothing: only write the table of all committed profiles")
+    ] = False,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="write the table of all committed profiles between this file's markers"),
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their time goes."""
+    """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their
+    time goes.
+    """
     if not report:
         _profile_training(recipe, steps=steps, output=output, hub=hub)
     if report or readme is not None:

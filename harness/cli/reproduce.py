@@ -19,18 +19,26 @@ from harness.specs.claims import load_claims
 
 def reproduce(
     suite: SuiteArgument = "embedded",
-    limit: Annotated[int | None, typer.Option(help="only the first N prompts, categories in turn", min=1)] = None,
-    time_budget: Annotated[float | None, typer.Option(help="minutes after which no further prompt begins", min=0.1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="only the first N prompts, categories in turn", min=1)
+    ] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(help="minutes after which no further prompt begins", min=0.1)
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="prompts of your own: .jsonl or .txt")] = None,
     tree: Annotated[Path | None, typer.Option(help="a tree (JSON) instead of the searched ones")] = None,
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
     resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
     results: Annotated[Path | None, typer.Option(help="where records go")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its minutes, run nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the plan and its minutes, run nothing")
+    ] = False,
     readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Run a suite, judge it against the paper's claims, write the report; resumes an unfinished run of the same kind."""
+    """Run a suite, judge it against the paper's claims, write the report; resumes an unfinished run of the
+    same kind.
+    """
     from harness.measure.run import RunOptions, effective_suite, run_suite
 
     spec, file = find_suite(suite)
@@ -48,7 +56,9 @@ def reproduce(
     if dry_run:
         from harness.measure.plan import print_plan
 
-        print_plan(effective_suite(spec, options), results=options.results, prompts_file=prompts, console=Console())
+        print_plan(
+            effective_suite(spec, options), results=options.results, prompts_file=prompts, console=Console()
+        )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
     record = RunRecord(folder)
@@ -56,7 +66,9 @@ def reproduce(
 
 
 def report(
-    record: Annotated[str, typer.Argument(help="a record folder, or a suite's name for its newest record")] = "embedded",
+    record: Annotated[
+        str, typer.Argument(help="a record folder, or a suite's name for its newest record")
+    ] = "embedded",
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
     readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
 ) -> None:

@@ -17,20 +17,34 @@ from harness.specs.claims import load_claims
 
 def sweep(
     suite: Annotated[str, typer.Argument(help="a shipped sweep's name or a TOML file")] = "embedded",
-    replay_only: Annotated[bool, typer.Option("--replay-only", help="leave out all points that the device would have to run")] = False,
+    replay_only: Annotated[
+        bool, typer.Option("--replay-only", help="leave out all points that the device would have to run")
+    ] = False,
     resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished sweep")] = None,
-    results: Annotated[Path | None, typer.Option(help="where records go, and latency records are found")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="where records go, and latency records are found")
+    ] = None,
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
-    report: Annotated[Path | None, typer.Option(help="write this record's report and figures again instead of sweeping")] = None,
-    readme: Annotated[Path | None, typer.Option(help="write the table of devices between this file's markers")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write this record's report and figures again instead of sweeping")
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="write the table of devices between this file's markers")
+    ] = None,
     executor: Annotated[str, typer.Option(help="where points are run: local, or ray (a cluster)")] = "local",
-    address: Annotated[str | None, typer.Option(help="the Ray cluster: auto (the default), local or HOST:PORT")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="the Ray cluster: auto (the default), local or HOST:PORT")
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Compose trees x heads x devices from a trace and step times; run sampled points and check some composed ones."""
+    """Compose trees x heads x devices from a trace and step times; run sampled points and check some composed
+    ones.
+    """
     if executor not in ("local", "ray") or (executor == "local" and address is not None):
         found = f"--executor {executor}" + (f" --address {address}" if address is not None else "")
-        raise UserError(found=found, need="local, or ray with or without an address", where="the command line")
+        raise UserError(
+            found=found, need="local, or ray with or without an address", where="the command line"
+        )
     registry = load_claims(claims)
     if report is not None:
         finish_sweep(report, claims=registry, readme=readme)
@@ -38,7 +52,9 @@ def sweep(
     from harness.measure.sweep.run import SweepOptions, run_sweep
     from harness.specs.sweep import load_sweep
 
-    file = find_data(suite if suite.endswith(".toml") else suite.removeprefix(SWEEP), folder=None, prefix=SWEEP)
+    file = find_data(
+        suite if suite.endswith(".toml") else suite.removeprefix(SWEEP), folder=None, prefix=SWEEP
+    )
     options = SweepOptions(
         results=results or default_results(),
         resume=resume,

@@ -16,13 +16,19 @@ from harness.paths import cache_dir
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file")] = "embedded_medusa1",
+    recipe: Annotated[
+        str, typer.Argument(help="a shipped recipe's name or a TOML file")
+    ] = "embedded_medusa1",
     out: Annotated[Path | None, typer.Option(help="folder for heads and calibration trace")] = None,
     work: Annotated[Path | None, typer.Option(help="folder for corpus and training state")] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")
+    ] = False,
     hub: HubOption = False,
 ) -> None:
-    """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace; resumes where it stopped."""
+    """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace;
+    resumes where it stopped.
+    """
     from harness.specs.recipe import JointSuite, load_training_suite
     from harness.training.heads import train_suite
     from harness.training.joint import check_runnable, train_joint_suite
@@ -37,7 +43,9 @@ def train(
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(spec, JointSuite):
-        joint = train_joint_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
+        joint = train_joint_suite(
+            spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
+        )
         writes = process_state().is_main_process
         end_processes()
         if not writes:
@@ -50,26 +58,41 @@ def train(
             "calibration": joint.calibration,
             "curves": picture,
         }
-        print(json.dumps({"recipe": spec.name, **{name: path.name for name, path in written.items() if path is not None}}))
+        print(
+            json.dumps(
+                {
+                    "recipe": spec.name,
+                    **{name: path.name for name, path in written.items() if path is not None},
+                }
+            )
+        )
         return
-    files = train_suite(spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub)
+    files = train_suite(
+        spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
+    )
     print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
 
 
 def calibrate(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file, of heads and backbone")],
+    recipe: Annotated[
+        str, typer.Argument(help="a shipped recipe's name or a TOML file, of heads and backbone")
+    ],
     folder: Annotated[Path, typer.Argument(help="what its training wrote: heads, and adapter or model")],
     work: Annotated[Path | None, typer.Option(help="folder for the answers")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Record the calibration trace of trained heads, which trees are searched on, as training does at its end where the model fits."""
+    """Record the calibration trace of trained heads, which trees are searched on, as training does at its end
+    where the model fits.
+    """
     from harness.specs.recipe import JointSuite, load_training_suite
     from harness.training.calibration import calibrate_folder
 
     spec = load_training_suite(find_data(recipe, folder="recipes"))
     if not isinstance(spec, JointSuite):
         raise UserError(found=f"the recipe {spec.name!r} of heads alone", need="kind = 'joint'", where=recipe)
-    file = calibrate_folder(spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub)
+    file = calibrate_folder(
+        spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub
+    )
     print(json.dumps({"recipe": spec.name, "calibration": file.name if file is not None else None}))
 
 
@@ -79,7 +102,9 @@ def distill(
     work: Annotated[Path | None, typer.Option(help="folder for the shards")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where it stopped."""
+    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where
+    it stopped.
+    """
     from harness.specs.recipe import load_training_suite
     from harness.training.workers import announce, distill_suite
 

@@ -1,4 +1,6 @@
-"""`medusa-repro search-tree`: grow trees on a trace, or the fastest one for a device; what they promise beside what they yield."""
+"""`medusa-repro search-tree`: grow trees on a trace, or the fastest one for a device; what they promise
+beside what they yield.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ from harness.specs.latency import LatencyHeads
 from medusa_impl.tree import DraftTree
 
 
-def print_search(calibration: Path, *, num_nodes: int, values: str, check: Path | None, console: Console) -> DraftTree:
-    """Print, for nested sizes up to `num_nodes`, the expected acceptance length and the replayed tokens a step; return the largest tree.
+def print_search(
+    calibration: Path, *, num_nodes: int, values: str, check: Path | None, console: Console
+) -> DraftTree:
+    """Print, for nested sizes up to `num_nodes`, the expected acceptance length and the replayed tokens a
+    step; return the largest tree.
 
-    The expectation weighs all positions alike and, for `marginals`, takes heads as independent; the replay on `check` (or, without it, on
-    the calibration trace itself, which flatters) is what decoding would do.
+    The expectation weighs all positions alike and, for `marginals`, takes heads as independent; the replay on
+    `check` (or, without it, on the calibration trace itself, which flatters) is what decoding would do.
     """
     trace = Trace.load(calibration)
     grown = grow(trace, num_nodes=num_nodes, values=values, num_heads=trace.num_heads)
@@ -43,7 +48,9 @@ def print_search(calibration: Path, *, num_nodes: int, values: str, check: Path 
         tree = grown.nested(size)
         realised = f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-"
         expected = grown.expected_acceptance_length(size)
-        table.add_row(str(size), str(tree.depth), f"{expected:.3f}", f"{own.replay(tree).tokens_per_step:.3f}", realised)
+        table.add_row(
+            str(size), str(tree.depth), f"{expected:.3f}", f"{own.replay(tree).tokens_per_step:.3f}", realised
+        )
     console.print(table)
     console.print(grown.tree.draw(), markup=False, highlight=False)
     return grown.tree
@@ -61,24 +68,41 @@ def print_device_search(
     cache: Path | None,
     console: Console,
 ) -> CostChoice:
-    """Print, for every curve that the device's name means, the fastest tree by both searches; return the first curve's, by joint hits.
+    """Print, for every curve that the device's name means, the fastest tree by both searches; return the
+    first curve's, by joint hits.
 
-    Steps are priced at the mean context of the calibration text's vanilla steps. Choices are kept in `cache` by curve and trace.
+    Steps are priced at the mean context of the calibration text's vanilla steps. Choices are kept in `cache`
+    by curve and trace.
     Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
     """
     index = ReplayIndex(Trace.load(calibration))
     other = ReplayIndex(Trace.load(check)) if check is not None else None
-    curves = find_curves(device, results=results, shape=shape, dtype=dtype, heads=LatencyHeads(architecture="shared"))
+    curves = find_curves(
+        device, results=results, shape=shape, dtype=dtype, heads=LatencyHeads(architecture="shared")
+    )
     lengths = step_contexts(index.replay(DraftTree.root_only()))
     knots, usual = np.array(shared_knots(curves, lengths), dtype=np.float64), float(np.mean(lengths))
     space = SearchSpace(index, max_nodes=max_nodes)
-    table = Table("curve", "search", "nodes", "depth", "tokens/step, calibration", "check", "step, ms", "speedup promised")
+    table = Table(
+        "curve",
+        "search",
+        "nodes",
+        "depth",
+        "tokens/step, calibration",
+        "check",
+        "step, ms",
+        "speedup promised",
+    )
     found: list[CostChoice] = []
     for curve in curves:
         price = KnotPrices(curve, knots=knots, context="trace", batch=1).price_at(usual)
         vanilla_s = price(1, 0)
         if vanilla_s is None:
-            raise UserError(found="no vanilla step", need="a curve that covers one node at batch 1", where=curve.label.words)
+            raise UserError(
+                found="no vanilla step",
+                need="a curve that covers one node at batch 1",
+                where=curve.label.words,
+            )
         choices = cached_choices(
             space.key,
             curve_fingerprint=f"{curve.label.fingerprint} trace 1 {usual:.3f} {knots.tolist()}",
@@ -89,7 +113,12 @@ def print_device_search(
             tree = choice.tree()
             own = index.replay(tree).tokens_per_step
             realised = f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-"
-            figures = (f"{own:.3f}", realised, f"{1000 * choice.step_s:.3g}", f"{own * vanilla_s / choice.step_s:.2f}")
+            figures = (
+                f"{own:.3f}",
+                realised,
+                f"{1000 * choice.step_s:.3g}",
+                f"{own * vanilla_s / choice.step_s:.2f}",
+            )
             table.add_row(curve.label.words, choice.method, str(tree.num_nodes), str(tree.depth), *figures)
         found += choices
     console.print(table)
@@ -108,20 +137,35 @@ def trace(
 
     spec, file = find_suite(suite)
     written = trace_suite(spec, suite_file=file, out=out, limit=limit, allow_hub=hub, console=console)
-    print(json.dumps({"trace": out.name, "prompts": len(written.prompts), "positions": written.num_positions}))
+    print(
+        json.dumps({"trace": out.name, "prompts": len(written.prompts), "positions": written.num_positions})
+    )
 
 
 def search_tree(
-    calibration: Annotated[Path | None, typer.Argument(help="the trace (.npz) to grow trees on; the embedded one by default")] = None,
-    num_nodes: Annotated[int, typer.Option(help="nodes, root included; with --device at most so many", min=2)] = 64,
-    values: Annotated[str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")] = "joint",
+    calibration: Annotated[
+        Path | None, typer.Argument(help="the trace (.npz) to grow trees on; the embedded one by default")
+    ] = None,
+    num_nodes: Annotated[
+        int, typer.Option(help="nodes, root included; with --device at most so many", min=2)
+    ] = 64,
+    values: Annotated[
+        str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")
+    ] = "joint",
     check: Annotated[Path | None, typer.Option(help="a second trace to replay the trees on")] = None,
     out: Annotated[Path | None, typer.Option(help="write the tree as JSON")] = None,
-    device: Annotated[str | None, typer.Option(help="the fastest tree there: a device of hardware.toml, or a latency record")] = None,
-    shape: Annotated[str, typer.Option(help="the model's published shape, for --device")] = "smollm2-135m-instruct",
+    device: Annotated[
+        str | None,
+        typer.Option(help="the fastest tree there: a device of hardware.toml, or a latency record"),
+    ] = None,
+    shape: Annotated[
+        str, typer.Option(help="the model's published shape, for --device")
+    ] = "smollm2-135m-instruct",
     dtype: Annotated[str | None, typer.Option(help="one dtype of --device")] = None,
 ) -> None:
-    """Grow the best tree on a trace, or the fastest one on a device, and print what it promises and what it yields."""
+    """Grow the best tree on a trace, or the fastest one on a device, and print what it promises and what it
+    yields.
+    """
 
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
@@ -141,7 +185,9 @@ def search_tree(
             cache=cache_dir() / "trees",
             console=console,
         )
-        text = choice.tree().to_json(provenance={"device": device, "shape": shape, "method": choice.method, "step_s": choice.step_s})
+        text = choice.tree().to_json(
+            provenance={"device": device, "shape": shape, "method": choice.method, "step_s": choice.step_s}
+        )
     if out is not None:
         write_bytes(out, (text + "\n").encode())
     print(text)

@@ -1,6 +1,8 @@
-"""The simulations of Appendix G as tables: simulated speedup against candidates, batch and sequence length. All predicted, no device.
+"""The simulations of Appendix G as tables: simulated speedup against candidates, batch and sequence length.
+All predicted, no device.
 
-The verdicts on them (RL-64, RL-32, RL-seq, RL-44, RL-acc) are those of `claim_arithmetic.py`; here are the curves behind these.
+The verdicts on them (RL-64, RL-32, RL-seq, RL-44, RL-acc) are those of `claim_arithmetic.py`; here are the
+curves behind these.
 """
 
 from __future__ import annotations
@@ -14,7 +16,24 @@ from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.hardware import load_hardware
 from harness.specs.paper_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
 
-CANDIDATES = (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # the paper's grid of Tables 6 to 8, and beyond
+# the paper's grid of Tables 6 to 8, and beyond
+CANDIDATES = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    48,
+    64,
+    80,
+    96,
+    112,
+    128,
+    160,
+    192,
+    256,
+)
 VERDICTS = ("RL-64", "RL-32", "RL-seq", "RL-44", "RL-acc")
 
 
@@ -42,7 +61,9 @@ class SimulatedBest:
 
 @dataclass(frozen=True)
 class AppendixG:
-    """The three simulations on one device: against candidates (Fig. 21), batch (Fig. 22) and sequence length (Fig. 23)."""
+    """The three simulations on one device: against candidates (Fig. 21), batch (Fig. 22) and sequence length
+    (Fig. 23).
+    """
 
     device: str
     by_candidates: tuple[SimulatedRow, ...]
@@ -63,29 +84,53 @@ def simulate(claims: Sequence[ClaimSpec] | None = None) -> AppendixG:
         or not isinstance(batches, SimulatedBatchForm)
         or not isinstance(lengths, SimulatedLengthForm)
     ):
-        raise UserError(found="no simulated forms", need="RL-64, RL-32 and RL-seq with their forms", where="the registry of claims")
+        raise UserError(
+            found="no simulated forms",
+            need="RL-64, RL-32 and RL-seq with their forms",
+            where="the registry of claims",
+        )
     simulation = _simulation(peak)
     doubled = [2**power for power in range((2 * batches.batch).bit_length())]
     return AppendixG(
         device=peak.device,
-        by_candidates=tuple(_row(simulation, nodes, context_tokens=peak.context_tokens, batch=peak.batch) for nodes in CANDIDATES),
-        by_batch=tuple(_best(_simulation(batches), context_tokens=batches.context_tokens, batch=batch) for batch in doubled),
-        by_length=tuple(_best(_simulation(lengths), context_tokens=length, batch=lengths.batch) for length in lengths.context_tokens),
+        by_candidates=tuple(
+            _row(simulation, nodes, context_tokens=peak.context_tokens, batch=peak.batch)
+            for nodes in CANDIDATES
+        ),
+        by_batch=tuple(
+            _best(_simulation(batches), context_tokens=batches.context_tokens, batch=batch)
+            for batch in doubled
+        ),
+        by_length=tuple(
+            _best(_simulation(lengths), context_tokens=length, batch=lengths.batch)
+            for length in lengths.context_tokens
+        ),
     )
 
 
 def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
     devices = load_hardware()
     if form.device not in devices:
-        raise UserError(found=f"device {form.device!r}", need=f"one of {sorted(devices)}", where="the registry of claims")
-    return Simulation(shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base)
+        raise UserError(
+            found=f"device {form.device!r}", need=f"one of {sorted(devices)}", where="the registry of claims"
+        )
+    return Simulation(
+        shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base
+    )
 
 
 def _row(simulation: Simulation, num_nodes: int, *, context_tokens: int, batch: int) -> SimulatedRow:
-    cost = step_cost(simulation.shape, simulation.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+    cost = step_cost(
+        simulation.shape, simulation.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
+    )
     speedup = simulation.speedup(num_nodes, context_tokens=context_tokens, batch=batch)
     return SimulatedRow(
-        num_nodes=num_nodes, batch=batch, context_tokens=context_tokens, acceleration_rate=speedup * cost, step_cost=cost, speedup=speedup
+        num_nodes=num_nodes,
+        batch=batch,
+        context_tokens=context_tokens,
+        acceleration_rate=speedup * cost,
+        step_cost=cost,
+        speedup=speedup,
     )
 
 

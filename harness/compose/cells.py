@@ -19,7 +19,9 @@ _DIGITS = 6  # of a figure in a record: far more than its interval allows
 
 
 def compose(plan: SweepPlan, *, done: frozenset[str] = frozenset()) -> Iterator[AnyCell]:
-    """Yield every composed cell that is not done, one after another, then the predictions that cannot be made."""
+    """Yield every composed cell that is not done, one after another, then the predictions that cannot be
+    made.
+    """
     for curve, context, batch in plan.cells:
         key = composed_key(curve.label, context=context, batch=batch)
         if key in done:
@@ -43,7 +45,12 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
     vanilla_prices = prices.step(1, 0)
     if vanilla_prices is None:
         found = f"no vanilla step at batch {batch}, context {context}"
-        raise UserError(found=found, need="one timed or predicted there", where=curve.label.words, do="measure it, or leave the size out")
+        raise UserError(
+            found=found,
+            need="one timed or predicted there",
+            where=curve.label.words,
+            do="measure it, or leave the size out",
+        )
     vanilla_s = float((vanilla.shares @ vanilla_prices).sum())
     figures = {}
     for place, tree in enumerate(plan.drafts):
@@ -63,11 +70,15 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
         context=context,
         batch=batch,
         kind=figure_kind(curve, shape=plan.spec.shape, model_sha256=provenance.model_hash, context=context),
-        beyond_share=_beyond(lengths, curve.contexts) if context == "trace" else _beyond(np.array([context]), curve.contexts),
+        beyond_share=_beyond(lengths, curve.contexts)
+        if context == "trace"
+        else _beyond(np.array([context]), curve.contexts),
         vanilla_step_s=_rounded(vanilla_s / float(vanilla.steps.sum())),
         vanilla_tokens_per_s=_rounded(tokens / vanilla_s),
         trees=tuple(figures),
-        step_s=tuple(_rounded(total / count) for total, count in zip(seconds.tolist(), num_steps, strict=True)),
+        step_s=tuple(
+            _rounded(total / count) for total, count in zip(seconds.tolist(), num_steps, strict=True)
+        ),
         tokens_per_s=tuple(_rounded(tokens / total) for total in seconds.tolist()),
         speedup=tuple(map(_rounded, speedups.tolist())),
         speedup_low=tuple(map(_rounded, low.tolist())),
@@ -78,7 +89,9 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
 
 
 def _speedups(composer: Composer, columns: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return speedups and their bounds. Shapes: `columns` [U, 1 + T], vanilla's seconds first; results [T]."""
+    """Return speedups and their bounds. Shapes: `columns` [U, 1 + T], vanilla's seconds first; results
+    [T].
+    """
     resamples, totals = composer.resamples(len(columns)), columns.sum(axis=0)
     draws = resamples.totals(columns)
     low, high = resamples.bounds((draws[:, :1] / draws[:, 1:]).T)
@@ -106,9 +119,13 @@ def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) 
                 promised=choice.promised,
                 step_cost=prices.backbone_cost(tree.num_nodes, context_tokens=int(median(lengths.tolist()))),
                 overhead=(total_s / float(steps.steps.sum())) / (vanilla_s / float(vanilla.steps.sum())),
-                tokens_per_s=resamples.interval(float(steps.tokens.sum()) / total_s, draws[:, 0] / draws[:, 1]),
+                tokens_per_s=resamples.interval(
+                    float(steps.tokens.sum()) / total_s, draws[:, 0] / draws[:, 1]
+                ),
                 speedup=resamples.interval(vanilla_s / total_s, draws[:, 2] / draws[:, 1]),
-                speedups=_by_batch(plan, curve, tree, context=prices.context) if batch == 1 and choice.method == "joint" else {},
+                speedups=_by_batch(plan, curve, tree, context=prices.context)
+                if batch == 1 and choice.method == "joint"
+                else {},
             )
         )
     return tuple(found)
@@ -124,7 +141,9 @@ def _by_batch(plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Co
         ours, vanilla = composer.steps(tree, batch=batch), composer.steps(DraftTree.root_only(), batch=batch)
         ours_at, vanilla_at = prices.step(ours.num_nodes, ours.num_heads), prices.step(1, 0)
         if ours_at is not None and vanilla_at is not None:
-            speedups[batch] = _rounded(float((vanilla.shares @ vanilla_at).sum() / (ours.shares @ ours_at).sum()))
+            speedups[batch] = _rounded(
+                float((vanilla.shares @ vanilla_at).sum() / (ours.shares @ ours_at).sum())
+            )
     return speedups
 
 

@@ -1,8 +1,10 @@
-"""The sweep's arithmetic: trees replayed on a trace, steps priced with a device's curve, figures that say what they are. No torch.
+"""The sweep's arithmetic: trees replayed on a trace, steps priced with a device's curve, figures that say
+what they are. No torch.
 
-A tree's steps are reduced once to what any curve needs. A step at context c costs b(c) + h, linear in c between the lengths that were
-timed; so each step is shared out between the two nearest of these lengths, the *knots*, and the sum over a prompt's steps of curve.seconds
-becomes the product of a row of shares with the curve's values at the knots. A thousand trees on a hundred curves are then matrix products.
+A tree's steps are reduced once to what any curve needs. A step at context c costs b(c) + h, linear in c
+between the lengths that were timed; so each step is shared out between the two nearest of these lengths, the
+*knots*, and the sum over a prompt's steps of curve.seconds becomes the product of a row of shares with the
+curve's values at the knots. A thousand trees on a hundred curves are then matrix products.
 
     context    256 ---------- 512        one step at 320 counts 0.75 at 256 and 0.25 at 512,
                      ^320                the same seconds as interpolation gives
@@ -33,8 +35,9 @@ Floats = NDArray[np.float64]
 class ReplayedSteps:
     """The replay of one tree at one batch, reduced to what composition needs.
 
-    Units are what is resampled: prompts at batch 1, else whole batches of prompts. Shapes: `tokens`, `steps`, `row_steps` [U], the kept
-    tokens behind each row's first, the steps, and steps times rows; `shares` [U, knots], the steps shared out between the knots.
+    Units are what is resampled: prompts at batch 1, else whole batches of prompts. Shapes: `tokens`, `steps`,
+    `row_steps` [U], the kept tokens behind each row's first, the steps, and steps times rows; `shares` [U,
+    knots], the steps shared out between the knots.
     """
 
     num_nodes: int
@@ -46,15 +49,20 @@ class ReplayedSteps:
 
 
 class Composer:
-    """One trace, prepared to be composed with any curve: replays, shares of steps and bootstrap draws, each made once.
+    """One trace, prepared to be composed with any curve: replays, shares of steps and bootstrap draws, each
+    made once.
 
     `knots` are the context lengths between which all curves are linear.
     """
 
     def __init__(self, trace: Trace, *, knots: Sequence[int], interval: IntervalSpec) -> None:
-        decoded = tuple(prompt for prompt in trace.prompts if prompt.num_kept_tokens > 1)  # the others take no step
+        # the others take no step
+        decoded = tuple(prompt for prompt in trace.prompts if prompt.num_kept_tokens > 1)
         if not decoded:
-            raise UserError(found="no decoding step: every prompt ends at its first token", need="a prompt of two kept tokens or more")
+            raise UserError(
+                found="no decoding step: every prompt ends at its first token",
+                need="a prompt of two kept tokens or more",
+            )
         self.index, self.interval = ReplayIndex(Trace(provenance=trace.provenance, prompts=decoded)), interval
         self.knots = np.array(sorted(set(knots)), dtype=np.float64)
         self._replayed: dict[tuple[DraftTree, int], ReplayedSteps] = {}
@@ -73,7 +81,9 @@ class Composer:
         return self._resamples[num_units]
 
     def tokens_per_step(self, tree: DraftTree, *, batch: int = 1) -> Interval:
-        """Return the tokens that a step yields for each row that it carries, with the interval over prompts or batches of prompts."""
+        """Return the tokens that a step yields for each row that it carries, with the interval over prompts
+        or batches of prompts.
+        """
         steps = self.steps(tree, batch=batch)
         draws = self.resamples(len(steps.tokens)).totals(np.stack([steps.tokens, steps.row_steps], axis=1))
         rate = float(steps.tokens.sum() / steps.row_steps.sum())
@@ -86,7 +96,9 @@ class Composer:
 
 
 def step_contexts(replay: Replay) -> NDArray[np.int64]:
-    """Return for every step, of a batch where rows decode together, how many tokens the cache held: all known ones but the root."""
+    """Return for every step, of a batch where rows decode together, how many tokens the cache held: all known
+    ones but the root.
+    """
     known = replay.context_tokens if replay.batch == 1 else replay.batch_context_tokens
     return np.asarray(known - 1)
 
@@ -108,10 +120,14 @@ def reduced(replay: Replay, *, knots: Floats) -> ReplayedSteps:
     )
 
 
-def knot_shares(contexts: NDArray[np.int64], *, units: NDArray[np.int64], num_units: int, knots: Floats) -> Floats:
-    """Return each unit's steps shared out between the knots, so that a product with values at the knots is their interpolated sum.
+def knot_shares(
+    contexts: NDArray[np.int64], *, units: NDArray[np.int64], num_units: int, knots: Floats
+) -> Floats:
+    """Return each unit's steps shared out between the knots, so that a product with values at the knots is
+    their interpolated sum.
 
-    Beyond the first and the last knot a step counts there whole. Shapes: `contexts`, `units` [S], `knots` [k]; result [U, k].
+    Beyond the first and the last knot a step counts there whole. Shapes: `contexts`, `units` [S], `knots`
+    [k]; result [U, k].
     """
     count = len(knots)
     if count == 1:
@@ -121,7 +137,9 @@ def knot_shares(contexts: NDArray[np.int64], *, units: NDArray[np.int64], num_un
     share = (within - knots[left]) / (knots[left + 1] - knots[left])
     flat = units * count + left
     size = num_units * count
-    table = np.bincount(flat, weights=1 - share, minlength=size) + np.bincount(flat + 1, weights=share, minlength=size)
+    table = np.bincount(flat, weights=1 - share, minlength=size) + np.bincount(
+        flat + 1, weights=share, minlength=size
+    )
     return np.asarray(table[:size].reshape(num_units, count))
 
 
@@ -137,7 +155,9 @@ class KnotPrices:
         self._heads: dict[int, float | None] = {}
 
     def step(self, num_nodes: int, num_heads: int) -> Floats | None:
-        """Return the seconds of a whole step at every knot; None where the curve does not reach. Shapes: result [knots]."""
+        """Return the seconds of a whole step at every knot; None where the curve does not reach. Shapes:
+        result [knots].
+        """
         if num_nodes not in self._bodies:
             self._bodies[num_nodes] = self._body(num_nodes)
         if num_heads not in self._heads:
@@ -165,7 +185,10 @@ class KnotPrices:
 
     def _body(self, num_nodes: int) -> Floats | None:
         asked = self._near()
-        timed = ((at, self.curve.body_seconds(num_nodes=num_nodes, context_tokens=at, batch=self.batch)) for at in asked)
+        timed = (
+            (at, self.curve.body_seconds(num_nodes=num_nodes, context_tokens=at, batch=self.batch))
+            for at in asked
+        )
         known = [(at, seconds) for at, seconds in timed if seconds is not None]
         if not known:
             return None
@@ -174,13 +197,22 @@ class KnotPrices:
         return np.asarray(np.interp(wanted, lengths, seconds))
 
     def _near(self) -> tuple[int, ...]:
-        low, high = (int(self.knots[0]), int(self.knots[-1])) if self.context == "trace" else (self.context, self.context)
+        low, high = (
+            (int(self.knots[0]), int(self.knots[-1]))
+            if self.context == "trace"
+            else (self.context, self.context)
+        )
         return nearby(self.curve.contexts, low=low, high=high)
 
 
 def nearby(contexts: Sequence[int], *, low: int, high: int) -> tuple[int, ...]:
-    """Return the lengths from `low` to `high` and the nearest on either side: all that interpolation between the two can touch."""
-    below, above = (max((c for c in contexts if c <= low), default=low), min((c for c in contexts if c >= high), default=high))
+    """Return the lengths from `low` to `high` and the nearest on either side: all that interpolation between
+    the two can touch.
+    """
+    below, above = (
+        max((c for c in contexts if c <= low), default=low),
+        min((c for c in contexts if c >= high), default=high),
+    )
     return tuple(context for context in contexts if below <= context <= above)
 
 
@@ -194,8 +226,9 @@ def shared_knots(curves: Sequence[StepTimes], contexts: NDArray[np.int64]) -> tu
 def figure_kind(curve: StepTimes, *, shape: str, model_sha256: str, context: Context) -> FigureKind:
     """Return what a speedup from a trace and a curve is: composed, predicted, or hypothetical.
 
-    Hypothetical is what joins one model's trace with another's steps, or prices steps at lengths that the text did not have. A measured
-    curve of random weights of the trace's own shape counts as the model's: a dense step costs what its shape costs.
+    Hypothetical is what joins one model's trace with another's steps, or prices steps at lengths that the
+    text did not have. A measured curve of random weights of the trace's own shape counts as the model's: a
+    dense step costs what its shape costs.
     """
     label = curve.label
     if label.shape != shape or context != "trace":

@@ -1,8 +1,10 @@
-"""The latency record, and what follows from it: curve, table of modes, speedup against batch; no torch, no clock, no device.
+"""The latency record, and what follows from it: curve, table of modes, speedup against batch; no torch, no
+clock, no device.
 
-A record folder holds `spec.toml`, `environment.json`, `model.json`, `device_limits.json`, `points.jsonl` (appended group by group),
-`modes.json` and `batches.json` where the spec asks for them, and, last, `manifest.json`, which seals it with the SHA-256 of every other
-file. It keeps raw times only: medians, monotone smoothing and interpolation happen in `LatencyCurve`, each time anew.
+A record folder holds `spec.toml`, `environment.json`, `model.json`, `device_limits.json`, `points.jsonl`
+(appended group by group), `modes.json` and `batches.json` where the spec asks for them, and, last,
+`manifest.json`, which seals it with the SHA-256 of every other file. It keeps raw times only: medians,
+monotone smoothing and interpolation happen in `LatencyCurve`, each time anew.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from harness.specs.latency import PointKey
 
 
 class LatencyCurve:
-    """Seconds against sizes, from the medians of one dtype and mode: monotone in nodes and in heads, linear between what was measured.
+    """Seconds against sizes, from the medians of one dtype and mode: monotone in nodes and in heads, linear
+    between what was measured.
 
-    A whole step is a body, which depends on nodes, context and batch, plus the heads, which read one state a row whatever the tree and
-    the context. So heads are timed at a few trees and answered for all.
+    A whole step is a body, which depends on nodes, context and batch, plus the heads, which read one state a
+    row whatever the tree and the context. So heads are timed at a few trees and answered for all.
 
         seconds(N, K, T, B) = body(N, T, B) + heads(K, B)
 
-    Timing noise may make more nodes look cheaper than fewer; isotonic regression replaces such runs by their mean. Nothing is
-    extrapolated.
+    Timing noise may make more nodes look cheaper than fewer; isotonic regression replaces such runs by their
+    mean. Nothing is extrapolated.
     Raises: UserError where nothing was measured, or a size lies outside of it.
     """
 
@@ -43,12 +46,18 @@ class LatencyCurve:
                 body[place].append(median(point.step_s) - (median(point.heads_s) if point.heads_s else 0.0))
                 heads[point.batch, 0] = [0.0]
         if not backbone:
-            raise UserError(found="no measured point", need="at least one of this dtype and mode", where="the latency record")
+            raise UserError(
+                found="no measured point",
+                need="at least one of this dtype and mode",
+                where="the latency record",
+            )
         raw = {place: fmean(values) for place, values in backbone.items()}
         self._backbone = _monotone(raw)
         self._body = _monotone({place: fmean(values) for place, values in body.items()})
         self._heads = _monotone({place: fmean(values) for place, values in heads.items()})
-        self.largest_correction = max(abs(self._backbone[place] / seconds - 1) for place, seconds in raw.items())
+        self.largest_correction = max(
+            abs(self._backbone[place] / seconds - 1) for place, seconds in raw.items()
+        )
 
     def seconds(self, *, num_nodes: int, num_heads: int, context_tokens: int, batch: int = 1) -> float:
         """Return the time of a whole step; one node without heads is a vanilla step."""
@@ -78,7 +87,9 @@ def curve_of(record: LatencyRecord, *, dtype: str, mode: str) -> LatencyCurve:
 
 
 def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointKey) -> float | None:
-    """Return the raw step cost beside a point, medians over medians: its dtype, mode, context and batch; None where either is missing."""
+    """Return the raw step cost beside a point, medians over medians: its dtype, mode, context and batch; None
+    where either is missing.
+    """
     times: dict[int, list[float]] = {1: [], num_nodes: []}
     for point in points:
         if point.group == like.group and point.num_nodes in times:
@@ -87,13 +98,17 @@ def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointK
 
 
 def _monotone(values: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-    """Return the values, made non-decreasing along the last size by isotonic regression wherever the others are equal."""
+    """Return the values, made non-decreasing along the last size by isotonic regression wherever the others
+    are equal.
+    """
     lines = defaultdict[tuple[int, ...], list[tuple[int, ...]]](list)
     for place in sorted(values):
         lines[place[:-1]].append(place)
     smooth: dict[tuple[int, ...], float] = {}
     for line in lines.values():
-        smooth.update(zip(line, isotonic_regression([values[place] for place in line]).x.tolist(), strict=True))
+        smooth.update(
+            zip(line, isotonic_regression([values[place] for place in line]).x.tolist(), strict=True)
+        )
     return smooth
 
 
@@ -101,12 +116,14 @@ def _answer(values: Mapping[tuple[int, ...], float], sizes: Mapping[str, int]) -
     found = _interpolate(values, tuple(sizes.values()))
     if found is None:
         ranges = [
-            f"{name} {min(place[axis] for place in values)} to {max(place[axis] for place in values)}" for axis, name in enumerate(sizes)
+            f"{name} {min(place[axis] for place in values)} to {max(place[axis] for place in values)}"
+            for axis, name in enumerate(sizes)
         ]
         asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(
             found=asked,
-            need=f"sizes between measured ones ({', '.join(ranges) if values else 'none'}): nothing is extrapolated",
+            need=f"sizes between measured ones ({', '.join(ranges) if values else 'none'}): nothing is "
+            "extrapolated",
             where="the latency record",
             do="measure them too: medusa-repro latency with --nodes, --heads, --contexts, --batches",
         )
@@ -114,7 +131,8 @@ def _answer(values: Mapping[tuple[int, ...], float], sizes: Mapping[str, int]) -
 
 
 def _interpolate(values: Mapping[tuple[int, ...], float], at: tuple[int, ...]) -> float | None:
-    """Return the value at a place, linear along the first size between the nearest on either side that can answer for the others.
+    """Return the value at a place, linear along the first size between the nearest on either side that can
+    answer for the others.
 
     None where there is no such pair: grids need not be complete, but nothing is guessed beyond them.
     """
@@ -124,7 +142,10 @@ def _interpolate(values: Mapping[tuple[int, ...], float], at: tuple[int, ...]) -
     for place, value in values.items():
         planes[place[0]][place[1:]] = value
     answers: list[tuple[int, float]] = []
-    for side in ([size for size in sorted(planes, reverse=True) if size <= at[0]], [size for size in sorted(planes) if size >= at[0]]):
+    for side in (
+        [size for size in sorted(planes, reverse=True) if size <= at[0]],
+        [size for size in sorted(planes) if size >= at[0]],
+    ):
         candidates = ((size, _interpolate(planes[size], at[1:])) for size in side)
         nearest = next(((size, value) for size, value in candidates if value is not None), None)
         if nearest is None:

@@ -1,7 +1,9 @@
-"""What a step costs on a device: measured, from a committed latency record, or predicted, from a data sheet by the roofline.
+"""What a step costs on a device: measured, from a committed latency record, or predicted, from a data sheet
+by the roofline.
 
-Both answer one question, `seconds(num_nodes, num_heads, context_tokens, batch)`, and say what they are. A prediction carries the error
-that the same roofline showed on the devices that were measured; figures that others published stand apart, in `harness/quoted.py`.
+Both answer one question, `seconds(num_nodes, num_heads, context_tokens, batch)`, and say what they are. A
+prediction carries the error that the same roofline showed on the devices that were measured; figures that
+others published stand apart, in `harness/quoted.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_devi
 from harness.specs.latency import DtypeName, LatencyHeads, ModeName, PointKey
 from harness.specs.shapes import ShapeSpec, load_shapes
 
-_PREDICTED_CONTEXTS = tuple(sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))}))
+_PREDICTED_CONTEXTS = tuple(
+    sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))})
+)
 _HALF = ("float16", "bfloat16")  # what hardware.toml knows the throughput of
 _NO_BFLOAT16 = ("t4", "v100-16gb-sxm", "v100-32gb-sxm")  # hardware.toml, their sources
 _MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may fill
 
 
 class StepTimes(Protocol):
-    """A device's curve. `contexts` are the lengths between which times are linear; beyond them the nearest is taken, and said so."""
+    """A device's curve. `contexts` are the lengths between which times are linear; beyond them the nearest is
+    taken, and said so.
+    """
 
     @property
     def label(self) -> CurveLabel: ...
@@ -41,10 +47,16 @@ class StepTimes(Protocol):
 
 
 class MeasuredCurve:
-    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was measured."""
+    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was
+    measured.
+    """
 
     def __init__(self, record: LatencyRecord, *, dtype: DtypeName, mode: ModeName) -> None:
-        points = [point for point in record.points if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s]
+        points = [
+            point
+            for point in record.points
+            if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s
+        ]
         self._curve = LatencyCurve(points)
         self._contexts = tuple(sorted({point.context_tokens for point in points}))
         name = record.environment.device.name
@@ -72,7 +84,9 @@ class MeasuredCurve:
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
         """Return a whole step less its heads."""
         try:
-            return self._curve.seconds(num_nodes=num_nodes, num_heads=0, context_tokens=context_tokens, batch=batch)
+            return self._curve.seconds(
+                num_nodes=num_nodes, num_heads=0, context_tokens=context_tokens, batch=batch
+            )
         except UserError:
             return None
 
@@ -86,22 +100,32 @@ class MeasuredCurve:
     def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
         """Return the time of the backbone's pass alone."""
         try:
-            return self._curve.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+            return self._curve.backbone_seconds(
+                num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
+            )
         except UserError:
             return None
 
 
 class PredictedCurve:
-    """The roofline's curve of one device and shape: a lower bound, without launches, softmax, candidates and acceptance.
+    """The roofline's curve of one device and shape: a lower bound, without launches, softmax, candidates and
+    acceptance.
 
     None where weights, cache and logits do not fit into the device's memory.
-    Raises: UserError for a dtype that the device has no published throughput for, or a shape that does not fit at all.
+    Raises: UserError for a dtype that the device has no published throughput for, or a shape that does not
+    fit at all.
     """
 
-    def __init__(self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: LatencyHeads) -> None:
+    def __init__(
+        self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: LatencyHeads
+    ) -> None:
         if dtype not in _HALF or (dtype == "bfloat16" and key in _NO_BFLOAT16):
             need = "float16" if key in _NO_BFLOAT16 else "float16 or bfloat16"
-            raise UserError(found=f"{dtype} on {key}", need=f"{need}: no other throughput is published there", where="the prediction")
+            raise UserError(
+                found=f"{dtype} on {key}",
+                need=f"{need}: no other throughput is published there",
+                where="the prediction",
+            )
         self._device, self._shape, self._heads, self._dtype = device, shape, heads, dtype
         self._facts = facts_of_shape(shape, heads=heads, random_weights=True)
         self._label = CurveLabel(
@@ -112,7 +136,12 @@ class PredictedCurve:
             kind="predicted",
             source="roofline on hardware.toml",
             fingerprint=canonical_sha256(
-                [device.model_dump(mode="json"), shape.model_dump(mode="json"), heads.model_dump(mode="json"), dtype]
+                [
+                    device.model_dump(mode="json"),
+                    shape.model_dump(mode="json"),
+                    heads.model_dump(mode="json"),
+                    dtype,
+                ]
             )[:16],
         )
         if not self._fits(num_nodes=1, context_tokens=1, batch=1):
@@ -135,7 +164,9 @@ class PredictedCurve:
         return (*(context for context in _PREDICTED_CONTEXTS if context < limit), limit)
 
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return the backbone's step; what a whole step adds to it beside the heads the roofline leaves out."""
+        """Return the backbone's step; what a whole step adds to it beside the heads the roofline leaves
+        out.
+        """
         return self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
 
     def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
@@ -180,8 +211,11 @@ class PredictedCurve:
         return self._facts.needed_bytes(key, packs=False)
 
 
-def find_latency_records(results: Path, *, names: Sequence[str] | Literal["all"] = "all") -> tuple[LatencyRecord, ...]:
-    """Return the newest sealed latency record of each spec and machine under a results folder, in order of their place.
+def find_latency_records(
+    results: Path, *, names: Sequence[str] | Literal["all"] = "all"
+) -> tuple[LatencyRecord, ...]:
+    """Return the newest sealed latency record of each spec and machine under a results folder, in order of
+    their place.
 
     Raises: UserError for a name of which there is no sealed record.
     """
@@ -193,12 +227,18 @@ def find_latency_records(results: Path, *, names: Sequence[str] | Literal["all"]
     missing = [] if names == "all" else [name for name in names if name not in {spec for spec, _ in newest}]
     if missing:
         need = "a sealed record of that spec under results/latency"
-        raise UserError(found=f"no latency record {missing[0]!r}", need=need, where="measured.records", do="run medusa-repro latency")
+        raise UserError(
+            found=f"no latency record {missing[0]!r}",
+            need=need,
+            where="measured.records",
+            do="run medusa-repro latency",
+        )
     return tuple(LatencyRecord(newest[place]) for place in sorted(newest))
 
 
 def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tuple[MeasuredCurve, ...]:
-    """Return a record's curves, one a dtype, in the mode that decoding takes there; `dtypes` narrows them down.
+    """Return a record's curves, one a dtype, in the mode that decoding takes there; `dtypes` narrows them
+    down.
 
     Raises: UserError for an unsealed or altered record.
     """
@@ -207,29 +247,45 @@ def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tup
     curves = []
     for dtype in dict.fromkeys(dtype for dtype, _ in timed):
         if not dtypes or dtype in dtypes:
-            curves.append(MeasuredCurve(record, dtype=dtype, mode=_decoding_mode(record, dtype=dtype, timed=tuple(timed))))
+            curves.append(
+                MeasuredCurve(
+                    record, dtype=dtype, mode=_decoding_mode(record, dtype=dtype, timed=tuple(timed))
+                )
+            )
     return tuple(curves)
 
 
-def _decoding_mode(record: LatencyRecord, *, dtype: DtypeName, timed: Iterable[tuple[DtypeName, ModeName]]) -> ModeName:
-    """Return the mode that `auto` took where the record says so and timed it, else the one with the quickest vanilla step."""
+def _decoding_mode(
+    record: LatencyRecord, *, dtype: DtypeName, timed: Iterable[tuple[DtypeName, ModeName]]
+) -> ModeName:
+    """Return the mode that `auto` took where the record says so and timed it, else the one with the quickest
+    vanilla step.
+    """
     modes = [mode for other, mode in timed if other == dtype]
     auto = record.modes.auto.get(dtype) if record.modes is not None else None
     if auto in modes:
         return auto
 
     def vanilla_s(mode: ModeName) -> float:
-        times = [s for point in record.points if (point.dtype, point.mode, point.num_nodes) == (dtype, mode, 1) for s in point.step_s]
+        times = [
+            s
+            for point in record.points
+            if (point.dtype, point.mode, point.num_nodes) == (dtype, mode, 1)
+            for s in point.step_s
+        ]
         return median(times) if times else float("inf")
 
     return min(modes, key=vanilla_s)
 
 
-def find_curves(name: str, *, results: Path, shape: str, dtype: str | None, heads: LatencyHeads) -> tuple[StepTimes, ...]:
-    """Return the curves that a word on the command line means: a device of `hardware.toml` by key or driver's name, or a latency record.
+def find_curves(
+    name: str, *, results: Path, shape: str, dtype: str | None, heads: LatencyHeads
+) -> tuple[StepTimes, ...]:
+    """Return the curves that a word on the command line means: a device of `hardware.toml` by key or driver's
+    name, or a latency record.
 
-    A record is named by its folder, or by the folder of its machine under results/latency; a device's measured curves of that shape
-    come first, then its prediction.
+    A record is named by its folder, or by the folder of its machine under results/latency; a device's
+    measured curves of that shape come first, then its prediction.
     Raises: UserError where nothing has that name.
     """
     if Path(name).is_dir() and (Path(name) / "manifest.json").exists():
@@ -239,11 +295,15 @@ def find_curves(name: str, *, results: Path, shape: str, dtype: str | None, head
     found: list[StepTimes] = []
     for record in find_latency_records(results):
         for curve in measured_curves(record):
-            if record.folder.parent.name == name or (curve.label.device in (key, name) and curve.label.shape == shape):
+            if record.folder.parent.name == name or (
+                curve.label.device in (key, name) and curve.label.shape == shape
+            ):
                 found.append(curve)
     if key is not None:
         if shape not in shapes:
-            raise UserError(found=f"shape {shape!r}", need=f"one of {sorted(shapes)}", where="the command line")
+            raise UserError(
+                found=f"shape {shape!r}", need=f"one of {sorted(shapes)}", where="the command line"
+            )
         predicted: DtypeName = "bfloat16" if dtype == "bfloat16" else "float16"
         found.append(PredictedCurve(key, devices[key], shapes[shape], dtype=predicted, heads=heads))
     if not found:
@@ -256,24 +316,34 @@ def _wanted(curves: Sequence[StepTimes], *, dtype: str | None) -> tuple[StepTime
     wanted = tuple(curve for curve in curves if dtype is None or curve.label.dtype == dtype)
     if not wanted:
         raise UserError(
-            found=f"dtype {dtype!r}", need=f"one of {sorted({curve.label.dtype for curve in curves})}", where="the command line"
+            found=f"dtype {dtype!r}",
+            need=f"one of {sorted({curve.label.dtype for curve in curves})}",
+            where="the command line",
         )
     return wanted
 
 
 def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
-    """Return the roofline's error over all points of the modes that decoding takes; None where no record can tell.
+    """Return the roofline's error over all points of the modes that decoding takes; None where no record can
+    tell.
 
-    A device of `hardware.toml` is predicted from its data sheet in half precision, as unmeasured devices are; any other from the limits
-    measured in the record itself.
+    A device of `hardware.toml` is predicted from its data sheet in half precision, as unmeasured devices are;
+    any other from the limits measured in the record itself.
     """
-    seconds, costs, devices, sources = list[Prediction](), list[Prediction](), list[str](), list[Literal["measured", "data sheet"]]()
+    seconds, costs, devices, sources = (
+        list[Prediction](),
+        list[Prediction](),
+        list[str](),
+        list[Literal["measured", "data sheet"]](),
+    )
     sheets = load_hardware()
     for record in records:
         for curve in measured_curves(record):
             label = curve.label
             limits, source = _limits_of(record, label, sheets)
-            points = [p for p in record.points if (p.dtype, p.mode) == (label.dtype, label.mode) and p.backbone_s]
+            points = [
+                p for p in record.points if (p.dtype, p.mode) == (label.dtype, label.mode) and p.backbone_s
+            ]
             if limits is None or not points:
                 continue
             made = {point.key: _prediction(record, point, limits) for point in points}
@@ -300,7 +370,9 @@ def _limits_of(
     measured = record.limits(label.dtype)
     if measured is None:
         return None, "measured"
-    return Limits(bytes_per_s=measured.read_bandwidth_bytes_per_s, flop_per_s=measured.matmul_flop_per_s), "measured"
+    return Limits(
+        bytes_per_s=measured.read_bandwidth_bytes_per_s, flop_per_s=measured.matmul_flop_per_s
+    ), "measured"
 
 
 def _prediction(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> Prediction:
@@ -316,11 +388,19 @@ def _prediction(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> P
 
 
 def _step_costs(points: Sequence[LatencyPoint], made: Mapping[PointKey, Prediction]) -> list[Prediction]:
-    """Measured and predicted step costs of the points of more than one node whose group has a vanilla point."""
+    """Measured and predicted step costs of the points of more than one node whose group has a vanilla
+    point.
+    """
     vanilla = {point.group: made[point.key].predicted_s for point in points if point.num_nodes == 1}
     found = []
     for point in points:
-        measured = step_cost_of(points, num_nodes=point.num_nodes, like=point) if point.num_nodes > 1 else None
+        measured = (
+            step_cost_of(points, num_nodes=point.num_nodes, like=point) if point.num_nodes > 1 else None
+        )
         if measured is not None:
-            found.append(Prediction(measured_s=measured, predicted_s=made[point.key].predicted_s / vanilla[point.group]))
+            found.append(
+                Prediction(
+                    measured_s=measured, predicted_s=made[point.key].predicted_s / vanilla[point.group]
+                )
+            )
     return found

@@ -12,26 +12,41 @@ from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Tra
 from medusa_impl.tree import DraftTree
 
 Kind = Literal["tie", "bug"]
-NearTokens = dict[tuple[str, int], list[int]]  # prompt key and position i to the tokens that rounding may put first
+# prompt key and position i to the tokens that rounding may put first
+NearTokens = dict[tuple[str, int], list[int]]
 
 
 def decoded_difference(
-    trace: Trace, prompt: PromptTrace, tree: DraftTree, *, token_ids: Sequence[int], step_tokens: Sequence[int], replayed: Sequence[int]
+    trace: Trace,
+    prompt: PromptTrace,
+    tree: DraftTree,
+    *,
+    token_ids: Sequence[int],
+    step_tokens: Sequence[int],
+    replayed: Sequence[int],
 ) -> tuple[int, Kind] | None:
-    """Return where a text decoded greedily, apart from any record, took another path than its replay, classed as `replay_differences` does.
+    """Return where a text decoded greedily, apart from any record, took another path than its replay, classed
+    as `replay_differences` does.
 
-    `replayed` are the positions at which the replay's steps start; the result is None where tokens and steps agree. Ties of the text are
-    float32's.
+    `replayed` are the positions at which the replay's steps start; the result is None where tokens and steps
+    agree. Ties of the text are float32's.
     """
     near = near_tokens(trace)
     expected: list[int] = prompt.tokens.tolist()
-    parted = parting(token_ids, expected, key=prompt.key, prompt=prompt, near=near, tie_margin=TIE_MARGIN_FLOAT32)
+    parted = parting(
+        token_ids, expected, key=prompt.key, prompt=prompt, near=near, tie_margin=TIE_MARGIN_FLOAT32
+    )
     decoded = step_starts(step_tokens)
     if parted is None and decoded == list(replayed):
         return None
     position, ranges = last_common(decoded, list(replayed)), rank_ranges(trace)[prompt.key]
     return position, difference_kind(
-        step_tokens, tree, num_heads=None, ranges=ranges, since=position, parted=None if parted is None else (parted.position, parted.kind)
+        step_tokens,
+        tree,
+        num_heads=None,
+        ranges=ranges,
+        since=position,
+        parted=None if parted is None else (parted.position, parted.kind),
     )
 
 
@@ -45,7 +60,13 @@ class Parting:
 
 
 def parting(
-    ids: Sequence[int], expected: Sequence[int], *, key: str, prompt: PromptTrace | None, near: NearTokens | None, tie_margin: float
+    ids: Sequence[int],
+    expected: Sequence[int],
+    *,
+    key: str,
+    prompt: PromptTrace | None,
+    near: NearTokens | None,
+    tie_margin: float,
 ) -> Parting | None:
     if tuple(ids) == tuple(expected):
         return None
@@ -59,14 +80,20 @@ def parting(
 
 def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int) -> float | None:
     """The reference's top-two gap there, if the trace is of this very text up to there."""
-    if prompt is None or prompt.gaps is None or tuple(prompt.tokens[: position + 1].tolist()) != expected[: position + 1]:
+    if (
+        prompt is None
+        or prompt.gaps is None
+        or tuple(prompt.tokens[: position + 1].tolist()) != expected[: position + 1]
+    ):
         return None
     return float(prompt.gaps[position])
 
 
 @dataclass(frozen=True)
 class RankRanges:
-    """Of one traced prompt the lowest and highest rank that rounding allows in row i and head k; `unknown` positions have no ranks."""
+    """Of one traced prompt the lowest and highest rank that rounding allows in row i and head k; `unknown`
+    positions have no ranks.
+    """
 
     lowest: list[list[int]]
     highest: list[list[int]]
@@ -79,12 +106,15 @@ class RankRanges:
     def kept_tokens(self, tree: DraftTree, position: int, *, num_heads: int | None) -> set[int]:
         """Return the numbers of tokens that a step at `position` may keep.
 
-        A path goes on to each child whose rank is possible, and may end wherever some possible rank has no child.
+        A path goes on to each child whose rank is possible, and may end wherever some possible rank has no
+        child.
         """
         lowest, highest = self.lowest[position - 1][:num_heads], self.highest[position - 1][:num_heads]
         lengths, nodes = list[int](), [0]
         for depth, (low, high) in enumerate(zip(lowest, highest, strict=True)):
-            children = [[child for child in tree.children[node] if low <= tree.ranks[child] <= high] for node in nodes]
+            children = [
+                [child for child in tree.children[node] if low <= tree.ranks[child] <= high] for node in nodes
+            ]
             if any(len(some) <= high - low for some in children):
                 lengths.append(depth + 1)
             nodes = [child for some in children for child in some]
@@ -94,16 +124,25 @@ class RankRanges:
 
 
 def near_tokens(trace: Trace | None) -> NearTokens | None:
-    """The tokens that rounding may put first, by prompt and position; None in a trace that does not list them."""
+    """The tokens that rounding may put first, by prompt and position; None in a trace that does not list
+    them.
+    """
     listed = trace.provenance.extra.get(TEXT_TIES_KEY) if trace is not None else None
     if not isinstance(listed, list):
         return None
-    return {(str(row[0]), int(str(row[1]))): [int(str(cell)) for cell in row[2:]] for row in listed if isinstance(row, list)}
+    return {
+        (str(row[0]), int(str(row[1]))): [int(str(cell)) for cell in row[2:]]
+        for row in listed
+        if isinstance(row, list)
+    }
 
 
 def rank_ranges(trace: Trace) -> dict[str, RankRanges]:
     """The ranges of every prompt: its ranks themselves but where the provenance lists a head tie."""
-    ranges = {prompt.key: RankRanges(prompt.ranks.tolist(), prompt.ranks.tolist(), set()) for prompt in trace.prompts}
+    ranges = {
+        prompt.key: RankRanges(prompt.ranks.tolist(), prompt.ranks.tolist(), set())
+        for prompt in trace.prompts
+    }
     listed = trace.provenance.extra.get(HEAD_TIES_KEY, [])
     for row in listed if isinstance(listed, list) else []:
         if not isinstance(row, list) or str(row[0]) not in ranges:

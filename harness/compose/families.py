@@ -15,15 +15,21 @@ from medusa_impl.tree import DraftTree, largest_cartesian
 from medusa_impl.tree_search import random_dense
 
 
-def resolve_families(families: Sequence[TreeFamily], *, calibration: ReplayIndex, num_heads: Sequence[int]) -> tuple[SweepTree, ...]:
-    """Return the trees of all families for each number of heads, every tree once, with the fewest heads that allow it.
+def resolve_families(
+    families: Sequence[TreeFamily], *, calibration: ReplayIndex, num_heads: Sequence[int]
+) -> tuple[SweepTree, ...]:
+    """Return the trees of all families for each number of heads, every tree once, with the fewest heads that
+    allow it.
 
-    Raises: UserError where more heads are asked for than were traced, or where a family has no tree for any number of heads.
+    Raises: UserError where more heads are asked for than were traced, or where a family has no tree for any
+    number of heads.
     """
     traced = calibration.trace.num_heads
     if max(num_heads) > traced:
         raise UserError(
-            found=f"num_heads {max(num_heads)}", need=f"at most {traced}, the heads of the calibration trace", where="the sweep"
+            found=f"num_heads {max(num_heads)}",
+            need=f"at most {traced}, the heads of the calibration trace",
+            where="the sweep",
         )
     found: dict[DraftTree, SweepTree] = {}
     for family in families:
@@ -36,26 +42,41 @@ def resolve_families(families: Sequence[TreeFamily], *, calibration: ReplayIndex
                 elif name not in before.families:
                     found[tree] = before.model_copy(update={"families": (*before.families, name)})
         if len(found) == num_before and not any(_trees_of(family, calibration, num_heads=max(num_heads))):
-            raise UserError(found=f"no tree of kind {family.kind!r}", need=f"one that fits {max(num_heads)} heads", where="the sweep")
+            raise UserError(
+                found=f"no tree of kind {family.kind!r}",
+                need=f"one that fits {max(num_heads)} heads",
+                where="the sweep",
+            )
     return tuple(found.values())
 
 
-def _trees_of(family: TreeFamily, calibration: ReplayIndex, *, num_heads: int) -> Iterator[tuple[DraftTree, str]]:
+def _trees_of(
+    family: TreeFamily, calibration: ReplayIndex, *, num_heads: int
+) -> Iterator[tuple[DraftTree, str]]:
     """Yield a family's trees of at most `num_heads` levels."""
     if isinstance(family, ChainTrees):
         yield from ((DraftTree.chain(depth), CHAIN) for depth in family.depths if depth <= num_heads)
     elif isinstance(family, CartesianTrees):
-        yield from ((DraftTree.cartesian(widths), CARTESIAN) for widths in family.widths if len(widths) <= num_heads)
-        yield from ((best_cartesian(calibration, max_nodes=size, num_heads=num_heads), CARTESIAN) for size in family.max_nodes)
+        yield from (
+            (DraftTree.cartesian(widths), CARTESIAN) for widths in family.widths if len(widths) <= num_heads
+        )
+        yield from (
+            (best_cartesian(calibration, max_nodes=size, num_heads=num_heads), CARTESIAN)
+            for size in family.max_nodes
+        )
     elif isinstance(family, RandomDenseTrees):
         for size in family.num_nodes:
             rng = np.random.default_rng((family.seed, size, num_heads))
-            yield from ((random_dense(size, num_heads=num_heads, rng=rng), DENSE) for _ in range(family.draws))
+            yield from (
+                (random_dense(size, num_heads=num_heads, rng=rng), DENSE) for _ in range(family.draws)
+            )
     else:
         yield from _grown(family, calibration, num_heads=num_heads)
 
 
-def _grown(family: GrownTrees, calibration: ReplayIndex, *, num_heads: int) -> Iterator[tuple[DraftTree, str]]:
+def _grown(
+    family: GrownTrees, calibration: ReplayIndex, *, num_heads: int
+) -> Iterator[tuple[DraftTree, str]]:
     room = most_nodes(num_heads)
     sizes = [size for size in family.num_nodes if size <= room]
     for values in family.values if sizes else ():
@@ -64,11 +85,19 @@ def _grown(family: GrownTrees, calibration: ReplayIndex, *, num_heads: int) -> I
 
 
 def best_cartesian(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> DraftTree:
-    """Return the Cartesian tree of at most `max_nodes` nodes with the most tokens/step on the calibration trace."""
-    widths = largest_cartesian(num_heads, max_nodes, value=lambda found: calibration.replay(DraftTree.cartesian(found)).tokens_per_step)
+    """Return the Cartesian tree of at most `max_nodes` nodes with the most tokens/step on the calibration
+    trace.
+    """
+    widths = largest_cartesian(
+        num_heads,
+        max_nodes,
+        value=lambda found: calibration.replay(DraftTree.cartesian(found)).tokens_per_step,
+    )
     return DraftTree.cartesian(widths)
 
 
 def most_nodes(num_heads: int, *, max_rank: int = MAX_RANK) -> int:
-    """Return how many nodes a tree of `num_heads` levels can have where each head offers `max_rank` tokens."""
+    """Return how many nodes a tree of `num_heads` levels can have where each head offers `max_rank`
+    tokens.
+    """
     return int(sum(max_rank**level for level in range(num_heads + 1)))

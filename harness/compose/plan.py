@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
-from harness.compose.devices import PredictedCurve, StepTimes, find_latency_records, measured_curves, roofline_error
+from harness.compose.devices import (
+    PredictedCurve,
+    StepTimes,
+    find_latency_records,
+    measured_curves,
+    roofline_error,
+)
 from harness.compose.families import resolve_families
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import METHODS, CostChoice, Price, SearchSpace, cached_choices
@@ -18,7 +24,17 @@ from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
-from harness.records.sweep import CHOSEN, JOINT, Context, FailedCell, RooflineError, SweepTree, SweepTrees, TreeRate, composed_key
+from harness.records.sweep import (
+    CHOSEN,
+    JOINT,
+    Context,
+    FailedCell,
+    RooflineError,
+    SweepTree,
+    SweepTrees,
+    TreeRate,
+    composed_key,
+)
 from harness.records.trace import Trace
 from harness.specs.hardware import HARDWARE_FILE, load_hardware
 from harness.specs.shapes import SHAPES_FILE, load_shapes
@@ -28,7 +44,9 @@ from medusa_impl.tree import DraftTree
 
 @dataclass(frozen=True, eq=False)
 class SweepPlan:
-    """A sweep made ready: trees, curves and, for each composed cell, the trees that the searches chose for it."""
+    """A sweep made ready: trees, curves and, for each composed cell, the trees that the searches chose for
+    it.
+    """
 
     spec: SweepSpec
     composer: Composer
@@ -54,24 +72,41 @@ class SweepPlan:
     @property
     def cells(self) -> tuple[tuple[StepTimes, Context, int], ...]:
         """The composed cells: curves, contexts, batches."""
-        return tuple((curve, context, batch) for curve in self.curves for context in self.spec.contexts for batch in self.spec.batches)
+        return tuple(
+            (curve, context, batch)
+            for curve in self.curves
+            for context in self.spec.contexts
+            for batch in self.spec.batches
+        )
 
 
-def plan_sweep(spec: SweepSpec, *, beside: Path | None, results: Path, cache: Path | None = None) -> SweepPlan:
-    """Load traces and curves, resolve every tree, and let the searches choose each cell's own; `cache` keeps what searches found.
+def plan_sweep(
+    spec: SweepSpec, *, beside: Path | None, results: Path, cache: Path | None = None
+) -> SweepPlan:
+    """Load traces and curves, resolve every tree, and let the searches choose each cell's own; `cache` keeps
+    what searches found.
 
     Raises: UserError for what is missing or does not belong together.
     """
-    trace_file, calibration_file = (resolve_path(name, beside=beside) for name in (spec.trace, spec.calibration_trace))
+    trace_file, calibration_file = (
+        resolve_path(name, beside=beside) for name in (spec.trace, spec.calibration_trace)
+    )
     trace, calibration = Trace.load(trace_file), ReplayIndex(Trace.load(calibration_file))
     check_same_heads(trace, calibration.trace)
     records = find_latency_records(results, names=spec.measured.records) if spec.measured is not None else ()
     curves, refused = gather_curves(spec, records)
     if not curves:
-        raise UserError(found="no curve", need="a latency record, or devices to predict", where="the sweep", do="run medusa-repro latency")
+        raise UserError(
+            found="no curve",
+            need="a latency record, or devices to predict",
+            where="the sweep",
+            do="run medusa-repro latency",
+        )
     known = sorted({*load_shapes(), *(curve.label.shape for curve in curves)})
     if spec.shape not in known:
-        raise UserError(found=f"shape {spec.shape!r}", need=f"one of {known}, published or measured", where="the sweep")
+        raise UserError(
+            found=f"shape {spec.shape!r}", need=f"one of {known}, published or measured", where="the sweep"
+        )
     lengths = step_contexts(ReplayIndex(trace).replay(DraftTree.root_only()))
     composer = Composer(trace, knots=shared_knots(curves, lengths), interval=spec.interval)
     trees = resolve_families(spec.trees, calibration=calibration, num_heads=spec.num_heads)
@@ -109,8 +144,12 @@ def check_same_heads(trace: Trace, calibration: Trace) -> None:
         )
 
 
-def gather_curves(spec: SweepSpec, records: Sequence[LatencyRecord]) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
-    """Return every curve of a sweep, measured ones first, and a failed cell for each prediction that cannot be made."""
+def gather_curves(
+    spec: SweepSpec, records: Sequence[LatencyRecord]
+) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
+    """Return every curve of a sweep, measured ones first, and a failed cell for each prediction that cannot
+    be made.
+    """
     curves: list[StepTimes] = []
     refused: list[FailedCell] = []
     for record in records:
@@ -122,19 +161,30 @@ def gather_curves(spec: SweepSpec, records: Sequence[LatencyRecord]) -> tuple[tu
     for kind, names, known in (("device", keys, devices), ("shape", wanted.shapes, shapes)):
         if unknown := [name for name in names if name not in known]:
             raise UserError(found=f"{kind} {unknown[0]!r}", need=f"one of {sorted(known)}", where="predicted")
-    for key, name, dtype in ((key, name, dtype) for name in wanted.shapes for key in keys for dtype in wanted.dtypes):
+    for key, name, dtype in (
+        (key, name, dtype) for name in wanted.shapes for key in keys for dtype in wanted.dtypes
+    ):
         try:
             curves.append(PredictedCurve(key, devices[key], shapes[name], dtype=dtype, heads=wanted.heads))
         except UserError as error:
             words = f"{key}, {name}, {dtype} (predicted)"
-            refused.append(FailedCell(key=f"curve {words}", words=words, error_type="UserError", message=str(error)))
+            refused.append(
+                FailedCell(key=f"curve {words}", words=words, error_type="UserError", message=str(error))
+            )
     return tuple(curves), tuple(refused)
 
 
 def choose_trees(
-    spec: SweepSpec, composer: Composer, calibration: ReplayIndex, curves: Sequence[StepTimes], *, cache: Path | None
+    spec: SweepSpec,
+    composer: Composer,
+    calibration: ReplayIndex,
+    curves: Sequence[StepTimes],
+    *,
+    cache: Path | None,
 ) -> dict[str, tuple[CostChoice, ...]]:
-    """Return what both searches choose for every composed cell, priced at the mean context of the calibration text's vanilla steps."""
+    """Return what both searches choose for every composed cell, priced at the mean context of the calibration
+    text's vanilla steps.
+    """
     space = SearchSpace(calibration, max_nodes=spec.search.max_nodes, num_heads=max(spec.num_heads))
     usual = float(np.mean(step_contexts(calibration.replay(DraftTree.root_only()))))
     choices: dict[str, tuple[CostChoice, ...]] = {}
@@ -146,7 +196,8 @@ def choose_trees(
                     continue  # the cell itself says that its curve does not reach
                 choices[composed_key(curve.label, context=context, batch=batch)] = cached_choices(
                     space.key,
-                    curve_fingerprint=f"{curve.label.fingerprint} {context} {batch} {usual:.3f} {composer.knots.tolist()}",
+                    curve_fingerprint=f"{curve.label.fingerprint} {context} {batch} {usual:.3f} "
+                    f"{composer.knots.tolist()}",
                     folder=cache,
                     search=partial(search_both, space, price),
                 )
@@ -162,13 +213,17 @@ def sampled_tree(spec: SweepSpec, calibration: ReplayIndex) -> DraftTree | None:
     """Return the tree that the run settings share, grown on joint hits; None where nothing is sampled."""
     if spec.sampled is None:
         return None
-    return grow(calibration.trace, num_nodes=spec.sampled.tree_nodes, values="joint", num_heads=max(spec.num_heads)).tree
+    return grow(
+        calibration.trace, num_nodes=spec.sampled.tree_nodes, values="joint", num_heads=max(spec.num_heads)
+    ).tree
 
 
 def with_chosen(
     trees: Sequence[SweepTree], choices: Mapping[str, Sequence[CostChoice]], *, also: DraftTree | None = None
 ) -> tuple[SweepTree, ...]:
-    """Return the trees with those that searches chose behind them, each tree once; the root alone is always there, and `also`."""
+    """Return the trees with those that searches chose behind them, each tree once; the root alone is always
+    there, and `also`.
+    """
     found = {sweep_tree.tree(): sweep_tree for sweep_tree in trees}
     if also is not None and also not in found:
         found[also] = SweepTree(paths=also.paths, num_heads=also.depth, families=(JOINT,))
@@ -183,7 +238,9 @@ def with_chosen(
 
 
 def tree_rates(plan: SweepPlan) -> SweepTrees:
-    """Return the plan's trees with their tokens/step, on the calibration trace and, with intervals, on the trace itself."""
+    """Return the plan's trees with their tokens/step, on the calibration trace and, with intervals, on the
+    trace itself.
+    """
     rates = [
         TreeRate(batch=batch, tree=place, tokens_per_step=plan.composer.tokens_per_step(tree, batch=batch))
         for batch in sorted({1, *plan.spec.batches})

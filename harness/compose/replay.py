@@ -1,7 +1,9 @@
-"""Traces of greedy decoding, and the decoding of any tree replayed from them: arithmetic on a file, no model, no device.
+"""Traces of greedy decoding, and the decoding of any tree replayed from them: arithmetic on a file, no model,
+no device.
 
-A prompt's trace is the kept tokens y_1 .. y_n and, in row i and column k, the rank of y_{i+k} in draft head k read at the state that
-produced y_i; -1 where i + k > n. Rank = number of tokens with a greater logit, or an equal logit and a lower id.
+A prompt's trace is the kept tokens y_1 .. y_n and, in row i and column k, the rank of y_{i+k} in draft head k
+read at the state that produced y_i; -1 where i + k > n. Rank = number of tokens with a greater logit, or an
+equal logit and a lower id.
 
 Replay of the tree {(), (0), (1), (0,0)} on n = 6 tokens, two heads:
 
@@ -11,7 +13,8 @@ Replay of the tree {(), (0), (1), (0,0)} on n = 6 tokens, two heads:
     5   ( 1,-1)   (1)                        1    y_6: two would pass the end, y_6 is the last
     6   (-1,-1)                                   no step: y_6 is known
 
-3 steps for n - 1 = 5 tokens. Exact in float32 but for rounding ties; half precision makes it an approximation.
+3 steps for n - 1 = 5 tokens. Exact in float32 but for rounding ties; half precision makes it an
+approximation.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ from medusa_impl.tree import DraftTree, RankPath
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """The decoding of one tree over a trace: raw counts a step and a prompt; ratios are formed from them once.
+    """The decoding of one tree over a trace: raw counts a step and a prompt; ratios are formed from them
+    once.
 
-    Shapes: P prompts, S steps of all prompts in order. `num_kept_tokens`, `num_steps` [P]; `positions`, `acceptance_lengths` [S].
-    A step at position i starts when y_i is the last known token; its acceptance length is cut at the prompt's last token.
+    Shapes: P prompts, S steps of all prompts in order. `num_kept_tokens`, `num_steps` [P]; `positions`,
+    `acceptance_lengths` [S]. A step at position i starts when y_i is the last known token; its acceptance
+    length is cut at the prompt's last token.
     """
 
     trace: Trace
@@ -64,7 +69,9 @@ class Replay:
 
     @property
     def tokens_per_batch_step(self) -> float:
-        """Kept tokens after each prompt's first over the steps of the batches; equals `tokens_per_step` at batch 1."""
+        """Kept tokens after each prompt's first over the steps of the batches; equals `tokens_per_step` at
+        batch 1.
+        """
         return self._rate(int(self.batch_steps.sum()))
 
     @cached_property
@@ -84,9 +91,13 @@ class Replay:
 
     @cached_property
     def batch_context_tokens(self) -> Ints:
-        """For every step of every batch the longest context among its rows; a finished row stays with all its tokens."""
+        """For every step of every batch the longest context among its rows; a finished row stays with all its
+        tokens.
+        """
         longest: list[Ints] = []
-        for first, steps in zip(range(0, len(self.num_steps), self.batch), self.batch_steps.tolist(), strict=True):
+        for first, steps in zip(
+            range(0, len(self.num_steps), self.batch), self.batch_steps.tolist(), strict=True
+        ):
             context = np.zeros(steps, dtype=np.int64)
             for row in range(first, min(first + self.batch, len(self.num_steps))):
                 own = self.context_tokens[self.offsets[row] : self.offsets[row + 1]]
@@ -97,7 +108,10 @@ class Replay:
 
     def _rate(self, steps: int) -> float:
         if not steps:
-            raise UserError(found="no decoding step: every prompt ends at its first token", need="a prompt of at least two kept tokens")
+            raise UserError(
+                found="no decoding step: every prompt ends at its first token",
+                need="a prompt of at least two kept tokens",
+            )
         return int((self.num_kept_tokens - 1).sum()) / steps
 
 
@@ -116,7 +130,9 @@ class ReplayRow:
 
 def replay_rows(replay: Replay) -> tuple[ReplayRow, ...]:
     """One row a prompt, ready for `pandas.DataFrame`."""
-    counts = zip(replay.trace.prompts, replay.num_kept_tokens.tolist(), replay.num_steps.tolist(), strict=True)
+    counts = zip(
+        replay.trace.prompts, replay.num_kept_tokens.tolist(), replay.num_steps.tolist(), strict=True
+    )
     return tuple(
         ReplayRow(
             key=prompt.key,
@@ -132,10 +148,12 @@ def replay_rows(replay: Replay) -> tuple[ReplayRow, ...]:
 
 
 class ReplayIndex:
-    """A trace prepared once so that thousands of trees replay at about the cost of a few passes over its positions each.
+    """A trace prepared once so that thousands of trees replay at about the cost of a few passes over its
+    positions each.
 
-    Positions are sorted by their rank rows, so the positions whose row starts with a path are one range. A tree's nodes are looked up
-    among these ranges; the number of ranges over a position is the depth it reaches, whatever the size of the tree.
+    Positions are sorted by their rank rows, so the positions whose row starts with a path are one range. A
+    tree's nodes are looked up among these ranges; the number of ranges over a position is the depth it
+    reaches, whatever the size of the tree.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -148,16 +166,30 @@ class ReplayIndex:
         self._reach_of_root = np.arange(1, len(ranks) + 1)  # where a hop of one token lands
         self._prompt_of_row = np.repeat(np.arange(len(self._kept)), self._kept)
 
-    def replay(self, tree: DraftTree, *, num_heads: int | None = None, budget: int | None = None, batch: int | None = None) -> Replay:
-        """The decoding of `tree` with at most `num_heads` heads, `budget` tokens a prompt and batches of `batch` prompts.
+    def replay(
+        self,
+        tree: DraftTree,
+        *,
+        num_heads: int | None = None,
+        budget: int | None = None,
+        batch: int | None = None,
+    ) -> Replay:
+        """The decoding of `tree` with at most `num_heads` heads, `budget` tokens a prompt and batches of
+        `batch` prompts.
 
-        With fewer heads than the tree is deep, the tree is pruned to their number. A smaller budget cuts every prompt there.
-        Raises: UserError if the tree is deeper than the traced heads, or the budget, heads or batch lie outside what was traced.
+        With fewer heads than the tree is deep, the tree is pruned to their number. A smaller budget cuts
+        every prompt there.
+        Raises: UserError if the tree is deeper than the traced heads, or the budget, heads or batch lie
+        outside what was traced.
         """
         tree = self._usable(tree, num_heads=num_heads)
         limit = self.trace.provenance.max_new_tokens
         if budget is not None and not 1 <= budget <= limit:
-            raise UserError(found=f"a budget of {budget} tokens", need=f"1 to {limit}, the budget of the trace", do="record a longer one")
+            raise UserError(
+                found=f"a budget of {budget} tokens",
+                need=f"1 to {limit}, the budget of the trace",
+                do="record a longer one",
+            )
         if batch is not None and batch < 1:
             raise UserError(found=f"a batch of {batch} prompts", need="at least 1")
         kept = self._kept if budget is None else np.minimum(self._kept, budget)
@@ -178,7 +210,9 @@ class ReplayIndex:
     def _usable(self, tree: DraftTree, *, num_heads: int | None) -> DraftTree:
         traced = self.trace.num_heads
         if num_heads is not None and not 0 <= num_heads <= traced:
-            raise UserError(found=f"{num_heads} heads asked for", need=f"0 to {traced}, the heads of the trace")
+            raise UserError(
+                found=f"{num_heads} heads asked for", need=f"0 to {traced}, the heads of the trace"
+            )
         tree = tree if num_heads is None else tree.pruned(num_heads)
         if tree.depth > traced:
             raise UserError(
@@ -200,13 +234,22 @@ class ReplayIndex:
         return depths
 
 
-def replay(trace: Trace, tree: DraftTree, *, num_heads: int | None = None, budget: int | None = None, batch: int | None = None) -> Replay:
+def replay(
+    trace: Trace,
+    tree: DraftTree,
+    *,
+    num_heads: int | None = None,
+    budget: int | None = None,
+    batch: int | None = None,
+) -> Replay:
     """The decoding of one tree over a trace; for many trees prepare a `ReplayIndex` once and ask that."""
     return ReplayIndex(trace).replay(tree, num_heads=num_heads, budget=budget, batch=batch)
 
 
 def _prefix_ranges(rows: NDArray[np.int32]) -> dict[RankPath, tuple[int, int]]:
-    """For every path that begins a row of a lexicographically sorted table, the range of rows that begin with it."""
+    """For every path that begins a row of a lexicographically sorted table, the range of rows that begin with
+    it.
+    """
     ranges: dict[RankPath, tuple[int, int]] = {}
     is_new = np.zeros(len(rows), dtype=bool)
     is_new[0] = True
@@ -221,10 +264,11 @@ def _prefix_ranges(rows: NDArray[np.int32]) -> dict[RankPath, tuple[int, int]]:
 
 
 def _visited(landing: Ints, *, first: Ints, last: Ints) -> Ints:
-    """The rows at which steps start, in order: from every `first` along `landing` until `last`, which is not one of them.
+    """The rows at which steps start, in order: from every `first` along `landing` until `last`, which is not
+    one of them.
 
-    Doubling: with the rows of the first 2^r hops and the landing of 2^r hops known, one gather gives twice as many of both. The last
-    row of a prompt lands on itself.
+    Doubling: with the rows of the first 2^r hops and the landing of 2^r hops known, one gather gives twice as
+    many of both. The last row of a prompt lands on itself.
     """
     rows, jump = first, landing
     while (jump[first] != last).any():

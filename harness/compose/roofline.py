@@ -1,7 +1,9 @@
-"""The roofline of Appendix G as pure arithmetic: what a step must read and compute, and how long a device needs at least for it.
+"""The roofline of Appendix G as pure arithmetic: what a step must read and compute, and how long a device
+needs at least for it.
 
-Every figure from here is `predicted`: kernels reach neither the bandwidth nor the throughput that a data sheet names. A step with n
-candidates reads the same weights as a step with one, so it costs almost as little until n lifts the intensity over the device's ridge:
+Every figure from here is `predicted`: kernels reach neither the bandwidth nor the throughput that a data
+sheet names. A step with n candidates reads the same weights as a step with one, so it costs almost as little
+until n lifts the intensity over the device's ridge:
 
     seconds
       |                     /     compute: 2 n flop a weight over the throughput
@@ -61,7 +63,9 @@ def llama_7b_block() -> ModelShape:
     )
 
 
-def attention_intensity(num_tokens: int, *, context_tokens: int, head_size: int = ATTENTION_HEAD_SIZE) -> float:
+def attention_intensity(
+    num_tokens: int, *, context_tokens: int, head_size: int = ATTENTION_HEAD_SIZE
+) -> float:
     """Operational intensity of one attention product: s q d / (s q + (s + q) d), whatever the batch.
 
     Paper: Appendix G, Tables 5 to 7.
@@ -70,8 +74,11 @@ def attention_intensity(num_tokens: int, *, context_tokens: int, head_size: int 
     return scores * head_size / (scores + (context_tokens + num_tokens) * head_size)
 
 
-def linear_intensity(num_tokens: int, *, batch: int, inputs: int = LLAMA_33B_HIDDEN, outputs: int = LLAMA_33B_INTERMEDIATE) -> float:
-    """Operational intensity of one linear layer on `batch` rows of `num_tokens`: b q h i / (b q (h + i) + h i).
+def linear_intensity(
+    num_tokens: int, *, batch: int, inputs: int = LLAMA_33B_HIDDEN, outputs: int = LLAMA_33B_INTERMEDIATE
+) -> float:
+    """Operational intensity of one linear layer on `batch` rows of `num_tokens`: b q h i / (b q (h + i) + h
+    i).
 
     Paper: Appendix G, Tables 5 and 8.
     """
@@ -81,51 +88,87 @@ def linear_intensity(num_tokens: int, *, batch: int, inputs: int = LLAMA_33B_HID
 
 def linear_work(rows: int, *, inputs: int, outputs: int, dtype_bytes: int) -> Work:
     """One linear layer: weights, inputs and outputs once each."""
-    return Work(num_bytes=dtype_bytes * (rows * (inputs + outputs) + inputs * outputs), flop=2 * rows * inputs * outputs)
+    return Work(
+        num_bytes=dtype_bytes * (rows * (inputs + outputs) + inputs * outputs),
+        flop=2 * rows * inputs * outputs,
+    )
 
 
-def attention_work(shape: ModelShape, num_tokens: int, *, context_tokens: int, batch: int, dtype_bytes: int) -> Work:
-    """Either attention product of one block; scores are written out, as in the paper's space column, and keys are read once a group."""
+def attention_work(
+    shape: ModelShape, num_tokens: int, *, context_tokens: int, batch: int, dtype_bytes: int
+) -> Work:
+    """Either attention product of one block; scores are written out, as in the paper's space column, and keys
+    are read once a group.
+    """
     scores = shape.num_attention_heads * context_tokens * num_tokens
     per_token = shape.num_key_value_heads * context_tokens + shape.num_attention_heads * num_tokens
     num_bytes = dtype_bytes * batch * (scores + per_token * shape.head_size)
     return Work(num_bytes=num_bytes, flop=2 * batch * scores * shape.head_size)
 
 
-def _step_work(shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int) -> list[tuple[int, Work]]:
+def _step_work(
+    shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int
+) -> list[tuple[int, Work]]:
     """What one backbone step consists of: each operator and how often it occurs."""
     if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
-        raise UserError(found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes", need="at least 1 of each")
+        raise UserError(
+            found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes",
+            need="at least 1 of each",
+        )
     rows = batch * num_nodes
     work = [
         (shape.num_layers * count, linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes))
         for (inputs, outputs), count in shape.linear_widths.items()
     ]
-    attention = attention_work(shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    attention = attention_work(
+        shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
+    )
     work.append((2 * shape.num_layers, attention))
     if shape.vocab_size:
-        work.append((1, linear_work(rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes)))
+        work.append(
+            (
+                1,
+                linear_work(
+                    rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes
+                ),
+            )
+        )
     return work
 
 
-def step_seconds(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
+def step_seconds(
+    shape: ModelShape,
+    limits: Limits,
+    *,
+    num_nodes: int,
+    context_tokens: int,
+    batch: int = 1,
+    dtype_bytes: int = 2,
+) -> float:
     """The predicted time of one backbone step over `num_nodes` tokens a row.
 
-    Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches, heads and acceptance are
-    left out, as in the paper; `context_tokens` are the keys read.
+    Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches,
+    heads and acceptance are left out, as in the paper; `context_tokens` are the keys read.
     Raises: UserError on a count below 1.
     Paper: Appendix G.3.
     """
-    work = _step_work(shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    work = _step_work(
+        shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
+    )
     return sum(count * operator.seconds(limits) for count, operator in work)
 
 
-def step_bytes(shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
-    """The bytes that one backbone step moves by the roofline's count: weights, keys and values, activations, scores written out.
+def step_bytes(
+    shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2
+) -> float:
+    """The bytes that one backbone step moves by the roofline's count: weights, keys and values, activations,
+    scores written out.
 
     Raises: UserError on a count below 1.
     """
-    work = _step_work(shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+    work = _step_work(
+        shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
+    )
     return sum(count * operator.num_bytes for count, operator in work)
 
 
@@ -141,8 +184,8 @@ def heads_seconds(
 ) -> float:
     """The predicted time of one evaluation of all draft heads, at one state a row.
 
-    Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the unembedding for all heads
-    (`shared`), or one a head with its own weights (`own`). No head takes no time.
+    Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the
+    unembedding for all heads (`shared`), or one a head with its own weights (`own`). No head takes no time.
     Raises: UserError on a count below 1, or below 0 heads.
     Departs: the paper's simulation leaves heads out.
     """
@@ -154,14 +197,33 @@ def heads_seconds(
     hidden, vocab = shape.hidden_size, shape.vocab_size
     block_s = linear_work(batch, inputs=hidden, outputs=hidden, dtype_bytes=dtype_bytes).seconds(limits)
     products, rows = (1, batch * num_heads) if architecture == "shared" else (num_heads, batch)
-    unembedding_s = linear_work(rows, inputs=hidden, outputs=vocab, dtype_bytes=dtype_bytes).seconds(limits) if vocab else 0.0
+    unembedding_s = (
+        linear_work(rows, inputs=hidden, outputs=vocab, dtype_bytes=dtype_bytes).seconds(limits)
+        if vocab
+        else 0.0
+    )
     return num_heads * num_layers * block_s + products * unembedding_s
 
 
-def step_cost(shape: ModelShape, limits: Limits, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2) -> float:
+def step_cost(
+    shape: ModelShape,
+    limits: Limits,
+    *,
+    num_nodes: int,
+    context_tokens: int,
+    batch: int = 1,
+    dtype_bytes: int = 2,
+) -> float:
     """The predicted step cost: a step of `num_nodes` over a step of one."""
     one_s, many_s = (
-        step_seconds(shape, limits, num_nodes=nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes)
+        step_seconds(
+            shape,
+            limits,
+            num_nodes=nodes,
+            context_tokens=context_tokens,
+            batch=batch,
+            dtype_bytes=dtype_bytes,
+        )
         for nodes in (1, num_nodes)
     )
     return many_s / one_s
@@ -171,7 +233,8 @@ def step_cost(shape: ModelShape, limits: Limits, *, num_nodes: int, context_toke
 class Simulation:
     """The paper's simulated speedup: an acceleration rate of slope x log(n) over the predicted step cost.
 
-    Paper: Appendix G.3. The rate has no intercept, so it is 0 at one candidate; only ratios between settings mean much.
+    Paper: Appendix G.3. The rate has no intercept, so it is 0 at one candidate; only ratios between settings
+    mean much.
     """
 
     shape: ModelShape
@@ -182,7 +245,9 @@ class Simulation:
 
     def speedup(self, num_nodes: int, *, context_tokens: int, batch: int) -> float:
         """The simulated speedup with `num_nodes` candidates."""
-        cost = step_cost(self.shape, self.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        cost = step_cost(
+            self.shape, self.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
+        )
         return self.slope * math.log(num_nodes, self.log_base) / cost
 
     def best(self, *, context_tokens: int, batch: int) -> tuple[int, float]:
@@ -190,14 +255,18 @@ class Simulation:
         one_s = step_seconds(self.shape, self.limits, num_nodes=1, context_tokens=context_tokens, batch=batch)
         speedups: dict[int, float] = {}
         for nodes in range(2, self.max_nodes + 1):
-            step_s = step_seconds(self.shape, self.limits, num_nodes=nodes, context_tokens=context_tokens, batch=batch)
+            step_s = step_seconds(
+                self.shape, self.limits, num_nodes=nodes, context_tokens=context_tokens, batch=batch
+            )
             speedups[nodes] = self.slope * math.log(nodes, self.log_base) * one_s / step_s
         best = max(speedups, key=lambda nodes: speedups[nodes])
         return best, speedups[best]
 
 
 class Prediction(Frozen):
-    """One measured time and what the roofline predicts for it; the roofline is a lower bound, so `ratio` is seldom below 1."""
+    """One measured time and what the roofline predicts for it; the roofline is a lower bound, so `ratio` is
+    seldom below 1.
+    """
 
     measured_s: float = Field(gt=0, allow_inf_nan=False)
     predicted_s: float = Field(gt=0, allow_inf_nan=False)

@@ -11,35 +11,68 @@ from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.run import ArmTree, StepCost
 from harness.records.trace import Trace
-from harness.specs.suite import ArmSpec, BackboneName, CartesianTree, ChainTree, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.specs.suite import (
+    ArmSpec,
+    BackboneName,
+    CartesianTree,
+    ChainTree,
+    FastestTree,
+    FileTree,
+    SearchedTree,
+    SuiteSpec,
+)
 from medusa_impl.tree import DraftTree, largest_cartesian
-from medusa_impl.tree_search import GrownTree, best_size_for_cost, grow_by_joint_hits, grow_by_marginals, marginal_accuracies
+from medusa_impl.tree_search import (
+    GrownTree,
+    best_size_for_cost,
+    grow_by_joint_hits,
+    grow_by_marginals,
+    marginal_accuracies,
+)
 
 MAX_RANK = 32  # the search considers each head's 32 best tokens
 _SEARCH_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256)
 
 
 def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownTree:
-    """Grow a tree on a calibration trace by head accuracies (`marginals`, the paper's way) or by joint hits (`joint`)."""
+    """Grow a tree on a calibration trace by head accuracies (`marginals`, the paper's way) or by joint hits
+    (`joint`).
+    """
     ranks = trace.ranks[:, :num_heads]
     if values == "marginals":
         return grow_by_marginals(marginal_accuracies(ranks, max_rank=MAX_RANK), num_nodes=num_nodes)
     return grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=MAX_RANK)
 
 
-def fastest_tree(trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, num_heads: int) -> tuple[DraftTree, str]:
-    """Return the nested tree with the most calibrated tokens a second on this machine, and a line that says how it was chosen."""
+def fastest_tree(
+    trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, num_heads: int
+) -> tuple[DraftTree, str]:
+    """Return the nested tree with the most calibrated tokens a second on this machine, and a line that says
+    how it was chosen.
+    """
     grown = grow(trace, num_nodes=max_nodes, values="joint", num_heads=num_heads)
     index = ReplayIndex(trace)
-    measured = sorted((cost.num_nodes, float(np.median(cost.step_s))) for cost in costs if cost.arm is None and cost.step_s)
+    measured = sorted(
+        (cost.num_nodes, float(np.median(cost.step_s))) for cost in costs if cost.arm is None and cost.step_s
+    )
     if not measured:
-        raise UserError(found="no step times of this machine", need="step costs measured before the trees are chosen", where="the run")
+        raise UserError(
+            found="no step times of this machine",
+            need="step costs measured before the trees are chosen",
+            where="the run",
+        )
     nodes, seconds = zip(*measured, strict=True)
     sizes = [size for size in _SEARCH_SIZES if nodes[0] <= size <= min(max_nodes, nodes[-1])]
     choice = best_size_for_cost(
-        grown, lambda tree: index.replay(tree).tokens_per_step, cost=lambda size: float(np.interp(size, nodes, seconds)), sizes=sizes
+        grown,
+        lambda tree: index.replay(tree).tokens_per_step,
+        cost=lambda size: float(np.interp(size, nodes, seconds)),
+        sizes=sizes,
     )
-    return choice.best.tree, f"joint hits of the calibration trace, size chosen from {len(sizes)} by this machine's step times"
+    return (
+        choice.best.tree,
+        f"joint hits of the calibration trace, size chosen from {len(sizes)} by this machine's step times",
+    )
 
 
 def resolve_trees(
@@ -69,11 +102,22 @@ def resolve_trees(
 
 
 def check_fixed_trees(
-    suite: SuiteSpec, *, num_heads: int, beside: Path | None, has_calibration: bool, backbone: BackboneName = "original"
+    suite: SuiteSpec,
+    *,
+    num_heads: int,
+    beside: Path | None,
+    has_calibration: bool,
+    backbone: BackboneName = "original",
 ) -> None:
-    """Refuse, before anything is measured, a tree that is no tree or is deeper than its heads, and a search without a calibration trace."""
+    """Refuse, before anything is measured, a tree that is no tree or is deeper than its heads, and a search
+    without a calibration trace.
+    """
     for arm in suite.arms:
-        if arm.tree is None or arm.backbone != backbone or (has_calibration and isinstance(arm.tree, SearchedTree | FastestTree)):
+        if (
+            arm.tree is None
+            or arm.backbone != backbone
+            or (has_calibration and isinstance(arm.tree, SearchedTree | FastestTree))
+        ):
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
         tree, _ = _resolve(arm, None, costs=(), num_heads=heads, beside=beside)
@@ -91,7 +135,12 @@ def _check_depth(tree: DraftTree, arm: ArmSpec, *, num_heads: int) -> None:
 
 
 def _resolve(
-    arm: ArmSpec, calibration: Trace | None, *, costs: tuple[StepCost, ...], num_heads: int, beside: Path | None
+    arm: ArmSpec,
+    calibration: Trace | None,
+    *,
+    costs: tuple[StepCost, ...],
+    num_heads: int,
+    beside: Path | None,
 ) -> tuple[DraftTree, str]:
     spec = arm.tree
     if isinstance(spec, ChainTree):
@@ -102,14 +151,26 @@ def _resolve(
         assert spec.max_nodes is not None
         if calibration is None:
             widths = largest_cartesian(num_heads, spec.max_nodes)
-            return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}: the most nodes, at most {spec.max_nodes}"
+            return DraftTree.cartesian(
+                widths
+            ), f"Cartesian, widths {list(widths)}: the most nodes, at most {spec.max_nodes}"
         index = ReplayIndex(calibration)
-        widths = largest_cartesian(num_heads, spec.max_nodes, value=lambda found: index.replay(DraftTree.cartesian(found)).tokens_per_step)
-        return DraftTree.cartesian(widths), f"Cartesian, widths {list(widths)}: best on calibration, <= {spec.max_nodes} nodes"
+        widths = largest_cartesian(
+            num_heads,
+            spec.max_nodes,
+            value=lambda found: index.replay(DraftTree.cartesian(found)).tokens_per_step,
+        )
+        return DraftTree.cartesian(
+            widths
+        ), f"Cartesian, widths {list(widths)}: best on calibration, <= {spec.max_nodes} nodes"
     if isinstance(spec, FileTree):
         return DraftTree.from_json(resolve_path(spec.path, beside=beside)), f"file {Path(spec.path).name}"
     if calibration is None:
-        raise UserError(found=f"tree kind {spec.kind!r}" if spec else "no tree", need="a calibration_trace", where=f"arm {arm.name!r}")
+        raise UserError(
+            found=f"tree kind {spec.kind!r}" if spec else "no tree",
+            need="a calibration_trace",
+            where=f"arm {arm.name!r}",
+        )
     if isinstance(spec, SearchedTree):
         tree = grow(calibration, num_nodes=spec.num_nodes, values=spec.values, num_heads=num_heads).tree
         return tree, f"{spec.values} growth on the calibration trace"

@@ -45,30 +45,52 @@ def acceptance_rule(arm: ArmSpec, *, seed: int | None, device: torch.device) -> 
         generator.manual_seed(seed)
     if arm.acceptance is not None and arm.acceptance.rule == "typical":
         rule = arm.acceptance
-        return TypicalRule(temperature=rule.temperature, epsilon=rule.epsilon, delta=rule.delta, root=rule.root, generator=generator)
+        return TypicalRule(
+            temperature=rule.temperature,
+            epsilon=rule.epsilon,
+            delta=rule.delta,
+            root=rule.root,
+            generator=generator,
+        )
     return RejectionRule(temperature=arm.sampling_temperature, generator=generator)
 
 
 class ArmRunner:
-    """Decodes single prompts as one arm; keeps its cache between trials so that allocation is not timed twice."""
+    """Decodes single prompts as one arm; keeps its cache between trials so that allocation is not timed
+    twice.
+    """
 
     def __init__(
-        self, engine: Engine, arm: ArmSpec, *, tree: DraftTree | None, max_new_tokens: int, max_prompt_tokens: int, clock: Clock
+        self,
+        engine: Engine,
+        arm: ArmSpec,
+        *,
+        tree: DraftTree | None,
+        max_new_tokens: int,
+        max_prompt_tokens: int,
+        clock: Clock,
     ) -> None:
         if arm.method == "medusa":
             if tree is None:
-                raise UserError(found=f"arm {arm.name!r} without a tree", need="a resolved tree", where="the suite")
+                raise UserError(
+                    found=f"arm {arm.name!r} without a tree", need="a resolved tree", where="the suite"
+                )
             tree.check_fits(
-                num_heads=min(engine.heads.num_heads, arm.num_heads or engine.heads.num_heads), vocab_size=engine.runner.backbone.vocab_size
+                num_heads=min(engine.heads.num_heads, arm.num_heads or engine.heads.num_heads),
+                vocab_size=engine.runner.backbone.vocab_size,
             )
         self.engine, self.arm, self.tree, self.clock = engine, arm, tree, clock
         self.max_new_tokens = max_new_tokens
         num_nodes = tree.num_nodes if tree is not None else 1
         self._cache: TreeCache | None = None
         if arm.method in ("vanilla", "medusa"):
-            self._cache = engine.runner.backbone.new_cache(batch_size=1, max_length=max_prompt_tokens + max_new_tokens + num_nodes)
+            self._cache = engine.runner.backbone.new_cache(
+                batch_size=1, max_length=max_prompt_tokens + max_new_tokens + num_nodes
+            )
 
-    def generate(self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section) -> TimedGeneration:
+    def generate(
+        self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section
+    ) -> TimedGeneration:
         """Decode one prompt.
 
         Units: seconds on the arm's clock, which synchronises the device.
@@ -79,7 +101,9 @@ class ArmRunner:
         self._cache.clear_rows()
         return timed(self.steps(prompt_ids, seed=seed, section=section), clock=self.clock, cache=self._cache)
 
-    def steps(self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section) -> Iterator[DecodingStep]:
+    def steps(
+        self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section
+    ) -> Iterator[DecodingStep]:
         """Yield the decoding steps of a vanilla or Medusa arm."""
         assert self._cache is not None
         self._cache.clear_rows()
@@ -87,7 +111,13 @@ class ArmRunner:
         rule = acceptance_rule(self.arm, seed=seed, device=backbone.device)
         if self.tree is None:
             yield from decode_vanilla(
-                backbone, [prompt_ids], rule=rule, max_new_tokens=self.max_new_tokens, eos_ids=eos_ids, section=section, cache=self._cache
+                backbone,
+                [prompt_ids],
+                rule=rule,
+                max_new_tokens=self.max_new_tokens,
+                eos_ids=eos_ids,
+                section=section,
+                cache=self._cache,
             )
             return
         yield from decode_medusa(
@@ -103,24 +133,41 @@ class ArmRunner:
         )
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
-        """Decode with `generate` of transformers on the stock model; configured here, not by the model's folder."""
+        """Decode with `generate` of transformers on the stock model; configured here, not by the model's
+        folder.
+        """
         eos_ids = self.engine.loaded.eos_ids
-        lookup = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS} if self.arm.method == "hf_prompt_lookup" else {}
-        end: dict[str, Any] = {"eos_token_id": sorted(eos_ids), "pad_token_id": min(eos_ids)} if eos_ids else {"pad_token_id": 0}
-        configuration = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **end, **lookup)
+        lookup = (
+            {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
+            if self.arm.method == "hf_prompt_lookup"
+            else {}
+        )
+        end: dict[str, Any] = (
+            {"eos_token_id": sorted(eos_ids), "pad_token_id": min(eos_ids)}
+            if eos_ids
+            else {"pad_token_id": 0}
+        )
+        configuration = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, use_cache=True, **end, **lookup
+        )
         prompt = torch.tensor([list(prompt_ids)], device=self.engine.runner.backbone.device)
         with self.engine.runner.stock() as stock, torch.inference_mode():
             model: Any = stock
             marks = _Marks(self.clock, prompt_tokens=prompt.shape[1])
             started = self.clock()
-            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=configuration, streamer=marks)
+            output = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=configuration,
+                streamer=marks,
+            )
         token_ids = tuple(output[0, prompt.shape[1] :].tolist()[: self.max_new_tokens])
         ended_by: EndedBy = "eos" if token_ids[-1] in eos_ids else "budget"
         lengths = [min(length, len(token_ids)) for length in marks.lengths]
         times = [later - earlier for earlier, later in pairwise(marks.times_s)]
         gained = [later - earlier for earlier, later in pairwise(lengths)]
-        # prompt lookup may accept tokens together with the first one: the prefill's pass, before the decode clock starts
-        # so these tokens join those of the first step; without one they are a step of no time
+        # prompt lookup may accept tokens together with the first one: the prefill's pass, before the decode
+        # clock starts so these tokens join those of the first step; without one they are a step of no time
         gained_with_first = lengths[0] - 1
         if gained_with_first and gained:
             gained[0] += gained_with_first
@@ -139,7 +186,8 @@ class ArmRunner:
 class _Marks(BaseStreamer):
     """Notes the time and the number of new tokens after every pass of `generate` that yields some.
 
-    A streamer is handed accepted tokens only; a stopping criterion is asked about drafts, too, by transformers 5.17.
+    A streamer is handed accepted tokens only; a stopping criterion is asked about drafts, too, by
+    transformers 5.17.
     """
 
     def __init__(self, clock: Clock, *, prompt_tokens: int) -> None:

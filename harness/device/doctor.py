@@ -36,9 +36,16 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
     while not place.exists():
         place = place.parent
     free_disk = shutil.disk_usage(place).free
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    threads, cores = (
+        torch.get_num_threads(),
+        len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+    )
     lines = [
-        DoctorLine(name="device", fine=True, found=f"{device.kind}: {device.name}, {device.memory_bytes / 1e9:.1f} GB"),
+        DoctorLine(
+            name="device",
+            fine=True,
+            found=f"{device.kind}: {device.name}, {device.memory_bytes / 1e9:.1f} GB",
+        ),
         DoctorLine(
             name="threads",
             fine=threads <= cores,
@@ -76,8 +83,8 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
 def foreign_gpu_processes() -> int | None:
     """Return how many other processes compute on the GPU, or None where that cannot be known.
 
-    The driver's list (NVML) holds numbers of the host, so a container does not find its own among them. A listed process is another one
-    for certain where ours is listed too, or where we have not used the GPU yet.
+    The driver's list (NVML) holds numbers of the host, so a container does not find its own among them. A
+    listed process is another one for certain where ours is listed too, or where we have not used the GPU yet.
     """
     listed = _gpu_processes(best_device().index or 0) if torch.cuda.is_available() else None
     used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -87,7 +94,9 @@ def foreign_gpu_processes() -> int | None:
 
 
 def _gpu_processes(index: int) -> frozenset[int] | None:
-    """Return the numbers of the processes that compute on one of the GPUs that we see, or None where NVML does not tell."""
+    """Return the numbers of the processes that compute on one of the GPUs that we see, or None where NVML
+    does not tell.
+    """
     try:
         import pynvml
     except ModuleNotFoundError:
@@ -99,7 +108,11 @@ def _gpu_processes(index: int) -> frozenset[int] | None:
     try:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         name = visible.split(",")[index].strip() if visible else str(index)
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(name))
+            if name.isdigit()
+            else pynvml.nvmlDeviceGetHandleByUUID(name)
+        )
         return frozenset(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     except (pynvml.NVMLError, IndexError):
         return None

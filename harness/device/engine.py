@@ -25,7 +25,14 @@ from transformers import (
 
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
-from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.device.machine import (
+    blas_settings,
+    device_info,
+    git_state,
+    package_versions,
+    python_version,
+    settings,
+)
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import cache_dir, code_folder, resolve_path
@@ -39,8 +46,8 @@ from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
 
-# Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads can learn. A larger LM
-# head makes the law sharp enough for sampling rules to accept drafts.
+# Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads
+# can learn. A larger LM head makes the law sharp enough for sampling rules to accept drafts.
 _TINY_STD, _TINY_EMBEDDING_SCALE, _TINY_LM_HEAD_SCALE = 0.1, 20.0, 4.0
 
 
@@ -48,8 +55,8 @@ _TINY_STD, _TINY_EMBEDDING_SCALE, _TINY_LM_HEAD_SCALE = 0.1, 20.0, 4.0
 class LoadedModel:
     """A backbone as it comes from disk, before an engine mode touches it.
 
-    With an adapter merged into it, `sha256` stands for both, `base_sha256` for the backbone alone, and `original_lm_head` is the LM head
-    that the adapter changed, None where it changed none.
+    With an adapter merged into it, `sha256` stands for both, `base_sha256` for the backbone alone, and
+    `original_lm_head` is the LM head that the adapter changed, None where it changed none.
     """
 
     model: PreTrainedModel
@@ -65,7 +72,9 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Engine:
-    """Everything that decodes: the runner both arms share, the tokenizer, and what the record needs to know of them."""
+    """Everything that decodes: the runner both arms share, the tokenizer, and what the record needs to know
+    of them.
+    """
 
     loaded: LoadedModel
     runner: StepRunner
@@ -84,9 +93,14 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the backbone's weights that one decoding step reads (an embedding table is read by rows, not whole)."""
+        """Bytes of the backbone's weights that one decoding step reads (an embedding table is read by rows,
+        not whole).
+        """
         model = self.loaded.model
-        counted = {parameter.data_ptr(): parameter.numel() * parameter.element_size() for parameter in model.parameters()}
+        counted = {
+            parameter.data_ptr(): parameter.numel() * parameter.element_size()
+            for parameter in model.parameters()
+        }
         embedding, lm_head = embedding_weights(model)
         if embedding.data_ptr() != lm_head.data_ptr():
             counted.pop(embedding.data_ptr(), None)
@@ -97,19 +111,27 @@ class Engine:
         """Bytes that one evaluation of all heads reads: their own weights and, where shared, the LM head."""
         if self.runner.heads is None:
             return 0
-        own = sum(parameter.numel() * parameter.element_size() for parameter in self.runner.heads.parameters())
+        own = sum(
+            parameter.numel() * parameter.element_size() for parameter in self.runner.heads.parameters()
+        )
         _, lm_head = embedding_weights(self.loaded.model)
         reads_backbone = self.runner.heads.architecture == "shared" and self.runner.heads.lm_head is None
         return own + (lm_head.numel() * lm_head.element_size() if reads_backbone else 0)
 
 
 def describe_engine(
-    engine: Engine, *, dtype: str, texts: list[list[Any]], command: str, modes: str | None = None, tuned: Engine | None = None
+    engine: Engine,
+    *,
+    dtype: str,
+    texts: list[list[Any]],
+    command: str,
+    modes: str | None = None,
+    tuned: Engine | None = None,
 ) -> Environment:
     """Return where a record made with this engine now comes from.
 
-    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a record compares several; `tuned`
-    is the engine of the same model with an adapter.
+    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a
+    record compares several; `tuned` is the engine of the same model with an adapter.
     """
     commit, dirty = git_state(code_folder())
     return Environment(
@@ -151,7 +173,9 @@ def _tuned_origin(tuned: Engine) -> TunedOrigin:
 
 
 def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Return the weights of the token embedding and of the LM head, `[V, H]` each; tied models return one tensor twice."""
+    """Return the weights of the token embedding and of the LM head, `[V, H]` each; tied models return one
+    tensor twice.
+    """
     embedding: Any = model.get_input_embeddings()
     lm_head: Any = model.get_output_embeddings()
     return embedding.weight, lm_head.weight
@@ -173,9 +197,11 @@ def load_model(
     beside: Path | None = None,
     quantisation: Literal["4bit"] | None = None,
 ) -> LoadedModel:
-    """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration; an adapter is merged into it.
+    """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration; an
+    adapter is merged into it.
 
-    Raises: UserError for what is missing or does not load, and for 4-bit weights without bitsandbytes and a CUDA device.
+    Raises: UserError for what is missing or does not load, and for 4-bit weights without bitsandbytes and a
+    CUDA device.
     """
     quantised = _quantised(quantisation)  # before anything is fetched
     bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
@@ -211,7 +237,14 @@ def heads_for(loaded: LoadedModel, path: Path) -> tuple[MedusaHeads, HeadsProven
 def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
     if quantisation is None:
         return {}
-    missing = [name for name, there in (("bitsandbytes", _has_bitsandbytes()), ("a CUDA device", torch.cuda.is_available())) if not there]
+    missing = [
+        name
+        for name, there in (
+            ("bitsandbytes", _has_bitsandbytes()),
+            ("a CUDA device", torch.cuda.is_available()),
+        )
+        if not there
+    ]
     if missing:
         raise UserError(
             found=f"no {' and no '.join(missing)}",
@@ -219,7 +252,9 @@ def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
             where="the recipe",
             do="leave out quantisation, or train where they are",
         )
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     return {"quantization_config": config, "device_map": {"": best_device().index or 0}}
 
 
@@ -227,22 +262,39 @@ def _has_bitsandbytes() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def _load_bare(spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]) -> LoadedModel:
+def _load_bare(
+    spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]
+) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
     folder, name, assets = _model_folder(spec, allow_hub=allow_hub)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code, local_files_only=True, **quantised
+            folder,
+            dtype=getattr(torch, spec.dtype),
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            **quantised,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            found=f"a model that does not load ({str(error).splitlines()[0]})", need="a whole model folder", where=name
+            found=f"a model that does not load ({str(error).splitlines()[0]})",
+            need="a whole model folder",
+            where=name,
         ) from error
     sha256 = tensors_sha256(folder)  # of the stored tensors: the same whatever dtype they are loaded in
     placed = model if quantised else model.to(device)
-    return LoadedModel(model=placed.eval(), tokenizer=tokenizer, name=name, sha256=sha256, eos_ids=_eos_ids(model), assets=assets)
+    return LoadedModel(
+        model=placed.eval(),
+        tokenizer=tokenizer,
+        name=name,
+        sha256=sha256,
+        eos_ids=_eos_ids(model),
+        assets=assets,
+    )
 
 
 def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, beside: Path | None = None) -> str:
@@ -258,19 +310,36 @@ def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[
         assert spec.path is not None
         folder = Path(spec.path)
         if not folder.is_dir():
-            raise UserError(found=f"no folder {folder.name!r}", need="a folder with a model in Hugging Face format", where="model.path")
+            raise UserError(
+                found=f"no folder {folder.name!r}",
+                need="a folder with a model in Hugging Face format",
+                where="model.path",
+            )
         return folder, folder.name, {}
     specs = load_asset_specs()
     if spec.asset not in specs:
-        raise UserError(found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite")
+        raise UserError(
+            found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite"
+        )
     fetched: FetchedAsset = fetch_asset(specs[spec.asset], cache_dir=cache_dir(), allow_hub=allow_hub)
-    return fetched.paths["model"], spec.asset, {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"}
+    return (
+        fetched.paths["model"],
+        spec.asset,
+        {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"},
+    )
 
 
 def load_engine(
-    suite: SuiteSpec, loaded: LoadedModel, *, beside: Path | None, heads: MedusaHeads | None = None, mode: Mode | None = None
+    suite: SuiteSpec,
+    loaded: LoadedModel,
+    *,
+    beside: Path | None,
+    heads: MedusaHeads | None = None,
+    mode: Mode | None = None,
 ) -> Engine:
-    """Put heads and an engine mode on a loaded model; `heads` stands in for the suite's checkpoint (tiny suites train theirs)."""
+    """Put heads and an engine mode on a loaded model; `heads` stands in for the suite's checkpoint (tiny
+    suites train theirs).
+    """
     provenance: Mapping[str, Any] = {}
     if heads is None and suite.heads.path is not None:
         heads, stored = heads_for(loaded, resolve_path(suite.heads.path, beside=beside))
@@ -280,8 +349,11 @@ def load_engine(
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance)
 
 
-def load_tuned_engine(suite: SuiteSpec, *, device: torch.device, allow_hub: bool, beside: Path | None) -> Engine | None:
-    """Load a suite's tuned backbone, a second copy of its model with the adapter merged, and its heads; None where the suite has none.
+def load_tuned_engine(
+    suite: SuiteSpec, *, device: torch.device, allow_hub: bool, beside: Path | None
+) -> Engine | None:
+    """Load a suite's tuned backbone, a second copy of its model with the adapter merged, and its heads; None
+    where the suite has none.
 
     Raises: UserError for an adapter or heads that do not fit the model, or each other.
     """
@@ -292,7 +364,9 @@ def load_tuned_engine(suite: SuiteSpec, *, device: torch.device, allow_hub: bool
     heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, beside=beside))
     digest = backbone_sha256(heads)  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=suite.engine)
-    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json"))
+    return Engine(
+        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json")
+    )
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -328,7 +402,12 @@ def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
     model = model.to(dtype).eval()
     model.generation_config = GenerationConfig()
     return LoadedModel(
-        model=model, tokenizer=None, name=f"tiny-random-{spec.seed}", sha256=backbone_sha256(model), eos_ids=frozenset(), assets={}
+        model=model,
+        tokenizer=None,
+        name=f"tiny-random-{spec.seed}",
+        sha256=backbone_sha256(model),
+        eos_ids=frozenset(),
+        assets={},
     )
 
 

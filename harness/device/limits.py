@@ -15,16 +15,21 @@ from medusa_impl.engine.memory import reset_peak_memory
 _BANDWIDTH_BYTES, _MATMUL_SIZE, _LIMIT_REPEATS = 512 * 2**20, 1536, 8
 _GPU_MEMORY_SHARE, _DOUBLINGS = 0.25, 6
 _FLAT_GAIN = 0.03  # a doubling that gains less than this share has met the limit
-_LONG_S = 0.02  # a launch and a wait, some 30 microseconds on an H200, do not show in work that takes this long
+_LONG_S = (
+    0.02  # a launch and a wait, some 30 microseconds on an H200, do not show in work that takes this long
+)
 
 
 def measure_device_limits(device: torch.device, dtype: torch.dtype, *, clock: Clock) -> DeviceLimits:
-    """Return the best read bandwidth and matrix throughput of several repeats, with all threads of this process.
+    """Return the best read bandwidth and matrix throughput of several repeats, with all threads of this
+    process.
 
-    On a GPU the work doubles in size until the figure grows no more: small work measures the launch and the wait.
+    On a GPU the work doubles in size until the figure grows no more: small work measures the launch and the
+    wait.
     """
     on_gpu = device.type == "cuda"
-    room_bytes = int(_GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) if on_gpu else 0  # none: the first sizes only
+    # none: the first sizes only
+    room_bytes = int(_GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) if on_gpu else 0
     read_bytes, read_s = plateau(
         lambda size: _read_seconds(size, device=device, clock=clock),
         float,
@@ -38,16 +43,21 @@ def measure_device_limits(device: torch.device, dtype: torch.dtype, *, clock: Cl
     if on_gpu:  # a run's free memory and peak are those of its model
         torch.cuda.empty_cache()
         reset_peak_memory(device)
-    grown = f"; sizes doubled until one gained less than {100 * _FLAT_GAIN:g} %, took {1000 * _LONG_S:g} ms or met the memory"
+    grown = (
+        f"; sizes doubled until one gained less than {100 * _FLAT_GAIN:g} %, took {1000 * _LONG_S:g} "
+        "ms or met the memory"
+    )
     return DeviceLimits(
         read_bandwidth_bytes_per_s=read_bytes / read_s,
         matmul_flop_per_s=2 * matmul_size**3 / matmul_s,
-        method=f"best of {_LIMIT_REPEATS}: sum over {read_bytes >> 20} MiB of float32; {matmul_size}-square product in {dtype}"
-        + (grown if on_gpu else ""),
+        method=f"best of {_LIMIT_REPEATS}: sum over {read_bytes >> 20} MiB of float32; "
+        f"{matmul_size}-square product in {dtype}" + (grown if on_gpu else ""),
     )
 
 
-def plateau(seconds: Callable[[int], float], work: Callable[[int], float], *, sizes: Iterable[int]) -> tuple[int, float]:
+def plateau(
+    seconds: Callable[[int], float], work: Callable[[int], float], *, sizes: Iterable[int]
+) -> tuple[int, float]:
     """Return the size with the greatest rate, which is work a second, and its seconds.
 
     Sizes are tried in order; one that gains little, or takes long enough that waits do not show, is the last.

@@ -26,7 +26,8 @@ def device_lock_file(device: torch.device) -> Path:
 
 @contextlib.contextmanager
 def device_held(device: torch.device, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a device for as long as something is timed on it; another run of this user waits for its turn, block by block.
+    """Hold a device for as long as something is timed on it; another run of this user waits for its turn,
+    block by block.
 
     `on_wait` is called once where another process holds it.
     """
@@ -45,7 +46,8 @@ def device_held(device: torch.device, *, on_wait: Callable[[], None] = lambda: N
 
 @contextlib.contextmanager
 def folder_held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for as long as this process writes to it; the lock lies outside of it, since a record seals all its files.
+    """Hold a run's folder for as long as this process writes to it; the lock lies outside of it, since a
+    record seals all its files.
 
     Raises: UserError where another process holds it.
     """

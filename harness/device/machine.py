@@ -13,7 +13,18 @@ import torch
 
 from harness.records.provenance import DeviceInfo
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "gguf", "medusa-repro")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "scipy",
+    "gguf",
+    "medusa-repro",
+)
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -40,14 +51,21 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that tracks `folder` and whether tracked files differ from it; None outside a checkout.
+    """Return the commit of the checkout that tracks `folder` and whether tracked files differ from it; None
+    outside a checkout.
 
     A checkout of something else around it (an environment inside a user's own project) does not count.
     """
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -86,8 +104,16 @@ def device_info(device: torch.device) -> DeviceInfo:
 def blas_settings() -> str:
     """Return the BLAS and vector settings that PyTorch was built with, in one line."""
     shown = torch.__config__.show()
-    parts = [line.strip(" -") for line in shown.splitlines() if any(word in line for word in ("BLAS", "MKL", "capability", "OpenMP"))]
-    return "; ".join(part.split("Build settings")[0].strip()[:90] for part in parts if part and "Build settings" not in part)
+    parts = [
+        line.strip(" -")
+        for line in shown.splitlines()
+        if any(word in line for word in ("BLAS", "MKL", "capability", "OpenMP"))
+    ]
+    return "; ".join(
+        part.split("Build settings")[0].strip()[:90]
+        for part in parts
+        if part and "Build settings" not in part
+    )
 
 
 def settings() -> dict[str, str]:
@@ -102,7 +128,9 @@ def python_version() -> str:
 
 def _cpu_name() -> str:
     try:
-        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        line = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        )
         return line.split(":", 1)[1].strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

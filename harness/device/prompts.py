@@ -8,7 +8,14 @@ from pathlib import Path
 
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
-from harness.assets.prompts import BenchmarkPrompt, load_human_eval, load_mt_bench, load_prompt_file, render_chat, select_prompts
+from harness.assets.prompts import (
+    BenchmarkPrompt,
+    load_human_eval,
+    load_mt_bench,
+    load_prompt_file,
+    render_chat,
+    select_prompts,
+)
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import UserError
 from harness.files import Frozen
@@ -29,54 +36,82 @@ class SuitePrompt(Frozen):
     prompt_ids: tuple[int, ...]
 
 
-def benchmark_prompts(suite: SuiteSpec, *, prompts_file: Path | None, allow_hub: bool) -> tuple[BenchmarkPrompt, ...]:
+def benchmark_prompts(
+    suite: SuiteSpec, *, prompts_file: Path | None, allow_hub: bool
+) -> tuple[BenchmarkPrompt, ...]:
     """Return the selected prompts of a suite's source, as text."""
     spec = suite.prompts
     if spec.source == "file":
         file = prompts_file or (Path(spec.path) if spec.path else None)
         if file is None:
-            raise UserError(found="prompts.source = 'file' without a path", need="a path", where="prompts.path")
+            raise UserError(
+                found="prompts.source = 'file' without a path", need="a path", where="prompts.path"
+            )
         prompts = load_prompt_file(file)
     else:
         specs = load_asset_specs()
         name = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.source]
         paths = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=allow_hub).paths
-        prompts = load_mt_bench(paths["questions"]) if spec.source == "mt_bench" else load_human_eval(next(iter(paths.values())))
+        prompts = (
+            load_mt_bench(paths["questions"])
+            if spec.source == "mt_bench"
+            else load_human_eval(next(iter(paths.values())))
+        )
     return select_prompts(prompts, per_category=spec.per_category, limit=spec.limit)
 
 
 def suite_prompts(
     suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False
 ) -> tuple[SuitePrompt, ...]:
-    """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a tiny model."""
+    """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a
+    tiny model.
+    """
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=suite.prompts.limit or NUM_RANDOM_PROMPTS, seed="measured")
     if loaded.tokenizer is None:
-        raise UserError(found="prompts of text for a tiny random model", need="prompts.source = 'random'", where=f"suite {suite.name!r}")
+        raise UserError(
+            found="prompts of text for a tiny random model",
+            need="prompts.source = 'random'",
+            where=f"suite {suite.name!r}",
+        )
     return tuple(
-        SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]))
+        SuitePrompt(
+            key=prompt.key,
+            category=prompt.category,
+            prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]),
+        )
         for prompt in benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=allow_hub)
     )
 
 
 def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, ...]:
-    """Return prompts for warming up and for the heads' control: held-out training prompts, none of them measured."""
+    """Return prompts for warming up and for the heads' control: held-out training prompts, none of them
+    measured.
+    """
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=NUM_WARMUP, seed="warmup")
     return tuple(
-        SuitePrompt(key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text))
+        SuitePrompt(
+            key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text)
+        )
         for prompt in training_prompts(num_prompts=NUM_WARMUP, seed=WARMUP_SEED, split="held_out")
     )
 
 
 def check_lengths(prompts: Sequence[SuitePrompt], engine: Engine, *, max_new_tokens: int) -> None:
-    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its answer."""
+    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its
+    answer.
+    """
     depth = engine.heads.num_heads
     for prompt in prompts:
         try:
-            engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth)
+            engine.runner.backbone.check_positions(
+                prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth
+            )
         except UserError as error:
-            raise UserError(found=error.found, need=error.need, where=f"prompt {prompt.key!r}", do=error.do) from error
+            raise UserError(
+                found=error.found, need=error.need, where=f"prompt {prompt.key!r}", do=error.do
+            ) from error
 
 
 def _random_prompts(suite: SuiteSpec, *, count: int, seed: str) -> tuple[SuitePrompt, ...]:

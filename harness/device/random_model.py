@@ -1,4 +1,6 @@
-"""A model of a published shape with random weights: for dense models a step's time does not depend on the weights' values."""
+"""A model of a published shape with random weights: for dense models a step's time does not depend on the
+weights' values.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from harness.errors import UserError
 from harness.specs.shapes import ShapeSpec
@@ -15,18 +24,29 @@ _WEIGHT_STD = 0.02  # initializer_range in the config.json of these families
 
 
 def random_model(
-    shape: ShapeSpec, *, dtype: torch.dtype, device: torch.device, seed: int = 0, num_layers: int | None = None
+    shape: ShapeSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:
-    """Return a model of that shape in evaluation mode, with no end-of-sequence token and at most `num_layers` of its layers.
+    """Return a model of that shape in evaluation mode, with no end-of-sequence token and at most `num_layers`
+    of its layers.
 
-    The weights are drawn in place on the device in their own dtype: no copy in float32 or on the host, no default initialisation.
+    The weights are drawn in place on the device in their own dtype: no copy in float32 or on the host, no
+    default initialisation.
     Raises: UserError for a number of layers that the shape does not have.
     """
     num_layers = shape.num_layers if num_layers is None else num_layers
     if not 1 <= num_layers <= shape.num_layers:
-        raise UserError(found=f"{num_layers} layers", need=f"1 to {shape.num_layers}", where=f"the shape {shape.name}")
+        raise UserError(
+            found=f"{num_layers} layers", need=f"1 to {shape.num_layers}", where=f"the shape {shape.name}"
+        )
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(transformers_config(shape, num_layers=num_layers), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(
+            transformers_config(shape, num_layers=num_layers), dtype=dtype
+        )
     model.to_empty(device=device)
     model.tie_weights()  # moving off the meta device parts tied tensors
     _fill(model, buffers=_buffers(shape), seed=seed)
@@ -35,7 +55,9 @@ def random_model(
     return ready
 
 
-def transformers_config(shape: ShapeSpec, *, num_layers: int | None = None) -> LlamaConfig | MistralConfig | Qwen2Config:
+def transformers_config(
+    shape: ShapeSpec, *, num_layers: int | None = None
+) -> LlamaConfig | MistralConfig | Qwen2Config:
     """Return the configuration of a shape, or of its first layers, without special tokens."""
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
@@ -60,10 +82,14 @@ def transformers_config(shape: ShapeSpec, *, num_layers: int | None = None) -> L
 
 
 def _buffers(shape: ShapeSpec) -> dict[str, Tensor]:
-    """Return the buffers (rotary frequencies) of a normally built model of that shape: one without layers and of one token has them all."""
+    """Return the buffers (rotary frequencies) of a normally built model of that shape: one without layers and
+    of one token has them all.
+    """
     stub = shape.model_copy(update={"vocab_size": 1})
     with torch.random.fork_rng(devices=[]):  # its one embedding row is drawn from the global generator
-        model: Any = AutoModelForCausalLM.from_config(transformers_config(stub, num_layers=0), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            transformers_config(stub, num_layers=0), dtype=torch.float32
+        )
     return dict(model.named_buffers())
 
 

@@ -50,14 +50,20 @@ def kept_states(backbone: Backbone, text: KeptText) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def rank_rows(
-    heads: MedusaHeads, lm_head: torch.nn.Module, states: Tensor, token_ids: Sequence[int], *, tie_margin: float = HEAD_TIE_MARGIN
+    heads: MedusaHeads,
+    lm_head: torch.nn.Module,
+    states: Tensor,
+    token_ids: Sequence[int],
+    *,
+    tie_margin: float = HEAD_TIE_MARGIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ranks and losses of the true tokens under every head, and the ranks between which rounding could move each.
+    """Return ranks and losses of the true tokens under every head, and the ranks between which rounding could
+    move each.
 
-    The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id; tokens within `tie_margin` of it may
-    stand on either side.
-    Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with nan
-    there, ranges `[n, K, 2]` int32, lowest and highest rank, with -1 there.
+    The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id; tokens
+    within `tie_margin` of it may stand on either side.
+    Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with
+    nan there, ranges `[n, K, 2]` int32, lowest and highest rank, with -1 there.
     """
     num_tokens, num_heads = len(token_ids), heads.num_heads
     ranks = torch.full((num_tokens, num_heads), -1, dtype=torch.int32)
@@ -75,7 +81,9 @@ def rank_rows(
         inside = rows[:, None] + 1 + torch.arange(num_heads, device=states.device) < num_tokens
         ranks[rows.cpu()] = torch.where(inside, rank.int(), -1).cpu()
         losses[rows.cpu()] = torch.where(inside, loss, torch.nan).cpu()
-        around = torch.stack([(logits > truth + tie_margin).sum(-1), (logits >= truth - tie_margin).sum(-1) - 1], dim=-1)
+        around = torch.stack(
+            [(logits > truth + tie_margin).sum(-1), (logits >= truth - tie_margin).sum(-1) - 1], dim=-1
+        )
         ranges[rows.cpu()] = torch.where(inside[..., None], around.int(), -1).cpu()
     return ranks, losses, ranges
 
@@ -90,24 +98,31 @@ def record_trace(
     head_tie_margin: float = HEAD_TIE_MARGIN,
     text_tie_margin: float | None = None,
 ) -> Trace:
-    """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the heads' losses.
+    """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the
+    heads' losses.
 
-    Its provenance lists the head ties: where a rank that a tree may name has another token within `head_tie_margin`, prompt key, position
-    i, head k, and the lowest and highest rank that rounding allows. With a `text_tie_margin` it also lists the text ties: where several
-    tokens lie within that of the backbone's best one, prompt key, position i, and their ids.
+    Its provenance lists the head ties: where a rank that a tree may name has another token within
+    `head_tie_margin`, prompt key, position i, head k, and the lowest and highest rank that rounding allows.
+    With a `text_tie_margin` it also lists the text ties: where several tokens lie within that of the
+    backbone's best one, prompt key, position i, and their ids.
     """
     backbone, heads = engine.runner.backbone, engine.heads
     prompts, head_ties, text_ties = [], list[JsonValue](), list[JsonValue]()
     for text in texts:
         states, logits = kept_states(backbone, text)
         best = logits.float().topk(2, dim=-1).values
-        ranks, losses, ranges = rank_rows(heads, backbone.lm_head, states, text.token_ids, tie_margin=head_tie_margin)
+        ranks, losses, ranges = rank_rows(
+            heads, backbone.lm_head, states, text.token_ids, tie_margin=head_tie_margin
+        )
         if text_tie_margin is not None:
             near = (logits.float() >= best[:, :1] - text_tie_margin).cpu()
             several = (near.sum(-1) > 1).nonzero().flatten().tolist()
             text_ties += [[text.key, row + 1, *near[row].nonzero().flatten().tolist()] for row in several]
         open_ranks = (ranges[..., 0] < ranges[..., 1]) & (ranges[..., 0] <= MAX_TREE_RANK)
-        head_ties += [[text.key, row + 1, head + 1, *ranges[row, head].tolist()] for row, head in open_ranks.nonzero().tolist()]
+        head_ties += [
+            [text.key, row + 1, head + 1, *ranges[row, head].tolist()]
+            for row, head in open_ranks.nonzero().tolist()
+        ]
         prompts.append(
             PromptTrace(
                 key=text.key,

@@ -1,7 +1,8 @@
-"""From an ablation's record to its figures: ratios from totals, intervals over texts, and how far the seeds lie apart. Pure.
+"""From an ablation's record to its figures: ratios from totals, intervals over texts, and how far the seeds
+lie apart. Pure.
 
-Seeds of an arm are pooled text by text, so an interval says what other texts would have given with these trainings; what other seeds would
-have given, the spread over seeds says.
+Seeds of an arm are pooled text by text, so an interval says what other texts would have given with these
+trainings; what other seeds would have given, the spread over seeds says.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ MAX_RANK = 32  # the search considers each head's 32 best tokens, as the suites'
 
 @dataclass(frozen=True)
 class Columns:
-    """A ratio's numerator and denominator, one entry a text, all seeds of an arm added up; `seeds` holds the ratio of each seed alone."""
+    """A ratio's numerator and denominator, one entry a text, all seeds of an arm added up; `seeds` holds the
+    ratio of each seed alone.
+    """
 
     numerator: Floats
     denominator: Floats
@@ -41,7 +44,9 @@ class Columns:
 
     def interval(self, spec: IntervalSpec) -> Interval:
         """Return the ratio of totals with its interval over texts."""
-        return bootstrap_ratio(self.numerator, self.denominator, spec=spec, rng=np.random.default_rng(spec.seed))
+        return bootstrap_ratio(
+            self.numerator, self.denominator, spec=spec, rng=np.random.default_rng(spec.seed)
+        )
 
     def over(self, other: Columns, *, spec: IntervalSpec) -> Interval:
         """Return this ratio over another on the same texts."""
@@ -81,12 +86,14 @@ class CategoryChange:
 class AblationRow:
     """One arm in figures.
 
-    `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on those answers and on texts of
-    another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r + 1 best; `gain` is tokens/step at the
-    fixed tree over the arm `medusa1`'s, and `original_text_gain` the same with every arm reading the original's answers instead of its own;
-    `start_gain` and `original_text_start_gain` are over the start's, which training on may have made better or worse. `repetition` is the
-    share of the own text's 4-grams that stood in the same answer before.
-    `kl_above` is the arm's divergence less that of the arm `ramped`, paired by text. None where an arm or a text is missing, or too short.
+    `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on
+    those answers and on texts of another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out
+    targets among its r + 1 best; `gain` is tokens/step at the fixed tree over the arm `medusa1`'s, and
+    `original_text_gain` the same with every arm reading the original's answers instead of its own;
+    `start_gain` and `original_text_start_gain` are over the start's, which training on may have made better
+    or worse. `repetition` is the share of the own text's 4-grams that stood in the same answer before.
+    `kl_above` is the arm's divergence less that of the arm `ramped`, paired by text. None where an arm or a
+    text is missing, or too short.
     """
 
     arm: str
@@ -127,7 +134,10 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
     held_out = [text for result in results for text in result.held_out]
     references = [text for result in results for text in result.references]
     greedy = [text for result in results for text in result.greedy]
-    seconds, memory = sum(result.train_s for result in results), [r.memory_bytes for r in results if r.memory_bytes is not None]
+    seconds, memory = (
+        sum(result.train_s for result in results),
+        [r.memory_bytes for r in results if r.memory_bytes is not None],
+    )
     return AblationRow(
         arm=arm,
         recipe_name=results[0].recipe_name,
@@ -141,12 +151,17 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
         repetition=_or_none(lambda: repetition_columns(record, arm).interval(spec)),
         best_tokens_per_step=_or_none(lambda: best_rate_columns(record, arm).interval(spec)),
         kl=kl.interval(spec),
-        kl_above=kl.less(change_columns(record, "ramped", kl_of), spec=spec) if arm != "ramped" and record.of("ramped") else None,
-        agreement_rate=sum(text.num_agreements for text in held_out) / sum(text.num_positions for text in held_out),
+        kl_above=kl.less(change_columns(record, "ramped", kl_of), spec=spec)
+        if arm != "ramped" and record.of("ramped")
+        else None,
+        agreement_rate=sum(text.num_agreements for text in held_out)
+        / sum(text.num_positions for text in held_out),
         equal_texts_rate=sum(text.is_equal for text in greedy) / len(greedy),
         perplexity=perplexities(held_out),
         reference_perplexity=perplexities(references) if references else None,
-        reference_kl=change_columns(record, arm, kl_of, references=True).interval(spec) if references else None,
+        reference_kl=change_columns(record, arm, kl_of, references=True).interval(spec)
+        if references
+        else None,
         categories=_categories(references),
         top_accuracies=head_accuracies(results),
         seed_tokens_per_step=rate.seeds,
@@ -157,10 +172,16 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
 
 
 def _gain(record: AblationRecord, arm: str, *, over: str, text: TextKind) -> Interval | None:
-    """Return an arm's tokens/step over another's; None for that arm itself, for the start, and where one of them is missing."""
+    """Return an arm's tokens/step over another's; None for that arm itself, for the start, and where one of
+    them is missing.
+    """
     if arm in (over, START_ARM):
         return None
-    return _or_none(lambda: rate_columns(record, arm, text=text).over(rate_columns(record, over, text=text), spec=record.spec.interval))
+    return _or_none(
+        lambda: rate_columns(record, arm, text=text).over(
+            rate_columns(record, over, text=text), spec=record.spec.interval
+        )
+    )
 
 
 def _or_none(figure: Callable[[], Interval]) -> Interval | None:
@@ -175,7 +196,9 @@ def kl_of(text: TextChange) -> float:
     return text.kl_sum
 
 
-def change_columns(record: AblationRecord, arm: str, total: Callable[[TextChange], float], *, references: bool = False) -> Columns:
+def change_columns(
+    record: AblationRecord, arm: str, total: Callable[[TextChange], float], *, references: bool = False
+) -> Columns:
     """Return a sum of the text changes over their positions, by text.
 
     Raises: NotTestable where the arm was not run or has no such text.
@@ -183,40 +206,60 @@ def change_columns(record: AblationRecord, arm: str, total: Callable[[TextChange
     tables = [result.references if references else result.held_out for result in _results(record, arm)]
     if not all(tables):
         raise NotTestable(f"arm {arm} was measured on no such text")
-    return _pooled([({text.key: (total(text), float(text.num_positions)) for text in table}) for table in tables])
+    return _pooled(
+        [({text.key: (total(text), float(text.num_positions)) for text in table}) for table in tables]
+    )
 
 
-def rate_columns(record: AblationRecord, arm: str, *, tree: DraftTree | None = None, text: TextKind = "own") -> Columns:
+def rate_columns(
+    record: AblationRecord, arm: str, *, tree: DraftTree | None = None, text: TextKind = "own"
+) -> Columns:
     """Return decoded tokens over steps by prompt, by replay at one tree: the record's, or another.
 
-    On its `own` greedy text an arm also gains where that text has become more predictable; on the `original` model's answers, which every
-    arm reads alike, only where heads and states predict better.
+    On its `own` greedy text an arm also gains where that text has become more predictable; on the `original`
+    model's answers, which every arm reads alike, only where heads and states predict better.
     Raises: NotTestable where the arm was not run or the tree is deeper than its heads.
     """
     fixed = tree if tree is not None else record.tree.tree()
-    return _pooled([_counts(_replay(_trace(record, result, text), fixed)) for result in _results(record, arm)])
+    return _pooled(
+        [_counts(_replay(_trace(record, result, text), fixed)) for result in _results(record, arm)]
+    )
 
 
 def best_rate_columns(
-    record: AblationRecord, arm: str, *, num_nodes: int | None = None, max_depth: int | None = None, text: TextKind = "own"
+    record: AblationRecord,
+    arm: str,
+    *,
+    num_nodes: int | None = None,
+    max_depth: int | None = None,
+    text: TextKind = "own",
 ) -> Columns:
-    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged on the others, both ways.
+    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged
+    on the others, both ways.
 
     The halves share every category, every other prompt of it each.
-    Raises: NotTestable where the arm was not run, has fewer than four prompts, or its heads make no tree of that size.
+    Raises: NotTestable where the arm was not run, has fewer than four prompts, or its heads make no tree of
+    that size.
     """
     size = num_nodes or record.spec.best_tree_nodes
     tables = []
     for result in _results(record, arm):
         trace = _trace(record, result, text)
         if len(trace.prompts) < 4:
-            raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
+            raise NotTestable(
+                f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the "
+                "other"
+            )
         by_category = sorted(trace.prompts, key=lambda prompt: (prompt.category or "", prompt.key))
-        halves = [Trace(provenance=trace.provenance, prompts=tuple(by_category[start::2])) for start in (0, 1)]
+        halves = [
+            Trace(provenance=trace.provenance, prompts=tuple(by_category[start::2])) for start in (0, 1)
+        ]
         counts: dict[str, tuple[float, float]] = {}
         for growth, judged in (halves, halves[::-1]):
             try:
-                grown = grow_by_joint_hits(growth.ranks, num_nodes=size, max_rank=MAX_RANK, max_depth=max_depth)
+                grown = grow_by_joint_hits(
+                    growth.ranks, num_nodes=size, max_rank=MAX_RANK, max_depth=max_depth
+                )
             except UserError as error:
                 raise NotTestable(f"no tree of {size} nodes can be grown ({error})") from error
             counts |= _counts(_replay(judged, grown.tree))
@@ -225,7 +268,9 @@ def best_rate_columns(
 
 
 def repetition_columns(record: AblationRecord, arm: str) -> Columns:
-    """Return, by prompt, how many 4-grams of the arm's own greedy answer stood in it before, over all of them."""
+    """Return, by prompt, how many 4-grams of the arm's own greedy answer stood in it before, over all of
+    them.
+    """
     tables = []
     for result in _results(record, arm):
         counts: dict[str, tuple[float, float]] = {}
@@ -238,18 +283,27 @@ def repetition_columns(record: AblationRecord, arm: str) -> Columns:
 
 
 def perplexities(texts: Sequence[TextChange]) -> tuple[float, float]:
-    """Return exp of the mean negative log-likelihood under the original and the tuned model, over all positions of the texts."""
+    """Return exp of the mean negative log-likelihood under the original and the tuned model, over all
+    positions of the texts.
+    """
     count = sum(text.num_positions for text in texts)
-    before, after = (sum(getattr(text, name) for text in texts) / count for name in ("original_nll_sum", "tuned_nll_sum"))
+    before, after = (
+        sum(getattr(text, name) for text in texts) / count for name in ("original_nll_sum", "tuned_nll_sum")
+    )
     return float(np.exp(before)), float(np.exp(after))
 
 
 def head_accuracies(results: Sequence[ArmResult]) -> tuple[tuple[float | None, ...], ...]:
-    """Return, per head, the share of held-out targets among its 1, 2, .., 10 best tokens, all seeds together."""
+    """Return, per head, the share of held-out targets among its 1, 2, .., 10 best tokens, all seeds
+    together.
+    """
     texts = [text for result in results for text in result.heads]
     targets = np.sum([text.num_targets for text in texts], axis=0)
     hits = np.cumsum(np.sum([text.rank_hits for text in texts], axis=0), axis=1)
-    return tuple(tuple(int(count) / int(total) if total else None for count in row) for row, total in zip(hits, targets, strict=True))
+    return tuple(
+        tuple(int(count) / int(total) if total else None for count in row)
+        for row, total in zip(hits, targets, strict=True)
+    )
 
 
 def _categories(texts: Sequence[TextChange]) -> tuple[CategoryChange, ...]:
@@ -277,7 +331,9 @@ def _replay(trace: Trace, tree: DraftTree) -> Replay:
 
 
 def _counts(replay: Replay) -> dict[str, tuple[float, float]]:
-    columns = zip(replay.trace.prompts, (replay.num_kept_tokens - 1).tolist(), replay.num_steps.tolist(), strict=True)
+    columns = zip(
+        replay.trace.prompts, (replay.num_kept_tokens - 1).tolist(), replay.num_steps.tolist(), strict=True
+    )
     return {prompt.key: (float(tokens), float(steps)) for prompt, tokens, steps in columns}
 
 
@@ -299,4 +355,6 @@ def _pooled(tables: Iterable[dict[str, tuple[float, float]]]) -> Columns:
     pooled = grid.sum(axis=0)
     if not totals[:, 1].all():
         raise NotTestable("an arm has nothing to divide by: no step, or no position")
-    return Columns(numerator=pooled[:, 0], denominator=pooled[:, 1], seeds=tuple((totals[:, 0] / totals[:, 1]).tolist()))
+    return Columns(
+        numerator=pooled[:, 0], denominator=pooled[:, 1], seeds=tuple((totals[:, 0] / totals[:, 1]).tolist())
+    )

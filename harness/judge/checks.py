@@ -1,6 +1,8 @@
-"""The named list of validity checks that every record must pass before a figure of it counts: each says what it found and needs.
+"""The named list of validity checks that every record must pass before a figure of it counts: each says what
+it found and needs.
 
-A check that does not apply (no such arm, no speed reported) is skipped and says why. One that fails makes the run invalid.
+A check that does not apply (no such arm, no speed reported) is skipped and says why. One that fails makes the
+run invalid.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ TOKENS_PER_TIE = 10_000  # design.md, section 7: at most 1 tie in 10,000 tokens,
 MAX_EOS_IDS = 4  # chat models have one to three; more means that ordinary tokens were taken for ends
 STANDARD_ERRORS_OVER_RANDOM = 3.0
 MAX_LOAD_PER_CORE = 1.5  # our own threads make at most 1; a competitor that takes all cores makes it 2
-MAX_BANDWIDTH_SHARE = 1.1  # a step cannot read faster than the device; 10 % for the spread of the bandwidth benchmark
+MAX_BANDWIDTH_SHARE = (
+    1.1  # a step cannot read faster than the device; 10 % for the spread of the bandwidth benchmark
+)
 SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jsonl")
 
 
@@ -45,13 +49,20 @@ def trials_complete(record: RunRecord) -> CheckOutcome:
     found = f"{len(trials)} trials with an outcome"
     found += _first(", missing", missing) + _first(", not planned", strange)
     is_whole = bool(trials) and not missing and not strange and counted == len(planned)
-    return _outcome("trials_complete", is_whole, found=found, need=f"the {counted} of the manifest, {len(planned)} of the suite")
+    return _outcome(
+        "trials_complete",
+        is_whole,
+        found=found,
+        need=f"the {counted} of the manifest, {len(planned)} of the suite",
+    )
 
 
 def no_failures(record: RunRecord) -> CheckOutcome:
     """No trial is left failed."""
     failures = [f"{_name(failure.trial)}: {failure.error_type}" for failure in record.failures]
-    return _none_wrong("no_failures", failures, checked=f"{len(record.outcomes)} outcomes", need="no failed trial")
+    return _none_wrong(
+        "no_failures", failures, checked=f"{len(record.outcomes)} outcomes", need="no failed trial"
+    )
 
 
 def seal_intact(record: RunRecord) -> CheckOutcome:
@@ -63,11 +74,18 @@ def seal_intact(record: RunRecord) -> CheckOutcome:
         return _outcome("seal_intact", False, found=f"{error.found} in {error.where}", need=need)
     sealed = record.manifest.sha256 if record.manifest is not None else {}
     unsealed = [name for name in SEALED_FILES if name not in sealed]
-    return _outcome("seal_intact", not unsealed, found=f"{len(sealed)} sealed files" + _first(", not sealed", unsealed), need=need)
+    return _outcome(
+        "seal_intact",
+        not unsealed,
+        found=f"{len(sealed)} sealed files" + _first(", not sealed", unsealed),
+        need=need,
+    )
 
 
 def token_counts(record: RunRecord) -> CheckOutcome:
-    """Steps add up: every step keeps at least one token, all of them n - 1, with one time each, within the budget."""
+    """Steps add up: every step keeps at least one token, all of them n - 1, with one time each, within the
+    budget.
+    """
     budget = record.suite.max_new_tokens
 
     def is_wrong(generation: Generation) -> bool:
@@ -90,13 +108,19 @@ def stop_rule(record: RunRecord) -> CheckOutcome:
     The end-of-sequence ids are the last ids of the generations that say they ended so.
     """
     generations = _generations(record)
-    ends = {generation.token_ids[-1] for generation in generations if generation.ended_by == "eos" and generation.token_ids}
+    ends = {
+        generation.token_ids[-1]
+        for generation in generations
+        if generation.ended_by == "eos" and generation.token_ids
+    }
 
     def is_wrong(generation: Generation) -> bool:
         *inner, last = generation.token_ids or (-1,)
         if ends.intersection(inner):
             return True
-        return generation.ended_by == "budget" and (last in ends or generation.num_tokens != record.suite.max_new_tokens)
+        return generation.ended_by == "budget" and (
+            last in ends or generation.num_tokens != record.suite.max_new_tokens
+        )
 
     wrong = [_name(generation.trial) for generation in generations if is_wrong(generation)]
     found = f"{len(generations)} generations, {len(ends)} end-of-sequence ids" + _first(", wrong", wrong)
@@ -107,98 +131,175 @@ def stop_rule(record: RunRecord) -> CheckOutcome:
 def vanilla_steps(record: RunRecord) -> CheckOutcome:
     """Vanilla takes n - 1 steps: one token each, the prefill yields the first."""
     generations = _of_arms(record, lambda arm: arm.method == "vanilla")
-    wrong = [_name(generation.trial) for generation in generations if generation.num_steps != generation.num_tokens - 1]
-    return _none_wrong("vanilla_steps", wrong, checked=f"{len(generations)} vanilla generations", need="n - 1 steps for n tokens")
+    wrong = [
+        _name(generation.trial)
+        for generation in generations
+        if generation.num_steps != generation.num_tokens - 1
+    ]
+    return _none_wrong(
+        "vanilla_steps",
+        wrong,
+        checked=f"{len(generations)} vanilla generations",
+        need="n - 1 steps for n tokens",
+    )
 
 
 def equal_prompts(record: RunRecord) -> CheckOutcome:
     """All arms decode the same prompts: same keys, same number of prompt tokens, same category."""
-    seen = {arm.name: {_prompt(generation) for generation in _generations(record, arm=arm.name)} for arm in record.suite.arms}
+    seen = {
+        arm.name: {_prompt(generation) for generation in _generations(record, arm=arm.name)}
+        for arm in record.suite.arms
+    }
     reference = next(iter(seen.values()), set())
     different = [arm for arm, prompts in seen.items() if prompts != reference]
     found = f"{len(reference)} prompts in {len(seen)} arms" + _first(", others in", different)
-    return _outcome("equal_prompts", bool(reference) and not different, found=found, need="the same prompts in every arm")
+    return _outcome(
+        "equal_prompts", bool(reference) and not different, found=found, need="the same prompts in every arm"
+    )
 
 
 def equal_budgets(record: RunRecord) -> CheckOutcome:
     """Every generation that the budget ended has as many tokens as any other, in the trace too."""
-    lengths = {generation.num_tokens for generation in _generations(record) if generation.ended_by == "budget"}
+    lengths = {
+        generation.num_tokens for generation in _generations(record) if generation.ended_by == "budget"
+    }
     lengths |= {trace.provenance.max_new_tokens for trace in _traces(record).values() if trace is not None}
     found, need = f"budgets of {sorted(lengths)} tokens", f"{record.suite.max_new_tokens} tokens in every arm"
     return _outcome("equal_budgets", lengths <= {record.suite.max_new_tokens}, found=found, need=need)
 
 
 def greedy_parity(record: RunRecord) -> CheckOutcome:
-    """Greedy arms yield their baseline's tokens, but for shown ties: few in float32; in half precision as many as its rounding makes.
+    """Greedy arms yield their baseline's tokens, but for shown ties: few in float32; in half precision as
+    many as its rounding makes.
 
     A tie of the baseline's text shows in every arm, so places and tokens are counted once, not once an arm.
     """
     report = parity_report(record)
-    references = {arm.baseline for arm in record.suite.arms if is_deterministic(arm) and arm.baseline is not None}
-    texts = {(row.trial.arm, row.trial.prompt_key): row.num_tokens for row in _generations(record) if row.trial.arm in references}
+    references = {
+        arm.baseline for arm in record.suite.arms if is_deterministic(arm) and arm.baseline is not None
+    }
+    texts = {
+        (row.trial.arm, row.trial.prompt_key): row.num_tokens
+        for row in _generations(record)
+        if row.trial.arm in references
+    }
     num_tokens = sum(texts.values())
     if not report.num_compared:
         return _skipped("greedy_parity", "no greedy arm with a baseline")
     ties = len({(row.prompt_key, row.position) for row in report.divergences if row.kind == "tie"})
-    bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"]
-    found = f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in {num_tokens}"
+    bugs = [
+        f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"
+    ]
+    found = (
+        f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in "
+        f"{num_tokens}"
+    )
     found += _first(f", {len(bugs)} bugs", bugs)
     dtype, rounding = record.environment.dtype, report.rounding
     if rounding is not None:
-        found += f"; {dtype} texts are equal only up to ties, {rounding.num_equal_tokens} tokens over all arms; rounding moved gaps by "
-        found += f"{rounding.largest_shift:.3g}, and {rounding.share_below:.0%} of the places have one below {rounding.tie_margin:.3g}"
-        return _outcome("greedy_parity", not bugs, found=found, need=f"no divergence but at a gap below {rounding.tie_margin:.3g}")
+        found += (
+            f"; {dtype} texts are equal only up to ties, {rounding.num_equal_tokens} tokens over "
+            "all arms; rounding moved gaps by "
+        )
+        found += (
+            f"{rounding.largest_shift:.3g}, and {rounding.share_below:.0%} of the places have one "
+            f"below {rounding.tie_margin:.3g}"
+        )
+        return _outcome(
+            "greedy_parity",
+            not bugs,
+            found=found,
+            need=f"no divergence but at a gap below {rounding.tie_margin:.3g}",
+        )
     if dtype != "float32":
         return _skipped("greedy_parity", f"{found}; {dtype}, whose rounding is not measured here")
     allowed = ceil(num_tokens / TOKENS_PER_TIE)
-    return _outcome("greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties")
+    return _outcome(
+        "greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties"
+    )
 
 
 def replay_equals_decode(record: RunRecord) -> CheckOutcome:
-    """Replaying the trace gives every greedy Medusa generation's steps, but for shown ties and, between them, ranks that rounding moved."""
+    """Replaying the trace gives every greedy Medusa generation's steps, but for shown ties and, between them,
+    ranks that rounding moved.
+    """
     generations = _of_arms(record, lambda arm: arm.method == "medusa" and is_deterministic(arm))
     if not generations:
         return _skipped("replay_equals_decode", "no greedy Medusa arm")
     traces = _traces(record)
     backbone_of = {arm.name: arm.backbone for arm in record.suite.arms}
-    if missing := {backbone_of[generation.trial.arm] for generation in generations if traces[backbone_of[generation.trial.arm]] is None}:
+    if missing := {
+        backbone_of[generation.trial.arm]
+        for generation in generations
+        if traces[backbone_of[generation.trial.arm]] is None
+    }:
         found = f"no trace of the {' or the '.join(sorted(missing))} backbone"
-        return _outcome("replay_equals_decode", False, found=found, need="the trace of the greedy vanilla generations")
+        return _outcome(
+            "replay_equals_decode", False, found=found, need="the trace of the greedy vanilla generations"
+        )
     differences = replay_differences(record)
-    traced = {(backbone, prompt.key) for backbone, trace in traces.items() if trace is not None for prompt in trace.prompts}
+    traced = {
+        (backbone, prompt.key)
+        for backbone, trace in traces.items()
+        if trace is not None
+        for prompt in trace.prompts
+    }
     bugs = [f"{row.arm} {row.prompt_key} at {row.position}" for row in differences if row.kind == "bug"]
-    untraced = [row for row in generations if (backbone_of[row.trial.arm], row.trial.prompt_key) not in traced]
+    untraced = [
+        row for row in generations if (backbone_of[row.trial.arm], row.trial.prompt_key) not in traced
+    ]
     bugs += [f"{_name(generation.trial)} has no trace" for generation in untraced]
-    found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(", unexplained", bugs)
+    found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(
+        ", unexplained", bugs
+    )
     if (dtype := record.environment.dtype) != "float32":
         if any(record.rounding_of(backbone) is None for backbone in record.suite.backbones):
             return _skipped("replay_equals_decode", f"{found}; {dtype}, where replay is an approximation")
         num_steps, num_known = steps_known(record)
-        found += f"; {dtype}, {num_steps} steps before the texts part, in {num_known} of which its rounding leaves one length only"
+        found += (
+            f"; {dtype}, {num_steps} steps before the texts part, in {num_known} of which its "
+            "rounding leaves one length only"
+        )
     return _outcome("replay_equals_decode", not bugs, found=found, need="the replayed steps, or a shown tie")
 
 
 def heads_beat_random(record: RunRecord) -> CheckOutcome:
-    """Every trained head is right more often than a random one on held-out text, the first by three standard errors."""
+    """Every trained head is right more often than a random one on held-out text, the first by three standard
+    errors.
+    """
     need = f"every head above random, the first by {STANDARD_ERRORS_OVER_RANDOM:.0f} standard errors"
     if all(arm.method != "medusa" for arm in record.suite.arms):
         return _skipped("heads_beat_random", "no Medusa arm")
     told, is_better = [], True
     for backbone in record.suite.backbones:
         control = record.heads_control_of(backbone)
-        if control is None or not control.num_positions or not 0 < len(control.trained_top1) == len(control.random_top1):
-            return _outcome("heads_beat_random", False, found=f"no control of the heads of the {backbone} backbone", need=need)
+        if (
+            control is None
+            or not control.num_positions
+            or not 0 < len(control.trained_top1) == len(control.random_top1)
+        ):
+            return _outcome(
+                "heads_beat_random",
+                False,
+                found=f"no control of the heads of the {backbone} backbone",
+                need=need,
+            )
         pairs = list(zip(control.trained_top1, control.random_top1, strict=True))
         error = sqrt(sum(share * (1 - share) for share in pairs[0]) / control.num_positions)
         is_better &= all(trained > random for trained, random in pairs)
         is_better &= pairs[0][0] - pairs[0][1] >= STANDARD_ERRORS_OVER_RANDOM * error
         shares = ", ".join(f"{trained:.3f} over {random:.3f}" for trained, random in pairs)
-        told.append(f"{'' if backbone == 'original' else f'{backbone}: '}{shares} at {control.num_positions} positions")
+        told.append(
+            f"{'' if backbone == 'original' else f'{backbone}: '}{shares} at {control.num_positions} "
+            "positions"
+        )
     return _outcome("heads_beat_random", is_better, found="; ".join(told), need=need)
 
 
 def repeats_agree(record: RunRecord) -> CheckOutcome:
-    """A greedy arm gives the same tokens whenever it decodes the same prompt: in every round, in every attempt."""
+    """A greedy arm gives the same tokens whenever it decodes the same prompt: in every round, in every
+    attempt.
+    """
     texts: dict[tuple[str, str], list[tuple[int, ...]]] = defaultdict(list)
     for generation in _attempts(record):
         texts[generation.trial.arm, generation.trial.prompt_key].append(generation.token_ids)
@@ -207,7 +308,9 @@ def repeats_agree(record: RunRecord) -> CheckOutcome:
     if not repeated:
         return _skipped("repeats_agree", "no greedy trial was repeated")
     wrong = [" ".join(key) for key, ids in repeated.items() if len(set(ids)) > 1]
-    return _none_wrong("repeats_agree", wrong, checked=f"{len(repeated)} repeated trials", need="the same tokens every time")
+    return _none_wrong(
+        "repeats_agree", wrong, checked=f"{len(repeated)} repeated trials", need="the same tokens every time"
+    )
 
 
 def seeds_matter(record: RunRecord) -> CheckOutcome:
@@ -216,7 +319,12 @@ def seeds_matter(record: RunRecord) -> CheckOutcome:
     if not sampling:
         return _skipped("seeds_matter", "no arm with several seeds")
     idle = [arm for arm in sampling if not _seeds_differ(_generations(record, arm=arm))]
-    return _none_wrong("seeds_matter", idle, checked=f"{len(sampling)} sampling arms", need="seeds that change the text of some prompt")
+    return _none_wrong(
+        "seeds_matter",
+        idle,
+        checked=f"{len(sampling)} sampling arms",
+        need="seeds that change the text of some prompt",
+    )
 
 
 def acceptance_within_tree(record: RunRecord) -> CheckOutcome:
@@ -227,23 +335,39 @@ def acceptance_within_tree(record: RunRecord) -> CheckOutcome:
     wrong = []
     for arm in arms:
         depth = record.trees[arm.name].tree().depth if arm.name in record.trees else 0
-        longest = max((max(generation.step_tokens, default=1) for generation in _generations(record, arm=arm.name)), default=1)
+        longest = max(
+            (max(generation.step_tokens, default=1) for generation in _generations(record, arm=arm.name)),
+            default=1,
+        )
         limit = 1 + min(depth, arm.num_heads or depth)
         if longest > limit:
             wrong.append(f"{arm.name} keeps {longest} of {limit}")
-    return _none_wrong("acceptance_within_tree", wrong, checked=f"{len(arms)} trees", need="at most depth + 1 tokens a step")
+    return _none_wrong(
+        "acceptance_within_tree", wrong, checked=f"{len(arms)} trees", need="at most depth + 1 tokens a step"
+    )
 
 
 def timings_valid(record: RunRecord) -> CheckOutcome:
-    """Every time is positive and finite, and every trial has a timing that counts; timings marked invalid are left out."""
+    """Every time is positive and finite, and every trial has a timing that counts; timings marked invalid are
+    left out.
+    """
     if not record.suite.reports_speed:
         return _skipped("timings_valid", "the suite reports no speed")
     generations = _generations(record)
-    unusable = [generation.trial for generation in generations if not generation.timing_valid or not _times_positive(generation)]
+    unusable = [
+        generation.trial
+        for generation in generations
+        if not generation.timing_valid or not _times_positive(generation)
+    ]
     excluded = sum(not generation.timing_valid for generation in _attempts(record))
-    found = f"{len(generations)} generations, {excluded} timings left out" + _first(", unusable", map(_name, unusable))
+    found = f"{len(generations)} generations, {excluded} timings left out" + _first(
+        ", unusable", map(_name, unusable)
+    )
     return _outcome(
-        "timings_valid", bool(generations) and not unusable, found=found, need="a valid timing of positive times for every trial"
+        "timings_valid",
+        bool(generations) and not unusable,
+        found=found,
+        need="a valid timing of positive times for every trial",
     )
 
 
@@ -251,13 +375,20 @@ def machine_quiet(record: RunRecord) -> CheckOutcome:
     """The machine did not do far more than this measurement: median load per core within a generous bound."""
     if not record.suite.reports_speed:
         return _skipped("machine_quiet", "the suite reports no speed")
-    loads = [generation.load_average for generation in _generations(record) if generation.load_average is not None]
+    loads = [
+        generation.load_average for generation in _generations(record) if generation.load_average is not None
+    ]
     if not loads:
         return _skipped("machine_quiet", "no load was recorded")
     device = record.environment.device
-    found = f"median load {median(loads):.1f} (highest {max(loads):.1f}) on {device.num_cores} cores with {device.num_threads} threads"
+    found = (
+        f"median load {median(loads):.1f} (highest {max(loads):.1f}) on {device.num_cores} cores "
+        f"with {device.num_threads} threads"
+    )
     bound = MAX_LOAD_PER_CORE * device.num_cores
-    return _outcome("machine_quiet", median(loads) <= bound, found=found, need=f"a median of at most {bound:.1f}")
+    return _outcome(
+        "machine_quiet", median(loads) <= bound, found=found, need=f"a median of at most {bound:.1f}"
+    )
 
 
 def arms_interleaved(record: RunRecord) -> CheckOutcome:
@@ -272,12 +403,22 @@ def arms_interleaved(record: RunRecord) -> CheckOutcome:
     ranges = sorted((rows[0].order, rows[-1].order) for rows in blocks.values())
     apart = all(before[1] < after[0] for before, after in pairwise(ranges))
     orders = {tuple((row.trial.arm, row.trial.seed) for row in rows) for rows in blocks.values()}
-    found = f"{len(blocks)} blocks {'one after another' if apart else 'that overlap'} in {len(orders)} orders of arms"
-    return _outcome("arms_interleaved", apart and len(orders) > 1, found=found, need="blocks one after another, in more than one order")
+    found = (
+        f"{len(blocks)} blocks {'one after another' if apart else 'that overlap'} in {len(orders)} "
+        "orders of arms"
+    )
+    return _outcome(
+        "arms_interleaved",
+        apart and len(orders) > 1,
+        found=found,
+        need="blocks one after another, in more than one order",
+    )
 
 
 def provenance_agrees(record: RunRecord) -> CheckOutcome:
-    """The trace is of the model, heads and precision that the environment names; commit and dirty flag are shown."""
+    """The trace is of the model, heads and precision that the environment names; commit and dirty flag are
+    shown.
+    """
     environment = record.environment
     wrong = []
     for backbone, trace in _traces(record).items():
@@ -301,19 +442,28 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
     commit = f"commit {environment.commit[:8]}" if environment.commit is not None else "no git commit"
     state = {True: ", with uncommitted changes", False: ", clean", None: ""}[environment.dirty]
     found = commit + state + _first(", disagreeing", wrong)
-    return _outcome("provenance_agrees", not wrong, found=found, need="a trace of the same backbone, heads and dtype")
+    return _outcome(
+        "provenance_agrees", not wrong, found=found, need="a trace of the same backbone, heads and dtype"
+    )
 
 
 def bandwidth_sane(record: RunRecord) -> CheckOutcome:
     """Vanilla does not read its weights faster than the device can."""
     if not record.suite.reports_speed:
         return _skipped("bandwidth_sane", "the suite reports no speed")
-    shares = {arm.name: bandwidth_share(record, arm.name) for arm in record.suite.arms if arm.method == "vanilla"}
+    shares = {
+        arm.name: bandwidth_share(record, arm.name) for arm in record.suite.arms if arm.method == "vanilla"
+    }
     known = {arm: share for arm, share in shares.items() if share is not None}
     if not known:
         return _skipped("bandwidth_sane", "no bandwidth was measured")
     found = ", ".join(f"{arm} reads at {share:.2f} of the measured bandwidth" for arm, share in known.items())
-    return _outcome("bandwidth_sane", max(known.values()) <= MAX_BANDWIDTH_SHARE, found=found, need=f"at most {MAX_BANDWIDTH_SHARE}")
+    return _outcome(
+        "bandwidth_sane",
+        max(known.values()) <= MAX_BANDWIDTH_SHARE,
+        found=found,
+        need=f"at most {MAX_BANDWIDTH_SHARE}",
+    )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -349,7 +499,9 @@ def _run(check: Check, record: RunRecord) -> CheckOutcome:
         return check(record)
     except UserError as error:
         where = f" in {error.where}" if error.where is not None else ""
-        return _outcome(getattr(check, "__name__", "check"), False, found=f"{error.found}{where}", need=error.need)
+        return _outcome(
+            getattr(check, "__name__", "check"), False, found=f"{error.found}{where}", need=error.need
+        )
 
 
 def _traces(record: RunRecord) -> dict[BackboneName, Trace | None]:
@@ -357,7 +509,9 @@ def _traces(record: RunRecord) -> dict[BackboneName, Trace | None]:
 
 
 def _outcome(name: str, passed: bool, *, found: str, need: str) -> CheckOutcome:
-    return CheckOutcome(name=name, status=CheckStatus.PASSED if passed else CheckStatus.FAILED, found=found, need=need)
+    return CheckOutcome(
+        name=name, status=CheckStatus.PASSED if passed else CheckStatus.FAILED, found=found, need=need
+    )
 
 
 def _skipped(name: str, why: str) -> CheckOutcome:

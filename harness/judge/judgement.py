@@ -1,4 +1,6 @@
-"""The typed values that judging a record yields: intervals, metrics, comparisons, check outcomes, verdicts."""
+"""The typed values that judging a record yields: intervals, metrics, comparisons, check outcomes,
+verdicts.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ class CategoryMetrics(Frozen):
 class ArmMetrics(Frozen):
     """One arm over all its generations: counts first, ratios formed once from totals.
 
-    Units: `_s` seconds, `_per_s` a second, `_bytes` bytes. Speed figures are None where the suite reports no speed.
-    `step_cost` is the backbone step at this arm's nodes over one node, from separately timed steps.
-    `bandwidth_share` is bytes of weights (plus heads) read a step over the measured read bandwidth, as a share of step time.
+    Units: `_s` seconds, `_per_s` a second, `_bytes` bytes. Speed figures are None where the suite reports no
+    speed. `step_cost` is the backbone step at this arm's nodes over one node, from separately timed steps.
+    `bandwidth_share` is bytes of weights (plus heads) read a step over the measured read bandwidth, as a
+    share of step time.
     """
 
     arm: str
@@ -53,8 +56,8 @@ class ArmMetrics(Frozen):
 class Comparison(Frozen):
     """An arm against its baseline, paired by prompt (design.md, section 7).
 
-    `speedup` is tokens/s over tokens/s from totals on the decode clock; `overhead` mean step latency over mean step latency;
-    `separate_overhead` the same from separately timed steps at one context length.
+    `speedup` is tokens/s over tokens/s from totals on the decode clock; `overhead` mean step latency over
+    mean step latency; `separate_overhead` the same from separately timed steps at one context length.
     """
 
     arm: str
@@ -97,9 +100,10 @@ class Divergence(Frozen):
 class ParityRounding(Frozen):
     """What parity in half precision was judged by: the run's own measured rounding.
 
-    `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes; `share_below` is the share of the
-    traced places whose gap lies below the margin, so that some other token is a tie there; `num_equal_tokens` are those before texts part.
-    With two backbones the larger shift and margin are told, and each place counts under its own.
+    `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes;
+    `share_below` is the share of the traced places whose gap lies below the margin, so that some other token
+    is a tie there; `num_equal_tokens` are those before texts part. With two backbones the larger shift and
+    margin are told, and each place counts under its own.
     """
 
     dtype: str
@@ -112,7 +116,8 @@ class ParityRounding(Frozen):
 class ParityReport(Frozen):
     """Greedy parity of all deterministic arms with their references, by prompt key and lengths included.
 
-    `rounding` is None in float32, whose margin is fixed, and where half precision's was not measured: then no divergence is judged.
+    `rounding` is None in float32, whose margin is fixed, and where half precision's was not measured: then no
+    divergence is judged.
     """
 
     num_compared: int

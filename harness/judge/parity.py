@@ -1,4 +1,6 @@
-"""Greedy parity of an arm with its baseline, and of decoding with replay: every difference is found, classed and shown."""
+"""Greedy parity of an arm with its baseline, and of decoding with replay: every difference is found, classed
+and shown.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from typing import Literal
 
 import numpy as np
 
-from harness.compose.differences import NearTokens, RankRanges, difference_kind, last_common, near_tokens, parting, rank_ranges, step_starts
+from harness.compose.differences import (
+    NearTokens,
+    RankRanges,
+    difference_kind,
+    last_common,
+    near_tokens,
+    parting,
+    rank_ranges,
+    step_starts,
+)
 from harness.compose.replay import replay
 from harness.files import Frozen
 from harness.judge.judgement import Divergence, ParityReport, ParityRounding
@@ -19,8 +30,8 @@ from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 class ReplayDifference(Frozen):
     """The first step at which decoding one prompt took another path than the replay of its trace.
 
-    `position` is i of the trace: the step starts when y_i is the last known token. `kind` is `tie` where rounding explains every step from
-    there on, to where the texts themselves part at a shown tie; else `bug`.
+    `position` is i of the trace: the step starts when y_i is the last known token. `kind` is `tie` where
+    rounding explains every step from there on, to where the texts themselves part at a shown tie; else `bug`.
     """
 
     arm: str
@@ -32,7 +43,8 @@ class ReplayDifference(Frozen):
 
 
 def tie_margin_of(record: RunRecord, backbone: BackboneName = "original") -> float | None:
-    """Return the gap of a backbone's two best logits below which rounding explains a divergence in this record's precision.
+    """Return the gap of a backbone's two best logits below which rounding explains a divergence in this
+    record's precision.
 
     A fixed one in float32; in half precision a multiple of what the run measured, None where it did not.
     """
@@ -43,17 +55,26 @@ def tie_margin_of(record: RunRecord, backbone: BackboneName = "original") -> flo
 
 
 def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> ParityReport:
-    """Compare every generation of every deterministic arm with its baseline's on the same prompt, lengths included.
+    """Compare every generation of every deterministic arm with its baseline's on the same prompt, lengths
+    included.
 
-    A first divergence is a `tie` where the trace's top-two gap of the reference is 0 or below `tie_margin` (by default that of the record's
-    precision, or float32's where it is not known), else a `bug`; so are a text that stops early or goes on, and a divergence whose gap is
-    not known. Where the trace's provenance lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the margin of the
-    best), any other token is a bug too. `Divergence.position` is 0-based.
+    A first divergence is a `tie` where the trace's top-two gap of the reference is 0 or below `tie_margin`
+    (by default that of the record's precision, or float32's where it is not known), else a `bug`; so are a
+    text that stops early or goes on, and a divergence whose gap is not known. Where the trace's provenance
+    lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the margin of the best), any
+    other token is a bug too. `Divergence.position` is 0-based.
     """
-    margins = {name: tie_margin if tie_margin is not None else tie_margin_of(record, name) for name in record.suite.backbones}
+    margins = {
+        name: tie_margin if tie_margin is not None else tie_margin_of(record, name)
+        for name in record.suite.backbones
+    }
     references = {generation.trial: generation for generation in record.generations}
     traced = {backbone: record.trace_of(backbone) for backbone in record.suite.backbones}
-    prompts = {backbone: {prompt.key: prompt for prompt in trace.prompts} for backbone, trace in traced.items() if trace is not None}
+    prompts = {
+        backbone: {prompt.key: prompt for prompt in trace.prompts}
+        for backbone, trace in traced.items()
+        if trace is not None
+    }
     near = {backbone: near_tokens(trace) for backbone, trace in traced.items()}
     num_compared = num_tokens = num_equal = 0
     divergences = []
@@ -68,7 +89,11 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
         num_tokens += reference.num_tokens
         prompt, margin = prompts.get(arm.backbone, {}).get(generation.trial.prompt_key), margins[arm.backbone]
         found = _first_divergence(
-            generation, reference, prompt=prompt, near=near[arm.backbone], tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin
+            generation,
+            reference,
+            prompt=prompt,
+            near=near[arm.backbone],
+            tie_margin=TIE_MARGIN_FLOAT32 if margin is None else margin,
         )
         num_equal += reference.num_tokens if found is None else found.position
         if found is not None:
@@ -83,11 +108,13 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
 
 
 def replay_differences(record: RunRecord, *, tie_margin: float | None = None) -> tuple[ReplayDifference, ...]:
-    """Compare the decoded steps of every greedy Medusa generation with the replay of its tree on the record's trace, step by step.
+    """Compare the decoded steps of every greedy Medusa generation with the replay of its tree on the record's
+    trace, step by step.
 
-    A difference is a `tie` where every step from there on, up to where the texts part at a shown tie, kept as many tokens as the tree
-    allows with ranks that rounding moved. How far it moves them is read from the trace's provenance, `extra["head_ties"]`: rows of prompt
-    key, position i, head k, lowest and highest rank. Older traces have no ranks there: then the position excuses what follows it.
+    A difference is a `tie` where every step from there on, up to where the texts part at a shown tie, kept as
+    many tokens as the tree allows with ranks that rounding moved. How far it moves them is read from the
+    trace's provenance, `extra["head_ties"]`: rows of prompt key, position i, head k, lowest and highest rank.
+    Older traces have no ranks there: then the position excuses what follows it.
     """
     divergences = parity_report(record, tie_margin=tie_margin).divergences
     parted = {(row.arm, row.prompt_key): (row.position, row.kind) for row in divergences}
@@ -126,9 +153,11 @@ def replay_differences(record: RunRecord, *, tie_margin: float | None = None) ->
 
 
 def steps_known(record: RunRecord) -> tuple[int, int]:
-    """Return how many greedy Medusa steps lie before their texts part, and in how many of them rounding leaves one length only.
+    """Return how many greedy Medusa steps lie before their texts part, and in how many of them rounding
+    leaves one length only.
 
-    The second over the first is what `replay_differences` can see: in the other steps more than one number of tokens counts as a tie.
+    The second over the first is what `replay_differences` can see: in the other steps more than one number of
+    tokens counts as a tie.
     """
     parted = {(row.arm, row.prompt_key): row.position for row in parity_report(record).divergences}
     num_steps = num_known = 0
@@ -140,30 +169,50 @@ def steps_known(record: RunRecord) -> tuple[int, int]:
                 end = min(parted.get((arm.name, key), generation.num_tokens), ranges[key].num_tokens)
                 starts = [
                     start
-                    for start, kept in zip(step_starts(generation.step_tokens), generation.step_tokens, strict=True)
+                    for start, kept in zip(
+                        step_starts(generation.step_tokens), generation.step_tokens, strict=True
+                    )
                     if start + kept <= end
                 ]
                 num_steps += len(starts)
-                num_known += sum(len(ranges[key].kept_tokens(tree, start, num_heads=arm.num_heads)) == 1 for start in starts)
+                num_known += sum(
+                    len(ranges[key].kept_tokens(tree, start, num_heads=arm.num_heads)) == 1
+                    for start in starts
+                )
     return num_steps, num_known
 
 
 def _first_divergence(
-    generation: Generation, reference: Generation, *, prompt: PromptTrace | None, near: NearTokens | None, tie_margin: float
+    generation: Generation,
+    reference: Generation,
+    *,
+    prompt: PromptTrace | None,
+    near: NearTokens | None,
+    tie_margin: float,
 ) -> Divergence | None:
     key = generation.trial.prompt_key
-    found = parting(generation.token_ids, reference.token_ids, key=key, prompt=prompt, near=near, tie_margin=tie_margin)
+    found = parting(
+        generation.token_ids, reference.token_ids, key=key, prompt=prompt, near=near, tie_margin=tie_margin
+    )
     if found is None:
         return None
     arms = {"arm": generation.trial.arm, "reference": reference.trial.arm}
     return Divergence(**arms, prompt_key=key, position=found.position, gap=found.gap, kind=found.kind)
 
 
-def _rounding(record: RunRecord, *, margins: Mapping[BackboneName, float | None], num_equal_tokens: int) -> ParityRounding | None:
-    """Sum up what parity was judged by; with two backbones the larger shift and margin are told, each place counts under its own."""
+def _rounding(
+    record: RunRecord, *, margins: Mapping[BackboneName, float | None], num_equal_tokens: int
+) -> ParityRounding | None:
+    """Sum up what parity was judged by; with two backbones the larger shift and margin are told, each place
+    counts under its own.
+    """
     measured = {name: rounding for name in margins if (rounding := record.rounding_of(name)) is not None}
     known = {name: margin for name, margin in margins.items() if margin is not None}
-    if record.environment.dtype == "float32" or measured.keys() != margins.keys() or known.keys() != margins.keys():
+    if (
+        record.environment.dtype == "float32"
+        or measured.keys() != margins.keys()
+        or known.keys() != margins.keys()
+    ):
         return None
     below = [
         prompt.gaps < known[name]

@@ -1,4 +1,6 @@
-"""From a record to everything that is said of it: metrics, comparisons, parity, checks, verdicts. Pure, and repeatable anywhere."""
+"""From a record to everything that is said of it: metrics, comparisons, parity, checks, verdicts. Pure, and
+repeatable anywhere.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from harness.specs.claims import ClaimSpec, load_claims
 def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:
     """Return the judgement of a sealed record under a registry of claims (the shipped one by default)."""
     arms, compared, parity = arm_metrics(record), comparisons(record), parity_report(record)
-    evidence = Evidence(record=record, arms=arms, comparisons=compared, parity=parity, calibration=calibration_of(record))
+    evidence = Evidence(
+        record=record, arms=arms, comparisons=compared, parity=parity, calibration=calibration_of(record)
+    )
     return Judgement(
         suite=record.suite.name,
         arms=arms,
@@ -30,6 +34,8 @@ def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Ju
 
 
 def calibration_of(record: RunRecord) -> Trace | None:
-    """Return the calibration trace that the record's trees were grown on: a sealed file of the record; None where there was none."""
+    """Return the calibration trace that the record's trees were grown on: a sealed file of the record; None
+    where there was none.
+    """
     path = record.folder / CALIBRATION_FILE
     return Trace.load(path) if path.exists() else None

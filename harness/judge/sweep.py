@@ -1,4 +1,6 @@
-"""What decoding for real says of the composition, and what a sweep is summed up in: pure functions of a sweep's record."""
+"""What decoding for real says of the composition, and what a sweep is summed up in: pure functions of a
+sweep's record.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,25 @@ from math import fsum
 
 import numpy as np
 
-from harness.records.sweep import DENSE, JOINT, MARGINALS, ChosenTree, ComposedCell, DecodedCell, SweepRecord, SweepTree
+from harness.records.sweep import (
+    DENSE,
+    JOINT,
+    MARGINALS,
+    ChosenTree,
+    ComposedCell,
+    DecodedCell,
+    SweepRecord,
+    SweepTree,
+)
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
 
 
 @dataclass(frozen=True)
 class DecodedCheck:
-    """One decoded point beside its composition: speedups on the decode clock over the same prompts; `gap` is composed over measured - 1."""
+    """One decoded point beside its composition: speedups on the decode clock over the same prompts; `gap` is
+    composed over measured - 1.
+    """
 
     tree: int
     measured: Interval
@@ -41,7 +54,8 @@ def decoded_check(cell: DecodedCell, *, spec: IntervalSpec) -> DecodedCheck:
     return DecodedCheck(
         tree=cell.tree,
         measured=bootstrap_ratio(vanilla, medusa, spec=spec, rng=np.random.default_rng(spec.seed)),
-        composed=fsum(row.composed_vanilla_s for row in cell.rows) / fsum(row.composed_medusa_s for row in cell.rows),
+        composed=fsum(row.composed_vanilla_s for row in cell.rows)
+        / fsum(row.composed_medusa_s for row in cell.rows),
         num_ties=sum(difference.kind == "tie" for difference in cell.differences),
         num_bugs=sum(difference.kind == "bug" for difference in cell.differences),
         device=cell.curve.device,
@@ -64,9 +78,12 @@ class FamilyPoint:
     tokens_per_s: float | None
 
 
-def family_points(record: SweepRecord, family: str, *, cell: ComposedCell | None = None, num_heads: int | None = None) -> list[FamilyPoint]:
-    """Return the trees of a family in order of size, with their speed on a cell's curve; `num_heads` leaves out trees that were allowed
-    another number of heads."""
+def family_points(
+    record: SweepRecord, family: str, *, cell: ComposedCell | None = None, num_heads: int | None = None
+) -> list[FamilyPoint]:
+    """Return the trees of a family in order of size, with their speed on a cell's curve; `num_heads` leaves
+    out trees that were allowed another number of heads.
+    """
     speeds = dict(zip(cell.trees, cell.tokens_per_s, strict=True)) if cell is not None else {}
     points = [
         FamilyPoint(
@@ -83,7 +100,9 @@ def family_points(record: SweepRecord, family: str, *, cell: ComposedCell | None
 
 
 def sparse_points(record: SweepRecord, *, cell: ComposedCell | None = None) -> list[FamilyPoint]:
-    """Return, for each size, the grown tree with the most tokens/step on the calibration trace: never chosen on what it is judged on."""
+    """Return, for each size, the grown tree with the most tokens/step on the calibration trace: never chosen
+    on what it is judged on.
+    """
     best: dict[int, FamilyPoint] = {}
     for point in (*family_points(record, JOINT, cell=cell), *family_points(record, MARGINALS, cell=cell)):
         before = best.get(point.num_nodes)
@@ -98,12 +117,19 @@ def dense_points(record: SweepRecord, *, cell: ComposedCell | None = None) -> li
 
 
 def best_by_heads(record: SweepRecord, *, num_nodes: int) -> dict[int, FamilyPoint]:
-    """Return, for each number of heads allowed, the grown tree of a size with the most tokens/step on the calibration trace.
+    """Return, for each number of heads allowed, the grown tree of a size with the most tokens/step on the
+    calibration trace.
 
-    A tree stands with the fewest heads that allow it, so that a head which adds nothing repeats the tree of the heads before it.
+    A tree stands with the fewest heads that allow it, so that a head which adds nothing repeats the tree of
+    the heads before it.
     """
     found: dict[int, FamilyPoint] = {}
-    points = [point for family in (JOINT, MARGINALS) for point in family_points(record, family) if point.num_nodes == num_nodes]
+    points = [
+        point
+        for family in (JOINT, MARGINALS)
+        for point in family_points(record, family)
+        if point.num_nodes == num_nodes
+    ]
     for heads in sorted(record.spec.num_heads):
         allowed = [point for point in points if point.depth <= heads]
         if allowed:
@@ -117,28 +143,37 @@ def depth_of(sweep_tree: SweepTree) -> int:
 
 
 def headline_cells(record: SweepRecord) -> list[ComposedCell]:
-    """Return the cells whose figures may stand in a headline: composed and predicted ones on the trace's own lengths at batch 1."""
+    """Return the cells whose figures may stand in a headline: composed and predicted ones on the trace's own
+    lengths at batch 1.
+    """
     return [cell for cell in record.composed if cell.kind != "hypothetical" and cell.batch == 1]
 
 
 def hypothetical_cells(record: SweepRecord) -> list[ComposedCell]:
-    """Return the cells that join one model's trace with another's steps, or with lengths that the text did not have."""
+    """Return the cells that join one model's trace with another's steps, or with lengths that the text did
+    not have.
+    """
     return [cell for cell in record.composed if cell.kind == "hypothetical"]
 
 
 def drawn_cell(record: SweepRecord) -> ComposedCell | None:
-    """Return the cell that figures are drawn for: the first measured one, else the first that is not hypothetical."""
+    """Return the cell that figures are drawn for: the first measured one, else the first that is not
+    hypothetical.
+    """
     cells = headline_cells(record)
     return next((cell for cell in cells if cell.curve.kind == "measured"), cells[0] if cells else None)
 
 
 def searches_compared(cells: Sequence[ComposedCell]) -> tuple[int, int, float]:
-    """Return on how many cells the search on joint hits yields more tokens/s than the exact one under independence, on how many as many,
-    and the median of the ratio."""
+    """Return on how many cells the search on joint hits yields more tokens/s than the exact one under
+    independence, on how many as many, and the median of the ratio.
+    """
     ratios = []
     for cell in cells:
         by_method: dict[str, ChosenTree] = {chosen.method: chosen for chosen in cell.chosen}
         if {"joint", "independent"} <= set(by_method):
-            ratios.append(by_method["joint"].tokens_per_s.estimate / by_method["independent"].tokens_per_s.estimate)
+            ratios.append(
+                by_method["joint"].tokens_per_s.estimate / by_method["independent"].tokens_per_s.estimate
+            )
     better, same = sum(ratio > 1 + 1e-9 for ratio in ratios), sum(abs(ratio - 1) <= 1e-9 for ratio in ratios)
     return better, same, float(np.median(ratios)) if ratios else float("nan")

@@ -1,4 +1,6 @@
-"""Whether a record folder is whole: every file loads, agrees with the others and with the seal; and the schemas of those files."""
+"""Whether a record folder is whole: every file loads, agrees with the others and with the seal; and the
+schemas of those files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from harness.judge.judgement import Judgement
 from harness.paths import holds_absolute_path
 from harness.records.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
 from harness.records.folder import file_of
-from harness.records.latency import POINTS_FILE, BatchTrials, LatencyManifest, LatencyPoint, LatencyRecord, ModelFacts, ModeTrials
+from harness.records.latency import (
+    POINTS_FILE,
+    BatchTrials,
+    LatencyManifest,
+    LatencyPoint,
+    LatencyRecord,
+    ModelFacts,
+    ModeTrials,
+)
 from harness.records.provenance import Environment
 from harness.records.run import (
     HEADS_CONTROL_FILE,
@@ -77,17 +87,21 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_manifest": SweepManifest,
 }
 _OF_BACKBONES = tuple(
-    file_of(name, backbone) for name in (TRACE_FILE, HEADS_CONTROL_FILE, ROUNDING_FILE) for backbone in get_args(BackboneName)
+    file_of(name, backbone)
+    for name in (TRACE_FILE, HEADS_CONTROL_FILE, ROUNDING_FILE)
+    for backbone in get_args(BackboneName)
 )
 _PROBES = ("step_costs.json", "profile.json", "device_limits.json", "likelihoods.json")
 _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", *_OF_BACKBONES, *_PROBES)
 
 
 def validate_record(folder: Path) -> tuple[str, ...]:
-    """Return every fault of a record folder, of a run, of latencies or of a sweep, as one line each; none for a whole record.
+    """Return every fault of a record folder, of a run, of latencies or of a sweep, as one line each; none for
+    a whole record.
 
-    Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite, each generation's sums,
-    each Medusa arm's tree, the trace against the vanilla text, and that nothing names a place on one machine.
+    Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite,
+    each generation's sums, each Medusa arm's tree, the trace against the vanilla text, and that nothing names
+    a place on one machine.
     Raises: UserError if there is no such folder.
     """
     if (folder / "spec.toml").exists():
@@ -112,7 +126,9 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         loaders[file_of(HEADS_CONTROL_FILE, backbone)] = partial(record.heads_control_of, backbone)
         loaders[file_of(ROUNDING_FILE, backbone)] = partial(record.rounding_of, backbone)
         loaders[file_of(TRACE_FILE, backbone)] = partial(record.trace_of, backbone)
-    unreadable = {name: str(fault) for name, load in loaders.items() if (fault := _fault_of(load)) is not None}
+    unreadable = {
+        name: str(fault) for name, load in loaders.items() if (fault := _fault_of(load)) is not None
+    }
     faults = [f"{name}: {fault}" for name, fault in unreadable.items()]
     relations: tuple[tuple[set[str], Callable[[RunRecord], Iterator[str]]], ...] = (
         ({"manifest.json"}, _seal_faults),
@@ -120,7 +136,14 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         ({"generations.jsonl"}, _sum_faults),
         ({"suite.toml", "generations.jsonl"}, _trial_faults),
         ({"suite.toml", "trees.json"}, _tree_faults),
-        ({"suite.toml", "generations.jsonl", *(file_of(TRACE_FILE, name) for name in get_args(BackboneName))}, _trace_faults),
+        (
+            {
+                "suite.toml",
+                "generations.jsonl",
+                *(file_of(TRACE_FILE, name) for name in get_args(BackboneName)),
+            },
+            _trace_faults,
+        ),
         ({"environment.json"}, _place_faults),
     )
     for needed, relation in relations:
@@ -147,12 +170,19 @@ def _latency_faults(folder: Path) -> tuple[str, ...]:
     if (fault := _fault_of(record.check_seal)) is not None:
         faults.append(f"manifest.json: {fault}")
     manifest, skipped = record.manifest, sum(point.skipped is not None for point in record.points)
-    if manifest is not None and (manifest.num_measured, manifest.num_skipped) != (len(record.points) - skipped, skipped):
-        faults.append(f"{POINTS_FILE}: found {len(record.points)} points, {skipped} skipped, need as many as in manifest.json")
+    if manifest is not None and (manifest.num_measured, manifest.num_skipped) != (
+        len(record.points) - skipped,
+        skipped,
+    ):
+        faults.append(
+            f"{POINTS_FILE}: found {len(record.points)} points, {skipped} skipped, need as many as in "
+            "manifest.json"
+        )
     if len({point.key for point in record.points}) != len(record.points):
         faults.append(f"{POINTS_FILE}: found a point twice, need each once")
     faults += [
-        f"{POINTS_FILE}:{number}: found {'times and a reason to skip' if point.backbone_s else 'neither times nor a reason'}, need one"
+        f"{POINTS_FILE}:{number}: found "
+        f"{'times and a reason to skip' if point.backbone_s else 'neither times nor a reason'}, need one"
         for number, point in enumerate(record.points, start=1)
         if bool(point.backbone_s) == (point.skipped is not None)
     ]
@@ -174,7 +204,9 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
     if (fault := _fault_of(record.check_seal)) is not None:
         faults.append(f"manifest.json: {fault}")
     done = [(result.arm, result.seed) for result in record.results]
-    if unplanned := sorted({str(one) for one in done if one not in record.spec.plan() or done.count(one) > 1}):
+    if unplanned := sorted(
+        {str(one) for one in done if one not in record.spec.plan() or done.count(one) > 1}
+    ):
         faults.append(f"{ARMS_FILE}: found {unplanned[0]}, need each planned arm and seed once")
     if record.manifest is not None and record.manifest.num_arms != len(done):
         faults.append(f"{ARMS_FILE}: found {len(done)} arms, need as many as in manifest.json")
@@ -184,7 +216,9 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
         if (fault := _fault_of(lambda result=result: record.original_text_trace(result))) is not None:  # type: ignore[misc]
             faults.append(f"trace of the original's text by {result.label}: {fault}")
         if result.arm != START_ARM and len(record.steps(result)) != result.num_steps:
-            faults.append(f"steps of {result.label}: found {len(record.steps(result))}, need {result.num_steps}")
+            faults.append(
+                f"steps of {result.label}: found {len(record.steps(result))}, need {result.num_steps}"
+            )
     return (*faults, *_place_faults(record))
 
 
@@ -205,7 +239,10 @@ def _sweep_faults(folder: Path) -> tuple[str, ...]:
     manifest, failed = record.manifest, len(record.failed)
     found = (len(record.cells) - failed, failed, record.num_points)
     if manifest is not None and (manifest.num_done, manifest.num_failed, manifest.num_points) != found:
-        faults.append(f"{CELLS_FILE}: found {found[0]} cells, {failed} failed ones and {found[2]} points, need as many as in manifest.json")
+        faults.append(
+            f"{CELLS_FILE}: found {found[0]} cells, {failed} failed ones and {found[2]} points, need as "
+            "many as in manifest.json"
+        )
     if manifest is not None and len(record.cells) < manifest.num_planned:
         found_cells = f"found {len(record.cells)} of {manifest.num_planned} planned cells"
         faults.append(f"{CELLS_FILE}: {found_cells}, need all (to mend it: resume the sweep)")
@@ -214,19 +251,27 @@ def _sweep_faults(folder: Path) -> tuple[str, ...]:
     for number, one in enumerate(record.cells, start=1):
         places = one.trees if isinstance(one, ComposedCell) else (getattr(one, "tree", None),)
         if any(place is not None and not 0 <= place < len(record.trees.trees) for place in places):
-            faults.append(f"{CELLS_FILE}:{number}: found a tree that is not in {TREES_FILE}, need one of its {len(record.trees.trees)}")
+            faults.append(
+                f"{CELLS_FILE}:{number}: found a tree that is not in {TREES_FILE}, need one of its "
+                f"{len(record.trees.trees)}"
+            )
     return (*faults, *_place_faults(record))
 
 
 def json_schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of every file of a record, and of a judgement, by name; `generation` is one line of generations.jsonl."""
+    """Return the JSON schema of every file of a record, and of a judgement, by name; `generation` is one line
+    of generations.jsonl.
+    """
     schemas = {name: model.model_json_schema() for name, model in _MODELS.items()}
     schemas["suite"] = SuiteSpec.model_json_schema()
     outcome: TypeAdapter[Any] = TypeAdapter(TrialOutcome)
     schemas["generation"] = {"title": "TrialOutcome", **outcome.json_schema()}
     cell: TypeAdapter[Any] = TypeAdapter(SweepCell)
     schemas["sweep_cell"] = {"title": "SweepCell", **cell.json_schema()}
-    return {name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schemas[name]} for name in sorted(schemas)}
+    return {
+        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schemas[name]}
+        for name in sorted(schemas)
+    }
 
 
 def write_schemas(folder: Path) -> tuple[Path, ...]:
@@ -241,7 +286,9 @@ def write_schemas(folder: Path) -> tuple[Path, ...]:
             paths.append(folder / f"{name}.schema.json")
             write_bytes(paths[-1], (json.dumps(schema, indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(found=f"a failed write ({error.strerror})", need="room and permission", where=folder.name) from error
+        raise UserError(
+            found=f"a failed write ({error.strerror})", need="room and permission", where=folder.name
+        ) from error
     return tuple(paths)
 
 
@@ -258,14 +305,20 @@ def _fault_of(load: Callable[[], object]) -> str | None:
 
 def _seal_faults(record: RunRecord) -> Iterator[str]:
     if record.manifest is None:
-        yield "manifest.json: found none, need the seal that a finished run writes last (to mend it: resume the run with the same command)"
+        yield (
+            "manifest.json: found none, need the seal that a finished run writes last (to mend it: "
+            "resume the run with the same command)"
+        )
         return
     sealed = record.manifest.sha256
     for name, digest in sealed.items():
         path = record.folder / name
         found = file_sha256(path)[:12] if path.is_file() else "no file"
         if found != digest[:12]:
-            yield f"{name}: found SHA-256 {found}, need {digest[:12]} as sealed (to mend it: restore the file or run the suite again)"
+            yield (
+                f"{name}: found SHA-256 {found}, need {digest[:12]} as sealed (to mend it: restore the "
+                "file or run the suite again)"
+            )
     for name in _SEALED:
         if name not in sealed and (record.folder / name).exists():
             yield f"{name}: found a file that the manifest does not seal, need its SHA-256 there"
@@ -284,7 +337,10 @@ def _count_faults(record: RunRecord) -> Iterator[str]:
             yield f"generations.jsonl: found {found} {noun}, need {stated} as in manifest.json"
     if not manifest.complete:
         done = manifest.num_generations + manifest.num_failures
-        yield f"manifest.json: found {done} of {manifest.num_planned} planned trials, need all (to mend it: resume the run)"
+        yield (
+            f"manifest.json: found {done} of {manifest.num_planned} planned trials, need all (to mend "
+            "it: resume the run)"
+        )
 
 
 def _sum_faults(record: RunRecord) -> Iterator[str]:
@@ -293,9 +349,14 @@ def _sum_faults(record: RunRecord) -> Iterator[str]:
             continue
         where = f"generations.jsonl:{number}"
         if sum(outcome.step_tokens) != outcome.num_tokens - 1:
-            yield f"{where}: found steps of {sum(outcome.step_tokens)} tokens together, need {outcome.num_tokens - 1}, all but the first"
+            yield (
+                f"{where}: found steps of {sum(outcome.step_tokens)} tokens together, need "
+                f"{outcome.num_tokens - 1}, all but the first"
+            )
         if len(outcome.step_times_s) != outcome.num_steps:
-            yield f"{where}: found {len(outcome.step_times_s)} step times, need {outcome.num_steps}, one a step"
+            yield (
+                f"{where}: found {len(outcome.step_times_s)} step times, need {outcome.num_steps}, one a step"
+            )
         if any(tokens < 1 for tokens in outcome.step_tokens):
             yield f"{where}: found a step of no token, need at least one"
         if any(seconds <= 0 for seconds in (outcome.prefill_s, *outcome.step_times_s)):
@@ -331,7 +392,11 @@ def _tree_faults(record: RunRecord) -> Iterator[str]:
 def _trace_faults(record: RunRecord) -> Iterator[str]:
     for backbone in record.suite.backbones:
         trace = record.trace_of(backbone)
-        greedy = {arm.name for arm in record.suite.arms if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone}
+        greedy = {
+            arm.name
+            for arm in record.suite.arms
+            if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone
+        }
         texts: dict[str, set[tuple[int, ...]]] = {}
         for generation in record.generations:
             if generation.trial.arm in greedy:
@@ -339,7 +404,10 @@ def _trace_faults(record: RunRecord) -> Iterator[str]:
         for prompt in trace.prompts if trace is not None else ():
             if tuple(prompt.tokens.tolist()) not in texts.get(prompt.key, set()):
                 file = file_of(TRACE_FILE, backbone)
-                yield f"{file}: found other tokens for prompt {prompt.key!r} than vanilla decoding wrote, need the same"
+                yield (
+                    f"{file}: found other tokens for prompt {prompt.key!r} than vanilla decoding "
+                    "wrote, need the same"
+                )
 
 
 def _place_faults(record: RunRecord | LatencyRecord | AblationRecord | SweepRecord) -> Iterator[str]:
@@ -348,7 +416,10 @@ def _place_faults(record: RunRecord | LatencyRecord | AblationRecord | SweepReco
     for name, value in origin.model_dump(mode="json").items():
         for text in _texts(value):
             if holds_absolute_path(text):
-                yield f"{file}: found an absolute path in {name!r}, need none: it tells a machine or a user apart"
+                yield (
+                    f"{file}: found an absolute path in {name!r}, need none: it tells a machine or a "
+                    "user apart"
+                )
 
 
 def _texts(value: object) -> Iterator[str]:

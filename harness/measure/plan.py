@@ -1,4 +1,6 @@
-"""Which trial runs when: arms interleaved within each block, in an order drawn once and saved with every record."""
+"""Which trial runs when: arms interleaved within each block, in an order drawn once and saved with every
+record.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,9 @@ class PlannedTrial(Frozen):
 def make_plan(suite: SuiteSpec, prompt_keys: Sequence[str]) -> tuple[PlannedTrial, ...]:
     """Return all trials in running order.
 
-    A block is one prompt in one round with every arm and seed; its arms run in an order shuffled by the suite's plan seed, and never that
-    of the block before, so that drift of the machine falls on all arms alike.
+    A block is one prompt in one round with every arm and seed; its arms run in an order shuffled by the
+    suite's plan seed, and never that of the block before, so that drift of the machine falls on all arms
+    alike.
     """
     trials: list[PlannedTrial] = []
     before: list[tuple[str, int | None]] = []
@@ -48,13 +51,18 @@ def make_plan(suite: SuiteSpec, prompt_keys: Sequence[str]) -> tuple[PlannedTria
                 block.append(block.pop(0))
             before = [(trial.arm, trial.seed) for trial in block]
             number, first = round_index * len(prompt_keys) + prompt_index, len(trials)
-            trials.extend(PlannedTrial(order=first + place, block=number, trial=trial) for place, trial in enumerate(block))
+            trials.extend(
+                PlannedTrial(order=first + place, block=number, trial=trial)
+                for place, trial in enumerate(block)
+            )
     return tuple(trials)
 
 
 @dataclass(frozen=True)
 class FinishedBlocks:
-    """What a resume finds: the blocks that are done, how often each trial was tried, and the outcomes as the record goes on with them."""
+    """What a resume finds: the blocks that are done, how often each trial was tried, and the outcomes as the
+    record goes on with them.
+    """
 
     blocks: set[int]
     attempts: dict[TrialKey, int]
@@ -62,7 +70,9 @@ class FinishedBlocks:
 
 
 def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[PlannedTrial]) -> FinishedBlocks:
-    """Return which blocks of a plan are done; of a block that a kill cut short the generations keep their tokens, not their timings."""
+    """Return which blocks of a plan are done; of a block that a kill cut short the generations keep their
+    tokens, not their timings.
+    """
     blocks: dict[int, set[TrialKey]] = {}
     block_of: dict[TrialKey, int] = {}
     for planned in plan:
@@ -82,11 +92,14 @@ def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[Pla
     return FinishedBlocks(finished, attempts, kept)
 
 
-def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console) -> None:
-    """Print arms, trials and, where this machine has a sealed record of the suite's model, the minutes an arm should take.
+def print_plan(
+    suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console
+) -> None:
+    """Print arms, trials and, where this machine has a sealed record of the suite's model, the minutes an arm
+    should take.
 
-    The estimate takes each arm's seconds a generation from the newest such record, scaled by the token budget; an arm that it lacks shows
-    none.
+    The estimate takes each arm's seconds a generation from the newest such record, scaled by the token
+    budget; an arm that it lacks shows none.
     """
     from harness.device.engine import best_device
 
@@ -100,13 +113,24 @@ def print_plan(suite: SuiteSpec, *, results: Path, prompts_file: Path | None = N
         minutes = seconds[arm.name] * trials / 60 if arm.name in seconds else None
         total += minutes or 0.0
         tree = arm.tree.kind if arm.tree is not None else "-"
-        table.add_row(arm.name, arm.method, tree, str(len(arm.seeds) or "-"), str(trials), f"{minutes:.1f}" if minutes is not None else "?")
+        table.add_row(
+            arm.name,
+            arm.method,
+            tree,
+            str(len(arm.seeds) or "-"),
+            str(trials),
+            f"{minutes:.1f}" if minutes is not None else "?",
+        )
     console.print(table)
     console.print(
-        f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new tokens each", highlight=False
+        f"device: {device.kind} {device.name}; up to {num_prompts} prompts, {suite.max_new_tokens} new "
+        "tokens each",
+        highlight=False,
     )
     console.print(
-        f"about {total:.0f} minutes of decoding, from record {origin}" if origin else "no record of this model yet: minutes unknown"
+        f"about {total:.0f} minutes of decoding, from record {origin}"
+        if origin
+        else "no record of this model yet: minutes unknown"
     )
 
 
@@ -115,7 +139,11 @@ def _num_prompts(suite: SuiteSpec, *, prompts_file: Path | None) -> int:
     spec = suite.prompts
     if spec.source == "file":
         return len(benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=False))
-    available, num_categories = {"mt_bench": (80, 8), "human_eval": (164, 1), "random": (NUM_RANDOM_PROMPTS, 1)}[spec.source]
+    available, num_categories = {
+        "mt_bench": (80, 8),
+        "human_eval": (164, 1),
+        "random": (NUM_RANDOM_PROMPTS, 1),
+    }[spec.source]
     if spec.source == "random":
         return spec.limit or available
     return min(spec.limit or available, (spec.per_category or available) * num_categories, available)
@@ -134,7 +162,14 @@ def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[
             continue
         scale = suite.max_new_tokens / record.suite.max_new_tokens
         arms = {generation.trial.arm for generation in record.generations}
-        mean = {arm: float(np.mean([item.wall_s for item in record.generations if item.trial.arm == arm])) for arm in arms}
-        origin = path.parent.name if path in here else f"{path.parent.name} of another machine, {path.parent.parent.name}"
+        mean = {
+            arm: float(np.mean([item.wall_s for item in record.generations if item.trial.arm == arm]))
+            for arm in arms
+        }
+        origin = (
+            path.parent.name
+            if path in here
+            else f"{path.parent.name} of another machine, {path.parent.parent.name}"
+        )
         return {arm: value * scale for arm, value in mean.items()}, origin
     return {}, None

@@ -1,4 +1,6 @@
-"""What is measured apart from the timed generations: device limits, step costs, the profile, the heads' control, likelihoods."""
+"""What is measured apart from the timed generations: device limits, step costs, the profile, the heads'
+control, likelihoods.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,23 @@ from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 
 
-def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: int, repeats: int, clock: Clock) -> tuple[StepCost, ...]:
-    """Time the backbone step, and the whole step around it, at each number of nodes at one context length, sizes interleaved.
+def measure_step_costs(
+    engine: Engine, sizes: Sequence[int], *, context_tokens: int, repeats: int, clock: Clock
+) -> tuple[StepCost, ...]:
+    """Time the backbone step, and the whole step around it, at each number of nodes at one context length,
+    sizes interleaved.
 
-    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so any tree of that size
-    serves. The whole step adds heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
+    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so
+    any tree of that size serves. The whole step adds heads, candidates, acceptance and compaction; it is left
+    out for one node, which drafts nothing.
     """
     backbone = engine.runner.backbone
     cache = backbone.new_cache(batch_size=1, max_length=context_tokens + max(sizes))
     backbone.prefill(torch.arange(context_tokens) % backbone.vocab_size, cache=cache)
-    shapes = {size: tree_buffers(_tree_of(size, num_heads=engine.heads.num_heads), device=backbone.device) for size in sizes}
+    shapes = {
+        size: tree_buffers(_tree_of(size, num_heads=engine.heads.num_heads), device=backbone.device)
+        for size in sizes
+    }
     alone: dict[int, list[float]] = {size: [] for size in sizes}
     whole: dict[int, list[float]] = {size: [] for size in sizes}
     states, roots = (
@@ -46,7 +55,8 @@ def measure_step_costs(engine: Engine, sizes: Sequence[int], *, context_tokens: 
             output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
             after = clock()
             acceptance = GreedyRule().verify(output.logits, tokens, buffers)
-            cache.keep(acceptance.nodes, torch.zeros_like(acceptance.num_kept))  # the copies of a kept path, with nothing kept
+            # the copies of a kept path, with nothing kept
+            cache.keep(acceptance.nodes, torch.zeros_like(acceptance.num_kept))
             ended = clock()
         if repeat >= 2:  # the first two rounds warm kernels and allocator up
             alone[size].append(after - before)
@@ -69,10 +79,13 @@ def _tree_of(num_nodes: int, *, num_heads: int) -> DraftTree:
     return DraftTree.from_paths([(), *chain, *((rank,) for rank in range(1, num_nodes - len(chain)))])
 
 
-def measure_arm_steps(runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock) -> StepCost:
+def measure_arm_steps(
+    runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock
+) -> StepCost:
     """Time a few whole steps of one arm behind a given context, with the backbone's part of each.
 
-    The context is kept text, so that acceptance and compaction do what they do in a generation. Prefill and first step are left out.
+    The context is kept text, so that acceptance and compaction do what they do in a generation. Prefill and
+    first step are left out.
     """
     timer = SectionTimer(clock)
     backbone_s: list[float] = []
@@ -96,7 +109,9 @@ def measure_arm_steps(runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps
     )
 
 
-def profile_arm(runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: int | None, clock: Clock) -> ProfileRow:
+def profile_arm(
+    runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: int | None, clock: Clock
+) -> ProfileRow:
     """Return where an arm's step time goes, summed over whole generations, prefill left out."""
     timer = SectionTimer(clock)
     num_steps, step_s = 0, 0.0
@@ -118,7 +133,9 @@ def profile_arm(runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: in
 
 
 def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -> HeadsControl:
-    """Compare the top-1 share of the trained heads with randomly weighted and with untrained (identity) ones on kept text."""
+    """Compare the top-1 share of the trained heads with randomly weighted and with untrained (identity) ones
+    on kept text.
+    """
     trained = engine.heads
     torch.manual_seed(seed)
     random, identity = (_fresh_heads(trained, engine) for _ in range(2))
@@ -134,12 +151,17 @@ def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -
         counts += (ranks >= 0).sum(0)
     share = {name: tuple((hit / counts.clamp_min(1)).tolist()) for name, hit in hits.items()}
     return HeadsControl(
-        num_positions=int(counts[0]), trained_top1=share["trained"], random_top1=share["random"], identity_top1=share["identity"]
+        num_positions=int(counts[0]),
+        trained_top1=share["trained"],
+        random_top1=share["random"],
+        identity_top1=share["identity"],
     )
 
 
 def mean_log_likelihood(engine: Engine, text: KeptText) -> float:
-    """Return the mean log-likelihood of kept tokens under the original backbone at temperature 1, in nats a token."""
+    """Return the mean log-likelihood of kept tokens under the original backbone at temperature 1, in nats a
+    token.
+    """
     _, logits = kept_states(engine.runner.backbone, text)
     tokens = torch.tensor(text.token_ids, device=logits.device)
     return float(torch.log_softmax(logits.float(), -1).gather(-1, tokens[:, None]).mean())

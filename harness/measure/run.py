@@ -14,7 +14,14 @@ from harness.compose.trees import check_fixed_trees, resolve_trees
 from harness.device.arms import ArmRunner
 from harness.device.clock import device_clock
 from harness.device.doctor import foreign_gpu_processes
-from harness.device.engine import Engine, best_device, describe_engine, load_engine, load_model, load_tuned_engine
+from harness.device.engine import (
+    Engine,
+    best_device,
+    describe_engine,
+    load_engine,
+    load_model,
+    load_tuned_engine,
+)
 from harness.device.limits import measure_device_limits
 from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
@@ -75,11 +82,22 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     if options.tree_file is not None:
         DraftTree.from_json(options.tree_file)
         given = FileTree(kind="file", path=str(options.tree_file))
-        arms = tuple(arm.model_copy(update={"tree": given}) if isinstance(arm.tree, SearchedTree | FastestTree) else arm for arm in arms)
+        arms = tuple(
+            arm.model_copy(update={"tree": given})
+            if isinstance(arm.tree, SearchedTree | FastestTree)
+            else arm
+            for arm in arms
+        )
         if arms == suite.arms:
-            raise UserError(found="no arm with a searched tree", need="one that --tree can stand in for", where=f"suite {suite.name!r}")
+            raise UserError(
+                found="no arm with a searched tree",
+                need="one that --tree can stand in for",
+                where=f"suite {suite.name!r}",
+            )
     if options.prompts_file is not None:
-        prompts = prompts.model_copy(update={"source": "file", "path": options.prompts_file.name, "per_category": None})
+        prompts = prompts.model_copy(
+            update={"source": "file", "path": options.prompts_file.name, "per_category": None}
+        )
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
     return suite.model_copy(update={"prompts": prompts, "arms": arms})
@@ -88,7 +106,8 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
 def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions, console: Console) -> Path:
     """Run a suite, or resume it, and return the folder of its sealed record.
 
-    Raises: UserError for input that cannot be run; InvalidMeasurement where the heads do not beat random ones.
+    Raises: UserError for input that cannot be run; InvalidMeasurement where the heads do not beat random
+    ones.
     """
     started = time.monotonic()
     suite = effective_suite(suite, options)
@@ -98,9 +117,16 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         RunRecord(options.resume)  # must be there before minutes go into loading
     device = best_device()
     if foreign := foreign_gpu_processes():
-        raise UserError(found=f"{foreign} other processes on the GPU", need="a GPU of our own", where="this machine", do="stop them")
+        raise UserError(
+            found=f"{foreign} other processes on the GPU",
+            need="a GPU of our own",
+            where="this machine",
+            do="stop them",
+        )
     beside = suite_file.parent if suite_file is not None else None
-    console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
+    console.print(
+        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
+    )
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, beside=beside)
     prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
     warmup = warmup_prompts(suite, loaded)
@@ -109,11 +135,19 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     if engine.runner.note:
         console.print(engine.runner.note)
     tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, beside=beside)
-    engines: dict[BackboneName, Engine] = {"original": engine} if tuned is None else {"original": engine, "tuned": tuned}
+    engines: dict[BackboneName, Engine] = (
+        {"original": engine} if tuned is None else {"original": engine, "tuned": tuned}
+    )
     calibrations = {name: _calibration(suite, name, one, beside=beside) for name, one in engines.items()}
     for name, one in engines.items():
         has_calibration = calibrations[name] is not None
-        check_fixed_trees(suite, num_heads=one.heads.num_heads, beside=beside, has_calibration=has_calibration, backbone=name)
+        check_fixed_trees(
+            suite,
+            num_heads=one.heads.num_heads,
+            beside=beside,
+            has_calibration=has_calibration,
+            backbone=name,
+        )
         check_lengths(prompts, one, max_new_tokens=suite.max_new_tokens)
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
@@ -125,7 +159,12 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
 
 
 def _fill_record(
-    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None, started: float, budget_s: float | None
+    session: Session,
+    calibrations: Mapping[BackboneName, Trace | None],
+    *,
+    beside: Path | None,
+    started: float,
+    budget_s: float | None,
 ) -> None:
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
@@ -140,8 +179,13 @@ def _fill_record(
     done = len({outcome.trial.prompt_key for outcome in outcomes})
     rounds = 1 + max(outcome.trial.round for outcome in outcomes)
     if (done, rounds) != (len(prompts), suite.rounds):
-        session.console.print(f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} rounds")
-        suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds})
+        session.console.print(
+            f"time budget used up: the record holds the first {done} prompts in {rounds} of {suite.rounds} "
+            "rounds"
+        )
+        suite = suite.model_copy(
+            update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds}
+        )
         store.write_spec(suite)
         plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
     record = RunRecord(store.folder)
@@ -156,13 +200,22 @@ def _fill_record(
     )
 
 
-def describe(engine: Engine, *, suite: SuiteSpec, prompts: Sequence[SuitePrompt], command: str, tuned: Engine | None = None) -> Environment:
+def describe(
+    engine: Engine,
+    *,
+    suite: SuiteSpec,
+    prompts: Sequence[SuitePrompt],
+    command: str,
+    tuned: Engine | None = None,
+) -> Environment:
     """Return where the record will come from."""
     texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
     return describe_engine(engine, dtype=suite.model.dtype, texts=texts, command=command, tuned=tuned)
 
 
-def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, beside: Path | None) -> Trace | None:
+def _calibration(
+    suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, beside: Path | None
+) -> Trace | None:
     path = suite.calibration_of(backbone)
     if path is None:
         return None
@@ -171,7 +224,8 @@ def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, be
     if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
         raise UserError(
             found="a calibration trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads {(engine.heads_sha256 or 'none')[:12]}",
+            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
+            f"{(engine.heads_sha256 or 'none')[:12]}",
             where="calibration_trace" if backbone == "original" else f"{backbone}.calibration_trace",
             do="record it again with medusa-repro trace"
             if backbone == "original"
@@ -181,20 +235,27 @@ def _calibration(suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, be
 
 
 def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine]) -> None:
-    """Refuse to choose a fastest tree for a backbone whose steps read other amounts than those that are timed, the original's."""
+    """Refuse to choose a fastest tree for a backbone whose steps read other amounts than those that are
+    timed, the original's.
+    """
     shapes = {name: (one.weight_bytes, one.heads_bytes, one.heads.num_heads) for name, one in engines.items()}
     for arm in suite.arms:
         if isinstance(arm.tree, FastestTree) and shapes[arm.backbone] != shapes["original"]:
             raise UserError(
-                found=f"weights, heads and number of heads {shapes[arm.backbone]} of the {arm.backbone} backbone, in bytes",
+                found=f"weights, heads and number of heads {shapes[arm.backbone]} of the {arm.backbone} "
+                "backbone, in bytes",
                 need=f"those of the original, {shapes['original']}: its steps are the ones that are timed",
                 where=f"arm {arm.name!r}",
                 do="name a tree of another kind",
             )
 
 
-def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None) -> dict[str, ArmTree]:
-    """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is read back instead."""
+def _prepare(
+    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None
+) -> dict[str, ArmTree]:
+    """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is
+    read back instead.
+    """
     folder, suite, engine = session.store.folder, session.suite, session.engine
     if (folder / "trees.json").exists():
         session.console.print(f"resuming {folder.name}")
@@ -205,7 +266,9 @@ def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None]
         if calibration is not None:
             calibration.save(folder / file_of(CALIBRATION_FILE, backbone))
     session.console.print("measuring the device, the draft heads against random ones, and step costs")
-    limits: DeviceLimits = measure_device_limits(session.device, engine.runner.backbone.dtype, clock=session.clock)
+    limits: DeviceLimits = measure_device_limits(
+        session.device, engine.runner.backbone.dtype, clock=session.clock
+    )
     write_json(folder / "device_limits.json", limits)
     texts = {backbone: control_texts(session, one) for backbone, one in session.engines.items()}
     for backbone, one in session.engines.items():
@@ -213,8 +276,10 @@ def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None]
         write_json(folder / file_of(HEADS_CONTROL_FILE, backbone), control)
         if control.trained_top1[0] <= control.random_top1[0]:
             raise InvalidMeasurement(
-                f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 of the {backbone} backbone on "
-                f"{control.num_positions} positions, need more than the {control.random_top1[0]:.3f} of randomly weighted heads; "
+                f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 of the {backbone} "
+                "backbone on "
+                f"{control.num_positions} positions, need more than the {control.random_top1[0]:.3f} of "
+                "randomly weighted heads; "
                 "nothing was timed"
             )
     costs = probes.measure_step_costs(
@@ -229,7 +294,12 @@ def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None]
     for backbone, one in session.engines.items():
         num_heads = one.heads.num_heads
         found |= resolve_trees(
-            suite, calibration=calibrations[backbone], costs=costs, num_heads=num_heads, beside=beside, backbone=backbone
+            suite,
+            calibration=calibrations[backbone],
+            costs=costs,
+            num_heads=num_heads,
+            beside=beside,
+            backbone=backbone,
         )
     trees = {arm.name: found[arm.name] for arm in suite.arms if arm.name in found}
     if engine.runner.backbone.dtype != torch.float32:
@@ -237,7 +307,10 @@ def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None]
         for backbone, one in session.engines.items():
             own = [arm for arm in suite.arms if arm.backbone == backbone]
             own_trees = {arm.name: trees[arm.name].tree() for arm in own if arm.name in trees}
-            write_json(folder / file_of(ROUNDING_FILE, backbone), measure_rounding(one, texts[backbone], arms=own, trees=own_trees))
+            write_json(
+                folder / file_of(ROUNDING_FILE, backbone),
+                measure_rounding(one, texts[backbone], arms=own, trees=own_trees),
+            )
     write_json(folder / "trees.json", ArmTrees(trees=trees))
     return trees
 
@@ -245,7 +318,10 @@ def _prepare(session: Session, calibrations: Mapping[BackboneName, Trace | None]
 def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside: Path | None) -> None:
     """Refuse to go on with a tree file that has changed since the run began."""
     for arm in suite.arms:
-        if isinstance(arm.tree, FileTree) and DraftTree.from_json(resolve_path(arm.tree.path, beside=beside)) != trees[arm.name].tree():
+        if (
+            isinstance(arm.tree, FileTree)
+            and DraftTree.from_json(resolve_path(arm.tree.path, beside=beside)) != trees[arm.name].tree()
+        ):
             raise UserError(
                 found=f"another tree in {Path(arm.tree.path).name}",
                 need="the one that began the run",
@@ -255,7 +331,9 @@ def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside:
 
 
 def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
-    """Everything that follows the timed part: trace, profile, likelihoods, and the separately timed steps in one file."""
+    """Everything that follows the timed part: trace, profile, likelihoods, and the separately timed steps in
+    one file.
+    """
     folder, suite = session.store.folder, session.suite
     record = RunRecord(folder)
     prompts = {prompt.key: prompt for prompt in session.prompts}
@@ -265,7 +343,13 @@ def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
         rounding = record.rounding_of(backbone)
         vanilla = greedy_vanilla(suite, backbone).name
         texts = [
-            KeptText(item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by)
+            KeptText(
+                item.trial.prompt_key,
+                item.category,
+                prompts[item.trial.prompt_key].prompt_ids,
+                item.token_ids,
+                item.ended_by,
+            )
             for item in generations
             if item.trial.arm == vanilla and item.trial.round == 0
         ]
@@ -275,7 +359,9 @@ def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
                 texts,
                 max_new_tokens=suite.max_new_tokens,
                 extra={"suite": suite.name},
-                head_tie_margin=HEAD_TIE_MARGIN if rounding is None else TIE_SHIFTS * rounding.largest_head_shift,
+                head_tie_margin=HEAD_TIE_MARGIN
+                if rounding is None
+                else TIE_SHIFTS * rounding.largest_head_shift,
                 text_tie_margin=None if rounding is None else TIE_SHIFTS * rounding.largest_gap_shift,
             )
             trace.save(folder / file_of(TRACE_FILE, backbone))
@@ -296,7 +382,11 @@ def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
                 mean_log_likelihood=probes.mean_log_likelihood(
                     session.engine,
                     KeptText(
-                        item.trial.prompt_key, item.category, prompts[item.trial.prompt_key].prompt_ids, item.token_ids, item.ended_by
+                        item.trial.prompt_key,
+                        item.category,
+                        prompts[item.trial.prompt_key].prompt_ids,
+                        item.token_ids,
+                        item.ended_by,
                     ),
                 ),
             )

@@ -20,7 +20,9 @@ from harness.specs.suite import ArmSpec, BackboneName, SuiteSpec
 
 @dataclass
 class Session:
-    """A suite on a device: the engines of its backbones, its prompts, and the store that its outcomes go to."""
+    """A suite on a device: the engines of its backbones, its prompts, and the store that its outcomes go
+    to.
+    """
 
     suite: SuiteSpec
     engines: Mapping[BackboneName, Engine]
@@ -42,7 +44,11 @@ def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> Arm
 
     Raises: UserError where the suite has none.
     """
-    found = (arm for arm in suite.arms if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone)
+    found = (
+        arm
+        for arm in suite.arms
+        if arm.method == "vanilla" and not arm.stochastic and arm.backbone == backbone
+    )
     arm = next(found, None)
     if arm is None:
         what = f"no greedy vanilla arm on the {backbone} backbone"
@@ -51,7 +57,12 @@ def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> Arm
 
 
 def device_turn(session: Session) -> contextlib.AbstractContextManager[None]:
-    """Hold the device for one timed block; a suite that reports no speed disturbs nobody's figures and waits for nobody."""
+    """Hold the device for one timed block; a suite that reports no speed disturbs nobody's figures and waits
+    for nobody.
+    """
     if not session.suite.reports_speed:
         return contextlib.nullcontext()
-    return device_held(session.device, on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"))
+    return device_held(
+        session.device,
+        on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"),
+    )

@@ -1,4 +1,6 @@
-"""Profiles a step on the device: vanilla and trees of growing size, in turn, behind the same kept texts of the suite's own model."""
+"""Profiles a step on the device: vanilla and trees of growing size, in turn, behind the same kept texts of
+the suite's own model.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +51,31 @@ def profile_suite(
     command: str,
     console: Console,
 ) -> StepProfile:
-    """Load a suite's model and heads, grow nested trees on its calibration trace, and time `num_steps` marked steps of each size.
+    """Load a suite's model and heads, grow nested trees on its calibration trace, and time `num_steps` marked
+    steps of each size.
 
-    Raises: UserError for an unknown mode, a suite without a fitting calibration trace, or texts too short to time a step.
+    Raises: UserError for an unknown mode, a suite without a fitting calibration trace, or texts too short to
+    time a step.
     """
     if mode is not None and mode not in get_args(Mode):
-        raise UserError(found=f"--mode {mode}", need=f"one of {list(get_args(Mode))}", where="the command line")
+        raise UserError(
+            found=f"--mode {mode}", need=f"one of {list(get_args(Mode))}", where="the command line"
+        )
     if suite.calibration_trace is None:
-        raise UserError(found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}")
+        raise UserError(
+            found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}"
+        )
     trace_file = resolve_path(suite.calibration_trace, beside=suite_file.parent)
-    console.print(f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
+    console.print(
+        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
+    )
     loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, beside=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)[: suite.probes.profile_prompts]
-    heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
+    heads = (
+        train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
+        if suite.heads.train_steps is not None
+        else None
+    )
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)
     engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads, mode=chosen)
     if engine.runner.note:
@@ -71,11 +85,20 @@ def profile_suite(
     trees = nested_trees(calibration_of(engine, trace_file), sizes=sizes, num_heads=engine.heads.num_heads)
 
     def held() -> contextlib.AbstractContextManager[None]:
-        return device_held(device, on_wait=lambda: console.print("another run holds the device: waiting for its turn"))
+        return device_held(
+            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
+        )
 
     with held():
-        contexts = kept_contexts(engine, [prompt.prompt_ids for prompt in prompts], max_new_tokens=suite.max_new_tokens, clock=clock)
-    profiles = measure_sizes(engine, trees, contexts, num_steps=num_steps, clock=clock, held=held, console=console)
+        contexts = kept_contexts(
+            engine,
+            [prompt.prompt_ids for prompt in prompts],
+            max_new_tokens=suite.max_new_tokens,
+            clock=clock,
+        )
+    profiles = measure_sizes(
+        engine, trees, contexts, num_steps=num_steps, clock=clock, held=held, console=console
+    )
     return StepProfile(
         suite=suite.name,
         environment=describe(engine, suite=suite, prompts=prompts, command=command),
@@ -90,10 +113,14 @@ def calibration_of(engine: Engine, path: Path) -> Trace:
     Raises: UserError where it is of another model or other heads.
     """
     trace = Trace.load(path)
-    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
+    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (
+        engine.loaded.sha256,
+        engine.heads_sha256,
+    ):
         raise UserError(
             found="a calibration trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads {(engine.heads_sha256 or 'none')[:12]}",
+            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
+            f"{(engine.heads_sha256 or 'none')[:12]}",
             where=path.name,
             do="record it again with medusa-repro trace",
         )
@@ -101,7 +128,9 @@ def calibration_of(engine: Engine, path: Path) -> Trace:
 
 
 def nested_trees(calibration: Trace, *, sizes: Sequence[int], num_heads: int) -> tuple[ArmTree, ...]:
-    """Return the best tree of each size, all cut from one growth on the joint hits of the trace, with what the trace predicts for it."""
+    """Return the best tree of each size, all cut from one growth on the joint hits of the trace, with what
+    the trace predicts for it.
+    """
     grown = grow(calibration, num_nodes=max(sizes), values="joint", num_heads=num_heads)
     index = ReplayIndex(calibration)
     return tuple(
@@ -114,10 +143,16 @@ def nested_trees(calibration: Trace, *, sizes: Sequence[int], num_heads: int) ->
     )
 
 
-def kept_contexts(engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, clock: Clock) -> tuple[tuple[int, ...], ...]:
-    """Return each prompt with the first half of its greedy answer: a step behind it does what a step in mid-text does."""
+def kept_contexts(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, clock: Clock
+) -> tuple[tuple[int, ...], ...]:
+    """Return each prompt with the first half of its greedy answer: a step behind it does what a step in
+    mid-text does.
+    """
     longest = max(len(prompt) for prompt in prompts)
-    runner = ArmRunner(engine, _VANILLA, tree=None, max_new_tokens=max_new_tokens, max_prompt_tokens=longest, clock=clock)
+    runner = ArmRunner(
+        engine, _VANILLA, tree=None, max_new_tokens=max_new_tokens, max_prompt_tokens=longest, clock=clock
+    )
     texts = [runner.generate(prompt, seed=None).token_ids for prompt in prompts]
     return tuple((*prompt, *text[: len(text) // 2]) for prompt, text in zip(prompts, texts, strict=True))
 
@@ -132,10 +167,12 @@ def measure_sizes(
     held: Held = contextlib.nullcontext,
     console: Console | None = None,
 ) -> tuple[SizeProfile, ...]:
-    """Time at least `num_steps` marked steps of every tree, and as many without marks, fewer only where the text ends.
+    """Time at least `num_steps` marked steps of every tree, and as many without marks, fewer only where the
+    text ends.
 
-    Round by round every tree decodes behind the same context, each round beginning with another tree, so that drift of the machine hits
-    all alike; the device is held for a round. Every tree first decodes behind every context untimed, so that all shapes have occurred.
+    Round by round every tree decodes behind the same context, each round beginning with another tree, so that
+    drift of the machine hits all alike; the device is held for a round. Every tree first decodes behind every
+    context untimed, so that all shapes have occurred.
     Raises: UserError where no step of some tree could be timed.
     """
     steps_a_visit = min(_VISIT_STEPS, num_steps)
@@ -153,7 +190,9 @@ def measure_sizes(
                 _visit(runners[place], context, visits[place], num_steps=2 * steps_a_visit, clock=clock)
     with held():
         busy_s = [_device_busy_s(runner, contexts[0], num_steps=steps_a_visit) for runner in runners]
-    return tuple(taken.profile(tree, busy_s=busy) for taken, tree, busy in zip(visits, trees, busy_s, strict=True))
+    return tuple(
+        taken.profile(tree, busy_s=busy) for taken, tree, busy in zip(visits, trees, busy_s, strict=True)
+    )
 
 
 class _Visits:
@@ -194,22 +233,41 @@ class _Marks:
         return self.timer(name) if self.on else no_section(name)
 
 
-def _runner(engine: Engine, tree: ArmTree, contexts: Sequence[Sequence[int]], *, num_steps: int, clock: Clock) -> ArmRunner:
-    """Return a runner of one tree with room for the prefill's token, a first step and `num_steps` more, all of full depth."""
+def _runner(
+    engine: Engine, tree: ArmTree, contexts: Sequence[Sequence[int]], *, num_steps: int, clock: Clock
+) -> ArmRunner:
+    """Return a runner of one tree with room for the prefill's token, a first step and `num_steps` more, all
+    of full depth.
+    """
     drafted = tree.tree()
     arm, longest = _VANILLA, max(len(context) for context in contexts)
     budget = 1 + (num_steps + 1) * (drafted.depth + 1)
     engine.runner.backbone.check_positions(prompt_tokens=longest, max_new_tokens=budget, depth=drafted.depth)
     if drafted.num_nodes > 1:
         spec = SearchedTree(kind="searched", num_nodes=drafted.num_nodes)
-        arm = ArmSpec(name=f"nodes_{drafted.num_nodes}", method="medusa", baseline="vanilla", tree=spec, acceptance=GreedyAcceptance())
+        arm = ArmSpec(
+            name=f"nodes_{drafted.num_nodes}",
+            method="medusa",
+            baseline="vanilla",
+            tree=spec,
+            acceptance=GreedyAcceptance(),
+        )
     return ArmRunner(
-        engine, arm, tree=drafted if drafted.num_nodes > 1 else None, max_new_tokens=budget, max_prompt_tokens=longest, clock=clock
+        engine,
+        arm,
+        tree=drafted if drafted.num_nodes > 1 else None,
+        max_new_tokens=budget,
+        max_prompt_tokens=longest,
+        clock=clock,
     )
 
 
-def _visit(runner: ArmRunner, context: Sequence[int], visits: _Visits, *, num_steps: int, clock: Clock) -> None:
-    """Time steps behind a context, marked and unmarked in turn; prefill and first step, which meet another size's leavings, are dropped."""
+def _visit(
+    runner: ArmRunner, context: Sequence[int], visits: _Visits, *, num_steps: int, clock: Clock
+) -> None:
+    """Time steps behind a context, marked and unmarked in turn; prefill and first step, which meet another
+    size's leavings, are dropped.
+    """
     timer = SectionTimer(clock)
     marks = _Marks(timer)
     started = clock()
@@ -245,5 +303,9 @@ def _device_busy_s(runner: ArmRunner, context: Sequence[int], *, num_steps: int)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
         taken = sum(1 for _ in itertools.islice(steps, num_steps))
         torch.cuda.synchronize(device)
-    on_device = [event for event in profiler.events() or () if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    on_device = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ]
     return sum(event.self_device_time_total for event in on_device) / 1e6 / taken if taken else None

@@ -18,8 +18,11 @@ from medusa_impl.stream import StreamRequest, decode_stream
 _NUM_ROWS = 16
 
 
-def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | None, allow_hub: bool, console: Console) -> Trace:
-    """Decode every prompt of a suite with vanilla greedy decoding, record how its heads rank the texts, and write the trace.
+def trace_suite(
+    suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | None, allow_hub: bool, console: Console
+) -> Trace:
+    """Decode every prompt of a suite with vanilla greedy decoding, record how its heads rank the texts, and
+    write the trace.
 
     Prompts share a batch: where two logits lie within rounding, a text may part from its batch-1 text.
     """
@@ -28,16 +31,33 @@ def trace_suite(suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | N
     device = best_device()
     loaded = load_model(suite.model, device=device, allow_hub=allow_hub, beside=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
-    heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded)) if suite.heads.train_steps is not None else None
+    heads = (
+        train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
+        if suite.heads.train_steps is not None
+        else None
+    )
     engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     rendered = {prompt.key: prompt for prompt in prompts}
-    requests = [StreamRequest(key=prompt.key, prompt_ids=prompt.prompt_ids, temperature=0.0, seed=0) for prompt in prompts]
+    requests = [
+        StreamRequest(key=prompt.key, prompt_ids=prompt.prompt_ids, temperature=0.0, seed=0)
+        for prompt in prompts
+    ]
     stream = decode_stream(
-        engine.runner.backbone, requests, num_rows=_NUM_ROWS, max_new_tokens=suite.max_new_tokens, eos_ids=loaded.eos_ids
+        engine.runner.backbone,
+        requests,
+        num_rows=_NUM_ROWS,
+        max_new_tokens=suite.max_new_tokens,
+        eos_ids=loaded.eos_ids,
     )
     texts = [
-        KeptText(done.key, rendered[done.key].category, rendered[done.key].prompt_ids, tuple(done.token_ids), done.ended_by)
+        KeptText(
+            done.key,
+            rendered[done.key].category,
+            rendered[done.key].prompt_ids,
+            tuple(done.token_ids),
+            done.ended_by,
+        )
         for done in track(stream, total=len(prompts), description="vanilla texts", console=console)
     ]
     texts.sort(key=lambda text: list(rendered).index(text.key))

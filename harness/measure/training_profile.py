@@ -1,7 +1,7 @@
 """Take the profile of a recipe's training steps, on the trainers' own steps and the recipe's own text.
 
-A stage is what the steps of a recipe have in common: heads alone on a subset of the vocabulary, then on all of it; joint training with the
-heads alone, then with the backbone.
+A stage is what the steps of a recipe have in common: heads alone on a subset of the vocabulary, then on all
+of it; joint training with the heads alone, then with the backbone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from harness.device.clock import Clock, device_clock
 from harness.device.engine import LoadedModel, best_device, load_model, new_heads
 from harness.device.limits import measure_device_limits
 from harness.device.locks import device_held
-from harness.device.machine import blas_settings, device_info, git_state, package_versions, python_version, settings
+from harness.device.machine import (
+    blas_settings,
+    device_info,
+    git_state,
+    package_versions,
+    python_version,
+    settings,
+)
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
@@ -50,7 +57,9 @@ _NEVER = 1_000_000_000  # steps between two saves: none falls among the timed on
 
 @dataclass(frozen=True)
 class _Bench:
-    """A trainer that is ready to take the watched steps; `rates` are the stages' shares of the recipe's steps."""
+    """A trainer that is ready to take the watched steps; `rates` are the stages' shares of the recipe's
+    steps.
+    """
 
     watch: StepWatch
     run: Callable[[], object]
@@ -60,10 +69,14 @@ class _Bench:
     environment: Environment
 
 
-def profile_training(spec: AnySuite, *, num_steps: int, allow_hub: bool, command: str, console: Console) -> TrainingProfile:
-    """Take `num_steps` plain and as many marked steps of every stage of a recipe, count the products of one more, and say what they reach.
+def profile_training(
+    spec: AnySuite, *, num_steps: int, allow_hub: bool, command: str, console: Console
+) -> TrainingProfile:
+    """Take `num_steps` plain and as many marked steps of every stage of a recipe, count the products of one
+    more, and say what they reach.
 
-    Heads alone train on the CPU, whatever else there is. Matrix throughput is measured just before and after, the device held throughout.
+    Heads alone train on the CPU, whatever else there is. Matrix throughput is measured just before and after,
+    the device held throughout.
     Raises: UserError for a recipe that cannot run here or whose text is not there.
     """
     if isinstance(spec, JointSuite):
@@ -77,17 +90,26 @@ def profile_training(spec: AnySuite, *, num_steps: int, allow_hub: bool, command
         )
     device = best_device() if isinstance(spec, JointSuite) else torch.device("cpu")
     clock = device_clock(device)
-    console.print(f"[bold]{spec.name}[/bold]: loading {spec.model.asset or spec.model.path or 'a tiny random model'}")
+    console.print(
+        f"[bold]{spec.name}[/bold]: loading {spec.model.asset or spec.model.path or 'a tiny random model'}"
+    )
     quantisation = spec.recipe.quantisation if isinstance(spec, JointSuite) else None
     loaded = load_model(spec.model, device=device, allow_hub=allow_hub, quantisation=quantisation)
     with tempfile.TemporaryDirectory() as text:
         bench = (
             _joint_bench(spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command)
             if isinstance(spec, JointSuite)
-            else _heads_bench(spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command)
+            else _heads_bench(
+                spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command
+            )
         )
-        console.print(f"{bench.watch.num_steps} steps, {num_steps} of them plain in each stage: {', '.join(bench.rates)}")
-        with device_held(device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")):
+        console.print(
+            f"{bench.watch.num_steps} steps, {num_steps} of them plain in each stage: "
+            f"{', '.join(bench.rates)}"
+        )
+        with device_held(
+            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
+        ):
             before = _limits(bench.dtypes, device=device, clock=clock)
             with bench.watch:
                 bench.run()
@@ -116,7 +138,9 @@ def _limits(dtypes: Sequence[str], *, device: torch.device, clock: Clock) -> dic
     return {dtype: measure_device_limits(device, getattr(torch, dtype), clock=clock) for dtype in dtypes}
 
 
-def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str) -> _Bench:
+def _heads_bench(
+    spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
+) -> _Bench:
     """Return Medusa-1's trainer on the cached states of as many answers as a few batches need."""
     recipe = spec.recipe
     samples = _samples(spec, loaded)
@@ -125,7 +149,11 @@ def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_
     heads = new_heads(loaded, recipe)
     rates = heads_stages(recipe, vocab_size=heads.vocab_size)
     watch = StepWatch(tuple(rates), num_steps=num_steps, clock=clock, marks=partial(heads_marks, heads=heads))
-    changed: dict[str, object] = {"num_epochs": None, "num_steps": watch.num_steps, "full_vocabulary_rate": (len(rates) - 1) / 2}
+    changed: dict[str, object] = {
+        "num_epochs": None,
+        "num_steps": watch.num_steps,
+        "full_vocabulary_rate": (len(rates) - 1) / 2,
+    }
     if "subset" not in rates:
         changed["subset_size"] = None
     texts = [[sample.key, [*sample.prompt_ids, *sample.token_ids]] for sample in samples]
@@ -143,12 +171,20 @@ def _heads_bench(spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_
         save_every_steps=_NEVER,
     )
     dtypes = tuple(sorted({"float32", recipe.matmul_dtype}))
-    return _Bench(watch=watch, run=run, rates=rates, parts=HEADS_PARTS, dtypes=dtypes, environment=environment)
+    return _Bench(
+        watch=watch, run=run, rates=rates, parts=HEADS_PARTS, dtypes=dtypes, environment=environment
+    )
 
 
 def heads_stages(recipe: Medusa1Recipe, *, vocab_size: int) -> dict[str, float]:
-    """Return Medusa-1's stages, with their shares of the recipe's steps: a subset of the vocabulary, then all of it."""
-    full = recipe.full_vocabulary_rate if recipe.subset_size is not None and recipe.subset_size < vocab_size else 1.0
+    """Return Medusa-1's stages, with their shares of the recipe's steps: a subset of the vocabulary, then all
+    of it.
+    """
+    full = (
+        recipe.full_vocabulary_rate
+        if recipe.subset_size is not None and recipe.subset_size < vocab_size
+        else 1.0
+    )
     return {stage: rate for stage, rate in (("subset", 1 - full), ("full", full)) if rate > 0}
 
 
@@ -163,19 +199,28 @@ def _samples(spec: TrainingSuite, loaded: LoadedModel) -> list[CorpusSample]:
         rows += len(sample.token_ids) - 1
     if rows < spec.recipe.batch_positions:
         raise UserError(
-            found=f"{rows} positions", need=f"a batch of {spec.recipe.batch_positions}", where=Path(spec.packed_corpus).name, do="add text"
+            found=f"{rows} positions",
+            need=f"a batch of {spec.recipe.batch_positions}",
+            where=Path(spec.packed_corpus).name,
+            do="add text",
         )
     return taken
 
 
-def _features(samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Recipe, *, folder: Path) -> FeatureSet:
+def _features(
+    samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Recipe, *, folder: Path
+) -> FeatureSet:
     backbone = StepRunner(loaded.model, None, mode="eager").backbone
     store = add_states(backbone, samples, cache_folder=folder, backbone_sha256=loaded.sha256)
     return load_features(store, num_heads=recipe.num_heads, held_out_rate=0.0)
 
 
-def _joint_bench(spec: JointSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str) -> _Bench:
-    """Return the joint trainer on one batch of the recipe's text, the same in every step, so that the counted step is like the timed."""
+def _joint_bench(
+    spec: JointSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
+) -> _Bench:
+    """Return the joint trainer on one batch of the recipe's text, the same in every step, so that the counted
+    step is like the timed.
+    """
     recipe = spec.recipe
     text = read_text(spec, loaded, work=folder).train
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
@@ -194,17 +239,28 @@ def _joint_bench(spec: JointSuite, loaded: LoadedModel, *, folder: Path, num_ste
     planned = recipe.model_copy(update={"num_epochs": None, "num_steps": watch.num_steps, "stage_rate": 0.5})
     subset = token_subset(text, recipe, vocab_size=heads.vocab_size)
     model = MedusaTrainingModel(loaded.model, heads, recipe=planned, subset=subset)
-    arguments = training_arguments(planned, folder=folder / "joint", save_steps=_NEVER, use_cpu=loaded.model.device.type == "cpu")
+    arguments = training_arguments(
+        planned, folder=folder / "joint", save_steps=_NEVER, use_cpu=loaded.model.device.type == "cpu"
+    )
     arguments.set_save(strategy="no")
     arguments.train_sampling_strategy = "sequential"
-    trainer = MedusaTrainer(model, sequences=batch * watch.num_steps, arguments=arguments, on_step=lambda step: watch(step.num_positions))
+    trainer = MedusaTrainer(
+        model,
+        sequences=batch * watch.num_steps,
+        arguments=arguments,
+        on_step=lambda step: watch(step.num_positions),
+    )
     trainer.remove_callback(PrinterCallback)  # standard output is for the table
     dtypes = tuple(sorted({"float32", spec.model.dtype, recipe.autocast or "float32"}))
-    return _Bench(watch=watch, run=trainer.train, rates=rates, parts=JOINT_PARTS, dtypes=dtypes, environment=environment)
+    return _Bench(
+        watch=watch, run=trainer.train, rates=rates, parts=JOINT_PARTS, dtypes=dtypes, environment=environment
+    )
 
 
 def joint_stages(spec: JointSuite) -> dict[str, float]:
-    """Return the joint stages, with their shares of the recipe's steps: the heads alone, then heads and backbone."""
+    """Return the joint stages, with their shares of the recipe's steps: the heads alone, then heads and
+    backbone.
+    """
     if spec.recipe.backbone == "frozen":
         return {"heads": 1.0}
     if spec.recipe.warmup == "two_stage":
@@ -218,19 +274,31 @@ def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) ->
     Raises: UserError where there are fewer.
     """
     if len(sequences) < size:
-        raise UserError(found=f"{len(sequences)} sequences", need=f"a batch of {size}", where="the recipe's text", do="add text")
-    sampler = LikeLengthSampler([len(sequence.token_ids) for sequence in sequences], batch_size=size, seed=seed)
+        raise UserError(
+            found=f"{len(sequences)} sequences",
+            need=f"a batch of {size}",
+            where="the recipe's text",
+            do="add text",
+        )
+    sampler = LikeLengthSampler(
+        [len(sequence.token_ids) for sequence in sequences], batch_size=size, seed=seed
+    )
     order = list(sampler)
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     by_length = sorted(batches, key=lambda batch: max(len(sequences[index].token_ids) for index in batch))
     return tuple(sequences[index] for index in by_length[len(by_length) // 2])
 
 
-def _describe(spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str) -> Environment:
-    """Return where the profile comes from; no engine is built, which would change the attention that joint training runs."""
+def _describe(
+    spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str
+) -> Environment:
+    """Return where the profile comes from; no engine is built, which would change the attention that joint
+    training runs.
+    """
     commit, dirty = git_state(code_folder())
     weight_bytes, heads_bytes = (
-        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters()) for module in (loaded.model, heads)
+        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+        for module in (loaded.model, heads)
     )
     return Environment(
         commit=commit,

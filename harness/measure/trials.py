@@ -10,7 +10,14 @@ from itertools import groupby
 
 import psutil
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine
@@ -33,16 +40,23 @@ def control_texts(session: Session, engine: Engine) -> list[KeptText]:
     """Return vanilla's greedy texts on prompts that are never measured."""
     arm = ArmSpec(name="control", method="vanilla")
     longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
-    runner = ArmRunner(engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock)
+    runner = ArmRunner(
+        engine, arm, tree=None, max_new_tokens=_CONTROL_TOKENS, max_prompt_tokens=longest, clock=session.clock
+    )
     texts = []
     for prompt in session.warmup[:_CONTROL_PROMPTS]:
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+        texts.append(
+            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
+        )
     return texts
 
 
 def arm_runners(session: Session, trees: dict[str, ArmTree]) -> dict[str, ArmRunner]:
-    longest = max(len(prompt.prompt_ids) for prompt in (*session.prompts, *session.warmup)) + session.suite.max_new_tokens
+    longest = (
+        max(len(prompt.prompt_ids) for prompt in (*session.prompts, *session.warmup))
+        + session.suite.max_new_tokens
+    )
     runners = {}
     for arm in session.suite.arms:
         tree: DraftTree | None = trees[arm.name].tree() if arm.name in trees else None
@@ -57,8 +71,12 @@ def arm_runners(session: Session, trees: dict[str, ArmTree]) -> dict[str, ArmRun
     return runners
 
 
-def take_up(store: Store[Generation | Failure], plan: Sequence[PlannedTrial]) -> tuple[set[int], dict[TrialKey, int]]:
-    """Make a store ready to go on; return the finished blocks and, for the other trials, how often each was tried."""
+def take_up(
+    store: Store[Generation | Failure], plan: Sequence[PlannedTrial]
+) -> tuple[set[int], dict[TrialKey, int]]:
+    """Make a store ready to go on; return the finished blocks and, for the other trials, how often each was
+    tried.
+    """
     done = finished_blocks(store.lines(), plan)
     ARM_STEPS.done(store.folder)
     if done.kept:
@@ -67,29 +85,51 @@ def take_up(store: Store[Generation | Failure], plan: Sequence[PlannedTrial]) ->
 
 
 def run_blocks(
-    session: Session, runners: dict[str, ArmRunner], plan: Sequence[PlannedTrial], *, started: float, budget_s: float | None
+    session: Session,
+    runners: dict[str, ArmRunner],
+    plan: Sequence[PlannedTrial],
+    *,
+    started: float,
+    budget_s: float | None,
 ) -> int:
     """Run all blocks that are not done yet; return the peak memory seen."""
     finished, attempts = take_up(session.store, plan)
     prompts = {prompt.key: prompt for prompt in session.prompts}
-    todo = [list(block) for number, block in groupby(plan, key=lambda planned: planned.block) if number not in finished]
+    todo = [
+        list(block)
+        for number, block in groupby(plan, key=lambda planned: planned.block)
+        if number not in finished
+    ]
     if todo:
         with device_turn(session):
             _warm_up(session, runners)
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=session.console) as progress:
-        task = progress.add_task("trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo))
+        task = progress.add_task(
+            "trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo)
+        )
         for number, block in enumerate(todo):
-            may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key  # later rounds only as a whole
+            # later rounds only as a whole
+            may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key
             has_any = number > 0 or bool(finished)
             if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
                 break
             with device_turn(session):
                 for planned in block:
-                    progress.update(task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}"))
+                    progress.update(
+                        task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}")
+                    )
                     prompt = prompts[planned.trial.prompt_key]
-                    outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
+                    outcome = _run_trial(
+                        session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
+                    )
                     session.store.append(outcome)
                     if isinstance(outcome, Generation):
                         peak = max(peak, outcome.peak_memory_bytes or 0)
@@ -109,12 +149,19 @@ def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
                 max_prompt_tokens=len(prompt.prompt_ids),
                 clock=session.clock,
             )
-            with contextlib.suppress(Exception):  # an arm that cannot run fails in its own trials, where it is recorded
+            with contextlib.suppress(
+                Exception
+            ):  # an arm that cannot run fails in its own trials, where it is recorded
                 runner.generate(prompt.prompt_ids, seed=0)
 
 
 def _run_trial(
-    session: Session, runners: dict[str, ArmRunner], planned: PlannedTrial, prompt: SuitePrompt, *, attempt: int
+    session: Session,
+    runners: dict[str, ArmRunner],
+    planned: PlannedTrial,
+    prompt: SuitePrompt,
+    *,
+    attempt: int,
 ) -> Generation | Failure:
     trial = planned.trial
     reset_peak_memory(session.device)
@@ -122,7 +169,11 @@ def _run_trial(
         result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
     except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
         return Failure(
-            trial=trial, order=planned.order, attempt=attempt, error_type=type(error).__name__, message=without_paths(str(error))[:500]
+            trial=trial,
+            order=planned.order,
+            attempt=attempt,
+            error_type=type(error).__name__,
+            message=without_paths(str(error))[:500],
         )
     return Generation(
         trial=trial,
@@ -142,23 +193,39 @@ def _run_trial(
 
 
 def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
-    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's vanilla text of this block."""
+    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's
+    vanilla text of this block.
+    """
     if not session.suite.reports_speed:
         return
     outcomes = RunRecord(session.store.folder).generations
     contexts = {}
     for backbone in session.suite.backbones:
         vanilla = greedy_vanilla(session.suite, backbone).name
-        text = next((item.token_ids for item in outcomes if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key), None)
+        text = next(
+            (
+                item.token_ids
+                for item in outcomes
+                if item.trial.arm == vanilla and item.trial.prompt_key == prompt.key
+            ),
+            None,
+        )
         if text is not None:
             contexts[backbone] = [*prompt.prompt_ids, *text[: len(text) // 2]]
     for arm in session.suite.arms:
         context = contexts.get(arm.backbone)
         if context is not None and arm.method in ("vanilla", "medusa") and not arm.stochastic:
             try:
-                cost = probes.measure_arm_steps(runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock)
-            except Exception as error:  # a broken arm costs only its own figures; its trials are Failures of their own
-                session.console.print(f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}", markup=False)
+                cost = probes.measure_arm_steps(
+                    runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock
+                )
+            except (
+                Exception
+            ) as error:  # a broken arm costs only its own figures; its trials are Failures of their own
+                session.console.print(
+                    f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}",
+                    markup=False,
+                )
                 continue
             if cost.step_s:
                 ARM_STEPS.append(session.store.folder, cost)

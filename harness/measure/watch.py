@@ -1,4 +1,5 @@
-"""Watch a trainer's steps: seconds by the innermost part that runs, and the operations of matrix products as they run.
+"""Watch a trainer's steps: seconds by the innermost part that runs, and the operations of matrix products as
+they run.
 
 The steps of a stage are
 
@@ -30,10 +31,15 @@ HEADS_PARTS = ("states", "logits_loss", "backward", "optimiser", OTHER)
 JOINT_PARTS = ("teacher", "student", "backbone_loss", "heads_loss", "backward", "optimiser", OTHER)
 
 _ATEN = torch.ops.aten
-_FORMULAS: dict[Any, Any] = {  # PyTorch's own, and its CPU attention, which it has no formula for; the arguments are the same
+# PyTorch's own, and its CPU attention, which it has no formula for; the arguments are the same
+_FORMULAS: dict[Any, Any] = {
     **flop_registry,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_ATEN._scaled_dot_product_flash_attention_backward],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
 }
 
 
@@ -78,7 +84,9 @@ class PartClock:
 
 
 class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the floating-point operations of matrix products as they run, by part of the step and by dtype of the factors."""
+    """Counts the floating-point operations of matrix products as they run, by part of the step and by dtype
+    of the factors.
+    """
 
     def __init__(self, parts: PartClock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,7 +103,9 @@ class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return whole
         result = func(*args, **options)
         if formula is not None:
-            factor = next(value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point())
+            factor = next(
+                value for value in args if isinstance(value, torch.Tensor) and value.is_floating_point()
+            )
             dtype = str(factor.dtype).removeprefix("torch.")
             self.flops[self._parts.current][dtype] += int(formula(*args, **options, out_val=result))
         return result
@@ -107,8 +117,8 @@ Marks = Callable[[PartClock], contextlib.AbstractContextManager[None]]
 class StepWatch:
     """Times a trainer's steps, stage by stage; the trainer calls it after each step.
 
-    A stage's first step is dropped, then `num_steps` plain and as many marked ones take turns, and one is counted. Between two steps the
-    marks of the next are set, on no one's time.
+    A stage's first step is dropped, then `num_steps` plain and as many marked ones take turns, and one is
+    counted. Between two steps the marks of the next are set, on no one's time.
     """
 
     def __init__(self, stages: Sequence[str], *, num_steps: int, clock: Clock, marks: Marks) -> None:
@@ -150,7 +160,9 @@ class StepWatch:
     def __enter__(self) -> StepWatch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.close()
 
     def profiles(self, rates: Mapping[str, float], *, parts: Sequence[str]) -> tuple[StageProfile, ...]:
@@ -186,7 +198,9 @@ class StepWatch:
 
 @contextlib.contextmanager
 def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
-    """Mark the parts of Medusa-1's steps: `logits_loss` is the loss but for the heads' own states, with the gradient that it forms."""
+    """Mark the parts of Medusa-1's steps: `logits_loss` is the loss but for the heads' own states, with the
+    gradient that it forms.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_timed(medusa_impl.training.medusa1, "medusa1_loss", parts, part="logits_loss"))
         stack.enter_context(_timed(heads, "states", parts, part="states"))
@@ -197,7 +211,9 @@ def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joint_marks(parts: PartClock, *, model: MedusaTrainingModel, accelerator: Any) -> Iterator[None]:
-    """Mark the parts of joint steps: `student` is the model's call but for losses and teacher; `backward` computes logits again."""
+    """Mark the parts of joint steps: `student` is the model's call but for losses and teacher; `backward`
+    computes logits again.
+    """
 
     def marked_teacher(teacher: Any) -> Any:
         @contextlib.contextmanager

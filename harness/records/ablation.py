@@ -1,9 +1,10 @@
 """The record of an ablation: what every arm did, by text, in sums; no torch, no clock, no device.
 
-A record folder holds `suite.toml`, `environment.json`, `tree.json`, `arms.jsonl` (one line an arm and seed, appended when it is done), for
-each line a trace `trace-ARM-SEED.npz` of the arm's own greedy text, for a tuned backbone `trace-original-text-ARM-SEED.npz` of the original
-model's text, and, but for the start, the log `steps-ARM-SEED.jsonl`, and, last, `manifest.json`, which seals it with the SHA-256 of every
-other file. Ratios are formed in `ablation_figures.py`, each time anew.
+A record folder holds `suite.toml`, `environment.json`, `tree.json`, `arms.jsonl` (one line an arm and seed,
+appended when it is done), for each line a trace `trace-ARM-SEED.npz` of the arm's own greedy text, for a
+tuned backbone `trace-original-text-ARM-SEED.npz` of the original model's text, and, but for the start, the
+log `steps-ARM-SEED.jsonl`, and, last, `manifest.json`, which seals it with the SHA-256 of every other file.
+Ratios are formed in `ablation_figures.py`, each time anew.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 
 
 class TextChange(Frozen):
-    """One text under the original and the tuned model: sums over the positions that its answers' tokens were read at.
+    """One text under the original and the tuned model: sums over the positions that its answers' tokens were
+    read at.
 
-    Units: nats. `kl_sum` is KL(original || tuned); the likelihoods are of the text's own tokens; `num_agreements` counts
-    equal first choices.
+    Units: nats. `kl_sum` is KL(original || tuned); the likelihoods are of the text's own tokens;
+    `num_agreements` counts equal first choices.
     """
 
     key: str
@@ -43,7 +45,9 @@ class TextChange(Frozen):
 
 
 class GreedyText(Frozen):
-    """One prompt's greedy answers: lengths, and how many tokens they share before they part (all of them where they are equal)."""
+    """One prompt's greedy answers: lengths, and how many tokens they share before they part (all of them
+    where they are equal).
+    """
 
     key: str
     num_tokens: int
@@ -71,9 +75,10 @@ class HeadText(Frozen):
 class ArmResult(Frozen):
     """One arm with one seed: what it trained on, and what came of backbone and heads.
 
-    `recipe` is the [recipe] table as it ran, None for the start. `held_out` are the original model's own greedy answers, `references` texts
-    of another hand. `memory_bytes` is the most that a step of training held (on a CPU: of its process). `backbone_sha256s` are the
-    hashes of a frozen backbone's tensors in memory before and behind its training.
+    `recipe` is the [recipe] table as it ran, None for the start. `held_out` are the original model's own
+    greedy answers, `references` texts of another hand. `memory_bytes` is the most that a step of training
+    held (on a CPU: of its process). `backbone_sha256s` are the hashes of a frozen backbone's tensors in
+    memory before and behind its training.
     """
 
     schema_version: Literal[1] = 1
@@ -142,7 +147,11 @@ class AblationRecord(RecordFolder):
 
     @cached_property
     def manifest(self) -> AblationManifest | None:
-        return self._read("manifest.json", AblationManifest) if (self.folder / "manifest.json").exists() else None
+        return (
+            self._read("manifest.json", AblationManifest)
+            if (self.folder / "manifest.json").exists()
+            else None
+        )
 
     @cached_property
     def tree(self) -> ArmTree:
@@ -162,7 +171,8 @@ class AblationRecord(RecordFolder):
         return Trace.load(self.folder / trace_file(result.label))
 
     def original_text_trace(self, result: ArmResult) -> Trace | None:
-        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's own text is that text.
+        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's
+        own text is that text.
 
         None in a record from before it was taken.
         """
@@ -175,9 +185,15 @@ class AblationRecord(RecordFolder):
         """Return the training steps of an arm; none for the start."""
         path = self.folder / steps_file(result.label)
         try:
-            return tuple(StepPoint.model_validate_json(line) for line in path.read_text().splitlines()) if path.exists() else ()
+            return (
+                tuple(StepPoint.model_validate_json(line) for line in path.read_text().splitlines())
+                if path.exists()
+                else ()
+            )
         except (OSError, ValidationError) as error:
-            raise UserError(found="an unreadable step log", need="one step a line", where=path.name) from error
+            raise UserError(
+                found="an unreadable step log", need="one step a line", where=path.name
+            ) from error
 
 
 def newest_ablations(results: Path) -> tuple[AblationRecord, ...]:

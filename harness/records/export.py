@@ -1,4 +1,6 @@
-"""A record as flat tables for pandas, CSV and Parquet: raw counts and seconds, so that a reader forms ratios from totals."""
+"""A record as flat tables for pandas, CSV and Parquet: raw counts and seconds, so that a reader forms ratios
+from totals.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ GENERATION_COLUMNS: Mapping[str, str] = {
     "category": "category of the prompt; empty where it has none",
     "prompt_tokens": "tokens of the prompt",
     "num_tokens": "kept tokens, the prefill's token included",
-    "num_steps": "decoding steps after the prefill; tokens/step of many rows is sum(num_tokens - 1) / sum(num_steps)",
+    "num_steps": "decoding steps after the prefill; tokens/step of many rows is sum(num_tokens - 1) / "
+    "sum(num_steps)",
     "ended_by": "eos (end of sequence) or budget",
     "prefill_s": "seconds until the first token",
     "decode_s": "seconds on the decode clock, which starts at the first token",
@@ -55,12 +58,24 @@ STEP_COLUMNS: Mapping[str, str] = {
     "context_tokens": "tokens known when the step began, prompt included",
     "timing_valid": "as in the table of generations",
 }
-_WHOLE_NUMBERS = ("round", "seed", "order", "attempt", "prompt_tokens", "num_tokens", "num_steps", "peak_memory_bytes", "cache_bytes")
+_WHOLE_NUMBERS = (
+    "round",
+    "seed",
+    "order",
+    "attempt",
+    "prompt_tokens",
+    "num_tokens",
+    "num_steps",
+    "peak_memory_bytes",
+    "cache_bytes",
+)
 _WORDS = ("commit", "category", "ended_by", "error_type", "message")
 
 
 def generations_frame(record: RunRecord) -> pd.DataFrame:
-    """Return one row a trial, in the order of the run, failures included; the columns are those of `GENERATION_COLUMNS`."""
+    """Return one row a trial, in the order of the run, failures included; the columns are those of
+    `GENERATION_COLUMNS`.
+    """
     outcomes: list[Generation | Failure] = [*record.generations, *_last_failures(record)]
     outcomes.sort(key=lambda outcome: outcome.order)
     rows = [{**_origin(record, outcome), **_measurements(outcome)} for outcome in outcomes]
@@ -75,8 +90,16 @@ def steps_frame(record: RunRecord) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for generation in record.generations:
         origin, known = _origin(record, generation), generation.prompt_tokens + 1
-        for step, (tokens, seconds) in enumerate(zip(generation.step_tokens, generation.step_times_s, strict=True)):
-            measured = {"step": step, "tokens": tokens, "step_s": seconds, "context_tokens": known, "timing_valid": generation.timing_valid}
+        for step, (tokens, seconds) in enumerate(
+            zip(generation.step_tokens, generation.step_times_s, strict=True)
+        ):
+            measured = {
+                "step": step,
+                "tokens": tokens,
+                "step_s": seconds,
+                "context_tokens": known,
+                "timing_valid": generation.timing_valid,
+            }
             rows.append({**origin, **measured})
             known += tokens
     frame = pd.DataFrame(rows, columns=list(STEP_COLUMNS))
@@ -102,7 +125,9 @@ def export(record: RunRecord, target: Path, *, table: ExportTable = "generations
     try:
         write_bytes(target, content)
     except OSError as error:
-        raise UserError(found=f"a failed write ({error.strerror})", need="room and permission", where=target.name) from error
+        raise UserError(
+            found=f"a failed write ({error.strerror})", need="room and permission", where=target.name
+        ) from error
 
 
 def _last_failures(record: RunRecord) -> tuple[Failure, ...]:
@@ -129,6 +154,15 @@ def _measurements(outcome: Generation | Failure) -> dict[str, Any]:
     shared = {"status": outcome.kind, "order": outcome.order, "attempt": outcome.attempt}
     if isinstance(outcome, Failure):
         return {**shared, "error_type": outcome.error_type, "message": outcome.message}
-    names = ("category", "prompt_tokens", "num_tokens", "num_steps", "ended_by", "prefill_s", "decode_s", "wall_s")
+    names = (
+        "category",
+        "prompt_tokens",
+        "num_tokens",
+        "num_steps",
+        "ended_by",
+        "prefill_s",
+        "decode_s",
+        "wall_s",
+    )
     more = ("timing_valid", "peak_memory_bytes", "cache_bytes", "load_average")
     return {**shared, **{name: getattr(outcome, name) for name in (*names, *more)}}

@@ -23,7 +23,8 @@ class SealedFiles(Protocol):
 
 
 class RecordFolder(ABC):
-    """The folder of a record of any kind, read lazily and validated; `kind`, `finished` and `again` are its words in errors.
+    """The folder of a record of any kind, read lazily and validated; `kind`, `finished` and `again` are its
+    words in errors.
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
@@ -43,11 +44,21 @@ class RecordFolder(ABC):
     def check_seal(self) -> None:
         """Refuse a record whose files differ from what its manifest says."""
         if self.manifest is None:
-            raise UserError(found="no manifest.json", need=self.finished, where=self.folder.name, do="resume it with the same command")
+            raise UserError(
+                found="no manifest.json",
+                need=self.finished,
+                where=self.folder.name,
+                do="resume it with the same command",
+            )
         for name, digest in self.manifest.sha256.items():
             found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
             if found != digest:
-                raise UserError(found=f"SHA-256 {found[:12]}", need=digest[:12], where=name, do=f"restore the file or {self.again}")
+                raise UserError(
+                    found=f"SHA-256 {found[:12]}",
+                    need=digest[:12],
+                    where=name,
+                    do=f"restore the file or {self.again}",
+                )
 
     def _text(self, name: str) -> str:
         try:
@@ -59,7 +70,9 @@ class RecordFolder(ABC):
         try:
             return model.model_validate_json(self._text(name))
         except ValidationError as error:
-            raise UserError(found=first_fault(error), need=f"a {model.__name__} record", where=name) from error
+            raise UserError(
+                found=first_fault(error), need=f"a {model.__name__} record", where=name
+            ) from error
 
     def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
         return self._read(name, model) if (self.folder / name).exists() else None

@@ -25,9 +25,9 @@ POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json"
 class LatencyPoint(PointKey):
     """Raw times of one combination, or why it was skipped.
 
-    `backbone_s` is one forward pass over the nodes of every row; `heads_s` the heads at one state a row; `step_s` a whole step of the
-    decoding loop: heads, candidates, backbone, acceptance, compaction (a vanilla step for one node; none for nodes without heads).
-    `peak_memory_bytes` is that of the point's group.
+    `backbone_s` is one forward pass over the nodes of every row; `heads_s` the heads at one state a row;
+    `step_s` a whole step of the decoding loop: heads, candidates, backbone, acceptance, compaction (a vanilla
+    step for one node; none for nodes without heads). `peak_memory_bytes` is that of the point's group.
     """
 
     schema_version: Literal[1] = 1
@@ -87,8 +87,9 @@ class ModelFacts(Frozen):
         return 2 * self.num_layers * self.num_key_value_heads * self.head_size * tokens * DTYPE_BYTES[dtype]
 
     def needed_bytes(self, key: PointKey, *, packs: bool) -> int:
-        """Bytes that a point needs: weights, their packed copies where a run `packs` any, cache, and logits once as they are and once as
-        float32."""
+        """Bytes that a point needs: weights, their packed copies where a run `packs` any, cache, and logits
+        once as they are and once as float32.
+        """
         weights = self.num_parameters + self.head_parameters
         copies = self.step_parameters + self.head_parameters if packs else 0
         logits = key.batch * (key.num_nodes + key.num_heads) * self.vocab_size
@@ -212,8 +213,10 @@ class LatencyRecord(RecordFolder):
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Up to which batch drafting pays: the largest measured batch with a speedup above 1 (None: at none), and the batch at which the
-    speedup crosses 1, linear in log2 of the batch between that one and the next (None where it does not)."""
+    """Up to which batch drafting pays: the largest measured batch with a speedup above 1 (None: at none), and
+    the batch at which the speedup crosses 1, linear in log2 of the batch between that one and the next (None
+    where it does not).
+    """
 
     largest_batch: int | None
     crossing: float | None
@@ -243,11 +246,15 @@ def break_even(speedups: Mapping[int, float]) -> BreakEven:
 
 def read_points(path: Path, *, allow_torn_tail: bool = False) -> tuple[LatencyPoint, ...]:
     """Read a `points.jsonl` as `files.read_lines` does."""
-    return read_lines(path, LatencyPoint.model_validate_json, holds="one point", allow_torn_tail=allow_torn_tail)
+    return read_lines(
+        path, LatencyPoint.model_validate_json, holds="one point", allow_torn_tail=allow_torn_tail
+    )
 
 
 def limits_file(dtype: str, *, first: str) -> str:
-    """Return the file that holds the device's limits in a dtype: the spec's first dtype has the plain name."""
+    """Return the file that holds the device's limits in a dtype: the spec's first dtype has the plain
+    name.
+    """
     return "device_limits.json" if dtype == first else f"device_limits_{dtype}.json"
 
 

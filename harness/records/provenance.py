@@ -32,7 +32,9 @@ class TunedOrigin(Frozen):
 
 
 class Provenance(Frozen):
-    """Where a record comes from, whatever its kind. `commit` is None outside a git checkout, and the report says so."""
+    """Where a record comes from, whatever its kind. `commit` is None outside a git checkout, and the report
+    says so.
+    """
 
     schema_version: Literal[1] = 1
     commit: str | None
@@ -63,7 +65,18 @@ class Environment(Provenance):
     assets: dict[str, str] = {}
 
 
-ENGINE_IDENTITY = ("commit", "dirty", "packages", "device", "engine", "dtype", "backbone_sha256", "heads_sha256", "tuned", "prompts_sha256")
+ENGINE_IDENTITY = (
+    "commit",
+    "dirty",
+    "packages",
+    "device",
+    "engine",
+    "dtype",
+    "backbone_sha256",
+    "heads_sha256",
+    "tuned",
+    "prompts_sha256",
+)
 """The fields of an `Environment` that two sessions of one record must agree on."""
 
 

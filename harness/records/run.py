@@ -1,9 +1,10 @@
 """What a run leaves on disk: versioned, validated records; everything after them is a function of them.
 
-A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by line), the probes
-(`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last,
-`manifest.json`, which seals it with the SHA-256 of every other file. What a suite's tuned backbone has of its own has `-tuned` in its
-name (`file_of`). No clock, device or torch is needed to read one.
+A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by
+line), the probes (`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`, in half
+precision `rounding.json`), `trace.npz`, and, last, `manifest.json`, which seals it with the SHA-256 of every
+other file. What a suite's tuned backbone has of its own has `-tuned` in its name (`file_of`). No clock,
+device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 
 TIE_MARGIN_FLOAT32 = 5e-4  # design.md, section 7: rounding moved top-two gaps by at most 8e-5 in trials
-# Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred positions miss the rarest shift.
+# Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred
+# positions miss the rarest shift.
 TIE_SHIFTS = 2.0
 
 
@@ -43,8 +45,9 @@ class TrialKey(Frozen):
 class Generation(Frozen):
     """One finished trial: raw token ids, raw per-step counts and times.
 
-    `token_ids` are y_1..y_n after the shared cut (end-of-sequence or budget). `step_tokens[s]` counts the kept tokens of decoding step
-    s and sums to n - 1, since the prefill yields y_1; `step_times_s` are aligned with it. The decode clock starts when y_1 is on the host.
+    `token_ids` are y_1..y_n after the shared cut (end-of-sequence or budget). `step_tokens[s]` counts the
+    kept tokens of decoding step s and sums to n - 1, since the prefill yields y_1; `step_times_s` are aligned
+    with it. The decode clock starts when y_1 is on the host.
     """
 
     schema_version: Literal[1] = 1
@@ -102,7 +105,9 @@ _OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
 
 
 class StepCost(Frozen):
-    """Separately timed steps of one shape: backbone alone, and the whole step with heads, candidates, acceptance and compaction."""
+    """Separately timed steps of one shape: backbone alone, and the whole step with heads, candidates,
+    acceptance and compaction.
+    """
 
     arm: str | None = None
     num_nodes: int
@@ -120,9 +125,11 @@ class StepCosts(Frozen):
 
 
 class ProfileRow(Frozen):
-    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its steps).
+    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its
+    steps).
 
-    `backbone_s` and `heads_s` are the calls of the modules themselves; `candidates_s` includes positions and mask."""
+    `backbone_s` and `heads_s` are the calls of the modules themselves; `candidates_s` includes positions and
+    mask."""
 
     arm: str
     num_steps: int
@@ -147,7 +154,9 @@ class Profile(Frozen):
 
 
 class DeviceLimits(Frozen):
-    """What this device can do, measured in the same run: best of several repeats of a read-only and a matrix product benchmark."""
+    """What this device can do, measured in the same run: best of several repeats of a read-only and a matrix
+    product benchmark.
+    """
 
     schema_version: Literal[1] = 1
     read_bandwidth_bytes_per_s: float
@@ -156,7 +165,9 @@ class DeviceLimits(Frozen):
 
 
 class HeadsControl(Frozen):
-    """Trained heads against freshly initialised and randomly weighted ones, before any timing is kept (held-out top-1 share per head)."""
+    """Trained heads against freshly initialised and randomly weighted ones, before any timing is kept
+    (held-out top-1 share per head).
+    """
 
     schema_version: Literal[1] = 1
     num_positions: int
@@ -166,7 +177,8 @@ class HeadsControl(Frozen):
 
 
 class ShapeShift(Frozen):
-    """How far the steps of some arms, all of `num_nodes` tokens, move a figure away from what the trace's pass gives at the same positions.
+    """How far the steps of some arms, all of `num_nodes` tokens, move a figure away from what the trace's
+    pass gives at the same positions.
 
     One value a position, the largest of it: the nodes that hold the position, or the heads read there.
     Units: `p50`, `p90`, `p99` and `largest` are absolute differences of logits.
@@ -182,9 +194,11 @@ class ShapeShift(Frozen):
 
 
 class Rounding(Frozen):
-    """How far this dtype's rounding moves logits between the shapes in which a run computes one position, on text of no benchmark prompt.
+    """How far this dtype's rounding moves logits between the shapes in which a run computes one position, on
+    text of no benchmark prompt.
 
-    `gaps`: the difference of the two tokens that the trace's pass finds best; with `generate` of transformers, where an arm uses it.
+    `gaps`: the difference of the two tokens that the trace's pass finds best; with `generate` of
+    transformers, where an arm uses it.
     `heads`: the difference of any two of a draft head's best candidates, of those ranks that a tree may name.
     """
 
@@ -226,7 +240,9 @@ class ArmTrees(Frozen):
 
 
 class Likelihood(Frozen):
-    """Mean log-likelihood of one sampled generation under the original backbone at temperature 1 (nats a token)."""
+    """Mean log-likelihood of one sampled generation under the original backbone at temperature 1 (nats a
+    token).
+    """
 
     trial: TrialKey
     mean_log_likelihood: float
@@ -284,7 +300,9 @@ class RunRecord(RecordFolder):
     def failures(self) -> tuple[Failure, ...]:
         """Trials that failed and were not repeated with success."""
         done = {outcome.trial for outcome in self.outcomes if isinstance(outcome, Generation)}
-        return tuple(outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done)
+        return tuple(
+            outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done
+        )
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:
@@ -336,7 +354,9 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def trace(self) -> Trace | None:
-        """The trace of the original backbone's greedy vanilla generations, with the backbone's top-two gaps and the heads' losses."""
+        """The trace of the original backbone's greedy vanilla generations, with the backbone's top-two gaps
+        and the heads' losses.
+        """
         return self.trace_of("original")
 
     def trace_of(self, backbone: BackboneName) -> Trace | None:
@@ -353,12 +373,16 @@ class RunRecord(RecordFolder):
 
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
     """Read a `generations.jsonl` as `read_lines` does."""
-    return read_lines(path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail)
+    return read_lines(
+        path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail
+    )
 
 
 def read_arm_steps(path: Path, *, allow_torn_tail: bool = False) -> tuple[StepCost, ...]:
     """Read an `arm_steps.jsonl` as `read_lines` does."""
-    return read_lines(path, StepCost.model_validate_json, holds="one arm's separate steps", allow_torn_tail=allow_torn_tail)
+    return read_lines(
+        path, StepCost.model_validate_json, holds="one arm's separate steps", allow_torn_tail=allow_torn_tail
+    )
 
 
 RUN = StoreKind(

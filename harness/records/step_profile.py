@@ -1,11 +1,13 @@
-"""Where the time of a step goes, for vanilla and for trees of growing size: the record of a profiling run, and what follows from it.
+"""Where the time of a step goes, for vanilla and for trees of growing size: the record of a profiling run,
+and what follows from it.
 
 A step of N nodes is cut into parts; what no part covers is the host's:
 
     mask | backbone | heads | candidates | acceptance | cache | host
            the calls of the modules      everything else is our own code
 
-Step cost is the backbone's share of that story, overhead the whole of it: a tree pays where it yields more tokens a step than its overhead.
+Step cost is the backbone's share of that story, overhead the whole of it: a tree pays where it yields more
+tokens a step than its overhead.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ OWN_CODE_BOUND = 0.03  # of a step: the most that this project allows itself
 class SizeProfile(Frozen):
     """The timed steps of one tree; the root alone is vanilla decoding.
 
-    Steps are timed in turn with and without marks around their parts. A mark makes the host wait for the device, so `parts_s` and
-    `step_s`, aligned step by step, tell where the time goes, and `unmarked_step_s` how long a step takes. `kept_tokens` are those of all
-    timed steps in order. `device_busy_s` is the summed time of kernels a step, None on a CPU.
+    Steps are timed in turn with and without marks around their parts. A mark makes the host wait for the
+    device, so `parts_s` and `step_s`, aligned step by step, tell where the time goes, and `unmarked_step_s`
+    how long a step takes. `kept_tokens` are those of all timed steps in order. `device_busy_s` is the summed
+    time of kernels a step, None on a CPU.
     """
 
     tree: ArmTree
@@ -67,7 +70,9 @@ class SizeProfile(Frozen):
     @property
     def host_s(self) -> tuple[float, ...]:
         """What is left of each marked step's wall time."""
-        return tuple(step - sum(parts) for step, *parts in zip(self.step_s, *self.parts_s.values(), strict=True))
+        return tuple(
+            step - sum(parts) for step, *parts in zip(self.step_s, *self.parts_s.values(), strict=True)
+        )
 
     @property
     def seconds(self) -> dict[str, tuple[float, ...]]:
@@ -86,7 +91,9 @@ class SizeProfile(Frozen):
 
     @property
     def idle_share(self) -> float | None:
-        """Share of an unmarked step in which the device ran no kernel; None on a CPU. Kernels that overlap count twice, so 0 at least."""
+        """Share of an unmarked step in which the device ran no kernel; None on a CPU. Kernels that overlap
+        count twice, so 0 at least.
+        """
         return None if self.device_busy_s is None else max(0.0, 1 - self.device_busy_s / self.mean_step_s)
 
 
@@ -94,8 +101,8 @@ class SizeProfile(Frozen):
 class SizeFactors:
     """What one tree's step costs against vanilla's, and what it must and should yield.
 
-    `overhead` is also the tokens a step that the tree would need for a speedup of 1. The predicted speedup is composed of the calibration
-    trace and of measured steps.
+    `overhead` is also the tokens a step that the tree would need for a speedup of 1. The predicted speedup is
+    composed of the calibration trace and of measured steps.
     Paper: Appendix B.1, overhead = mean step latency with heads and tree / vanilla's.
     """
 
@@ -114,7 +121,9 @@ class SizeFactors:
 
 
 class StepProfile(Frozen):
-    """A profiling run: steps of every size behind the same kept texts, sizes in turn. `context_tokens` are these texts' lengths."""
+    """A profiling run: steps of every size behind the same kept texts, sizes in turn. `context_tokens` are
+    these texts' lengths.
+    """
 
     schema_version: Literal[1] = 1
     suite: str
@@ -157,9 +166,13 @@ def read_step_profile(path: Path) -> StepProfile:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(found=f"{key}: {first['msg']}", need="a StepProfile record", where=path.name) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="a StepProfile record", where=path.name
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable {path.name}", need="a profile record", where="the command line") from error
+        raise UserError(
+            found=f"no readable {path.name}", need="a profile record", where="the command line"
+        ) from error
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -169,5 +182,9 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) >= 1 for word in words):
-        raise UserError(found=f"--nodes {text}", need="whole numbers of at least 1 with commas between them", where="the command line")
+        raise UserError(
+            found=f"--nodes {text}",
+            need="whole numbers of at least 1 with commas between them",
+            where="the command line",
+        )
     return tuple(sorted({1, *map(int, words)}))

@@ -1,4 +1,6 @@
-"""A record under way: open or resume, append, seal. There is one store; what differs between kinds of records is a `StoreKind`."""
+"""A record under way: open or resume, append, seal. There is one store; what differs between kinds of records
+is a `StoreKind`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from harness.files import DataFile, file_sha256, write_bytes, write_json
 from harness.records.provenance import Provenance, machine_slug
 
 MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
-_PATH_KEYS = ("path", "adapter", "calibration_trace", "packed_corpus", "start_heads", "heads_path", "suite", "trace", "latency")
+_PATH_KEYS = (
+    "path",
+    "adapter",
+    "calibration_trace",
+    "packed_corpus",
+    "start_heads",
+    "heads_path",
+    "suite",
+    "trace",
+    "latency",
+)
 
 LineT = TypeVar("LineT", bound=BaseModel)
 ReadT = TypeVar("ReadT", bound=BaseModel, covariant=True)
@@ -33,14 +45,18 @@ class ReadsLines(Protocol[ReadT]):
 
 @dataclass(frozen=True)
 class LineFile(Generic[LineT]):
-    """A file of a record that grows by whole lines, each flushed to disk; a kill leaves at most half a last one."""
+    """A file of a record that grows by whole lines, each flushed to disk; a kill leaves at most half a last
+    one.
+    """
 
     name: str
     read: ReadsLines[LineT]
     leaves_out_absent: bool = False
 
     def done(self, folder: Path) -> tuple[LineT, ...]:
-        """Return the lines that are there; half a last one is dropped from the file, so that the next is not appended to it."""
+        """Return the lines that are there; half a last one is dropped from the file, so that the next is not
+        appended to it.
+        """
         if not (folder / self.name).exists():
             return ()
         found = self.read(folder / self.name, allow_torn_tail=True)
@@ -66,8 +82,9 @@ class LineFile(Generic[LineT]):
 class StoreKind(Generic[LineT]):
     """How a record of one kind lies on disk while it is under way, and what makes a folder another run's.
 
-    `home` are the folders under the results before the spec's name; `begun` reads what a folder was begun with; `identity` names the
-    fields of its provenance that a resume must find again; `unsealed` are files that can be made from the others again.
+    `home` are the folders under the results before the spec's name; `begun` reads what a folder was begun
+    with; `identity` names the fields of its provenance that a resume must find again; `unsealed` are files
+    that can be made from the others again.
     """
 
     noun: str
@@ -88,8 +105,16 @@ class Store(Generic[LineT]):
         self.folder, self.kind = folder, kind
 
     @staticmethod
-    def open(results: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None = None) -> Store[LineT]:
-        """Return the store to write to: `resume`, else the newest unfinished run of the same spec and identity, else a new folder.
+    def open(
+        results: Path,
+        *,
+        kind: StoreKind[LineT],
+        spec: DataFile,
+        provenance: Provenance,
+        resume: Path | None = None,
+    ) -> Store[LineT]:
+        """Return the store to write to: `resume`, else the newest unfinished run of the same spec and
+        identity, else a new folder.
 
         Raises: UserError where `resume` names a run that is finished or that was begun with something else.
         """
@@ -109,7 +134,9 @@ class Store(Generic[LineT]):
         write_bytes(self.folder / self.kind.spec_file, tomli_w.dumps(portable(spec)).encode())
 
     def lines(self) -> tuple[LineT, ...]:
-        """Return the lines that are done; what a kill left, half a last line and temporary files, is dropped first."""
+        """Return the lines that are done; what a kill left, half a last line and temporary files, is dropped
+        first.
+        """
         for left_over in self.folder.glob("*.tmp"):
             left_over.unlink()
         return self.kind.lines.done(self.folder)
@@ -123,18 +150,27 @@ class Store(Generic[LineT]):
         self.kind.lines.append(self.folder, *lines)
 
     def seal(self, manifest: type[ManifestT], **counts: Any) -> ManifestT:
-        """Write the manifest, last of all, and return it; `counts` are its fields but for the time and the hashes."""
-        sealed = manifest(finished_utc=utc_now(), sha256=hashes(self.folder, unsealed=self.kind.unsealed), **counts)
+        """Write the manifest, last of all, and return it; `counts` are its fields but for the time and the
+        hashes.
+        """
+        sealed = manifest(
+            finished_utc=utc_now(), sha256=hashes(self.folder, unsealed=self.kind.unsealed), **counts
+        )
         write_json(self.folder / MANIFEST_FILE, sealed)
         return sealed
 
 
 def portable(spec: BaseModel) -> dict[str, Any]:
-    """Return a spec as a record keeps it: absolute paths, which name a machine or a user, cut to their last part."""
+    """Return a spec as a record keeps it: absolute paths, which name a machine or a user, cut to their last
+    part.
+    """
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: Path(inner).name if _is_absolute_path(key, inner) else cut(inner) for key, inner in value.items()}
+            return {
+                key: Path(inner).name if _is_absolute_path(key, inner) else cut(inner)
+                for key, inner in value.items()
+            }
         return [cut(inner) for inner in value] if isinstance(value, list) else value
 
     data: dict[str, Any] = cut(spec.model_dump(mode="json", exclude_none=True))
@@ -146,7 +182,9 @@ def _is_absolute_path(key: str, value: Any) -> bool:
 
 
 def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FILE)) -> dict[str, str]:
-    """Return the SHA-256 of every file that a manifest seals: all but itself and what can be made from the others again."""
+    """Return the SHA-256 of every file that a manifest seals: all but itself and what can be made from the
+    others again.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in unsealed)
     return {name: file_sha256(folder / name) for name in names if not name.endswith(".tmp")}
 
@@ -156,26 +194,38 @@ def utc_now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def _unfinished(home: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None) -> Path | None:
-    """Return the folder to go on in: the one to `resume`, or the newest unfinished one of the same run; None where there is none."""
+def _unfinished(
+    home: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None
+) -> Path | None:
+    """Return the folder to go on in: the one to `resume`, or the newest unfinished one of the same run; None
+    where there is none.
+    """
     if resume is not None:
         if (resume / MANIFEST_FILE).exists():
             raise UserError(found=f"a finished {kind.noun}", need="an unfinished one", where=resume.name)
         if other := _difference(resume, kind=kind, spec=spec, provenance=provenance):
             need = f"the one that began the {kind.noun}"
-            raise UserError(found=f"another {other}", need=need, where=resume.name, do=f"start a new {kind.noun}")
+            raise UserError(
+                found=f"another {other}", need=need, where=resume.name, do=f"start a new {kind.noun}"
+            )
         return resume
     for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
         if (folder / MANIFEST_FILE).exists():
             continue
-        with contextlib.suppress(UserError):  # what another version or a damaged disk left must not stop a new run
+        with contextlib.suppress(
+            UserError
+        ):  # what another version or a damaged disk left must not stop a new run
             if _difference(folder, kind=kind, spec=spec, provenance=provenance) is None:
                 return folder
     return None
 
 
-def _difference(folder: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance) -> str | None:
-    """Return the first thing in which what a folder was begun with differs from this run; None where nothing does."""
+def _difference(
+    folder: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance
+) -> str | None:
+    """Return the first thing in which what a folder was begun with differs from this run; None where nothing
+    does.
+    """
     begun, then = kind.begun(folder)
     if begun != type(spec).model_validate(portable(spec)):
         return kind.spec_noun

@@ -1,8 +1,10 @@
-"""What a sweep leaves on disk: versioned, validated records; tables, figures and verdicts are functions of them. No torch, no device.
+"""What a sweep leaves on disk: versioned, validated records; tables, figures and verdicts are functions of
+them. No torch, no device.
 
-A record folder holds `sweep.toml`, `origin.json`, `trees.json`, `cells.jsonl` (one line a finished cell, appended as it ends) and, last,
-`manifest.json`, which seals it with the SHA-256 of every other file. A cell is what is computed or run at once and never in part: all
-trees on one curve, one sampled setting, or one decoded tree; a cell that could not be had says why.
+A record folder holds `sweep.toml`, `origin.json`, `trees.json`, `cells.jsonl` (one line a finished cell,
+appended as it ends) and, last, `manifest.json`, which seals it with the SHA-256 of every other file. A cell
+is what is computed or run at once and never in part: all trees on one curve, one sampled setting, or one
+decoded tree; a cell that could not be had says why.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from medusa_impl.tree import DraftTree, RankPath
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 Context = Literal["trace"] | int
 
-CHAIN, CARTESIAN, DENSE, MARGINALS, JOINT, CHOSEN = "chain", "Cartesian", "random dense", "marginals", "joint", "cost-aware"
+CHAIN, CARTESIAN, DENSE, MARGINALS, JOINT, CHOSEN = (
+    "chain",
+    "Cartesian",
+    "random dense",
+    "marginals",
+    "joint",
+    "cost-aware",
+)
 
 Method = Literal["independent", "joint"]
 
@@ -46,7 +55,8 @@ class TraceFacts(Frozen):
 class PredictionError(Frozen):
     """How far predictions are off: absolute relative errors, as shares of the measured time.
 
-    `median_ratio` is measured over predicted: what a prediction has to be multiplied by to be right half of the time.
+    `median_ratio` is measured over predicted: what a prediction has to be multiplied by to be right half of
+    the time.
     """
 
     num_points: int = Field(ge=1)
@@ -56,8 +66,9 @@ class PredictionError(Frozen):
 
 
 class RooflineError(Frozen):
-    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in which a constant factor
-    cancels; `limits` says whose limits it was given there."""
+    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in
+    which a constant factor cancels; `limits` says whose limits it was given there.
+    """
 
     devices: tuple[str, ...]
     limits: tuple[Literal["measured", "data sheet"], ...]
@@ -66,10 +77,11 @@ class RooflineError(Frozen):
 
 
 class SweepOrigin(Provenance):
-    """Where a sweep comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the machine that composed.
+    """Where a sweep comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the
+    machine that composed.
 
-    The executor `local` ran the run cells there too; with `ray` each run cell says where it ran. `commit` is None outside a git
-    checkout, and the report says so.
+    The executor `local` ran the run cells there too; with `ray` each run cell says where it ran. `commit` is
+    None outside a git checkout, and the report says so.
     """
 
     executor: Literal["local", "ray"] = "local"
@@ -80,7 +92,9 @@ class SweepOrigin(Provenance):
 
 
 class TreeRate(Frozen):
-    """Replayed tokens/step of one tree: rows decoded alone, or in batches where a batch takes as many steps as its slowest row."""
+    """Replayed tokens/step of one tree: rows decoded alone, or in batches where a batch takes as many steps
+    as its slowest row.
+    """
 
     batch: int
     tree: int
@@ -88,7 +102,9 @@ class TreeRate(Frozen):
 
 
 class SweepTree(Frozen):
-    """One tree of a sweep: how many heads it was allowed, and every family that came up with it, the first one first."""
+    """One tree of a sweep: how many heads it was allowed, and every family that came up with it, the first
+    one first.
+    """
 
     paths: tuple[RankPath, ...]
     num_heads: int
@@ -120,8 +136,9 @@ class SweepTrees(Frozen):
 class ChosenTree(Frozen):
     """What one search chose for a cell, and what that tree yields on the trace.
 
-    `promised` is the tokens/step that the search believed in. `step_cost` is the backbone alone against one node at the median context;
-    `overhead` the mean step against vanilla's; `speedups` the speedup by batch, where the cell was asked for it.
+    `promised` is the tokens/step that the search believed in. `step_cost` is the backbone alone against one
+    node at the median context; `overhead` the mean step against vanilla's; `speedups` the speedup by batch,
+    where the cell was asked for it.
     """
 
     method: Method
@@ -142,8 +159,9 @@ class ChosenTree(Frozen):
 class CurveLabel(Frozen):
     """Which device, model shape, dtype and mode a curve is of, where it comes from, and what it is worth.
 
-    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint` changes with any figure behind
-    the curve. `weights_sha256` is that of the model that was timed, None for random weights and predictions.
+    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint`
+    changes with any figure behind the curve. `weights_sha256` is that of the model that was timed, None for
+    random weights and predictions.
     """
 
     device: str
@@ -165,9 +183,10 @@ class CurveLabel(Frozen):
 class ComposedCell(Frozen):
     """All trees on one curve at one batch: columns of figures, one entry a tree that the curve covers.
 
-    `context` is "trace" where each step is priced at the length that its text had. `kind` is that of speedups and tokens/s; tokens/step
-    are replayed whatever it says, step times are `curve.kind`. `beyond_share` is the share of vanilla steps at lengths that the curve
-    does not cover, priced at the nearest one that it does. Units: `step_s` seconds, the mean over the replayed steps.
+    `context` is "trace" where each step is priced at the length that its text had. `kind` is that of speedups
+    and tokens/s; tokens/step are replayed whatever it says, step times are `curve.kind`. `beyond_share` is
+    the share of vanilla steps at lengths that the curve does not cover, priced at the nearest one that it
+    does. Units: `step_s` seconds, the mean over the replayed steps.
     """
 
     schema_version: Literal[1] = 1
@@ -200,7 +219,9 @@ class ComposedCell(Frozen):
 
 
 class RanOn(Frozen):
-    """Which node of a cluster ran a cell: the start of the random id that Ray gave it (no host name, no address), and what it is."""
+    """Which node of a cluster ran a cell: the start of the random id that Ray gave it (no host name, no
+    address), and what it is.
+    """
 
     node: str
     accelerator_type: str | None
@@ -210,7 +231,8 @@ class RanOn(Frozen):
 
 
 class SampledRow(Frozen):
-    """One text: counts and, in nats, the summed log-likelihood of its tokens under the original backbone at temperature 1.
+    """One text: counts and, in nats, the summed log-likelihood of its tokens under the original backbone at
+    temperature 1.
 
     `step_tokens` sums to `num_tokens` - 1, since the prefill yields the first token.
     """
@@ -247,7 +269,9 @@ class SampledCell(Frozen):
 
 
 class StepDifference(Frozen):
-    """The first step at which decoding took another path than the replay; a `tie` lies within rounding, anything else is a `bug`."""
+    """The first step at which decoding took another path than the replay; a `tie` lies within rounding,
+    anything else is a `bug`.
+    """
 
     prompt_key: str
     position: int
@@ -257,7 +281,9 @@ class StepDifference(Frozen):
 
 
 class DecodedRow(Frozen):
-    """One prompt decoded for real, by vanilla and with the tree in turn, on the decode clock; composed times are of the same steps."""
+    """One prompt decoded for real, by vanilla and with the tree in turn, on the decode clock; composed times
+    are of the same steps.
+    """
 
     prompt_key: str
     num_tokens: int
@@ -283,7 +309,9 @@ class DecodedCell(Frozen):
     @property
     def key(self) -> str:
         """What makes the cell this one."""
-        return decoded_key(self.tree, accelerator_type=self.ran_on.accelerator_type if self.ran_on is not None else None)
+        return decoded_key(
+            self.tree, accelerator_type=self.ran_on.accelerator_type if self.ran_on is not None else None
+        )
 
 
 class FailedCell(Frozen):
@@ -314,12 +342,16 @@ def sampled_key(setting: SampledSetting) -> str:
 
 
 def decoded_key(tree: int | Literal["none"], *, accelerator_type: str | None = None) -> str:
-    """Return the key of a decoded cell; on a cluster every accelerator type has its own. `none` is where there is no curve to check."""
+    """Return the key of a decoded cell; on a cluster every accelerator type has its own. `none` is where
+    there is no curve to check.
+    """
     return f"decoded {tree}" + (f" on {accelerator_type}" if accelerator_type is not None else "")
 
 
 class SweepManifest(Frozen):
-    """Written last: a folder without it is an unfinished sweep. `num_planned` counts what was asked for, run cells included."""
+    """Written last: a folder without it is an unfinished sweep. `num_planned` counts what was asked for, run
+    cells included.
+    """
 
     schema_version: Literal[1] = 1
     sweep: str
@@ -358,7 +390,9 @@ class SweepRecord(RecordFolder):
 
     @cached_property
     def manifest(self) -> SweepManifest | None:
-        return self._read("manifest.json", SweepManifest) if (self.folder / "manifest.json").exists() else None
+        return (
+            self._read("manifest.json", SweepManifest) if (self.folder / "manifest.json").exists() else None
+        )
 
     @property
     def composed(self) -> tuple[ComposedCell, ...]:

@@ -25,16 +25,22 @@ Ints = NDArray[np.int64]
 
 
 class TraceProvenance(BaseModel):
-    """What a trace was recorded from: enough to refuse another model's heads and to say where a figure comes from."""
+    """What a trace was recorded from: enough to refuse another model's heads and to say where a figure comes
+    from.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_hash: str = Field(description="hash of the backbone's tensors")
     heads_hash: str = Field(description="hash of the draft heads' tensors")
     dtype: str = Field(description="dtype of the forward pass, such as float32")
-    max_new_tokens: int = Field(ge=1, description="token budget of every prompt, first token and end-of-sequence counted")
+    max_new_tokens: int = Field(
+        ge=1, description="token budget of every prompt, first token and end-of-sequence counted"
+    )
     versions: Mapping[str, str] = Field(default_factory=dict, description="library to version")
-    extra: Mapping[str, JsonValue] = Field(default_factory=dict, description="anything else worth keeping: commit, device, prompt set")
+    extra: Mapping[str, JsonValue] = Field(
+        default_factory=dict, description="anything else worth keeping: commit, device, prompt set"
+    )
 
 
 class _PromptHeader(BaseModel):
@@ -59,8 +65,9 @@ class _TraceHeader(BaseModel):
 class PromptTrace:
     """One prompt's kept tokens and how each draft head ranked them.
 
-    Shapes: `tokens` [n]; `ranks` [n, K], -1 exactly where i + k > n; `gaps` [n], the backbone's top-two logit gap when it produced
-    y_i; `nll` [n, K], head k's negative log-likelihood of y_{i+k} in nats, nan beyond the end.
+    Shapes: `tokens` [n]; `ranks` [n, K], -1 exactly where i + k > n; `gaps` [n], the backbone's top-two logit
+    gap when it produced y_i; `nll` [n, K], head k's negative log-likelihood of y_{i+k} in nats, nan beyond
+    the end.
     Raises: UserError on any other shape or content. Arrays are copied and made read-only.
     """
 
@@ -76,20 +83,37 @@ class PromptTrace:
     def __post_init__(self) -> None:
         tokens, ranks = np.asarray(self.tokens), np.asarray(self.ranks)
         if tokens.ndim != 1 or not len(tokens) or not _is_integer(tokens):
-            self._refuse(f"tokens of shape {tokens.shape} and type {tokens.dtype}", "at least one token id in one row")
+            self._refuse(
+                f"tokens of shape {tokens.shape} and type {tokens.dtype}", "at least one token id in one row"
+            )
         if ranks.ndim != 2 or len(ranks) != len(tokens) or not ranks.shape[1] or not _is_integer(ranks):
-            self._refuse(f"ranks of shape {ranks.shape} and type {ranks.dtype}", f"whole numbers of shape ({len(tokens)}, heads)")
+            self._refuse(
+                f"ranks of shape {ranks.shape} and type {ranks.dtype}",
+                f"whole numbers of shape ({len(tokens)}, heads)",
+            )
         beyond = np.arange(1, len(tokens) + 1)[:, None] + np.arange(1, ranks.shape[1] + 1) > len(tokens)
         if not np.array_equal(ranks < 0, beyond) or (ranks < -1).any():
-            self._refuse("a rank where there is no token, or none where there is one", "-1 exactly where i + k > n")
+            self._refuse(
+                "a rank where there is no token, or none where there is one", "-1 exactly where i + k > n"
+            )
         if self.prompt_tokens < 1 or self.ended_by not in ("eos", "budget"):
-            self._refuse(f"{self.prompt_tokens} prompt tokens, ended by {self.ended_by!r}", "at least 1 prompt token, and eos or budget")
+            self._refuse(
+                f"{self.prompt_tokens} prompt tokens, ended by {self.ended_by!r}",
+                "at least 1 prompt token, and eos or budget",
+            )
         for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
             if (array := getattr(self, name)) is not None and np.shape(array) != shape:
                 self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
         if self.nll is not None and not np.array_equal(np.isnan(self.nll), beyond):
-            self._refuse("a likelihood that is no number, or one beyond the end", "nan exactly where i + k > n")
-        for name, dtype in (("tokens", np.int64), ("ranks", np.int32), ("gaps", np.float32), ("nll", np.float32)):
+            self._refuse(
+                "a likelihood that is no number, or one beyond the end", "nan exactly where i + k > n"
+            )
+        for name, dtype in (
+            ("tokens", np.int64),
+            ("ranks", np.int32),
+            ("gaps", np.float32),
+            ("nll", np.float32),
+        ):
             if (array := getattr(self, name)) is not None:
                 copy = np.array(array, dtype=dtype)
                 copy.setflags(write=False)
@@ -113,7 +137,8 @@ class PromptTrace:
 class Trace:
     """The traces of a set of prompts, all of one model, one set of heads and one budget.
 
-    Raises: UserError if there is no prompt, a key occurs twice, prompts differ in heads or optional arrays, or one breaks the budget.
+    Raises: UserError if there is no prompt, a key occurs twice, prompts differ in heads or optional arrays,
+    or one breaks the budget.
     """
 
     provenance: TraceProvenance
@@ -126,14 +151,26 @@ class Trace:
         budget = self.provenance.max_new_tokens
         kind = {(prompt.num_heads, prompt.gaps is None, prompt.nll is None) for prompt in self.prompts}
         if len(kind) > 1:
-            raise UserError(found="prompts with different heads or optional arrays", need="the same for every prompt", where="the trace")
+            raise UserError(
+                found="prompts with different heads or optional arrays",
+                need="the same for every prompt",
+                where="the trace",
+            )
         seen: set[str] = set()
         for prompt in self.prompts:
             if prompt.key in seen:
-                raise UserError(found=f"prompt {prompt.key!r} twice", need="every prompt once", where="the trace")
-            if prompt.num_kept_tokens > budget or (prompt.ended_by == "budget" and prompt.num_kept_tokens != budget):
-                found = f"{prompt.num_kept_tokens} tokens ended by {prompt.ended_by} for prompt {prompt.key!r}"
-                raise UserError(found=found, need=f"at most {budget} tokens, exactly as many where the budget ended it")
+                raise UserError(
+                    found=f"prompt {prompt.key!r} twice", need="every prompt once", where="the trace"
+                )
+            if prompt.num_kept_tokens > budget or (
+                prompt.ended_by == "budget" and prompt.num_kept_tokens != budget
+            ):
+                found = (
+                    f"{prompt.num_kept_tokens} tokens ended by {prompt.ended_by} for prompt {prompt.key!r}"
+                )
+                raise UserError(
+                    found=found, need=f"at most {budget} tokens, exactly as many where the budget ended it"
+                )
             seen.add(prompt.key)
 
     @property
@@ -171,7 +208,9 @@ class Trace:
                 for prompt in prompts
             ),
         )
-        arrays: dict[str, NDArray[Any]] = {"header": np.frombuffer(header.model_dump_json().encode(), dtype=np.uint8)}
+        arrays: dict[str, NDArray[Any]] = {
+            "header": np.frombuffer(header.model_dump_json().encode(), dtype=np.uint8)
+        }
         for name in ("tokens", "ranks", "gaps", "nll"):
             if getattr(prompts[0], name) is not None:
                 arrays[name] = np.concatenate([getattr(prompt, name) for prompt in prompts])
@@ -183,14 +222,18 @@ class Trace:
             write_bytes(target, buffer.getvalue())
         except OSError as error:
             raise UserError(
-                found=f"a failed write ({error})", need="room and permission", where=str(path), do="free space there"
+                found=f"a failed write ({error})",
+                need="room and permission",
+                where=str(path),
+                do="free space there",
             ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """The trace of a file that `save` wrote.
 
-        Raises: UserError if the file is missing, truncated, corrupt, of another version, or breaks the rules of a trace.
+        Raises: UserError if the file is missing, truncated, corrupt, of another version, or breaks the rules
+        of a trace.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -200,12 +243,25 @@ class Trace:
         except ValidationError as error:
             first = error.errors()[0]
             found = f"a header whose {'.'.join(map(str, first['loc']))} is wrong ({first['msg']})"
-            raise UserError(found=found, need=f"a trace of schema version {SCHEMA_VERSION}", where=str(path)) from error
+            raise UserError(
+                found=found, need=f"a trace of schema version {SCHEMA_VERSION}", where=str(path)
+            ) from error
         except UserError as error:
             raise UserError(found=error.found, need=error.need, where=str(path)) from error
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            TypeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             found = f"no readable trace ({type(error).__name__}: {error})"
-            raise UserError(found=found, need="a whole .npz trace", where=str(path), do="record it again") from error
+            raise UserError(
+                found=found, need="a whole .npz trace", where=str(path), do="record it again"
+            ) from error
 
 
 def _split(headers: Iterable[_PromptHeader], arrays: Mapping[str, NDArray[Any]]) -> list[PromptTrace]:
@@ -227,7 +283,11 @@ def _split(headers: Iterable[_PromptHeader], arrays: Mapping[str, NDArray[Any]])
             )
         )
     if any(len(array) != start for array in arrays.values()):
-        raise UserError(found="arrays of another length than the header says", need=f"{start} positions", do="record it again")
+        raise UserError(
+            found="arrays of another length than the header says",
+            need=f"{start} positions",
+            do="record it again",
+        )
     return prompts
 
 

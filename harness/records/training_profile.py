@@ -1,4 +1,5 @@
-"""Which share of the matrix throughput training steps reach, and where the rest of their time goes: records, headline and table. Pure.
+"""Which share of the matrix throughput training steps reach, and where the rest of their time goes: records,
+headline and table. Pure.
 
     share = sum over dtypes (counted operations / matrix throughput) / seconds of a step
 
@@ -32,12 +33,16 @@ class MatrixThroughput(Frozen):
 
     @property
     def flop_per_s(self) -> float:
-        """The better of both: a limit is the most that the device was seen to do, so a share of it can only come out too small."""
+        """The better of both: a limit is the most that the device was seen to do, so a share of it can only
+        come out too small.
+        """
         return max(self.before_flop_per_s, self.after_flop_per_s)
 
 
 class PartProfile(Frozen):
-    """One part of a stage's steps: its seconds in every marked step, and the operations of its products by dtype."""
+    """One part of a stage's steps: its seconds in every marked step, and the operations of its products by
+    dtype.
+    """
 
     name: str
     seconds: tuple[float, ...] = Field(min_length=1)
@@ -45,9 +50,11 @@ class PartProfile(Frozen):
 
 
 class StageProfile(Frozen):
-    """The timed steps of one stage: `step_s` untouched, the parts' from marked steps; `other` is what no part covers.
+    """The timed steps of one stage: `step_s` untouched, the parts' from marked steps; `other` is what no part
+    covers.
 
-    `step_rate` is the stage's share of the recipe's steps; `num_positions` are the positions that one step learns from.
+    `step_rate` is the stage's share of the recipe's steps; `num_positions` are the positions that one step
+    learns from.
     """
 
     name: str
@@ -80,7 +87,8 @@ class StageProfile(Frozen):
 class TrainingProfile(Frozen):
     """A profile of a recipe's training steps.
 
-    Products that checkpointing computes again count as often as they run, and masked attention counts in full.
+    Products that checkpointing computes again count as often as they run, and masked attention counts in
+    full.
     """
 
     schema_version: Literal[1] = 1
@@ -127,6 +135,10 @@ def read_training_profile(path: Path) -> TrainingProfile:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(found=f"{key}: {first['msg']}", need="a TrainingProfile record", where=path.name) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="a TrainingProfile record", where=path.name
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable {path.name}", need="a training profile", where="the command line") from error
+        raise UserError(
+            found=f"no readable {path.name}", need="a training profile", where="the command line"
+        ) from error

@@ -12,7 +12,17 @@ from rich.table import Table
 from harness.judge.ablation import MEDUSA1_ARM, AblationRow
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
-from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, percent, section, significant, table
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    count,
+    finished_words,
+    megabytes,
+    percent,
+    section,
+    significant,
+    table,
+)
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.run_tables import render_verdicts
 from harness.specs.ablation import START_ARM
@@ -38,33 +48,55 @@ _HEADERS = (
     "top-1 of each head",
 )
 _NOTE = """\
-*tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one tree* is the same for all, *own
-best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over `medusa1`, whose heads trained on the
-same tokens on a frozen backbone; *over the start*: over the heads that all arms begin with, which had seen this corpus before, so that
+*tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one \
+tree* is the same for all, *own
+best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over \
+`medusa1`, whose heads trained on the
+same tokens on a frozen backbone; *over the start*: over the heads that all arms begin with, which had seen \
+this corpus before, so that
 training on may also set them back; *on the original's text* every arm reads the same answers, so that
-text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that stood in the same answer
+text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that \
+stood in the same answer
 before. *held-out KL*: KL(original || tuned) a token on the original's own
-greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard labels lower it, since they
-are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, seeds pooled; {seeds} has the
+greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard \
+labels lower it, since they
+are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, \
+seeds pooled; {seeds} has the
 seeds."""
 _SEEDS_NOTE = (
-    "Each seed draws its own answers, their order and the first adapter: how far its figures lie apart is what another training gives."
+    "Each seed draws its own answers, their order and the first adapter: how far its figures "
+    "lie apart is what another training gives."
 )
 _SIGNS_ONLY = "**Signs and orders only**: the budget is too small to decide a claim."
 _RANKS_SHOWN = (1, 2, 3, 5, 10)
-_HEADS_NOTE = "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."
+_HEADS_NOTE = (
+    "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."
+)
 _REFERENCE_NOTE = "Texts of another hand: MT-Bench's reference answers, both turns, original to tuned."
 
 
-def render_ablation(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, has_curves: bool) -> str:
-    """Return the whole report: what was compared, the table, seeds, texts of another hand, verdicts, curves, provenance."""
+def render_ablation(
+    record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, has_curves: bool
+) -> str:
+    """Return the whole report: what was compared, the table, seeds, texts of another hand, verdicts, curves,
+    provenance.
+    """
     parts = [
         f"# {record.spec.name}",
         _summary(record),
-        section("Recipes side by side", outcome_in_words(rows), render_ablation_table(rows), _NOTE.format(seeds="the next table")),
+        section(
+            "Recipes side by side",
+            outcome_in_words(rows),
+            render_ablation_table(rows),
+            _NOTE.format(seeds="the next table"),
+        ),
         section("Seeds", _render_seeds(rows), _SEEDS_NOTE),
         section("Heads", _render_heads(rows), _HEADS_NOTE),
-        section("Texts of another hand", _render_references(rows), _REFERENCE_NOTE if any(row.categories for row in rows) else ""),
+        section(
+            "Texts of another hand",
+            _render_references(rows),
+            _REFERENCE_NOTE if any(row.categories for row in rows) else "",
+        ),
         section("Verdicts", render_verdicts(verdicts) if verdicts else ""),
         section("Curves", f"![losses, lambda_0 and divergence by step]({CURVES_FILE})" if has_curves else ""),
         section("Provenance", _render_provenance(record)),
@@ -78,14 +110,17 @@ def render_ablation_table(rows: Sequence[AblationRow]) -> str:
 
 
 def outcome_in_words(rows: Sequence[AblationRow]) -> str:
-    """Return a sentence for each way of training the backbone to stay: how far it went from the original, and what was gained by it."""
+    """Return a sentence for each way of training the backbone to stay: how far it went from the original, and
+    what was gained by it.
+    """
     by_arm = {row.arm: row for row in rows}
     sentences = []
     for name in ("two_stage", "ramped"):
         if (row := by_arm.get(name)) is None:
             continue
         further = [
-            f"`{other}`'s {_four(by_arm[other].kl)}{_apart(by_arm[other].kl_above) if name == 'ramped' else ''}"
+            f"`{other}`'s "
+            f"{_four(by_arm[other].kl)}{_apart(by_arm[other].kl_above) if name == 'ramped' else ''}"
             for other in ("direct", "hard_labels")
             if other in by_arm
         ]
@@ -109,16 +144,25 @@ def _against_one(gain: Interval) -> str:
 
 
 def render_readme_ablation(
-    record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, base: Path, elsewhere: Mapping[str, str]
+    record: AblationRecord,
+    rows: Sequence[AblationRow],
+    verdicts: Sequence[ClaimVerdict],
+    *,
+    base: Path,
+    elsewhere: Mapping[str, str],
 ) -> str:
-    """Return what the README shows of an ablation: where it was run, the outcome, the table, the claims that it decides, the picture.
+    """Return what the README shows of an ablation: where it was run, the outcome, the table, the claims that
+    it decides, the picture.
 
-    `base` is the README's folder, which links are given from; `elsewhere` names the suite that decides a claim in this one's place.
+    `base` is the README's folder, which links are given from; `elsewhere` names the suite that decides a
+    claim in this one's place.
     """
     environment, folder = record.environment, record.folder.resolve()
     origin = (
-        f"Suite `{record.spec.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
-        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; {record.spec.answer_tokens:,} answer tokens an arm, "
+        f"Suite `{record.spec.name}` with {cell(environment.model_name)} on "
+        f"{cell(describe_device(environment))}, "
+        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}; "
+        f"{record.spec.answer_tokens:,} answer tokens an arm, "
         f"{count(record.spec.held_out.num_prompts, 'held-out prompt')}."
     )
     if not record.spec.decides_claims:
@@ -142,17 +186,31 @@ def render_readme_ablation(
 
 def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> None:
     """Print the arms and the tested claims."""
-    grid = Table("arm", "seeds", "tokens/step", "gain", "gain on the original's text", "repeats itself", "KL, nats", "agrees", "perplexity")
+    grid = Table(
+        "arm",
+        "seeds",
+        "tokens/step",
+        "gain",
+        "gain on the original's text",
+        "repeats itself",
+        "KL, nats",
+        "agrees",
+        "perplexity",
+    )
     for row in rows:
         cells = _cells(row)
         grid.add_row(cells[0], *cells[2:6], cells[8], cells[10], *cells[12:14])
     console.print(grid)
     for verdict in verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
-            console.print(f"{verdict.claim_id}: {verdict.kind.value} ({verdict.ours})", highlight=False, markup=False)
+            console.print(
+                f"{verdict.claim_id}: {verdict.kind.value} ({verdict.ours})", highlight=False, markup=False
+            )
 
 
-def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]) -> dict[str, Any]:
+def ablation_headline(
+    record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict]
+) -> dict[str, Any]:
     """Return the one JSON object that ends a run's output."""
     return {
         "ablation": record.spec.name,
@@ -163,7 +221,9 @@ def ablation_headline(record: AblationRecord, rows: Sequence[AblationRow], verdi
             row.arm: {
                 "tokens_per_step": round(row.tokens_per_step.estimate, 4),
                 "gain": None if row.gain is None else round(row.gain.estimate, 4),
-                "original_text_gain": None if row.original_text_gain is None else round(row.original_text_gain.estimate, 4),
+                "original_text_gain": None
+                if row.original_text_gain is None
+                else round(row.original_text_gain.estimate, 4),
                 "start_gain": None if row.start_gain is None else round(row.start_gain.estimate, 4),
                 "repetition": None if row.repetition is None else round(row.repetition.estimate, 4),
                 "kl": round(row.kl.estimate, 6),
@@ -180,7 +240,8 @@ def _summary(record: AblationRecord) -> str:
     spec, environment = record.spec, record.environment
     words = (
         f"{cell(spec.description)} {cell(environment.model_name)} on {cell(describe_device(environment))}; "
-        f"{count(len(spec.arms), 'arm')}, {count(len(spec.seeds), 'seed')}, {spec.answer_tokens:,} answer tokens each, "
+        f"{count(len(spec.arms), 'arm')}, {count(len(spec.seeds), 'seed')}, {spec.answer_tokens:,} answer "
+        "tokens each, "
         f"{count(spec.held_out.num_prompts, 'held-out prompt')} of {spec.held_out.max_new_tokens} tokens."
     )
     if record.manifest is None:
@@ -240,7 +301,14 @@ def _render_seeds(rows: Sequence[AblationRow]) -> str:
 def _render_heads(rows: Sequence[AblationRow]) -> str:
     num_heads = len(rows[0].top_accuracies)
     cells = [
-        (row.arm, *(", ".join(percent(accuracies[rank - 1]) for rank in _RANKS_SHOWN) for accuracies in row.top_accuracies)) for row in rows
+        (
+            row.arm,
+            *(
+                ", ".join(percent(accuracies[rank - 1]) for rank in _RANKS_SHOWN)
+                for accuracies in row.top_accuracies
+            ),
+        )
+        for row in rows
     ]
     return table(["arm", *(f"head {head + 1}" for head in range(num_heads))], cells)
 
@@ -253,7 +321,10 @@ def _render_references(rows: Sequence[AblationRow]) -> str:
     for row in rows:
         by_name = {change.category: change for change in row.categories}
         shown = [
-            _from_to((by_name[name].original_perplexity, by_name[name].tuned_perplexity)) if name in by_name else ABSENT for name in names
+            _from_to((by_name[name].original_perplexity, by_name[name].tuned_perplexity))
+            if name in by_name
+            else ABSENT
+            for name in names
         ]
         total = ABSENT if row.reference_perplexity is None else _from_to(row.reference_perplexity)
         cells.append((row.arm, _four(row.reference_kl), total, *shown))
@@ -271,21 +342,36 @@ def _render_provenance(record: AblationRecord) -> str:
         ("started, finished", f"{started}, {finished}"),
         ("device", describe_device(environment)),
         ("engine", f"{environment.engine}, {environment.dtype}"),
-        ("packages", ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items()))),
+        (
+            "packages",
+            ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items())),
+        ),
         ("model", f"{environment.model_name}, SHA-256 {environment.backbone_sha256[:16]}"),
         ("heads at the start", f"SHA-256 {(environment.heads_sha256 or '')[:16]}"),
         ("texts", f"SHA-256 {environment.prompts_sha256[:16]}"),
-        ("shared heads read", ", ".join(f"{arm}: the {words} LM head" for arm, words in _lm_heads_read(record))),
-        ("one tree", f"{record.tree.tree().fingerprint}, {count(len(record.tree.paths), 'path')}, {record.tree.origin}"),
+        (
+            "shared heads read",
+            ", ".join(f"{arm}: the {words} LM head" for arm, words in _lm_heads_read(record)),
+        ),
+        (
+            "one tree",
+            f"{record.tree.tree().fingerprint}, {count(len(record.tree.paths), 'path')}, "
+            f"{record.tree.origin}",
+        ),
         *(
             (
                 f"{result.label}",
-                f"heads {result.heads_sha256[:16]}, adapter {(result.adapter_sha256 or ABSENT)[:16]}, {count(result.num_steps, 'step')}",
+                f"heads {result.heads_sha256[:16]}, adapter {(result.adapter_sha256 or ABSENT)[:16]}, "
+                f"{count(result.num_steps, 'step')}",
             )
             for result in record.results
             if result.arm != START_ARM
         ),
-        ("intervals", f"{100 * record.spec.interval.level:g} % bootstrap over texts, {record.spec.interval.num_resamples:,} resamples"),
+        (
+            "intervals",
+            f"{100 * record.spec.interval.level:g} % bootstrap over texts, "
+            f"{record.spec.interval.num_resamples:,} resamples",
+        ),
         ("record", record.folder.name),
     ]
     return table(["", ""], rows)
@@ -294,7 +380,9 @@ def _render_provenance(record: AblationRecord) -> str:
 def _lm_heads_read(record: AblationRecord) -> list[tuple[str, str]]:
     recipes = {result.arm: result.recipe for result in record.results if result.recipe is not None}
     return [
-        (arm, str(recipe.get("heads_lm_head", "original"))) for arm, recipe in recipes.items() if recipe.get("architecture") == "shared"
+        (arm, str(recipe.get("heads_lm_head", "original")))
+        for arm, recipe in recipes.items()
+        if recipe.get("architecture") == "shared"
     ]
 
 
@@ -303,8 +391,12 @@ def _from_to(values: tuple[float, float]) -> str:
 
 
 def _three(interval: Interval | None) -> str:
-    return ABSENT if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return (
+        ABSENT if interval is None else f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    )
 
 
 def _four(interval: Interval | None) -> str:
-    return ABSENT if interval is None else f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    return (
+        ABSENT if interval is None else f"{interval.estimate:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    )

@@ -1,4 +1,6 @@
-"""Figures, names and tables as text: sensible digits, units, and nothing that says who or where the reader is."""
+"""Figures, names and tables as text: sensible digits, units, and nothing that says who or where the reader
+is.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from harness.stats import Interval
 
 ABSENT = "–"
 _WIDE_CELL = 40
-_START_S = 60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
+_START_S = (
+    60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
+)
 _TAG = re.compile(r"<(?=[A-Za-z/!])")
 
 
@@ -72,7 +76,9 @@ def count(number: int, noun: str, *, plural: str | None = None) -> str:
 
 
 def finished_words(started_utc: str, finished_utc: str, *, elapsed_s: float) -> str:
-    """Return when a run ended and how many minutes it took; a resumed run counts `elapsed_s` from its last start, and that is said."""
+    """Return when a run ended and how many minutes it took; a resumed run counts `elapsed_s` from its last
+    start, and that is said.
+    """
     between_s = (datetime.fromisoformat(finished_utc) - datetime.fromisoformat(started_utc)).total_seconds()
     resumed = between_s > elapsed_s + _START_S
     return f"{finished_utc} ({elapsed_s / 60:.1f} minutes{' since it was resumed' if resumed else ''})"
@@ -87,7 +93,9 @@ def cell(value: object) -> str:
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; columns are padded to line up unless a cell is too long for that to help."""
     cells = [[cell(value) for value in row] for row in rows]
-    text = tabulate(cells, headers=[cell(header) for header in headers], tablefmt="pipe", disable_numparse=True)
+    text = tabulate(
+        cells, headers=[cell(header) for header in headers], tablefmt="pipe", disable_numparse=True
+    )
     if any(len(value) > _WIDE_CELL for row in cells for value in row):
         text = re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", text))
     return text

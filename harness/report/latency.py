@@ -1,4 +1,6 @@
-"""A latency record as Markdown, as a terminal table, and as one JSON object: step times, step costs, modes, speed against batch."""
+"""A latency record as Markdown, as a terminal table, and as one JSON object: step times, step costs, modes,
+speed against batch.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,20 @@ from harness.report.provenance import describe_commit, describe_device
 from harness.report.run import relative_folder
 
 _POINTS_NOTE = """\
-Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the same context and batch,
-without heads. *read limit*: the weights and the kept keys and values, read once at the bandwidth measured in this run, as a share of the
-backbone's time. *predicted*: the roofline with this run's bandwidth and matrix throughput. *step*: a whole step of the decoding loop
+Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at \
+the same context and batch,
+without heads. *read limit*: the weights and the kept keys and values, read once at the bandwidth measured \
+in this run, as a share of the
+backbone's time. *predicted*: the roofline with this run's bandwidth and matrix throughput. *step*: a whole \
+step of the decoding loop
 (heads, candidates, backbone, acceptance, compaction); *overhead*: that against the vanilla step."""
 _MODES_NOTE = """\
-Vanilla decoding on the decode clock, every mode and Hugging Face `generate` on the same prompts in turn; brackets hold bootstrap
-intervals over prompts. *bandwidth*: the weights that a step must read, as a share of what the device can read in that time. *N nodes*:
-step cost, the backbone's pass over N nodes against one, at {context} context tokens, batch 1, without heads. *same text*: prompts whose
+Vanilla decoding on the decode clock, every mode and Hugging Face `generate` on the same prompts in turn; \
+brackets hold bootstrap
+intervals over prompts. *bandwidth*: the weights that a step must read, as a share of what the device can \
+read in that time. *N nodes*:
+step cost, the backbone's pass over N nodes against one, at {context} context tokens, batch 1, without \
+heads. *same text*: prompts whose
 tokens equal those of `generate`. The mode that `auto` takes is marked *."""
 
 
@@ -65,7 +73,10 @@ def render_latency_report(record: LatencyRecord) -> str:
         *heading,
         section("Table of modes", render_modes_table(record)),
         section("Speed against batch", render_batches(record)),
-        *(section(f"Step times: {dtype}, {mode}", render_points(record, dtype=dtype, mode=mode)) for dtype, mode in _curves(record)),
+        *(
+            section(f"Step times: {dtype}, {mode}", render_points(record, dtype=dtype, mode=mode))
+            for dtype, mode in _curves(record)
+        ),
         section("Skipped", _render_skipped(record)),
         section("Provenance", _render_provenance(record)),
     ]
@@ -77,8 +88,17 @@ def render_modes_table(record: LatencyRecord) -> str:
     rows, spec = mode_rows(record), record.spec.modes_table
     if not rows or spec is None:
         return ""
-    headers = ["dtype", "mode", "tokens/s", "against `generate`", "bandwidth", *(count(size, "node") for size in spec.sizes), "same text"]
-    return f"{table(headers, [_mode_cells(row, sizes=spec.sizes) for row in rows])}\n\n{_MODES_NOTE.format(context=spec.context_tokens)}"
+    headers = [
+        "dtype",
+        "mode",
+        "tokens/s",
+        "against `generate`",
+        "bandwidth",
+        *(count(size, "node") for size in spec.sizes),
+        "same text",
+    ]
+    cells = [_mode_cells(row, sizes=spec.sizes) for row in rows]
+    return f"{table(headers, cells)}\n\n{_MODES_NOTE.format(context=spec.context_tokens)}"
 
 
 def render_batches(record: LatencyRecord) -> str:
@@ -98,18 +118,36 @@ def render_batches(record: LatencyRecord) -> str:
         for point in points
     ]
     headers = ["batch", "vanilla, tokens/s", "Medusa, tokens/s", "speedup", "tokens/step a row", "groups"]
-    where = f"{record.batches.dtype}, {record.batches.mode}, a tree of {count(len(tree.paths), 'node')} ({cell(tree.origin)})"
+    where = (
+        f"{record.batches.dtype}, {record.batches.mode}, a tree of {count(len(tree.paths), 'node')} "
+        f"({cell(tree.origin)})"
+    )
     note = (
-        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows together, intervals over groups of "
-        f"texts. A row that has ended idles until its batch has, and still counts in tokens/step. Break-even: {_break_even_words(record)}."
+        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows "
+        "together, intervals over groups of "
+        "texts. A row that has ended idles until its batch has, and still counts in tokens/step. "
+        f"Break-even: {_break_even_words(record)}."
     )
     return f"{table(headers, rows)}\n\n{note}"
 
 
 def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     """Return every measured point of a dtype and mode, and how far the roofline is off."""
-    points = sorted(_measured(record, dtype=dtype, mode=mode), key=lambda point: (point.batch, point.context_tokens, point.num_nodes))
-    headers = ["batch", "context", "nodes", "heads", "backbone, ms", "step cost", "read limit", "predicted, ms", "measured / predicted"]
+    points = sorted(
+        _measured(record, dtype=dtype, mode=mode),
+        key=lambda point: (point.batch, point.context_tokens, point.num_nodes),
+    )
+    headers = [
+        "batch",
+        "context",
+        "nodes",
+        "heads",
+        "backbone, ms",
+        "step cost",
+        "read limit",
+        "predicted, ms",
+        "measured / predicted",
+    ]
     headers += ["heads, ms", "step, ms", "overhead"]
     lines = [table(headers, [_point_cells(record, point, among=points) for point in points]), _POINTS_NOTE]
     predictions = [made for point in points if (made := predict(record, point)) is not None]
@@ -117,7 +155,10 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
         lines.append(_error_words(prediction_error(predictions)))
     correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
     smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
-    lines.append(f"Composition makes these times monotone in the number of nodes, which moves {smoothing}; the record keeps them raw.")
+    lines.append(
+        f"Composition makes these times monotone in the number of nodes, which moves {smoothing}; the "
+        "record keeps them raw."
+    )
     return "\n\n".join(lines)
 
 
@@ -128,7 +169,11 @@ def render_readme_modes(record: LatencyRecord, *, base: Path) -> str:
         f"{_model_words(record)} on {cell(describe_device(environment))}, {environment.started_utc[:10]}, "
         f"commit {describe_commit(environment)}."
     )
-    batches = f"Break-even batch of Medusa over vanilla: {_break_even_words(record)}." if record.batches is not None else ""
+    batches = (
+        f"Break-even batch of Medusa over vanilla: {_break_even_words(record)}."
+        if record.batches is not None
+        else ""
+    )
     absolute = record.folder.resolve()
     link = f"From the record `{absolute.name}`."
     if absolute.is_relative_to(base.resolve()):
@@ -149,8 +194,16 @@ def print_latency(console: Console, record: LatencyRecord) -> None:
             shown.add_row(dtype, mode, str(batch), str(context), milliseconds(one_s), "  ".join(costs))
     console.print(shown)
     for row in mode_rows(record):
-        figures = f"{rate_interval(row.tokens_per_s)} tokens/s, {ratio_interval(row.over_stock)} of Hugging Face generate"
-        console.print(f"{row.dtype} {row.mode}{' (auto)' if row.is_auto else ''}: {figures}", highlight=False, markup=False, soft_wrap=True)
+        figures = (
+            f"{rate_interval(row.tokens_per_s)} tokens/s, {ratio_interval(row.over_stock)} of "
+            "Hugging Face generate"
+        )
+        console.print(
+            f"{row.dtype} {row.mode}{' (auto)' if row.is_auto else ''}: {figures}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     if record.batches is not None:
         console.print(f"break-even batch: {_break_even_words(record)}", highlight=False)
 
@@ -197,11 +250,17 @@ def _curves(record: LatencyRecord) -> list[tuple[str, str]]:
 
 
 def _measured(record: LatencyRecord, *, dtype: str, mode: str) -> list[LatencyPoint]:
-    return [point for point in record.points if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s]
+    return [
+        point for point in record.points if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s
+    ]
 
 
-def _point_cells(record: LatencyRecord, point: LatencyPoint, *, among: Sequence[LatencyPoint]) -> tuple[object, ...]:
-    vanilla = [s for other in among if other.group == point.group and other.num_nodes == 1 for s in other.step_s]
+def _point_cells(
+    record: LatencyRecord, point: LatencyPoint, *, among: Sequence[LatencyPoint]
+) -> tuple[object, ...]:
+    vanilla = [
+        s for other in among if other.group == point.group and other.num_nodes == 1 for s in other.step_s
+    ]
     made = predict(record, point)
     return (
         point.batch,
@@ -235,8 +294,10 @@ def _mode_cells(row: ModeRow, *, sizes: Sequence[int]) -> tuple[object, ...]:
 
 def _error_words(error: PredictionError) -> str:
     return (
-        f"The roofline's prediction is off by {percent(error.median_error)} in the median and {percent(error.worst_error)} at worst over "
-        f"{count(error.num_points, 'point')}; the device takes {ratio(error.median_ratio)} times as long as predicted."
+        f"The roofline's prediction is off by {percent(error.median_error)} in the median and "
+        f"{percent(error.worst_error)} at worst over "
+        f"{count(error.num_points, 'point')}; the device takes {ratio(error.median_ratio)} times as long "
+        "as predicted."
     )
 
 
@@ -245,7 +306,10 @@ def _break_even_words(record: LatencyRecord) -> str:
     found = break_even({batch: speedup.estimate for batch, speedup in speedups.items()})
     if found.largest_batch is None:
         return found.words
-    return f"{found.words} (speedup {ratio_interval(speedups[found.largest_batch])} at batch {found.largest_batch})"
+    return (
+        f"{found.words} (speedup {ratio_interval(speedups[found.largest_batch])} at batch "
+        f"{found.largest_batch})"
+    )
 
 
 def _batch_points(record: LatencyRecord) -> tuple[BatchPoint, ...]:
@@ -254,7 +318,15 @@ def _batch_points(record: LatencyRecord) -> tuple[BatchPoint, ...]:
 
 def _render_skipped(record: LatencyRecord) -> str:
     rows = [
-        (point.dtype, point.mode, point.batch, point.context_tokens, point.num_nodes, point.num_heads, point.skipped)
+        (
+            point.dtype,
+            point.mode,
+            point.batch,
+            point.context_tokens,
+            point.num_nodes,
+            point.num_heads,
+            point.skipped,
+        )
         for point in record.points
         if point.skipped is not None
     ]
@@ -265,7 +337,9 @@ def _render_provenance(record: LatencyRecord) -> str:
     environment, manifest, facts = record.environment, record.manifest, record.facts
     finished = "not finished: the record has no manifest and no seal"
     if manifest is not None:
-        finished = finished_words(environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
+        finished = finished_words(
+            environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s
+        )
     weights = ", ".join(f"{megabytes(facts.step_bytes(dtype))} MB in {dtype}" for dtype in record.spec.dtypes)
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),
@@ -277,15 +351,26 @@ def _render_provenance(record: LatencyRecord) -> str:
         *((f"device limits, {dtype}", _limits_words(record, dtype)) for dtype in record.spec.dtypes),
         ("weights that a step reads", weights),
         ("weights", f"SHA-256 {environment.backbone_sha256[:16]}"),
-        ("draft heads", f"{facts.num_heads} of {count(facts.num_head_layers, 'layer')}, {facts.head_architecture} unembedding"),
-        ("draft heads: weights", f"SHA-256 {environment.heads_sha256[:16]}" if environment.heads_sha256 else "random"),
+        (
+            "draft heads",
+            f"{facts.num_heads} of {count(facts.num_head_layers, 'layer')}, {facts.head_architecture} "
+            "unembedding",
+        ),
+        (
+            "draft heads: weights",
+            f"SHA-256 {environment.heads_sha256[:16]}" if environment.heads_sha256 else "random",
+        ),
         ("linear algebra", environment.blas),
         ("variables", _pairs(environment.variables)),
         ("Python", environment.python),
         ("packages", _pairs(environment.packages)),
         ("record", record.folder.name),
     ]
-    checkout = f"git checkout {environment.commit}" if environment.commit else "# the commit is not known; take the current code"
+    checkout = (
+        f"git checkout {environment.commit}"
+        if environment.commit
+        else "# the commit is not known; take the current code"
+    )
     repeat = f"```\n{checkout}\n{without_paths(environment.command)}\n```"
     return "\n\n".join([table(["", ""], rows), "To repeat it on a device of the same kind:", repeat])
 
@@ -294,7 +379,10 @@ def _limits_words(record: LatencyRecord, dtype: str) -> str:
     limits = record.limits(dtype)
     if limits is None:
         return ABSENT
-    figures = f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, {limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
+    figures = (
+        f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
+        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
+    )
     return f"{figures} ({limits.method})"
 
 

@@ -1,4 +1,6 @@
-"""Training throughput as the README shows it: one row a stage of every profile, the device's matrix throughput beside."""
+"""Training throughput as the README shows it: one row a stage of every profile, the device's matrix
+throughput beside.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,48 @@ from rich.table import Column, Table
 
 from harness.errors import UserError
 from harness.records.step_profile import OWN_CODE_BOUND, SizeFactors, SizeProfile, StepProfile
-from harness.records.training_profile import HEADS_BOUND, PartProfile, StageProfile, TrainingProfile, read_training_profile
+from harness.records.training_profile import (
+    HEADS_BOUND,
+    PartProfile,
+    StageProfile,
+    TrainingProfile,
+    read_training_profile,
+)
 from harness.report.formatting import ABSENT, cell, count, milliseconds, percent, ratio, significant, table
 from harness.report.provenance import describe_commit, describe_device
 
 MARKER = "training"
-_HEADERS = ("recipe", "stage", "positions/s", "ms a step", "of matrix throughput", "the step's parts", "commit")
+_HEADERS = (
+    "recipe",
+    "stage",
+    "positions/s",
+    "ms a step",
+    "of matrix throughput",
+    "the step's parts",
+    "commit",
+)
 _NOTE = f"""\
-*of matrix throughput*: the operations of all matrix products, counted as they run, over what the device does in the same time on one large
-product, measured in the same run; heads alone on cached states are to reach {HEADS_BOUND:.0%} over the whole recipe. *the step's parts*:
+*of matrix throughput*: the operations of all matrix products, counted as they run, over what the device \
+does in the same time on one large
+product, measured in the same run; heads alone on cached states are to reach {HEADS_BOUND:.0%} over the \
+whole recipe. *the step's parts*:
 share of the step's time, and in brackets the share of the matrix throughput that the part reaches while it
 runs.""".replace("%", " %")
 
 _PARTS_NOTE = """\
-Median (mean) milliseconds of a step's parts. *mask*: positions and attention mask. *acceptance* ends with the tokens on the host.
-*cache*: compaction to the kept path. *host*: what no part covers. On a GPU each mark waits for the device, so these steps are a little
+Median (mean) milliseconds of a step's parts. *mask*: positions and attention mask. *acceptance* ends with \
+the tokens on the host.
+*cache*: compaction to the kept path. *host*: what no part covers. On a GPU each mark waits for the device, \
+so these steps are a little
 longer than the unmarked ones."""
 _SHARES_NOTE = "Shares of the summed step time. *own code* is all but the calls of backbone and heads."
 _FACTORS_NOTE = """\
-*step cost*: the backbone's call against one node's. *overhead*: mean latency of unmarked steps against vanilla's, heads and bookkeeping
-included; a tree that yields as many tokens a step has a speedup of 1. *tokens/step predicted*: a replay of the suite's calibration
-trace, on which the trees were grown, so a little flattering. *speedup predicted* is their quotient, composed and not measured."""
+*step cost*: the backbone's call against one node's. *overhead*: mean latency of unmarked steps against \
+vanilla's, heads and bookkeeping
+included; a tree that yields as many tokens a step has a speedup of 1. *tokens/step predicted*: a replay of \
+the suite's calibration
+trace, on which the trees were grown, so a little flattering. *speedup predicted* is their quotient, \
+composed and not measured."""
 
 
 def committed_profiles(results: Path) -> tuple[Path, ...]:
@@ -42,17 +65,27 @@ def committed_profiles(results: Path) -> tuple[Path, ...]:
     """
     found = tuple(sorted((results / "profile").glob("training-*.json")))
     if not found:
-        raise UserError(found="no training profile", need="one under results/profile", do="run medusa-repro profile-training")
+        raise UserError(
+            found="no training profile",
+            need="one under results/profile",
+            do="run medusa-repro profile-training",
+        )
     return found
 
 
 def render_readme_training(paths: Sequence[Path], *, base: Path) -> str:
     """Return the table of some profiles, each linked from the README's folder `base`."""
     profiles = [read_training_profile(path) for path in paths]
-    rows = [row for path, profile in zip(paths, profiles, strict=True) for row in _rows(profile, link=_link(path, base=base))]
+    rows = [
+        row
+        for path, profile in zip(paths, profiles, strict=True)
+        for row in _rows(profile, link=_link(path, base=base))
+    ]
     devices = dict.fromkeys(cell(describe_device(profile.environment)) for profile in profiles)
     whole = [f"`{profile.recipe}` {percent(profile.share)}" for profile in profiles]
-    return "\n\n".join([f"On {'; '.join(devices)}. Over the whole recipe: {', '.join(whole)}.", table(_HEADERS, rows), _NOTE])
+    return "\n\n".join(
+        [f"On {'; '.join(devices)}. Over the whole recipe: {', '.join(whole)}.", table(_HEADERS, rows), _NOTE]
+    )
 
 
 def _rows(profile: TrainingProfile, *, link: str) -> list[tuple[object, ...]]:
@@ -77,7 +110,11 @@ def _part(profile: TrainingProfile, stage: StageProfile, part: PartProfile) -> s
 
 def _link(path: Path, *, base: Path) -> str:
     resolved = path.resolve()
-    return f"[`{{}}`]({resolved.relative_to(base.resolve()).as_posix()})" if resolved.is_relative_to(base.resolve()) else "`{}`"
+    return (
+        f"[`{{}}`]({resolved.relative_to(base.resolve()).as_posix()})"
+        if resolved.is_relative_to(base.resolve())
+        else "`{}`"
+    )
 
 
 def training_headline(profile: TrainingProfile) -> dict[str, Any]:
@@ -112,11 +149,24 @@ def training_headline(profile: TrainingProfile) -> dict[str, Any]:
 
 
 def print_training_profile(console: Console, profile: TrainingProfile) -> None:
-    """Print one table a stage: where the time goes, what is counted in it, and how much of the step each part loses."""
+    """Print one table a stage: where the time goes, what is counted in it, and how much of the step each part
+    loses.
+    """
     for stage in profile.stages:
         rate = significant(stage.num_positions / stage.median_step_s)
-        title = f"{stage.name}: {milliseconds(stage.median_step_s)} ms a step, {rate} positions/s, {percent(stage.step_rate)} of the steps"
-        shown = Table(Column("part", no_wrap=True), "ms", "of the step", "GFLOP", "of matrix throughput", "lost of the step", title=title)
+        title = (
+            f"{stage.name}: {milliseconds(stage.median_step_s)} ms a step, {rate} positions/s, "
+            f"{percent(stage.step_rate)} of the steps"
+        )
+        shown = Table(
+            Column("part", no_wrap=True),
+            "ms",
+            "of the step",
+            "GFLOP",
+            "of matrix throughput",
+            "lost of the step",
+            title=title,
+        )
         for part in (part for part in stage.parts if any(part.seconds)):
             lost_s = median(part.seconds) - profile.least_s(part.flops)
             shown.add_row(
@@ -129,30 +179,58 @@ def print_training_profile(console: Console, profile: TrainingProfile) -> None:
             )
         share = profile.stage_share(stage)
         shown.add_section()
-        shown.add_row("step", milliseconds(stage.median_step_s), percent(1), _gflop(stage.flops), percent(share), percent(1 - share))
+        shown.add_row(
+            "step",
+            milliseconds(stage.median_step_s),
+            percent(1),
+            _gflop(stage.flops),
+            percent(share),
+            percent(1 - share),
+        )
         console.print(shown)
     for limit in profile.throughput:
-        found = f"{limit.before_flop_per_s / 1e9:,.0f} before the steps, {limit.after_flop_per_s / 1e9:,.0f} after"
-        console.print(f"matrix throughput, {limit.dtype}: {found}, GFLOP/s; the better counts", highlight=False, soft_wrap=True)
+        found = (
+            f"{limit.before_flop_per_s / 1e9:,.0f} before the steps, "
+            f"{limit.after_flop_per_s / 1e9:,.0f} after"
+        )
+        console.print(
+            f"matrix throughput, {limit.dtype}: {found}, GFLOP/s; the better counts",
+            highlight=False,
+            soft_wrap=True,
+        )
     bound = f"; at least {percent(HEADS_BOUND)} are wanted" if profile.kind == "heads" else ""
-    console.print(f"over the recipe: {percent(profile.share)} of the matrix throughput{bound}", highlight=False, soft_wrap=True)
+    console.print(
+        f"over the recipe: {percent(profile.share)} of the matrix throughput{bound}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _gflop(flops: Mapping[str, int]) -> str:
-    return ", ".join(f"{significant(count / 1e9)} {dtype}" for dtype, count in sorted(flops.items())) or ABSENT
+    return (
+        ", ".join(f"{significant(count / 1e9)} {dtype}" for dtype, count in sorted(flops.items())) or ABSENT
+    )
 
 
 def render_step_profile(profile: StepProfile) -> str:
-    """Return the profile as Markdown: parts in time, parts in share, and what each size costs and must yield."""
+    """Return the profile as Markdown: parts in time, parts in share, and what each size costs and must
+    yield.
+    """
     environment = profile.environment
     head = (
-        f"{environment.model_name}, {environment.dtype}, {environment.engine} mode, on {describe_device(environment)}; commit "
-        f"{describe_commit(environment)}. Greedy steps behind {count(len(profile.context_tokens), 'text')} of "
+        f"{environment.model_name}, {environment.dtype}, {environment.engine} mode, on "
+        f"{describe_device(environment)}; commit "
+        f"{describe_commit(environment)}. Greedy steps behind {count(len(profile.context_tokens), 'text')} "
+        "of "
         f"{min(profile.context_tokens)} to {max(profile.context_tokens)} tokens, sizes in turn, "
-        f"{min(len(size.step_s) for size in profile.sizes)} or more marked steps a size. One node is vanilla decoding."
+        f"{min(len(size.step_s) for size in profile.sizes)} or more marked steps a size. One node is "
+        "vanilla decoding."
     )
     parts = list(profile.sizes[0].seconds)
-    times = [(size.num_nodes, _time(size.unmarked_step_s), *map(_time, size.seconds.values())) for size in profile.sizes]
+    times = [
+        (size.num_nodes, _time(size.unmarked_step_s), *map(_time, size.seconds.values()))
+        for size in profile.sizes
+    ]
     shares = [(size.num_nodes, *_shares(size), percent(size.own_code_share)) for size in profile.sizes]
     return "\n\n".join(
         [
@@ -177,13 +255,22 @@ def profile_headline(profile: StepProfile) -> dict[str, Any]:
         "device": profile.environment.device.name,
         "mode": profile.environment.engine,
         "dtype": profile.environment.dtype,
-        "sizes": [_figures(size, factors) for size, factors in zip(profile.sizes, profile.factors, strict=True)],
+        "sizes": [
+            _figures(size, factors) for size, factors in zip(profile.sizes, profile.factors, strict=True)
+        ],
     }
 
 
 def _factors_table(profile: StepProfile) -> str:
     has_idle = any(size.idle_share is not None for size in profile.sizes)
-    headers = ["nodes", "depth", "step cost", "overhead = tokens/step needed", "tokens/step predicted", "speedup predicted"]
+    headers = [
+        "nodes",
+        "depth",
+        "step cost",
+        "overhead = tokens/step needed",
+        "tokens/step predicted",
+        "speedup predicted",
+    ]
     rows = [
         [
             factors.num_nodes,

@@ -22,18 +22,25 @@ def describe_commit_of(commit: str | None, dirty: bool | None) -> str:
         return "unknown: this run was made outside a git checkout, so its code cannot be named"
     if dirty is None:
         return f"`{commit[:12]}` (whether files were altered is not known)"
-    return f"`{commit[:12]}`" + (" **with uncommitted changes**: the commit alone does not give this code" if dirty else "")
+    return f"`{commit[:12]}`" + (
+        " **with uncommitted changes**: the commit alone does not give this code" if dirty else ""
+    )
 
 
 def describe_device(environment: Environment) -> str:
     """Return the device under test with its cores, threads and memory."""
     device = environment.device
     memory = f"{device.memory_bytes / 1e9:.1f} GB"
-    return f"{device.name} ({device.kind}, {count(device.num_cores, 'core')}, {count(device.num_threads, 'thread')}, {memory})"
+    return (
+        f"{device.name} ({device.kind}, {count(device.num_cores, 'core')}, "
+        f"{count(device.num_threads, 'thread')}, {memory})"
+    )
 
 
 def render_provenance(record: RunRecord) -> str:
-    """Return the record's origin: command, code, versions, device, settings, hashes, and how to repeat the run."""
+    """Return the record's origin: command, code, versions, device, settings, hashes, and how to repeat the
+    run.
+    """
     environment = record.environment
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),
@@ -47,8 +54,16 @@ def render_provenance(record: RunRecord) -> str:
         ("variables", _pairs(environment.variables)),
         ("Python", environment.python),
         ("packages", _pairs(environment.packages)),
-        ("model", f"{environment.model_name}, {megabytes(environment.weight_bytes)} MB, SHA-256 {_short(environment.backbone_sha256)}"),
-        ("draft heads", f"{megabytes(environment.heads_bytes)} MB read an evaluation, SHA-256 {_short(environment.heads_sha256)}"),
+        (
+            "model",
+            f"{environment.model_name}, {megabytes(environment.weight_bytes)} MB, SHA-256 "
+            f"{_short(environment.backbone_sha256)}",
+        ),
+        (
+            "draft heads",
+            f"{megabytes(environment.heads_bytes)} MB read an evaluation, SHA-256 "
+            f"{_short(environment.heads_sha256)}",
+        ),
         *((f"draft heads: {name}", value) for name, value in _flat(environment.heads_provenance)),
         *_tuned(environment),
         ("prompts", f"{record.suite.prompts.source}, SHA-256 {_short(environment.prompts_sha256)}"),
@@ -68,7 +83,11 @@ def _tuned(environment: Environment) -> list[tuple[str, object]]:
     if tuned is None:
         return []
     return [
-        ("tuned backbone", f"the model with adapter SHA-256 {_short(tuned.adapter_sha256)}; heads SHA-256 {_short(tuned.heads_sha256)}"),
+        (
+            "tuned backbone",
+            f"the model with adapter SHA-256 {_short(tuned.adapter_sha256)}; heads SHA-256 "
+            f"{_short(tuned.heads_sha256)}",
+        ),
         *((f"tuned heads: {name}", value) for name, value in _flat(tuned.heads_provenance)),
     ]
 
@@ -76,11 +95,17 @@ def _tuned(environment: Environment) -> list[tuple[str, object]]:
 def _times(record: RunRecord) -> list[tuple[str, object]]:
     manifest = record.manifest
     if manifest is None:
-        return [("started", record.environment.started_utc), ("finished", "not finished: the record has no manifest and no seal")]
+        return [
+            ("started", record.environment.started_utc),
+            ("finished", "not finished: the record has no manifest and no seal"),
+        ]
     done = (
-        f"{manifest.num_generations:,} generations and {count(manifest.num_failures, 'failure')} of {manifest.num_planned:,} planned trials"
+        f"{manifest.num_generations:,} generations and {count(manifest.num_failures, 'failure')} of "
+        f"{manifest.num_planned:,} planned trials"
     )
-    finished = finished_words(record.environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
+    finished = finished_words(
+        record.environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s
+    )
     return [
         ("started, finished", f"{record.environment.started_utc}, {finished}"),
         ("trials", done),
@@ -92,20 +117,33 @@ def _limits(record: RunRecord) -> list[tuple[str, object]]:
     limits = record.device_limits
     if limits is None or not record.suite.reports_speed:
         return []
-    figures = f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, {limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
+    figures = (
+        f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
+        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
+    )
     return [("device limits", f"{figures} ({limits.method})")]
 
 
 def _intervals(record: RunRecord) -> str:
     spec = record.suite.interval
-    return f"{100 * spec.level:g} % bootstrap over prompts, {spec.num_resamples:,} resamples, seed {spec.seed}"
+    return (
+        f"{100 * spec.level:g} % bootstrap over prompts, {spec.num_resamples:,} resamples, seed {spec.seed}"
+    )
 
 
 def _how_to_repeat(record: RunRecord) -> str:
     environment = record.environment
-    checkout = f"git checkout {environment.commit}" if environment.commit else "# the commit is not known; take the current code"
+    checkout = (
+        f"git checkout {environment.commit}"
+        if environment.commit
+        else "# the commit is not known; take the current code"
+    )
     steps = [checkout, without_paths(environment.command)]
-    return "To repeat it, in a checkout of this repository on a device of the same kind:\n\n```\n" + "\n".join(steps) + "\n```"
+    return (
+        "To repeat it, in a checkout of this repository on a device of the same kind:\n\n```\n"
+        + "\n".join(steps)
+        + "\n```"
+    )
 
 
 def _pairs(values: Mapping[str, str]) -> str:

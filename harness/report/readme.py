@@ -19,7 +19,13 @@ from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_commit, describe_device
 from harness.report.run import render_best_arm
-from harness.report.run_tables import VERDICT_NOTE, arms_note, render_arms_table, render_verdict_table, verdicts_in_words
+from harness.report.run_tables import (
+    VERDICT_NOTE,
+    arms_note,
+    render_arms_table,
+    render_verdict_table,
+    verdicts_in_words,
+)
 from harness.report.sweep import render_readme_sweep
 
 MARKER = "results"
@@ -29,11 +35,15 @@ README_FIGURES = ("figures/fig4_nodes.svg", "figures/devices.svg")
 
 
 def update_between_markers(text: str, *, marker: str, content: str) -> str:
-    """Return the text with what stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` replaced; the markers stay.
+    """Return the text with what stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` replaced; the
+    markers stay.
 
-    Raises: UserError if a marker is missing, occurs twice, or the end comes before the beginning; or if the content holds a marker.
+    Raises: UserError if a marker is missing, occurs twice, or the end comes before the beginning; or if the
+    content holds a marker.
     """
-    return replace_between(text, begin=f"<!-- begin:{marker} -->", end=f"<!-- end:{marker} -->", content=content)
+    return replace_between(
+        text, begin=f"<!-- begin:{marker} -->", end=f"<!-- end:{marker} -->", content=content
+    )
 
 
 def replace_between(text: str, *, begin: str, end: str, content: str) -> str:
@@ -44,7 +54,9 @@ def replace_between(text: str, *, begin: str, end: str, content: str) -> str:
     for mark in (begin, end):
         if text.count(mark) != 1:
             raise UserError(
-                found=f"{text.count(mark)} times the marker {mark}", need="exactly one", do=f"write {begin} and {end} once each"
+                found=f"{text.count(mark)} times the marker {mark}",
+                need="exactly one",
+                do=f"write {begin} and {end} once each",
             )
         if mark in content:
             raise UserError(found=f"the marker {mark} in the new content", need="content without markers")
@@ -61,10 +73,13 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
     Raises: InvalidMeasurement for a run that failed a validity check: such a run has no place in a README.
     """
     if failed := [check.name for check in judgement.checks if check.status is CheckStatus.FAILED]:
-        raise InvalidMeasurement(f"found failed validity checks ({', '.join(failed)}); need a valid record for the README")
+        raise InvalidMeasurement(
+            f"found failed validity checks ({', '.join(failed)}); need a valid record for the README"
+        )
     environment = record.environment
     origin = (
-        f"Suite `{record.suite.name}` with {cell(environment.model_name)} on {cell(describe_device(environment))}, "
+        f"Suite `{record.suite.name}` with {cell(environment.model_name)} on "
+        f"{cell(describe_device(environment))}, "
         f"{environment.started_utc[:10]}, commit {describe_commit(environment)}."
     )
     parts = [
@@ -81,7 +96,8 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
 
 
 def update_readme(readme: Path, record: RunRecord, judgement: Judgement) -> None:
-    """Write the record's tables between the README's `results` markers; a README that says so already is not touched.
+    """Write the record's tables between the README's `results` markers; a README that says so already is not
+    touched.
 
     Raises: UserError for a README without its markers, InvalidMeasurement for an invalid record.
     """
@@ -98,9 +114,11 @@ def check_readme(readme: Path, record: RunRecord, judgement: Judgement) -> bool:
 
 
 def update_modes(readme: Path, record: LatencyRecord) -> None:
-    """Write a latency record's table of modes between the README's markers for it; a README that says so already is not touched.
+    """Write a latency record's table of modes between the README's markers for it; a README that says so
+    already is not touched.
 
-    Raises: UserError for a README without its markers, or a record that is not sealed, was altered or has no table of modes.
+    Raises: UserError for a README without its markers, or a record that is not sealed, was altered or has no
+    table of modes.
     """
     text = _read(readme)
     updated = _with_modes(text, readme, record)
@@ -115,7 +133,8 @@ def check_modes(readme: Path, record: LatencyRecord) -> bool:
 
 
 def update_sweep(readme: Path, record: SweepRecord, *, figures: Sequence[str] = ()) -> None:
-    """Write a sweep's table of devices and two of its figures between the README's markers; one that says so already is not touched.
+    """Write a sweep's table of devices and two of its figures between the README's markers; one that says so
+    already is not touched.
 
     Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
     """
@@ -134,7 +153,9 @@ def check_sweep(readme: Path, record: SweepRecord, *, figures: Sequence[str] = (
 def _with_sweep(text: str, readme: Path, record: SweepRecord, *, figures: Sequence[str]) -> str:
     record.check_seal()
     begin, end = SWEEP_MARKERS
-    content = render_readme_sweep(record, base=readme.parent, figures=[name for name in README_FIGURES if name in figures])
+    content = render_readme_sweep(
+        record, base=readme.parent, figures=[name for name in README_FIGURES if name in figures]
+    )
     try:
         return replace_between(text, begin=begin, end=end, content=content)
     except UserError as error:
@@ -144,10 +165,14 @@ def _with_sweep(text: str, readme: Path, record: SweepRecord, *, figures: Sequen
 def _with_modes(text: str, readme: Path, record: LatencyRecord) -> str:
     record.check_seal()
     if record.modes is None:
-        raise UserError(found="no table of modes", need="a record of a spec with modes_table", where=record.folder.name)
+        raise UserError(
+            found="no table of modes", need="a record of a spec with modes_table", where=record.folder.name
+        )
     begin, end = MODES_MARKERS
     try:
-        return replace_between(text, begin=begin, end=end, content=render_readme_modes(record, base=readme.parent))
+        return replace_between(
+            text, begin=begin, end=end, content=render_readme_modes(record, base=readme.parent)
+        )
     except UserError as error:
         raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
 
@@ -164,20 +189,32 @@ def _read(readme: Path) -> str:
     try:
         return readme.read_text()
     except OSError as error:
-        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+        raise UserError(
+            found=f"no readable README ({error.strerror})",
+            need="a Markdown file with markers",
+            where=readme.name,
+        ) from error
 
 
 def _link(folder: Path, *, base: Path) -> str:
     absolute, start = folder.resolve(), base.resolve()
     if not absolute.is_relative_to(start):
         return f"From the record `{absolute.name}`."
-    return f"Full report and raw data: [`{absolute.name}`]({absolute.relative_to(start).as_posix()}/report.md)."
+    return (
+        f"Full report and raw data: [`{absolute.name}`]({absolute.relative_to(start).as_posix()}/report.md)."
+    )
 
 
 def update_ablation(
-    readme: Path, record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, elsewhere: Mapping[str, str]
+    readme: Path,
+    record: AblationRecord,
+    rows: Sequence[AblationRow],
+    verdicts: Sequence[ClaimVerdict],
+    *,
+    elsewhere: Mapping[str, str],
 ) -> None:
-    """Write an ablation's table between the README's markers of the suite's name; a README that says so already is not touched.
+    """Write an ablation's table between the README's markers of the suite's name; a README that says so
+    already is not touched.
 
     Raises: UserError for a README without its markers, or a record that is not sealed or was altered.
     """
@@ -187,7 +224,11 @@ def update_ablation(
         content = render_readme_ablation(record, rows, verdicts, base=readme.parent, elsewhere=elsewhere)
         updated = update_between_markers(text, marker=record.spec.name, content=content)
     except OSError as error:
-        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+        raise UserError(
+            found=f"no readable README ({error.strerror})",
+            need="a Markdown file with markers",
+            where=readme.name,
+        ) from error
     except UserError as error:
         raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
     if updated != text:
@@ -201,8 +242,14 @@ def update_training(readme: Path, paths: Sequence[Path]) -> None:
     """
     try:
         text = readme.read_text()
-        updated = update_between_markers(text, marker=MARKER, content=render_readme_training(paths, base=readme.parent))
+        updated = update_between_markers(
+            text, marker=MARKER, content=render_readme_training(paths, base=readme.parent)
+        )
     except OSError as error:
-        raise UserError(found=f"no readable README ({error.strerror})", need="a Markdown file with markers", where=readme.name) from error
+        raise UserError(
+            found=f"no readable README ({error.strerror})",
+            need="a Markdown file with markers",
+            where=readme.name,
+        ) from error
     if updated != text:
         write_bytes(readme, updated.encode())

@@ -49,13 +49,19 @@ _STYLES = {
 
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:
-    """Return the whole report: heading, summary, verdicts, arms, the evidence behind them, and where all of it comes from."""
+    """Return the whole report: heading, summary, verdicts, arms, the evidence behind them, and where all of
+    it comes from.
+    """
     not_tested = render_not_tested_table(judgement)
     parts = [
         render_heading(record),
         render_summary(record, judgement),
         section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
-        section("Not tested", not_tested and "Claims that this suite cannot decide, by what each would take.", not_tested),
+        section(
+            "Not tested",
+            not_tested and "Claims that this suite cannot decide, by what each would take.",
+            not_tested,
+        ),
         section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
         section("Per category of prompt", render_category_tables(record, judgement)),
         section("Predicted against measured", render_predictions(record, judgement)),
@@ -90,12 +96,20 @@ def render_heading(record: RunRecord) -> str:
 
 
 def render_summary(record: RunRecord, judgement: Judgement) -> str:
-    """Return what the run says in a few lines; an invalid run names its failed checks first and no speed figure at all."""
+    """Return what the run says in a few lines; an invalid run names its failed checks first and no speed
+    figure at all.
+    """
     verdicts = f"Verdicts: {verdicts_in_words(judgement)}"
     if not judgement.valid:
         failed = [check for check in judgement.checks if check.status is CheckStatus.FAILED]
-        reasons = "\n".join(f"- **{cell(check.name)}**: found {cell(check.found)}; need {cell(check.need)}" for check in failed)
-        start = f"**INVALID.** {count(len(failed), 'validity check')} of {len(judgement.checks)} failed, so no figure below may be cited:"
+        reasons = "\n".join(
+            f"- **{cell(check.name)}**: found {cell(check.found)}; need {cell(check.need)}"
+            for check in failed
+        )
+        start = (
+            f"**INVALID.** {count(len(failed), 'validity check')} of {len(judgement.checks)} failed, "
+            "so no figure below may be cited:"
+        )
         return section("Summary", start, reasons, verdicts)
     passed = sum(check.status is CheckStatus.PASSED for check in judgement.checks)
     skipped = sum(check.status is CheckStatus.SKIPPED for check in judgement.checks)
@@ -110,7 +124,11 @@ def best_greedy_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | Non
     An arm on a tuned backbone is none of them: its text is another model's.
     """
     compared = comparisons_by_arm(judgement) if record.suite.reports_speed else {}
-    greedy = [arm for arm in judgement.arms if is_greedy_medusa(record, arm.arm) and isfinite(arm.acceleration_rate.estimate)]
+    greedy = [
+        arm
+        for arm in judgement.arms
+        if is_greedy_medusa(record, arm.arm) and isfinite(arm.acceleration_rate.estimate)
+    ]
     greedy = [arm for arm in greedy if record.suite.arm(arm.arm).backbone == "original"]
     if record.suite.reports_speed:
         greedy = [arm for arm in greedy if arm.arm in compared]
@@ -139,13 +157,19 @@ def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = Non
 
 
 def relative_folder(folder: Path, *, base: Path) -> str:
-    """Return the folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute path."""
+    """Return the folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute
+    path.
+    """
     absolute, start = folder.resolve(), base.resolve()
     return absolute.relative_to(start).as_posix() if absolute.is_relative_to(start) else absolute.name
 
 
 def _best_figures(best: ArmMetrics, record: RunRecord, judgement: Judgement) -> dict[str, Any]:
-    figures: dict[str, Any] = {"arm": best.arm, "num_nodes": best.num_nodes, "tokens_per_step": _bounds(best.acceleration_rate)}
+    figures: dict[str, Any] = {
+        "arm": best.arm,
+        "num_nodes": best.num_nodes,
+        "tokens_per_step": _bounds(best.acceleration_rate),
+    }
     if record.suite.reports_speed:
         comparison = comparisons_by_arm(judgement)[best.arm]
         figures |= {
@@ -164,18 +188,25 @@ def _bounds(interval: Interval) -> dict[str, float | None]:
 
 
 def render_best_arm(record: RunRecord, judgement: Judgement) -> str:
-    """Return one sentence on the best greedy arm, with its intervals and what they are; empty where there is none."""
+    """Return one sentence on the best greedy arm, with its intervals and what they are; empty where there is
+    none.
+    """
     best = best_greedy_arm(record, judgement)
     if best is None:
         return ""
     rate = best.acceleration_rate
-    spread = f"Brackets hold {100 * rate.level:g} % bootstrap intervals over {count(rate.num_prompts, 'prompt')}."
-    text = f"Best greedy arm: `{best.arm}` ({count(best.num_nodes, 'node')}), {ratio_interval(rate)} tokens/step"
+    spread = (
+        f"Brackets hold {100 * rate.level:g} % bootstrap intervals over {count(rate.num_prompts, 'prompt')}."
+    )
+    text = (
+        f"Best greedy arm: `{best.arm}` ({count(best.num_nodes, 'node')}), {ratio_interval(rate)} tokens/step"
+    )
     if not record.suite.reports_speed:
         return f"{text}. {spread}"
     comparison = comparisons_by_arm(judgement)[best.arm]
     return (
-        f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup {ratio_interval(comparison.speedup)}** over "
+        f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup "
+        f"{ratio_interval(comparison.speedup)}** over "
         f"`{comparison.baseline}` (decode clock). {spread}"
     )
 
@@ -183,20 +214,33 @@ def render_best_arm(record: RunRecord, judgement: Judgement) -> str:
 def _no_speed_reason(record: RunRecord) -> str:
     if record.suite.reports_speed:
         return ""
-    why = "its model is tiny and random, so times would say nothing about decoding" if record.suite.model.tiny else "its suite file says so"
+    why = (
+        "its model is tiny and random, so times would say nothing about decoding"
+        if record.suite.model.tiny
+        else "its suite file says so"
+    )
     return f"This suite reports no speed: {why}."
 
 
 def _invalid_note(judgement: Judgement) -> str:
-    return "" if judgement.valid else "**This run is invalid (see the summary); the figures are shown for diagnosis only.**"
+    return (
+        ""
+        if judgement.valid
+        else "**This run is invalid (see the summary); the figures are shown for diagnosis only.**"
+    )
 
 
 def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
     if not judgement.arms:
         return [render_arms_table(record, judgement)]
     environment, speed = record.environment, record.suite.reports_speed
-    parts = f"weights take {megabytes(environment.weight_bytes)} MB, their prepacked copies {megabytes(environment.packed_bytes)} MB, "
-    parts += f"draft heads read {megabytes(environment.heads_bytes)} MB an evaluation, a shared LM head included"
+    parts = (
+        f"weights take {megabytes(environment.weight_bytes)} MB, their prepacked copies "
+        f"{megabytes(environment.packed_bytes)} MB, "
+    )
+    parts += (
+        f"draft heads read {megabytes(environment.heads_bytes)} MB an evaluation, a shared LM head included"
+    )
     return [
         render_arms_table(record, judgement),
         arms_note(record),
@@ -212,11 +256,25 @@ def print_verdicts(console: Console, judgement: Judgement) -> None:
         grid.add_column(heading, no_wrap=heading in ("claim", "verdict"))
     for verdict in judgement.verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
-            figures = (verdict.claim_id, verdict.stated, verdict.paper_figure or ABSENT, verdict.ours or ABSENT)
-            grid.add_row(*(Text(figure) for figure in figures), Text(verdict.kind.value, style=_STYLES[verdict.kind]))
+            figures = (
+                verdict.claim_id,
+                verdict.stated,
+                verdict.paper_figure or ABSENT,
+                verdict.ours or ABSENT,
+            )
+            grid.add_row(
+                *(Text(figure) for figure in figures), Text(verdict.kind.value, style=_STYLES[verdict.kind])
+            )
     if not judgement.valid:
-        console.print(Text("INVALID: a validity check failed; the figures below may not be cited.", style="bold red"))
+        console.print(
+            Text("INVALID: a validity check failed; the figures below may not be cited.", style="bold red")
+        )
     console.print(grid)
     not_tested = count_verdicts(judgement)[VerdictKind.NOT_TESTED.value]
     if not_tested:
-        console.print(Text(f"{count(not_tested, 'further claim')} not tested: the report says what each would take.", style="dim"))
+        console.print(
+            Text(
+                f"{count(not_tested, 'further claim')} not tested: the report says what each would take.",
+                style="dim",
+            )
+        )

@@ -1,4 +1,6 @@
-"""The sections that let a reader check the figures: predictions, step times, draft heads, parity, likelihood, checks, failures."""
+"""The sections that let a reader check the figures: predictions, step times, draft heads, parity, likelihood,
+checks, failures.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +12,40 @@ import numpy as np
 from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
 from harness.judge.metrics import SeparateCosts, separate_costs
 from harness.records.run import RunRecord, StepCost
-from harness.report.formatting import ABSENT, count, milliseconds, percent, ratio, ratio_interval, significant, table
+from harness.report.formatting import (
+    ABSENT,
+    count,
+    milliseconds,
+    percent,
+    ratio,
+    ratio_interval,
+    significant,
+    table,
+)
 from harness.report.run_tables import comparisons_by_arm, is_greedy_medusa
 from harness.specs.suite import BackboneName
 
 _PREDICTIONS_NOTE = """\
-*Expected* is the tree on calibration text that shares no prompt with the suite; *replayed* is arithmetic on the ranks of this run's
-own vanilla text, without a model; *decoded* is the run itself. Replayed and decoded must agree in float32; expected may differ, since
+*Expected* is the tree on calibration text that shares no prompt with the suite; *replayed* is arithmetic \
+on the ranks of this run's
+own vanilla text, without a model; *decoded* is the run itself. Replayed and decoded must agree in float32; \
+expected may differ, since
 the texts do."""
 _STEP_COSTS_NOTE = """\
-Medians of repeats, timed apart from the generations. *step cost* is the backbone over so many nodes against one node at the same
-context length: 1.00 throughout would make verification free. *overhead* is the whole step against the baseline arm's."""
+Medians of repeats, timed apart from the generations. *step cost* is the backbone over so many nodes \
+against one node at the same
+context length: 1.00 throughout would make verification free. *overhead* is the whole step against the \
+baseline arm's."""
 _LIKELIHOOD_NOTE = """\
-Under the original backbone at temperature 1, each generation counted once. Higher is likelier, not better: typical acceptance raises
+Under the original backbone at temperature 1, each generation counted once. Higher is likelier, not better: \
+typical acceptance raises
 it by design."""
 
 
 def render_predictions(record: RunRecord, judgement: Judgement) -> str:
-    """Return, for each greedy arm, tokens/step as calibrated, replayed and decoded, and speedup as its factors give it."""
+    """Return, for each greedy arm, tokens/step as calibrated, replayed and decoded, and speedup as its
+    factors give it.
+    """
     greedy = [arm for arm in judgement.arms if is_greedy_medusa(record, arm.arm)]
     if not greedy:
         return ""
@@ -37,48 +55,118 @@ def render_predictions(record: RunRecord, judgement: Judgement) -> str:
         expected, decoded = arm.calibrated_tokens_per_step, arm.acceleration_rate.estimate
         gap = percent(decoded / expected - 1, signed=True) if expected else ABSENT
         origin = (tree.origin, tree.tree().depth) if tree else (ABSENT, ABSENT)
-        rows.append((arm.arm, *origin, ratio(expected), ratio(arm.replayed_tokens_per_step), ratio_interval(arm.acceleration_rate), gap))
-    headers = ["arm", "tree", "depth", "expected on calibration text", "replayed on this text", "decoded", "decoded over expected"]
-    return "\n\n".join(part for part in (table(headers, rows), _PREDICTIONS_NOTE, _factors(record, judgement)) if part)
+        rows.append(
+            (
+                arm.arm,
+                *origin,
+                ratio(expected),
+                ratio(arm.replayed_tokens_per_step),
+                ratio_interval(arm.acceleration_rate),
+                gap,
+            )
+        )
+    headers = [
+        "arm",
+        "tree",
+        "depth",
+        "expected on calibration text",
+        "replayed on this text",
+        "decoded",
+        "decoded over expected",
+    ]
+    return "\n\n".join(
+        part for part in (table(headers, rows), _PREDICTIONS_NOTE, _factors(record, judgement)) if part
+    )
 
 
 def render_profile(record: RunRecord) -> str:
-    """Return where the time of a decoding step goes, arm by arm; empty where nothing was profiled or no speed is reported."""
+    """Return where the time of a decoding step goes, arm by arm; empty where nothing was profiled or no speed
+    is reported.
+    """
     if record.profile is None or not record.profile.rows or not record.suite.reports_speed:
         return ""
     rows = []
     for row in record.profile.rows:
         parts = (row.backbone_s, row.heads_s, row.candidates_s, row.acceptance_s, row.cache_s)
         shares = [percent(part / row.step_s) for part in (*parts, row.step_s - sum(parts))]
-        rows.append((row.arm, row.num_steps, milliseconds(row.step_s / row.num_steps), *shares, percent(row.own_code_share)))
-    headers = ["arm", "steps", "step, ms", "backbone", "heads", "candidates", "acceptance", "cache", "rest", "own code"]
+        rows.append(
+            (
+                row.arm,
+                row.num_steps,
+                milliseconds(row.step_s / row.num_steps),
+                *shares,
+                percent(row.own_code_share),
+            )
+        )
+    headers = [
+        "arm",
+        "steps",
+        "step, ms",
+        "backbone",
+        "heads",
+        "candidates",
+        "acceptance",
+        "cache",
+        "rest",
+        "own code",
+    ]
     note = (
-        "From a profiling run apart from the timed ones. *Own code* is all but the backbone and heads calls: what this implementation adds."
+        "From a profiling run apart from the timed ones. *Own code* is all but the backbone and heads "
+        "calls: what this implementation adds."
     )
     return f"{table(headers, rows)}\n\n{note}"
 
 
 def render_step_costs(record: RunRecord) -> str:
-    """Return the separately timed steps, by number of nodes and by arm; empty where none was timed or no speed is reported."""
+    """Return the separately timed steps, by number of nodes and by arm; empty where none was timed or no
+    speed is reported.
+    """
     costs = record.step_costs.costs if record.step_costs and record.suite.reports_speed else ()
-    curve = sorted((cost for cost in costs if cost.arm is None), key=lambda cost: (cost.context_tokens, cost.num_nodes))
+    curve = sorted(
+        (cost for cost in costs if cost.arm is None), key=lambda cost: (cost.context_tokens, cost.num_nodes)
+    )
     own = [cost for cost in costs if cost.arm is not None]
     parts = []
     if curve:
-        rows = [(cost.num_nodes, cost.context_tokens, _median_ms(cost.backbone_s), ratio(_cost_on_curve(cost, curve))) for cost in curve]
+        rows = [
+            (
+                cost.num_nodes,
+                cost.context_tokens,
+                _median_ms(cost.backbone_s),
+                ratio(_cost_on_curve(cost, curve)),
+            )
+            for cost in curve
+        ]
         parts.append(table(["nodes", "context tokens", "backbone, ms", "step cost"], rows))
     if own:
-        headers = ["arm", "nodes", "heads", "contexts", "backbone, ms", "step cost", "whole step, ms", "overhead"]
-        parts.append(table(headers, [_own_cost_row(record, cost) for cost in {cost.arm: cost for cost in own}.values()]))
+        headers = [
+            "arm",
+            "nodes",
+            "heads",
+            "contexts",
+            "backbone, ms",
+            "step cost",
+            "whole step, ms",
+            "overhead",
+        ]
+        parts.append(
+            table(
+                headers, [_own_cost_row(record, cost) for cost in {cost.arm: cost for cost in own}.values()]
+            )
+        )
     return "\n\n".join([*parts, _STEP_COSTS_NOTE]) if parts else ""
 
 
 def render_heads(record: RunRecord) -> str:
-    """Return each draft head's top-1 share against its controls, and its share and loss on this run's text; empty without either."""
+    """Return each draft head's top-1 share against its controls, and its share and loss on this run's text;
+    empty without either.
+    """
     parts = []
     for backbone in record.suite.backbones:
         found = _heads_of(record, backbone)
-        parts.append(f"Heads of the {backbone} backbone:\n\n{found}" if found and backbone != "original" else found)
+        parts.append(
+            f"Heads of the {backbone} backbone:\n\n{found}" if found and backbone != "original" else found
+        )
     return "\n\n".join(part for part in parts if part)
 
 
@@ -96,7 +184,10 @@ def _heads_of(record: RunRecord, backbone: BackboneName) -> str:
             for row, share in zip(rows, _padded(shares, num_heads), strict=True):
                 row.append(percent(share))
         held_out = count(control.num_positions, "held-out position")
-        notes.append(f"The controls read {held_out} before any timing; *identity start* is an untrained copy of the backbone's own head.")
+        notes.append(
+            f"The controls read {held_out} before any timing; *identity start* is an untrained copy of the "
+            "backbone's own head."
+        )
     if trace:
         headers += ["top-1 on this text", "loss on this text, nats", "positions"]
         known = [prompt.nll for prompt in trace.prompts if prompt.nll is not None]
@@ -111,12 +202,15 @@ def _heads_of(record: RunRecord, backbone: BackboneName) -> str:
 
 
 def render_parity(judgement: Judgement) -> str:
-    """Return how many greedy generations equal their references, and every first divergence with its logit gap."""
+    """Return how many greedy generations equal their references, and every first divergence with its logit
+    gap.
+    """
     parity = judgement.parity
     if not parity.num_compared:
         return "No greedy generation had a reference to be compared with."
     text = (
-        f"{count(parity.num_compared, 'greedy generation')} compared with the reference by token id, {count(parity.num_tokens, 'token')}: "
+        f"{count(parity.num_compared, 'greedy generation')} compared with the reference by token id, "
+        f"{count(parity.num_tokens, 'token')}: "
         f"{parity.num_identical:,} identical, {count(len(parity.divergences), 'divergence')}."
     )
     if parity.rounding is not None:
@@ -125,7 +219,14 @@ def render_parity(judgement: Judgement) -> str:
         return text
     headers = ["arm", "reference", "prompt", "token", "gap of the reference's top two logits", "class"]
     rows = [
-        (item.arm, item.reference, item.prompt_key, item.position, ABSENT if item.gap is None else f"{item.gap:.2e}", item.kind)
+        (
+            item.arm,
+            item.reference,
+            item.prompt_key,
+            item.position,
+            ABSENT if item.gap is None else f"{item.gap:.2e}",
+            item.kind,
+        )
         for item in parity.divergences
     ]
     note = "*tie*: the two best logits lie within rounding, so either token is right; *bug*: they do not."
@@ -134,9 +235,12 @@ def render_parity(judgement: Judgement) -> str:
 
 def _half_precision_note(rounding: ParityRounding) -> str:
     return (
-        f"In {rounding.dtype} a text is equal only up to ties. Before the trials, on other text, rounding moved the top-two gap by at most "
-        f"{significant(rounding.largest_shift)} between the shapes of this run; a gap below {significant(rounding.tie_margin)} counts as a "
-        f"tie. {percent(rounding.share_below)} of the traced places have such a gap; a token farther from the best is a bug there too. "
+        f"In {rounding.dtype} a text is equal only up to ties. Before the trials, on other text, rounding "
+        "moved the top-two gap by at most "
+        f"{significant(rounding.largest_shift)} between the shapes of this run; a gap below "
+        f"{significant(rounding.tie_margin)} counts as a "
+        f"tie. {percent(rounding.share_below)} of the traced places have such a gap; a token farther from "
+        "the best is a bug there too. "
         f"{count(rounding.num_equal_tokens, 'token')} lie before the texts part."
     )
 
@@ -148,11 +252,16 @@ def render_checks(judgement: Judgement) -> str:
     order = [CheckStatus.FAILED, CheckStatus.PASSED, CheckStatus.SKIPPED]
     checks = sorted(judgement.checks, key=lambda check: order.index(check.status))
     mark = {CheckStatus.FAILED: "**FAILED**", CheckStatus.PASSED: "passed", CheckStatus.SKIPPED: "skipped"}
-    return table(["check", "outcome", "found", "need"], [(check.name, mark[check.status], check.found, check.need) for check in checks])
+    return table(
+        ["check", "outcome", "found", "need"],
+        [(check.name, mark[check.status], check.found, check.need) for check in checks],
+    )
 
 
 def render_likelihoods(record: RunRecord) -> str:
-    """Return the mean log-likelihood of each sampled arm's text under the original backbone; empty where none was scored."""
+    """Return the mean log-likelihood of each sampled arm's text under the original backbone; empty where none
+    was scored.
+    """
     if record.likelihoods is None or not record.likelihoods.rows:
         return ""
     by_arm: dict[str, list[float]] = {}
@@ -161,7 +270,13 @@ def render_likelihoods(record: RunRecord) -> str:
         by_arm.setdefault(row.trial.arm, []).append(row.mean_log_likelihood)
         seeds.setdefault(row.trial.arm, set()).add(row.trial.seed)
     rows = [
-        (arm, len(values), len(seeds[arm]), significant(fmean(values)), f"{significant(min(values))} to {significant(max(values))}")
+        (
+            arm,
+            len(values),
+            len(seeds[arm]),
+            significant(fmean(values)),
+            f"{significant(min(values))} to {significant(max(values))}",
+        )
         for arm, values in by_arm.items()
     ]
     headers = ["arm", "generations", "seeds", "mean, nats a token", "range of generations"]
@@ -173,7 +288,14 @@ def render_failures(record: RunRecord) -> str:
     if not record.failures:
         return "No trial failed."
     rows = [
-        (failure.trial.arm, failure.trial.prompt_key, failure.trial.round, _known(failure.trial.seed), failure.error_type, failure.message)
+        (
+            failure.trial.arm,
+            failure.trial.prompt_key,
+            failure.trial.round,
+            _known(failure.trial.seed),
+            failure.error_type,
+            failure.message,
+        )
         for failure in record.failures
     ]
     return table(["arm", "prompt", "round", "seed", "error", "message"], rows)
@@ -191,21 +313,45 @@ def _factors(record: RunRecord, judgement: Judgement) -> str:
         rate, overhead = arm.acceleration_rate.estimate, comparison.separate_overhead
         product = rate / overhead
         gap = percent(comparison.speedup.estimate / product - 1, signed=True)
-        rows.append((arm.arm, ratio(rate), ratio(overhead), ratio(product), ratio_interval(comparison.speedup), gap))
+        rows.append(
+            (arm.arm, ratio(rate), ratio(overhead), ratio(product), ratio_interval(comparison.speedup), gap)
+        )
     if not rows:
         return ""
-    headers = ["arm", "tokens/step", "overhead, timed apart", "their quotient", "speedup measured", "measured over quotient"]
-    return f"Speedup = tokens/step over overhead, with the overhead from steps timed apart at one context length:\n\n{table(headers, rows)}"
+    headers = [
+        "arm",
+        "tokens/step",
+        "overhead, timed apart",
+        "their quotient",
+        "speedup measured",
+        "measured over quotient",
+    ]
+    return (
+        "Speedup = tokens/step over overhead, with the overhead from steps timed apart at one "
+        f"context length:\n\n{table(headers, rows)}"
+    )
 
 
 def _cost_on_curve(cost: StepCost, curve: Sequence[StepCost]) -> float | None:
-    single = next((other for other in curve if other.num_nodes == 1 and other.context_tokens == cost.context_tokens), None)
-    return median(cost.backbone_s) / median(single.backbone_s) if single and single.backbone_s and cost.backbone_s else None
+    single = next(
+        (other for other in curve if other.num_nodes == 1 and other.context_tokens == cost.context_tokens),
+        None,
+    )
+    return (
+        median(cost.backbone_s) / median(single.backbone_s)
+        if single and single.backbone_s and cost.backbone_s
+        else None
+    )
 
 
 def _own_cost_row(record: RunRecord, cost: StepCost) -> tuple[object, ...]:
     pooled = separate_costs(record, cost.arm) if cost.arm else SeparateCosts(step_cost=None, overhead=None)
-    times = (milliseconds(pooled.backbone_s), ratio(pooled.step_cost), milliseconds(pooled.step_s), ratio(pooled.overhead))
+    times = (
+        milliseconds(pooled.backbone_s),
+        ratio(pooled.step_cost),
+        milliseconds(pooled.step_s),
+        ratio(pooled.overhead),
+    )
     return (cost.arm, cost.num_nodes, cost.num_heads, pooled.num_contexts, *times)
 
 

@@ -7,23 +7,42 @@ from collections.abc import Sequence
 from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
 from harness.judge.metrics import compare, original_baseline
 from harness.records.run import RunRecord
-from harness.report.formatting import ABSENT, megabytes, milliseconds, percent, rate_interval, ratio, ratio_interval, table
+from harness.report.formatting import (
+    ABSENT,
+    megabytes,
+    milliseconds,
+    percent,
+    rate_interval,
+    ratio,
+    ratio_interval,
+    table,
+)
 from harness.specs.suite import GreedyAcceptance
 
 VERDICT_NOTE = """\
-*Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and measured step times;
-`predicted` by a model of the hardware; `computed` from the paper's own figures. In brackets the form of the test: `literal` = the
-paper's own model and setting; `transfer` = the claim's shape (an order, a sign, a trend, an identity), which should hold on any model;
-`paper-only` = arithmetic that needs no run. `inconclusive` = the interval straddles the bound that was fixed before the run. A claim
+*Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and \
+measured step times;
+`predicted` by a model of the hardware; `computed` from the paper's own figures. In brackets the form of \
+the test: `literal` = the
+paper's own model and setting; `transfer` = the claim's shape (an order, a sign, a trend, an identity), \
+which should hold on any model;
+`paper-only` = arithmetic that needs no run. `inconclusive` = the interval straddles the bound that was \
+fixed before the run. A claim
 that fails is a finding, not an error."""
 
-TOKENS_NOTE = "*tokens/step*: tokens that one decoding step yields on average, the paper's acceleration rate; vanilla is 1 by definition."
+TOKENS_NOTE = (
+    "*tokens/step*: tokens that one decoding step yields on average, the paper's acceleration "
+    "rate; vanilla is 1 by definition."
+)
 ARMS_NOTE = (
     TOKENS_NOTE
     + """
-*step cost*: the backbone's pass over all nodes of the tree against one node, timed apart. *overhead*: mean step latency against the
-baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the baseline arm on the decode clock, which starts
-at the first token; it equals tokens/step over overhead, so many tokens a step do not help where a step costs as many times more."""
+*step cost*: the backbone's pass over all nodes of the tree against one node, timed apart. *overhead*: mean \
+step latency against the
+baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the baseline arm on the \
+decode clock, which starts
+at the first token; it equals tokens/step over overhead, so many tokens a step do not help where a step \
+costs as many times more."""
 )
 
 
@@ -50,11 +69,16 @@ def verdicts_in_words(judgement: Judgement) -> str:
     alone = sum(verdict.form == "paper-only" for verdict in tested)
     if not alone:
         return f"{counts}."
-    return f"{counts}. Of the {len(tested)} tested {len(tested) - alone} rest on this run, {alone} on arithmetic with the paper's figures."
+    return (
+        f"{counts}. Of the {len(tested)} tested {len(tested) - alone} rest on this run, {alone} on "
+        "arithmetic with the paper's figures."
+    )
 
 
 def render_verdict_table(judgement: Judgement) -> str:
-    """Return the claims that were tested, one a row, with the evidence for each verdict; those that rest on this run first."""
+    """Return the claims that were tested, one a row, with the evidence for each verdict; those that rest on
+    this run first.
+    """
     tested = _tested(judgement)
     if not tested:
         return "No claim of the registry was tested by this run."
@@ -68,7 +92,9 @@ def render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
 
 
 def render_not_tested_table(judgement: Judgement) -> str:
-    """Return the claims that this run cannot decide, grouped by what each would take; empty where there is none."""
+    """Return the claims that this run cannot decide, grouped by what each would take; empty where there is
+    none.
+    """
     groups: dict[str, list[str]] = {}
     for verdict in judgement.verdicts:
         if verdict.kind is VerdictKind.NOT_TESTED:
@@ -76,11 +102,15 @@ def render_not_tested_table(judgement: Judgement) -> str:
     if not groups:
         return ""
     by_size = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return table(["what it would take", "claims", "which"], [(needs, len(ids), ", ".join(ids)) for needs, ids in by_size])
+    return table(
+        ["what it would take", "claims", "which"],
+        [(needs, len(ids), ", ".join(ids)) for needs, ids in by_size],
+    )
 
 
 def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
-    """Return one row an arm: tokens/step, what a step costs, the speedup that follows, and a diagnosis in words.
+    """Return one row an arm: tokens/step, what a step costs, the speedup that follows, and a diagnosis in
+    words.
 
     Speed columns are left out where the suite reports no speed.
     """
@@ -88,21 +118,37 @@ def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
         return "No arm has a finished generation."
     compared = comparisons_by_arm(judgement)
     if not record.suite.reports_speed:
-        slow_rows = [(arm.arm, arm.num_nodes, arm.num_prompts, _tokens_per_step(arm), arm.diagnosis) for arm in judgement.arms]
+        slow_rows = [
+            (arm.arm, arm.num_nodes, arm.num_prompts, _tokens_per_step(arm), arm.diagnosis)
+            for arm in judgement.arms
+        ]
         return table(["arm", "nodes", "prompts", "tokens/step", "diagnosis"], slow_rows)
-    headers = ["arm", "against", "nodes", "tokens/step", "step cost", "overhead", "speedup", "tokens/s", "diagnosis"]
+    headers = [
+        "arm",
+        "against",
+        "nodes",
+        "tokens/step",
+        "step cost",
+        "overhead",
+        "speedup",
+        "tokens/s",
+        "diagnosis",
+    ]
     return table(headers, [_arm_row(arm, compared.get(arm.arm)) for arm in judgement.arms])
 
 
 def arms_note(record: RunRecord) -> str:
-    """Return what the columns of the arms' table mean, and how arms on a tuned backbone compare with the original."""
+    """Return what the columns of the arms' table mean, and how arms on a tuned backbone compare with the
+    original.
+    """
     note = ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE
     tuned = [arm for arm in record.suite.arms if arm.backbone == "tuned"]
     if not tuned:
         return note
     names = ", ".join(f"`{arm.name}`" for arm in tuned)
     note += (
-        f"\n{names}: on the *tuned* backbone (Medusa-2); its Medusa arms stand against its own vanilla arm, whose text greedy ones must "
+        f"\n{names}: on the *tuned* backbone (Medusa-2); its Medusa arms stand against its own vanilla "
+        "arm, whose text greedy ones must "
         "repeat. Both backbones are loaded throughout, and peak memory holds both."
     )
     if not record.suite.reports_speed:
@@ -110,19 +156,35 @@ def arms_note(record: RunRecord) -> str:
     across = []
     for arm in tuned:
         baseline = original_baseline(record, arm)
-        found = compare(record, arm.name, baseline=baseline.name) if arm.method == "medusa" and baseline is not None else None
+        found = (
+            compare(record, arm.name, baseline=baseline.name)
+            if arm.method == "medusa" and baseline is not None
+            else None
+        )
         if found is not None and baseline is not None:
             across.append(f"`{arm.name}` {ratio_interval(found.speedup)} times `{baseline.name}`")
     return f"{note} In tokens/s against the original backbone: {'; '.join(across)}." if across else note
 
 
 def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
-    """Return one row an arm: bandwidth, latencies and memory; latencies only where the suite reports speed."""
+    """Return one row an arm: bandwidth, latencies and memory; latencies only where the suite reports
+    speed.
+    """
     rows: Sequence[Sequence[object]]
     if not record.suite.reports_speed:
-        rows = [(arm.arm, megabytes(arm.peak_memory_bytes), megabytes(arm.cache_bytes)) for arm in judgement.arms]
+        rows = [
+            (arm.arm, megabytes(arm.peak_memory_bytes), megabytes(arm.cache_bytes)) for arm in judgement.arms
+        ]
         return table(["arm", "peak memory, MB", "KV cache, MB"], rows)
-    headers = ["arm", "share of memory bandwidth", "first token, ms", "step p50, ms", "step p95, ms", "peak memory, MB", "KV cache, MB"]
+    headers = [
+        "arm",
+        "share of memory bandwidth",
+        "first token, ms",
+        "step p50, ms",
+        "step p95, ms",
+        "peak memory, MB",
+        "KV cache, MB",
+    ]
     rows = [
         (
             arm.arm,
@@ -139,7 +201,9 @@ def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
 
 
 def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
-    """Return tokens/step, and speedup where it is reported, by arm and prompt category; empty where prompts have none."""
+    """Return tokens/step, and speedup where it is reported, by arm and prompt category; empty where prompts
+    have none.
+    """
     sizes: dict[str, int] = {}
     for arm in judgement.arms:
         for row in arm.categories:
@@ -154,7 +218,10 @@ def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
         tokens.append([arm.arm, *(ratio(row.acceleration_rate) if row else ABSENT for row in rows)])
         if any(row and row.speedup is not None for row in rows):
             speedups.append([arm.arm, *(ratio(row.speedup) if row else ABSENT for row in rows)])
-    text = "Tokens/step (number of prompts in brackets; few prompts a category, so read the order and not the decimals):\n\n"
+    text = (
+        "Tokens/step (number of prompts in brackets; few prompts a category, so read the order and "
+        "not the decimals):\n\n"
+    )
     text += table(headers, tokens)
     if record.suite.reports_speed and speedups:
         text += "\n\nSpeedup over the arm's baseline:\n\n" + table(headers, speedups)
@@ -171,11 +238,23 @@ def _verdict_row(verdict: ClaimVerdict) -> tuple[object, ...]:
     form = "" if verdict.form == "none" else f" ({verdict.form})"
     kind = f"{verdict.figure_kind or ABSENT}{form}"
     marked = f"**{verdict.kind.value}**"
-    return claim, verdict.stated, verdict.paper_figure or ABSENT, verdict.ours or ABSENT, kind, marked, verdict.reason
+    return (
+        claim,
+        verdict.stated,
+        verdict.paper_figure or ABSENT,
+        verdict.ours or ABSENT,
+        kind,
+        marked,
+        verdict.reason,
+    )
 
 
 def _tokens_per_step(arm: ArmMetrics) -> str:
-    return ratio(arm.acceleration_rate.estimate) if arm.method == "vanilla" else ratio_interval(arm.acceleration_rate)
+    return (
+        ratio(arm.acceleration_rate.estimate)
+        if arm.method == "vanilla"
+        else ratio_interval(arm.acceleration_rate)
+    )
 
 
 def _arm_row(arm: ArmMetrics, compared: Comparison | None) -> tuple[object, ...]:

@@ -1,4 +1,6 @@
-"""A sweep's record as Markdown, as a terminal table and as one JSON object: which tree on which device, and how far to trust it."""
+"""A sweep's record as Markdown, as a terminal table and as one JSON object: which tree on which device, and
+how far to trust it.
+"""
 
 from __future__ import annotations
 
@@ -56,23 +58,35 @@ _DEVICE_HEADERS = (
 )
 _DEVICE_HEADERS_END = ("tokens/s", "break-even batch")
 _DEVICE_NOTE = """\
-*tree*: chosen for the device on the calibration trace, so never on the text it is judged on; tokens/step are replayed on the trace.
-*step cost*: the backbone's pass over the tree against one node, without heads. *overhead*: a whole step against vanilla's, so that
-speedup = tokens/step / overhead. *composed*: replay x measured step times of the same model. *predicted*: replay x the roofline on the
-data sheet, a lower bound of the time that leaves launches, softmax, candidates and acceptance out. Brackets hold bootstrap intervals
-over prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with this tree; a batch takes as many
+*tree*: chosen for the device on the calibration trace, so never on the text it is judged on; tokens/step \
+are replayed on the trace.
+*step cost*: the backbone's pass over the tree against one node, without heads. *overhead*: a whole step \
+against vanilla's, so that
+speedup = tokens/step / overhead. *composed*: replay x measured step times of the same model. *predicted*: \
+replay x the roofline on the
+data sheet, a lower bound of the time that leaves launches, softmax, candidates and acceptance out. \
+Brackets hold bootstrap intervals
+over prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with \
+this tree; a batch takes as many
 steps as its slowest row."""
 _HYPOTHETICAL_NOTE = """\
-This trace is of another model than these rows' shapes: what its tokens/step would be worth there. None of it is a result."""
+This trace is of another model than these rows' shapes: what its tokens/step would be worth there. None of \
+it is a result."""
 _SAMPLED_NOTE = """\
-One tree for all settings. *likelihood*: mean log-likelihood of the texts' tokens under the original backbone at temperature 1, nats a
-token, which stands in for quality and need not follow a judge's score. Intervals and comparisons draw prompts whole."""
+One tree for all settings. *likelihood*: mean log-likelihood of the texts' tokens under the original \
+backbone at temperature 1, nats a
+token, which stands in for quality and need not follow a judge's score. Intervals and comparisons draw \
+prompts whole."""
 _DECODED_NOTE = """\
-Trees drawn by seed, decoded for real with vanilla and Medusa in turn. *composed* is replay x the latency record's step times on the same
-prompts; *gap* is composed over measured, less 1. *steps*: prompts on which decoding took another path than the replay."""
+Trees drawn by seed, decoded for real with vanilla and Medusa in turn. *composed* is replay x the latency \
+record's step times on the same
+prompts; *gap* is composed over measured, less 1. *steps*: prompts on which decoding took another path than \
+the replay."""
 
 
-def render_sweep_report(record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None, figures: Sequence[str] = ()) -> str:
+def render_sweep_report(
+    record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None, figures: Sequence[str] = ()
+) -> str:
     """Return the whole report of a sweep; `figures` are names of image files beside it."""
     registry = tuple(claims if claims is not None else load_claims())
     origin, spec = record.origin, record.spec
@@ -82,10 +96,13 @@ def render_sweep_report(record: SweepRecord, *, claims: Sequence[ClaimSpec] | No
         cell(spec.description),
         "\n".join(
             [
-                f"- Trace: {spec.shape}, {trace.num_heads} heads (SHA-256 {trace.heads_sha256[:12]}), recorded in {trace.dtype}: "
+                f"- Trace: {spec.shape}, {trace.num_heads} heads (SHA-256 {trace.heads_sha256[:12]}), "
+                f"recorded in {trace.dtype}: "
                 f"{count(trace.num_prompts, 'prompt')}, {trace.num_positions:,} tokens",
-                f"- Trees: {len(record.trees.trees):,}, grown and chosen on {count(origin.calibration.num_prompts, 'other prompt')}",
-                f"- Points: {record.num_points:,} on {count(len(record.composed), 'curve and batch', plural='curves and batches')}",
+                f"- Trees: {len(record.trees.trees):,}, grown and chosen on "
+                f"{count(origin.calibration.num_prompts, 'other prompt')}",
+                f"- Points: {record.num_points:,} on "
+                f"{count(len(record.composed), 'curve and batch', plural='curves and batches')}",
                 f"- Date: {origin.started_utc[:10]}",
                 f"- Commit: {describe_commit_of(origin.commit, origin.dirty)}",
             ]
@@ -94,7 +111,12 @@ def render_sweep_report(record: SweepRecord, *, claims: Sequence[ClaimSpec] | No
     apart = hypothetical_cells(record)
     parts = [
         *heading,
-        section("Which tree on which device", render_devices(headline_cells(record), record), _DEVICE_NOTE, _beyond_words(record)),
+        section(
+            "Which tree on which device",
+            render_devices(headline_cells(record), record),
+            _DEVICE_NOTE,
+            _beyond_words(record),
+        ),
         section("Verdicts", render_sweep_verdicts(record, registry)),
         section("Figures", "\n\n".join(f"![{name}]({name})" for name in figures)),
         section("Quoted", render_quoted(load_quoted())),
@@ -118,7 +140,12 @@ def render_devices(cells: Sequence[ComposedCell], record: SweepRecord) -> str:
         return ""
     has_batches = any(one.batch > 1 for one in cells)
     has_contexts = any(one.context != "trace" for one in cells)
-    headers = [*_DEVICE_HEADERS, *(["batch"] if has_batches else []), *(["context"] if has_contexts else []), *_DEVICE_HEADERS_END]
+    headers = [
+        *_DEVICE_HEADERS,
+        *(["batch"] if has_batches else []),
+        *(["context"] if has_contexts else []),
+        *_DEVICE_HEADERS_END,
+    ]
     rows = []
     for one in cells:
         extra = [*([one.batch] if has_batches else []), *([one.context] if has_contexts else [])]
@@ -172,8 +199,14 @@ def render_quoted(rows: Sequence[QuotedRow]) -> str:
             row.model,
             row.method,
             row.benchmark or ABSENT,
-            *(significant(value) for value in (row.tokens_per_step, row.overhead, row.speedup, row.tokens_per_s)),
-            *(significant(value, digits=4) for value in (row.read_bandwidth_gb_per_s, row.dense_fp16_tflop_per_s)),
+            *(
+                significant(value)
+                for value in (row.tokens_per_step, row.overhead, row.speedup, row.tokens_per_s)
+            ),
+            *(
+                significant(value, digits=4)
+                for value in (row.read_bandwidth_gb_per_s, row.dense_fp16_tflop_per_s)
+            ),
             row.evidence,
             f"{row.source} ({', '.join(row.claims)})",
         )
@@ -190,7 +223,13 @@ def render_sweep_verdicts(record: SweepRecord, claims: Sequence[ClaimSpec]) -> s
 
 def _verdict_cells(verdict: ClaimVerdict) -> tuple[object, ...]:
     ours = f"{verdict.ours} ({verdict.figure_kind})" if verdict.figure_kind else ABSENT
-    return f"{verdict.claim_id} ({verdict.place})", verdict.stated, ours, f"**{verdict.kind.value}**", verdict.reason
+    return (
+        f"{verdict.claim_id} ({verdict.place})",
+        verdict.stated,
+        ours,
+        f"**{verdict.kind.value}**",
+        verdict.reason,
+    )
 
 
 def render_decoded(record: SweepRecord) -> str:
@@ -201,7 +240,11 @@ def render_decoded(record: SweepRecord) -> str:
     rows = []
     for check in checks:
         sweep_tree = record.trees.trees[check.tree]
-        differences = f"{check.num_bugs} differ, {check.num_ties} more at a tie" if check.num_bugs + check.num_ties else "all as replayed"
+        differences = (
+            f"{check.num_bugs} differ, {check.num_ties} more at a tie"
+            if check.num_bugs + check.num_ties
+            else "all as replayed"
+        )
         rows.append(
             (
                 sweep_tree.family,
@@ -217,8 +260,10 @@ def render_decoded(record: SweepRecord) -> str:
     within = sum(check.is_within for check in checks)
     worst = max(abs(check.gap) for check in checks)
     words = (
-        f"Of {count(len(checks), 'point')} {within} lie within the run's own interval; the largest gap is {percent(worst)}. "
-        f"Steps differ from the replay on {sum(check.num_bugs for check in checks)} prompts beyond rounding ties."
+        f"Of {count(len(checks), 'point')} {within} lie within the run's own interval; the largest gap is "
+        f"{percent(worst)}. "
+        f"Steps differ from the replay on {sum(check.num_bugs for check in checks)} prompts beyond "
+        "rounding ties."
     )
     headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps", "device"]
     return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{words}"
@@ -263,7 +308,9 @@ def render_nodes(record: SweepRecord) -> str:
             point.num_nodes,
             point.depth,
             ratio_interval(point.tokens_per_step),
-            ratio(fsum(near[point.num_nodes]) / len(near[point.num_nodes])) if point.num_nodes in near else ABSENT,
+            ratio(fsum(near[point.num_nodes]) / len(near[point.num_nodes]))
+            if point.num_nodes in near
+            else ABSENT,
             len(near.get(point.num_nodes, ())) or ABSENT,
         )
         for point in sparse
@@ -279,7 +326,13 @@ def render_heads(record: SweepRecord) -> str:
         return ""
     found = {size: best_by_heads(record, num_nodes=size) for size in sizes}
     rows = [
-        (heads, *(ratio_interval(found[size][heads].tokens_per_step) if heads in found[size] else ABSENT for size in sizes))
+        (
+            heads,
+            *(
+                ratio_interval(found[size][heads].tokens_per_step) if heads in found[size] else ABSENT
+                for size in sizes
+            ),
+        )
         for heads in sorted(record.spec.num_heads)
     ]
     return table(["heads", *(f"{count(size, 'node')}, tokens/step" for size in sizes)], rows)
@@ -289,14 +342,23 @@ def render_appendix_g(simulated: AppendixG) -> str:
     """Return the three simulations of Appendix G.3."""
     first = table(
         ["candidates", "acceleration rate", "step cost", "simulated speedup"],
-        [(row.num_nodes, ratio(row.acceleration_rate), ratio(row.step_cost), ratio(row.speedup)) for row in simulated.by_candidates],
+        [
+            (row.num_nodes, ratio(row.acceleration_rate), ratio(row.step_cost), ratio(row.speedup))
+            for row in simulated.by_candidates
+        ],
     )
     headers = ["best candidates", "simulated speedup"]
-    second = table(["batch", *headers], [(row.batch, row.num_nodes, ratio(row.speedup)) for row in simulated.by_batch])
-    third = table(["sequence", *headers], [(row.context_tokens, row.num_nodes, ratio(row.speedup)) for row in simulated.by_length])
+    second = table(
+        ["batch", *headers], [(row.batch, row.num_nodes, ratio(row.speedup)) for row in simulated.by_batch]
+    )
+    third = table(
+        ["sequence", *headers],
+        [(row.context_tokens, row.num_nodes, ratio(row.speedup)) for row in simulated.by_length],
+    )
     at, lengths = simulated.by_candidates[0], simulated.by_length[0]
     words = (
-        f"Predicted, on the figures of {simulated.device}, one block of Llama-7B, with the paper's fitted acceleration rate, which has no "
+        f"Predicted, on the figures of {simulated.device}, one block of Llama-7B, with the paper's fitted "
+        "acceleration rate, which has no "
         "intercept: it is 0 at one candidate, so only ratios between settings mean much."
     )
     titles = (
@@ -308,19 +370,32 @@ def render_appendix_g(simulated: AppendixG) -> str:
 
 
 def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[str] = ()) -> str:
-    """Return what the README shows of a sweep: the table of devices, without what is hypothetical, and two figures."""
+    """Return what the README shows of a sweep: the table of devices, without what is hypothetical, and two
+    figures.
+    """
     origin = record.origin
     words = (
-        f"Heads of {record.spec.shape}, {count(origin.trace.num_prompts, 'prompt')}, {len(record.trees.trees):,} trees, "
-        f"{record.num_points:,} points; {origin.started_utc[:10]}, commit {describe_commit_of(origin.commit, origin.dirty)}."
+        f"Heads of {record.spec.shape}, {count(origin.trace.num_prompts, 'prompt')}, "
+        f"{len(record.trees.trees):,} trees, "
+        f"{record.num_points:,} points; {origin.started_utc[:10]}, commit "
+        f"{describe_commit_of(origin.commit, origin.dirty)}."
     )
     absolute, link = record.folder.resolve(), f"From the record `{record.folder.resolve().name}`."
     images = ""
     if absolute.is_relative_to(base.resolve()):
         home = relative_folder(record.folder, base=base)
-        link = f"All trees, searches, thresholds and hypothetical rows: [`{absolute.name}`]({home}/report.md)."
+        link = (
+            f"All trees, searches, thresholds and hypothetical rows: [`{absolute.name}`]({home}/report.md)."
+        )
         images = "\n\n".join(f"![{Path(name).stem}]({home}/{name})" for name in figures)
-    parts = [words, render_devices(headline_cells(record), record), _DEVICE_NOTE, _error_words(origin.roofline_error), images, link]
+    parts = [
+        words,
+        render_devices(headline_cells(record), record),
+        _DEVICE_NOTE,
+        _error_words(origin.roofline_error),
+        images,
+        link,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -341,10 +416,14 @@ def print_sweep(console: Console, record: SweepRecord) -> None:
         )
     console.print(shown)
     for failed in record.failed:
-        console.print(f"no figure for {failed.words}: {failed.message}", highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"no figure for {failed.words}: {failed.message}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
-def sweep_headline(record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None, base: Path | None = None) -> dict[str, Any]:
+def sweep_headline(
+    record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None, base: Path | None = None
+) -> dict[str, Any]:
     """Return the one JSON object that ends a sweep's output."""
     verdicts = sweep_verdicts(record, claims=tuple(claims if claims is not None else load_claims()))
     checks = decoded_checks(record)
@@ -366,8 +445,16 @@ def sweep_headline(record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = 
             }
             for one in headline_cells(record)
         ],
-        "decoded": {"points": len(checks), "within": sum(check.is_within for check in checks), "bugs": sum(c.num_bugs for c in checks)},
-        "verdicts": {verdict.claim_id: verdict.kind.value for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED},
+        "decoded": {
+            "points": len(checks),
+            "within": sum(check.is_within for check in checks),
+            "bugs": sum(c.num_bugs for c in checks),
+        },
+        "verdicts": {
+            verdict.claim_id: verdict.kind.value
+            for verdict in verdicts
+            if verdict.kind is not VerdictKind.NOT_TESTED
+        },
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
 
@@ -377,26 +464,38 @@ def _mean_tokens(one: SampledCell) -> float:
 
 
 def _beyond_words(record: SweepRecord) -> str:
-    rows = [f"{one.curve.words}: {percent(one.beyond_share)}" for one in headline_cells(record) if one.beyond_share > 0]
+    rows = [
+        f"{one.curve.words}: {percent(one.beyond_share)}"
+        for one in headline_cells(record)
+        if one.beyond_share > 0
+    ]
     if not rows:
         return ""
-    return f"Steps at lengths that were not timed, priced at the nearest one that was (share of vanilla's): {'; '.join(rows)}."
+    return (
+        "Steps at lengths that were not timed, priced at the nearest one that was (share of "
+        f"vanilla's): {'; '.join(rows)}."
+    )
 
 
 def _error_words(error: RooflineError | None) -> str:
     if error is None:
         return "No latency record is at hand, so the error of the roofline's predictions is not known."
-    where = "; ".join(f"{device} ({limits} limits)" for device, limits in zip(error.devices, error.limits, strict=True))
+    where = "; ".join(
+        f"{device} ({limits} limits)" for device, limits in zip(error.devices, error.limits, strict=True)
+    )
     seconds = error.seconds
     words = (
-        f"On measured devices ({where}) the roofline is off by {percent(seconds.median_error)} in the median and "
-        f"{percent(seconds.worst_error)} at worst over {count(seconds.num_points, 'point')}: they take {ratio(seconds.median_ratio)} times "
+        f"On measured devices ({where}) the roofline is off by {percent(seconds.median_error)} in the "
+        "median and "
+        f"{percent(seconds.worst_error)} at worst over {count(seconds.num_points, 'point')}: they take "
+        f"{ratio(seconds.median_ratio)} times "
         "as long as predicted."
     )
     if error.step_cost is None:
         return words
     return (
-        f"{words} Its step cost, on which a speedup rests, is off by {percent(error.step_cost.median_error)} in the median and "
+        f"{words} Its step cost, on which a speedup rests, is off by "
+        f"{percent(error.step_cost.median_error)} in the median and "
         f"{percent(error.step_cost.worst_error)} at worst. Predicted rows are not corrected for either."
     )
 
@@ -407,13 +506,19 @@ def _search_words(record: SweepRecord) -> str:
     if not total:
         return ""
     return (
-        f"The tree chosen on joint hits decodes more tokens/s than the exact optimum under independence on {better} of {total} curves and "
-        f"as many on {same}; the median ratio is {middle:.3f}. Both chose on the calibration trace and are compared on the other."
+        "The tree chosen on joint hits decodes more tokens/s than the exact optimum under independence on "
+        f"{better} of {total} curves and "
+        f"as many on {same}; the median ratio is {middle:.3f}. Both chose on the calibration trace and are "
+        "compared on the other."
     )
 
 
 def _render_failed(record: SweepRecord) -> str:
-    return table(["cell", "why"], [(failed.words, failed.message) for failed in record.failed]) if record.failed else ""
+    return (
+        table(["cell", "why"], [(failed.words, failed.message) for failed in record.failed])
+        if record.failed
+        else ""
+    )
 
 
 def _render_provenance(record: SweepRecord) -> str:
@@ -432,7 +537,11 @@ def _render_provenance(record: SweepRecord) -> str:
         ("weights", f"SHA-256 {origin.trace.model_sha256[:16]}"),
         ("draft heads", f"SHA-256 {origin.trace.heads_sha256[:16]}"),
         *((name, f"SHA-256 {digest[:16]}") for name, digest in sorted(origin.inputs.items())),
-        ("intervals", f"{100 * interval.level:g} % bootstrap over prompts, {interval.num_resamples:,} resamples, seed {interval.seed}"),
+        (
+            "intervals",
+            f"{100 * interval.level:g} % bootstrap over prompts, {interval.num_resamples:,} resamples, "
+            f"seed {interval.seed}",
+        ),
         ("Python", origin.python),
         ("packages", ", ".join(f"{name} {version}" for name, version in sorted(origin.packages.items()))),
         ("record", record.folder.name),

@@ -1,6 +1,8 @@
-"""A sweep's figures by matplotlib, as SVG and PNG: pure functions of the record. matplotlib is the extra `plots` and imported when drawing.
+"""A sweep's figures by matplotlib, as SVG and PNG: pure functions of the record. matplotlib is the extra
+`plots` and imported when drawing.
 
-Every figure says on itself what is replayed, composed, predicted or measured, in which units, and what its bars are.
+Every figure says on itself what is replayed, composed, predicted or measured, in which units, and what its
+bars are.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from medusa_impl.tree import DraftTree
 
 FORMATS = ("svg", "png")
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5a99", "#c8641b", "#7a7a7a", "#2e7d4f"
-_STYLE: Any = {"svg.hashsalt": "medusa-repro", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {
+    "svg.hashsalt": "medusa-repro",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 _DPI = 140
 _LABELLED_NODES = 40  # beyond, ranks on the nodes of a drawn tree overlap
 Draw = Callable[[Any, SweepRecord], bool]
@@ -35,7 +43,8 @@ Draw = Callable[[Any, SweepRecord], bool]
 def draw_figures(
     record: SweepRecord, folder: Path, *, names: Sequence[str] | None = None, formats: Sequence[str] = FORMATS
 ) -> tuple[Path, ...]:
-    """Draw the figures that the record has data for into a folder, all or those named, and return the files of the first format.
+    """Draw the figures that the record has data for into a folder, all or those named, and return the files
+    of the first format.
 
     Raises: UserError without matplotlib.
     """
@@ -57,7 +66,9 @@ def _figure() -> Iterator[Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         need = "matplotlib for the figures"
-        raise UserError(found="no matplotlib", need=need, where="this environment", do="pip install 'medusa-repro[plots]'") from error
+        raise UserError(
+            found="no matplotlib", need=need, where="this environment", do="pip install 'medusa-repro[plots]'"
+        ) from error
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(7.2, 3.6), layout="constrained")
 
@@ -77,14 +88,24 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
     if not sparse:
         return False
     left, right = figure.subplots(1, 2)
-    for points, colour, name, mark in ((sparse, _BLUE, "grown (sparse)", "o-"), (dense, _ORANGE, "random dense", "x")):
+    for points, colour, name, mark in (
+        (sparse, _BLUE, "grown (sparse)", "o-"),
+        (dense, _ORANGE, "random dense", "x"),
+    ):
         if points:
-            sizes, intervals = [point.num_nodes for point in points], [point.tokens_per_step for point in points]
+            sizes, intervals = (
+                [point.num_nodes for point in points],
+                [point.tokens_per_step for point in points],
+            )
             if points is sparse:
                 _bars(left, sizes, intervals, mark, colour, name)
             else:  # many at a size: their spread says more than each one's bars would
-                left.plot(sizes, [one.estimate for one in intervals], mark, color=colour, label=name, markersize=4)
-            fast = [(point.num_nodes, point.tokens_per_s) for point in points if point.tokens_per_s is not None]
+                left.plot(
+                    sizes, [one.estimate for one in intervals], mark, color=colour, label=name, markersize=4
+                )
+            fast = [
+                (point.num_nodes, point.tokens_per_s) for point in points if point.tokens_per_s is not None
+            ]
             if fast:
                 right.plot(*zip(*fast, strict=True), mark, color=colour, label=name, markersize=4)
     left.set(xlabel="tree nodes, root included", ylabel="tokens/step (replayed)", xscale="log")
@@ -116,7 +137,10 @@ def draw_thresholds(figure: Any, record: SweepRecord) -> bool:
     rates, likelihoods = figure.subplots(1, 2)
     epsilons = [cell.setting.epsilon for cell in cells]
     for axes, top, bottom in ((rates, 0, 1), (likelihoods, 3, 2)):
-        intervals = [_sampled_interval(cell, prompts, top=top, bottom=bottom, spec=record.spec.interval) for cell in cells]
+        intervals = [
+            _sampled_interval(cell, prompts, top=top, bottom=bottom, spec=record.spec.interval)
+            for cell in cells
+        ]
         _bars(axes, epsilons, intervals, "o-", _BLUE, f"typical, T {at:g}, delta = sqrt(epsilon)")
         for other, colour in zip(others, (_GREY, _ORANGE, _GREEN, "black"), strict=False):
             if other.setting.rule == "vanilla" and top == 0:
@@ -138,9 +162,18 @@ def draw_heads(figure: Any, record: SweepRecord) -> bool:
     for size, colour in ((8, _GREY), (16, _GREEN), (32, _ORANGE), (64, _BLUE)):
         found = best_by_heads(record, num_nodes=size)
         if found:
-            _bars(axes, list(found), [point.tokens_per_step for point in found.values()], "o-", colour, f"{size} nodes")
+            _bars(
+                axes,
+                list(found),
+                [point.tokens_per_step for point in found.values()],
+                "o-",
+                colour,
+                f"{size} nodes",
+            )
             drawn = True
-    axes.set(xlabel="draft heads that the tree may use", ylabel="tokens/step (replayed)", title=_bars_words(record))
+    axes.set(
+        xlabel="draft heads that the tree may use", ylabel="tokens/step (replayed)", title=_bars_words(record)
+    )
     axes.set_xticks(sorted(record.spec.num_heads))
     axes.legend(frameon=False)
     return drawn
@@ -156,23 +189,41 @@ def draw_chosen_tree(figure: Any, record: SweepRecord) -> bool:
     across = tree_layout(tree)
     for node, parent in enumerate(tree.parents):
         if parent >= 0:
-            axes.plot([across[parent], across[node]], [-tree.depths[parent], -tree.depths[node]], color=_GREY, linewidth=0.7, zorder=1)
+            axes.plot(
+                [across[parent], across[node]],
+                [-tree.depths[parent], -tree.depths[node]],
+                color=_GREY,
+                linewidth=0.7,
+                zorder=1,
+            )
     axes.scatter(across, [-depth for depth in tree.depths], s=14, color=_BLUE, zorder=2)
     if tree.num_nodes <= _LABELLED_NODES:
         for node in range(1, tree.num_nodes):
             axes.annotate(
-                str(tree.ranks[node]), (across[node], -tree.depths[node]), (0, -9), textcoords="offset points", ha="center", fontsize=7
+                str(tree.ranks[node]),
+                (across[node], -tree.depths[node]),
+                (0, -9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
             )
-    axes.set_yticks([-depth for depth in range(tree.depth + 1)], ["root", *(f"head {depth}" for depth in range(1, tree.depth + 1))])
+    axes.set_yticks(
+        [-depth for depth in range(tree.depth + 1)],
+        ["root", *(f"head {depth}" for depth in range(1, tree.depth + 1))],
+    )
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)
     labels = "; numbers are ranks in their head" if tree.num_nodes <= _LABELLED_NODES else ""
-    axes.set_title(f"{tree.num_nodes} nodes, depth {tree.depth}{labels}\nchosen for {one.curve.words}", fontsize=8)
+    axes.set_title(
+        f"{tree.num_nodes} nodes, depth {tree.depth}{labels}\nchosen for {one.curve.words}", fontsize=8
+    )
     return True
 
 
 def tree_layout(tree: DraftTree) -> list[float]:
-    """Return where each node stands from left to right: leaves one apart in the order of their paths, parents amid their children."""
+    """Return where each node stands from left to right: leaves one apart in the order of their paths, parents
+    amid their children.
+    """
     across = [0.0] * tree.num_nodes
     leaves = sorted(tree.leaves, key=lambda leaf: tree.paths[leaf])
     for place, leaf in enumerate(leaves):
@@ -184,17 +235,26 @@ def tree_layout(tree: DraftTree) -> list[float]:
 
 
 def draw_roofline(figure: Any, record: SweepRecord) -> bool:
-    """What devices can do against operational intensity, and where steps of several sizes lie (Figs 9 to 17)."""
+    """What devices can do against operational intensity, and where steps of several sizes lie (Figs 9 to
+    17).
+    """
     axes = figure.subplots()
     devices = load_hardware()
     keys = dict.fromkeys(cell.curve.device for cell in record.composed if cell.curve.device in devices)
-    wanted = [key for key in ("a100-80gb-pcie", "h100-80gb-sxm", "a6000", "rtx-4090", "t4") if key in keys] or list(keys)[:5]
+    wanted = [
+        key for key in ("a100-80gb-pcie", "h100-80gb-sxm", "a6000", "rtx-4090", "t4") if key in keys
+    ] or list(keys)[:5]
     if not wanted:
         return False
     intensities = np.geomspace(0.5, 2000, 200)
     for key, colour in zip(wanted, (_BLUE, _ORANGE, _GREEN, _GREY, "black"), strict=False):
         limits = devices[key].limits
-        axes.plot(intensities, np.minimum(intensities * limits.bytes_per_s, limits.flop_per_s) / 1e12, color=colour, label=key)
+        axes.plot(
+            intensities,
+            np.minimum(intensities * limits.bytes_per_s, limits.flop_per_s) / 1e12,
+            color=colour,
+            label=key,
+        )
     for size in (1, 16, 64, 256):
         axes.axvline(linear_intensity(size, batch=1), color="#d0d0d0", linewidth=0.8, zorder=0)
         axes.annotate(
@@ -205,7 +265,9 @@ def draw_roofline(figure: Any, record: SweepRecord) -> bool:
             fontsize=7,
         )
     axes.set(xlabel="operational intensity, flop/byte", ylabel="TFLOP/s, at most", xscale="log", yscale="log")
-    axes.set_title("predicted: data sheets; vertical lines: Llama-33B's MLP at batch 1, 2 bytes a weight", fontsize=8)
+    axes.set_title(
+        "predicted: data sheets; vertical lines: Llama-33B's MLP at batch 1, 2 bytes a weight", fontsize=8
+    )
     axes.legend(frameon=False, fontsize=7)
     return True
 
@@ -228,13 +290,27 @@ def draw_heat_map(figure: Any, record: SweepRecord) -> bool:
         row, column = rows.index(_row_name(cell)), columns.index(cell.curve.shape)
         nodes = len(record.trees.trees[cell.best.tree].paths)
         colour = "white" if values[row, column] < middle else "black"
-        axes.text(column, row, f"{values[row, column]:.2f}x, {nodes}", ha="center", va="center", fontsize=7, color=colour)
+        axes.text(
+            column,
+            row,
+            f"{values[row, column]:.2f}x, {nodes}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=colour,
+        )
         if cell.kind == "hypothetical":
-            axes.fill([column - 0.5, column + 0.5, column + 0.5, column - 0.5], [row - 0.5, row - 0.5, row + 0.5, row + 0.5], **_HATCH)
+            axes.fill(
+                [column - 0.5, column + 0.5, column + 0.5, column - 0.5],
+                [row - 0.5, row - 0.5, row + 0.5, row + 0.5],
+                **_HATCH,
+            )
     axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right", fontsize=7)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     figure.colorbar(image, ax=axes, label="speedup over vanilla, batch 1")
-    axes.set_title("speedup and nodes of the chosen tree; hatched: another model's trace, hypothetical", fontsize=8)
+    axes.set_title(
+        "speedup and nodes of the chosen tree; hatched: another model's trace, hypothetical", fontsize=8
+    )
     return True
 
 
@@ -247,21 +323,47 @@ def draw_decoded(figure: Any, record: SweepRecord) -> bool:
     measured = [check.measured for check in checks]
     low, high = _errors(measured)
     axes.errorbar(
-        [check.composed for check in checks], [one.estimate for one in measured], yerr=[low, high], fmt="o", color=_BLUE, capsize=2
+        [check.composed for check in checks],
+        [one.estimate for one in measured],
+        yerr=[low, high],
+        fmt="o",
+        color=_BLUE,
+        capsize=2,
     )
     ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
     axes.plot(ends, ends, color=_GREY, linestyle=":")
-    axes.set(xlabel="speedup, composed", ylabel="speedup, measured", title=_bars_words(record, num_prompts=measured[0].num_prompts))
+    axes.set(
+        xlabel="speedup, composed",
+        ylabel="speedup, measured",
+        title=_bars_words(record, num_prompts=measured[0].num_prompts),
+    )
     return True
 
 
 def draw_simulated(figure: Any, record: SweepRecord) -> bool:
-    """The simulations of Appendix G: speedup against candidates, batch and sequence length (Figs 21 to 23)."""
+    """The simulations of Appendix G: speedup against candidates, batch and sequence length (Figs 21 to
+    23).
+    """
     simulated: AppendixG = simulate()
     first, second, third = figure.subplots(1, 3, sharey=True)
-    first.plot([row.num_nodes for row in simulated.by_candidates], [row.speedup for row in simulated.by_candidates], "o-", color=_BLUE)
-    second.plot([row.batch for row in simulated.by_batch], [row.speedup for row in simulated.by_batch], "o-", color=_ORANGE)
-    third.plot([row.context_tokens for row in simulated.by_length], [row.speedup for row in simulated.by_length], "o-", color=_GREEN)
+    first.plot(
+        [row.num_nodes for row in simulated.by_candidates],
+        [row.speedup for row in simulated.by_candidates],
+        "o-",
+        color=_BLUE,
+    )
+    second.plot(
+        [row.batch for row in simulated.by_batch],
+        [row.speedup for row in simulated.by_batch],
+        "o-",
+        color=_ORANGE,
+    )
+    third.plot(
+        [row.context_tokens for row in simulated.by_length],
+        [row.speedup for row in simulated.by_length],
+        "o-",
+        color=_GREEN,
+    )
     first.set(xlabel="candidates", ylabel="simulated speedup")
     second.set(xlabel="batch", xscale="log")
     third.set(xlabel="sequence length, tokens", xscale="log")
@@ -278,16 +380,30 @@ def _row_name(cell: ComposedCell) -> str:
     return f"{cell.curve.device} {cell.curve.dtype}{mode} ({cell.curve.kind})"
 
 
-def _sampled_interval(cell: SampledCell, prompts: Sequence[str], *, top: int, bottom: int, spec: IntervalSpec) -> Interval:
+def _sampled_interval(
+    cell: SampledCell, prompts: Sequence[str], *, top: int, bottom: int, spec: IntervalSpec
+) -> Interval:
     counts = sampled_counts(cell, prompts=prompts)
     return bootstrap_ratio(counts[top], counts[bottom], spec=spec, rng=np.random.default_rng(spec.seed))
 
 
-def _bars(axes: Any, at: Sequence[Any], intervals: Sequence[Interval], mark: str, colour: str, name: str) -> None:
+def _bars(
+    axes: Any, at: Sequence[Any], intervals: Sequence[Interval], mark: str, colour: str, name: str
+) -> None:
     """Plot estimates with their intervals; an interval without bounds is drawn as a point."""
     low, high = _errors(intervals)
     estimates = [one.estimate for one in intervals]
-    axes.errorbar(at, estimates, yerr=[low, high], fmt=mark, color=colour, label=name, markersize=4, capsize=2, linewidth=1)
+    axes.errorbar(
+        at,
+        estimates,
+        yerr=[low, high],
+        fmt=mark,
+        color=colour,
+        label=name,
+        markersize=4,
+        capsize=2,
+        linewidth=1,
+    )
 
 
 def _errors(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:

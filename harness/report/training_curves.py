@@ -1,4 +1,6 @@
-"""A training's step log as one picture: losses and accuracies of every head, the backbone's term, weights, rates, speed and memory."""
+"""A training's step log as one picture: losses and accuracies of every head, the backbone's term, weights,
+rates, speed and memory.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def step_log_figure(steps: Sequence[JointStep]) -> Any:
         for label, value in lines.items():
             points = [(step.step, number) for step in steps if (number := value(step)) is not None]
             if points:
-                axes.plot([step for step, _ in points], [number for _, number in points], label=label, linewidth=1.0)
+                axes.plot(
+                    [step for step, _ in points], [number for _, number in points], label=label, linewidth=1.0
+                )
         axes.set_title(title, fontsize=10)
         if len(lines) > 1:
             axes.legend(fontsize=7)
@@ -62,11 +66,16 @@ def step_panels(num_heads: int) -> dict[str, Lines]:
     return {
         "loss of each head, nats": {f"head {head + 1}": loss(head) for head in heads},
         "target is a head's first choice": {f"head {head + 1}": accuracy(head, 1) for head in heads},
-        f"target among a head's {_MAX_RANK} best": {f"head {head + 1}": accuracy(head, _MAX_RANK) for head in heads},
+        f"target among a head's {_MAX_RANK} best": {
+            f"head {head + 1}": accuracy(head, _MAX_RANK) for head in heads
+        },
         "the backbone's term, nats (KL, or loss on tokens)": {"backbone": lambda step: step.backbone_loss},
         "first choices of model and target agree": {"backbone": lambda step: step.agreement_rate},
         "lambda_0": {"lambda_0": lambda step: step.lambda_0},
-        "learning rates": {"heads": lambda step: step.heads_learning_rate, "backbone": lambda step: step.backbone_learning_rate},
+        "learning rates": {
+            "heads": lambda step: step.heads_learning_rate,
+            "backbone": lambda step: step.backbone_learning_rate,
+        },
         "answer tokens/s": {"speed": lambda step: step.positions_per_s},
         "peak memory, MB": {"memory": lambda step: step.memory_bytes / 1e6},
     }
@@ -85,16 +94,28 @@ def curves_figure(record: AblationRecord) -> Any:
 
     Raises: UserError as `draw_curves` does.
     """
-    logs = {arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))] for arm in record.spec.arms}
+    logs = {
+        arm.name: [log for result in record.of(arm.name) if (log := record.steps(result))]
+        for arm in record.spec.arms
+    }
     if not any(logs.values()):
         raise UserError(found="no step log", need="at least one trained arm", where=record.folder.name)
-    title = f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of {len(record.spec.seeds)} seeds"
+    title = (
+        f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of "
+        f"{len(record.spec.seeds)} seeds"
+    )
     figure, panels = new_figure(rows=2, columns=2, title=title)
     for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
         for number, (arm, runs) in enumerate(logs.items()):
             points = curve(runs, value)
             if points:
-                axes.plot([step for step, _ in points], [mean for _, mean in points], label=arm, linewidth=1.2, color=f"C{number}")
+                axes.plot(
+                    [step for step, _ in points],
+                    [mean for _, mean in points],
+                    label=arm,
+                    linewidth=1.2,
+                    color=f"C{number}",
+                )
         axes.set_title(title, fontsize=10)
     panels.flat[0].legend(fontsize=8)
     return figure
@@ -110,7 +131,9 @@ def new_figure(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise UserError(found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]") from error
+        raise UserError(
+            found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]"
+        ) from error
     figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(rows, columns)
@@ -129,7 +152,9 @@ def save_figure(figure: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def curve(runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]) -> list[tuple[int, float]]:
+def curve(
+    runs: Sequence[Sequence[StepPoint]], value: Callable[[StepPoint], float | None]
+) -> list[tuple[int, float]]:
     """Return a quantity by step, averaged over the seeds that have it there."""
     found: dict[int, list[float]] = {}
     for run in runs:

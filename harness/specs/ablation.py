@@ -1,4 +1,6 @@
-"""Ablations as data: recipes side by side at an equal token budget, from the same heads, on the same text. No torch."""
+"""Ablations as data: recipes side by side at an equal token budget, from the same heads, on the same text. No
+torch.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class PromptDraw(Frozen):
 class HeldOutSpec(Frozen):
     """Prompts that no arm trains on; the original model answers them greedily, and so does every tuned one.
 
-    `training` takes held-out prompts of the project's own catalogue, without those of the calibration trace; `random` draws token ids,
-    for tiny models. `left_out` names draws whose prompts are not measured on: those that rates and weights were chosen on.
+    `training` takes held-out prompts of the project's own catalogue, without those of the calibration trace;
+    `random` draws token ids, for tiny models. `left_out` names draws whose prompts are not measured on: those
+    that rates and weights were chosen on.
     """
 
     source: Literal["training", "random"] = "training"
@@ -45,7 +48,9 @@ class ReferenceSpec(Frozen):
 
 
 class AblationArm(Frozen):
-    """One recipe; of its file only the [recipe] table is used. `fresh_heads` starts it from untrained heads, as a control."""
+    """One recipe; of its file only the [recipe] table is used. `fresh_heads` starts it from untrained heads,
+    as a control.
+    """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
     recipe: str
@@ -55,9 +60,10 @@ class AblationArm(Frozen):
 class AblationSpec(DataFile):
     """One ablation: arms times seeds.
 
-    Every arm sees the same `answer_tokens` of the packed corpus once; a seed draws which, in what order, and all else that is random.
-    `tree` is the one tree that all arms are compared at; `best_tree_nodes` the size of each arm's own. `decides_claims` false says that
-    the budget shows signs and orders only. `expected_tokens_per_s` serves the estimate where no record is at hand.
+    Every arm sees the same `answer_tokens` of the packed corpus once; a seed draws which, in what order, and
+    all else that is random. `tree` is the one tree that all arms are compared at; `best_tree_nodes` the size
+    of each arm's own. `decides_claims` false says that the budget shows signs and orders only.
+    `expected_tokens_per_s` serves the estimate where no record is at hand.
     """
 
     description: str
@@ -88,7 +94,9 @@ class AblationSpec(DataFile):
         return self
 
     def plan(self) -> tuple[tuple[str, int | None], ...]:
-        """Return what is run, in order: the start, then every arm of the first seed, of the second, and so on."""
+        """Return what is run, in order: the start, then every arm of the first seed, of the second, and so
+        on.
+        """
         return ((START_ARM, None), *((arm.name, seed) for seed in self.seeds for arm in self.arms))
 
     def arm(self, name: str) -> AblationArm:
@@ -104,7 +112,9 @@ def load_ablation(path: Path) -> AblationSpec:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name) from error
+        raise UserError(
+            found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name
+        ) from error
     return parse_ablation(text, where=path.name)
 
 
@@ -117,4 +127,6 @@ def parse_ablation(text: str, *, where: str) -> AblationSpec:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise UserError(found=f"{key}: {first['msg']}", need="a key and value that an ablation knows", where=where) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="a key and value that an ablation knows", where=where
+        ) from error

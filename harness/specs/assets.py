@@ -1,4 +1,6 @@
-"""What an assets file says: models and prompts by name, with their sources in order and the hashes that identify them."""
+"""What an assets file says: models and prompts by name, with their sources in order and the hashes that
+identify them.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ class FrozenModel(BaseModel):
 
 
 class SourceFile(FrozenModel):
-    """One file of a source: its path within the source and its hash, absent only for a file of the user's own."""
+    """One file of a source: its path within the source and its hash, absent only for a file of the user's
+    own.
+    """
 
     path: str
     sha256: Sha256 | None = None
 
 
 class LocalSource(FrozenModel):
-    """A folder of the user's (for a single file also the file), named by an environment variable or by the assets file."""
+    """A folder of the user's (for a single file also the file), named by an environment variable or by the
+    assets file.
+    """
 
     type: Literal["local"]
     env: str | None = None
@@ -57,7 +63,9 @@ class HubSource(FrozenModel):
     def _pinned_is_a_commit(self) -> HubSource:
         is_commit = len(self.revision) == 40 and set(self.revision) <= set("0123456789abcdef")
         if self.pinned and not is_commit:
-            raise ValueError("a pinned revision is a commit of 40 hex digits; for a branch or tag write `pinned = false`")
+            raise ValueError(
+                "a pinned revision is a commit of 40 hex digits; for a branch or tag write `pinned = false`"
+            )
         return self
 
 
@@ -84,8 +92,8 @@ Source = Annotated[LocalSource | HubSource | PypiWheelSource, Field(discriminato
 class AssetSpec(FrozenModel):
     """What an asset is: its kind, licence and sources in the order in which they are tried.
 
-    A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`, converted once.
-    Prompts are files by role, the same roles in every source.
+    A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`,
+    converted once. Prompts are files by role, the same roles in every source.
     """
 
     name: str
@@ -117,21 +125,29 @@ def load_asset_specs(path: Path | None = None) -> dict[str, AssetSpec]:
     """Returns the assets of a TOML file by name: `suites/assets.toml`, or one of the user's.
 
     Raises:
-        UserError: no such file, no TOML, an unknown key or a value that does not fit; the first problem is named.
+        UserError: no such file, no TOML, an unknown key or a value that does not fit; the first problem is
+            named.
     """
     file = shipped("assets.toml") if path is None else path
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(found=f"no readable file ({error.strerror})", need="an assets file", where=str(file)) from error
+        raise UserError(
+            found=f"no readable file ({error.strerror})", need="an assets file", where=str(file)
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(found=f"no valid TOML: {error}", need="an assets file", where=str(file)) from error
     tables = raw.get("assets")
     if isinstance(tables, dict):
-        raw["assets"] = {name: {**table, "name": name} if isinstance(table, dict) else table for name, table in tables.items()}
+        raw["assets"] = {
+            name: {**table, "name": name} if isinstance(table, dict) else table
+            for name, table in tables.items()
+        }
     try:
         return _AssetsFile.model_validate(raw).assets
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UserError(found=f"{key}: {first['msg']}", need="a valid assets file of schema_version 1", where=str(file)) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="a valid assets file of schema_version 1", where=str(file)
+        ) from error

@@ -1,4 +1,6 @@
-"""The forms in which a claim can be judged, as validated data: literal, transfer, training, paper-only; each bound carries its reason."""
+"""The forms in which a claim can be judged, as validated data: literal, transfer, training, paper-only; each
+bound carries its reason.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class _SweepForm(Frozen):
 
 
 class TemperatureTrendForm(_SweepForm):
-    """Over at least `min_temperatures` tokens/step of typical acceptance rises and that of rejection falls: both slopes beyond 0."""
+    """Over at least `min_temperatures` tokens/step of typical acceptance rises and that of rejection falls:
+    both slopes beyond 0.
+    """
 
     test: Literal["temperature_trend"]
     epsilon: float = Field(gt=0, lt=1)
@@ -28,7 +32,9 @@ class TemperatureTrendForm(_SweepForm):
 
 
 class ThresholdTrendForm(_SweepForm):
-    """Over at least `min_epsilons` thresholds, delta their square root, tokens/step falls and likelihood rises: both slopes beyond 0."""
+    """Over at least `min_epsilons` thresholds, delta their square root, tokens/step falls and likelihood
+    rises: both slopes beyond 0.
+    """
 
     test: Literal["threshold_trend"]
     temperature: float = Field(gt=0)
@@ -36,9 +42,11 @@ class ThresholdTrendForm(_SweepForm):
 
 
 class TypicalBeatsRejectionForm(_SweepForm):
-    """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature, and its text is no less likely.
+    """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature, and its
+    text is no less likely.
 
-    Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no less.
+    Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no
+    less.
     """
 
     test: Literal["typical_beats_rejection"]
@@ -49,11 +57,15 @@ class TypicalBeatsRejectionForm(_SweepForm):
     margin: Margin
 
 
-SweepForm = Annotated[ThresholdTrendForm | TypicalBeatsRejectionForm | TemperatureTrendForm, Field(discriminator="test")]
+SweepForm = Annotated[
+    ThresholdTrendForm | TypicalBeatsRejectionForm | TemperatureTrendForm, Field(discriminator="test")
+]
 
 
 class LiteralForm(Form):
-    """The same model, method, data and metric as the paper: what it needs, and how close counts as the same figure."""
+    """The same model, method, data and metric as the paper: what it needs, and how close counts as the same
+    figure.
+    """
 
     backbone: str
     heads: str
@@ -63,7 +75,8 @@ class LiteralForm(Form):
 
 
 class LosslessForm(Form):
-    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most `max_tie_rate` a token, or one.
+    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most
+    `max_tie_rate` a token, or one.
 
     Half precision has no such limit, and says how many ties in how many tokens.
     """
@@ -73,7 +86,9 @@ class LosslessForm(Form):
 
 
 class FasterForm(Form):
-    """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`, and without a parity bug."""
+    """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`, and without a
+    parity bug.
+    """
 
     test: Literal["faster"]
     arm: str
@@ -81,7 +96,9 @@ class FasterForm(Form):
 
 
 class LadderStepForm(Form):
-    """One rung: the arm exceeds the arm `over` by more than `bound`, in tokens/step and in measured tokens/s."""
+    """One rung: the arm exceeds the arm `over` by more than `bound`, in tokens/step and in measured
+    tokens/s.
+    """
 
     test: Literal["ladder_step"]
     arm: str
@@ -91,7 +108,9 @@ class LadderStepForm(Form):
 
 
 class SparseBeatsDenseForm(Form):
-    """The arm's sparse tree yields more tokens/step than random dense trees of `dense_nodes` nodes, pooled, by replay."""
+    """The arm's sparse tree yields more tokens/step than random dense trees of `dense_nodes` nodes, pooled,
+    by replay.
+    """
 
     test: Literal["sparse_beats_dense"]
     tree: str
@@ -119,7 +138,9 @@ class LossGrowsForm(Form):
 
 
 class ExtraHeadForm(Form):
-    """With `with_heads` heads tokens/step is that of `without_heads` to within a relative `margin`, each with its own best tree."""
+    """With `with_heads` heads tokens/step is that of `without_heads` to within a relative `margin`, each with
+    its own best tree.
+    """
 
     test: Literal["extra_head"]
     num_nodes: int
@@ -130,7 +151,9 @@ class ExtraHeadForm(Form):
 
 
 class SpeedIdentityForm(Form):
-    """Measured speedup over (acceleration rate / separately timed overhead) is 1 to within `margin`, for each arm that was run."""
+    """Measured speedup over (acceleration rate / separately timed overhead) is 1 to within `margin`, for each
+    arm that was run.
+    """
 
     test: Literal["speed_identity"]
     arms: tuple[str, ...]
@@ -138,7 +161,9 @@ class SpeedIdentityForm(Form):
 
 
 class LogGrowthForm(Form):
-    """Tokens/step of the best trees of `sizes` nodes rises, less a node late than early, and fits a + b log n with R^2 above the bound."""
+    """Tokens/step of the best trees of `sizes` nodes rises, less a node late than early, and fits a + b log n
+    with R^2 above the bound.
+    """
 
     test: Literal["log_growth"]
     sizes: tuple[int, ...] = Field(min_length=4)
@@ -147,7 +172,9 @@ class LogGrowthForm(Form):
 
 
 class SpeedPeaksForm(Form):
-    """Tokens/step over the measured step time peaks before the largest of `sizes` and is less there than at the peak."""
+    """Tokens/step over the measured step time peaks before the largest of `sizes` and is less there than at
+    the peak.
+    """
 
     test: Literal["speed_peaks"]
     sizes: tuple[int, ...] = Field(min_length=3)
@@ -171,10 +198,12 @@ TransferForm = Annotated[
 
 
 class MoreTokensForm(Form):
-    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree or at each one's `best`.
+    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree
+    or at each one's `best`.
 
-    It must do so on the text that each writes itself and on the original's answers, which both read: a backbone that has learnt to repeat
-    itself is easy to draft for, and gains on the first alone. A step of both must cost the same: heads of one form, one LM head.
+    It must do so on the text that each writes itself and on the original's answers, which both read: a
+    backbone that has learnt to repeat itself is easy to draft for, and gains on the first alone. A step of
+    both must cost the same: heads of one form, one LM head.
     """
 
     test: Literal["more_tokens"]
@@ -185,11 +214,11 @@ class MoreTokensForm(Form):
 
 
 class KeepsQualityForm(Form):
-    """Each of the arms lies at most `max_kl` nats a token from the original, and yields more tokens/step than `over`, on the text that each
-    writes itself and on the original's.
+    """Each of the arms lies at most `max_kl` nats a token from the original, and yields more tokens/step than
+    `over`, on the text that each writes itself and on the original's.
 
-    The gain is `judged` with the divergence, or `required`: without one there is nothing that quality was kept for, and the claim is not
-    tested. `control` names an arm whose figures are shown beside.
+    The gain is `judged` with the divergence, or `required`: without one there is nothing that quality was
+    kept for, and the claim is not tested. `control` names an arm whose figures are shown beside.
     """
 
     test: Literal["keeps_quality"]
@@ -201,17 +230,20 @@ class KeepsQualityForm(Form):
 
 
 class UnchangedForm(Form):
-    """Training an arm left every tensor of its backbone as it was, by the hashes that were taken where it was trained."""
+    """Training an arm left every tensor of its backbone as it was, by the hashes that were taken where it was
+    trained.
+    """
 
     test: Literal["unchanged"]
     arm: str
 
 
 class HurtsMoreForm(Form):
-    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within `max_kl` where given.
+    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within
+    `max_kl` where given.
 
-    `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are the settings of the recipe
-    that the two arms may differ in, where the claim is about those alone.
+    `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are
+    the settings of the recipe that the two arms may differ in, where the claim is about those alone.
     """
 
     test: Literal["hurts_more"]
@@ -233,7 +265,9 @@ class LittleMemoryForm(Form):
 
 
 class HeadOrderForm(Form):
-    """Head k + 1 of a trained arm has a greater loss than head k, for every k, on the arm's own greedy text."""
+    """Head k + 1 of a trained arm has a greater loss than head k, for every k, on the arm's own greedy
+    text.
+    """
 
     test: Literal["head_order"]
     arm: str
@@ -241,7 +275,9 @@ class HeadOrderForm(Form):
 
 
 class SpareHeadForm(Form):
-    """With `with_heads` heads a trained arm's tokens/step is that of `without_heads` to within a `margin`, each at its best tree."""
+    """With `with_heads` heads a trained arm's tokens/step is that of `without_heads` to within a `margin`,
+    each at its best tree.
+    """
 
     test: Literal["spare_head"]
     arm: str
@@ -252,6 +288,12 @@ class SpareHeadForm(Form):
 
 
 TrainingForm = Annotated[
-    MoreTokensForm | KeepsQualityForm | UnchangedForm | HurtsMoreForm | LittleMemoryForm | HeadOrderForm | SpareHeadForm,
+    MoreTokensForm
+    | KeepsQualityForm
+    | UnchangedForm
+    | HurtsMoreForm
+    | LittleMemoryForm
+    | HeadOrderForm
+    | SpareHeadForm,
     Field(discriminator="test"),
 ]

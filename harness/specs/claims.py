@@ -1,4 +1,6 @@
-"""The registry of claims as data: what `suites/claims.toml`, or a file of the user's own in its place, may say."""
+"""The registry of claims as data: what `suites/claims.toml`, or a file of the user's own in its place, may
+say.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Reading = Literal["read", "read-from-figure", "digitised", "computed", "secondar
 
 
 class OperatorTable(Frozen):
-    """A table of Appendix G: throughput and intensity, one row a context length or batch, one column a number of candidates."""
+    """A table of Appendix G: throughput and intensity, one row a context length or batch, one column a number
+    of candidates.
+    """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -41,8 +45,8 @@ class OperatorTable(Frozen):
 class ClaimSpec(Frozen):
     """One claim: what is stated and where, the figure, and the forms in which it can be judged.
 
-    `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a sweep.
-    `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
+    `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a
+    sweep. `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
     """
 
     id: str = Field(min_length=1)
@@ -93,13 +97,16 @@ def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = N
     """Return the claims of a registry file, roles and shared texts filled in; without a path those that ship.
 
     `roles` overrides which arm of the suite plays a role, such as {"optimised": "searched_64"}.
-    Raises: UserError for an unreadable file, an unknown key, role, text or literal form, or an id that stands twice.
+    Raises: UserError for an unreadable file, an unknown key, role, text or literal form, or an id that stands
+    twice.
     """
     path = CLAIMS_FILE if path is None else path
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable claims file ({error})", need="a TOML registry of claims", where=path.name) from error
+        raise UserError(
+            found=f"no readable claims file ({error})", need="a TOML registry of claims", where=path.name
+        ) from error
     return parse_claims(text, where=path.name, roles=roles)
 
 
@@ -108,7 +115,9 @@ def parse_claims(text: str, *, where: str, roles: Mapping[str, str] | None = Non
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(found=f"invalid TOML ({error})", need="a TOML registry of claims", where=where) from error
+        raise UserError(
+            found=f"invalid TOML ({error})", need="a TOML registry of claims", where=where
+        ) from error
     if roles is not None:
         data["roles"] = _overridden(data.get("roles", {}), roles, where=where)
     try:
@@ -116,7 +125,9 @@ def parse_claims(text: str, *, where: str, roles: Mapping[str, str] | None = Non
     except ValidationError as error:
         first = error.errors()[0]
         need = "a key and value that the schema of claims knows"
-        raise UserError(found=f"{_key(data, first['loc'])}: {first['msg']}", need=need, where=where) from error
+        raise UserError(
+            found=f"{_key(data, first['loc'])}: {first['msg']}", need=need, where=where
+        ) from error
 
 
 def _overridden(given: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> dict[str, str]:
@@ -130,14 +141,21 @@ def _filled(data: dict[str, Any], *, where: str) -> dict[str, Any]:
     claims = data.get("claims")
     if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
         return data
-    return {**data, "claims": [_filled_claim(claim, data, where=f"{where}, claim {claim.get('id')!r}") for claim in claims]}
+    return {
+        **data,
+        "claims": [
+            _filled_claim(claim, data, where=f"{where}, claim {claim.get('id')!r}") for claim in claims
+        ],
+    }
 
 
 def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) -> dict[str, Any]:
     def look_up(table: str, name: str) -> Any:
         entries = data.get(table, {})
         if name not in entries:
-            raise UserError(found=f"{table} {name!r}", need=f"one of {', '.join(sorted(entries))}", where=where)
+            raise UserError(
+                found=f"{table} {name!r}", need=f"one of {', '.join(sorted(entries))}", where=where
+            )
         return entries[name]
 
     filled = dict(claim)

@@ -21,7 +21,8 @@ class DeviceSpec(Frozen):
     """One device's published limits, with the source of each figure.
 
     `name` and `aliases` are what drivers print for it, so that a measured device finds its row.
-    Units: GB/s are 1e9 bytes a second; TFLOP/s 1e12 dense half-precision operations a second; `memory_gb` as sold.
+    Units: GB/s are 1e9 bytes a second; TFLOP/s 1e12 dense half-precision operations a second; `memory_gb` as
+    sold.
     """
 
     name: str
@@ -34,7 +35,9 @@ class DeviceSpec(Frozen):
     @property
     def limits(self) -> Limits:
         """The limits in bytes and operations a second."""
-        return Limits(bytes_per_s=self.read_bandwidth_gb_per_s * 1e9, flop_per_s=self.dense_fp16_tflop_per_s * 1e12)
+        return Limits(
+            bytes_per_s=self.read_bandwidth_gb_per_s * 1e9, flop_per_s=self.dense_fp16_tflop_per_s * 1e12
+        )
 
 
 class _HardwareFile(Frozen):
@@ -43,7 +46,9 @@ class _HardwareFile(Frozen):
 
     @model_validator(mode="after")
     def _names_differ(self) -> _HardwareFile:
-        names = [name.casefold() for device in self.devices.values() for name in (device.name, *device.aliases)]
+        names = [
+            name.casefold() for device in self.devices.values() for name in (device.name, *device.aliases)
+        ]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{twice[0]!r} names two devices")
@@ -61,13 +66,18 @@ def load_hardware(path: Path | None = None) -> dict[str, DeviceSpec]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(found=f"{key}: {first['msg']}", need="devices as the schema knows them", where=path.name) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="devices as the schema knows them", where=path.name
+        ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(found=f"no readable hardware file ({error})", need="a TOML file of devices", where=path.name) from error
+        raise UserError(
+            found=f"no readable hardware file ({error})", need="a TOML file of devices", where=path.name
+        ) from error
 
 
 def match_device(name: str, devices: Mapping[str, DeviceSpec] | None = None) -> str | None:
-    """Return the key of the device that drivers print that name for, or None; without `devices` those that ship.
+    """Return the key of the device that drivers print that name for, or None; without `devices` those that
+    ship.
 
     The whole name has to match: an A10G is no A10, and a slice of a GPU is not the GPU.
     """
@@ -88,7 +98,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not (self.bytes_per_s > 0 and self.flop_per_s > 0):
-            raise UserError(found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0")
+            raise UserError(
+                found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0"
+            )
 
     @property
     def ridge(self) -> float:

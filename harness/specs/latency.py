@@ -14,7 +14,8 @@ from harness.errors import UserError
 from harness.files import DataFile, Frozen, first_fault
 from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 
-ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]  # the modes of medusa_impl.engine.runner, which needs torch
+# the modes of medusa_impl.engine.runner, which needs torch
+ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
@@ -40,14 +41,18 @@ class LatencyHeads(Frozen):
 
 
 class LatencyPrompts(Frozen):
-    """Which texts the tables decode; `random` token ids, `prompt_tokens` each, are all that random weights can use."""
+    """Which texts the tables decode; `random` token ids, `prompt_tokens` each, are all that random weights
+    can use.
+    """
 
     source: Literal["mt_bench", "human_eval", "random"] = "random"
     prompt_tokens: int = Field(default=128, ge=1)
 
 
 class ModesTable(Frozen):
-    """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn; step costs are read at `context_tokens`."""
+    """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn; step costs are
+    read at `context_tokens`.
+    """
 
     num_prompts: int = Field(ge=1)
     max_new_tokens: int = Field(ge=2)
@@ -56,9 +61,11 @@ class ModesTable(Frozen):
 
 
 class BatchTable(Frozen):
-    """Vanilla and Medusa over the same `num_prompts` texts (as many as the largest batch, if not given), B decoded together at a time.
+    """Vanilla and Medusa over the same `num_prompts` texts (as many as the largest batch, if not given), B
+    decoded together at a time.
 
-    Speedups have intervals over groups of texts: one group, as the default leaves the largest batch, bounds nothing.
+    Speedups have intervals over groups of texts: one group, as the default leaves the largest batch, bounds
+    nothing.
     """
 
     batches: Counts = (1, 2, 4, 8)
@@ -75,7 +82,10 @@ class BatchTable(Frozen):
     @model_validator(mode="after")
     def _same_texts(self) -> BatchTable:
         if any(self.num_texts % batch for batch in self.batches):
-            raise ValueError("every batch must divide num_prompts (the largest batch, if not given), so that all decode the same texts")
+            raise ValueError(
+                "every batch must divide num_prompts (the largest batch, if not given), so that all decode "
+                "the same texts"
+            )
         return self
 
 
@@ -96,10 +106,11 @@ class PointKey(Frozen):
 
 
 class LatencySpec(DataFile):
-    """What a latency run times: a model with its own weights or a published shape with random ones, in which dtypes, modes and sizes.
+    """What a latency run times: a model with its own weights or a published shape with random ones, in which
+    dtypes, modes and sizes.
 
-    `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A point is skipped where its
-    weights, cache and logits would need more than `memory_share` of what is free.
+    `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A
+    point is skipped where its weights, cache and logits would need more than `memory_share` of what is free.
     """
 
     description: str
@@ -125,8 +136,14 @@ class LatencySpec(DataFile):
             raise ValueError("a shape has random weights: no heads.path, and prompts.source = 'random'")
         if self.batch_table is not None and self.heads.path is None:
             raise ValueError("batch_table compares real acceptance: it needs heads.path")
-        if self.batch_table is not None and isinstance(self.batch_table.tree, SearchedTree | FastestTree) and not self.calibration_trace:
-            raise ValueError(f"batch_table.tree of kind {self.batch_table.tree.kind!r} needs a calibration_trace")
+        if (
+            self.batch_table is not None
+            and isinstance(self.batch_table.tree, SearchedTree | FastestTree)
+            and not self.calibration_trace
+        ):
+            raise ValueError(
+                f"batch_table.tree of kind {self.batch_table.tree.kind!r} needs a calibration_trace"
+            )
         asked = max(heads for grid in self.grids for heads in grid.num_heads)
         if self.heads.path is None and asked > self.heads.num_heads:
             raise ValueError(f"the grids ask for {asked} heads, heads.num_heads is {self.heads.num_heads}")
@@ -138,7 +155,14 @@ class LatencySpec(DataFile):
         A tree of N nodes has at most N - 1 levels below its root, so that many heads are used at most.
         """
         keys = {
-            PointKey(dtype=dtype, mode=mode, num_nodes=nodes, num_heads=min(heads, nodes - 1), context_tokens=context, batch=batch)
+            PointKey(
+                dtype=dtype,
+                mode=mode,
+                num_nodes=nodes,
+                num_heads=min(heads, nodes - 1),
+                context_tokens=context,
+                batch=batch,
+            )
             for grid in self.grids
             if dtype in (grid.dtypes or self.dtypes)
             for mode in modes
@@ -148,7 +172,18 @@ class LatencySpec(DataFile):
             for context in grid.context_tokens
             for batch in grid.batch
         }
-        return tuple(sorted(keys, key=lambda key: (modes.index(key.mode), key.batch, key.context_tokens, key.num_nodes, key.num_heads)))
+        return tuple(
+            sorted(
+                keys,
+                key=lambda key: (
+                    modes.index(key.mode),
+                    key.batch,
+                    key.context_tokens,
+                    key.num_nodes,
+                    key.num_heads,
+                ),
+            )
+        )
 
 
 def load_latency_spec(path: Path) -> LatencySpec:
@@ -159,7 +194,9 @@ def load_latency_spec(path: Path) -> LatencySpec:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable file ({type(error).__name__})", need="a TOML latency spec", where=path.name) from error
+        raise UserError(
+            found=f"no readable file ({type(error).__name__})", need="a TOML latency spec", where=path.name
+        ) from error
     return parse_latency_spec(text, where=path.name)
 
 
@@ -170,7 +207,9 @@ def parse_latency_spec(text: str, *, where: str) -> LatencySpec:
     except tomllib.TOMLDecodeError as error:
         raise UserError(found=f"invalid TOML ({error})", need="a TOML latency spec", where=where) from error
     except ValidationError as error:
-        raise UserError(found=first_fault(error), need="a key and value that the latency schema knows", where=where) from error
+        raise UserError(
+            found=first_fault(error), need="a key and value that the latency schema knows", where=where
+        ) from error
 
 
 def overridden(
@@ -186,8 +225,9 @@ def overridden(
 ) -> LatencySpec:
     """Return a spec with the command line's words in it: lists with commas between their entries.
 
-    Sizes replace those of every grid; dtypes and modes apply to every grid. `shape` is a published shape or a model's folder and takes
-    the spec's model, heads, calibration trace and batch table away, since they belong together.
+    Sizes replace those of every grid; dtypes and modes apply to every grid. `shape` is a published shape or a
+    model's folder and takes the spec's model, heads, calibration trace and batch table away, since they
+    belong together.
     Raises: UserError for words that the schema does not know.
     """
     data = spec.model_dump(mode="json", exclude_none=True)
@@ -197,7 +237,9 @@ def overridden(
             data.pop(name, None)
         data["heads"].pop("path", None)
         data |= (
-            {"model": {"path": str(folder)}} if folder.is_dir() else {"shape": shape, "prompts": {**data["prompts"], "source": "random"}}
+            {"model": {"path": str(folder)}}
+            if folder.is_dir()
+            else {"shape": shape, "prompts": {**data["prompts"], "source": "random"}}
         )
         data["name"] = f"{spec.name}_{re.sub(r'[^a-z0-9]+', '_', folder.name.lower()).strip('_')}"
     for name, words in (("dtypes", dtypes), ("modes", modes)):
@@ -210,7 +252,9 @@ def overridden(
     try:
         return LatencySpec.model_validate(data)
     except ValidationError as error:
-        raise UserError(found=first_fault(error), need="what the latency schema knows", where="the command line") from error
+        raise UserError(
+            found=first_fault(error), need="what the latency schema knows", where="the command line"
+        ) from error
 
 
 def _words(text: str) -> list[str]:

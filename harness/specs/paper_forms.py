@@ -34,7 +34,9 @@ class QuotientsForm(Form):
 
 
 class ImpliedOverheadsForm(Form):
-    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for, for at least `min_apart` models."""
+    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for, for at least
+    `min_apart` models.
+    """
 
     test: Literal["implied_overheads"]
     pairs: tuple[tuple[str, str], ...]
@@ -58,7 +60,9 @@ class StatementsDifferForm(Form):
 
 
 class CategoryMeansForm(Form):
-    """The arithmetic and the harmonic mean of the categories both differ from the overall figure by more than `half_unit`."""
+    """The arithmetic and the harmonic mean of the categories both differ from the overall figure by more than
+    `half_unit`.
+    """
 
     test: Literal["category_means"]
     prefix: str
@@ -96,7 +100,9 @@ class RelativeLatencyForm(Form):
 
 
 class LogConstantForm(Form):
-    """The slope times the logarithm of `num_nodes` gives the rate of Table 1 to within a relative `tolerance`, for one base at least."""
+    """The slope times the logarithm of `num_nodes` gives the rate of Table 1 to within a relative
+    `tolerance`, for one base at least.
+    """
 
     test: Literal["log_constant"]
     slope: float
@@ -113,7 +119,9 @@ class _SimulationForm(Form):
 
 
 class SimulatedPeakForm(_SimulationForm):
-    """The simulated speedup is greatest at `num_nodes` candidates, to within a relative `tolerance`, and falls beyond."""
+    """The simulated speedup is greatest at `num_nodes` candidates, to within a relative `tolerance`, and
+    falls beyond.
+    """
 
     test: Literal["simulated_peak"]
     num_nodes: int
@@ -123,7 +131,9 @@ class SimulatedPeakForm(_SimulationForm):
 
 
 class SimulatedBatchForm(_SimulationForm):
-    """The best simulated speedup falls with the batch, is above 1 up to `batch`, and below 1 at the next power of two."""
+    """The best simulated speedup falls with the batch, is above 1 up to `batch`, and below 1 at the next
+    power of two.
+    """
 
     test: Literal["simulated_batch"]
     batch: int
@@ -131,7 +141,9 @@ class SimulatedBatchForm(_SimulationForm):
 
 
 class SimulatedLengthForm(_SimulationForm):
-    """Over `context_tokens` the best number of candidates stays within a relative `tolerance` while the best speedup falls."""
+    """Over `context_tokens` the best number of candidates stays within a relative `tolerance` while the best
+    speedup falls.
+    """
 
     test: Literal["simulated_length"]
     batch: int

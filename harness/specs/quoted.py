@@ -1,4 +1,6 @@
-"""What others published of Medusa on their devices, as data: `suites/quoted.toml`, validated. Shown beside our figures, never mixed in."""
+"""What others published of Medusa on their devices, as data: `suites/quoted.toml`, validated. Shown beside
+our figures, never mixed in.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ QUOTED_FILE = shipped("quoted.toml")
 
 
 class QuotedRow(Frozen):
-    """What someone else published of Medusa on a device; absent is None. `evidence` says how the figure was read off.
+    """What someone else published of Medusa on a device; absent is None. `evidence` says how the figure was
+    read off.
 
     Units: tokens/s, GB/s (1e9 bytes), TFLOP/s (1e12 dense half-precision operations).
     """
@@ -52,6 +55,10 @@ def load_quoted(path: Path | None = None) -> tuple[QuotedRow, ...]:
     try:
         return _QuotedFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).quoted
     except ValidationError as error:
-        raise UserError(found=first_fault(error), need="figures as the schema knows them", where=path.name) from error
+        raise UserError(
+            found=first_fault(error), need="figures as the schema knows them", where=path.name
+        ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(found=f"no readable file of quoted figures ({error})", need="a TOML file", where=path.name) from error
+        raise UserError(
+            found=f"no readable file of quoted figures ({error})", need="a TOML file", where=path.name
+        ) from error

@@ -1,4 +1,6 @@
-"""Training recipes as data: what `suites/recipes/*.toml` may say. `kind` tells heads on a frozen backbone from joint training."""
+"""Training recipes as data: what `suites/recipes/*.toml` may say. `kind` tells heads on a frozen backbone
+from joint training.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Split = Literal["train", "held_out"]
 
 
 class CalibrationSpec(Frozen):
-    """Text that trees are searched on: greedy answers to held-out training prompts, disjoint from training and benchmark."""
+    """Text that trees are searched on: greedy answers to held-out training prompts, disjoint from training
+    and benchmark.
+    """
 
     num_prompts: int = 160
     max_new_tokens: int = 128
@@ -35,12 +39,14 @@ class _Recipe(Frozen):
 
 
 class CorpusSpec(Frozen):
-    """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is sampled, the rest greedy.
+    """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is
+    sampled, the rest greedy.
 
-    `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the conversations whose first answer
-    came to its end go on: through all further turns of the file's, one after another, or to one other of the project's prompts of that
-    category. A conversation ends before its last question where an answer used up its budget, where a question is longer than
-    `max_prompt_tokens`, or where the model has too few positions for all that was said and another answer.
+    `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the
+    conversations whose first answer came to its end go on: through all further turns of the file's, one after
+    another, or to one other of the project's prompts of that category. A conversation ends before its last
+    question where an answer used up its budget, where a question is longer than `max_prompt_tokens`, or where
+    the model has too few positions for all that was said and another answer.
     """
 
     num_tokens: int | None = Field(default=None, ge=1)
@@ -72,12 +78,18 @@ class CorpusSpec(Frozen):
         return "tokens" if self.num_tokens is not None else "answers"
 
     def num_prompts(self) -> int:
-        """Return enough prompts for the goal: answers average more than half of their budget, and few prompts are too long."""
-        return -(-2 * self.num_tokens // self.max_new_tokens) if self.num_tokens is not None else 2 * self.goal
+        """Return enough prompts for the goal: answers average more than half of their budget, and few prompts
+        are too long.
+        """
+        return (
+            -(-2 * self.num_tokens // self.max_new_tokens) if self.num_tokens is not None else 2 * self.goal
+        )
 
 
 class TrainingSuite(_Recipe):
-    """A recipe for heads alone: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus that spares making it."""
+    """A recipe for heads alone: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus
+    that spares making it.
+    """
 
     kind: Literal["heads"] = "heads"
     corpus: CorpusSpec
@@ -87,8 +99,9 @@ class TrainingSuite(_Recipe):
 class JointSuite(_Recipe):
     """A recipe for heads and backbone together.
 
-    The text is a packed corpus, a corpus to be made, or `conversations`: a file in ShareGPT's layout. `start_heads` names trained heads
-    to start from, on the same backbone; without it they start as the LM head.
+    The text is a packed corpus, a corpus to be made, or `conversations`: a file in ShareGPT's layout.
+    `start_heads` names trained heads to start from, on the same backbone; without it they start as the LM
+    head.
     """
 
     kind: Literal["joint"]
@@ -117,7 +130,9 @@ def load_training_suite(path: Path) -> AnySuite:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable recipe ({type(error).__name__})", need="a TOML recipe", where=path.name) from error
+        raise UserError(
+            found=f"no readable recipe ({type(error).__name__})", need="a TOML recipe", where=path.name
+        ) from error
     return parse_training_suite(text, where=path.name)
 
 
@@ -127,12 +142,16 @@ def parse_training_suite(text: str, *, where: str) -> AnySuite:
         return training_suite_of(tomllib.loads(text))
     except (ValidationError, tomllib.TOMLDecodeError) as error:
         fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise UserError(found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=where) from error
+        raise UserError(
+            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=where
+        ) from error
 
 
 def training_suite_of(data: dict[str, object]) -> AnySuite:
     """Return the suite that data of either kind describe."""
-    return JointSuite.model_validate(data) if data.get("kind") == "joint" else TrainingSuite.model_validate(data)
+    return (
+        JointSuite.model_validate(data) if data.get("kind") == "joint" else TrainingSuite.model_validate(data)
+    )
 
 
 def needed_corpus(spec: AnySuite) -> CorpusSpec:
@@ -141,5 +160,9 @@ def needed_corpus(spec: AnySuite) -> CorpusSpec:
     Raises: UserError for a recipe that names its text instead.
     """
     if spec.corpus is None:
-        raise UserError(found=f"recipe {spec.name!r} without a corpus to make", need="a [corpus] table", where=f"{spec.name}.toml")
+        raise UserError(
+            found=f"recipe {spec.name!r} without a corpus to make",
+            need="a [corpus] table",
+            where=f"{spec.name}.toml",
+        )
     return spec.corpus

@@ -19,7 +19,8 @@ SHAPES_FILE = shipped("shapes.toml")
 
 
 class ShapeSpec(Frozen):
-    """The sizes of one published model; weights of that shape cost what the model costs, whatever their values.
+    """The sizes of one published model; weights of that shape cost what the model costs, whatever their
+    values.
 
     `name` is the key in the file, `source` the hub repository whose config.json holds the figures.
     """
@@ -42,14 +43,19 @@ class ShapeSpec(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> ShapeSpec:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} attention heads do not share {self.num_key_value_heads} key-value heads evenly")
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads do not share {self.num_key_value_heads} "
+                "key-value heads evenly"
+            )
         if self.sliding_window is not None and self.model_type != "mistral":
             raise ValueError(f"a {self.model_type} model has no sliding window")
         return self
 
     @property
     def roofline_shape(self) -> ModelShape:
-        """The sizes as the roofline takes them, unembedding included; it reads all keys, whatever the window."""
+        """The sizes as the roofline takes them, unembedding included; it reads all keys, whatever the
+        window.
+        """
         return ModelShape(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -62,14 +68,24 @@ class ShapeSpec(Frozen):
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: linear layers, two norms a block and one behind them, Qwen2's biases, and the embedding once where tied."""
-        linear = sum(count * inputs * outputs for (inputs, outputs), count in self.roofline_shape.linear_widths.items())
-        biases = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size if self.model_type == "qwen2" else 0
+        """All parameters: linear layers, two norms a block and one behind them, Qwen2's biases, and the
+        embedding once where tied.
+        """
+        linear = sum(
+            count * inputs * outputs for (inputs, outputs), count in self.roofline_shape.linear_widths.items()
+        )
+        biases = (
+            (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size
+            if self.model_type == "qwen2"
+            else 0
+        )
         blocks = self.num_layers * (linear + biases + 2 * self.hidden_size)
         return blocks + self.hidden_size + self._table_size * (1 if self.tie_word_embeddings else 2)
 
     def step_weight_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of weights that one decoding step reads: all, but for an untied embedding table, which is read by rows."""
+        """Bytes of weights that one decoding step reads: all, but for an untied embedding table, which is
+        read by rows.
+        """
         return dtype_bytes * (self.num_parameters - (0 if self.tie_word_embeddings else self._table_size))
 
     def cache_bytes(self, tokens: int, *, batch: int, dtype_bytes: int) -> int:
@@ -90,7 +106,10 @@ class _ShapesFile(Frozen):
     def _named_by_key(cls, shapes: Any) -> Any:
         if not isinstance(shapes, dict):
             return shapes
-        return {name: {**table, "name": name} if isinstance(table, dict) else table for name, table in shapes.items()}
+        return {
+            name: {**table, "name": name} if isinstance(table, dict) else table
+            for name, table in shapes.items()
+        }
 
 
 def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
@@ -104,14 +123,20 @@ def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(found=f"{key}: {first['msg']}", need="shapes as the schema knows them", where=path.name) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="shapes as the schema knows them", where=path.name
+        ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(found=f"no readable shapes file ({error})", need="a TOML file of shapes", where=path.name) from error
+        raise UserError(
+            found=f"no readable shapes file ({error})", need="a TOML file of shapes", where=path.name
+        ) from error
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding out."""
+    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding
+    out.
+    """
 
     num_layers: int
     hidden_size: int
@@ -123,9 +148,19 @@ class ModelShape:
 
     @cached_property
     def linear_widths(self) -> Counter[tuple[int, int]]:
-        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output, up, gate, down."""
+        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output,
+        up, gate, down.
+        """
         queries, keys = self.num_attention_heads * self.head_size, self.num_key_value_heads * self.head_size
         hidden, inner = self.hidden_size, self.intermediate_size
         return Counter(
-            [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
+            [
+                (hidden, queries),
+                (hidden, keys),
+                (hidden, keys),
+                (queries, hidden),
+                (hidden, inner),
+                (hidden, inner),
+                (inner, hidden),
+            ]
         )

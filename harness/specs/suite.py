@@ -32,8 +32,8 @@ class TinyModelSpec(Frozen):
 class ModelSpec(Frozen):
     """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
 
-    `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2. `chat_template` names a Jinja file for a
-    model whose tokenizer brings no template of its own.
+    `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
+    `chat_template` names a Jinja file for a model whose tokenizer brings no template of its own.
     """
 
     asset: str | None = None
@@ -66,7 +66,9 @@ class HeadsSpec(Frozen):
 
 
 class TunedSpec(Frozen):
-    """The suite's model once more, with an adapter merged into it, and the heads that were trained with it: Medusa-2 beside Medusa-1."""
+    """The suite's model once more, with an adapter merged into it, and the heads that were trained with it:
+    Medusa-2 beside Medusa-1.
+    """
 
     adapter: str
     heads_path: str
@@ -90,8 +92,9 @@ class ChainTree(Frozen):
 
 
 class CartesianTree(Frozen):
-    """All combinations of the top `widths[k]` tokens of head k + 1, or the best such tree of at most `max_nodes` nodes on the
-    calibration trace (without one, the largest)."""
+    """All combinations of the top `widths[k]` tokens of head k + 1, or the best such tree of at most
+    `max_nodes` nodes on the calibration trace (without one, the largest).
+    """
 
     kind: Literal["cartesian"]
     widths: tuple[int, ...] | None = None
@@ -112,7 +115,9 @@ class FileTree(Frozen):
 
 
 class SearchedTree(Frozen):
-    """The tree grown on the calibration trace with `num_nodes` nodes, root included (paper, Section 2.3.3)."""
+    """The tree grown on the calibration trace with `num_nodes` nodes, root included (paper, Section
+    2.3.3).
+    """
 
     kind: Literal["searched"]
     num_nodes: int = Field(ge=2)
@@ -120,13 +125,17 @@ class SearchedTree(Frozen):
 
 
 class FastestTree(Frozen):
-    """The tree that maximises calibrated tokens a step over this machine's own step times, measured before the arms run."""
+    """The tree that maximises calibrated tokens a step over this machine's own step times, measured before
+    the arms run.
+    """
 
     kind: Literal["fastest"]
     max_nodes: int = Field(ge=2)
 
 
-TreeSpec = Annotated[ChainTree | CartesianTree | FileTree | SearchedTree | FastestTree, Field(discriminator="kind")]
+TreeSpec = Annotated[
+    ChainTree | CartesianTree | FileTree | SearchedTree | FastestTree, Field(discriminator="kind")
+]
 
 
 class GreedyAcceptance(Frozen):
@@ -152,14 +161,17 @@ class RejectionAcceptance(Frozen):
     temperature: float = Field(gt=0)
 
 
-AcceptanceSpec = Annotated[GreedyAcceptance | TypicalAcceptance | RejectionAcceptance, Field(discriminator="rule")]
+AcceptanceSpec = Annotated[
+    GreedyAcceptance | TypicalAcceptance | RejectionAcceptance, Field(discriminator="rule")
+]
 
 
 class ArmSpec(Frozen):
     """One configuration that decodes every prompt.
 
-    `baseline` names the vanilla arm that it is compared with, on the same `backbone`; `temperature` is that of a sampled vanilla arm
-    (a Medusa arm's stands in its acceptance); `seeds` are refused where no random number is drawn, since they could not matter.
+    `baseline` names the vanilla arm that it is compared with, on the same `backbone`; `temperature` is that
+    of a sampled vanilla arm (a Medusa arm's stands in its acceptance); `seeds` are refused where no random
+    number is drawn, since they could not matter.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -188,12 +200,19 @@ class ArmSpec(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> ArmSpec:
-        if (self.method == "medusa") != (self.tree is not None) or (self.method == "medusa") != (self.acceptance is not None):
-            raise ValueError(f"arm {self.name!r}: a medusa arm, and no other, has a tree and an acceptance rule")
+        if (self.method == "medusa") != (self.tree is not None) or (self.method == "medusa") != (
+            self.acceptance is not None
+        ):
+            raise ValueError(
+                f"arm {self.name!r}: a medusa arm, and no other, has a tree and an acceptance rule"
+            )
         if self.method == "medusa" and self.temperature:
             raise ValueError(f"arm {self.name!r}: a medusa arm's temperature stands in its acceptance")
         if self.stochastic != bool(self.seeds):
-            raise ValueError(f"arm {self.name!r}: found seeds {list(self.seeds)}, need seeds exactly where random numbers are drawn")
+            raise ValueError(
+                f"arm {self.name!r}: found seeds {list(self.seeds)}, need seeds exactly where random "
+                "numbers are drawn"
+            )
         if (self.method == "vanilla") != (self.baseline is None):
             raise ValueError(f"arm {self.name!r}: every arm but vanilla names its baseline")
         return self
@@ -245,11 +264,17 @@ class SuiteSpec(DataFile):
             if arm.baseline is None:
                 continue
             if arm.baseline not in vanilla:
-                raise ValueError(f"arm {arm.name!r}: baseline {arm.baseline!r} is no vanilla arm of this suite")
+                raise ValueError(
+                    f"arm {arm.name!r}: baseline {arm.baseline!r} is no vanilla arm of this suite"
+                )
             if arm.sampling_temperature != vanilla[arm.baseline].temperature:
-                raise ValueError(f"arm {arm.name!r}: its baseline {arm.baseline!r} samples at another temperature")
+                raise ValueError(
+                    f"arm {arm.name!r}: its baseline {arm.baseline!r} samples at another temperature"
+                )
             if arm.backbone != vanilla[arm.baseline].backbone:
-                raise ValueError(f"arm {arm.name!r}: its baseline {arm.baseline!r} decodes with another backbone")
+                raise ValueError(
+                    f"arm {arm.name!r}: its baseline {arm.baseline!r} decodes with another backbone"
+                )
         return self
 
     @model_validator(mode="after")
@@ -258,7 +283,9 @@ class SuiteSpec(DataFile):
         if has_arms != (self.tuned is not None):
             raise ValueError("arms on the tuned backbone and a [tuned] table need each other")
         if self.tuned is not None and self.model.adapter is not None:
-            raise ValueError("a [tuned] table beside model.adapter: the original is the model without an adapter")
+            raise ValueError(
+                "a [tuned] table beside model.adapter: the original is the model without an adapter"
+            )
         return self
 
     @property
@@ -285,7 +312,9 @@ def load_suite(path: Path) -> SuiteSpec:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name) from error
+        raise UserError(
+            found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name
+        ) from error
     return parse_suite(text, where=path.name)
 
 
@@ -298,7 +327,9 @@ def parse_suite(text: str, *, where: str) -> SuiteSpec:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise UserError(found=f"{key}: {first['msg']}", need="a key and value that the suite schema knows", where=where) from error
+        raise UserError(
+            found=f"{key}: {first['msg']}", need="a key and value that the suite schema knows", where=where
+        ) from error
 
 
 def is_deterministic(arm: ArmSpec) -> bool:

@@ -30,7 +30,9 @@ class ChainTrees(Frozen):
 
 
 class CartesianTrees(Frozen):
-    """Cartesian trees of these s-vectors, and, for each of `max_nodes`, the one with the most tokens/step on the calibration trace."""
+    """Cartesian trees of these s-vectors, and, for each of `max_nodes`, the one with the most tokens/step on
+    the calibration trace.
+    """
 
     kind: Literal["cartesian"]
     widths: tuple[Widths, ...] = ()
@@ -53,14 +55,18 @@ class RandomDenseTrees(Frozen):
 
 
 class GrownTrees(Frozen):
-    """Trees grown on the calibration trace by head accuracies (`marginals`, the paper's way), by hits of whole paths (`joint`), or both."""
+    """Trees grown on the calibration trace by head accuracies (`marginals`, the paper's way), by hits of
+    whole paths (`joint`), or both.
+    """
 
     kind: Literal["grown"]
     num_nodes: Sizes
     values: Annotated[tuple[Literal["marginals", "joint"], ...], Field(min_length=1)] = ("marginals", "joint")
 
 
-TreeFamily = Annotated[ChainTrees | CartesianTrees | RandomDenseTrees | GrownTrees, Field(discriminator="kind")]
+TreeFamily = Annotated[
+    ChainTrees | CartesianTrees | RandomDenseTrees | GrownTrees, Field(discriminator="kind")
+]
 
 
 class CostAwareSearch(Frozen):
@@ -70,14 +76,18 @@ class CostAwareSearch(Frozen):
 
 
 class MeasuredDevices(Frozen):
-    """Which latency records supply measured curves: all sealed ones, or those of these specs' names; in all their dtypes or some."""
+    """Which latency records supply measured curves: all sealed ones, or those of these specs' names; in all
+    their dtypes or some.
+    """
 
     records: Literal["all"] | tuple[str, ...] = "all"
     dtypes: tuple[str, ...] = ()
 
 
 class PredictedDevices(Frozen):
-    """Which devices of `hardware.toml` carry which published shapes, predicted by the roofline; `heads` is the form of the draft heads."""
+    """Which devices of `hardware.toml` carry which published shapes, predicted by the roofline; `heads` is
+    the form of the draft heads.
+    """
 
     devices: Literal["all"] | tuple[str, ...] = "all"
     shapes: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -86,7 +96,8 @@ class PredictedDevices(Frozen):
 
 
 class SampledSetting(Frozen):
-    """One way to decode whose text a replay cannot give: a rule at a temperature; `epsilon` and `delta` are those of typical acceptance.
+    """One way to decode whose text a replay cannot give: a rule at a temperature; `epsilon` and `delta` are
+    those of typical acceptance.
 
     `greedy` is the tree at temperature 0 and `vanilla` no tree at all, both for comparison.
     """
@@ -107,16 +118,24 @@ class SampledSetting(Frozen):
     @property
     def words(self) -> str:
         """The setting in one line, such as `typical, T 0.7, epsilon 0.09, delta 0.3`."""
-        thresholds = f", epsilon {self.epsilon:g}, delta {self.delta:.3g}" if self.epsilon is not None and self.delta is not None else ""
+        thresholds = (
+            f", epsilon {self.epsilon:g}, delta {self.delta:.3g}"
+            if self.epsilon is not None and self.delta is not None
+            else ""
+        )
         return f"{self.rule}, T {self.temperature:g}{thresholds}"
 
 
 class TypicalGrid(Frozen):
-    """Thresholds of typical acceptance whose product is run; `deltas` "sqrt" ties delta to the square root of epsilon, as Fig. 5 does."""
+    """Thresholds of typical acceptance whose product is run; `deltas` "sqrt" ties delta to the square root of
+    epsilon, as Fig. 5 does.
+    """
 
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)]
     epsilons: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
-    deltas: Literal["sqrt"] | Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = "sqrt"
+    deltas: (
+        Literal["sqrt"] | Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
+    ) = "sqrt"
 
     @property
     def settings(self) -> tuple[SampledSetting, ...]:
@@ -132,8 +151,8 @@ class TypicalGrid(Frozen):
 class SampledPoints(Frozen):
     """Points that change the text and so are run: which tree, which prompts of the suite, which settings.
 
-    `vanilla` and `rejection` are temperatures. Of the suite's prompts those of `categories` (empty means all) are taken, at most
-    `num_prompts`. Texts are cut at `max_new_tokens`; each is drawn once a seed.
+    `vanilla` and `rejection` are temperatures. Of the suite's prompts those of `categories` (empty means all)
+    are taken, at most `num_prompts`. Texts are cut at `max_new_tokens`; each is drawn once a seed.
     """
 
     tree_nodes: int = Field(ge=2, le=MAX_NODES)
@@ -151,13 +170,17 @@ class SampledPoints(Frozen):
         """Every setting once, in the order in which they run."""
         wanted = [SampledSetting(rule="greedy")] if self.greedy else []
         wanted += [SampledSetting(rule="vanilla", temperature=temperature) for temperature in self.vanilla]
-        wanted += [SampledSetting(rule="rejection", temperature=temperature) for temperature in self.rejection]
+        wanted += [
+            SampledSetting(rule="rejection", temperature=temperature) for temperature in self.rejection
+        ]
         wanted += [setting for grid in self.typical for setting in grid.settings]
         return tuple(dict.fromkeys(wanted))
 
 
 class DecodedChecks(Frozen):
-    """Greedy points, drawn by seed, that are decoded for real: steps against the replay, speedup against the composition."""
+    """Greedy points, drawn by seed, that are decoded for real: steps against the replay, speedup against the
+    composition.
+    """
 
     num_points: int = Field(default=12, ge=1)
     seed: int
@@ -167,10 +190,11 @@ class DecodedChecks(Frozen):
 class ClusterSpec(Frozen):
     """What every run cell asks of a Ray cluster; another executor reads none of it.
 
-    `accelerator_types` are names as Ray spells them, such as "A100"; empty means any node, and a cluster whose nodes are alike. Sampled
-    settings run on some of the types, decoded points on each. `num_gpus` and `num_cpus` are those of one cell, 0 GPUs for CPU nodes.
-    A cell whose worker or node is lost is run again at most `max_retries` times. `latency` names a latency spec: a type whose device has
-    no sealed record of it is measured first, so that the sweep composes with it.
+    `accelerator_types` are names as Ray spells them, such as "A100"; empty means any node, and a cluster
+    whose nodes are alike. Sampled settings run on some of the types, decoded points on each. `num_gpus` and
+    `num_cpus` are those of one cell, 0 GPUs for CPU nodes. A cell whose worker or node is lost is run again
+    at most `max_retries` times. `latency` names a latency spec: a type whose device has no sealed record of
+    it is measured first, so that the sweep composes with it.
     """
 
     accelerator_types: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -191,10 +215,11 @@ class ClusterSpec(Frozen):
 class SweepSpec(DataFile):
     """A sweep: one trace, trees grown on another, curves of devices, and points that are run.
 
-    `trace` is replayed; `calibration_trace` is what trees are grown and chosen on. `shape` is the published shape of the trace's model.
-    `suite` names the suite file whose model, heads and prompts the run points take. `contexts` gives "trace" (each step at the length
-    that its text had) or lengths at which every step is priced instead. `break_even_batches` are tried with each device's own tree.
-    `cluster` is for the executor `ray`.
+    `trace` is replayed; `calibration_trace` is what trees are grown and chosen on. `shape` is the published
+    shape of the trace's model. `suite` names the suite file whose model, heads and prompts the run points
+    take. `contexts` gives "trace" (each step at the length that its text had) or lengths at which every step
+    is priced instead. `break_even_batches` are tried with each device's own tree. `cluster` is for the
+    executor `ray`.
     """
 
     description: str
@@ -205,7 +230,9 @@ class SweepSpec(DataFile):
     num_heads: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     trees: Annotated[tuple[TreeFamily, ...], Field(min_length=1)]
     search: CostAwareSearch = CostAwareSearch()
-    contexts: Annotated[tuple[Literal["trace"] | Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = ("trace",)
+    contexts: Annotated[tuple[Literal["trace"] | Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
+        "trace",
+    )
     batches: Counts = (1,)
     break_even_batches: Counts = (1, 2, 4, 8, 16, 32, 64)
     measured: MeasuredDevices | None = None
@@ -218,11 +245,17 @@ class SweepSpec(DataFile):
     @model_validator(mode="after")
     def _has_devices(self) -> SweepSpec:
         if self.measured is None and self.predicted is None:
-            raise ValueError("give measured, predicted or both: a sweep composes with some device's step times")
-        if self.break_even_batches[0] != 1 or list(self.break_even_batches) != sorted(set(self.break_even_batches)):
+            raise ValueError(
+                "give measured, predicted or both: a sweep composes with some device's step times"
+            )
+        if self.break_even_batches[0] != 1 or list(self.break_even_batches) != sorted(
+            set(self.break_even_batches)
+        ):
             raise ValueError("break_even_batches must rise from 1")
         if self.cluster is not None and self.cluster.latency is not None and self.measured is None:
-            raise ValueError("cluster.latency measures step times: give measured, so that the sweep composes with them")
+            raise ValueError(
+                "cluster.latency measures step times: give measured, so that the sweep composes with them"
+            )
         return self
 
 
@@ -234,7 +267,9 @@ def load_sweep(path: Path) -> SweepSpec:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no readable file ({type(error).__name__})", need="a TOML sweep", where=path.name) from error
+        raise UserError(
+            found=f"no readable file ({type(error).__name__})", need="a TOML sweep", where=path.name
+        ) from error
     return parse_sweep(text, where=path.name)
 
 
@@ -245,4 +280,6 @@ def parse_sweep(text: str, *, where: str) -> SweepSpec:
     except tomllib.TOMLDecodeError as error:
         raise UserError(found=f"invalid TOML ({error})", need="a TOML sweep", where=where) from error
     except ValidationError as error:
-        raise UserError(found=first_fault(error), need="a key and value that the sweep schema knows", where=where) from error
+        raise UserError(
+            found=first_fault(error), need="a key and value that the sweep schema knows", where=where
+        ) from error

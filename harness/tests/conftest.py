@@ -1,4 +1,5 @@
-"""Fixtures of the device half: one trained tiny engine, one smoke run and one small run serve all tests of a session.
+"""Fixtures of the device half: one trained tiny engine, one smoke run and one small run serve all tests of a
+session.
 
 Imports stand in the fixtures, so that tests of the pure half start without torch.
 """
@@ -44,7 +45,9 @@ def heads_file(tiny: tuple[LoadedModel, Engine], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def steady_checkout() -> Iterator[None]:
-    """Let runs of this session see one state of the checkout: a file saved meanwhile is another code, which a resume rightly refuses."""
+    """Let runs of this session see one state of the checkout: a file saved meanwhile is another code, which a
+    resume rightly refuses.
+    """
     from harness.device.machine import git_state
 
     with patch("harness.device.engine.git_state", cache(git_state)):

@@ -1,8 +1,8 @@
 """A complete, sealed ablation record with known right answers, made without a model.
 
-Two heads, a chain of two as the one tree, prompts of 41 tokens: of every ten rows of an arm's trace, `hits` are right in both heads (three
-tokens a step), the others beyond what a tree may hold (one). KL, likelihood and memory are set by
-arm; seed 1 has a tenth more KL than seed 0.
+Two heads, a chain of two as the one tree, prompts of 41 tokens: of every ten rows of an arm's trace, `hits`
+are right in both heads (three tokens a step), the others beyond what a tree may hold (one). KL, likelihood
+and memory are set by arm; seed 1 has a tenth more KL than seed 0.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class FakeArm:
     target: str = "original"
     num_layers: int = 1
     changed: bool = False  # a tensor of a frozen backbone
-    reference_nll: float | None = None  # nats a token on texts of another hand, where it does not follow from KL
+    reference_nll: float | None = (
+        None  # nats a token on texts of another hand, where it does not follow from KL
+    )
 
 
 ARMS: Mapping[str, FakeArm] = {
@@ -107,15 +109,23 @@ def fake_trace(hits: int) -> Trace:
                 nll=np.where(beyond, np.nan, nll).astype(np.float32),
             )
         )
-    provenance = TraceProvenance(model_hash="b" * 64, heads_hash="c" * 64, dtype="float32", max_new_tokens=NUM_TOKENS)
+    provenance = TraceProvenance(
+        model_hash="b" * 64, heads_hash="c" * 64, dtype="float32", max_new_tokens=NUM_TOKENS
+    )
     return Trace(provenance=provenance, prompts=tuple(prompts))
 
 
 def fake_result(name: str, arm: FakeArm, *, seed: int | None) -> ArmResult:
     """One arm's line."""
     kl = arm.kl * (1.1 if seed == 1 else 1.0)
-    texts = tuple(_change(f"p{number:02d}", "writing", kl * (0.8 + 0.4 * (number % 2)), 40) for number in range(NUM_PROMPTS))
-    references = tuple(_change(f"r{number}", ("math", "coding")[number % 2], 2 * kl, 100, nll=arm.reference_nll) for number in range(8))
+    texts = tuple(
+        _change(f"p{number:02d}", "writing", kl * (0.8 + 0.4 * (number % 2)), 40)
+        for number in range(NUM_PROMPTS)
+    )
+    references = tuple(
+        _change(f"r{number}", ("math", "coding")[number % 2], 2 * kl, 100, nll=arm.reference_nll)
+        for number in range(8)
+    )
     recipe = {"num_layers": arm.num_layers, "target": arm.target, "seed": seed}
     hits = tuple((8 - 2 * head, 2, *([0] * 8)) for head in range(NUM_HEADS))
     return ArmResult(
@@ -135,17 +145,32 @@ def fake_result(name: str, arm: FakeArm, *, seed: int | None) -> ArmResult:
         held_out=texts,
         references=references,
         greedy=tuple(
-            GreedyText(key=f"p{number:02d}", num_tokens=41, num_original_tokens=41, num_shared=41 if number % 4 or not arm.kl else 7)
+            GreedyText(
+                key=f"p{number:02d}",
+                num_tokens=41,
+                num_original_tokens=41,
+                num_shared=41 if number % 4 or not arm.kl else 7,
+            )
             for number in range(NUM_PROMPTS)
         ),
-        heads=tuple(HeadText(key=text.key, loss_sums=(5.0, 9.0), num_targets=(10, 10), rank_hits=hits) for text in texts),
+        heads=tuple(
+            HeadText(key=text.key, loss_sums=(5.0, 9.0), num_targets=(10, 10), rank_hits=hits)
+            for text in texts
+        ),
     )
 
 
-def write_fake_ablation(folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, seal: bool = True, **changes: Any) -> AblationRecord:
+def write_fake_ablation(
+    folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, seal: bool = True, **changes: Any
+) -> AblationRecord:
     """Write the whole record; `changes` go into its suite."""
     folder.mkdir(parents=True)
-    data = spec_data(**{"arms": [{"name": name, "recipe": f"embedded_{name}"} for name in arms if name != "start"], **changes})
+    data = spec_data(
+        **{
+            "arms": [{"name": name, "recipe": f"embedded_{name}"} for name in arms if name != "start"],
+            **changes,
+        }
+    )
     spec = AblationSpec.model_validate(data)
     write_bytes(folder / "suite.toml", tomli_w.dumps(data).encode())
     write_json(folder / "environment.json", fake_environment())
@@ -158,10 +183,13 @@ def write_fake_ablation(folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, sea
         fake_trace(arms[name].hits if own is None else own).save(folder / trace_file(result.label))
         if result.adapter_sha256 is not None:
             original_hits = arms[name].original_hits
-            fake_trace(arms[name].hits if original_hits is None else original_hits).save(folder / original_text_file(result.label))
+            fake_trace(arms[name].hits if original_hits is None else original_hits).save(
+                folder / original_text_file(result.label)
+            )
         if seed is not None:
             steps = [
-                f'{{"step": {step}, "loss": 1.0, "backbone_loss": {0.01 * step}, "head_losses": [1.0, {2.0 + seed}], "lambda_0": 0.1, '
+                f'{{"step": {step}, "loss": 1.0, "backbone_loss": {0.01 * step}, "head_losses": [1.0, '
+                f'{2.0 + seed}], "lambda_0": 0.1, '
                 f'"memory_bytes": 1}}\n'
                 for step in (1, 2, 3)
             ]

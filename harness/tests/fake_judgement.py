@@ -34,7 +34,9 @@ def verdict(claim_id: str, **changes: Any) -> ClaimVerdict:
 
 
 def _untested(claim_id: str) -> ClaimVerdict:
-    return verdict(claim_id, form="literal", kind=VerdictKind.NOT_TESTED, ours="", figure_kind=None, reason=NEEDS_GPU)
+    return verdict(
+        claim_id, form="literal", kind=VerdictKind.NOT_TESTED, ours="", figure_kind=None, reason=NEEDS_GPU
+    )
 
 
 VERDICTS = (

@@ -1,7 +1,8 @@
 """A complete, sealed latency record with known right answers, made without a model or a clock.
 
-A backbone step over N nodes takes 10 + N / 8 ms at context 256 and 2 ms more at context 1024, batch 2 takes 4 ms more; K heads take
-K / 2 ms; what is left of a step takes 1 ms. So every figure of the curve is known, between measured sizes too.
+A backbone step over N nodes takes 10 + N / 8 ms at context 256 and 2 ms more at context 1024, batch 2 takes 4
+ms more; K heads take K / 2 ms; what is left of a step takes 1 ms. So every figure of the curve is known,
+between measured sizes too.
 """
 
 from __future__ import annotations
@@ -128,29 +129,45 @@ def fake_batches(speedups: Mapping[int, float] | None = None) -> BatchTrials:
     for batch, speedup in (speedups or BATCH_SPEEDUPS).items():
         for start in range(0, 8, batch):
             keys = tuple(f"p{number}" for number in range(start, start + batch))
-            common: dict[str, Any] = {"batch": batch, "round": 0, "prompt_keys": keys, "num_tokens": 5 * batch}
+            common: dict[str, Any] = {
+                "batch": batch,
+                "round": 0,
+                "prompt_keys": keys,
+                "num_tokens": 5 * batch,
+            }
             trials.append(BatchTrial(method="vanilla", num_steps=5, decode_s=5.0, **common))
             trials.append(BatchTrial(method="medusa", num_steps=2, decode_s=5.0 / speedup, **common))
     tree = ArmTree(paths=((), (0,), (0, 0)), origin="chain of 2")
     return BatchTrials(dtype="float32", mode="packed", tree=tree, trials=tuple(trials))
 
 
-def write_fake_latency(folder: Path, *, skipped: Mapping[int, str] | None = None, **changes: Any) -> LatencyRecord:
-    """Write a sealed record; `skipped` gives numbers of nodes a reason not to be measured, `changes` go into the spec."""
+def write_fake_latency(
+    folder: Path, *, skipped: Mapping[int, str] | None = None, **changes: Any
+) -> LatencyRecord:
+    """Write a sealed record; `skipped` gives numbers of nodes a reason not to be measured, `changes` go into
+    the spec.
+    """
     folder.mkdir(parents=True)
     data = spec_data(**changes)
     spec = LatencySpec.model_validate(data)
     write_bytes(folder / "spec.toml", tomli_w.dumps(data).encode())
     write_json(folder / "environment.json", fake_environment())
     write_json(folder / MODEL_FILE, fake_facts())
-    limits = DeviceLimits(read_bandwidth_bytes_per_s=BANDWIDTH_BYTES_PER_S, matmul_flop_per_s=2e12, method="made up")
+    limits = DeviceLimits(
+        read_bandwidth_bytes_per_s=BANDWIDTH_BYTES_PER_S, matmul_flop_per_s=2e12, method="made up"
+    )
     write_json(folder / "device_limits.json", limits)
     reasons = skipped or {}
     points = [
-        LatencyPoint(**dict(key), skipped=reasons[key.num_nodes]) if key.num_nodes in reasons else fake_point(key)
+        LatencyPoint(**dict(key), skipped=reasons[key.num_nodes])
+        if key.num_nodes in reasons
+        else fake_point(key)
         for key in spec.points("float32", ("eager", "packed"))
     ]
-    write_bytes(folder / POINTS_FILE, "".join(point.model_dump_json(exclude_none=True) + "\n" for point in points).encode())
+    write_bytes(
+        folder / POINTS_FILE,
+        "".join(point.model_dump_json(exclude_none=True) + "\n" for point in points).encode(),
+    )
     if spec.modes_table is not None:
         write_json(folder / MODES_FILE, fake_modes())
     if spec.batch_table is not None:
@@ -178,7 +195,9 @@ def fake_environment() -> Environment:
         command="medusa-repro latency fake.toml",
         python="3.11.9",
         packages={"torch": "2.13.0"},
-        device=DeviceInfo(kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000),
+        device=DeviceInfo(
+            kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000
+        ),
         engine="eager, packed",
         dtype="float32",
         blas="mkl",

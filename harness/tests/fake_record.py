@@ -1,8 +1,10 @@
-"""A complete, sealed record folder with known right answers, made without a model or a clock, and the means to spoil any part of it.
+"""A complete, sealed record folder with known right answers, made without a model or a clock, and the means
+to spoil any part of it.
 
-The world behind it: on prompt p head k's best token is right with probability HEAD_HITS[k - 1], less on hard prompts; a step of arm a
-takes STEP_S[a] seconds. So acceleration rates are those of a replay of `trace.npz`, overheads are STEP_S[a] / STEP_S["vanilla"]
-(exactly with `jitter=0`), and a step of N nodes costs `node_cost(N)`. Every claim's transfer form that the embedded suite decides holds.
+The world behind it: on prompt p head k's best token is right with probability HEAD_HITS[k - 1], less on hard
+prompts; a step of arm a takes STEP_S[a] seconds. So acceleration rates are those of a replay of `trace.npz`,
+overheads are STEP_S[a] / STEP_S["vanilla"] (exactly with `jitter=0`), and a step of N nodes costs
+`node_cost(N)`. Every claim's transfer form that the embedded suite decides holds.
 """
 
 from __future__ import annotations
@@ -142,8 +144,24 @@ seeds = [1, 2]
 
 def fake_rounding(largest: float, *, dtype: str = "bfloat16") -> Rounding:
     """A measured rounding whose largest shift is known, of gaps and of heads; smaller in vanilla's shape."""
-    small = ShapeShift(arms=("vanilla",), num_nodes=1, num_positions=252, p50=0.0, p90=0.0, p99=largest / 4, largest=largest / 2)
-    large = ShapeShift(arms=("optimised_64",), num_nodes=64, num_positions=252, p50=0.0, p90=0.0, p99=largest / 2, largest=largest)
+    small = ShapeShift(
+        arms=("vanilla",),
+        num_nodes=1,
+        num_positions=252,
+        p50=0.0,
+        p90=0.0,
+        p99=largest / 4,
+        largest=largest / 2,
+    )
+    large = ShapeShift(
+        arms=("optimised_64",),
+        num_nodes=64,
+        num_positions=252,
+        p50=0.0,
+        p90=0.0,
+        p99=largest / 2,
+        largest=largest,
+    )
     return Rounding(dtype=dtype, num_texts=4, num_candidates=33, gaps=(small, large), heads=(large,))
 
 
@@ -182,10 +200,16 @@ class FakeParts:
         prompt_key: str | None = None,
         limit: int | None = None,
     ) -> int:
-        """Replace fields of the chosen generations, at most `limit` of them, by what `change` returns; say how many were chosen."""
+        """Replace fields of the chosen generations, at most `limit` of them, by what `change` returns; say
+        how many were chosen.
+        """
         edited = 0
         for index, outcome in enumerate(self.outcomes):
-            chosen = isinstance(outcome, Generation) and arm in (None, outcome.trial.arm) and prompt_key in (None, outcome.trial.prompt_key)
+            chosen = (
+                isinstance(outcome, Generation)
+                and arm in (None, outcome.trial.arm)
+                and prompt_key in (None, outcome.trial.prompt_key)
+            )
             if chosen and isinstance(outcome, Generation) and (limit is None or edited < limit):
                 self.outcomes[index] = outcome.model_copy(update=dict(change(outcome)))
                 edited += 1
@@ -208,9 +232,10 @@ def write_fake_record(
 ) -> RunRecord:
     """Write a record folder and return it; with the defaults it passes every validity check.
 
-    `spoil` changes the parts before they are written and sealed; `omit` names files to leave out (`manifest.json` among them);
-    `step_s` overrides STEP_S arm by arm; `jitter` is the standard deviation of the log of a trial's speed; `head_hits` are the chances
-    that each head's best token is right. To damage a sealed file, change it in the folder afterwards.
+    `spoil` changes the parts before they are written and sealed; `omit` names files to leave out
+    (`manifest.json` among them); `step_s` overrides STEP_S arm by arm; `jitter` is the standard deviation of
+    the log of a trial's speed; `head_hits` are the chances that each head's best token is right. To damage a
+    sealed file, change it in the folder afterwards.
     """
     unspoilt = fake_parts(
         reports_speed=reports_speed,
@@ -222,7 +247,9 @@ def write_fake_record(
         head_hits=head_hits,
         seed=seed,
     )
-    parts = replace(unspoilt, outcomes=list(unspoilt.outcomes), trees=dict(unspoilt.trees), manifest_changes={})
+    parts = replace(
+        unspoilt, outcomes=list(unspoilt.outcomes), trees=dict(unspoilt.trees), manifest_changes={}
+    )
     if spoil is not None:
         spoil(parts)
     write_parts(folder, parts, omit=omit)
@@ -241,15 +268,23 @@ def fake_parts(
     head_hits: tuple[float, ...],
     seed: int,
 ) -> FakeParts:
-    """Make all parts of an unspoilt record in memory, once for each set of arguments; copy before changing them."""
+    """Make all parts of an unspoilt record in memory, once for each set of arguments; copy before changing
+    them.
+    """
     rng = np.random.default_rng(seed)
-    suite_text = SUITE_TOML.format(reports_speed=str(reports_speed).lower(), max_new_tokens=MAX_NEW_TOKENS, rounds=rounds, dtype=dtype)
+    suite_text = SUITE_TOML.format(
+        reports_speed=str(reports_speed).lower(), max_new_tokens=MAX_NEW_TOKENS, rounds=rounds, dtype=dtype
+    )
     suite = parse_suite(suite_text, where="suite.toml")
     trace = _trace(rng, num_prompts=num_prompts, head_hits=head_hits, dtype=dtype)
     calibration = _trace(rng, num_prompts=4 * num_prompts, head_hits=head_hits, dtype=dtype)
     trees = _trees(suite, calibration)
     outcomes = _outcomes(suite, trace, trees=trees, rng=rng, jitter=jitter, step_s=dict(step_s))
-    scores = [(outcome.trial, float(rng.normal(0, 0.05))) for outcome in outcomes if outcome.trial.arm in MEAN_LOG_LIKELIHOODS]
+    scores = [
+        (outcome.trial, float(rng.normal(0, 0.05)))
+        for outcome in outcomes
+        if outcome.trial.arm in MEAN_LOG_LIKELIHOODS
+    ]
     return FakeParts(
         suite_text=suite_text,
         environment=_environment(dtype),
@@ -269,7 +304,10 @@ def fake_parts(
             identity_top1=tuple(0.05 for _ in head_hits),
         ),
         likelihoods=Likelihoods(
-            rows=tuple(Likelihood(trial=trial, mean_log_likelihood=MEAN_LOG_LIKELIHOODS[trial.arm] + noise) for trial, noise in scores)
+            rows=tuple(
+                Likelihood(trial=trial, mean_log_likelihood=MEAN_LOG_LIKELIHOODS[trial.arm] + noise)
+                for trial, noise in scores
+            )
         ),
         trace=trace,
     )
@@ -279,7 +317,10 @@ def write_parts(folder: Path, parts: FakeParts, *, omit: Collection[str] = ()) -
     """Write the parts, then the manifest that seals them."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / "suite.toml", parts.suite_text.encode())
-    write_bytes(folder / "generations.jsonl", "".join(outcome.model_dump_json() + "\n" for outcome in parts.outcomes).encode())
+    write_bytes(
+        folder / "generations.jsonl",
+        "".join(outcome.model_dump_json() + "\n" for outcome in parts.outcomes).encode(),
+    )
     models = {
         "environment": parts.environment,
         "trees": ArmTrees(trees=parts.trees),
@@ -308,13 +349,17 @@ def _manifest(folder: Path, parts: FakeParts) -> str:
     content = {
         "schema_version": 1,
         "suite": parts.suite.name,
-        "num_planned": len(prompts) * parts.suite.rounds * sum(max(1, len(arm.seeds)) for arm in parts.suite.arms),
+        "num_planned": len(prompts)
+        * parts.suite.rounds
+        * sum(max(1, len(arm.seeds)) for arm in parts.suite.arms),
         "num_generations": len(finished),
         "num_failures": len(failed),
         "finished_utc": "2024-01-19T12:00:00Z",
         "elapsed_s": 600.0,
         "peak_memory_bytes": 2_000_000_000,
-        "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"},
+        "sha256": {
+            path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != "manifest.json"
+        },
     }
     return json.dumps(content | parts.manifest_changes, indent=1) + "\n"
 
@@ -330,7 +375,8 @@ def _trace(rng: np.random.Generator, *, num_prompts: int, head_hits: tuple[float
         ease = float(np.exp(rng.normal(0, 0.15)))
         hits = np.clip(np.array(head_hits) * ease, 0.02, 0.97)
         shape = (num_tokens, len(head_hits))
-        easy = rng.random((num_tokens, 1))  # shared by the heads of a row, so that they are right and wrong together
+        # shared by the heads of a row, so that they are right and wrong together
+        easy = rng.random((num_tokens, 1))
         best = (easy + rng.random(shape)) / 2 < _quantile_of_mean(hits)
         ranks = np.where(best, 0, rng.geometric(0.25, size=shape))
         beyond = np.arange(1, num_tokens + 1)[:, None] + np.arange(1, len(head_hits) + 1) > num_tokens
@@ -347,7 +393,9 @@ def _trace(rng: np.random.Generator, *, num_prompts: int, head_hits: tuple[float
                 nll=np.where(beyond, np.nan, nll).astype(np.float32),
             )
         )
-    provenance = TraceProvenance(model_hash="b" * 64, heads_hash="c" * 64, dtype=dtype, max_new_tokens=MAX_NEW_TOKENS)
+    provenance = TraceProvenance(
+        model_hash="b" * 64, heads_hash="c" * 64, dtype=dtype, max_new_tokens=MAX_NEW_TOKENS
+    )
     return Trace(provenance=provenance, prompts=tuple(prompts))
 
 
@@ -374,10 +422,18 @@ def _trees(suite: SuiteSpec, calibration: Trace) -> dict[str, ArmTree]:
 
 
 def _outcomes(
-    suite: SuiteSpec, trace: Trace, *, trees: Mapping[str, ArmTree], rng: np.random.Generator, jitter: float, step_s: Mapping[str, float]
+    suite: SuiteSpec,
+    trace: Trace,
+    *,
+    trees: Mapping[str, ArmTree],
+    rng: np.random.Generator,
+    jitter: float,
+    step_s: Mapping[str, float],
 ) -> list[Generation]:
     greedy_steps = {
-        arm.name: _greedy_steps(trace, trees[arm.name].tree()) for arm in suite.arms if arm.name in trees and not arm.stochastic
+        arm.name: _greedy_steps(trace, trees[arm.name].tree())
+        for arm in suite.arms
+        if arm.name in trees and not arm.stochastic
     }
     sampled = {
         (arm.name, prompt.key, seed): _sampled(rng, arm=arm.name, tree=trees.get(arm.name))
@@ -395,7 +451,11 @@ def _outcomes(
                     tokens, steps = sampled[arm.name, prompt.key, seed]
                 else:
                     tokens = tuple(prompt.tokens.tolist())
-                    steps = greedy_steps[arm.name][number] if arm.name in greedy_steps else (1,) * (len(tokens) - 1)
+                    steps = (
+                        greedy_steps[arm.name][number]
+                        if arm.name in greedy_steps
+                        else (1,) * (len(tokens) - 1)
+                    )
                 time = step_s[arm.name] * float(np.exp(rng.normal(0, jitter)))
                 generations.append(
                     Generation(
@@ -419,10 +479,14 @@ def _outcomes(
 def _greedy_steps(trace: Trace, tree: DraftTree) -> list[tuple[int, ...]]:
     replayed = replay(trace, tree)
     cuts = replayed.offsets.tolist()
-    return [tuple(replayed.acceptance_lengths[start:stop].tolist()) for start, stop in itertools.pairwise(cuts)]
+    return [
+        tuple(replayed.acceptance_lengths[start:stop].tolist()) for start, stop in itertools.pairwise(cuts)
+    ]
 
 
-def _sampled(rng: np.random.Generator, *, arm: str, tree: ArmTree | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sampled(
+    rng: np.random.Generator, *, arm: str, tree: ArmTree | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     tokens = tuple(rng.integers(EOS_ID + 1, VOCAB_SIZE, size=MAX_NEW_TOKENS).tolist())
     left, steps = MAX_NEW_TOKENS - 1, []
     longest = 1 if tree is None else tree.tree().depth + 1
@@ -442,7 +506,9 @@ def _environment(dtype: str) -> Environment:
         command="medusa-repro run suites/fake.toml",
         python="3.11.9",
         packages={"torch": "2.13.0", "transformers": "5.23.0"},
-        device=DeviceInfo(kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000),
+        device=DeviceInfo(
+            kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000
+        ),
         engine="eager",
         dtype=dtype,
         blas="mkl",

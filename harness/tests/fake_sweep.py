@@ -1,4 +1,6 @@
-"""A small sweep whose answers are known: a made-up trace, the made-up latency record of `fake_latency`, cells that were run on paper."""
+"""A small sweep whose answers are known: a made-up trace, the made-up latency record of `fake_latency`, cells
+that were run on paper.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,18 @@ MODEL, HEADS = "b" * 64, "c" * 64  # the hashes of fake_latency's environment
 NUM_HEADS = 4
 
 
-def made_up_trace(seed: int, *, num_prompts: int = 6, tokens: int = 40, first_context: int = 240, num_heads: int = NUM_HEADS) -> Trace:
+def made_up_trace(
+    seed: int, *, num_prompts: int = 6, tokens: int = 40, first_context: int = 240, num_heads: int = NUM_HEADS
+) -> Trace:
     """Prompts on either side of 256 known tokens; later heads are worse."""
     rng = np.random.default_rng(seed)
     prompts = []
     for number in range(num_prompts):
         kept = tokens - number % 3
         beyond = np.arange(1, kept + 1)[:, None] + np.arange(1, num_heads + 1) > kept
-        ranks = np.minimum(rng.pareto(1.0 / np.arange(1, num_heads + 1) ** 0.5, (kept, num_heads)), 500).astype(np.int32)
+        ranks = np.minimum(
+            rng.pareto(1.0 / np.arange(1, num_heads + 1) ** 0.5, (kept, num_heads)), 500
+        ).astype(np.int32)
         ranks[beyond] = -1
         prompts.append(
             PromptTrace(
@@ -116,12 +122,18 @@ def made_up_plan(folder: Path, **changes: Any) -> SweepPlan:
     if not (folder / "trace.npz").exists():
         made_up_trace(1).save(folder / "trace.npz")
         made_up_trace(2, num_prompts=12).save(folder / "calibration.npz")
-        write_fake_latency(folder / "results" / "latency" / "fake" / "made-up-machine" / "20240119T120000Z-01234567")
+        write_fake_latency(
+            folder / "results" / "latency" / "fake" / "made-up-machine" / "20240119T120000Z-01234567"
+        )
     return plan_sweep(made_up_spec(**changes), beside=folder, results=folder / "results")
 
 
-def sampled_cell(setting: SampledSetting, *, tokens_per_step: float, likelihood: float, tree: int = 0) -> SampledCell:
-    """A cell of four prompts and two seeds, nearly that many tokens a step and nats a token, each prompt a little its own way."""
+def sampled_cell(
+    setting: SampledSetting, *, tokens_per_step: float, likelihood: float, tree: int = 0
+) -> SampledCell:
+    """A cell of four prompts and two seeds, nearly that many tokens a step and nats a token, each prompt a
+    little its own way.
+    """
     rows = []
     for number in range(4):
         for seed in (1, 2) if setting.rule != "greedy" else (None,):
@@ -141,7 +153,9 @@ def sampled_cell(setting: SampledSetting, *, tokens_per_step: float, likelihood:
                     text_sha256="0" * 16,
                 )
             )
-    return SampledCell(setting=setting, tree=None if setting.rule == "vanilla" else tree, rows=tuple(rows), elapsed_s=1.0)
+    return SampledCell(
+        setting=setting, tree=None if setting.rule == "vanilla" else tree, rows=tuple(rows), elapsed_s=1.0
+    )
 
 
 def sampled_cells(
@@ -151,7 +165,9 @@ def sampled_cells(
     likelihood: Callable[[SampledSetting], float] | None = None,
     tree: int = 0,
 ) -> list[SampledCell]:
-    """Cells of every setting; by default the paper's trends: epsilon up, tokens/step down and likelihood up, and so on."""
+    """Cells of every setting; by default the paper's trends: epsilon up, tokens/step down and likelihood up,
+    and so on.
+    """
 
     def usual(setting: SampledSetting) -> float:
         epsilon = setting.epsilon or 0.0
@@ -167,7 +183,12 @@ def sampled_cells(
 
     assert spec.sampled is not None
     return [
-        sampled_cell(setting, tokens_per_step=(rate or usual)(setting), likelihood=(likelihood or likely)(setting), tree=tree)
+        sampled_cell(
+            setting,
+            tokens_per_step=(rate or usual)(setting),
+            likelihood=(likelihood or likely)(setting),
+            tree=tree,
+        )
         for setting in spec.sampled.settings
     ]
 
@@ -188,18 +209,30 @@ def decoded_cell(plan: SweepPlan, place: int, *, gap: float = 0.0, bugs: int = 0
         for number in range(6)
     )
     differences = tuple(
-        StepDifference(prompt_key=f"p{number}", position=5, decoded_steps=20, replayed_steps=21, kind="bug" if number < bugs else "tie")
+        StepDifference(
+            prompt_key=f"p{number}",
+            position=5,
+            decoded_steps=20,
+            replayed_steps=21,
+            kind="bug" if number < bugs else "tie",
+        )
         for number in range(bugs + 1)
     )
     return DecodedCell(curve=curve, tree=place, rows=rows, differences=differences, elapsed_s=2.0)
 
 
-def write_sweep(folder: Path, plan: SweepPlan, *, extra: Sequence[AnyCell] | None = None, sealed: bool = True) -> SweepRecord:
-    """Write a record of a plan: composed cells as the plan gives them, the run ones as `extra` or the usual made-up ones."""
+def write_sweep(
+    folder: Path, plan: SweepPlan, *, extra: Sequence[AnyCell] | None = None, sealed: bool = True
+) -> SweepRecord:
+    """Write a record of a plan: composed cells as the plan gives them, the run ones as `extra` or the usual
+    made-up ones.
+    """
     folder.mkdir(parents=True)
     spec = plan.spec
     runs: Sequence[AnyCell] = (
-        extra if extra is not None else (*sampled_cells(spec, tree=1), decoded_cell(plan, 1), decoded_cell(plan, 2, gap=0.2))
+        extra
+        if extra is not None
+        else (*sampled_cells(spec, tree=1), decoded_cell(plan, 1), decoded_cell(plan, 2, gap=0.2))
     )
     cells = [*compose(plan), *runs]
     write_bytes(folder / SPEC_FILE, tomli_w.dumps(spec.model_dump(mode="json", exclude_none=True)).encode())
@@ -243,7 +276,9 @@ def made_up_origin(plan: SweepPlan) -> SweepOrigin:
         command="medusa-repro sweep fake.toml",
         python="3.11.9",
         packages={"numpy": "2.4.6"},
-        device=DeviceInfo(kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000),
+        device=DeviceInfo(
+            kind="cpu", name="made-up CPU", num_cores=2, num_threads=2, memory_bytes=8_000_000_000
+        ),
         inputs={name: file_sha256(path) for name, path in plan.inputs.items()},
         trace=facts(plan.composer.index.trace),
         calibration=facts(plan.calibration.trace),
@@ -254,4 +289,8 @@ def made_up_origin(plan: SweepPlan) -> SweepOrigin:
 
 def is_sqrt(setting: SampledSetting) -> bool:
     """Whether delta is the square root of epsilon."""
-    return setting.epsilon is not None and setting.delta is not None and math.isclose(setting.delta, math.sqrt(setting.epsilon))
+    return (
+        setting.epsilon is not None
+        and setting.delta is not None
+        and math.isclose(setting.delta, math.sqrt(setting.epsilon))
+    )

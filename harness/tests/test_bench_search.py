@@ -32,10 +32,21 @@ def _trace() -> Trace:
     beyond = np.arange(1, TOKENS + 1)[:, None] + np.arange(1, NUM_HEADS + 1) > TOKENS
     prompts = []
     for number in range(NUM_PROMPTS):
-        ranks = np.minimum(rng.pareto(1.2 / np.arange(1, NUM_HEADS + 1) ** 0.5, (TOKENS, NUM_HEADS)), 49_000).astype(np.int32)
+        ranks = np.minimum(
+            rng.pareto(1.2 / np.arange(1, NUM_HEADS + 1) ** 0.5, (TOKENS, NUM_HEADS)), 49_000
+        ).astype(np.int32)
         ranks[beyond] = -1
         tokens = np.zeros(TOKENS, dtype=np.int64)
-        prompts.append(PromptTrace(key=str(number), category=None, prompt_tokens=50, tokens=tokens, ended_by="budget", ranks=ranks))
+        prompts.append(
+            PromptTrace(
+                key=str(number),
+                category=None,
+                prompt_tokens=50,
+                tokens=tokens,
+                ended_by="budget",
+                ranks=ranks,
+            )
+        )
     provenance = TraceProvenance(model_hash="none", heads_hash="none", dtype="float32", max_new_tokens=TOKENS)
     return Trace(provenance=provenance, prompts=tuple(prompts))
 
@@ -71,4 +82,6 @@ def test_bench_choice_of_a_size(benchmark: BenchmarkFixture) -> None:
     choice = benchmark.pedantic(choose, rounds=20, warmup_rounds=1)  # type: ignore[no-untyped-call]
     assert len(choice.points) == 12
     assert choice.best.tokens_per_cost == max(point.tokens_per_cost for point in choice.points)
-    assert [point.tokens_per_step for point in choice.points] == sorted(point.tokens_per_step for point in choice.points)
+    assert [point.tokens_per_step for point in choice.points] == sorted(
+        point.tokens_per_step for point in choice.points
+    )

@@ -1,4 +1,6 @@
-"""How fast a sweep composes: 10,000 points of tree x heads x device within a minute, searches and replays included."""
+"""How fast a sweep composes: 10,000 points of tree x heads x device within a minute, searches and replays
+included.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +44,25 @@ def _curves() -> tuple[StepTimes, ...]:
     heads = LatencyHeads(architecture="shared")
     fitting = [key for key, device in load_hardware().items() if device.memory_gb >= 24]
     return tuple(
-        PredictedCurve(key, load_hardware()[key], load_shapes()[shape], dtype="float16", heads=heads) for shape in SHAPES for key in fitting
+        PredictedCurve(key, load_hardware()[key], load_shapes()[shape], dtype="float16", heads=heads)
+        for shape in SHAPES
+        for key in fitting
     )
 
 
 def _spec() -> SweepSpec:
-    return made_up_spec(num_heads=[1, 2, 3, 4, 5], trees=[{"kind": "grown", "num_nodes": SIZES}, DENSE], break_even_batches=[1])
+    return made_up_spec(
+        num_heads=[1, 2, 3, 4, 5],
+        trees=[{"kind": "grown", "num_nodes": SIZES}, DENSE],
+        break_even_batches=[1],
+    )
 
 
 def _plan(num_prompts: int, curves: tuple[StepTimes, ...]) -> SweepPlan:
-    trace, calibration = _trace(num_prompts), ReplayIndex(made_up_trace(2, num_prompts=40, tokens=126, num_heads=5))
+    trace, calibration = (
+        _trace(num_prompts),
+        ReplayIndex(made_up_trace(2, num_prompts=40, tokens=126, num_heads=5)),
+    )
     lengths = step_contexts(ReplayIndex(trace).replay(DraftTree.root_only()))
     composer = Composer(trace, knots=shared_knots(curves, lengths), interval=IntervalSpec(num_resamples=1000))
     trees = resolve_families(_spec().trees, calibration=calibration, num_heads=_spec().num_heads)
@@ -68,8 +79,9 @@ def _plan(num_prompts: int, curves: tuple[StepTimes, ...]) -> SweepPlan:
 
 
 def test_ten_thousand_points_in_a_minute() -> None:
-    """10,000 positions and all curves, replays included: as long as it takes, scaled to 10,000 points; a busy core may be several
-    times slower."""
+    """10,000 positions and all curves, replays included: as long as it takes, scaled to 10,000 points; a busy
+    core may be several times slower.
+    """
     started = time.perf_counter()
     plan = _plan(80, _curves())
     cells = [cell for cell in compose(plan) if isinstance(cell, ComposedCell)]

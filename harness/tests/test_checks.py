@@ -1,4 +1,6 @@
-"""Every validity check passes on a sound record and fails on one spoilt for it; a check nobody has seen failing fails here."""
+"""Every validity check passes on a sound record and fails on one spoilt for it; a check nobody has seen
+failing fails here.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class SpoiltRecord:
     found: str
 
 
-def edits(change: Callable[[Generation], Mapping[str, Any]], *, arm: str | None = None, limit: int | None = 1) -> Spoiler:
+def edits(
+    change: Callable[[Generation], Mapping[str, Any]], *, arm: str | None = None, limit: int | None = 1
+) -> Spoiler:
     return lambda parts: parts.edit(change, arm=arm, limit=limit)
 
 
@@ -71,11 +75,15 @@ def same_text_for_all_seeds(parts: FakeParts) -> None:
 
 
 def weak_heads(parts: FakeParts) -> None:
-    parts.heads_control = HeadsControl(num_positions=640, trained_top1=(0.01,), random_top1=(0.002,), identity_top1=(0.05,))
+    parts.heads_control = HeadsControl(
+        num_positions=640, trained_top1=(0.01,), random_top1=(0.002,), identity_top1=(0.05,)
+    )
 
 
 def one_weak_head(parts: FakeParts) -> None:
-    parts.heads_control = HeadsControl(num_positions=640, trained_top1=(0.5, 0.0), random_top1=(0.0, 0.0), identity_top1=(0.0, 0.0))
+    parts.heads_control = HeadsControl(
+        num_positions=640, trained_top1=(0.5, 0.0), random_top1=(0.0, 0.0), identity_top1=(0.0, 0.0)
+    )
 
 
 def one_arm_after_another(parts: FakeParts) -> None:
@@ -89,7 +97,10 @@ def always_the_same_order(parts: FakeParts) -> None:
         trial = outcome.trial
         return trial.round, trial.prompt_key, trial.arm, trial.seed or 0
 
-    parts.outcomes = [outcome.model_copy(update={"order": order}) for order, outcome in enumerate(sorted(parts.outcomes, key=key))]
+    parts.outcomes = [
+        outcome.model_copy(update={"order": order})
+        for order, outcome in enumerate(sorted(parts.outcomes, key=key))
+    ]
 
 
 def other_heads(parts: FakeParts) -> None:
@@ -109,22 +120,52 @@ def without(name: str) -> Spoiler:
 
 SPOILT = (
     SpoiltRecord("trials_complete", drop_one, "missing: "),
-    SpoiltRecord("trials_complete", lambda parts: parts.manifest_changes.update(num_planned=10_000), "trials with an outcome"),
+    SpoiltRecord(
+        "trials_complete",
+        lambda parts: parts.manifest_changes.update(num_planned=10_000),
+        "trials with an outcome",
+    ),
     SpoiltRecord("no_failures", fail_one, "OutOfMemoryError"),
     SpoiltRecord("seal_intact", unsealed, "SHA-256"),
-    SpoiltRecord("token_counts", edits(lambda row: {"step_tokens": (*row.step_tokens, 1)}, arm="chain"), "1 wrong: chain"),
-    SpoiltRecord("token_counts", edits(lambda row: {"step_tokens": (row.step_tokens[0] + 1, *row.step_tokens[1:-1], 0)}), "1 wrong"),
+    SpoiltRecord(
+        "token_counts",
+        edits(lambda row: {"step_tokens": (*row.step_tokens, 1)}, arm="chain"),
+        "1 wrong: chain",
+    ),
+    SpoiltRecord(
+        "token_counts",
+        edits(lambda row: {"step_tokens": (row.step_tokens[0] + 1, *row.step_tokens[1:-1], 0)}),
+        "1 wrong",
+    ),
     SpoiltRecord("token_counts", edits(lambda row: {"step_times_s": row.step_times_s[1:]}), "1 wrong"),
     SpoiltRecord("token_counts", edits(lambda row: {"token_ids": row.token_ids * 3}), "1 wrong"),
-    SpoiltRecord("stop_rule", edits(lambda row: {"token_ids": (*row.token_ids[:3], EOS_ID, *row.token_ids[4:])}), "wrong: "),
-    SpoiltRecord("stop_rule", edits(lambda row: {"token_ids": row.token_ids[:-1], "ended_by": "budget"}), "wrong: "),
+    SpoiltRecord(
+        "stop_rule",
+        edits(lambda row: {"token_ids": (*row.token_ids[:3], EOS_ID, *row.token_ids[4:])}),
+        "wrong: ",
+    ),
+    SpoiltRecord(
+        "stop_rule", edits(lambda row: {"token_ids": row.token_ids[:-1], "ended_by": "budget"}), "wrong: "
+    ),
     SpoiltRecord("stop_rule", edits(lambda row: {"ended_by": "eos"}, limit=None), "end-of-sequence ids"),
     SpoiltRecord("vanilla_steps", edits(merge_two_steps, arm="vanilla"), "1 wrong: vanilla"),
-    SpoiltRecord("equal_prompts", edits(lambda row: {"prompt_tokens": row.prompt_tokens + 1}, arm="hf_greedy", limit=None), "hf_greedy"),
-    SpoiltRecord("equal_budgets", edits(lambda row: {"token_ids": row.token_ids + row.token_ids, "ended_by": "budget"}), "80"),
+    SpoiltRecord(
+        "equal_prompts",
+        edits(lambda row: {"prompt_tokens": row.prompt_tokens + 1}, arm="hf_greedy", limit=None),
+        "hf_greedy",
+    ),
+    SpoiltRecord(
+        "equal_budgets",
+        edits(lambda row: {"token_ids": row.token_ids + row.token_ids, "ended_by": "budget"}),
+        "80",
+    ),
     SpoiltRecord("equal_budgets", longer_trace, "80"),
     SpoiltRecord("greedy_parity", edits(part_a_text, arm="optimised_64"), "1 bugs: optimised_64"),
-    SpoiltRecord("greedy_parity", edits(lambda row: {"token_ids": row.token_ids[:-2]}, arm="hf_greedy"), "1 bugs: hf_greedy"),
+    SpoiltRecord(
+        "greedy_parity",
+        edits(lambda row: {"token_ids": row.token_ids[:-2]}, arm="hf_greedy"),
+        "1 bugs: hf_greedy",
+    ),
     SpoiltRecord("replay_equals_decode", edits(swap_unequal_steps, arm="chain"), "unexplained: chain"),
     SpoiltRecord("replay_equals_decode", without("trace"), "no trace"),
     SpoiltRecord("heads_beat_random", weak_heads, "0.010 over 0.002"),
@@ -133,16 +174,24 @@ SPOILT = (
     SpoiltRecord("repeats_agree", edits(part_a_text, arm="vanilla"), "1 wrong: vanilla"),
     SpoiltRecord("seeds_matter", same_text_for_all_seeds, "1 wrong: vanilla_sampled"),
     SpoiltRecord(
-        "acceptance_within_tree", edits(lambda row: {"step_tokens": (20, *row.step_tokens)}, arm="typical"), "typical keeps 20 of 5"
+        "acceptance_within_tree",
+        edits(lambda row: {"step_tokens": (20, *row.step_tokens)}, arm="typical"),
+        "typical keeps 20 of 5",
     ),
-    SpoiltRecord("timings_valid", edits(lambda row: {"step_times_s": (0.0, *row.step_times_s[1:])}), "unusable: "),
+    SpoiltRecord(
+        "timings_valid", edits(lambda row: {"step_times_s": (0.0, *row.step_times_s[1:])}), "unusable: "
+    ),
     SpoiltRecord("timings_valid", edits(lambda row: {"prefill_s": -1.0}), "unusable: "),
     SpoiltRecord("timings_valid", edits(lambda row: {"timing_valid": False}), "1 timings left out, unusable"),
     SpoiltRecord("machine_quiet", edits(lambda row: {"load_average": 9.0}, limit=None), "median load 9.0"),
     SpoiltRecord("arms_interleaved", one_arm_after_another, "overlap"),
     SpoiltRecord("arms_interleaved", always_the_same_order, "in 1 orders"),
     SpoiltRecord("provenance_agrees", other_heads, "disagreeing: heads"),
-    SpoiltRecord("bandwidth_sane", edits(lambda row: {"step_times_s": (0.001,) * row.num_steps}, arm="vanilla", limit=None), "reads at"),
+    SpoiltRecord(
+        "bandwidth_sane",
+        edits(lambda row: {"step_times_s": (0.001,) * row.num_steps}, arm="vanilla", limit=None),
+        "reads at",
+    ),
 )
 
 
@@ -172,14 +221,21 @@ def test_a_spoilt_record_fails_its_check(spoilt: SpoiltRecord, tmp_path: Path) -
 def test_no_check_is_left_out_of_the_list() -> None:
     import harness.judge.checks
 
-    public = {name for name, value in vars(harness.judge.checks).items() if getattr(value, "__module__", "") == "harness.judge.checks"}
+    public = {
+        name
+        for name, value in vars(harness.judge.checks).items()
+        if getattr(value, "__module__", "") == "harness.judge.checks"
+    }
     written = {name for name in public if not name.startswith("_") and name not in ("run_checks",)}
     assert written == {check.__name__ for check in CHECKS}
 
 
 def test_without_a_manifest_the_run_is_unfinished(tmp_path: Path) -> None:
     found = outcomes(write_fake_record(tmp_path, omit=["manifest.json"], num_prompts=NUM_PROMPTS))
-    assert {name for name, row in found.items() if row.status is CheckStatus.FAILED} == {"seal_intact", "trials_complete"}
+    assert {name for name, row in found.items() if row.status is CheckStatus.FAILED} == {
+        "seal_intact",
+        "trials_complete",
+    }
 
 
 def test_an_unsealed_extra_file_is_named(tmp_path: Path) -> None:
@@ -221,7 +277,9 @@ def test_uncommitted_changes_are_shown_and_do_not_fail(tmp_path: Path) -> None:
     def make_dirty(parts: FakeParts) -> None:
         parts.environment = parts.environment.model_copy(update={"dirty": True})
 
-    found = outcomes(write_fake_record(tmp_path, spoil=make_dirty, num_prompts=NUM_PROMPTS))["provenance_agrees"]
+    found = outcomes(write_fake_record(tmp_path, spoil=make_dirty, num_prompts=NUM_PROMPTS))[
+        "provenance_agrees"
+    ]
     assert (found.status, "uncommitted" in found.found) == (CheckStatus.PASSED, True)
 
 
@@ -234,15 +292,21 @@ def test_a_shown_tie_passes_and_many_do_not(tmp_path: Path) -> None:
                 parts.edit(part_a_text, arm=arm, prompt_key=key)
         parts.trace = with_gap(parts.trace, position=7, gap=1e-5)
 
-    few = write_fake_record(tmp_path / "few", spoil=lambda parts: part_at_a_tie(parts, num_prompts=1), num_prompts=NUM_PROMPTS)
-    many = write_fake_record(tmp_path / "many", spoil=lambda parts: part_at_a_tie(parts, num_prompts=3), num_prompts=NUM_PROMPTS)
+    few = write_fake_record(
+        tmp_path / "few", spoil=lambda parts: part_at_a_tie(parts, num_prompts=1), num_prompts=NUM_PROMPTS
+    )
+    many = write_fake_record(
+        tmp_path / "many", spoil=lambda parts: part_at_a_tie(parts, num_prompts=3), num_prompts=NUM_PROMPTS
+    )
     assert outcomes(few)["greedy_parity"].status is CheckStatus.PASSED
     assert "1 ties" in outcomes(few)["greedy_parity"].found
     assert outcomes(many)["greedy_parity"].status is CheckStatus.FAILED
 
 
 def test_parity_in_half_precision_is_shown_and_not_judged(tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path, spoil=edits(part_a_text, arm="chain"), dtype="bfloat16", num_prompts=NUM_PROMPTS)
+    record = write_fake_record(
+        tmp_path, spoil=edits(part_a_text, arm="chain"), dtype="bfloat16", num_prompts=NUM_PROMPTS
+    )
     outcome = outcomes(record)["greedy_parity"]
     assert outcome.status is CheckStatus.SKIPPED
     assert "1 bugs" in outcome.found and "bfloat16, whose rounding is not measured" in outcome.found
@@ -250,7 +314,9 @@ def test_parity_in_half_precision_is_shown_and_not_judged(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("gap", "status"), [(0.24, CheckStatus.PASSED), (0.26, CheckStatus.FAILED)])
-def test_parity_in_half_precision_is_judged_by_its_measured_rounding(gap: float, status: CheckStatus, tmp_path: Path) -> None:
+def test_parity_in_half_precision_is_judged_by_its_measured_rounding(
+    gap: float, status: CheckStatus, tmp_path: Path
+) -> None:
     """Three ties in a few hundred tokens are too many in float32 and none too many here."""
 
     def part_three_texts(parts: FakeParts) -> None:
@@ -260,7 +326,9 @@ def test_parity_in_half_precision_is_judged_by_its_measured_rounding(gap: float,
         parts.trace = with_gap(parts.trace, position=7, gap=gap)
         parts.rounding = fake_rounding(0.125)
 
-    found = outcomes(write_fake_record(tmp_path, spoil=part_three_texts, dtype="bfloat16", num_prompts=NUM_PROMPTS))
+    found = outcomes(
+        write_fake_record(tmp_path, spoil=part_three_texts, dtype="bfloat16", num_prompts=NUM_PROMPTS)
+    )
     outcome = found["greedy_parity"]
     assert outcome.status is status, outcome
     assert ("tokens part at 3 ties in" in outcome.found) is (status is CheckStatus.PASSED)
@@ -274,12 +342,17 @@ def test_replay_in_half_precision_is_judged_where_rounding_is_measured(tmp_path:
         steps(parts)
 
     wrong = edits(swap_unequal_steps, arm="chain")
-    for name, steps, status in (("sound", lambda parts: None, CheckStatus.PASSED), ("spoilt", wrong, CheckStatus.FAILED)):
+    for name, steps, status in (
+        ("sound", lambda parts: None, CheckStatus.PASSED),
+        ("spoilt", wrong, CheckStatus.FAILED),
+    ):
         spoiler: Spoiler = functools.partial(spoil, steps=steps)
         record = write_fake_record(tmp_path / name, spoil=spoiler, dtype="bfloat16", num_prompts=NUM_PROMPTS)
         outcome = outcomes(record)["replay_equals_decode"]
         assert outcome.status is status, outcome
-        medusa = [one for one in record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")]
+        medusa = [
+            one for one in record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")
+        ]
         total = sum(one.num_steps for one in medusa)
         assert f"{total} steps before the texts part, in {total} of which" in outcome.found
 
@@ -288,7 +361,9 @@ def test_a_rounding_of_another_precision_is_told(tmp_path: Path) -> None:
     def spoil(parts: FakeParts) -> None:
         parts.rounding = fake_rounding(0.125, dtype="float16")
 
-    outcome = outcomes(write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS))["provenance_agrees"]
+    outcome = outcomes(write_fake_record(tmp_path, spoil=spoil, dtype="bfloat16", num_prompts=NUM_PROMPTS))[
+        "provenance_agrees"
+    ]
     assert outcome.status is CheckStatus.FAILED and "dtype of the rounding" in outcome.found
 
 

@@ -95,9 +95,18 @@ def test_an_incomplete_count_of_intensities_is_not_a_success(registry: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("claim_id", "missing"), [("CK1", "A1"), ("CK2", "T1-Vicuna7B-S"), ("CK3", "T4-Vicuna-7b"), ("RL-OI", "RL-T7"), ("RL-lat7", "RL-T7")]
+    ("claim_id", "missing"),
+    [
+        ("CK1", "A1"),
+        ("CK2", "T1-Vicuna7B-S"),
+        ("CK3", "T4-Vicuna-7b"),
+        ("RL-OI", "RL-T7"),
+        ("RL-lat7", "RL-T7"),
+    ],
 )
-def test_a_registry_without_the_figure_is_not_testable(registry: dict[str, ClaimSpec], claim_id: str, missing: str) -> None:
+def test_a_registry_without_the_figure_is_not_testable(
+    registry: dict[str, ClaimSpec], claim_id: str, missing: str
+) -> None:
     rest = {key: claim for key, claim in registry.items() if key != missing}
     with pytest.raises(NotTestable, match=missing):
         _kind(rest, claim_id)

@@ -1,4 +1,6 @@
-"""Every transfer form on a made-up record where the claim holds, one where it does not, and one that leaves it open."""
+"""Every transfer form on a made-up record where the claim holds, one where it does not, and one that leaves
+it open.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree
 
-YES, NO, OPEN, UNTESTED = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.INCONCLUSIVE, VerdictKind.NOT_TESTED
+YES, NO, OPEN, UNTESTED = (
+    VerdictKind.REPRODUCED,
+    VerdictKind.NOT_REPRODUCED,
+    VerdictKind.INCONCLUSIVE,
+    VerdictKind.NOT_TESTED,
+)
 ROLES = {"optimised": "optimised_64", "fastest": "optimised_64"}  # the names of the made-up suite
 Losses = np.ndarray[Any, Any]
 Spoil = Callable[[FakeParts], object]
@@ -101,7 +108,9 @@ def _with_steps(*, of_arms: float = 1.0, per_node: float | None = None) -> Spoil
 
 
 def _other_first_token(parts: FakeParts) -> None:
-    parts.edit(lambda one: {"token_ids": (one.token_ids[0] + 1, *one.token_ids[1:])}, arm="optimised_64", limit=1)
+    parts.edit(
+        lambda one: {"token_ids": (one.token_ids[0] + 1, *one.token_ids[1:])}, arm="optimised_64", limit=1
+    )
 
 
 DEEP = DraftTree.from_paths([(0,) * depth for depth in range(1, 6)] + [(rank,) for rank in range(1, 59)])
@@ -153,9 +162,17 @@ CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("claim_id", "kind", "options"), CASES, ids=[f"{case[0]}-{case[1].value}-{i}" for i, case in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("claim_id", "kind", "options"),
+    CASES,
+    ids=[f"{case[0]}-{case[1].value}-{i}" for i, case in enumerate(CASES)],
+)
 def test_verdict(
-    evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec], claim_id: str, kind: VerdictKind, options: dict[str, Any]
+    evidence_of: Callable[..., Evidence],
+    claims: dict[str, ClaimSpec],
+    claim_id: str,
+    kind: VerdictKind,
+    options: dict[str, Any],
 ) -> None:
     verdict = _judge(claims[claim_id], evidence_of(**options))
     assert verdict.kind is kind, verdict
@@ -166,7 +183,10 @@ def test_more_ties_than_rounding_explains_leave_losslessness_open(
     evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
 ) -> None:
     evidence = evidence_of()
-    ties = [Divergence(arm="chain", reference="vanilla", prompt_key=f"p{i}", position=3, gap=1e-5, kind="tie") for i in range(3)]
+    ties = [
+        Divergence(arm="chain", reference="vanilla", prompt_key=f"p{i}", position=3, gap=1e-5, kind="tie")
+        for i in range(3)
+    ]
     for num_ties, kind in ((1, YES), (3, OPEN)):
         parity = evidence.parity.model_copy(update={"divergences": tuple(ties[:num_ties])})
         assert _judge(claims["A6"], dataclasses.replace(evidence, parity=parity)).kind is kind
@@ -177,27 +197,47 @@ def _half(gap: float, *, measured: bool = True) -> Spoil:
 
     def spoil(parts: FakeParts) -> None:
         assert parts.trace is not None
-        prompts = [dataclasses.replace(prompt, gaps=np.full(prompt.num_kept_tokens, gap)) for prompt in parts.trace.prompts]
+        prompts = [
+            dataclasses.replace(prompt, gaps=np.full(prompt.num_kept_tokens, gap))
+            for prompt in parts.trace.prompts
+        ]
         parts.trace = Trace(provenance=parts.trace.provenance, prompts=tuple(prompts))
         parts.rounding = fake_rounding(0.125) if measured else None
-        parts.edit(lambda one: {"token_ids": (*one.token_ids[:5], one.token_ids[5] + 1, *one.token_ids[6:])}, arm="optimised_64", limit=2)
+        parts.edit(
+            lambda one: {"token_ids": (*one.token_ids[:5], one.token_ids[5] + 1, *one.token_ids[6:])},
+            arm="optimised_64",
+            limit=2,
+        )
 
     return spoil
 
 
-def test_half_precision_is_lossless_up_to_so_many_ties_in_so_many_tokens(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+def test_half_precision_is_lossless_up_to_so_many_ties_in_so_many_tokens(
+    tmp_path: Path, claims: dict[str, ClaimSpec]
+) -> None:
     evidence = _evidence(tmp_path / "ties", spoil=_half(0.2), dtype="bfloat16")
-    decoded = [one for one in evidence.record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")]
+    decoded = [
+        one for one in evidence.record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")
+    ]
     parted = {row.prompt_key for row in evidence.parity.divergences}
-    equal = sum(5 if one.trial.arm == "optimised_64" and one.trial.prompt_key in parted else one.num_tokens for one in decoded)
+    equal = sum(
+        5 if one.trial.arm == "optimised_64" and one.trial.prompt_key in parted else one.num_tokens
+        for one in decoded
+    )
     lossless, faster = _judge(claims["A6"], evidence), _judge(claims["A1"], evidence)
     assert len(parted) == 2 and lossless.kind is faster.kind is YES
     assert f"up to 2 ties in {equal} tokens" in lossless.reason and "below 0.25" in lossless.reason
-    own = sum(5 if one.trial.prompt_key in parted else one.num_tokens for one in decoded if one.trial.arm == "optimised_64")
+    own = sum(
+        5 if one.trial.prompt_key in parted else one.num_tokens
+        for one in decoded
+        if one.trial.arm == "optimised_64"
+    )
     assert f"up to 2 ties in {own} tokens" in faster.reason and "lossless up to ties" in faster.ours
 
 
-def test_half_precision_with_a_bug_is_not_lossless_and_unmeasured_it_is_open(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
+def test_half_precision_with_a_bug_is_not_lossless_and_unmeasured_it_is_open(
+    tmp_path: Path, claims: dict[str, ClaimSpec]
+) -> None:
     bug = _evidence(tmp_path / "bug", spoil=_half(0.3), dtype="bfloat16")
     unmeasured = _evidence(tmp_path / "unmeasured", spoil=_half(0.0, measured=False), dtype="bfloat16")
     for claim_id in ("A6", "A1"):
@@ -206,26 +246,38 @@ def test_half_precision_with_a_bug_is_not_lossless_and_unmeasured_it_is_open(tmp
         assert verdict.kind is UNTESTED and "rounding was not measured" in verdict.reason
 
 
-def test_ties_of_another_method_are_not_medusas(evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]) -> None:
+def test_ties_of_another_method_are_not_medusas(
+    evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
+) -> None:
     evidence = evidence_of()
     other = Divergence(arm="hf_greedy", reference="vanilla", prompt_key="p", position=3, gap=1.0, kind="bug")
     parity = evidence.parity.model_copy(update={"divergences": (other,)})
     assert _judge(claims["A6"], dataclasses.replace(evidence, parity=parity)).kind is YES
 
 
-def test_speed_that_does_not_peak_where_calibration_said(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:
-    """The peak is chosen on calibration text; on text where the heads are far better, more nodes are faster still."""
-    evidence = _evidence(tmp_path / "record", spoil=_with_steps(per_node=0.01), head_hits=(0.9, 0.9, 0.9, 0.9, 0.9))
+def test_speed_that_does_not_peak_where_calibration_said(
+    tmp_path: Path, claims: dict[str, ClaimSpec]
+) -> None:
+    """The peak is chosen on calibration text; on text where the heads are far better, more nodes are faster
+    still.
+    """
+    evidence = _evidence(
+        tmp_path / "record", spoil=_with_steps(per_node=0.01), head_hits=(0.9, 0.9, 0.9, 0.9, 0.9)
+    )
     poor = write_fake_record(tmp_path / "poor", head_hits=(0.02, 0.02, 0.02, 0.02, 0.02)).trace
     verdict = _judge(claims["F4-2"], dataclasses.replace(evidence, calibration=poor))
     assert verdict.kind is NO, verdict
     assert verdict.figure_kind == "composed"
 
 
-def test_a_calibration_of_other_heads_is_refused(evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]) -> None:
+def test_a_calibration_of_other_heads_is_refused(
+    evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
+) -> None:
     evidence = evidence_of()
     trace = evidence.trace()
-    other = Trace(provenance=trace.provenance.model_copy(update={"heads_hash": "e" * 64}), prompts=trace.prompts)
+    other = Trace(
+        provenance=trace.provenance.model_copy(update={"heads_hash": "e" * 64}), prompts=trace.prompts
+    )
     verdict = _judge(claims["DEF-nheads"], dataclasses.replace(evidence, calibration=other))
     assert verdict.kind is UNTESTED
     assert "other heads" in verdict.reason
@@ -235,20 +287,31 @@ def test_without_a_trace_the_logarithm_is_judged_by_its_printed_slope(
     evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
 ) -> None:
     evidence = evidence_of(omit=("trace.npz",))
-    verdicts = {verdict.claim_id: verdict for verdict in evaluate_claims([claims["RL-acc"], claims["T1-Vicuna7B-acc"]], evidence)}
+    verdicts = {
+        verdict.claim_id: verdict
+        for verdict in evaluate_claims([claims["RL-acc"], claims["T1-Vicuna7B-acc"]], evidence)
+    }
     assert (verdicts["RL-acc"].form, verdicts["RL-acc"].kind) == ("paper-only", NO)
 
 
-def test_a_rung_says_which_part_held(evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]) -> None:
+def test_a_rung_says_which_part_held(
+    evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
+) -> None:
     verdict = _judge(claims["T3-2"], evidence_of(step_s={"cartesian": 0.05}))
     assert "tokens/step holds" in verdict.reason
     assert "speed fails" in verdict.reason
 
 
 def test_an_arm_that_was_not_run_is_named(evidence_of: Callable[..., Evidence]) -> None:
-    claims = {claim.id: claim for claim in load_claims()}  # roles as shipped: the made-up suite has no arm `fastest` or `optimised`
+    # roles as shipped: the made-up suite has no arm `fastest` or `optimised`
+    claims = {claim.id: claim for claim in load_claims()}
     evidence = evidence_of()
-    for claim_id, arm in (("A1", "fastest"), ("T3-3", "optimised"), ("F4-1", "optimised"), ("F6", "optimised")):
+    for claim_id, arm in (
+        ("A1", "fastest"),
+        ("T3-3", "optimised"),
+        ("F4-1", "optimised"),
+        ("F6", "optimised"),
+    ):
         verdict = _judge(claims[claim_id], evidence)
         assert verdict.kind is UNTESTED
         assert arm in verdict.reason

@@ -1,4 +1,6 @@
-"""The registry of claims: complete, validated, its roles and shared texts filled in; verdicts of all claims on one record."""
+"""The registry of claims: complete, validated, its roles and shared texts filled in; verdicts of all claims
+on one record.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,35 @@ from harness.specs.claims import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims,
 from harness.tests.fake_record import write_fake_record
 
 NUM_CLAIMS = 233  # entries of the collection of the paper's figures that the registry was written from
-DECIDED = {"A1", "A6", "T3-1", "T3-2", "T3-3", "F4-1", "F4-2", "F6", "Q-loss", "DEF-nheads", "DEF-spd", "RL-acc"}
-PAPER_ONLY = {"CK1", "CK2", "CK3", "CK4", "CK5", "RL-OI", "RL-44", "RL-lat7", "RL-lat8", "RL-64", "RL-32", "RL-seq", "RL-acc"}
+DECIDED = {
+    "A1",
+    "A6",
+    "T3-1",
+    "T3-2",
+    "T3-3",
+    "F4-1",
+    "F4-2",
+    "F6",
+    "Q-loss",
+    "DEF-nheads",
+    "DEF-spd",
+    "RL-acc",
+}
+PAPER_ONLY = {
+    "CK1",
+    "CK2",
+    "CK3",
+    "CK4",
+    "CK5",
+    "RL-OI",
+    "RL-44",
+    "RL-lat7",
+    "RL-lat8",
+    "RL-64",
+    "RL-32",
+    "RL-seq",
+    "RL-acc",
+}
 NO_PARITY = ParityReport(num_compared=0, num_tokens=0, num_identical=0, divergences=())
 SMALL = """schema_version = 1
 [roles]
@@ -60,13 +89,22 @@ def test_the_forms_decided_today(claims: tuple[ClaimSpec, ...]) -> None:
 
 
 def test_every_bound_has_a_reason_and_every_name_is_used(claims: tuple[ClaimSpec, ...]) -> None:
-    forms = [form for claim in claims for form in (claim.literal, claim.transfer, claim.paper_only) if form is not None]
+    forms = [
+        form
+        for claim in claims
+        for form in (claim.literal, claim.transfer, claim.paper_only)
+        if form is not None
+    ]
     assert all(len(form.reason) > 10 for form in forms)
     data = tomllib.loads(CLAIMS_FILE.read_text())
     for table in ("needs", "literal"):
         assert {claim[table] for claim in data["claims"] if table in claim} == set(data[table])
-    named = [claim["transfer"].get(key, ()) for claim in data["claims"] if "transfer" in claim for key in ROLE_KEYS]
-    assert {role for roles in named for role in ([roles] if isinstance(roles, str) else roles)} == set(data["roles"])
+    named = [
+        claim["transfer"].get(key, ()) for claim in data["claims"] if "transfer" in claim for key in ROLE_KEYS
+    ]
+    assert {role for roles in named for role in ([roles] if isinstance(roles, str) else roles)} == set(
+        data["roles"]
+    )
 
 
 def test_roles_are_filled_in_and_can_be_renamed() -> None:
@@ -92,10 +130,18 @@ def test_shared_texts_are_filled_in() -> None:
         ('literal = "x"', 'literal = "y"', "literal 'y'"),
         ('literal = "x"\nneeds = "later"', "", "give a form, or needs"),
         ("schema_version = 1", "schema_version = 2", "schema_version"),
-        ('needs = "later"', '[claims.transfer]\ntest = "faster"\narm = "winner"\nbound = 1.0\nreason = "r"', "roles 'winner'"),
+        (
+            'needs = "later"',
+            '[claims.transfer]\ntest = "faster"\narm = "winner"\nbound = 1.0\nreason = "r"',
+            "roles 'winner'",
+        ),
         ('needs = "later"', '[claims.transfer]\ntest = "faster"\narm = "chain"\nbound = 1.0', "reason"),
         ('needs = "later"', '[claims.transfer]\ntest = "luck"\nreason = "r"', "transfer"),
-        ('needs = "later"', "[claims.table]\nrows = [1, 2]\ncolumns = [1]\ntflop_per_s = [[1]]\nintensity = [[1], [2]]", "2 rows of 1"),
+        (
+            'needs = "later"',
+            "[claims.table]\nrows = [1, 2]\ncolumns = [1]\ntflop_per_s = [[1]]\nintensity = [[1], [2]]",
+            "2 rows of 1",
+        ),
         ("[[claims]]", "[[claims", "invalid TOML"),
     ],
 )
@@ -120,11 +166,19 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_claims(tmp_path / "none.toml")
 
 
-def test_a_record_with_nothing_in_it_gives_reasons_and_no_crash(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
-    record = write_fake_record(tmp_path / "empty", spoil=lambda parts: parts.outcomes.clear(), omit=("trace.npz", "step_costs.json"))
+def test_a_record_with_nothing_in_it_gives_reasons_and_no_crash(
+    tmp_path: Path, claims: tuple[ClaimSpec, ...]
+) -> None:
+    record = write_fake_record(
+        tmp_path / "empty", spoil=lambda parts: parts.outcomes.clear(), omit=("trace.npz", "step_costs.json")
+    )
     verdicts = evaluate_claims(claims, Evidence(record=record, arms=(), comparisons=(), parity=NO_PARITY))
     assert [verdict.claim_id for verdict in verdicts] == [claim.id for claim in claims]
     assert all(verdict.reason for verdict in verdicts)
-    assert {verdict.claim_id for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED} == PAPER_ONLY
-    assert all((verdict.figure_kind is None) == (verdict.kind is VerdictKind.NOT_TESTED) for verdict in verdicts)
+    assert {
+        verdict.claim_id for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED
+    } == PAPER_ONLY
+    assert all(
+        (verdict.figure_kind is None) == (verdict.kind is VerdictKind.NOT_TESTED) for verdict in verdicts
+    )
     assert {verdict.form for verdict in verdicts if verdict.claim_id in DECIDED - PAPER_ONLY} == {"transfer"}

@@ -18,7 +18,16 @@ from harness.cli.options import command_line
 from harness.errors import ExitCode
 from harness.records.run import RunRecord
 from harness.records.trace import Trace
-from harness.tests.tiny_suite import CHAIN, FASTEST, VANILLA, MicroRun, SmokeRun, command, micro_data, write_suite
+from harness.tests.tiny_suite import (
+    CHAIN,
+    FASTEST,
+    VANILLA,
+    MicroRun,
+    SmokeRun,
+    command,
+    micro_data,
+    write_suite,
+)
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +47,14 @@ def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme()
 
 def test_every_option_of_the_readme_exists() -> None:
     text = re.sub(r"`accelerate launch [^`]*`", "", (ROOT / "README.md").read_text())  # another program's
-    options = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
-    assert {"--dry-run", "--limit", "--time-budget", "--from-scratch"} <= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text)) <= options
+    options = {
+        option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts
+    }
+    assert (
+        {"--dry-run", "--limit", "--time-budget", "--from-scratch"}
+        <= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text))
+        <= options
+    )
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -49,15 +64,23 @@ def test_help_tells_what_a_command_does(name: str) -> None:
     shown = " ".join(ran.out.split())
     assert COMMANDS[name].help.split(".")[0].split("`")[0].strip()[:40] in shown
     for parameter in COMMANDS[name].params:
-        assert parameter.name in ("help", "hub") or getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+        assert parameter.name in ("help", "hub") or getattr(parameter, "help", None), (
+            f"{name} {parameter.name} has no help"
+        )
 
 
 def test_files_named_by_the_readme_exist() -> None:
-    links = re.findall(r"\]\(((?:suites|harness|medusa_impl|results)/[^)#]*)\)", (ROOT / "README.md").read_text())
-    assert links and not [link for link in links if not (ROOT / link).exists() and not link.startswith("results/embedded")]
+    links = re.findall(
+        r"\]\(((?:suites|harness|medusa_impl|results)/[^)#]*)\)", (ROOT / "README.md").read_text()
+    )
+    assert links and not [
+        link for link in links if not (ROOT / link).exists() and not link.startswith("results/embedded")
+    ]
 
 
-@pytest.mark.parametrize("words", [("no-such-command",), ("reproduce", "--no-such-option"), ("reproduce", "smoke", "--limit", "0")])
+@pytest.mark.parametrize(
+    "words", [("no-such-command",), ("reproduce", "--no-such-option"), ("reproduce", "smoke", "--limit", "0")]
+)
 def test_wrong_usage_is_a_user_error(words: tuple[str, ...]) -> None:
     ran = command(*words)
     assert ran.code == ExitCode.USER_ERROR and "Traceback" not in ran.err and ran.err
@@ -72,13 +95,21 @@ def test_dry_run_runs_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     assert ran.code == ExitCode.OK
     assert "no record of this model yet: minutes unknown" in ran.out
     row = next(line for line in ran.out.splitlines() if "rejection" in line)
-    assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == ["rejection", "medusa", "chain", "2", "10", "?"]
+    assert [cell.strip() for cell in row.strip("│┃ ").split("│")] == [
+        "rejection",
+        "medusa",
+        "chain",
+        "2",
+        "10",
+        "?",
+    ]
     assert "5 prompts" in ran.out and not (tmp_path / "results").exists()
 
 
 def test_dry_run_takes_its_minutes_from_a_record_of_this_machine(smoke: SmokeRun, tmp_path: Path) -> None:
     results = smoke.record.folder.parents[2]
-    broken = smoke.record.folder.parent / "20990101T000000Z-broken"  # newer, and of a version that this one cannot read
+    # newer, and of a version that this one cannot read
+    broken = smoke.record.folder.parent / "20990101T000000Z-broken"
     shutil.copytree(smoke.record.folder, broken)
     (broken / "suite.toml").write_text("schema_version = 99\n")
     try:
@@ -91,21 +122,35 @@ def test_dry_run_takes_its_minutes_from_a_record_of_this_machine(smoke: SmokeRun
 
 
 @pytest.mark.parametrize(
-    ("suite", "options", "num_prompts"), [("embedded", (), 16), ("embedded_full", (), 80), ("embedded", ("--limit", "300"), 16)]
+    ("suite", "options", "num_prompts"),
+    [("embedded", (), 16), ("embedded_full", (), 80), ("embedded", ("--limit", "300"), 16)],
 )
-def test_dry_run_counts_the_prompts_that_there_are(suite: str, options: tuple[str, ...], num_prompts: int, tmp_path: Path) -> None:
+def test_dry_run_counts_the_prompts_that_there_are(
+    suite: str, options: tuple[str, ...], num_prompts: int, tmp_path: Path
+) -> None:
     ran = command("reproduce", suite, "--dry-run", "--results", tmp_path, *options)
     assert f"{num_prompts} prompts" in ran.out
 
 
 def test_dry_run_counts_own_prompts(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("one\ntwo\n\nthree\n")
-    ran = command("reproduce", "embedded", "--dry-run", "--results", tmp_path, "--prompts", tmp_path / "mine.txt")
+    ran = command(
+        "reproduce", "embedded", "--dry-run", "--results", tmp_path, "--prompts", tmp_path / "mine.txt"
+    )
     assert "3 prompts" in ran.out
 
 
 def test_record_holds_the_command_without_folders(monkeypatch: MonkeyPatch) -> None:
-    words = ["medusa-repro", "reproduce", "suites/my.toml", "--results=/home/someone/out", "--tree", "/srv/x/tree.json", "--limit", "3"]
+    words = [
+        "medusa-repro",
+        "reproduce",
+        "suites/my.toml",
+        "--results=/home/someone/out",
+        "--tree",
+        "/srv/x/tree.json",
+        "--limit",
+        "3",
+    ]
     monkeypatch.setattr("sys.argv", words)
     assert command_line() == "medusa-repro reproduce my.toml --results=out --tree tree.json --limit 3"
 
@@ -142,16 +187,36 @@ def test_validate_export_and_schemas(micro: MicroRun, tmp_path: Path) -> None:
 
 
 def test_trace_then_search_then_run_its_tree(heads_file: Path, tmp_path: Path) -> None:
-    """The way of an engineer: record a trace, grow a tree on it, decode with that tree, and get the steps that replay promised."""
+    """The way of an engineer: record a trace, grow a tree on it, decode with that tree, and get the steps
+    that replay promised.
+    """
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, arms=[VANILLA, CHAIN, FASTEST]))
     traced = command("trace", suite, tmp_path / "trace.npz", "--limit", "3")
     assert traced.code == ExitCode.OK
     assert json.loads(traced.out.splitlines()[-1]) == {"trace": "trace.npz", "prompts": 3, "positions": 36}
-    searched = command("search-tree", tmp_path / "trace.npz", "--num-nodes", "6", "--out", tmp_path / "tree.json", "--values", "marginals")
+    searched = command(
+        "search-tree",
+        tmp_path / "trace.npz",
+        "--num-nodes",
+        "6",
+        "--out",
+        tmp_path / "tree.json",
+        "--values",
+        "marginals",
+    )
     assert searched.code == ExitCode.OK
     tree = DraftTree.from_json(tmp_path / "tree.json")
     assert tree.num_nodes == 6 and DraftTree.from_json(searched.out.splitlines()[-1]) == tree
-    ran = command("reproduce", suite, "--tree", tmp_path / "tree.json", "--limit", "3", "--results", tmp_path / "results")
+    ran = command(
+        "reproduce",
+        suite,
+        "--tree",
+        tmp_path / "tree.json",
+        "--limit",
+        "3",
+        "--results",
+        tmp_path / "results",
+    )
     assert ran.code == ExitCode.OK
     (folder,) = (tmp_path / "results").glob("micro/*/*")
     record = RunRecord(folder)

@@ -1,4 +1,6 @@
-"""What is committed under `results/` is sealed and sound, and the README's tables are what the record that they link gives."""
+"""What is committed under `results/` is sealed and sound, and the README's tables are what the record that
+they link gives.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,11 @@ def test_shipped_suites_load_and_survive_being_written(name: str) -> None:
 def test_full_suite_differs_from_the_default_in_size_only() -> None:
     small, full = load_suite(SUITES / "embedded.toml"), load_suite(SUITES / "embedded_full.toml")
     assert [arm.name for arm in small.arms] == [arm.name for arm in full.arms]
-    assert (small.model, small.heads, small.calibration_trace) == (full.model, full.heads, full.calibration_trace)
+    assert (small.model, small.heads, small.calibration_trace) == (
+        full.model,
+        full.heads,
+        full.calibration_trace,
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,13 +78,22 @@ def test_full_suite_differs_from_the_default_in_size_only() -> None:
         (suite(MEDUSA), "baseline 'vanilla' is no vanilla arm"),
         (suite(VANILLA, {key: MEDUSA[key] for key in MEDUSA if key != "baseline"}), "names its baseline"),
         (suite({**VANILLA, "baseline": "vanilla"}), "names its baseline"),
-        (suite(VANILLA, {key: MEDUSA[key] for key in MEDUSA if key != "tree"}), "a medusa arm, and no other, has a tree"),
+        (
+            suite(VANILLA, {key: MEDUSA[key] for key in MEDUSA if key != "tree"}),
+            "a medusa arm, and no other, has a tree",
+        ),
         (suite({**VANILLA, "tree": {"kind": "chain", "depth": 1}}), "a medusa arm, and no other, has a tree"),
-        (suite(VANILLA, {**MEDUSA, "temperature": 0.7, "seeds": [1]}), "temperature stands in its acceptance"),
+        (
+            suite(VANILLA, {**MEDUSA, "temperature": 0.7, "seeds": [1]}),
+            "temperature stands in its acceptance",
+        ),
         (suite(VANILLA, {**MEDUSA, "tree": {"kind": "bush"}}), r"arms\.1\.tree"),
         (suite(VANILLA, {**MEDUSA, "tree": {"kind": "chain", "depth": 0}}), r"arms\.1\.tree\.chain\.depth"),
         (suite(VANILLA, {**MEDUSA, "tree": {"kind": "cartesian"}}), "exactly one of widths, max_nodes"),
-        (suite(SAMPLED, VANILLA, {**MEDUSA, "acceptance": TYPICAL, "seeds": [1]}), "samples at another temperature"),
+        (
+            suite(SAMPLED, VANILLA, {**MEDUSA, "acceptance": TYPICAL, "seeds": [1]}),
+            "samples at another temperature",
+        ),
     ],
 )
 def test_inconsistent_suite_is_refused_by_key(data: dict[str, Any], found: str) -> None:
@@ -101,13 +114,19 @@ def test_inconsistent_suite_is_refused_by_key(data: dict[str, Any], found: str) 
     ],
 )
 def test_seeds_stand_exactly_where_random_numbers_are_drawn(arm: dict[str, Any]) -> None:
-    """Typical acceptance with a greedy root draws none: three such seeded runs are one run, as the released code reported."""
+    """Typical acceptance with a greedy root draws none: three such seeded runs are one run, as the released
+    code reported.
+    """
     with pytest.raises(UserError, match="need seeds exactly where random numbers are drawn"):
         parse(suite(arm))
 
 
 def test_a_greedy_root_makes_typical_acceptance_deterministic() -> None:
-    spec = parse(suite(VANILLA, SAMPLED, {**MEDUSA, "baseline": "sampled", "acceptance": {**TYPICAL, "root": "greedy"}}))
+    spec = parse(
+        suite(
+            VANILLA, SAMPLED, {**MEDUSA, "baseline": "sampled", "acceptance": {**TYPICAL, "root": "greedy"}}
+        )
+    )
     assert not spec.arm("tree").stochastic and spec.arm("tree").sampling_temperature == 0.7
 
 

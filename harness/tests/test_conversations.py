@@ -15,7 +15,13 @@ from harness.errors import UserError
 from harness.paths import cache_dir, shipped
 from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
-from harness.training.conversations import check_has_template, conversation_sequence, follow_up_ids, load_conversations, turn_sequences
+from harness.training.conversations import (
+    check_has_template,
+    conversation_sequence,
+    follow_up_ids,
+    load_conversations,
+    turn_sequences,
+)
 from harness.training.corpus import amount, catalogue_prompts, goes_on, next_turn_prompts, questions
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample
 from medusa_impl.training.losses import NO_TARGET
@@ -25,7 +31,9 @@ SECOND_TURN = "+2"  # golden: what keys on disk end with
 
 
 class ChatTokenizer:
-    """One id a character; markers of a turn and the end of sequence are single ids; the template is that of many chat models."""
+    """One id a character; markers of a turn and the end of sequence are single ids; the template is that of
+    many chat models.
+    """
 
     chat_template = "a template"
     eos_token, eos_token_id = "$", 0
@@ -35,16 +43,30 @@ class ChatTokenizer:
         return {"input_ids": [self._IDS.get(letter, ord(letter)) for letter in text]}
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool = True, return_dict: bool = False
+        self,
+        messages: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        tokenize: bool = True,
+        return_dict: bool = False,
     ) -> Any:
-        text = "".join(f"<{message['role'][0]}>{message['content']}$\n" for message in messages) + ("<a>" if add_generation_prompt else "")
+        text = "".join(f"<{message['role'][0]}>{message['content']}$\n" for message in messages) + (
+            "<a>" if add_generation_prompt else ""
+        )
         return self(text) if tokenize else text
 
 
 TURNS = (("hi", "yes"), ("so", "no"))
 
 
-def sample(key: str, prompt: tuple[int, ...], answer: tuple[int, ...], *, ended_by: Any = "eos", category: str = "writing") -> CorpusSample:
+def sample(
+    key: str,
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    *,
+    ended_by: Any = "eos",
+    category: str = "writing",
+) -> CorpusSample:
     return CorpusSample(key, category, prompt, answer, ended_by, 0.3, 5, None)
 
 
@@ -53,12 +75,20 @@ def second_turns(firsts: list[CorpusSample], *, spec: CorpusSpec) -> tuple[Corpu
 
 
 def test_a_conversation_is_the_templates_own_text_with_its_answers_marked() -> None:
-    """Golden ids: what the template writes, up to the end of the last answer; the end-of-sequence token belongs to each answer."""
+    """Golden ids: what the template writes, up to the end of the last answer; the end-of-sequence token
+    belongs to each answer.
+    """
     tokenizer = ChatTokenizer()
     sequence = conversation_sequence(tokenizer, TURNS, max_length=100)
     assert sequence is not None
-    messages = [{"role": role, "content": text} for turn in TURNS for role, text in zip(("user", "assistant"), turn, strict=True)]
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)["input_ids"]
+    messages = [
+        {"role": role, "content": text}
+        for turn in TURNS
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)[
+        "input_ids"
+    ]
     assert list(sequence.token_ids) == whole[:-1]  # but for the line break behind the last turn
     answers = [sequence.token_ids[start:end] for start, end in sequence.answers]
     assert answers == [tuple(tokenizer("yes$")["input_ids"]), tuple(tokenizer("no$")["input_ids"])]
@@ -80,9 +110,17 @@ def test_sharegpt_is_read_and_what_takes_no_turns_is_left_out(tmp_path: Path) ->
         return [{"from": who, "value": text} for who, text in words]
 
     rows = [
-        {"id": "a", "conversations": say(("gpt", "welcome"), ("human", "hi"), ("gpt", "yes"), ("human", "unanswered"))},
+        {
+            "id": "a",
+            "conversations": say(
+                ("gpt", "welcome"), ("human", "hi"), ("gpt", "yes"), ("human", "unanswered")
+            ),
+        },
         {"id": "b", "conversations": say(("human", "one"), ("human", "two"))},
-        {"id": "c", "conversations": say(("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no"))},
+        {
+            "id": "c",
+            "conversations": say(("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")),
+        },
     ]
     (tmp_path / "list.json").write_text(json.dumps(rows))
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -91,7 +129,9 @@ def test_sharegpt_is_read_and_what_takes_no_turns_is_left_out(tmp_path: Path) ->
     assert load_conversations(tmp_path / "lines.jsonl") == found
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '[{"id": 1}]', '[{"conversations": [{"from": "human", "value": "alone"}]}]'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '[{"id": 1}]', '[{"conversations": [{"from": "human", "value": "alone"}]}]']
+)
 def test_files_without_conversations_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "wrong.json").write_text(text)
     with pytest.raises(UserError, match=r"wrong\.json"):
@@ -112,17 +152,25 @@ def test_two_turns_become_one_sequence_with_two_spans() -> None:
 
 def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
     spec = CorpusSpec(num_tokens=400, max_new_tokens=20, second_turn_share=0.5)
-    firsts = [sample(f"k{index}", (1, 2), (60 + index, 0), ended_by="eos" if index % 4 else "budget") for index in range(80)]
+    firsts = [
+        sample(f"k{index}", (1, 2), (60 + index, 0), ended_by="eos" if index % 4 else "budget")
+        for index in range(80)
+    ]
     prompts = second_turns(firsts, spec=spec)
     going = {one.key for one in firsts if goes_on(one, spec=spec)}
     assert {prompt.key for prompt in prompts} == {key + SECOND_TURN for key in going}
-    assert 15 < len(going) < 45 and not {f"k{index}" for index in range(0, 80, 4)} & going  # 60 ended, half of them wanted
+    # 60 ended, half of them wanted
+    assert 15 < len(going) < 45 and not {f"k{index}" for index in range(0, 80, 4)} & going
     by_key = {one.key: one for one in firsts}
     for prompt in prompts:
         before = by_key[prompt.key.removesuffix(SECOND_TURN)]
         assert prompt.prompt_ids[:4] == (*before.prompt_ids, *before.token_ids) and prompt.temperature == 0.3
-        assert prompt.prompt_ids[4:7] == (3, 1, ord("u")), "the line break that the template has behind an answer, then the next turn"
-    assert second_turns(firsts[:40], spec=spec) == tuple(prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40)
+        assert prompt.prompt_ids[4:7] == (3, 1, ord("u")), (
+            "the line break that the template has behind an answer, then the next turn"
+        )
+    assert second_turns(firsts[:40], spec=spec) == tuple(
+        prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40
+    )
     assert not second_turns(firsts, spec=CorpusSpec(num_tokens=400))
 
 
@@ -131,7 +179,11 @@ def vicuna_template() -> str:
 
 
 def written_out(turns: tuple[tuple[str, str], ...]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def marked(tokenizer: Any, sequence: TrainingSequence | None) -> str:
@@ -139,14 +191,22 @@ def marked(tokenizer: Any, sequence: TrainingSequence | None) -> str:
     assert sequence is not None
     row = SequenceDataset([sequence])[0]
     tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    assert all(label in (IGNORED, token_id) for label, token_id in zip(row["labels"], row["input_ids"], strict=True))
-    return " ".join(("" if label == IGNORED else "*") + token for label, token in zip(row["labels"], tokens, strict=True))
+    assert all(
+        label in (IGNORED, token_id) for label, token_id in zip(row["labels"], row["input_ids"], strict=True)
+    )
+    return " ".join(
+        ("" if label == IGNORED else "*") + token for label, token in zip(row["labels"], tokens, strict=True)
+    )
 
 
 def test_vicunas_template_writes_its_roles() -> None:
-    """Golden text: a system line, one space, roles in capitals, the end of sequence behind answers and nowhere else."""
+    """Golden text: a system line, one space, roles in capitals, the end of sequence behind answers and
+    nowhere else.
+    """
     plain = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.chat_template = vicuna_template()
     messages = written_out(TURNS)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -159,15 +219,20 @@ def test_vicunas_template_writes_its_roles() -> None:
     assert own == "<s>Be brief. USER: hi ASSISTANT:"
 
 
-# Written by hand from suites/chat_templates/vicuna.jinja: a bar before each word, as Llama's tokenizers set it; stars on the answers.
+# Written by hand from suites/chat_templates/vicuna.jinja: a bar before each word, as Llama's tokenizers set
+# it; stars on the answers.
 VICUNA_GOLDEN = (
-    "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant. ▁The ▁assistant ▁gives ▁helpful, ▁detailed, "
-    "▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions. ▁USER: ▁hi ▁ASSISTANT: *▁yes, *▁always *</s> ▁USER: ▁so ▁ASSISTANT: *▁no *</s>"
+    "<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant. ▁The "
+    "▁assistant ▁gives ▁helpful, ▁detailed, "
+    "▁and ▁polite ▁answers ▁to ▁the ▁user's ▁questions. ▁USER: ▁hi ▁ASSISTANT: *▁yes, *▁always *</s> "
+    "▁USER: ▁so ▁ASSISTANT: *▁no *</s>"
 )
-# AutoTokenizer.from_pretrained(FOLDER), FOLDER of the asset smollm2-135m-instruct, under transformers 5.23.0: its apply_chat_template on
-# written_out(LONGER), then convert_ids_to_tokens, without the line break at the end; the stars set by hand.
+# AutoTokenizer.from_pretrained(FOLDER), FOLDER of the asset smollm2-135m-instruct, under transformers 5.23.0:
+# its apply_chat_template on written_out(LONGER), then convert_ids_to_tokens, without the line break at the
+# end; the stars set by hand.
 SMOLLM2_GOLDEN = (
-    "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH ugging ĠFace <|im_end|> Ċ "
+    "<|im_start|> system Ċ You Ġare Ġa Ġhelpful ĠAI Ġassistant Ġnamed ĠSm ol LM , Ġtrained Ġby ĠH "
+    "ugging ĠFace <|im_end|> Ċ "
     "<|im_start|> user Ċ hi <|im_end|> Ċ <|im_start|> ass istant Ċ *yes *, *Ġalways *<|im_end|> Ċ "
     "<|im_start|> user Ċ so <|im_end|> Ċ <|im_start|> ass istant Ċ *no *<|im_end|>"
 )
@@ -177,14 +242,21 @@ LONGER = (("hi", "yes, always"), ("so", "no"))
 def test_under_vicunas_template_the_assistants_tokens_are_trained_on_and_no_others() -> None:
     """Golden mask of two turns, the end of sequence of both included, and what each position is asked for."""
     tokens = list(dict.fromkeys(["<unk>", *VICUNA_GOLDEN.replace("*", "").split()]))
-    words = Tokenizer(models.WordLevel({token: token_id for token_id, token in enumerate(tokens)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({token: token_id for token_id, token in enumerate(tokens)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     tokenizer.chat_template = vicuna_template()
     sequence = conversation_sequence(tokenizer, LONGER, max_length=100)
     assert marked(tokenizer, sequence) == VICUNA_GOLDEN
     assert sequence is not None
-    assert list(sequence.token_ids) == tokenizer.apply_chat_template(written_out(LONGER), return_dict=True)["input_ids"]
+    assert (
+        list(sequence.token_ids)
+        == tokenizer.apply_chat_template(written_out(LONGER), return_dict=True)["input_ids"]
+    )
     batch = collate([SequenceDataset([sequence])[0]])
     targets = answer_targets(batch["labels"], num_heads=1)[0]
     asked = [
@@ -202,10 +274,15 @@ def test_under_vicunas_template_the_assistants_tokens_are_trained_on_and_no_othe
 
 
 def test_under_smollm2s_own_template_the_assistants_tokens_are_trained_on_and_no_others() -> None:
-    """Golden mask of two turns: neither the roles nor the line break behind an answer is trained on, the end of sequence is."""
+    """Golden mask of two turns: neither the roles nor the line break behind an answer is trained on, the end
+    of sequence is.
+    """
     found = find_cached(load_asset_specs()["smollm2-135m-instruct"], cache_dir=cache_dir())
     if found is None:
-        pytest.skip("the asset smollm2-135m-instruct is not in the cache; `medusa-repro assets smollm2-135m-instruct` puts it there")
+        pytest.skip(
+            "the asset smollm2-135m-instruct is not in the cache; `medusa-repro assets "
+            "smollm2-135m-instruct` puts it there"
+        )
     tokenizer = AutoTokenizer.from_pretrained(found[1]["model"], local_files_only=True)
     assert marked(tokenizer, conversation_sequence(tokenizer, LONGER, max_length=100)) == SMOLLM2_GOLDEN
 

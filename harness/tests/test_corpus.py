@@ -47,12 +47,16 @@ def test_sampling_follows_from_the_prompts_own_text(prompts: tuple[CorpusPrompt,
     assert {prompt.temperature for prompt in prompts} == {0.0, SPEC.temperature}
     assert abs(sampled - SPEC.sampled_share) < 0.12  # 4 standard errors at 300 prompts
     assert len({prompt.seed for prompt in prompts}) == len(prompts)
-    none = corpus_prompts(WordTokenizer(), spec=SPEC.model_copy(update={"sampled_share": 0.0}), num_prompts=100)
+    none = corpus_prompts(
+        WordTokenizer(), spec=SPEC.model_copy(update={"sampled_share": 0.0}), num_prompts=100
+    )
     assert {prompt.temperature for prompt in none} == {0.0}
 
 
 def test_long_prompts_are_left_out(prompts: tuple[CorpusPrompt, ...]) -> None:
-    short = corpus_prompts(WordTokenizer(), spec=SPEC.model_copy(update={"max_prompt_tokens": 20}), num_prompts=300)
+    short = corpus_prompts(
+        WordTokenizer(), spec=SPEC.model_copy(update={"max_prompt_tokens": 20}), num_prompts=300
+    )
     assert (
         {prompt.key for prompt in short}
         == {prompt.key for prompt in prompts if len(prompt.prompt_ids) <= 20}
@@ -65,20 +69,28 @@ def fill(engine: Engine, prompts: tuple[CorpusPrompt, ...], folder: Path, *, spe
     store = CorpusStore(folder)
     console: Console = QUIET
     backbone = engine.runner.backbone
-    return make_corpus(backbone, prompts, store=store, spec=spec, eos_ids=frozenset(), console=console, rate_file=rates)
+    return make_corpus(
+        backbone, prompts, store=store, spec=spec, eos_ids=frozenset(), console=console, rate_file=rates
+    )
 
 
-def test_corpus_stops_when_it_holds_enough_and_resumes(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
+def test_corpus_stops_when_it_holds_enough_and_resumes(
+    engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path
+) -> None:
     held = fill(engine, prompts, tmp_path)
     samples = list(CorpusStore(tmp_path).samples())
     assert held == sum(len(sample.token_ids) for sample in samples) >= 200 > held - 16
-    assert all(sample.states is not None and sample.states.shape == (len(sample.token_ids), 64) for sample in samples)
+    assert all(
+        sample.states is not None and sample.states.shape == (len(sample.token_ids), 64) for sample in samples
+    )
     assert float((tmp_path / "rate.txt").read_text()) > 0
     assert fill(engine, prompts, tmp_path) == held  # enough: nothing is generated
     more = fill(engine, prompts, tmp_path, spec=SPEC.model_copy(update={"num_tokens": 400}))
     again = list(CorpusStore(tmp_path).samples())
     assert more >= 400 and len({sample.key for sample in again}) == len(again)
-    assert {sample.key: sample.token_ids for sample in samples}.items() <= {sample.key: sample.token_ids for sample in again}.items()
+    assert {sample.key: sample.token_ids for sample in samples}.items() <= {
+        sample.key: sample.token_ids for sample in again
+    }.items()
 
 
 def test_only_own_prompts_count(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
@@ -94,15 +106,21 @@ def test_a_prompt_without_room_for_its_answer_is_refused_before_anything_is_gene
     backbone = engine.runner.backbone
     assert backbone.max_positions is not None
     spare = backbone.max_positions - SPEC.max_new_tokens
-    fitting, too_long = (CorpusPrompt(f"own-{length}", "own", (1,) * length, 0.0, 0) for length in (spare, spare + 1))
-    with pytest.raises(UserError, match=r"in the corpus; to mend it: lower max_prompt_tokens or max_new_tokens"):
+    fitting, too_long = (
+        CorpusPrompt(f"own-{length}", "own", (1,) * length, 0.0, 0) for length in (spare, spare + 1)
+    )
+    with pytest.raises(
+        UserError, match=r"in the corpus; to mend it: lower max_prompt_tokens or max_new_tokens"
+    ):
         fill(engine, (*prompts[:3], too_long), tmp_path)
     assert not CorpusStore(tmp_path).shard_files()
     assert fill(engine, (*prompts[:3], fitting), tmp_path) == 4 * SPEC.max_new_tokens
 
 
 def test_no_more_than_two_caches_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: every cache that a longer one replaced stayed, since a cache and its layers name each other; on a GPU they add up."""
+    """Regression: every cache that a longer one replaced stayed, since a cache and its layers name each
+    other; on a GPU they add up.
+    """
     backbone = Backbone(tiny_llama())
     made: list[weakref.ReferenceType[TreeCache]] = []
     held = []
@@ -119,11 +137,20 @@ def test_no_more_than_two_caches_are_held(tmp_path: Path, monkeypatch: pytest.Mo
     gc.disable()  # as if Python saw no reason to look: it seldom does while tensors alone grow
     try:
         for prompts in (growing, [CorpusPrompt("last", "own", (1, 2), 0.0, 0)]):
-            generate_corpus(backbone, prompts, store=CorpusStore(tmp_path), num_rows=2, max_new_tokens=16, eos_ids=frozenset())
+            generate_corpus(
+                backbone,
+                prompts,
+                store=CorpusStore(tmp_path),
+                num_rows=2,
+                max_new_tokens=16,
+                eos_ids=frozenset(),
+            )
     finally:
         gc.enable()
     assert held == [1, 2, 2, 1]
 
 
-def test_corpus_ends_with_its_prompts(engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path) -> None:
+def test_corpus_ends_with_its_prompts(
+    engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path
+) -> None:
     assert fill(engine, prompts[:5], tmp_path) == 5 * 16

@@ -1,4 +1,6 @@
-"""Corpora of any number of turns: keys, prompts and sequences, what ends a conversation, and files from before that read as they did."""
+"""Corpora of any number of turns: keys, prompts and sequences, what ends a conversation, and files from
+before that read as they did.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,18 @@ from harness.files import canonical_sha256
 from harness.paths import shipped
 from harness.specs.recipe import CorpusSpec
 from harness.tests.test_conversations import ChatTokenizer, sample
-from harness.training.conversations import conversation_and_turn, follow_up_ids, next_turn_key, turn_key, turn_sequences
+from harness.training.conversations import (
+    conversation_and_turn,
+    follow_up_ids,
+    next_turn_key,
+    turn_key,
+    turn_sequences,
+)
 from harness.training.corpus import amount, catalogue_prompts, next_questions, next_turn_prompts, questions
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, unpack_corpus
 
-# Two shards as `CorpusStore(folder, shard_samples=2)` wrote them at commit 8c2fed6: a conversation of two turns, and one of a single turn.
+# Two shards as `CorpusStore(folder, shard_samples=2)` wrote them at commit 8c2fed6: a conversation of two
+# turns, and one of a single turn.
 OLD_SHARDS = {
     "corpus-0-00000.jsonl": (
         '{"schema_version":1,"key":"k1","category":"own","temperature":0.3,"seed":5,"ended_by":"eos","prompt_ids":[5,6],"token_ids":[7,0]}\n'
@@ -35,7 +44,9 @@ def spec_of(folder: Path, rows: list[dict[str, object]], **changes: object) -> C
     return CorpusSpec.model_validate(table)
 
 
-def next_prompts(samples: list[CorpusSample], *, spec: CorpusSpec, max_tokens: int = 1000) -> tuple[CorpusPrompt, ...]:
+def next_prompts(
+    samples: list[CorpusSample], *, spec: CorpusSpec, max_tokens: int = 1000
+) -> tuple[CorpusPrompt, ...]:
     return next_turn_prompts(ChatTokenizer(), samples, spec=spec, fits=lambda tokens: tokens <= max_tokens)
 
 
@@ -54,15 +65,22 @@ def test_keys_name_conversation_and_turn() -> None:
 
 def test_a_files_turns_are_asked_one_after_another(tmp_path: Path) -> None:
     """Regression: what a file asked beyond its second turn was never put to the model."""
-    spec = spec_of(tmp_path, [{"key": "k1", "turns": ["one", "two", "three", "four"]}, {"key": "k2", "turns": ["one", "two"]}])
+    spec = spec_of(
+        tmp_path,
+        [{"key": "k1", "turns": ["one", "two", "three", "four"]}, {"key": "k2", "turns": ["one", "two"]}],
+    )
     held = [sample("k1", (1,), (2, 0)), sample("k2", (1,), (2, 0))]
     asked = []
     while prompts := next_prompts(held, spec=spec):
-        assert next_prompts(held, spec=spec) == prompts, "the same prompts and seeds however often it is asked"
+        assert next_prompts(held, spec=spec) == prompts, (
+            "the same prompts and seeds however often it is asked"
+        )
         asked.append([prompt.key for prompt in prompts])
         held += [answer(prompt, 40 + len(held), 0) for prompt in prompts]
     assert asked == [["k1+2", "k2+2"], ["k1+3"], ["k1+4"]]
-    assert questions(spec) == ("one", "two", "three", "four", "one", "two"), "what is compared with the benchmarks"
+    assert questions(spec) == ("one", "two", "three", "four", "one", "two"), (
+        "what is compared with the benchmarks"
+    )
     by_key = {one.key: one for one in held}
     tokenizer = ChatTokenizer()
     last = by_key["k1+4"]
@@ -84,7 +102,11 @@ def test_a_conversation_goes_on_from_where_it_is(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, [{"key": name, "turns": ["one", "two", "three"]} for name in ("k1", "k2", "k3")])
     firsts = [sample(name, (1,), (2, 0)) for name in ("k1", "k2", "k3")]
     seconds = [answer(prompt, 50, 0) for prompt in next_prompts(firsts, spec=spec)]
-    assert [prompt.key for prompt in next_prompts([*firsts, seconds[1]], spec=spec)] == ["k1+2", "k3+2", "k2+3"]
+    assert [prompt.key for prompt in next_prompts([*firsts, seconds[1]], spec=spec)] == [
+        "k1+2",
+        "k3+2",
+        "k2+3",
+    ]
 
 
 def test_what_ends_a_conversation(tmp_path: Path) -> None:
@@ -95,8 +117,12 @@ def test_what_ends_a_conversation(tmp_path: Path) -> None:
     (third,) = next_prompts([first, whole], spec=spec_of(tmp_path, rows))
     length = len(third.prompt_ids)
     assert next_prompts([first, whole], spec=spec_of(tmp_path, rows), max_tokens=length) == (third,)
-    assert not next_prompts([first, whole], spec=spec_of(tmp_path, rows), max_tokens=length - 1), "no room for another answer"
-    assert not next_prompts([first, whole], spec=spec_of(tmp_path, rows, max_prompt_tokens=50)), "a question too long"
+    assert not next_prompts([first, whole], spec=spec_of(tmp_path, rows), max_tokens=length - 1), (
+        "no room for another answer"
+    )
+    assert not next_prompts([first, whole], spec=spec_of(tmp_path, rows, max_prompt_tokens=50)), (
+        "a question too long"
+    )
     assert not next_prompts([first, cut], spec=spec_of(tmp_path, rows)), "an answer that was cut off"
     assert not next_prompts([first, whole], spec=spec_of(tmp_path, rows, second_turn_share=0.0))
 
@@ -117,12 +143,18 @@ def test_a_files_key_that_a_later_turn_would_bear_is_refused(tmp_path: Path, key
 
 def test_a_key_that_looks_like_a_later_turns_is_a_conversation_where_nothing_is_before_it() -> None:
     """A file could name one so before such keys were refused: its answers stay what they were."""
-    made = dict(turn_sequences([sample("lesson+3", (5, 6), (7, 0)), sample("k", (4,), (8, 0))], max_length=50))
+    made = dict(
+        turn_sequences([sample("lesson+3", (5, 6), (7, 0)), sample("k", (4,), (8, 0))], max_length=50)
+    )
     assert made["lesson+3"].answers == ((2, 4),) and made["k"].answers == ((1, 3),)
 
 
 def test_a_third_turn_behind_another_answer_is_refused() -> None:
-    turns = [sample("k", (1,), (2, 0)), sample("k+2", (1, 2, 0, 3), (4, 0)), sample("k+3", (1, 2, 0, 3, 5, 0, 6), (7, 0))]
+    turns = [
+        sample("k", (1,), (2, 0)),
+        sample("k+2", (1, 2, 0, 3), (4, 0)),
+        sample("k+3", (1, 2, 0, 3, 5, 0, 6), (7, 0)),
+    ]
     with pytest.raises(UserError, match=r"the turn 'k\+3' behind another answer"):
         turn_sequences(turns, max_length=50)
 
@@ -141,11 +173,15 @@ def test_shards_from_before_read_as_they_did(tmp_path: Path) -> None:
     for one in store.samples():
         copy.add(one)
     copy.flush()
-    assert {path.name: path.read_text() for path in copy.shard_files()} == OLD_SHARDS, "and are written as they were"
+    assert {path.name: path.read_text() for path in copy.shard_files()} == OLD_SHARDS, (
+        "and are written as they were"
+    )
 
 
 def test_the_shipped_corpus_gives_the_sequences_it_gave() -> None:
-    """Golden hash of `turn_sequences(unpack_corpus(FILE, backbone_sha256=None), max_length=512)` at commit 8c2fed6, before third turns."""
+    """Golden hash of `turn_sequences(unpack_corpus(FILE, backbone_sha256=None), max_length=512)` at commit
+    8c2fed6, before third turns.
+    """
     path = shipped("embedded", "corpus.safetensors")
     made = turn_sequences(unpack_corpus(path, backbone_sha256=None), max_length=512)
     found = canonical_sha256([(key, sequence.token_ids, sequence.answers) for key, sequence in made])

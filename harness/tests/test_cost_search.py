@@ -1,4 +1,6 @@
-"""The search for a device's fastest tree: the programme against brute force and greedy growth, choices against enumeration."""
+"""The search for a device's fastest tree: the programme against brute force and greedy growth, choices
+against enumeration.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose.replay import ReplayIndex
-from harness.compose.search import METHODS, CostChoice, IndependentProgramme, SearchSpace, cached_choices, search_sizes
+from harness.compose.search import (
+    METHODS,
+    CostChoice,
+    IndependentProgramme,
+    SearchSpace,
+    cached_choices,
+    search_sizes,
+)
 from harness.errors import UserError
 from harness.records.sweep import Method
 from harness.tests.fake_sweep import made_up_trace
@@ -56,7 +65,9 @@ def test_the_programme_finds_the_best_of_all_trees(rows: list[list[float]]) -> N
 @given(rows=accuracies, size=st.integers(1, 12))
 @settings(max_examples=40, deadline=None)
 def test_the_programme_finds_what_greedy_growth_finds(rows: list[list[float]], size: int) -> None:
-    """The paper's greedy growth is optimal under independence, for accuracies in any order: shown, not assumed."""
+    """The paper's greedy growth is optimal under independence, for accuracies in any order: shown, not
+    assumed.
+    """
     size = min(size, sum(3**level for level in range(len(rows) + 1)))
     programme, grown = IndependentProgramme(rows, max_nodes=12), grow_by_marginals(rows, num_nodes=size)
     assert programme.value(size) == pytest.approx(grown.expected_acceptance_length(size))
@@ -90,7 +101,10 @@ def price(num_nodes: int, num_heads: int) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_choice_is_the_best_candidate(space: SearchSpace, method: Method) -> None:
     choice = space.choose(method, price)
-    merits = [candidate.rate / price(candidate.num_nodes, candidate.max_depth) for candidate in space.candidates(method)]
+    merits = [
+        candidate.rate / price(candidate.num_nodes, candidate.max_depth)
+        for candidate in space.candidates(method)
+    ]
     assert choice.promised_tokens_per_s == pytest.approx(max(merits))
     assert choice.num_candidates == len(merits) and choice.num_unpriced == 0
     tree = choice.tree()
@@ -143,14 +157,18 @@ def test_choices_are_kept_by_curve_and_trace(space: SearchSpace, tmp_path: Path)
         return [space.choose(method, price) for method in METHODS]
 
     found = cached_choices(space.key, curve_fingerprint="one", folder=tmp_path / "trees", search=search)
-    assert cached_choices(space.key, curve_fingerprint="one", folder=tmp_path / "trees", search=search) == found
+    assert (
+        cached_choices(space.key, curve_fingerprint="one", folder=tmp_path / "trees", search=search) == found
+    )
     assert len(searched) == 1
     cached_choices(space.key, curve_fingerprint="two", folder=tmp_path / "trees", search=search)
     cached_choices("another space", curve_fingerprint="one", folder=tmp_path / "trees", search=search)
     assert len(searched) == 3
     for path in (tmp_path / "trees").iterdir():
         path.write_text(path.read_text()[:50])  # a kill, or another version
-    assert cached_choices(space.key, curve_fingerprint="one", folder=tmp_path / "trees", search=search) == found
+    assert (
+        cached_choices(space.key, curve_fingerprint="one", folder=tmp_path / "trees", search=search) == found
+    )
     assert len(searched) == 4
     assert cached_choices(space.key, curve_fingerprint="one", folder=None, search=search) == found
     assert len(searched) == 5

@@ -1,4 +1,6 @@
-"""Curves of devices: measured ones are the record's, predicted ones the roofline's; the quoted figures are the registry's."""
+"""Curves of devices: measured ones are the record's, predicted ones the roofline's; the quoted figures are
+the registry's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from harness.compose.devices import MeasuredCurve, PredictedCurve, find_curves, find_latency_records, measured_curves, roofline_error
+from harness.compose.devices import (
+    MeasuredCurve,
+    PredictedCurve,
+    find_curves,
+    find_latency_records,
+    measured_curves,
+    roofline_error,
+)
 from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
 from harness.judge.latency import predict
@@ -47,7 +56,9 @@ def predicted(key: str = "a100-80gb-pcie", shape: str = "vicuna-7b-v1.5", **chan
     return PredictedCurve(key, load_hardware()[key], load_shapes()[shape], **options)
 
 
-def test_the_newest_sealed_record_of_each_machine(results: Path, record: LatencyRecord, tmp_path: Path) -> None:
+def test_the_newest_sealed_record_of_each_machine(
+    results: Path, record: LatencyRecord, tmp_path: Path
+) -> None:
     assert [one.folder.name for one in find_latency_records(results)] == ["20240112T120000Z-01234567"]
     assert find_latency_records(tmp_path) == ()
     write_fake_latency(tmp_path / "latency" / "fake" / "m" / "20240119T120000Z-01234567")
@@ -81,7 +92,9 @@ def test_beyond_what_was_measured_there_is_no_answer(curve: MeasuredCurve) -> No
 
 def test_the_mode_is_that_of_decoding(record: LatencyRecord, curve: MeasuredCurve) -> None:
     assert curve.label.mode == "packed"  # what `auto` took
-    assert curve.label.device == "made-up CPU" and curve.label.shape == SHAPE and curve.label.kind == "measured"
+    assert (
+        curve.label.device == "made-up CPU" and curve.label.shape == SHAPE and curve.label.kind == "measured"
+    )
     assert curve.label.weights_sha256 == "b" * 64
     assert measured_curves(record, dtypes=("bfloat16",)) == ()
     eager = MeasuredCurve(record, dtype="float32", mode="eager")
@@ -96,7 +109,11 @@ def test_an_altered_record_gives_no_curve(tmp_path: Path) -> None:
 
 
 def test_predicted_times_are_the_rooflines() -> None:
-    curve, shape, limits = predicted(), load_shapes()["vicuna-7b-v1.5"].roofline_shape, load_hardware()["a100-80gb-pcie"].limits
+    curve, shape, limits = (
+        predicted(),
+        load_shapes()["vicuna-7b-v1.5"].roofline_shape,
+        load_hardware()["a100-80gb-pcie"].limits,
+    )
     body = curve.body_seconds(num_nodes=64, context_tokens=1000, batch=2)
     assert body == step_seconds(shape, limits, num_nodes=64, context_tokens=1064, batch=2)
     own = curve.heads_seconds(num_heads=3, batch=2)
@@ -107,12 +124,16 @@ def test_predicted_times_are_the_rooflines() -> None:
 
 @pytest.mark.parametrize("num_nodes", [1, 64, 256])
 def test_lines_between_the_predicted_lengths_are_close(num_nodes: int) -> None:
-    """Half a percent, as the curve promises, amid the widest gap between two of its lengths and amid a narrow one."""
+    """Half a percent, as the curve promises, amid the widest gap between two of its lengths and amid a narrow
+    one.
+    """
     curve = predicted("t4", SHAPE)
     lengths = [length for length in curve.contexts if length >= 32]
     for low, high in pairwise(lengths):
         at = (low + high) // 2
-        seconds = [curve.body_seconds(num_nodes=num_nodes, context_tokens=one, batch=1) for one in (low, at, high)]
+        seconds = [
+            curve.body_seconds(num_nodes=num_nodes, context_tokens=one, batch=1) for one in (low, at, high)
+        ]
         below, amid, above = (one if one is not None else 0.0 for one in seconds)
         line = below + (above - below) * (at - low) / (high - low)
         assert line == pytest.approx(amid, rel=5e-3)
@@ -150,7 +171,13 @@ def test_fingerprints_follow_every_figure() -> None:
 
 def test_a_device_by_any_of_its_names(results: Path) -> None:
     def kinds(name: str, **changes: Any) -> list[tuple[str, str]]:
-        options: dict[str, Any] = {"results": results, "shape": SHAPE, "dtype": None, "heads": HEADS, **changes}
+        options: dict[str, Any] = {
+            "results": results,
+            "shape": SHAPE,
+            "dtype": None,
+            "heads": HEADS,
+            **changes,
+        }
         return [(curve.label.device, curve.label.kind) for curve in find_curves(name, **options)]
 
     assert kinds("a40") == kinds("NVIDIA A40") == [("a40", "predicted")]
@@ -175,7 +202,9 @@ def test_the_error_is_that_of_the_points_that_decoding_uses(record: LatencyRecor
     assert error.seconds.num_points == len(made)
     assert error.seconds.worst_error == pytest.approx(max(abs(one.error) for one in made))
     assert error.devices == ("made-up CPU",) and error.limits == ("measured",)
-    assert error.step_cost is not None and error.step_cost.num_points == sum(point.num_nodes > 1 for point in points)
+    assert error.step_cost is not None and error.step_cost.num_points == sum(
+        point.num_nodes > 1 for point in points
+    )
     assert roofline_error([]) is None
 
 

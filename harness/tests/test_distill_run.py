@@ -1,4 +1,6 @@
-"""A corpus of one turn, two and more, made by a tiny model with a tokenizer of its own, from the catalogue's prompts to sequences."""
+"""A corpus of one turn, two and more, made by a tiny model with a tokenizer of its own, from the catalogue's
+prompts to sequences.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,13 @@ TEMPLATE = (
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose tokenizer knows a few words and calls all others unknown; id 0 ends a sequence."""
     folder = tmp_path_factory.mktemp("model") / "tiny-chat"
-    words = {"<end>": 0, "<unknown>": 1, "<user>": 2, "<assistant>": 3, **{f"word{index}": index for index in range(4, TINY_VOCAB)}}
+    words = {
+        "<end>": 0,
+        "<unknown>": 1,
+        "<user>": 2,
+        "<assistant>": 3,
+        **{f"word{index}": index for index in range(4, TINY_VOCAB)},
+    }
     plain = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", unk_token="<unknown>")
@@ -53,9 +61,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def suite(model_folder: Path, **changes: Any) -> JointSuite:
-    corpus = {"num_samples": 40, "max_new_tokens": 16, "sampled_share": 1.0, "temperature": 1.0, "num_rows": 8, "second_turn_share": 1.0}
+    corpus = {
+        "num_samples": 40,
+        "max_new_tokens": 16,
+        "sampled_share": 1.0,
+        "temperature": 1.0,
+        "num_rows": 8,
+        "second_turn_share": 1.0,
+    }
     corpus |= changes
-    data = {"schema_version": 1, "kind": "joint", "name": "tiny", "description": "-", "model": {"path": str(model_folder)}}
+    data = {
+        "schema_version": 1,
+        "kind": "joint",
+        "name": "tiny",
+        "description": "-",
+        "model": {"path": str(model_folder)},
+    }
     return JointSuite.model_validate({**data, "corpus": corpus, "recipe": {"num_steps": 2}})
 
 
@@ -76,7 +97,9 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
         before, after = first[key], made[key + SECOND_TURN]
         context = (*before.prompt_ids, *before.token_ids)
         assert after.prompt_ids[: len(context)] == context and before.token_ids[-1] == 0
-        assert after.prompt_ids[len(context)] == 2 and after.prompt_ids[-1] == 3, "the end of the answer stands once, then the next turn"
+        assert after.prompt_ids[len(context)] == 2 and after.prompt_ids[-1] == 3, (
+            "the end of the answer stands once, then the next turn"
+        )
 
     loaded = load_model(ModelSpec(path=str(model_folder)), device=best_device())
     assert corpus_backbone(CorpusStore(tmp_path / "corpus")) == loaded.sha256
@@ -97,7 +120,12 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
 def say(folder: Path, conversations: list[list[str]]) -> str:
     """Write a prompts file and return where it is."""
     path = folder / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"key": f"k{index}", "turns": turns}) + "\n" for index, turns in enumerate(conversations)))
+    path.write_text(
+        "".join(
+            json.dumps({"key": f"k{index}", "turns": turns}) + "\n"
+            for index, turns in enumerate(conversations)
+        )
+    )
     return str(path)
 
 
@@ -106,7 +134,9 @@ def words(count: int, *, seed: int = 0) -> str:
     return " ".join(f"word{source.randrange(4, TINY_VOCAB)}" for _ in range(count))
 
 
-def test_conversations_of_a_file_go_on_for_as_long_as_it_and_the_model_let_them(model_folder: Path, tmp_path: Path) -> None:
+def test_conversations_of_a_file_go_on_for_as_long_as_it_and_the_model_let_them(
+    model_folder: Path, tmp_path: Path
+) -> None:
     """Of 512 positions, three questions of 100 words and answers of at most 64 leave room; a fourth does not.
 
     Regression: there was no third turn; and a model was run past its positions.
@@ -127,7 +157,9 @@ def test_conversations_of_a_file_go_on_for_as_long_as_it_and_the_model_let_them(
             before = made[turn_key(conversation, turn - 1)]
             context = (*before.prompt_ids, *before.token_ids)
             assert before.ended_by == "eos" and sample.prompt_ids[: len(context)] == context
-            assert len(sample.prompt_ids) - len(context) == 103, "question, its role, its end, the assistant's role"
+            assert len(sample.prompt_ids) - len(context) == 103, (
+                "question, its role, its end, the assistant's role"
+            )
 
     folder = tmp_path / "corpus"
     last = {max(folder.glob(f"corpus-{writer}-*.jsonl")) for writer in (0, 1)}
@@ -142,12 +174,20 @@ def test_conversations_of_a_file_go_on_for_as_long_as_it_and_the_model_let_them(
     assert sorted(folder.glob("*.jsonl")) == shards
 
 
-def test_what_cannot_be_brought_further_starts_no_worker_again(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts that run out before the goal, and conversations that end before their last question, leave nothing to do."""
+def test_what_cannot_be_brought_further_starts_no_worker_again(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that run out before the goal, and conversations that end before their last question, leave
+    nothing to do.
+    """
     rows = [[words(20, seed=seed), words(500)] for seed in range(4)]
-    spec = suite(model_folder, num_samples=30, prompts_file=say(tmp_path, rows), max_new_tokens=64).model_copy(update={"num_workers": 1})
+    spec = suite(
+        model_folder, num_samples=30, prompts_file=say(tmp_path, rows), max_new_tokens=64
+    ).model_copy(update={"num_workers": 1})
     fill_corpus(spec, work=tmp_path, console=QUIET)
-    assert len(samples(tmp_path)) == 4 and any(sample.ended_by == "eos" for sample in samples(tmp_path).values())
+    assert len(samples(tmp_path)) == 4 and any(
+        sample.ended_by == "eos" for sample in samples(tmp_path).values()
+    )
 
     class Started(Exception):
         pass
@@ -165,16 +205,23 @@ def test_what_cannot_be_brought_further_starts_no_worker_again(model_folder: Pat
         fill_corpus(spec.model_copy(update={"num_workers": 2}), work=tmp_path, console=QUIET)
 
 
-def test_prompts_that_leave_no_room_are_refused_by_all_workers_before_anything_is_generated(model_folder: Path, tmp_path: Path) -> None:
+def test_prompts_that_leave_no_room_are_refused_by_all_workers_before_anything_is_generated(
+    model_folder: Path, tmp_path: Path
+) -> None:
     """The one that does not fit is the second worker's; the first has answered none of its own by then."""
     asked = say(tmp_path, [[words(20)], [words(490)]])
-    data = suite(model_folder, num_samples=2, prompts_file=asked, max_new_tokens=64).model_dump(mode="json", exclude_none=True)
+    data = suite(model_folder, num_samples=2, prompts_file=asked, max_new_tokens=64).model_dump(
+        mode="json", exclude_none=True
+    )
     recipe = tmp_path / "mine.toml"
     recipe.write_text(tomli_w.dumps({**data, "num_workers": 2}))
     with patch("harness.training.workers.check_overlap"):
         ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert ran.code == ExitCode.USER_ERROR
-    assert "a prompt of 493 tokens with a budget of 64" in ran.error_line and "need at most 512 positions" in ran.error_line
+    assert (
+        "a prompt of 493 tokens with a budget of 64" in ran.error_line
+        and "need at most 512 positions" in ran.error_line
+    )
     assert "in the corpus; to mend it: lower max_prompt_tokens or max_new_tokens" in ran.error_line
     assert not CorpusStore(tmp_path / "work" / "corpus").shard_files() and not (tmp_path / "out").exists()
 
@@ -206,14 +253,23 @@ def test_every_worker_loads_its_model_onto_a_gpu_of_its_own(
     threads = torch.get_num_threads()
     for index in range(3):
         with pytest.raises(Loaded):
-            corpus_worker(suite(model_folder).model_dump(mode="json"), str(tmp_path), index, 3, num_gpus=num_gpus)
-    assert torch.get_num_threads() == threads, "regression: a worker that was called, not started, left its caller with one thread"
+            corpus_worker(
+                suite(model_folder).model_dump(mode="json"), str(tmp_path), index, 3, num_gpus=num_gpus
+            )
+    assert torch.get_num_threads() == threads, (
+        "regression: a worker that was called, not started, left its caller with one thread"
+    )
     assert loaded == devices and current == [device for device in devices if device != "cpu"]
 
 
 @pytest.mark.parametrize(("asked", "num_gpus", "started"), [(None, 4, 4), (2, 4, 2), (3, 0, 3)])
 def test_there_is_a_worker_a_gpu_and_each_is_told_how_many_there_are(
-    asked: int | None, num_gpus: int, started: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: int | None,
+    num_gpus: int,
+    started: int,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[tuple[Any, ...]] = []
 
@@ -234,7 +290,9 @@ def test_there_is_a_worker_a_gpu_and_each_is_told_how_many_there_are(
 
 
 def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
-    """Regression: a recipe whose model was changed went on with the first one's answers, and called them the second one's."""
+    """Regression: a recipe whose model was changed went on with the first one's answers, and called them the
+    second one's.
+    """
     spec = suite(model_folder)
     corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
     other = shutil.copytree(model_folder, tmp_path / "other")
@@ -251,7 +309,10 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
         lambda: read_text(elsewhere, loaded, work=tmp_path),
         lambda: distill_suite(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
     ):
-        with patch("harness.training.workers.check_overlap"), pytest.raises(UserError, match="found the answers of a model with tensors"):
+        with (
+            patch("harness.training.workers.check_overlap"),
+            pytest.raises(UserError, match="found the answers of a model with tensors"),
+        ):
             use()
 
 
@@ -269,7 +330,9 @@ def test_distill_answers_packs_and_goes_on_from_the_command_line(model_folder: P
     made = list(unpack_corpus(tmp_path / "out" / "corpus.safetensors", backbone_sha256=loaded.sha256))
     assert told[0] == told[1] and told[0]["answers"] == len(made) >= 40 and told[0]["second_turns"] > 0
     assert told[0]["tokens"] == sum(len(sample.token_ids) for sample in made)
-    assert not list((tmp_path / "work" / "corpus").glob("states-*")), "text alone: no state is kept where none is learnt from"
+    assert not list((tmp_path / "work" / "corpus").glob("states-*")), (
+        "text alone: no state is kept where none is learnt from"
+    )
 
 
 def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
@@ -282,19 +345,29 @@ def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
     ]
     marked = (
         "{% for message in messages %}<{{ message['role'] }}> {% if message['role'] == 'assistant' %}"
-        "{% generation %}{{ message['content'] }} <end>{% endgeneration %} {% else %}{{ message['content'] }} <end> {% endif %}{% endfor %}"
+        "{% generation %}{{ message['content'] }} <end>{% endgeneration %} {% else %}{{ message['content'] "
+        "}} <end> {% endif %}{% endfor %}"
     )
-    whole = tokenizer.apply_chat_template(messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True)
+    whole = tokenizer.apply_chat_template(
+        messages, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
+    )
     made = conversation_sequence(tokenizer, turns, max_length=100)
     assert made is not None and list(made.token_ids) == list(whole["input_ids"])
-    inside = [int(any(start <= index < end for start, end in made.answers)) for index in range(len(made.token_ids))]
+    inside = [
+        int(any(start <= index < end for start, end in made.answers)) for index in range(len(made.token_ids))
+    ]
     assert inside == list(whole["assistant_masks"]) and sum(inside) == 6
 
 
-def test_a_whole_corpus_starts_no_worker(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_corpus_starts_no_worker(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = suite(model_folder)
     corpus_worker(spec.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0)
-    monkeypatch.setattr("harness.training.workers.multiprocessing.get_context", lambda kind: pytest.fail("a worker was started"))
+    monkeypatch.setattr(
+        "harness.training.workers.multiprocessing.get_context",
+        lambda kind: pytest.fail("a worker was started"),
+    )
     fill_corpus(spec, work=tmp_path, console=QUIET)
 
 

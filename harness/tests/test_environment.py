@@ -1,4 +1,6 @@
-"""Provenance: commit and dirty flag of the right checkout, a device by its own name, and nothing that names a host, a user or a place."""
+"""Provenance: commit and dirty flag of the right checkout, a device by its own name, and nothing that names a
+host, a user or a place.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_changed_code_is_dirty_wherever_it_lies(checkout: Path) -> None:
 
 
 def test_what_a_run_writes_is_not_dirt(checkout: Path) -> None:
-    """Results and README are looked for at the top of the checkout, not beside the package: once they counted as changed code."""
+    """Results and README are looked for at the top of the checkout, not beside the package: once they counted
+    as changed code.
+    """
     (checkout / "results/run/report.md").write_text("two\n")
     (checkout / "README.md").write_text("two\n")
     (checkout / "results/new.json").write_text("untracked\n")
@@ -88,7 +92,9 @@ def test_without_git_there_is_no_commit(checkout: Path, monkeypatch: MonkeyPatch
 
 
 def test_machine_slug_is_fit_for_a_folder() -> None:
-    device = DeviceInfo(kind="cuda", name="NVIDIA A100-SXM4 (80GB)/x", num_cores=8, num_threads=8, memory_bytes=1)
+    device = DeviceInfo(
+        kind="cuda", name="NVIDIA A100-SXM4 (80GB)/x", num_cores=8, num_threads=8, memory_bytes=1
+    )
     assert machine_slug(device) == "cuda-nvidia-a100-sxm4-80gb-x-8c"
 
 
@@ -100,8 +106,14 @@ def test_environment_names_versions_and_no_place(engine: Engine) -> None:
     assert not holds_absolute_path(text.replace("\\n", " "))
     assert not [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4 and name in text]
     assert {"torch", "transformers", "numpy"} <= set(environment.packages) == set(package_versions())
-    assert environment.device == device_info(torch.device("cpu")) and environment.device.num_threads == torch.get_num_threads()
-    assert (environment.backbone_sha256, environment.heads_sha256) == (engine.loaded.sha256, engine.heads_sha256)
+    assert (
+        environment.device == device_info(torch.device("cpu"))
+        and environment.device.num_threads == torch.get_num_threads()
+    )
+    assert (environment.backbone_sha256, environment.heads_sha256) == (
+        engine.loaded.sha256,
+        engine.heads_sha256,
+    )
     assert environment.weight_bytes > environment.heads_bytes > 0
     fewer = describe(engine, suite=suite, prompts=prompts[:3], command="")
     assert fewer.prompts_sha256 != environment.prompts_sha256
@@ -130,7 +142,9 @@ def test_peak_memory_sees_what_was_allocated_and_freed() -> None:
 def test_doctor_says_what_it_found_and_what_to_do(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEDUSA_REPRO_CACHE", str(tmp_path / "not" / "made" / "yet"))
     lines = {line.name: line for line in examine(interval_s=0.05)}
-    assert {"device", "threads", "load of other processes", "memory", "disk", "packed linear layers"} == set(lines)
+    assert {"device", "threads", "load of other processes", "memory", "disk", "packed linear layers"} == set(
+        lines
+    )
     assert all(line.found and (line.fine or line.advice) for line in lines.values())
     assert not (tmp_path / "not").exists()
 
@@ -142,7 +156,9 @@ def test_doctor_warns_of_too_many_threads(monkeypatch: MonkeyPatch) -> None:
 
 
 class FakeNvml(ModuleType):
-    """The driver's library on a machine with three GPUs; `listed` holds the processes on each, by index and by name."""
+    """The driver's library on a machine with three GPUs; `listed` holds the processes on each, by index and
+    by name.
+    """
 
     class NVMLError(Exception):
         pass
@@ -195,13 +211,19 @@ def foreign_with(monkeypatch: MonkeyPatch, nvml: FakeNvml | None, *, used_gpu: b
 def test_other_processes_on_the_gpu_are_counted_where_they_are_known_to_be_others(
     listed: list[int], used_gpu: bool, foreign: int | None, monkeypatch: MonkeyPatch
 ) -> None:
-    """An idle GPU was once refused: torch's sentence "no processes are running" holds the word that was counted."""
+    """An idle GPU was once refused: torch's sentence "no processes are running" holds the word that was
+    counted.
+    """
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert foreign_with(monkeypatch, FakeNvml({0: listed}), used_gpu=used_gpu) == foreign
 
 
-@pytest.mark.parametrize(("visible", "foreign"), [("2,0", 2), ("GPU-1f", 1), ("3", None), ("GPU-1", None), ("0", 0)])
-def test_the_gpu_asked_about_is_the_first_visible_one(visible: str, foreign: int | None, monkeypatch: MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("visible", "foreign"), [("2,0", 2), ("GPU-1f", 1), ("3", None), ("GPU-1", None), ("0", 0)]
+)
+def test_the_gpu_asked_about_is_the_first_visible_one(
+    visible: str, foreign: int | None, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert foreign_with(monkeypatch, FakeNvml({0: [], 2: [8, 9], "GPU-1f": [8]}), used_gpu=False) == foreign
 

@@ -1,4 +1,6 @@
-"""Mistakes of a user: each ends in one clear line, a non-zero exit code and no traceback, and loses nothing that was measured."""
+"""Mistakes of a user: each ends in one clear line, a non-zero exit code and no traceback, and loses nothing
+that was measured.
+"""
 
 from __future__ import annotations
 
@@ -76,14 +78,21 @@ def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
         (("reproduce", "nosuch.toml"), "found no file nosuch.toml"),
         (("train", "nosuch"), "found no 'nosuch'; need one of ['embedded_direct'"),
         (("assets", "nosuch"), "found asset 'nosuch'"),
-        (("report", "[/red]"), "found no record '[/red]'"),  # looks like markup of the terminal: once a traceback
+        # looks like markup of the terminal: once a traceback
+        (
+            ("report", "[/red]"),
+            "found no record '[/red]'",
+        ),
         (("validate", "nosuch"), "found no such folder"),
         (("search-tree", "nosuch.npz"), "found no readable trace"),
         (("search-tree", "nosuch.npz", "--values", "magic"), "found --values magic"),
         (("reproduce", "smoke", "--claims", "nosuch.toml"), "need "),
         (("reproduce", "smoke", "--resume", "nosuch"), "found no such folder"),
         (("reproduce", "embedded", "--tree", "nosuch.json", "--dry-run"), "need "),
-        (("reproduce", "embedded", "--prompts", "nosuch.txt", "--dry-run"), "found no such file; need a .jsonl or .txt"),
+        (
+            ("reproduce", "embedded", "--prompts", "nosuch.txt", "--dry-run"),
+            "found no such file; need a .jsonl or .txt",
+        ),
         (("reproduce", "smoke", "--prompts", "{prompts}"), "found prompts of text for a tiny random model"),
     ],
 )
@@ -109,7 +118,9 @@ def test_wrong_word_on_the_command_line(words: tuple[str, ...], found: str, tmp_
         ("[]", "no path"),
     ],
 )
-def test_wrong_tree_is_refused_before_anything_is_measured(text: str, found: str, heads_file: Path, tmp_path: Path) -> None:
+def test_wrong_tree_is_refused_before_anything_is_measured(
+    text: str, found: str, heads_file: Path, tmp_path: Path
+) -> None:
     tree = tmp_path / "tree.json"
     tree.write_text(text)
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, arms=[VANILLA, FASTEST]))
@@ -148,12 +159,18 @@ def random_prompts_without_tiny_model(data: dict[str, Any]) -> None:
         (deep_chain, "found a tree of depth 5; need at most 4, the number of heads; in arm 'chain'"),
         (fewer_heads_than_tree, "found a tree of depth 4; need at most 3"),
         (searched_without_calibration, "found tree kind 'fastest'; need a calibration_trace"),
-        (short_positions, "tokens with a budget of 250 and a tree of depth 4; need at most 256 positions; in prompt 'measured-"),
+        (
+            short_positions,
+            "tokens with a budget of 250 and a tree of depth 4; need at most 256 positions; in prompt "
+            "'measured-",
+        ),
         (no_heads_file, "found no file 'nowhere.safetensors'"),
         (random_prompts_without_tiny_model, "found model asset 'nosuch'; need one of"),
     ],
 )
-def test_suite_that_cannot_run_is_refused_before_anything_is_measured(spoil: Spoil, found: str, heads_file: Path, tmp_path: Path) -> None:
+def test_suite_that_cannot_run_is_refused_before_anything_is_measured(
+    spoil: Spoil, found: str, heads_file: Path, tmp_path: Path
+) -> None:
     data = micro_data(heads_file)
     spoil(data)
     ran = command("reproduce", write_suite(tmp_path / "micro.toml", data), "--results", tmp_path / "results")
@@ -172,7 +189,10 @@ def test_heads_of_another_model(tiny: tuple[LoadedModel, Engine], tmp_path: Path
     suite = write_suite(tmp_path / "micro.toml", micro_data(tmp_path / "theirs.safetensors"))
     ran = command("reproduce", suite, "--results", tmp_path / "results")
     assert ran.code == ExitCode.USER_ERROR
-    assert "found heads trained on tiny with tensors 0000" in ran.error_line and "in theirs.safetensors" in ran.error_line
+    assert (
+        "found heads trained on tiny with tensors 0000" in ran.error_line
+        and "in theirs.safetensors" in ran.error_line
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
@@ -199,13 +219,20 @@ def test_calibration_trace_of_other_heads(smoke: SmokeRun, heads_file: Path, tmp
     assert trace is not None
     provenance = trace.provenance.model_copy(update={"heads_hash": "0" * 64})
     Trace(provenance=provenance, prompts=trace.prompts).save(tmp_path / "calibration.npz")
-    data = micro_data(heads_file, arms=[VANILLA, FASTEST], calibration_trace=str(tmp_path / "calibration.npz"))
+    data = micro_data(
+        heads_file, arms=[VANILLA, FASTEST], calibration_trace=str(tmp_path / "calibration.npz")
+    )
     ran = command("reproduce", write_suite(tmp_path / "micro.toml", data), "--results", tmp_path / "results")
     assert ran.code == ExitCode.USER_ERROR
-    assert "found a calibration trace of another model or other heads" in ran.error_line and not (tmp_path / "results").exists()
+    assert (
+        "found a calibration trace of another model or other heads" in ran.error_line
+        and not (tmp_path / "results").exists()
+    )
 
 
-@pytest.mark.parametrize("name", ["generations.jsonl", "trace.npz", "environment.json", "suite.toml", "trees.json"])
+@pytest.mark.parametrize(
+    "name", ["generations.jsonl", "trace.npz", "environment.json", "suite.toml", "trees.json"]
+)
 def test_truncated_record_file(name: str, smoke: SmokeRun, tmp_path: Path) -> None:
     folder = tmp_path / "record"
     shutil.copytree(smoke.record.folder, folder)
@@ -214,11 +241,17 @@ def test_truncated_record_file(name: str, smoke: SmokeRun, tmp_path: Path) -> No
     ran = command("report", folder)
     assert ran.code == ExitCode.USER_ERROR and "need " in ran.error_line
     checked = command("validate", folder)
-    assert checked.code == ExitCode.INVALID_MEASUREMENT and name in checked.err and "Traceback" not in checked.err
+    assert (
+        checked.code == ExitCode.INVALID_MEASUREMENT
+        and name in checked.err
+        and "Traceback" not in checked.err
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_full_disk_keeps_what_was_measured(
+    number: int, micro: MicroRun, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     """The disk fills inside a line; with room again, the same command finishes the run."""
     append = LineFile.append
     left = [6]
@@ -237,13 +270,18 @@ def test_full_disk_keeps_what_was_measured(number: int, micro: MicroRun, tmp_pat
         patched.setattr(LineFile, "append", filling)
         ran = command("reproduce", suite, "--results", results)
     assert ran.code == ExitCode.USER_ERROR
-    assert "No space left on device at generations.jsonl" in ran.error_line and str(tmp_path) not in ran.error_line
+    assert (
+        "No space left on device at generations.jsonl" in ran.error_line
+        and str(tmp_path) not in ran.error_line
+    )
     (folder,) = results.glob("micro/*/*")
     kept = read_outcomes(folder / "generations.jsonl", allow_torn_tail=True)
     assert len(kept) == 6
     assert command("reproduce", suite, "--results", results).code == ExitCode.OK
     record = RunRecord(folder)
-    assert {one.trial: one.token_ids for one in record.generations} == {one.trial: one.token_ids for one in micro.record.generations}
+    assert {one.trial: one.token_ids for one in record.generations} == {
+        one.trial: one.token_ids for one in micro.record.generations
+    }
     assert [one.trial for one in record.outcomes[:6]] == [one.trial for one in kept]
 
 
@@ -258,7 +296,11 @@ def test_wrong_claims_file_is_refused_before_the_run(heads_file: Path, tmp_path:
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file))
     (tmp_path / "claims.toml").write_text("schema_version = 1\nsurprise = 2\n")
     ran = command("reproduce", suite, "--claims", tmp_path / "claims.toml", "--results", tmp_path / "results")
-    assert ran.code == ExitCode.USER_ERROR and "claims.toml" in ran.error_line and not (tmp_path / "results").exists()
+    assert (
+        ran.code == ExitCode.USER_ERROR
+        and "claims.toml" in ran.error_line
+        and not (tmp_path / "results").exists()
+    )
 
 
 def test_recipe_of_another_schema(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Flat tables of a record: every trial once, totals that agree with the judgement, files that read back the same."""
+"""Flat tables of a record: every trial once, totals that agree with the judgement, files that read back the
+same.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,31 @@ import pytest
 
 from harness.errors import UserError
 from harness.judge.metrics import arm_metrics
-from harness.records.export import GENERATION_COLUMNS, STEP_COLUMNS, ExportTable, export, generations_frame, steps_frame
+from harness.records.export import (
+    GENERATION_COLUMNS,
+    STEP_COLUMNS,
+    ExportTable,
+    export,
+    generations_frame,
+    steps_frame,
+)
 from harness.records.run import Failure, RunRecord
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 
 
 def _fail_two_trials(parts: FakeParts) -> None:
     for index in (0, 5):
-        parts.outcomes[index] = Failure(trial=parts.outcomes[index].trial, order=index, error_type="MemoryError", message="no room")
+        parts.outcomes[index] = Failure(
+            trial=parts.outcomes[index].trial, order=index, error_type="MemoryError", message="no room"
+        )
     parts.outcomes.append(parts.outcomes[0].model_copy(update={"attempt": 1, "order": len(parts.outcomes)}))
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    return write_fake_record(tmp_path_factory.mktemp("export") / "run", spoil=_fail_two_trials, num_prompts=8, rounds=1, jitter=0.0)
+    return write_fake_record(
+        tmp_path_factory.mktemp("export") / "run", spoil=_fail_two_trials, num_prompts=8, rounds=1, jitter=0.0
+    )
 
 
 def test_every_trial_is_one_row_and_a_failure_has_no_measurement(record: RunRecord) -> None:
@@ -41,7 +54,9 @@ def test_totals_of_the_frame_give_the_acceleration_rate(record: RunRecord) -> No
     frame = generations_frame(record).dropna(subset="num_tokens")
     for arm in arm_metrics(record):
         rows = frame[frame["arm"] == arm.arm]
-        assert (rows["num_tokens"] - 1).sum() / rows["num_steps"].sum() == pytest.approx(arm.acceleration_rate.estimate)
+        assert (rows["num_tokens"] - 1).sum() / rows["num_steps"].sum() == pytest.approx(
+            arm.acceleration_rate.estimate
+        )
 
 
 def test_steps_add_up_to_their_generations(record: RunRecord) -> None:
@@ -49,12 +64,19 @@ def test_steps_add_up_to_their_generations(record: RunRecord) -> None:
     assert list(steps.columns) == list(STEP_COLUMNS)
     for generation in record.generations[:12]:
         trial = generation.trial
-        chosen = (steps["arm"] == trial.arm) & (steps["prompt_key"] == trial.prompt_key) & (steps["round"] == trial.round)
+        chosen = (
+            (steps["arm"] == trial.arm)
+            & (steps["prompt_key"] == trial.prompt_key)
+            & (steps["round"] == trial.round)
+        )
         own = steps[chosen & (steps["seed"].isna() if trial.seed is None else steps["seed"] == trial.seed)]
         assert len(own) == generation.num_steps and own["tokens"].sum() == generation.num_tokens - 1
         assert own["step_s"].unique() == pytest.approx([STEP_S[trial.arm]])
         assert own["context_tokens"].iloc[0] == generation.prompt_tokens + 1
-        assert own["context_tokens"].iloc[-1] + own["tokens"].iloc[-1] == generation.prompt_tokens + generation.num_tokens
+        assert (
+            own["context_tokens"].iloc[-1] + own["tokens"].iloc[-1]
+            == generation.prompt_tokens + generation.num_tokens
+        )
 
 
 @pytest.mark.parametrize("table", ["generations", "steps"])
@@ -69,7 +91,9 @@ def test_files_read_back_the_same(record: RunRecord, tmp_path: Path, table: Expo
 
 
 def test_unfinished_record_without_outcomes_gives_empty_tables(tmp_path: Path) -> None:
-    empty = write_fake_record(tmp_path / "run", spoil=lambda parts: parts.outcomes.clear(), num_prompts=8, rounds=1)
+    empty = write_fake_record(
+        tmp_path / "run", spoil=lambda parts: parts.outcomes.clear(), num_prompts=8, rounds=1
+    )
     assert (len(generations_frame(empty)), len(steps_frame(empty))) == (0, 0)
     assert list(generations_frame(empty).columns) == list(GENERATION_COLUMNS)
 

@@ -54,7 +54,9 @@ def test_every_name_finds_its_row(devices: dict[str, DeviceSpec]) -> None:
             assert match_device(f" {name.upper()} ") == key
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100", "", "AMD EPYC 7B13"])
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H100", "", "AMD EPYC 7B13"]
+)
 def test_another_device_matches_none(name: str) -> None:
     assert match_device(name) is None
 
@@ -69,12 +71,16 @@ def test_devices_of_the_users_own_are_matched(tmp_path: Path) -> None:
 
 def test_a_name_of_two_devices_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "hardware.toml"
-    path.write_text("schema_version = 1\n" + ROW.format(key="one", name="Abacus") + ROW.format(key="two", name="ABACUS"))
+    path.write_text(
+        "schema_version = 1\n" + ROW.format(key="one", name="Abacus") + ROW.format(key="two", name="ABACUS")
+    )
     with pytest.raises(UserError, match="'abacus' names two devices"):
         load_hardware(path)
 
 
-@pytest.mark.parametrize("text", ["schema_version = 1\n[devices.x]\nnmae = 'x'\n", "schema_version = 2\n[devices]\n", "not toml"])
+@pytest.mark.parametrize(
+    "text", ["schema_version = 1\n[devices.x]\nnmae = 'x'\n", "schema_version = 2\n[devices]\n", "not toml"]
+)
 def test_a_bad_hardware_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "hardware.toml"
     path.write_text(text)

@@ -19,7 +19,9 @@ Columns = tuple[NDArray[np.float64], ...]
 
 
 def heterogeneous_prompts(shape: tuple[int, ...], *, rng: np.random.Generator) -> Columns:
-    """Tokens, seconds of a Medusa arm and seconds of vanilla: prompts differ in length, ease, and the machine's mood."""
+    """Tokens, seconds of a Medusa arm and seconds of vanilla: prompts differ in length, ease, and the
+    machine's mood.
+    """
     tokens = rng.integers(30, 96, size=shape).astype(np.float64)
     steps = tokens / np.exp(rng.normal(0.7, 0.35, size=shape))
     mood = np.exp(rng.normal(0, 0.10, size=shape))
@@ -31,16 +33,23 @@ def heterogeneous_prompts(shape: tuple[int, ...], *, rng: np.random.Generator) -
 def speedup(columns: Columns, *, spec: IntervalSpec, seed: int) -> Interval:
     tokens, medusa_s, vanilla_s = columns
     rng = np.random.default_rng(seed)
-    return bootstrap_ratio_of_ratios(tokens, medusa_s, base_numerator=tokens, base_denominator=vanilla_s, spec=spec, rng=rng)
+    return bootstrap_ratio_of_ratios(
+        tokens, medusa_s, base_numerator=tokens, base_denominator=vanilla_s, spec=spec, rng=rng
+    )
 
 
 @pytest.mark.parametrize("num_prompts", [8, 16, 80])
 def test_a_nominal_95_percent_interval_covers_the_truth_nine_times_in_ten(num_prompts: int) -> None:
-    """Measured on 400 records each: 0.925 at n = 8, 0.930 at 16, 0.943 at 80. An unwidened interval covers 0.88 at n = 8 and fails."""
+    """Measured on 400 records each: 0.925 at n = 8, 0.930 at 16, 0.943 at 80. An unwidened interval covers
+    0.88 at n = 8 and fails.
+    """
     _, medusa_s, vanilla_s = heterogeneous_prompts((2_000_000,), rng=np.random.default_rng(1))
     truth = vanilla_s.sum() / medusa_s.sum()
     rng = np.random.default_rng(num_prompts)
-    intervals = [speedup(heterogeneous_prompts((num_prompts,), rng=rng), spec=SPEC, seed=record) for record in range(400)]
+    intervals = [
+        speedup(heterogeneous_prompts((num_prompts,), rng=rng), spec=SPEC, seed=record)
+        for record in range(400)
+    ]
     covered = np.mean([interval.low <= truth <= interval.high for interval in intervals])
     print(f"n = {num_prompts}: covers {covered:.4f}")
     assert 0.90 <= covered <= 0.98
@@ -68,11 +77,18 @@ def test_the_estimate_is_the_ratio_of_totals_not_the_mean_of_ratios() -> None:
 
 
 def test_both_arms_of_a_prompt_are_drawn_together() -> None:
-    """Arms that differ by one constant factor on wildly different prompts have an exact speedup; drawn apart it would spread."""
+    """Arms that differ by one constant factor on wildly different prompts have an exact speedup; drawn apart
+    it would spread.
+    """
     vanilla_s = np.exp(np.random.default_rng(2).normal(0, 2, size=12))
     tokens = np.ones(12)
     interval = bootstrap_ratio_of_ratios(
-        tokens, vanilla_s / 3, base_numerator=tokens, base_denominator=vanilla_s, spec=SPEC, rng=np.random.default_rng(0)
+        tokens,
+        vanilla_s / 3,
+        base_numerator=tokens,
+        base_denominator=vanilla_s,
+        spec=SPEC,
+        rng=np.random.default_rng(0),
     )
     assert interval.low == pytest.approx(3) == interval.high
 
@@ -83,7 +99,9 @@ def test_one_prompt_bounds_nothing() -> None:
     assert above(interval, 1) is below(interval, 1) is VerdictKind.INCONCLUSIVE
 
 
-@pytest.mark.parametrize(("numerator", "denominator"), [([], []), ([1.0], [1.0, 2.0]), ([1.0, math.nan], [1.0, 2.0])])
+@pytest.mark.parametrize(
+    ("numerator", "denominator"), [([], []), ([1.0], [1.0, 2.0]), ([1.0, math.nan], [1.0, 2.0])]
+)
 def test_unusable_columns_are_refused(numerator: list[float], denominator: list[float]) -> None:
     with pytest.raises(ValueError, match="need"):
         bootstrap_ratio(numerator, denominator, spec=SPEC, rng=np.random.default_rng(0))
@@ -123,5 +141,7 @@ def test_equivalence_refuses_another_level_and_no_margin() -> None:
         (below, 2.5, VerdictKind.REPRODUCED),
     ],
 )
-def test_a_bound_is_judged_by_the_whole_interval(test: Callable[[Interval, float], VerdictKind], bound: float, kind: VerdictKind) -> None:
+def test_a_bound_is_judged_by_the_whole_interval(
+    test: Callable[[Interval, float], VerdictKind], bound: float, kind: VerdictKind
+) -> None:
     assert test(Interval(estimate=1.5, low=1, high=2, level=0.95, num_prompts=16), bound) is kind

@@ -24,7 +24,14 @@ from harness.errors import ExitCode, UserError
 from harness.specs.recipe import JointSuite
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
-from harness.training.joint import JointFiles, check_runnable, first_heads, last_checkpoint, train_joint, train_joint_suite
+from harness.training.joint import (
+    JointFiles,
+    check_runnable,
+    first_heads,
+    last_checkpoint,
+    train_joint,
+    train_joint_suite,
+)
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import load_heads
 from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
@@ -44,7 +51,9 @@ def folder(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, place: Path, *, heads: Path | None = None, **recipe: Any) -> JointFiles:
     data = {**recipe_data(folder, **recipe), **({"start_heads": str(heads)} if heads is not None else {})}
-    return train_joint_suite(JointSuite.model_validate(data), work=place / "work", target=place / "out", console=QUIET)
+    return train_joint_suite(
+        JointSuite.model_validate(data), work=place / "work", target=place / "out", console=QUIET
+    )
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -55,7 +64,9 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp_path: Path) -> None:
     """The thin slice: file to heads, adapter and step log, and back to a model that decodes."""
     path = write_recipe(folder, "cli")
-    path.write_text(path.read_text().replace('kind = "joint"', f'kind = "joint"\nstart_heads = "{heads_file}"'))
+    path.write_text(
+        path.read_text().replace('kind = "joint"', f'kind = "joint"\nstart_heads = "{heads_file}"')
+    )
     ran = command("train", path, "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert ran.code == ExitCode.OK, ran.err
     told = json.loads(ran.out.splitlines()[-1])
@@ -74,7 +85,11 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
     model = smoke_suite().model.model_copy(update={"adapter": str(tmp_path / "out" / "adapter")})
     tuned, bare = load_model(model, device=CPU), load_model(smoke_suite().model, device=CPU)
     heads, provenance = heads_for(tuned, tmp_path / "out" / "heads.safetensors")
-    assert heads.num_heads == 4 and provenance.adapter_sha256 == tuned.adapter_sha256 and provenance.backbone_sha256 == bare.sha256
+    assert (
+        heads.num_heads == 4
+        and provenance.adapter_sha256 == tuned.adapter_sha256
+        and provenance.backbone_sha256 == bare.sha256
+    )
     assert (provenance.lm_head_read, provenance.lm_head_adapted) == ("original", False)
     assert tuned.sha256 != bare.sha256 == tuned.base_sha256
     figures = provenance.training
@@ -101,11 +116,25 @@ def test_what_a_training_left_is_calibrated_apart(folder: Path, tmp_path: Path) 
 
 def train_together(path: Path, launcher: list[str], *, work: Path, out: Path) -> dict[str, Any]:
     """Run the command under a launcher and return the one line that it prints."""
-    arguments = [sys.executable, *launcher, "harness", "train", str(path), "--work", str(work), "--out", str(out)]
+    arguments = [
+        sys.executable,
+        *launcher,
+        "harness",
+        "train",
+        str(path),
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    (told,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line]
+    (told,) = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{") and '"recipe"' in line
+    ]
     return dict(told)
 
 
@@ -118,10 +147,16 @@ def assert_like(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher", [DATA_PARALLEL, SHARDED, pytest.param(DEEPSPEED, marks=needs_deepspeed)], ids=["data_parallel", "sharded", "deepspeed"]
+    "launcher",
+    [DATA_PARALLEL, SHARDED, pytest.param(DEEPSPEED, marks=needs_deepspeed)],
+    ids=["data_parallel", "sharded", "deepspeed"],
 )
-def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path: Path, launcher: list[str]) -> None:
-    """The command under a launcher: the same batches, one process that writes, and an end from which it goes on."""
+def test_two_processes_train_the_heads_and_adapter_of_one(
+    folder: Path, tmp_path: Path, launcher: list[str]
+) -> None:
+    """The command under a launcher: the same batches, one process that writes, and an end from which it goes
+    on.
+    """
     recipe: dict[str, Any] = {
         "lora": {"rank": 2, "alpha": 4, "dropout": 0.0, "lm_head": False},
         "warmup": "two_stage",
@@ -135,15 +170,28 @@ def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path
         told = train_together(path, launcher, work=tmp_path / "work", out=tmp_path / "two")
         assert told["heads"] == "heads.safetensors" and told["adapter"] == "adapter"
         assert_like(one.heads, tmp_path / "two" / "heads.safetensors")
-        assert_like(one.adapter / "adapter_model.safetensors", tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+        assert_like(
+            one.adapter / "adapter_model.safetensors",
+            tmp_path / "two" / "adapter" / "adapter_model.safetensors",
+        )
     _, provenance = load_heads(tmp_path / "two" / "heads.safetensors", backbone_sha256=None)
-    assert isinstance(provenance.training, JointFigures) and provenance.training.held_out is not None and one.figures.held_out is not None
-    assert provenance.training.held_out.head_loss_sums == pytest.approx(one.figures.held_out.head_loss_sums, rel=1e-3)
+    assert (
+        isinstance(provenance.training, JointFigures)
+        and provenance.training.held_out is not None
+        and one.figures.held_out is not None
+    )
+    assert provenance.training.held_out.head_loss_sums == pytest.approx(
+        one.figures.held_out.head_loss_sums, rel=1e-3
+    )
     steps = read_step_log(tmp_path / "two" / "steps.jsonl")
-    assert [step.num_positions for step in steps] == [step.num_positions for step in read_step_log(one.step_log)]
+    assert [step.num_positions for step in steps] == [
+        step.num_positions for step in read_step_log(one.step_log)
+    ]
     alone = train(folder, tmp_path, **recipe)
     ours, theirs = tensors(alone.heads), tensors(tmp_path / "two" / "heads.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours), "what two processes began, one takes up: the batch is the recipe's"
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours), (
+        "what two processes began, one takes up: the batch is the recipe's"
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +200,9 @@ def test_two_processes_train_the_heads_and_adapter_of_one(folder: Path, tmp_path
     ids=["frozen", "full"],
 )
 def test_sharded_processes_write_whole_models(folder: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    """A frozen backbone is hashed behind its training, one trained in full is written: both need weights that no process holds."""
+    """A frozen backbone is hashed behind its training, one trained in full is written: both need weights that
+    no process holds.
+    """
     path = write_recipe(folder, f"sharded_{recipe['backbone']}", num_steps=2, **recipe)
     one = train(folder, tmp_path / "one", num_steps=2, **recipe)
     train_together(path, SHARDED, work=tmp_path / "work", out=tmp_path / "two")
@@ -164,7 +214,9 @@ def test_sharded_processes_write_whole_models(folder: Path, tmp_path: Path, reci
         assert len(set(provenance.training.backbone_sha256s or ())) == 1
     else:
         assert_like(one.model / "model.safetensors", tmp_path / "two" / "model" / "model.safetensors")
-        assert (one.model / "config.json").read_text() == (tmp_path / "two" / "model" / "config.json").read_text()
+        assert (one.model / "config.json").read_text() == (
+            tmp_path / "two" / "model" / "config.json"
+        ).read_text()
 
 
 def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -172,27 +224,36 @@ def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> Non
     data = recipe_data(folder)
     data["model"]["tiny"]["seed"] += 1
     with pytest.raises(UserError, match="the answers of a model with tensors"):
-        train_joint_suite(JointSuite.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET)
+        train_joint_suite(
+            JointSuite.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET
+        )
 
 
 def test_a_run_begun_under_another_order_of_the_text_is_refused(folder: Path, tmp_path: Path) -> None:
     """To skip the first batches of one order in another would show some answers twice and some never."""
     train(folder, tmp_path)
     path = tmp_path / "work" / "joint" / "run.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "order"}))
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "order"})
+    )
     with pytest.raises(UserError, match="a training of another order"):
         train(folder, tmp_path)
 
 
 def test_the_same_seed_gives_the_same_files_and_another_does_not(folder: Path, tmp_path: Path) -> None:
-    one, two, other = (train(folder, tmp_path / name, seed=seed, num_steps=3) for name, seed in (("one", 0), ("two", 0), ("other", 1)))
+    one, two, other = (
+        train(folder, tmp_path / name, seed=seed, num_steps=3)
+        for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
     assert one.adapter is not None and two.adapter is not None and other.adapter is not None
     for left, right, same in ((one, two, True), (one, other, False)):
         assert left.adapter is not None and right.adapter is not None
         for name in ("adapter_model.safetensors",):
             ours, theirs = tensors(left.adapter / name), tensors(right.adapter / name)
             assert all(torch.equal(ours[key], theirs[key]) for key in ours) == same
-        assert (left.heads.read_bytes() == right.heads.read_bytes()) == same, "weights, figures and provenance"
+        assert (left.heads.read_bytes() == right.heads.read_bytes()) == same, (
+            "weights, figures and provenance"
+        )
 
 
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
@@ -224,14 +285,18 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(
     monkeypatch.undo()
     for _ in range(2):  # the second time, training is over: files are written again from the last checkpoint
         again = train(folder, tmp_path / "cut", num_steps=5, autocast=autocast)
-        assert [step.loss for step in read_step_log(again.step_log)] == [step.loss for step in read_step_log(whole.step_log)]
+        assert [step.loss for step in read_step_log(again.step_log)] == [
+            step.loss for step in read_step_log(whole.step_log)
+        ]
         expected, got = tensors(whole.heads), tensors(again.heads)
         assert all(torch.equal(expected[name], got[name]) for name in expected)
         assert again.figures == whole.figures
 
 
 def test_a_process_that_is_killed_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
-    """By the signal that no process can handle, between two checkpoints, and wherever in a step or in a write it strikes."""
+    """By the signal that no process can handle, between two checkpoints, and wherever in a step or in a write
+    it strikes.
+    """
     recipe: dict[str, Any] = {"num_steps": 45, "autocast": "bfloat16"}
     path = write_recipe(folder, "killed", **recipe)
     log = tmp_path / "cut" / "work" / "joint" / "steps.jsonl"
@@ -255,8 +320,13 @@ def test_a_process_that_is_killed_goes_on_to_the_same_end(folder: Path, tmp_path
     assert process.wait() == -signal.SIGKILL, "it had ended before"
     left = last_checkpoint(log.parent)
     assert left is not None and 10 <= left.step < 45
-    whole, again = train(folder, tmp_path / "whole", name="killed", **recipe), train(folder, tmp_path / "cut", name="killed", **recipe)
-    assert [step.loss for step in read_step_log(again.step_log)] == [step.loss for step in read_step_log(whole.step_log)]
+    whole, again = (
+        train(folder, tmp_path / "whole", name="killed", **recipe),
+        train(folder, tmp_path / "cut", name="killed", **recipe),
+    )
+    assert [step.loss for step in read_step_log(again.step_log)] == [
+        step.loss for step in read_step_log(whole.step_log)
+    ]
     assert again.heads.read_bytes() == whole.heads.read_bytes()
 
 
@@ -266,8 +336,14 @@ def test_a_frozen_backbone_writes_heads_alone(folder: Path, heads_file: Path, tm
     bare = load_model(smoke_suite().model, device=CPU)
     heads, provenance = heads_for(bare, files.heads)
     before, _ = heads_for(bare, heads_file)
-    assert provenance.adapter_sha256 is None and files.figures.held_out is not None and files.figures.held_out.backbone_loss_sum is None
-    assert any(not torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+    assert (
+        provenance.adapter_sha256 is None
+        and files.figures.held_out is not None
+        and files.figures.held_out.backbone_loss_sum is None
+    )
+    assert any(
+        not torch.equal(heads.state_dict()[name], tensor) for name, tensor in before.state_dict().items()
+    )
 
 
 def test_full_fine_tuning_writes_the_whole_model(folder: Path, tmp_path: Path) -> None:
@@ -283,23 +359,31 @@ def test_full_fine_tuning_writes_the_whole_model(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("recipe", [{"optimizer": "adamw_8bit"}, {"quantisation": "4bit"}])
-def test_what_fsdp_cannot_cut_is_refused(folder: Path, monkeypatch: MonkeyPatch, recipe: dict[str, str]) -> None:
+def test_what_fsdp_cannot_cut_is_refused(
+    folder: Path, monkeypatch: MonkeyPatch, recipe: dict[str, str]
+) -> None:
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="under FSDP, which cuts neither"):
         check_runnable(JointSuite.model_validate(recipe_data(folder, **recipe)).recipe)
 
 
-def test_one_dtype_for_all_that_learns_is_asked_for_under_fsdp(folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_one_dtype_for_all_that_learns_is_asked_for_under_fsdp(
+    folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     """FSDP gathers heads and LM head together, and raises from within where their dtypes differ."""
-    spec = JointSuite.model_validate(recipe_data(folder, backbone="full", heads_lm_head="adapted", target="tokens"))
+    spec = JointSuite.model_validate(
+        recipe_data(folder, backbone="full", heads_lm_head="adapted", target="tokens")
+    )
     loaded = load_model(spec.model, device=CPU)
     cast(torch.nn.Module, loaded.model).to(torch.bfloat16)
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
     text = read_text(spec, loaded, work=tmp_path)
     with pytest.raises(UserError, match="found a backbone of bfloat16 trained in full under FSDP"):
-        train_joint(loaded, spec.recipe, text=text, start_heads=None, work=tmp_path, target=tmp_path, console=QUIET)
+        train_joint(
+            loaded, spec.recipe, text=text, start_heads=None, work=tmp_path, target=tmp_path, console=QUIET
+        )
 
 
 def test_another_recipe_does_not_go_on_from_this_ones_state(folder: Path, tmp_path: Path) -> None:
@@ -308,7 +392,9 @@ def test_another_recipe_does_not_go_on_from_this_ones_state(folder: Path, tmp_pa
         train(folder, tmp_path, num_steps=3)
 
 
-def test_heads_of_another_form_are_no_start(tiny: tuple[LoadedModel, Engine], folder: Path, heads_file: Path) -> None:
+def test_heads_of_another_form_are_no_start(
+    tiny: tuple[LoadedModel, Engine], folder: Path, heads_file: Path
+) -> None:
     recipe = JointSuite.model_validate(recipe_data(folder, num_heads=3)).recipe
     with pytest.raises(UserError, match=r"\(4, 1, 'shared'\) to start from; need heads.*\(3, 1, 'shared'\)"):
         first_heads(tiny[0], recipe, start_heads=heads_file)

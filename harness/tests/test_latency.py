@@ -1,4 +1,6 @@
-"""Latency specs, records and curves: known answers, refusals, raw times kept raw, tables that say what the record says."""
+"""Latency specs, records and curves: known answers, refusals, raw times kept raw, tables that say what the
+record says.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,14 @@ from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import check_modes, update_modes
-from harness.specs.latency import LatencySpec, ModeName, PointKey, load_latency_spec, overridden, parse_latency_spec
+from harness.specs.latency import (
+    LatencySpec,
+    ModeName,
+    PointKey,
+    load_latency_spec,
+    overridden,
+    parse_latency_spec,
+)
 from harness.specs.shapes import load_shapes
 from harness.specs.suite import IntervalSpec
 from harness.tests.fake_latency import (
@@ -45,7 +54,10 @@ from harness.tests.fake_latency import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))
-PAGE = "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\n<!-- modes:begin -->\nold\n<!-- modes:end -->\n\nRest.\n"
+PAGE = (
+    "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\n<!-- modes:begin -->\nold\n<!-- "
+    "modes:end -->\n\nRest.\n"
+)
 
 
 def spec_of(**changes: Any) -> LatencySpec:
@@ -64,9 +76,20 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> LatencyRecord:
 
 
 def test_pure_modules_need_no_torch() -> None:
-    names = ("harness.specs.latency", "harness.compose.curve", "harness.report.latency", "harness.report.readme", "harness.judge.validate")
-    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    names = (
+        "harness.specs.latency",
+        "harness.compose.curve",
+        "harness.report.latency",
+        "harness.report.readme",
+        "harness.judge.validate",
+    )
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint('torch' "
+        "in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -76,7 +99,9 @@ def test_grids_are_united_and_every_point_comes_once() -> None:
     packed = [key for key in keys if key.mode == "packed"]
     at_256 = [(key.num_nodes, key.num_heads) for key in packed if (key.context_tokens, key.batch) == (256, 1)]
     assert at_256 == [(1, 0), (8, 0), (8, 1), (8, 5), (64, 5)]
-    assert [key.group for key in keys] == sorted((key.group for key in keys), key=lambda group: (group[1], group[3], group[2]))
+    assert [key.group for key in keys] == sorted(
+        (key.group for key in keys), key=lambda group: (group[1], group[3], group[2])
+    )
 
 
 def test_heads_are_as_many_as_a_tree_has_levels() -> None:
@@ -100,7 +125,11 @@ def test_shipped_specs_load_and_time_what_their_tables_read(name: str) -> None:
         modes = {key.mode for key in keys}
         assert modes and (dtype != spec.dtypes[0] or modes == set(spec.modes))
         for mode in modes:
-            timed = {key.num_nodes for key in keys if key.group == (dtype, mode, spec.modes_table.context_tokens, 1)}
+            timed = {
+                key.num_nodes
+                for key in keys
+                if key.group == (dtype, mode, spec.modes_table.context_tokens, 1)
+            }
             assert set(spec.modes_table.sizes) <= timed
     assert spec.shape is None or spec.shape in load_shapes()
 
@@ -114,13 +143,32 @@ def test_shipped_specs_load_and_time_what_their_tables_read(name: str) -> None:
         ({"grids": [{"num_nodes": [0], "context_tokens": [8]}]}, "greater than or equal to 1"),
         ({"modes": ["fast"]}, "modes"),
         ({"memory_share": 1.5}, "memory_share"),
-        ({"heads": {"num_heads": 2}, "batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4}}, "needs heads.path"),
-        ({"batch_table": {"tree": {"kind": "fastest", "max_nodes": 8}, "max_new_tokens": 4}}, "needs a calibration_trace"),
         (
-            {"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 4], "num_prompts": 6}},
+            {
+                "heads": {"num_heads": 2},
+                "batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4},
+            },
+            "needs heads.path",
+        ),
+        (
+            {"batch_table": {"tree": {"kind": "fastest", "max_nodes": 8}, "max_new_tokens": 4}},
+            "needs a calibration_trace",
+        ),
+        (
+            {
+                "batch_table": {
+                    "tree": {"kind": "chain", "depth": 1},
+                    "max_new_tokens": 4,
+                    "batches": [2, 4],
+                    "num_prompts": 6,
+                }
+            },
             "divide num_prompts",
         ),
-        ({"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 3]}}, "must divide num_prompts"),
+        (
+            {"batch_table": {"tree": {"kind": "chain", "depth": 1}, "max_new_tokens": 4, "batches": [2, 3]}},
+            "must divide num_prompts",
+        ),
         ({"modes_tabel": {}}, "modes_tabel"),
     ],
 )
@@ -131,7 +179,10 @@ def test_faulty_specs_are_refused_by_name(changes: dict[str, Any], found: str) -
 
 def test_a_shape_has_neither_real_heads_nor_real_texts() -> None:
     plain: dict[str, Any] = {"model": None, "batch_table": None, "shape": SHAPE}
-    for changes, found in (({}, "random weights"), ({"heads": {"num_heads": 3}, "prompts": {"source": "random"}}, "ask for 5 heads")):
+    for changes, found in (
+        ({}, "random weights"),
+        ({"heads": {"num_heads": 3}, "prompts": {"source": "random"}}, "ask for 5 heads"),
+    ):
         with pytest.raises(UserError, match=found):
             spec_of(**plain, **changes)
 
@@ -147,11 +198,20 @@ def test_words_of_the_command_line_replace_sizes_of_every_grid() -> None:
 
 def test_another_shape_leaves_what_belongs_to_the_old_model(tmp_path: Path) -> None:
     spec = overridden(spec_of(), shape="vicuna-13b-v1.5")
-    assert (spec.shape, spec.model, spec.heads.path, spec.batch_table) == ("vicuna-13b-v1.5", None, None, None)
+    assert (spec.shape, spec.model, spec.heads.path, spec.batch_table) == (
+        "vicuna-13b-v1.5",
+        None,
+        None,
+        None,
+    )
     assert spec.prompts.source == "random" and spec.name == "fake_vicuna_13b_v1_5"
     (tmp_path / "My-Model").mkdir()
     mine = overridden(spec_of(), shape=str(tmp_path / "My-Model"))
-    assert mine.model is not None and mine.model.path == str(tmp_path / "My-Model") and mine.name == "fake_my_model"
+    assert (
+        mine.model is not None
+        and mine.model.path == str(tmp_path / "My-Model")
+        and mine.name == "fake_my_model"
+    )
     assert mine.prompts.source == "mt_bench"
 
 
@@ -164,8 +224,24 @@ def test_modes_are_those_of_the_runner() -> None:
 def test_needed_memory_is_weights_copies_cache_and_logits() -> None:
     facts = (
         fake_facts()
-        .model_copy(update={"num_layers": 2, "hidden_size": 4, "num_key_value_heads": 1, "head_size": 3, "vocab_size": 10, "num_heads": 2})
-        .model_copy(update={"num_parameters": 1000, "step_parameters": 900, "num_head_layers": 1, "head_architecture": "own"})
+        .model_copy(
+            update={
+                "num_layers": 2,
+                "hidden_size": 4,
+                "num_key_value_heads": 1,
+                "head_size": 3,
+                "vocab_size": 10,
+                "num_heads": 2,
+            }
+        )
+        .model_copy(
+            update={
+                "num_parameters": 1000,
+                "step_parameters": 900,
+                "num_head_layers": 1,
+                "head_architecture": "own",
+            }
+        )
     )
     heads = 2 * (4 * 4 + 4 + 4 * 10)
     key = PointKey(dtype="bfloat16", mode="eager", num_nodes=3, num_heads=2, context_tokens=7, batch=5)
@@ -178,14 +254,19 @@ def test_needed_memory_is_weights_copies_cache_and_logits() -> None:
 def test_facts_of_a_shape_are_its_own() -> None:
     shape, facts = load_shapes()[SHAPE], fake_facts()
     assert facts.roofline_shape == shape.roofline_shape
-    assert facts.step_bytes("bfloat16") == shape.step_weight_bytes(2) and facts.num_parameters == shape.num_parameters
+    assert (
+        facts.step_bytes("bfloat16") == shape.step_weight_bytes(2)
+        and facts.num_parameters == shape.num_parameters
+    )
     assert facts.cache_bytes(7, dtype="float32") == shape.cache_bytes(7, batch=1, dtype_bytes=4)
 
 
 def test_curve_gives_medians_where_measured_and_lines_between(record: LatencyRecord) -> None:
     curve = curve_of(record, dtype="float32", mode="packed")
     for nodes, heads in ((1, 0), (8, 5), (64, 5), (8, 0), (20, 5), (40, 3)):
-        assert curve.seconds(num_nodes=nodes, num_heads=heads, context_tokens=256) == pytest.approx(step_s(nodes, heads))
+        assert curve.seconds(num_nodes=nodes, num_heads=heads, context_tokens=256) == pytest.approx(
+            step_s(nodes, heads)
+        )
         assert curve.backbone_seconds(num_nodes=nodes, context_tokens=256) == pytest.approx(backbone_s(nodes))
     halfway = curve.seconds(num_nodes=8, num_heads=5, context_tokens=640)
     assert halfway == pytest.approx((step_s(8, 5) + step_s(8, 5, context_tokens=1024)) / 2)
@@ -195,9 +276,13 @@ def test_curve_gives_medians_where_measured_and_lines_between(record: LatencyRec
 
 
 def test_curve_takes_what_incomplete_grids_can_answer(record: LatencyRecord) -> None:
-    """Batch 2 has 1 and 16 nodes only, batch 1 also 8 and 64: a size is answered where its neighbours on either side are."""
+    """Batch 2 has 1 and 16 nodes only, batch 1 also 8 and 64: a size is answered where its neighbours on
+    either side are.
+    """
     curve = curve_of(record, dtype="float32", mode="eager")
-    assert curve.backbone_seconds(num_nodes=8, context_tokens=256, batch=2) == pytest.approx(backbone_s(8, batch=2))
+    assert curve.backbone_seconds(num_nodes=8, context_tokens=256, batch=2) == pytest.approx(
+        backbone_s(8, batch=2)
+    )
     with pytest.raises(UserError, match="nothing is extrapolated"):
         curve.backbone_seconds(num_nodes=64, context_tokens=256, batch=2)
     with pytest.raises(UserError, match="nothing is extrapolated"):
@@ -229,12 +314,22 @@ def test_more_nodes_are_never_cheaper_on_the_curve_and_stay_raw_in_the_record(tm
     """16 nodes measured slower than 32 become their mean on the curve; the files keep what the clock said."""
     noisy = [point(1, 1.0), point(16, 4.0), point(32, 2.0), point(64, 5.0)]
     curve = LatencyCurve(noisy)
-    assert [curve.backbone_seconds(num_nodes=nodes, context_tokens=256) for nodes in (1, 16, 32, 64)] == [1, 3, 3, 5]
+    assert [curve.backbone_seconds(num_nodes=nodes, context_tokens=256) for nodes in (1, 16, 32, 64)] == [
+        1,
+        3,
+        3,
+        5,
+    ]
     assert curve.backbone_seconds(num_nodes=48, context_tokens=256) == 4
     assert curve.largest_correction == 0.5
     path = tmp_path / POINTS_FILE
     path.write_text("".join(made.model_dump_json() + "\n" for made in noisy))
-    assert read_points(path) == tuple(noisy) and [made.backbone_s for made in read_points(path)] == [(1,), (4,), (2,), (5,)]
+    assert read_points(path) == tuple(noisy) and [made.backbone_s for made in read_points(path)] == [
+        (1,),
+        (4,),
+        (2,),
+        (5,),
+    ]
     assert step_cost_of(noisy, num_nodes=16, like=noisy[0]) == 4.0
 
 
@@ -251,7 +346,9 @@ def test_skipped_points_are_no_data(tmp_path: Path) -> None:
     record = write_fake_latency(tmp_path / "run", skipped={64: "ran out of memory: made up"})
     assert validate_record(record.folder) == ()
     with pytest.raises(UserError, match="nodes 20"):
-        curve_of(record, dtype="float32", mode="packed").seconds(num_nodes=20, num_heads=5, context_tokens=256)
+        curve_of(record, dtype="float32", mode="packed").seconds(
+            num_nodes=20, num_heads=5, context_tokens=256
+        )
     text = render_latency_report(record)
     assert text.count("ran out of memory: made up") == 4 and "## Skipped" in text
     assert latency_headline(record)["num_skipped"] == 4
@@ -267,7 +364,11 @@ def test_table_of_modes_has_known_answers(record: LatencyRecord) -> None:
         assert rows[mode].bandwidth_share == pytest.approx(share)
     assert [rows[mode].is_auto for mode in rows] == [False, False, True]
     assert rows["packed"].step_costs == (1.0, backbone_s(8) / backbone_s(1), None)  # 32 nodes were not timed
-    assert (rows["eager"].num_same_text, rows["packed"].num_same_text, rows["packed"].num_prompts) == (2, 3, 3)
+    assert (rows["eager"].num_same_text, rows["packed"].num_same_text, rows["packed"].num_prompts) == (
+        2,
+        3,
+        3,
+    )
 
 
 def test_speed_against_batch_has_known_answers() -> None:
@@ -279,7 +380,11 @@ def test_speed_against_batch_has_known_answers() -> None:
         assert made.tokens_per_step == pytest.approx(2.5)
         assert made.speedup.num_prompts == 8 // made.batch  # groups are what is resampled
     assert points[0].speedup.low == pytest.approx(1.5) == points[0].speedup.high  # all groups are alike
-    assert (points[3].speedup.low, points[3].speedup.high) == (-math.inf, math.inf)  # one group bounds nothing
+    # one group bounds nothing
+    assert (points[3].speedup.low, points[3].speedup.high) == (
+        -math.inf,
+        math.inf,
+    )
 
 
 def test_rounds_of_a_group_are_one_draw_and_groups_that_differ_widen_the_interval() -> None:
@@ -303,7 +408,9 @@ def test_rounds_of_a_group_are_one_draw_and_groups_that_differ_widen_the_interva
         ({1: 1.5, 4: 1.0}, 1, 4.0, "batch 1, crossing 1 at about 4.0"),
     ],
 )
-def test_break_even_has_known_answers(speedups: dict[int, float], largest: int | None, crossing: float | None, words: str) -> None:
+def test_break_even_has_known_answers(
+    speedups: dict[int, float], largest: int | None, crossing: float | None, words: str
+) -> None:
     found = break_even(speedups)
     assert found.largest_batch == largest and found.words == words
     assert found.crossing == (None if crossing is None else pytest.approx(crossing))
@@ -331,7 +438,8 @@ def test_prediction_and_read_share_are_this_runs(record: LatencyRecord) -> None:
     assert read_share(record, one) == pytest.approx(least_s / median(one.backbone_s))
     made = predict(record, one)
     assert made is not None and made.measured_s == median(one.backbone_s)
-    assert made.predicted_s == pytest.approx(least_s, rel=0.02)  # activations and scores are all that the roofline adds at one node
+    # activations and scores are all that the roofline adds at one node
+    assert made.predicted_s == pytest.approx(least_s, rel=0.02)
 
 
 def test_headline_is_one_json_object(record: LatencyRecord) -> None:
@@ -357,7 +465,9 @@ def test_readme_shows_the_modes_until_a_figure_is_typed_by_hand(record: LatencyR
     update_modes(readme, record)
     assert check_modes(readme, record)
     text = readme.read_text()
-    assert text.startswith(PAGE.split("<!-- modes:begin -->")[0]) and text.endswith("<!-- modes:end -->\n\nRest.\n")
+    assert text.startswith(PAGE.split("<!-- modes:begin -->")[0]) and text.endswith(
+        "<!-- modes:end -->\n\nRest.\n"
+    )
     assert "(results/some-run/report.md)" in text and "20.0 [20.0, 20.0]" in text
     readme.write_text(text.replace("20.0 [", "25.0 ["))
     assert not check_modes(readme, record)
@@ -387,7 +497,9 @@ def test_record_is_valid_and_each_fault_is_named(tmp_path: Path) -> None:
         (folder / POINTS_FILE).write_text(text)
         return "\n".join(validate_record(folder))
 
-    assert "SHA-256" in faults("".join(lines[1:])) and "as many as in manifest.json" in faults("".join(lines[1:]))
+    assert "SHA-256" in faults("".join(lines[1:])) and "as many as in manifest.json" in faults(
+        "".join(lines[1:])
+    )
     assert "a point twice" in faults("".join([*lines, lines[0]]))
     both = json.dumps({**json.loads(lines[0]), "skipped": "why"}) + "\n"
     assert "times and a reason to skip" in faults("".join([both, *lines[1:]]))
@@ -399,7 +511,12 @@ def test_record_is_valid_and_each_fault_is_named(tmp_path: Path) -> None:
 
 def test_schemas_know_every_key_that_a_record_writes(tmp_path: Path) -> None:
     folder, schemas = write_fake_latency(tmp_path / "run").folder, json_schemas()
-    for file, name in (("model.json", "model"), ("modes.json", "modes"), ("batches.json", "batches"), ("manifest.json", "manifest")):
+    for file, name in (
+        ("model.json", "model"),
+        ("modes.json", "modes"),
+        ("batches.json", "batches"),
+        ("manifest.json", "manifest"),
+    ):
         assert set(json.loads((folder / file).read_text())) == set(schemas[f"latency_{name}"]["properties"])
     first = json.loads((folder / POINTS_FILE).read_text().splitlines()[0])
     assert set(first) <= set(schemas["latency_point"]["properties"]) and "latency_spec" in schemas

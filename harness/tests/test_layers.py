@@ -1,4 +1,6 @@
-"""Who may import whom: every import of every file, those inside functions too, against one table of packages."""
+"""Who may import whom: every import of every file, those inside functions too, against one table of
+packages.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,29 @@ ROOT = Path(__file__).resolve().parents[2]
 
 GROUND = ("harness.errors", "harness.files", "harness.paths")
 METHOD = ("medusa_impl",)
-PURE_METHOD = ("medusa_impl.errors", "medusa_impl.tree", "medusa_impl.tree_search", "medusa_impl.recipes", "medusa_impl.training_log")
-TOP = ("acceptance", "decode", "errors", "heads", "recipes", "stream", "training_log", "tree", "tree_buffers", "tree_search")
+PURE_METHOD = (
+    "medusa_impl.errors",
+    "medusa_impl.tree",
+    "medusa_impl.tree_search",
+    "medusa_impl.recipes",
+    "medusa_impl.training_log",
+)
+TOP = (
+    "acceptance",
+    "decode",
+    "errors",
+    "heads",
+    "recipes",
+    "stream",
+    "training_log",
+    "tree",
+    "tree_buffers",
+    "tree_search",
+)
 TOP_OF_METHOD = tuple(f"medusa_impl.{name}" for name in TOP)
 
-# What a package may import besides itself; all may import `medusa_impl.errors`. What is not listed is forbidden.
+# What a package may import besides itself; all may import `medusa_impl.errors`. What is not listed is
+# forbidden.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "harness.errors": (),
     "harness.files": GROUND,
@@ -28,7 +48,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "harness.stats": (*GROUND, "harness.specs"),
     "harness.assets": (*GROUND, "harness.specs"),
     "harness.records": (*GROUND, "harness.specs", "harness.stats", "medusa_impl.tree"),
-    "harness.compose": (*GROUND, "harness.specs", "harness.stats", "harness.records", "medusa_impl.tree", "medusa_impl.tree_search"),
+    "harness.compose": (
+        *GROUND,
+        "harness.specs",
+        "harness.stats",
+        "harness.records",
+        "medusa_impl.tree",
+        "medusa_impl.tree_search",
+    ),
     "harness.judge": (
         *GROUND,
         "harness.specs",
@@ -49,7 +76,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "medusa_impl.training_log",
     ),
     "harness.device": (*GROUND, "harness.specs", "harness.assets", "harness.records", *METHOD),
-    "harness.training": (*GROUND, "harness.specs", "harness.assets", "harness.records", "harness.device", *METHOD),
+    "harness.training": (
+        *GROUND,
+        "harness.specs",
+        "harness.assets",
+        "harness.records",
+        "harness.device",
+        *METHOD,
+    ),
     "harness.measure": (
         *GROUND,
         "harness.specs",
@@ -66,12 +100,26 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(TOP_OF_METHOD, TOP_OF_METHOD),
     "medusa_impl.decode": (*TOP_OF_METHOD, "medusa_impl.engine"),
     "medusa_impl.stream": (*TOP_OF_METHOD, "medusa_impl.engine"),
-    "medusa_impl.engine": ("medusa_impl.heads", "medusa_impl.tree", "medusa_impl.tree_buffers", "medusa_impl.acceptance"),
+    "medusa_impl.engine": (
+        "medusa_impl.heads",
+        "medusa_impl.tree",
+        "medusa_impl.tree_buffers",
+        "medusa_impl.acceptance",
+    ),
     "medusa_impl.checkpoints": ("medusa_impl.heads", "medusa_impl.recipes", "medusa_impl.training_log"),
     "medusa_impl.training": (*TOP_OF_METHOD, "medusa_impl.engine", "medusa_impl.checkpoints"),
 }
 FOR_ALL = ("medusa_impl.errors",)
-PURE = ("specs", "stats", "assets", "records", "compose", "judge", "report")  # of the harness: no torch while they are imported
+# of the harness: no torch while they are imported
+PURE = (
+    "specs",
+    "stats",
+    "assets",
+    "records",
+    "compose",
+    "judge",
+    "report",
+)
 HEAVY = ("torch", "transformers")
 
 
@@ -95,12 +143,22 @@ def module_of(path: Path) -> str:
 
 
 def source_files() -> list[Path]:
-    return [path for package in ("harness", "medusa_impl") for path in sorted((ROOT / package).rglob("*.py")) if "tests" not in path.parts]
+    return [
+        path
+        for package in ("harness", "medusa_impl")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if "tests" not in path.parts
+    ]
 
 
 def imports_of(path: Path, text: str | None = None) -> Iterator[Import]:
     tree = ast.parse(path.read_text(encoding="utf-8") if text is None else text)
-    at_top = {id(node) for statement in tree.body if not isinstance(statement, ast.FunctionDef) for node in ast.walk(statement)}
+    at_top = {
+        id(node)
+        for statement in tree.body
+        if not isinstance(statement, ast.FunctionDef)
+        for node in ast.walk(statement)
+    }
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -116,7 +174,9 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
 
 
 def package_of(module: str) -> str | None:
-    """Return the row of the table that a module falls under; the packages' own `__init__.py` hold nothing and have none."""
+    """Return the row of the table that a module falls under; the packages' own `__init__.py` hold nothing and
+    have none.
+    """
     return max((package for package in ALLOWED if within(module, (package,))), key=len, default=None)
 
 
@@ -129,7 +189,9 @@ def faults(found: Import) -> list[str]:
             else [f"{found.where}; no row for it"]
         )
     told = []
-    if within(found.name, ("harness", "medusa_impl")) and not within(found.name, (row, *ALLOWED[row], *FOR_ALL)):
+    if within(found.name, ("harness", "medusa_impl")) and not within(
+        found.name, (row, *ALLOWED[row], *FOR_ALL)
+    ):
         told.append(f"{found.where}, which {row} may not")
     is_pure = within(found.importer, tuple(f"harness.{name}" for name in PURE) + PURE_METHOD)
     if found.at_top and is_pure and within(found.name, HEAVY):
@@ -174,19 +236,29 @@ def test_a_planted_import_is_found(importer: str, line: str, inside: str) -> Non
     told = [fault for found in imports_of(path, planted) for fault in faults(found)]
     may_load_late = "torch" in line and inside == "in a function"
     assert bool(told) != may_load_late
-    assert all(fault.startswith(f"{importer}:{1 if inside == 'at the top' else 2} imports ") for fault in told)
+    assert all(
+        fault.startswith(f"{importer}:{1 if inside == 'at the top' else 2} imports ") for fault in told
+    )
 
 
 def test_the_pure_packages_load_without_torch() -> None:
     names = [module_of(path) for path in source_files()]
-    pure = [name for name in names if within(name, (*tuple(f"harness.{one}" for one in PURE), *GROUND, *PURE_METHOD))]
+    pure = [
+        name
+        for name in names
+        if within(name, (*tuple(f"harness.{one}" for one in PURE), *GROUND, *PURE_METHOD))
+    ]
     imports = f"import importlib, sys\nfor name in {pure!r}: importlib.import_module(name)\n"
     code = imports + f"print([name for name in {HEAVY!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+    )
     assert len(pure) > 60 and done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", [path for path in source_files() if path.parts[-2] != "tests"], ids=module_of)
+@pytest.mark.parametrize(
+    "path", [path for path in source_files() if path.parts[-2] != "tests"], ids=module_of
+)
 def test_the_method_reads_no_clock_but_for_progress(path: Path) -> None:
     """Only the trainers' log knows the time, and takes the clock as an argument."""
     if module_of(path).startswith("medusa_impl"):
@@ -197,7 +269,9 @@ NUM_MODULES, NUM_LINES = 14, 400
 
 
 def test_no_folder_and_no_file_grows_past_what_a_person_holds() -> None:
-    """Twelve modules a folder is the aim; two more leave room until somebody splits it. The list of checks may be long."""
+    """Twelve modules a folder is the aim; two more leave room until somebody splits it. The list of checks
+    may be long.
+    """
     counts: dict[str, int] = {}
     for path in source_files():
         folder = path.parent.relative_to(ROOT).as_posix()
@@ -205,4 +279,6 @@ def test_no_folder_and_no_file_grows_past_what_a_person_holds() -> None:
             counts[folder] = counts.get(folder, 0) + 1
     assert {folder: count for folder, count in counts.items() if count > NUM_MODULES} == {}
     lines = {module_of(path): path.read_text(encoding="utf-8").count("\n") for path in source_files()}
-    assert {name: count for name, count in lines.items() if count > NUM_LINES and name != "harness.judge.checks"} == {}
+    assert {
+        name: count for name, count in lines.items() if count > NUM_LINES and name != "harness.judge.checks"
+    } == {}

@@ -29,7 +29,9 @@ def hold_folder(folder: Path, started: object, done: object) -> None:
         done.wait(60)  # type: ignore[attr-defined]
 
 
-def test_a_second_run_waits_for_the_device_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_waits_for_the_device_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     context = multiprocessing.get_context("spawn")

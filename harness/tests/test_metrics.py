@@ -50,7 +50,10 @@ def test_counts_come_first(exact: RunRecord, metrics: dict[str, ArmMetrics]) -> 
     generations = [row for row in exact.generations if row.trial.arm == "typical"]
     row = metrics["typical"]
     assert (row.num_generations, row.num_prompts, row.num_failures) == (16 * 2 * 2, 16, 0)
-    assert (row.tokens, row.steps) == (sum(g.num_tokens for g in generations), sum(g.num_steps for g in generations))
+    assert (row.tokens, row.steps) == (
+        sum(g.num_tokens for g in generations),
+        sum(g.num_steps for g in generations),
+    )
     assert row.acceleration_rate.estimate == pytest.approx((row.tokens - row.num_generations) / row.steps)
     assert row.acceleration_rate.num_prompts == 16
 
@@ -62,7 +65,9 @@ def test_vanilla_yields_one_token_a_step_exactly(metrics: dict[str, ArmMetrics])
     assert metrics["vanilla"].num_nodes == 1
 
 
-def test_a_greedy_arm_yields_what_the_replay_of_its_tree_says(exact: RunRecord, metrics: dict[str, ArmMetrics]) -> None:
+def test_a_greedy_arm_yields_what_the_replay_of_its_tree_says(
+    exact: RunRecord, metrics: dict[str, ArmMetrics]
+) -> None:
     for arm in ("chain", "cartesian", "optimised_64"):
         assert metrics[arm].replayed_tokens_per_step == pytest.approx(metrics[arm].acceleration_rate.estimate)
         assert metrics[arm].calibrated_tokens_per_step == exact.trees[arm].predicted_tokens_per_step
@@ -81,7 +86,9 @@ def test_speed_figures_of_an_arm(metrics: dict[str, ArmMetrics]) -> None:
     assert (row.peak_memory_bytes, row.cache_bytes) == (1_500_000_000, 20_000_000)
 
 
-def test_speedup_overhead_and_identity(metrics: dict[str, ArmMetrics], compared: dict[str, Comparison]) -> None:
+def test_speedup_overhead_and_identity(
+    metrics: dict[str, ArmMetrics], compared: dict[str, Comparison]
+) -> None:
     assert set(compared) == {"chain", "cartesian", "optimised_64", "hf_greedy", "typical", "rejection"}
     for arm, row in compared.items():
         overhead = STEP_S[arm] / STEP_S[row.baseline]
@@ -93,7 +100,9 @@ def test_speedup_overhead_and_identity(metrics: dict[str, ArmMetrics], compared:
         assert 1 < row.wall_speedup.estimate < row.speedup.estimate or arm == "hf_greedy"
 
 
-def test_speedup_pools_the_seeds_and_rounds_of_a_prompt(exact: RunRecord, compared: dict[str, Comparison]) -> None:
+def test_speedup_pools_the_seeds_and_rounds_of_a_prompt(
+    exact: RunRecord, compared: dict[str, Comparison]
+) -> None:
     own, base = paired_totals(exact, "typical", baseline="vanilla_sampled", timed=True)
     assert [row.prompt_key for row in own] == [row.prompt_key for row in base]
     assert len(own) == compared["typical"].speedup.num_prompts == 16
@@ -101,11 +110,15 @@ def test_speedup_pools_the_seeds_and_rounds_of_a_prompt(exact: RunRecord, compar
 
 
 def test_only_shared_prompts_are_paired(tmp_path: Path) -> None:
-    """A prompt that failed in one arm leaves the pair, so that an easy prompt cannot count on one side only."""
+    """A prompt that failed in one arm leaves the pair, so that an easy prompt cannot count on one side
+    only.
+    """
 
     def drop_first_prompt_of_chain(parts: FakeParts) -> None:
         first = parts.outcomes[0].trial.prompt_key
-        parts.outcomes = [row for row in parts.outcomes if (row.trial.arm, row.trial.prompt_key) != ("chain", first)]
+        parts.outcomes = [
+            row for row in parts.outcomes if (row.trial.arm, row.trial.prompt_key) != ("chain", first)
+        ]
 
     record = write_fake_record(tmp_path, spoil=drop_first_prompt_of_chain, jitter=0)
     rows = {row.arm: row for row in comparisons(record)}
@@ -116,7 +129,9 @@ def test_only_shared_prompts_are_paired(tmp_path: Path) -> None:
 
 def test_invalid_timings_leave_the_times_and_keep_the_counts(tmp_path: Path) -> None:
     def slow_and_marked(parts: FakeParts) -> None:
-        parts.edit(lambda row: {"timing_valid": False, "step_times_s": (9.0,) * row.num_steps}, arm="chain", limit=3)
+        parts.edit(
+            lambda row: {"timing_valid": False, "step_times_s": (9.0,) * row.num_steps}, arm="chain", limit=3
+        )
 
     record = write_fake_record(tmp_path, spoil=slow_and_marked, jitter=0)
     row = next(row for row in arm_metrics(record) if row.arm == "chain")
@@ -127,11 +142,15 @@ def test_invalid_timings_leave_the_times_and_keep_the_counts(tmp_path: Path) -> 
     assert sum(kept.values()) > sum(timed.values())
 
 
-def test_separately_timed_steps(exact: RunRecord, metrics: dict[str, ArmMetrics], compared: dict[str, Comparison]) -> None:
+def test_separately_timed_steps(
+    exact: RunRecord, metrics: dict[str, ArmMetrics], compared: dict[str, Comparison]
+) -> None:
     nodes = metrics["cartesian"].num_nodes
     assert metrics["cartesian"].step_cost == pytest.approx(node_cost(nodes))
     assert compared["cartesian"].separate_overhead == pytest.approx(STEP_S["cartesian"] / STEP_S["vanilla"])
-    assert compared["typical"].separate_overhead == pytest.approx(STEP_S["typical"] / STEP_S["vanilla_sampled"])
+    assert compared["typical"].separate_overhead == pytest.approx(
+        STEP_S["typical"] / STEP_S["vanilla_sampled"]
+    )
     assert separate_costs(exact, "hf_greedy").step_cost is None
 
 
@@ -169,7 +188,14 @@ def test_a_suite_without_speed_has_counts_and_no_times(tmp_path: Path) -> None:
     assert comparisons(record) == ()
     for row in arm_metrics(record):
         assert row.acceleration_rate.estimate >= 1
-        speeds = (row.tokens_per_s, row.wall_tokens_per_s, row.first_token_s, row.step_p50_s, row.step_p95_s, row.step_cost)
+        speeds = (
+            row.tokens_per_s,
+            row.wall_tokens_per_s,
+            row.first_token_s,
+            row.step_p50_s,
+            row.step_p95_s,
+            row.step_cost,
+        )
         assert (*speeds, row.bandwidth_share) == (None,) * 7
         assert all(category.speedup is None for category in row.categories)
         assert "no speed is reported" in row.diagnosis
@@ -187,7 +213,9 @@ def test_an_arm_that_only_failed_has_no_figures_and_the_others_go_on(tmp_path: P
     def fail_chain(parts: FakeParts) -> None:
         for index, row in enumerate(parts.outcomes):
             if row.trial.arm == "chain":
-                parts.outcomes[index] = Failure(trial=row.trial, order=row.order, error_type="OutOfMemoryError", message="made up")
+                parts.outcomes[index] = Failure(
+                    trial=row.trial, order=row.order, error_type="OutOfMemoryError", message="made up"
+                )
 
     record = write_fake_record(tmp_path, spoil=fail_chain, num_prompts=4)
     rows = {row.arm: row for row in arm_metrics(record)}
@@ -227,9 +255,29 @@ def an_interval(estimate: float) -> Interval:
 @pytest.mark.parametrize(
     ("rate", "overhead", "step_cost", "baseline_share", "line"),
     [
-        (1.9, 3.1, 1.2, 0.8, "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear heads and bookkeeping)"),
-        (1.9, 3.1, 3.0, 0.8, "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear verification)"),
-        (1.1, 1.2, 1.1, 0.8, "slower than vanilla: a step costs 1.20x and yields 1.10 tokens; needs > 1.20 (low acceptance)"),
+        (
+            1.9,
+            3.1,
+            1.2,
+            0.8,
+            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear heads and "
+            "bookkeeping)",
+        ),
+        (
+            1.9,
+            3.1,
+            3.0,
+            0.8,
+            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear "
+            "verification)",
+        ),
+        (
+            1.1,
+            1.2,
+            1.1,
+            0.8,
+            "slower than vanilla: a step costs 1.20x and yields 1.10 tokens; needs > 1.20 (low acceptance)",
+        ),
         (1.2, 1.1, 1.1, 0.8, "low acceptance: a step costs 1.10x and yields 1.20 tokens"),
         (2.6, 1.9, 1.8, 0.8, "dear verification: a step costs 1.90x and yields 2.60 tokens"),
         (2.6, 1.1, 1.05, 0.2, "slow baseline: a step costs 1.10x and yields 2.60 tokens"),
@@ -237,7 +285,9 @@ def an_interval(estimate: float) -> Interval:
         (2.6, 1.2, None, None, "balanced: a step costs 1.20x and yields 2.60 tokens"),
     ],
 )
-def test_diagnosis(rate: float, overhead: float, step_cost: float | None, baseline_share: float | None, line: str) -> None:
+def test_diagnosis(
+    rate: float, overhead: float, step_cost: float | None, baseline_share: float | None, line: str
+) -> None:
     comparison = Comparison(
         arm="medusa",
         baseline="vanilla",
@@ -258,9 +308,18 @@ def test_diagnosis(rate: float, overhead: float, step_cost: float | None, baseli
     assert found == line
 
 
-@pytest.mark.parametrize(("share", "words"), [(0.2, "slow baseline: reads its weights at 20%"), (0.8, "memory-bound baseline")])
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.2, "slow baseline: reads its weights at 20%"), (0.8, "memory-bound baseline")]
+)
 def test_diagnosis_of_a_baseline(share: float, words: str) -> None:
-    line = diagnose(acceleration_rate=1, comparison=None, drafts=False, step_cost=1, bandwidth_share=share, baseline_bandwidth_share=None)
+    line = diagnose(
+        acceleration_rate=1,
+        comparison=None,
+        drafts=False,
+        step_cost=1,
+        bandwidth_share=share,
+        baseline_bandwidth_share=None,
+    )
     assert line.startswith(words)
 
 

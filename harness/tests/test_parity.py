@@ -39,20 +39,31 @@ def set_gap(parts: FakeParts, gap: float) -> None:
 
 def test_an_unspoilt_record_is_identical(tmp_path: Path) -> None:
     report = parity_report(write_fake_record(tmp_path, num_prompts=NUM_PROMPTS))
-    assert report.num_compared == report.num_identical == 4 * NUM_PROMPTS * 2  # chain, cartesian, optimised_64, hf_greedy; two rounds
+    # chain, cartesian, optimised_64, hf_greedy; two rounds
+    assert report.num_compared == report.num_identical == 4 * NUM_PROMPTS * 2
     assert report.divergences == ()
     assert report.num_tokens > 0
 
 
-@pytest.mark.parametrize(("gap", "kind"), [(TIE_MARGIN_FLOAT32 * 0.9, "tie"), (TIE_MARGIN_FLOAT32 * 1.1, "bug")])
-def test_the_first_divergence_is_classed_by_the_gap_of_its_reference(gap: float, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gap", "kind"), [(TIE_MARGIN_FLOAT32 * 0.9, "tie"), (TIE_MARGIN_FLOAT32 * 1.1, "bug")]
+)
+def test_the_first_divergence_is_classed_by_the_gap_of_its_reference(
+    gap: float, kind: str, tmp_path: Path
+) -> None:
     def spoil(parts: FakeParts) -> None:
         set_gap(parts, gap)
         assert parts.edit(change_token, arm="chain", prompt_key=KEY, limit=1) == 1
 
     report = parity_report(write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS))
     (row,) = report.divergences
-    assert (row.arm, row.reference, row.prompt_key, row.position, row.kind) == ("chain", "vanilla", KEY, 9, kind)
+    assert (row.arm, row.reference, row.prompt_key, row.position, row.kind) == (
+        "chain",
+        "vanilla",
+        KEY,
+        9,
+        kind,
+    )
     assert row.gap == pytest.approx(gap)
     assert report.num_identical == report.num_compared - 1
 
@@ -69,7 +80,9 @@ def test_a_wider_margin_is_an_argument_for_half_precision(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("gap", "kind"), [(0.24, "tie"), (0.26, "bug")])
-def test_half_precision_takes_its_margin_from_the_measured_rounding(gap: float, kind: str, tmp_path: Path) -> None:
+def test_half_precision_takes_its_margin_from_the_measured_rounding(
+    gap: float, kind: str, tmp_path: Path
+) -> None:
     def spoil(parts: FakeParts) -> None:
         set_gap(parts, gap)
         parts.rounding = fake_rounding(0.125)
@@ -79,7 +92,11 @@ def test_half_precision_takes_its_margin_from_the_measured_rounding(gap: float, 
     report = parity_report(record)
     assert [row.kind for row in report.divergences] == [kind] * 2  # two rounds
     assert report.rounding is not None and TIE_SHIFTS == 2
-    assert (report.rounding.dtype, report.rounding.largest_shift, report.rounding.tie_margin) == ("bfloat16", 0.125, 0.25)
+    assert (report.rounding.dtype, report.rounding.largest_shift, report.rounding.tie_margin) == (
+        "bfloat16",
+        0.125,
+        0.25,
+    )
     assert record.trace is not None
     num_below = NUM_PROMPTS if kind == "tie" else 0  # one place a prompt has that gap, the others 5
     assert report.rounding.share_below == pytest.approx(num_below / record.trace.num_positions)
@@ -89,7 +106,9 @@ def test_half_precision_takes_its_margin_from_the_measured_rounding(gap: float, 
 
 @pytest.mark.parametrize(("listed", "kind"), [(True, "tie"), (False, "bug")])
 def test_only_a_token_that_rounding_may_put_first_is_a_tie(listed: bool, kind: str, tmp_path: Path) -> None:
-    """Four places in ten of a bfloat16 text have a close second: without its id any wrong token would pass there."""
+    """Four places in ten of a bfloat16 text have a close second: without its id any wrong token would pass
+    there.
+    """
 
     def spoil(parts: FakeParts) -> None:
         set_gap(parts, 0.2)
@@ -171,7 +190,10 @@ def split_a_step(generation: Generation, *, since: int = 0) -> dict[str, Any]:
     steps = generation.step_tokens
     at = next(index for index, kept in enumerate(steps) if kept > 1 and 1 + sum(steps[:index]) >= since)
     times = generation.step_times_s
-    return {"step_tokens": (*steps[:at], 1, steps[at] - 1, *steps[at + 1 :]), "step_times_s": (*times[:at], times[at], *times[at:])}
+    return {
+        "step_tokens": (*steps[:at], 1, steps[at] - 1, *steps[at + 1 :]),
+        "step_times_s": (*times[:at], times[at], *times[at:]),
+    }
 
 
 def test_replay_equals_decode_on_an_unspoilt_record(tmp_path: Path) -> None:
@@ -197,7 +219,9 @@ def test_a_split_step_is_found_where_it_starts(tmp_path: Path) -> None:
 
 def test_the_same_number_of_steps_in_another_order_is_a_difference(tmp_path: Path) -> None:
     def spoil(parts: FakeParts) -> None:
-        parts.edit(lambda row: {"step_tokens": tuple(sorted(row.step_tokens))}, arm="chain", prompt_key=KEY, limit=1)
+        parts.edit(
+            lambda row: {"step_tokens": tuple(sorted(row.step_tokens))}, arm="chain", prompt_key=KEY, limit=1
+        )
 
     (row,) = replay_differences(write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS))
     assert row.decoded_steps == row.replayed_steps
@@ -207,9 +231,13 @@ def test_the_same_number_of_steps_in_another_order_is_a_difference(tmp_path: Pat
 def test_a_shown_tie_of_the_texts_or_of_a_heads_candidates_excuses_other_steps(tmp_path: Path) -> None:
     def part_at_a_tie(parts: FakeParts) -> None:
         set_gap(parts, 0.0)
-        parts.edit(lambda row: change_token(row) | split_a_step(row, since=9), arm="chain", prompt_key=KEY, limit=1)
+        parts.edit(
+            lambda row: change_token(row) | split_a_step(row, since=9), arm="chain", prompt_key=KEY, limit=1
+        )
 
-    (row,) = replay_differences(write_fake_record(tmp_path / "texts", spoil=part_at_a_tie, num_prompts=NUM_PROMPTS))
+    (row,) = replay_differences(
+        write_fake_record(tmp_path / "texts", spoil=part_at_a_tie, num_prompts=NUM_PROMPTS)
+    )
     assert row.kind == "tie"
 
     def name_head_tie(parts: FakeParts, *, position: int) -> None:
@@ -218,8 +246,14 @@ def test_a_shown_tie_of_the_texts_or_of_a_heads_candidates_excuses_other_steps(t
         parts.trace = Trace(provenance=provenance, prompts=parts.trace.prompts)
         parts.edit(lambda generation: split_a_step(generation, since=9), arm="chain", prompt_key=KEY, limit=1)
 
-    there = write_fake_record(tmp_path / "there", spoil=lambda parts: name_head_tie(parts, position=row.position), num_prompts=NUM_PROMPTS)
-    elsewhere = write_fake_record(tmp_path / "elsewhere", spoil=lambda parts: name_head_tie(parts, position=30), num_prompts=NUM_PROMPTS)
+    there = write_fake_record(
+        tmp_path / "there",
+        spoil=lambda parts: name_head_tie(parts, position=row.position),
+        num_prompts=NUM_PROMPTS,
+    )
+    elsewhere = write_fake_record(
+        tmp_path / "elsewhere", spoil=lambda parts: name_head_tie(parts, position=30), num_prompts=NUM_PROMPTS
+    )
     assert [difference.kind for difference in replay_differences(there)] == ["tie"]
     assert [difference.kind for difference in replay_differences(elsewhere)] == ["bug"]
 
@@ -236,7 +270,9 @@ def test_a_step_that_differs_before_the_texts_part_is_a_bug(tmp_path: Path) -> N
 
         assert parts.trace is not None
         gaps = [np.zeros(prompt.num_kept_tokens, dtype=np.float32) for prompt in parts.trace.prompts]
-        prompts = tuple(replace(prompt, gaps=gap) for prompt, gap in zip(parts.trace.prompts, gaps, strict=True))
+        prompts = tuple(
+            replace(prompt, gaps=gap) for prompt, gap in zip(parts.trace.prompts, gaps, strict=True)
+        )
         parts.trace = Trace(provenance=parts.trace.provenance, prompts=prompts)
         parts.edit(change, arm="chain", prompt_key=KEY, limit=1)
 
@@ -246,8 +282,12 @@ def test_a_step_that_differs_before_the_texts_part_is_a_bug(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("lowest", "highest", "kind"), [(0, 1, "tie"), (0, 0, "bug")])
-def test_a_step_is_a_tie_only_if_the_listed_ranks_allow_its_length(lowest: int, highest: int, kind: str, tmp_path: Path) -> None:
-    """A chain keeps a head's token at rank 0; at rank 1 it stops, and the rest of the step is a step of its own."""
+def test_a_step_is_a_tie_only_if_the_listed_ranks_allow_its_length(
+    lowest: int, highest: int, kind: str, tmp_path: Path
+) -> None:
+    """A chain keeps a head's token at rank 0; at rank 1 it stops, and the rest of the step is a step of its
+    own.
+    """
 
     def spoil(parts: FakeParts) -> None:
         assert parts.trace is not None
@@ -289,7 +329,11 @@ def test_a_step_is_a_tie_only_if_the_listed_ranks_allow_its_length(lowest: int, 
 def test_the_lengths_that_ranges_allow_are_those_of_every_assignment_of_ranks(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_tokens, num_heads = 6, 3
-    tree = (DraftTree.chain(3), DraftTree.cartesian((2, 2)), DraftTree.from_paths([(1,), (2,), (1, 0), (1, 2), (1, 0, 1)]))[seed % 3]
+    tree = (
+        DraftTree.chain(3),
+        DraftTree.cartesian((2, 2)),
+        DraftTree.from_paths([(1,), (2,), (1, 0), (1, 2), (1, 0, 1)]),
+    )[seed % 3]
     beyond = np.arange(1, num_tokens + 1)[:, None] + np.arange(1, num_heads + 1) > num_tokens
     lowest = np.where(beyond, -1, rng.integers(0, 3, size=(num_tokens, num_heads)))
     highest = np.where(beyond, -1, lowest + rng.integers(0, 3, size=(num_tokens, num_heads)))
@@ -297,11 +341,24 @@ def test_the_lengths_that_ranges_allow_are_those_of_every_assignment_of_ranks(se
     for position in range(1, num_tokens):
         row = position - 1
         possible = set()
-        for ranks in itertools.product(*(range(lowest[row, head], highest[row, head] + 1) for head in range(num_heads))):
-            assigned = np.where(beyond, -1, 9).astype(np.int32)  # all rows but this one end a step at once, so that one starts here
+        for ranks in itertools.product(
+            *(range(lowest[row, head], highest[row, head] + 1) for head in range(num_heads))
+        ):
+            # all rows but this one end a step at once, so that one starts here
+            assigned = np.where(beyond, -1, 9).astype(np.int32)
             assigned[row] = ranks
-            prompt = PromptTrace(key="p", category=None, prompt_tokens=1, tokens=np.arange(num_tokens), ended_by="budget", ranks=assigned)
-            trace = Trace(provenance=TraceProvenance(model_hash="b", heads_hash="h", dtype="float32", max_new_tokens=6), prompts=(prompt,))
+            prompt = PromptTrace(
+                key="p",
+                category=None,
+                prompt_tokens=1,
+                tokens=np.arange(num_tokens),
+                ended_by="budget",
+                ranks=assigned,
+            )
+            trace = Trace(
+                provenance=TraceProvenance(model_hash="b", heads_hash="h", dtype="float32", max_new_tokens=6),
+                prompts=(prompt,),
+            )
             replayed = replay(trace, tree)
             assert replayed.positions[row] == position
             possible.add(int(replayed.acceptance_lengths[row]))

@@ -31,7 +31,9 @@ def test_a_block_is_one_prompt_in_one_round_with_every_arm_and_seed() -> None:
     blocks = [(number, list(block)) for number, block in groupby(plan, key=lambda trial: trial.block)]
     assert [number for number, _ in blocks] == list(range(2 * len(KEYS)))
     for number, block in blocks:
-        assert {(trial.trial.prompt_key, trial.trial.round) for trial in block} == {(KEYS[number % len(KEYS)], number // len(KEYS))}
+        assert {(trial.trial.prompt_key, trial.trial.round) for trial in block} == {
+            (KEYS[number % len(KEYS)], number // len(KEYS))
+        }
         assert {(trial.trial.arm, trial.trial.seed) for trial in block} == wanted
 
 

@@ -26,7 +26,10 @@ from medusa_impl.tree import DraftTree
 
 def test_device_limits_are_work_over_the_best_time() -> None:
     """On a clock that takes one second for everything, the limits are the work itself."""
-    with patch.object(limits_module, "_BANDWIDTH_BYTES", 4096), patch.object(limits_module, "_MATMUL_SIZE", 10):
+    with (
+        patch.object(limits_module, "_BANDWIDTH_BYTES", 4096),
+        patch.object(limits_module, "_MATMUL_SIZE", 10),
+    ):
         limits = measure_device_limits(torch.device("cpu"), torch.float32, clock=TickClock())
     assert limits.read_bandwidth_bytes_per_s == 4096 and limits.matmul_flop_per_s == 2000
     assert "10-square" in limits.method and "doubled" not in limits.method
@@ -46,15 +49,24 @@ def test_work_grows_until_launches_and_waits_do_not_show() -> None:
 
 
 def test_growth_stops_at_the_best_size_at_long_work_and_at_the_last_size() -> None:
-    seconds = {1: 0.001, 2: 0.001, 4: 0.003}  # a work of 8 would be an error: the third size is slower, so none larger is tried
+    # a work of 8 would be an error: the third size is slower, so none larger is tried
+    seconds = {
+        1: 0.001,
+        2: 0.001,
+        4: 0.003,
+    }
     assert limits_module.plateau(lambda size: seconds[size], float, sizes=[1, 2, 4, 8]) == (2, 0.001)
     assert limits_module.plateau(lambda size: seconds[size], float, sizes=[1]) == (1, 0.001)
-    assert limits_module.plateau(lambda size: {1: 0.01, 2: 0.05}[size], lambda size: float(size**3), sizes=[1, 2, 4]) == (2, 0.05)
+    assert limits_module.plateau(
+        lambda size: {1: 0.01, 2: 0.05}[size], lambda size: float(size**3), sizes=[1, 2, 4]
+    ) == (2, 0.05)
 
 
 def test_sizes_double_as_far_as_they_fit() -> None:
     assert limits_module._doublings(3, lambda size: size <= 24) == [3, 6, 12, 24]
-    assert limits_module._doublings(3, lambda size: False) == [3], "a device with little room still has figures"
+    assert limits_module._doublings(3, lambda size: False) == [3], (
+        "a device with little room still has figures"
+    )
 
 
 @pytest.mark.gpu
@@ -63,7 +75,9 @@ def test_limits_of_a_gpu_are_those_of_its_largest_work() -> None:
     clock = device_clock(device)
     limits = measure_device_limits(device, torch.bfloat16, clock=clock)
     assert "doubled" in limits.method and "1536-square" not in limits.method
-    assert limits.read_bandwidth_bytes_per_s > 0.95 * 2**29 / limits_module._read_seconds(2**29, device=device, clock=clock)
+    assert limits.read_bandwidth_bytes_per_s > 0.95 * 2**29 / limits_module._read_seconds(
+        2**29, device=device, clock=clock
+    )
 
 
 def test_step_costs_are_those_of_their_nodes(engine: Engine) -> None:
@@ -83,7 +97,9 @@ def test_arm_steps_are_timed_behind_the_context_and_after_the_first(engine: Engi
     context = texts_of(engine, budget=30, count=1)[0]
     prompt = (*context.prompt_ids, *context.token_ids[:15])
     with WorkClock(engine.loaded.model) as clock:
-        runner = ArmRunner(engine, arm, tree=tree, max_new_tokens=40, max_prompt_tokens=len(prompt), clock=clock)
+        runner = ArmRunner(
+            engine, arm, tree=tree, max_new_tokens=40, max_prompt_tokens=len(prompt), clock=clock
+        )
         cost = probes.measure_arm_steps(runner, prompt, num_steps=3, seed=None, clock=clock)
     assert (cost.arm, cost.num_nodes, cost.num_heads, cost.context_tokens) == ("chain", 5, 4, len(prompt))
     assert cost.step_s == cost.backbone_s == (5.0,) * 3
@@ -93,7 +109,9 @@ def test_arm_steps_end_with_the_text(engine: Engine) -> None:
     arm = smoke_suite().arm("vanilla")
     prompt = suite_prompts(smoke_suite(), engine.loaded)[0].prompt_ids
     with WorkClock(engine.loaded.model) as clock:
-        runner = ArmRunner(engine, arm, tree=None, max_new_tokens=4, max_prompt_tokens=len(prompt), clock=clock)
+        runner = ArmRunner(
+            engine, arm, tree=None, max_new_tokens=4, max_prompt_tokens=len(prompt), clock=clock
+        )
         cost = probes.measure_arm_steps(runner, prompt, num_steps=50, seed=None, clock=clock)
     assert cost.step_s == (1.0, 1.0) and cost.num_heads == 0  # of three steps the first is left out
 
@@ -102,17 +120,35 @@ def test_profile_gives_the_backbone_all_of_a_clock_that_only_it_moves(engine: En
     prompts = [prompt.prompt_ids for prompt in suite_prompts(smoke_suite(), engine.loaded)[:2]]
     for name, tree in (("vanilla", None), ("chain", DraftTree.chain(4))):
         with WorkClock(engine.loaded.model) as clock:
-            runner = ArmRunner(engine, smoke_suite().arm(name), tree=tree, max_new_tokens=16, max_prompt_tokens=40, clock=clock)
+            runner = ArmRunner(
+                engine,
+                smoke_suite().arm(name),
+                tree=tree,
+                max_new_tokens=16,
+                max_prompt_tokens=40,
+                clock=clock,
+            )
             row = probes.profile_arm(runner, prompts, seed=None, clock=clock)
-        assert row.arm == name and row.step_s == row.backbone_s == row.num_steps * (tree.num_nodes if tree else 1)
+        assert row.arm == name and row.step_s == row.backbone_s == row.num_steps * (
+            tree.num_nodes if tree else 1
+        )
         assert row.own_code_share == 0
 
 
 def test_profile_counts_every_section(engine: Engine) -> None:
-    """On a clock that ticks at each reading, every section takes a second for each time that it is entered."""
+    """On a clock that ticks at each reading, every section takes a second for each time that it is
+    entered.
+    """
     prompt = suite_prompts(smoke_suite(), engine.loaded)[0].prompt_ids
     clock = TickClock()
-    runner = ArmRunner(engine, smoke_suite().arm("chain"), tree=DraftTree.chain(4), max_new_tokens=16, max_prompt_tokens=40, clock=clock)
+    runner = ArmRunner(
+        engine,
+        smoke_suite().arm("chain"),
+        tree=DraftTree.chain(4),
+        max_new_tokens=16,
+        max_prompt_tokens=40,
+        clock=clock,
+    )
     row = probes.profile_arm(runner, [prompt], seed=None, clock=clock)
     parts = (row.backbone_s, row.heads_s, row.candidates_s, row.acceptance_s, row.cache_s)
     assert all(part >= row.num_steps and part % row.num_steps == 0 for part in parts)
@@ -121,11 +157,20 @@ def test_profile_counts_every_section(engine: Engine) -> None:
 
 
 def control_texts(engine: Engine) -> list[KeptText]:
-    runner = ArmRunner(engine, smoke_suite().arm("vanilla"), tree=None, max_new_tokens=48, max_prompt_tokens=40, clock=TickClock())
+    runner = ArmRunner(
+        engine,
+        smoke_suite().arm("vanilla"),
+        tree=None,
+        max_new_tokens=48,
+        max_prompt_tokens=40,
+        clock=TickClock(),
+    )
     texts = []
     for prompt in warmup_prompts(smoke_suite(), engine.loaded):
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+        texts.append(
+            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
+        )
     return texts
 
 
@@ -134,7 +179,9 @@ def test_trained_heads_beat_random_ones(engine: Engine) -> None:
     control = probes.control_heads(engine, texts)
     assert control.num_positions == len(texts) * 47
     assert len(control.trained_top1) == len(control.random_top1) == len(control.identity_top1) == 4
-    assert all(trained > random for trained, random in zip(control.trained_top1, control.random_top1, strict=True))
+    assert all(
+        trained > random for trained, random in zip(control.trained_top1, control.random_top1, strict=True)
+    )
     assert probes.control_heads(engine, texts) == control
     other = probes.control_heads(engine, texts, seed=1)
     assert other.random_top1 != control.random_top1 and other.trained_top1 == control.trained_top1
@@ -154,7 +201,9 @@ def test_likelihood_is_the_mean_of_token_log_probabilities(engine: Engine) -> No
     with engine.runner.stock() as model, torch.inference_mode():
         total = 0.0
         for place, token in enumerate(sampled.token_ids):
-            logits = model(input_ids=torch.tensor([[*text.prompt_ids, *sampled.token_ids[:place]]])).logits[0, -1]
+            logits = model(input_ids=torch.tensor([[*text.prompt_ids, *sampled.token_ids[:place]]])).logits[
+                0, -1
+            ]
             total += math.log(torch.softmax(logits.double(), -1)[token])
     assert probes.mean_log_likelihood(engine, sampled) == pytest.approx(total / 4, abs=1e-4)
 

@@ -42,7 +42,9 @@ def gzipped(path: Path, text: str) -> Path:
 
 def test_mt_bench_with_references(tmp_path: Path) -> None:
     questions = json_lines(tmp_path / "question.jsonl", QUESTIONS)
-    references = json_lines(tmp_path / "reference.jsonl", [{"question_id": 111, "choices": [{"turns": ["4", "12"]}]}])
+    references = json_lines(
+        tmp_path / "reference.jsonl", [{"question_id": 111, "choices": [{"turns": ["4", "12"]}]}]
+    )
     first, second = load_mt_bench(questions, reference_file=references)
     assert (first.key, first.category, first.turns, first.reference) == (
         "mt_bench-81",
@@ -84,7 +86,10 @@ def test_human_eval(tmp_path: Path) -> None:
     assert prompt.turns[0].endswith("```python\ndef one():\n```")
 
 
-@pytest.mark.parametrize("content", [b"no gzip at all", gzip.compress(b"{}\n")[:-9], gzip.compress(b"{}\n"), gzip.compress(b"{half\n")])
+@pytest.mark.parametrize(
+    "content",
+    [b"no gzip at all", gzip.compress(b"{}\n")[:-9], gzip.compress(b"{}\n"), gzip.compress(b"{half\n")],
+)
 def test_human_eval_that_cannot_be_read(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tasks.gz").write_bytes(content)
     with pytest.raises(UserError, match="no readable tasks") as caught:
@@ -137,7 +142,10 @@ def test_own_prompts_need_a_file(name: str, tmp_path: Path) -> None:
 
 
 def prompts_of(*categories: str) -> list[BenchmarkPrompt]:
-    return [BenchmarkPrompt(key=f"{category}{number}", category=category, turns=("x",)) for number, category in enumerate(categories)]
+    return [
+        BenchmarkPrompt(key=f"{category}{number}", category=category, turns=("x",))
+        for number, category in enumerate(categories)
+    ]
 
 
 def test_selection_takes_categories_in_turn_so_that_a_limit_stays_balanced() -> None:
@@ -145,7 +153,12 @@ def test_selection_takes_categories_in_turn_so_that_a_limit_stays_balanced() -> 
     assert [prompt.key for prompt in select_prompts(prompts)] == ["a0", "b3", "c5", "a1", "b4", "a2"]
     assert [prompt.key for prompt in select_prompts(prompts, limit=3)] == ["a0", "b3", "c5"]
     assert [prompt.key for prompt in select_prompts(prompts, per_category=1)] == ["a0", "b3", "c5"]
-    assert [prompt.key for prompt in select_prompts(prompts, per_category=2, limit=4)] == ["a0", "b3", "c5", "a1"]
+    assert [prompt.key for prompt in select_prompts(prompts, per_category=2, limit=4)] == [
+        "a0",
+        "b3",
+        "c5",
+        "a1",
+    ]
 
 
 def test_a_limit_takes_a_prefix() -> None:
@@ -169,7 +182,9 @@ class ChatTokenizer(PlainTokenizer):
     chat_template = "<user>{}<assistant>"  # type: ignore[assignment]
 
     def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> dict[str, list[int]]:
-        assert options == {"add_generation_prompt": True, "return_dict": True} and messages[0]["role"] == "user"
+        assert (
+            options == {"add_generation_prompt": True, "return_dict": True} and messages[0]["role"] == "user"
+        )
         return self(f"<user>{messages[0]['content']}<assistant>")
 
 
@@ -182,7 +197,9 @@ def test_overlap_is_found_whatever_its_case_and_punctuation() -> None:
     benchmark = ["Describe a vivid and unique character, using strong imagery and creative language."]
     clean = ["Describe a market in the rain.", "a vivid and unique character using strong pictures"]
     assert overlap_report(clean, benchmark).clean
-    report = overlap_report([*clean, "Please: A VIVID and unique -- character using strong imagery; thanks"], benchmark)
+    report = overlap_report(
+        [*clean, "Please: A VIVID and unique -- character using strong imagery; thanks"], benchmark
+    )
     assert not report.clean
     (overlap,) = report.overlaps  # two n-grams of one pair of prompts are one overlap
     assert (overlap.training, overlap.benchmark) == (2, 0)
@@ -210,8 +227,11 @@ def test_random_prompts_follow_the_plan_seed_and_never_warm_up() -> None:
 
 
 def test_text_prompts_warm_up_with_held_out_training_prompts() -> None:
-    suite = smoke_suite().model_copy(update={"prompts": smoke_suite().prompts.model_copy(update={"source": "mt_bench"})})
-    loaded = LoadedModel(model=None, tokenizer=ChatTokenizer(), name="", sha256="", eos_ids=frozenset(), assets={})  # type: ignore[arg-type]
+    suite = smoke_suite().model_copy(
+        update={"prompts": smoke_suite().prompts.model_copy(update={"source": "mt_bench"})}
+    )
+    no_model: Any = None
+    loaded = LoadedModel(no_model, ChatTokenizer(), name="", sha256="", eos_ids=frozenset(), assets={})
     warmup = warmup_prompts(suite, loaded)
     assert len(warmup) == 4 and len({prompt.category for prompt in warmup}) == 4
     assert "".join(map(chr, warmup[0].prompt_ids)).startswith("<user>")

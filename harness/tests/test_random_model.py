@@ -37,7 +37,9 @@ def _tiny(**changes: Any) -> ShapeSpec:
     return ShapeSpec(**(sizes | changes))
 
 
-def _model(shape: ShapeSpec, *, dtype: torch.dtype = torch.float32, seed: int = 0, num_layers: int | None = None) -> PreTrainedModel:
+def _model(
+    shape: ShapeSpec, *, dtype: torch.dtype = torch.float32, seed: int = 0, num_layers: int | None = None
+) -> PreTrainedModel:
     return random_model(shape, dtype=dtype, device=CPU, seed=seed, num_layers=num_layers)
 
 
@@ -49,8 +51,12 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"model_type": "mistral", "sliding_window": 8}])
-def test_every_family_has_the_shapes_parameters_and_finite_logits(changes: dict[str, Any], tied: bool) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen2"}, {"model_type": "mistral", "sliding_window": 8}]
+)
+def test_every_family_has_the_shapes_parameters_and_finite_logits(
+    changes: dict[str, Any], tied: bool
+) -> None:
     shape = _tiny(**changes, tie_word_embeddings=tied)
     model = _model(shape, dtype=torch.bfloat16)
     assert sum(parameter.numel() for parameter in model.parameters()) == shape.num_parameters

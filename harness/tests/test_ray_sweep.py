@@ -1,4 +1,6 @@
-"""Sweeps on a real Ray cluster of this machine, whose two nodes pretend to have accelerators; workers die and drivers stop."""
+"""Sweeps on a real Ray cluster of this machine, whose two nodes pretend to have accelerators; workers die and
+drivers stop.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,13 @@ VANILLA = SampledTask(SampledSetting(rule="vanilla", temperature=0.7), tree=None
 
 @pytest.fixture(scope="module", autouse=True)
 def steady() -> Iterator[None]:
-    """One state of the checkout for all sweeps, no figures, and a folder for Ray whose sockets have short names, as they must."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    """One state of the checkout for all sweeps, no figures, and a folder for Ray whose sockets have short
+    names, as they must.
+    """
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):
         patch.setenv("RAY_TMPDIR", folder)
         one_state = cache(git_state)
         patch.setattr(harness.measure.sweep.run, "git_state", one_state)
@@ -84,7 +91,12 @@ def latency_data(heads_file: Path) -> dict[str, Any]:
 
 def cluster_data(model: str, **changes: Any) -> dict[str, Any]:
     """A sweep of four settings and two points a type, whose curve is measured on the cluster."""
-    cluster = {"accelerator_types": list(TYPES), "num_gpus": 0, "latency": "latency_tiny.toml", **changes.pop("cluster", {})}
+    cluster = {
+        "accelerator_types": list(TYPES),
+        "num_gpus": 0,
+        "latency": "latency_tiny.toml",
+        **changes.pop("cluster", {}),
+    }
     return sweep_data(
         **{
             "name": "clustered",
@@ -122,13 +134,22 @@ def home(heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_suite(folder / "suite.toml", data)
     write_suite(folder / "latency_tiny.toml", latency_data(heads_file))
     suite = parse_suite(tomli_w.dumps(data), where="the test")
-    trace_suite(suite, suite_file=folder / "suite.toml", out=folder / "trace.npz", limit=None, allow_hub=False, console=QUIET)
+    trace_suite(
+        suite,
+        suite_file=folder / "suite.toml",
+        out=folder / "trace.npz",
+        limit=None,
+        allow_hub=False,
+        console=QUIET,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(steady: None) -> Iterator[str]:
-    """A cluster with a node of each accelerator type, which takes one task at a time; the first is the head."""
+    """A cluster with a node of each accelerator type, which takes one task at a time; the first is the
+    head.
+    """
     from ray.cluster_utils import Cluster
 
     cluster: Any = Cluster()
@@ -179,7 +200,9 @@ def ran_cells(record: SweepRecord) -> list[SampledCell | DecodedCell]:
 
 def swept(home: Path, spec: SweepSpec, results: Path, executor: RayExecutor | None) -> SweepRecord:
     options = SweepOptions(results=results)
-    return SweepRecord(run_sweep(spec, spec_file=home / "sweep.toml", options=options, console=QUIET, executor=executor))
+    return SweepRecord(
+        run_sweep(spec, spec_file=home / "sweep.toml", options=options, console=QUIET, executor=executor)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -203,15 +226,21 @@ def test_a_lost_worker_costs_no_cell_and_repeats_none(record: SweepRecord) -> No
     keys = [cell.key for cell in record.cells]
     assert len(set(keys)) == len(keys) == record.manifest.num_planned == 1 + 4 + 2 * 2  # type: ignore[union-attr]
     places = {cell.tree for cell in record.decoded}
-    assert {cell.key for cell in record.decoded} == {f"decoded {place} on {kind}" for place in places for kind in TYPES}
+    assert {cell.key for cell in record.decoded} == {
+        f"decoded {place} on {kind}" for place in places for kind in TYPES
+    }
     assert len(places) == 2 and record.origin.executor == "ray"
 
 
 def test_cells_say_which_node_ran_them_and_no_file_names_a_host(record: SweepRecord, results: Path) -> None:
     ran = [cell.ran_on for cell in ran_cells(record)]
-    assert all(one is not None and one.device == record.origin.device.model_copy(update={"num_threads": 1}) for one in ran)
+    assert all(
+        one is not None and one.device == record.origin.device.model_copy(update={"num_threads": 1})
+        for one in ran
+    )
     nodes = {(one.accelerator_type, one.node) for one in ran if one is not None}
-    assert {kind for kind, _ in nodes} == set(TYPES) and len(nodes) == len(TYPES)  # each type is a node, and did some of the work
+    # each type is a node, and did some of the work
+    assert {kind for kind, _ in nodes} == set(TYPES) and len(nodes) == len(TYPES)
     written = "".join(path.read_text() for path in results.rglob("*") if path.is_file())
     assert ray.util.get_node_ip_address() not in written and socket.gethostname() not in written
     assert record.run_devices == (f"{record.origin.device.name} (cpu)",)
@@ -236,19 +265,28 @@ def test_points_decode_as_replayed_on_every_type(record: SweepRecord) -> None:
         assert all(row.vanilla_s > 0 and row.composed_medusa_s > 0 for row in cell.rows)
 
 
-def test_a_missing_curve_is_measured_once_on_a_node(record: SweepRecord, results: Path, executor: RayExecutor) -> None:
+def test_a_missing_curve_is_measured_once_on_a_node(
+    record: SweepRecord, results: Path, executor: RayExecutor
+) -> None:
     """Both pretended types are this machine's CPU, so that one record serves both."""
     (folder,) = results.glob("latency/tiny_nodes/*/*")
     assert validate_record(folder) == () and folder in executor.brought
     latency = LatencyRecord(folder)
-    assert (latency.environment.commit, latency.environment.dirty) == (record.origin.commit, record.origin.dirty)
+    assert (latency.environment.commit, latency.environment.dirty) == (
+        record.origin.commit,
+        record.origin.dirty,
+    )
     assert folder.name.endswith(f"-{(record.origin.commit or 'nocommit')[:8]}")
     assert latency.environment.device.name == record.origin.device.name
-    assert f"latency record {folder.name}" in record.origin.inputs and {cell.curve.shape for cell in record.composed} == {record.spec.shape}
+    assert f"latency record {folder.name}" in record.origin.inputs and {
+        cell.curve.shape for cell in record.composed
+    } == {record.spec.shape}
     assert [path.name for path in (results / "latency").iterdir()] == ["tiny_nodes"]
 
 
-def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(record: SweepRecord, executor: RayExecutor) -> None:
+def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(
+    record: SweepRecord, executor: RayExecutor
+) -> None:
     def look() -> tuple[str, list[str], bool, int]:
         import harness.measure.sweep.node
         import harness.paths
@@ -266,7 +304,9 @@ def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(record: Sweep
         return int(module._loaded.cache_info().hits)
 
     for kind in TYPES:
-        heads, packages, has_tests, hits = ray.get(ray.remote(num_cpus=1, accelerator_type=kind)(look).remote())
+        heads, packages, has_tests, hits = ray.get(
+            ray.remote(num_cpus=1, accelerator_type=kind)(look).remote()
+        )
         assert packages == ["harness", "medusa_impl", "suites"] and not has_tests
         assert not heads.startswith(str(Path(__file__).parents[2])) and hits > 0
 
@@ -274,7 +314,9 @@ def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(record: Sweep
 def test_a_stopped_driver_goes_on_where_it_stopped(
     record: SweepRecord, home: Path, results: Path, executor: RayExecutor, tmp_path: Path
 ) -> None:
-    """What arrived before Ctrl-C stays as it is, nothing is run twice, and the curve is not measured again."""
+    """What arrived before Ctrl-C stays as it is, nothing is run twice, and the curve is not measured
+    again.
+    """
     shutil.copytree(results / "latency", tmp_path / "latency")
     arrived = list[str]()
 
@@ -303,13 +345,27 @@ def test_a_stopped_driver_goes_on_where_it_stopped(
 
 
 def test_the_command_line(
-    record: SweepRecord, home: Path, results: Path, executor: RayExecutor, address: str, tmp_path: Path, monkeypatch: MonkeyPatch
+    record: SweepRecord,
+    home: Path,
+    results: Path,
+    executor: RayExecutor,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: MonkeyPatch,
 ) -> None:
-    """The command line sweeps on the cluster that this module is connected to, and its record does not say where that is."""
+    """The command line sweeps on the cluster that this module is connected to, and its record does not say
+    where that is.
+    """
     (tmp_path / "latency").symlink_to(results / "latency")
-    monkeypatch.setattr(harness.measure.sweep.cluster, "RayExecutor", lambda asked: nullcontext(executor if asked == address else None))
+    monkeypatch.setattr(
+        harness.measure.sweep.cluster,
+        "RayExecutor",
+        lambda asked: nullcontext(executor if asked == address else None),
+    )
     sampled = {**cluster_data("any")["sampled"], "vanilla": [], "rejection": [], "typical": []}
-    file = write_suite(home / "sweep_commanded.toml", cluster_data(record.spec.shape, name="commanded", sampled=sampled))
+    file = write_suite(
+        home / "sweep_commanded.toml", cluster_data(record.spec.shape, name="commanded", sampled=sampled)
+    )
     ran = command("sweep", file, "--results", tmp_path, "--executor", "ray", "--address", address)
     assert ran.code == ExitCode.OK, ran.err
     assert json.loads(ran.out.splitlines()[-1])["decoded"]["points"] == 4
@@ -331,10 +387,14 @@ def inputs(plan: SweepPlan, home: Path) -> CellInputs:
     return cell_inputs(plan, beside=home, allow_hub=False)
 
 
-def test_points_are_decoded_on_devices_that_have_a_curve(plan: SweepPlan, home: Path, record: SweepRecord) -> None:
+def test_points_are_decoded_on_devices_that_have_a_curve(
+    plan: SweepPlan, home: Path, record: SweepRecord
+) -> None:
     devices: dict[str | None, str] = {"A100": record.origin.device.name, "H100": "NVIDIA H100 PCIe"}
     tasks, without_curve = plan_runs(plan, devices=devices, beside=home)
-    assert {task.accelerator_type for task in tasks if isinstance(task, DecodedTask)} == {"A100"} and len(tasks) == 4 + 2
+    assert {task.accelerator_type for task in tasks if isinstance(task, DecodedTask)} == {"A100"} and len(
+        tasks
+    ) == 4 + 2
     assert [(cell.key, cell.message.split(" for ")[0]) for cell in without_curve] == [
         ("decoded none on H100", "no latency record of H100 nodes")
     ]
@@ -343,7 +403,9 @@ def test_points_are_decoded_on_devices_that_have_a_curve(plan: SweepPlan, home: 
 def test_a_node_with_another_device_than_its_type_promised(
     plan: SweepPlan, inputs: CellInputs, executor: RayExecutor, tmp_path: Path
 ) -> None:
-    """An accelerator type may stand for several devices; a point is never decoded on one and composed with the curve of another."""
+    """An accelerator type may stand for several devices; a point is never decoded on one and composed with
+    the curve of another.
+    """
     (curve,) = measured_curves(write_fake_latency(tmp_path / "other", modes=["eager"]))
     task = DecodedTask(plan.drafts[0], 0, curve, "H100")
     (failed,) = executor.run(inputs, [task], on_start=lambda words: None)
@@ -357,7 +419,9 @@ def asking(inputs: CellInputs, **changes: Any) -> CellInputs:
     return replace(inputs, spec=inputs.spec.model_copy(update={"cluster": cluster}))
 
 
-def test_a_cell_that_fails_stands_alone(record: SweepRecord, inputs: CellInputs, executor: RayExecutor) -> None:
+def test_a_cell_that_fails_stands_alone(
+    record: SweepRecord, inputs: CellInputs, executor: RayExecutor
+) -> None:
     """A tree that is deeper than the heads fails on its node; the next cell runs."""
     deep = DraftTree.from_paths([(0,) * depth for depth in range(9)])
     bad = SampledTask(SampledSetting(rule="greedy"), tree=deep, place=0)
@@ -376,28 +440,49 @@ def test_a_trace_of_other_heads_stops_the_sweep(inputs: CellInputs, executor: Ra
 
 
 def test_a_type_that_no_node_has(
-    home: Path, tiny: tuple[LoadedModel, Engine], inputs: CellInputs, executor: RayExecutor, tmp_path: Path, monkeypatch: MonkeyPatch
+    home: Path,
+    tiny: tuple[LoadedModel, Engine],
+    inputs: CellInputs,
+    executor: RayExecutor,
+    tmp_path: Path,
+    monkeypatch: MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match=r"found a cluster with A100 x 1, H100 x 1; need a node with A100 that has 0 GPUs and 64 CPUs"):
+    with pytest.raises(
+        UserError,
+        match=r"found a cluster with A100 x 1, H100 x 1; need a node with A100 that has 0 GPUs and 64 CPUs",
+    ):
         swept(home, cluster_spec(tiny[0].name, cluster={"num_cpus": 64}), tmp_path, executor)
     with pytest.raises(UserError, match="need a node with B200"):
-        swept(home, cluster_spec(tiny[0].name, cluster={"accelerator_types": ["A100", "B200"]}), tmp_path, executor)
+        swept(
+            home,
+            cluster_spec(tiny[0].name, cluster={"accelerator_types": ["A100", "B200"]}),
+            tmp_path,
+            executor,
+        )
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(harness.measure.sweep.cluster, "_LOOK_S", 0.1)
     monkeypatch.setattr(harness.measure.sweep.cluster, "_PATIENCE_S", 0.0)
     with pytest.raises(UserError, match="need a node with B200"):  # as if the last one had left meanwhile
-        list(executor.run(asking(inputs, accelerator_types=("B200",)), [VANILLA], on_start=lambda words: None))
+        list(
+            executor.run(asking(inputs, accelerator_types=("B200",)), [VANILLA], on_start=lambda words: None)
+        )
 
 
 def test_a_node_that_cannot_begin(
-    home: Path, tiny: tuple[LoadedModel, Engine], executor: RayExecutor, tmp_path: Path, monkeypatch: MonkeyPatch
+    home: Path,
+    tiny: tuple[LoadedModel, Engine],
+    executor: RayExecutor,
+    tmp_path: Path,
+    monkeypatch: MonkeyPatch,
 ) -> None:
     def lacking(accelerator_type: str | None) -> None:
         raise ModuleNotFoundError("No module named 'torch'")
 
     monkeypatch.setattr(harness.measure.sweep.cluster, "describe_node", lacking)
     with pytest.raises(
-        UserError, match=r"a node that cannot begin .ModuleNotFoundError: No module named 'torch'.; need nodes with the packages"
+        UserError,
+        match=r"a node that cannot begin .ModuleNotFoundError: No module named 'torch'.; need nodes with "
+        r"the packages",
     ):
         swept(home, cluster_spec(tiny[0].name), tmp_path, executor)
 
@@ -423,7 +508,10 @@ def test_a_worker_that_is_lost_too_often_is_a_failed_cell(inputs: CellInputs, ex
     finally:
         ended.set()
         hunter.join()
-    assert isinstance(failed, FailedCell) and (failed.key, failed.error_type) == (VANILLA.key, "WorkerCrashedError")
+    assert isinstance(failed, FailedCell) and (failed.key, failed.error_type) == (
+        VANILLA.key,
+        "WorkerCrashedError",
+    )
     assert failed.message == "worker or node lost, with max_retries = 0" and kill.killed is not None
 
 
@@ -437,9 +525,14 @@ def test_commands_that_reach_no_cluster(home: Path, tmp_path: Path, monkeypatch:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         nowhere = f"127.0.0.1:{taken.getsockname()[1]}"
         ran = sweep_command(home, tmp_path, "--executor", "ray", "--address", nowhere)
-        assert ran.code == ExitCode.USER_ERROR and f"found nothing that answers at {nowhere}" in ran.error_line
+        assert (
+            ran.code == ExitCode.USER_ERROR and f"found nothing that answers at {nowhere}" in ran.error_line
+        )
     for arguments, found in (
-        (("--executor", "ray", "--address", "somewhere"), "found --address somewhere; need auto, local or HOST:PORT"),
+        (
+            ("--executor", "ray", "--address", "somewhere"),
+            "found --address somewhere; need auto, local or HOST:PORT",
+        ),
         (("--address", "auto"), "found --executor local --address auto"),
         (("--executor", "slurm"), "found --executor slurm"),
     ):
@@ -465,10 +558,16 @@ def test_files_that_a_suite_names_travel_with_it(tmp_path: Path) -> None:
         packed(data, beside=tmp_path / "suite")
     shutil.copytree(tmp_path / "own", tmp_path / "suite" / "own")
     named, files = packed(data, beside=tmp_path / "suite")
-    assert Path(named["model"]["path"]).is_absolute() and named["heads"]["path"] == "own/heads.bin" and named["name"] == "path"
+    assert (
+        Path(named["model"]["path"]).is_absolute()
+        and named["heads"]["path"] == "own/heads.bin"
+        and named["name"] == "path"
+    )
     assert Path(named["model"]["adapter"]).name == "adapter"
     with unpacked(files) as folder:
-        assert (folder / named["model"]["adapter"] / "deep" / "b.bin").read_bytes() == b"tuned/adapter/deep/b.bin"
+        assert (
+            folder / named["model"]["adapter"] / "deep" / "b.bin"
+        ).read_bytes() == b"tuned/adapter/deep/b.bin"
         assert (folder / named["heads"]["path"]).read_bytes() == b"own/heads.bin"
         assert (folder / named["arms"][0]["tree"]["path"]).read_bytes() == b"there.npz"
     assert not folder.exists()
@@ -478,9 +577,17 @@ def test_a_record_that_changed_on_its_way_is_not_kept(tmp_path: Path) -> None:
     sent = write_fake_latency(tmp_path / "sent")
     files = {path.name: path.read_bytes() for path in sent.folder.iterdir()}
     with pytest.raises(UserError, match=r"found SHA-256 .* in points.jsonl"):
-        keep_record(tmp_path / "results", files | {"points.jsonl": files["points.jsonl"][:-9]}, checkout=("e" * 40, True))
+        keep_record(
+            tmp_path / "results",
+            files | {"points.jsonl": files["points.jsonl"][:-9]},
+            checkout=("e" * 40, True),
+        )
     with pytest.raises(UserError, match=r"found no manifest.json"):
-        keep_record(tmp_path / "results", {name: files[name] for name in files if name != "manifest.json"}, checkout=("e" * 40, True))
+        keep_record(
+            tmp_path / "results",
+            {name: files[name] for name in files if name != "manifest.json"},
+            checkout=("e" * 40, True),
+        )
     assert list((tmp_path / "results" / "latency").iterdir()) == []
     kept = keep_record(tmp_path / "results", files, checkout=("e" * 40, True))
     assert validate_record(kept) == () and LatencyRecord(kept).points == sent.points
@@ -488,7 +595,12 @@ def test_a_record_that_changed_on_its_way_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_may_be_asked() -> None:
-    for wrong in ({"num_gpus": 1.5}, {"num_cpus": 0}, {"accelerator_types": ["A100", "A100"]}, {"workers": 3}):
+    for wrong in (
+        {"num_gpus": 1.5},
+        {"num_cpus": 0},
+        {"accelerator_types": ["A100", "A100"]},
+        {"workers": 3},
+    ):
         with pytest.raises(ValueError, match="validation error"):
             ClusterSpec.model_validate(wrong)
     assert [ClusterSpec(num_gpus=share).num_gpus for share in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
@@ -502,4 +614,7 @@ def test_the_record_of_a_command_names_no_address(monkeypatch: MonkeyPatch) -> N
     from harness.cli.options import command_line
 
     monkeypatch.setattr(sys, "argv", ["medusa-repro", "sweep", "x.toml", "--address=ray://10.1.2.3:10001"])
-    assert json.dumps(command_line(address="ray://10.1.2.3:10001")) == '"medusa-repro sweep x.toml --address=HOST:PORT"'
+    assert (
+        json.dumps(command_line(address="ray://10.1.2.3:10001"))
+        == '"medusa-repro sweep x.toml --address=HOST:PORT"'
+    )

@@ -18,7 +18,9 @@ PAGE = "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\nRest.\n"
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    return write_fake_record(tmp_path_factory.mktemp("repo") / "results" / "some-run", num_prompts=8, rounds=1, jitter=0.0)
+    return write_fake_record(
+        tmp_path_factory.mktemp("repo") / "results" / "some-run", num_prompts=8, rounds=1, jitter=0.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def test_content_with_a_marker_is_refused() -> None:
         update_between_markers(PAGE, marker="results", content="<!-- end:results -->")
 
 
-def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(record: RunRecord, judgement: Judgement) -> None:
+def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(
+    record: RunRecord, judgement: Judgement
+) -> None:
     readme = record.folder.parent.parent / "README.md"
     readme.write_text(PAGE)
     assert not check_readme(readme, record, judgement)
@@ -64,14 +68,21 @@ def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(r
     assert not check_readme(readme, record, judgement)
 
 
-def test_record_elsewhere_is_named_without_its_place(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+def test_record_elsewhere_is_named_without_its_place(
+    record: RunRecord, judgement: Judgement, tmp_path: Path
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
     update_readme(readme, record, judgement)
-    assert "From the record `some-run`." in readme.read_text() and str(record.folder.parent) not in readme.read_text()
+    assert (
+        "From the record `some-run`." in readme.read_text()
+        and str(record.folder.parent) not in readme.read_text()
+    )
 
 
-def test_invalid_run_never_reaches_the_readme(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+def test_invalid_run_never_reaches_the_readme(
+    record: RunRecord, judgement: Judgement, tmp_path: Path
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
     with pytest.raises(InvalidMeasurement, match="greedy_parity"):
@@ -79,7 +90,9 @@ def test_invalid_run_never_reaches_the_readme(record: RunRecord, judgement: Judg
     assert readme.read_text() == PAGE
 
 
-def test_readme_without_markers_or_missing_is_a_user_error(record: RunRecord, judgement: Judgement, tmp_path: Path) -> None:
+def test_readme_without_markers_or_missing_is_a_user_error(
+    record: RunRecord, judgement: Judgement, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="no readable README"):
         update_readme(tmp_path / "README.md", record, judgement)
     (tmp_path / "README.md").write_text("# Title\n")

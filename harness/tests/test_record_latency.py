@@ -1,4 +1,6 @@
-"""Recording latencies on tiny models: known clocks, dropped steps, memory that runs out, runs that are cut and resumed."""
+"""Recording latencies on tiny models: known clocks, dropped steps, memory that runs out, runs that are cut
+and resumed.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,36 @@ from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
 from harness.judge.validate import validate_record
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
-from harness.measure.latency.modes import LatencyPrompt, batch_tree, measure_batches, measure_modes, table_prompts
+from harness.measure.latency.modes import (
+    LatencyPrompt,
+    batch_tree,
+    measure_batches,
+    measure_modes,
+    table_prompts,
+)
 from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
-from harness.records.latency import LATENCY, POINTS_FILE, STOCK, LatencyPoint, LatencyRecord, facts_of_shape, read_points
+from harness.records.latency import (
+    LATENCY,
+    POINTS_FILE,
+    STOCK,
+    LatencyPoint,
+    LatencyRecord,
+    facts_of_shape,
+    read_points,
+)
 from harness.records.store import Store
 from harness.specs.latency import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ShapeSpec
-from harness.tests.tiny_suite import QUIET, Ran, TickClock, WorkClock, command, small_device_limits, smoke_suite
+from harness.tests.tiny_suite import (
+    QUIET,
+    Ran,
+    TickClock,
+    WorkClock,
+    command,
+    small_device_limits,
+    smoke_suite,
+)
 from medusa_impl.engine.backbone import Backbone
 
 CPU = torch.device("cpu")
@@ -66,7 +90,9 @@ def tiny_spec(heads_file: Path | None, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "description": "for tests",
         "model": smoke_suite().model_dump(mode="json", exclude_none=True)["model"],
-        "heads": {"path": str(heads_file)} if heads_file is not None else {"num_heads": 4, "architecture": "shared"},
+        "heads": {"path": str(heads_file)}
+        if heads_file is not None
+        else {"num_heads": 4, "architecture": "shared"},
         "dtypes": ["float32"],
         "modes": ["eager", "packed"],
         "repeats": 2,
@@ -134,7 +160,9 @@ def ran(calibrated: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     done = command("latency", file, "--results", home / "results")
     (folder,) = (home / "results" / "latency" / "tiny").glob("*/*")
     assert done.out, done.err
-    return LatencyRun(data=calibrated, spec_file=file, folder=folder, code=done.code, last_line=done.out.splitlines()[-1])
+    return LatencyRun(
+        data=calibrated, spec_file=file, folder=folder, code=done.code, last_line=done.out.splitlines()[-1]
+    )
 
 
 def test_comb_trees_have_their_nodes_and_levels() -> None:
@@ -144,14 +172,19 @@ def test_comb_trees_have_their_nodes_and_levels() -> None:
         assert max(tree.num_ranks, default=0) == -(-(nodes - 1) // max(tree.depth, 1))
 
 
-def test_cache_read_in_chunks_is_the_cache_of_the_whole_text(engine: Engine, monkeypatch: MonkeyPatch) -> None:
+def test_cache_read_in_chunks_is_the_cache_of_the_whole_text(
+    engine: Engine, monkeypatch: MonkeyPatch
+) -> None:
     backbone, logits = engine.runner.backbone, []
     for chunk in (512, 7):
         monkeypatch.setattr(harness.measure.latency.timers, "_CHUNK_TOKENS", chunk)
         cache = filled_cache(backbone, context_tokens=30, batch=2, room_tokens=1)
         assert list(cache.lengths) == [30, 30]
         step = backbone.forward(
-            torch.tensor([[5], [6]]), depths=torch.zeros(1, dtype=torch.long), visible=torch.ones(1, 1, dtype=torch.bool), cache=cache
+            torch.tensor([[5], [6]]),
+            depths=torch.zeros(1, dtype=torch.long),
+            visible=torch.ones(1, 1, dtype=torch.bool),
+            cache=cache,
         )
         logits.append(step.logits.clone())
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
@@ -165,7 +198,10 @@ def test_rewound_cache_gives_the_same_step_again(engine: Engine) -> None:
 
     def step() -> torch.Tensor:
         return backbone.forward(
-            torch.tensor([[5]]), depths=torch.zeros(1, dtype=torch.long), visible=torch.ones(1, 1, dtype=torch.bool), cache=cache
+            torch.tensor([[5]]),
+            depths=torch.zeros(1, dtype=torch.long),
+            visible=torch.ones(1, 1, dtype=torch.bool),
+            cache=cache,
         ).logits.clone()
 
     before = step()
@@ -177,29 +213,42 @@ def test_rewound_cache_gives_the_same_step_again(engine: Engine) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "packed"])
 def test_points_are_timed_at_their_sizes(engine: Engine, mode: str) -> None:
-    """On a clock that counts tokens through the backbone, a step of N nodes takes N whatever the heads, the batch and the repeat."""
+    """On a clock that counts tokens through the backbone, a step of N nodes takes N whatever the heads, the
+    batch and the repeat.
+    """
     if mode not in engine.runner.available_modes():
         pytest.skip("this CPU has no packed operators")
-    keys = [key(1, mode=mode, batch=2), key(4, 3, mode=mode, batch=2), key(9, 4, mode=mode, batch=2), key(9, mode=mode, batch=2)]
+    keys = [
+        key(1, mode=mode, batch=2),
+        key(4, 3, mode=mode, batch=2),
+        key(9, 4, mode=mode, batch=2),
+        key(9, mode=mode, batch=2),
+    ]
     with WorkClock(engine.loaded.model) as clock:
         points = measure_group(engine, keys, repeats=3, clock=clock)
     assert [point.key for point in points] == keys and engine.runner.mode == mode
     for point in points:
         assert point.backbone_s == (float(point.num_nodes),) * 3
         assert point.heads_s == ((0.0,) * 3 if point.num_heads else ())
-        assert point.step_s == ((float(point.num_nodes),) * 3 if point.num_heads or point.num_nodes == 1 else ())
+        assert point.step_s == (
+            (float(point.num_nodes),) * 3 if point.num_heads or point.num_nodes == 1 else ()
+        )
         assert point.skipped is None and (point.peak_memory_bytes or 0) > 0
 
 
 def test_every_part_is_timed_once_a_repeat(engine: Engine) -> None:
-    """On a clock that ticks at each reading, each part takes one tick; what is run to warm up is not timed."""
+    """On a clock that ticks at each reading, each part takes one tick; what is run to warm up is not
+    timed.
+    """
     clock = TickClock()
     (point,) = measure_group(engine, [key(4, 2)], repeats=2, clock=clock)
     assert point.backbone_s == point.heads_s == point.step_s == (1.0, 1.0)
     assert clock.reads == 2 * 3 * 2  # two readings for each of three parts, twice
 
 
-def test_sizes_take_turns_and_each_visit_drops_its_first_pass(engine: Engine, monkeypatch: MonkeyPatch) -> None:
+def test_sizes_take_turns_and_each_visit_drops_its_first_pass(
+    engine: Engine, monkeypatch: MonkeyPatch
+) -> None:
     """A pass right after another size's once made one node look as dear as eight on a CPU in eager mode."""
     timed: list[int] = []
     forward = Backbone.forward
@@ -215,7 +264,9 @@ def test_sizes_take_turns_and_each_visit_drops_its_first_pass(engine: Engine, mo
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory at /root/x/y"), MemoryError()])
-def test_point_that_runs_out_of_memory_is_skipped_and_the_others_go_on(engine: Engine, monkeypatch: MonkeyPatch, error: Exception) -> None:
+def test_point_that_runs_out_of_memory_is_skipped_and_the_others_go_on(
+    engine: Engine, monkeypatch: MonkeyPatch, error: Exception
+) -> None:
     forward = Backbone.forward
 
     def narrow(backbone: Backbone, token_ids: torch.Tensor, **options: Any) -> Any:
@@ -226,10 +277,16 @@ def test_point_that_runs_out_of_memory_is_skipped_and_the_others_go_on(engine: E
     monkeypatch.setattr(Backbone, "forward", narrow)
     small, large = measure_group(engine, [key(4, 2), key(8, 2)], repeats=2, clock=TickClock())
     assert small.backbone_s == (1.0, 1.0) and small.skipped is None
-    assert (large.skipped or "").startswith("ran out of memory") and not large.backbone_s and "/root" not in (large.skipped or "")
+    assert (
+        (large.skipped or "").startswith("ran out of memory")
+        and not large.backbone_s
+        and "/root" not in (large.skipped or "")
+    )
 
 
-def test_context_that_runs_out_of_memory_skips_its_whole_group(engine: Engine, monkeypatch: MonkeyPatch) -> None:
+def test_context_that_runs_out_of_memory_skips_its_whole_group(
+    engine: Engine, monkeypatch: MonkeyPatch
+) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -291,12 +348,20 @@ def test_facts_of_a_made_model_are_those_planned(dtype: Any, monkeypatch: Monkey
     with torch.inference_mode():
         states = torch.ones(1, 32, dtype=engine.runner.backbone.dtype)
         logits = engine.heads(states, lm_head=engine.runner.backbone.lm_head)
-    assert logits.shape == (1, 4, 160) and logits.isfinite().all() and not torch.equal(logits[0, 0], logits[0, 1])
+    assert (
+        logits.shape == (1, 4, 160)
+        and logits.isfinite().all()
+        and not torch.equal(logits[0, 0], logits[0, 1])
+    )
 
 
 def test_facts_of_a_tiny_model_are_those_planned(tiny: tuple[LoadedModel, Engine], heads_file: Path) -> None:
     engine = tiny[1]
-    spec = parsed(tiny_spec(heads_file, heads={"num_heads": 4, "architecture": engine.heads.architecture}, batch_table=None))
+    spec = parsed(
+        tiny_spec(
+            heads_file, heads={"num_heads": 4, "architecture": engine.heads.architecture}, batch_table=None
+        )
+    )
     assert facts_of_engine(engine) == planned_facts(spec)
     assert facts_of_engine(engine).step_bytes("float32") == engine.weight_bytes
 
@@ -304,7 +369,12 @@ def test_facts_of_a_tiny_model_are_those_planned(tiny: tuple[LoadedModel, Engine
 def test_facts_of_a_folder_need_no_weights(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> None:
     loaded, engine = tiny
     loaded.model.config.save_pretrained(tmp_path / "model")
-    data = tiny_spec(None, model={"path": str(tmp_path / "model")}, heads={"num_heads": 4, "architecture": "shared"}, batch_table=None)
+    data = tiny_spec(
+        None,
+        model={"path": str(tmp_path / "model")},
+        heads={"num_heads": 4, "architecture": "shared"},
+        batch_table=None,
+    )
     planned = planned_facts(parsed(data))
     same = {"name": "model", "random_weights": False, "head_architecture": "shared"}
     assert planned == facts_of_engine(engine).model_copy(update=same)
@@ -318,8 +388,12 @@ def test_unknown_shape_is_refused_with_the_known_ones() -> None:
 
 
 def test_modes_decode_the_same_prompts_in_turn_at_known_speeds(engine: Engine) -> None:
-    """A vanilla step and a step of `generate` move one token through the backbone, so each mode makes one token a second."""
-    prompts = [LatencyPrompt(key=f"p{number}", prompt_ids=tuple(range(3 + number, 12))) for number in range(3)]
+    """A vanilla step and a step of `generate` move one token through the backbone, so each mode makes one
+    token a second.
+    """
+    prompts = [
+        LatencyPrompt(key=f"p{number}", prompt_ids=tuple(range(3 + number, 12))) for number in range(3)
+    ]
     modes: list[ModeName] = [mode for mode in engine.runner.available_modes() if mode != "compiled"]
     with WorkClock(engine.loaded.model) as clock:
         trials = measure_modes(engine, "float32", modes, prompts, max_new_tokens=7, clock=clock)
@@ -329,13 +403,23 @@ def test_modes_decode_the_same_prompts_in_turn_at_known_speeds(engine: Engine) -
     for trial in trials:
         assert trial.step_tokens == (1,) * 6 and trial.step_times_s == (1.0,) * 6
         assert trial.prefill_s == trial.prompt_tokens and len(trial.token_ids) == 7
-    by_prompt = {prompt.key: {trial.token_ids for trial in trials if trial.prompt_key == prompt.key} for prompt in prompts}
+    by_prompt = {
+        prompt.key: {trial.token_ids for trial in trials if trial.prompt_key == prompt.key}
+        for prompt in prompts
+    }
     assert all(len(texts) == 1 for texts in by_prompt.values()), "float32 decodes the same text in every mode"
 
 
 def test_batches_decode_the_same_texts_at_known_speeds(engine: Engine, heads_file: Path) -> None:
-    """A vanilla step of B rows takes a second on this clock and a chain of 4 takes 5, so speedup = tokens/step / 5 at batch 1."""
-    table = {"batches": [1, 2, 4], "tree": {"kind": "chain", "depth": 4}, "max_new_tokens": 9, "num_prompts": 8}
+    """A vanilla step of B rows takes a second on this clock and a chain of 4 takes 5, so speedup =
+    tokens/step / 5 at batch 1.
+    """
+    table = {
+        "batches": [1, 2, 4],
+        "tree": {"kind": "chain", "depth": 4},
+        "max_new_tokens": 9,
+        "num_prompts": 8,
+    }
     spec = parsed(tiny_spec(heads_file, batch_table=table))
     prompts = table_prompts(spec, engine, allow_hub=False)
     assert len(prompts) == 8 and all(len(prompt.prompt_ids) == 9 for prompt in prompts)
@@ -345,7 +429,9 @@ def test_batches_decode_the_same_texts_at_known_speeds(engine: Engine, heads_fil
     for batch in (1, 2, 4):
         for method in ("vanilla", "medusa"):
             mine = [trial for trial in found.trials if (trial.batch, trial.method) == (batch, method)]
-            assert [name for trial in mine for name in trial.prompt_keys] == [prompt.key for prompt in prompts]
+            assert [name for trial in mine for name in trial.prompt_keys] == [
+                prompt.key for prompt in prompts
+            ]
             assert sum(trial.num_tokens for trial in mine) == 8 * 8
     points = {point.batch: point for point in batch_points(found, spec=spec.interval)}
     assert [points[batch].vanilla_tokens_per_s for batch in (1, 2, 4)] == [1, 2, 4]
@@ -353,14 +439,23 @@ def test_batches_decode_the_same_texts_at_known_speeds(engine: Engine, heads_fil
     assert points[1].tokens_per_step > 1
 
 
-def test_tree_of_the_batch_table_is_the_fastest_by_this_runs_own_steps(calibrated: dict[str, Any], engine: Engine) -> None:
-    """Free nodes make the largest tree the fastest, dear ones the smallest; sizes between two measured ones are interpolated."""
+def test_tree_of_the_batch_table_is_the_fastest_by_this_runs_own_steps(
+    calibrated: dict[str, Any], engine: Engine
+) -> None:
+    """Free nodes make the largest tree the fastest, dear ones the smallest; sizes between two measured ones
+    are interpolated.
+    """
 
     def points(seconds_a_node: float) -> list[LatencyPoint]:
         times = {nodes: (1.0 + seconds_a_node * (nodes - 1),) for nodes in (1, 16)}
         sizes = ((1, 0), (16, 4))
         return [
-            LatencyPoint(**dict(key(nodes, heads)), backbone_s=times[nodes], heads_s=(0.0,) if heads else (), step_s=times[nodes])
+            LatencyPoint(
+                **dict(key(nodes, heads)),
+                backbone_s=times[nodes],
+                heads_s=(0.0,) if heads else (),
+                step_s=times[nodes],
+            )
             for nodes, heads in sizes
         ]
 
@@ -405,7 +500,9 @@ def test_run_writes_a_whole_record_and_its_report(ran: LatencyRun) -> None:
     assert "## Table of modes" in text and "Break-even:" in text and str(ran.folder.parent) not in text
 
 
-def test_report_is_written_again_without_a_device(ran: LatencyRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_report_is_written_again_without_a_device(
+    ran: LatencyRun, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     folder = shutil.copytree(ran.folder, tmp_path / ran.folder.name)
     before = (folder / "report.md").read_text()
     (folder / "report.md").unlink()
@@ -435,13 +532,22 @@ def cut_copy(run: LatencyRun, folder: Path, *, num_bytes: int, keep: tuple[str, 
 def resumed(run: LatencyRun, folder: Path, **changes: Any) -> Path:
     options = LatencyOptions(results=folder.parent / "unused", resume=folder)
     with small_device_limits():
-        return run_latency(parsed({**run.data, **changes}), spec_file=run.spec_file, options=options, console=QUIET)
+        return run_latency(
+            parsed({**run.data, **changes}), spec_file=run.spec_file, options=options, console=QUIET
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.21, 0.63, 0.999, 1.0])
-def test_run_cut_at_any_byte_resumes_and_measures_nothing_twice(ran: LatencyRun, tmp_path: Path, share: float) -> None:
+def test_run_cut_at_any_byte_resumes_and_measures_nothing_twice(
+    ran: LatencyRun, tmp_path: Path, share: float
+) -> None:
     whole = LatencyRecord(ran.folder)
-    folder = cut_copy(ran, tmp_path / "run", num_bytes=int(share * (ran.folder / POINTS_FILE).stat().st_size), keep=("modes.json",))
+    folder = cut_copy(
+        ran,
+        tmp_path / "run",
+        num_bytes=int(share * (ran.folder / POINTS_FILE).stat().st_size),
+        keep=("modes.json",),
+    )
     before = read_points(folder / POINTS_FILE, allow_torn_tail=True)
     modes = (folder / "modes.json").read_bytes()
     assert resumed(ran, folder) == folder
@@ -501,22 +607,38 @@ def test_resume_refuses_another_device_spec_or_a_finished_run(ran: LatencyRun, t
         resumed(ran, ran.folder)
 
 
-def test_published_shape_runs_in_two_dtypes_with_random_weights(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_published_shape_runs_in_two_dtypes_with_random_weights(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
     grid = {"num_nodes": [1, 4], "num_heads": [2], "context_tokens": [80]}
     data = shape_spec(dtypes=["float32", "bfloat16"], grids=[grid], repeats=1)
     data["modes_table"] = {"num_prompts": 1, "max_new_tokens": 4, "context_tokens": 80}
     with small_device_limits():
-        folder = run_latency(parsed(data), spec_file=None, options=LatencyOptions(results=tmp_path), console=QUIET)
+        folder = run_latency(
+            parsed(data), spec_file=None, options=LatencyOptions(results=tmp_path), console=QUIET
+        )
     record = LatencyRecord(folder)
-    assert validate_record(folder) == () and record.facts == facts_of_shape(TINY_SHAPE, heads=record.spec.heads, random_weights=True)
-    assert [(point.dtype, point.num_nodes) for point in record.points] == [(d, n) for d in ("float32", "bfloat16") for n in (1, 4)]
-    assert all(point.skipped is None for point in record.points), "80 tokens are more than 64 positions, which random weights never learned"
+    assert validate_record(folder) == () and record.facts == facts_of_shape(
+        TINY_SHAPE, heads=record.spec.heads, random_weights=True
+    )
+    assert [(point.dtype, point.num_nodes) for point in record.points] == [
+        (d, n) for d in ("float32", "bfloat16") for n in (1, 4)
+    ]
+    assert all(point.skipped is None for point in record.points), (
+        "80 tokens are more than 64 positions, which random weights never learned"
+    )
     assert record.limits("bfloat16") is not None and (folder / "device_limits_bfloat16.json").exists()
-    assert record.modes is not None and set(record.modes.auto) == {"float32", "bfloat16"} and record.batches is None
+    assert (
+        record.modes is not None
+        and set(record.modes.auto) == {"float32", "bfloat16"}
+        and record.batches is None
+    )
 
 
-def test_dry_run_loads_nothing_and_says_what_would_be_skipped(ran: LatencyRun, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_dry_run_loads_nothing_and_says_what_would_be_skipped(
+    ran: LatencyRun, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness.measure.latency.run, "load_latency_engine", _never)
     results = ("--results", tmp_path / "results", "--dry-run")
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
@@ -525,12 +647,20 @@ def test_dry_run_loads_nothing_and_says_what_would_be_skipped(ran: LatencyRun, t
     monkeypatch.setattr(harness.measure.latency.run, "free_memory_bytes", lambda device: 1000)
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
     assert json.loads(done.out.splitlines()[-1])["skipped"] == 4
-    shipped: Ran = command("latency", "gpu", "--shape", "vicuna-13b-v1.5", "--contexts", "1024", "--batches", "1", *results)
-    assert shipped.code == ExitCode.OK and json.loads(shipped.out.splitlines()[-1])["latency"] == "gpu_vicuna_13b_v1_5"
+    shipped: Ran = command(
+        "latency", "gpu", "--shape", "vicuna-13b-v1.5", "--contexts", "1024", "--batches", "1", *results
+    )
+    assert (
+        shipped.code == ExitCode.OK
+        and json.loads(shipped.out.splitlines()[-1])["latency"] == "gpu_vicuna_13b_v1_5"
+    )
 
 
 def test_wrong_names_are_user_errors(tmp_path: Path) -> None:
-    assert "'gpu'" in command("latency", "none").error_line and "smoke" not in command("latency", "smoke").error_line.split("need")[1]
+    assert (
+        "'gpu'" in command("latency", "none").error_line
+        and "smoke" not in command("latency", "smoke").error_line.split("need")[1]
+    )
     assert "latency" not in command("reproduce", "none").error_line
     unknown = command("latency", "gpu", "--shape", "no-such-shape", "--dry-run")
     assert unknown.code == ExitCode.USER_ERROR and "no-such-shape" in unknown.error_line
@@ -541,7 +671,11 @@ def test_grids_need_no_more_heads_than_the_checkpoint_has(heads_file: Path, engi
     grids = [{"num_nodes": [9], "num_heads": [engine.heads.num_heads + 1], "context_tokens": [8]}]
     with pytest.raises(UserError, match="as the checkpoint has"):
         load_latency_engine(
-            parsed(tiny_spec(heads_file, grids=grids, batch_table=None)), dtype="float32", device=CPU, beside=None, allow_hub=False
+            parsed(tiny_spec(heads_file, grids=grids, batch_table=None)),
+            dtype="float32",
+            device=CPU,
+            beside=None,
+            allow_hub=False,
         )
 
 

@@ -1,4 +1,6 @@
-"""Sweeps that run the tiny model: what is decoded against what is replayed, kills and resumes, cells that fail alone."""
+"""Sweeps that run the tiny model: what is decoded against what is replayed, kills and resumes, cells that
+fail alone.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_and_steady() -> Iterator[None]:
-    """One state of the checkout for all sweeps, no pause for other processes between two blocks, and a CPU."""
+    """One state of the checkout for all sweeps, no pause for other processes between two blocks, and a
+    CPU.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.measure.sweep.run, "git_state", cache(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
@@ -68,14 +72,27 @@ def measured_here(folder: Path, *, model: str, sha256: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tiny: tuple[LoadedModel, Engine], heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(
+    tiny: tuple[LoadedModel, Engine], heads_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with a suite of the tiny model, its trace, and a latency record of this machine."""
     folder = tmp_path_factory.mktemp("sweep")
     data = micro_data(heads_file)
     write_suite(folder / "suite.toml", data)
     suite = parse_suite(tomli_w.dumps(data), where="the test")
-    trace_suite(suite, suite_file=folder / "suite.toml", out=folder / "trace.npz", limit=None, allow_hub=False, console=QUIET)
-    measured_here(folder / "results" / "latency" / "fake" / "here" / "20240119T120000Z-01234567", model=tiny[0].name, sha256=tiny[0].sha256)
+    trace_suite(
+        suite,
+        suite_file=folder / "suite.toml",
+        out=folder / "trace.npz",
+        limit=None,
+        allow_hub=False,
+        console=QUIET,
+    )
+    measured_here(
+        folder / "results" / "latency" / "fake" / "here" / "20240119T120000Z-01234567",
+        model=tiny[0].name,
+        sha256=tiny[0].sha256,
+    )
     return folder
 
 
@@ -110,7 +127,11 @@ def spec(tiny: tuple[LoadedModel, Engine]) -> SweepSpec:
 
 def swept(home: Path, spec: SweepSpec, results: Path | None = None, **options: Any) -> SweepRecord:
     where = results or home / "results"
-    return SweepRecord(run_sweep(spec, spec_file=home / "sweep.toml", options=SweepOptions(results=where, **options), console=QUIET))
+    return SweepRecord(
+        run_sweep(
+            spec, spec_file=home / "sweep.toml", options=SweepOptions(results=where, **options), console=QUIET
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +176,9 @@ def test_the_sampled_tree_at_temperature_0_is_the_replay(record: SweepRecord, ho
 def test_sampled_rows(record: SweepRecord) -> None:
     by_rule = {cell.setting.rule: cell for cell in record.sampled}
     assert set(by_rule) == {"greedy", "vanilla", "rejection", "typical"}
-    assert by_rule["vanilla"].tree is None and all(set(row.step_tokens) == {1} for row in by_rule["vanilla"].rows)
+    assert by_rule["vanilla"].tree is None and all(
+        set(row.step_tokens) == {1} for row in by_rule["vanilla"].rows
+    )
     for rule in ("vanilla", "rejection", "typical"):
         rows = by_rule[rule].rows
         assert [row.seed for row in rows] == [1, 2, 1, 2] and all(row.log_likelihood < 0 for row in rows)
@@ -176,7 +199,9 @@ def stripped(cell: AnyCell) -> dict[str, Any]:
 def test_a_killed_sweep_goes_on_where_it_stopped(
     after: int, record: SweepRecord, home: Path, spec: SweepSpec, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    """Killed in the middle of a line: finished cells stay, none is repeated, and the rest comes out as it would have."""
+    """Killed in the middle of a line: finished cells stay, none is repeated, and the rest comes out as it
+    would have.
+    """
     results = tmp_path / "results"
     (results / "latency").parent.mkdir(parents=True)
     (results / "latency").symlink_to(home / "results" / "latency")
@@ -201,7 +226,9 @@ def test_a_killed_sweep_goes_on_where_it_stopped(
     assert [stripped(cell) for cell in resumed.cells] == [stripped(cell) for cell in record.cells]
 
 
-def test_a_cell_that_fails_stands_alone(home: Path, spec: SweepSpec, record: SweepRecord, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_cell_that_fails_stands_alone(
+    home: Path, spec: SweepSpec, record: SweepRecord, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     results = tmp_path / "results"
     results.mkdir()
     (results / "latency").symlink_to(home / "results" / "latency")
@@ -215,11 +242,17 @@ def test_a_cell_that_fails_stands_alone(home: Path, spec: SweepSpec, record: Swe
     monkeypatch.setattr(ArmRunner, "generate", failing)
     broken = swept(home, spec, results)
     (failed,) = broken.failed
-    assert failed.words.startswith("typical, T 0.7") and failed.error_type == "RuntimeError" and "/home" not in failed.message
+    assert (
+        failed.words.startswith("typical, T 0.7")
+        and failed.error_type == "RuntimeError"
+        and "/home" not in failed.message
+    )
     assert len(broken.cells) == len(record.cells) and validate_record(broken.folder) == ()
 
 
-def test_resume_refuses_another_sweep(home: Path, spec: SweepSpec, record: SweepRecord, tmp_path: Path) -> None:
+def test_resume_refuses_another_sweep(
+    home: Path, spec: SweepSpec, record: SweepRecord, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="found a finished sweep"):
         swept(home, spec, resume=record.folder)
     unfinished = tmp_path / "unfinished"
@@ -238,9 +271,16 @@ def test_resume_refuses_another_sweep(home: Path, spec: SweepSpec, record: Sweep
 def test_a_device_without_a_record_has_nothing_to_check_with(
     home: Path, spec: SweepSpec, tiny: tuple[LoadedModel, Engine], tmp_path: Path
 ) -> None:
-    """Only a prediction is at hand: points cannot be decoded against a measured curve, and the sweep says so."""
+    """Only a prediction is at hand: points cannot be decoded against a measured curve, and the sweep says
+    so.
+    """
     shape = "smollm2-135m-instruct"
-    changes: dict[str, Any] = {"measured": None, "predicted": {"devices": ["a40"], "shapes": [shape]}, "shape": shape, "sampled": None}
+    changes: dict[str, Any] = {
+        "measured": None,
+        "predicted": {"devices": ["a40"], "shapes": [shape]},
+        "shape": shape,
+        "sampled": None,
+    }
     other = parse_sweep(tomli_w.dumps(tiny_sweep(tiny[0].name, **changes)), where="the test")
     record = swept(home, other, tmp_path / "results")
     (failed,) = record.failed
@@ -251,12 +291,16 @@ def test_a_trace_of_other_heads(home: Path, tiny: tuple[LoadedModel, Engine], tm
     trace = Trace.load(home / "trace.npz")
     changed = trace.provenance.model_copy(update={"heads_hash": "d" * 64})
     Trace(provenance=changed, prompts=trace.prompts).save(tmp_path / "other.npz")
-    data = tiny_sweep(tiny[0].name, trace=str(tmp_path / "other.npz"), calibration_trace=str(tmp_path / "other.npz"))
+    data = tiny_sweep(
+        tiny[0].name, trace=str(tmp_path / "other.npz"), calibration_trace=str(tmp_path / "other.npz")
+    )
     with pytest.raises(UserError, match="found a trace of another model or other heads"):
         swept(home, parse_sweep(tomli_w.dumps(data), where="the test"))
 
 
-def test_the_command(home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_the_command(
+    home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     monkeypatch.setenv("MEDUSA_REPRO_CACHE", str(tmp_path / "cache"))
     kept = {"fig4_nodes": harness.report.sweep_figures._FIGURES["fig4_nodes"]}
@@ -268,7 +312,9 @@ def test_the_command(home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Pat
     last = json.loads(ran.out.splitlines()[-1])
     (folder,) = (home / "results" / "sweep" / "commanded").glob("*/*")
     assert last["num_points"] == SweepRecord(folder).num_points > 0 and last["decoded"]["points"] == 0
-    assert (folder / "figures" / "fig4_nodes.svg").exists() and "figures/fig4_nodes.svg" in (folder / "report.md").read_text()
+    assert (folder / "figures" / "fig4_nodes.svg").exists() and "figures/fig4_nodes.svg" in (
+        folder / "report.md"
+    ).read_text()
     assert command("validate", folder).code == ExitCode.OK
     assert list((tmp_path / "cache" / "trees").iterdir())
     before = (folder / "report.md").read_text()
@@ -287,7 +333,9 @@ def test_damage_is_found(record: SweepRecord, tmp_path: Path) -> None:
     lines = (folder / CELLS_FILE).read_text().splitlines(keepends=True)
     (folder / CELLS_FILE).write_text("".join([*lines[:-1], lines[0]]))
     faults = validate_record(folder)
-    assert any("found a cell twice" in fault for fault in faults) and any("SHA-256" in fault for fault in faults)
+    assert any("found a cell twice" in fault for fault in faults) and any(
+        "SHA-256" in fault for fault in faults
+    )
     (folder / CELLS_FILE).write_text("".join(lines[:-1]))
     assert any("of 8 planned cells" in fault for fault in validate_record(folder))
     (folder / "trees.json").write_text("{}")
@@ -296,7 +344,11 @@ def test_damage_is_found(record: SweepRecord, tmp_path: Path) -> None:
 
 def test_schemas_know_what_a_sweep_writes(record: SweepRecord) -> None:
     schemas = json_schemas()
-    for name, file in (("sweep_origin", "origin.json"), ("sweep_trees", "trees.json"), ("sweep_manifest", "manifest.json")):
+    for name, file in (
+        ("sweep_origin", "origin.json"),
+        ("sweep_trees", "trees.json"),
+        ("sweep_manifest", "manifest.json"),
+    ):
         written = set(json.loads((record.folder / file).read_text()))
         assert set(schemas[name]["required"]) <= written <= set(schemas[name]["properties"])
     assert schemas["sweep_cell"]["discriminator"]["propertyName"] == "cell"
@@ -333,7 +385,13 @@ def test_differences_are_ties_only_where_rounding_explains_them(home: Path) -> N
     found = step_difference(first, result(tokens, other_steps), alone, replayed=hops, trace=trace)
     assert found is not None and (found.kind, found.position) == ("bug", 1)
     tied = trace.provenance.model_copy(update={"extra": {"head_ties": [[first.key, 1, 1]]}})
-    found = step_difference(first, result(tokens, other_steps), alone, replayed=hops, trace=Trace(provenance=tied, prompts=trace.prompts))
+    found = step_difference(
+        first,
+        result(tokens, other_steps),
+        alone,
+        replayed=hops,
+        trace=Trace(provenance=tied, prompts=trace.prompts),
+    )
     assert found is not None and found.kind == "tie"
     wrong = [*tokens[:-1], tokens[-1] + 1]
     found = step_difference(first, result(wrong, ones), alone, replayed=hops, trace=trace)

@@ -1,4 +1,6 @@
-"""Traces: ranks against their definition, losses and gaps against plain ones, replayed against decoded steps."""
+"""Traces: ranks against their definition, losses and gaps against plain ones, replayed against decoded
+steps.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from harness.compose.replay import replay
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.prompts import suite_prompts
-from harness.device.trace import HEAD_TIE_MARGIN, MAX_TREE_RANK, KeptText, kept_states, rank_rows, record_trace
+from harness.device.trace import (
+    HEAD_TIE_MARGIN,
+    MAX_TREE_RANK,
+    KeptText,
+    kept_states,
+    rank_rows,
+    record_trace,
+)
 from harness.records.trace import Trace
 from harness.tests.tiny_suite import SmokeRun, TickClock, smoke_suite
 from medusa_impl.engine.runner import StepRunner
@@ -25,20 +34,29 @@ def texts_of(engine: Engine, *, budget: int = 12, count: int = 3) -> list[KeptTe
     texts = []
     for prompt in suite_prompts(smoke_suite(), engine.loaded)[:count]:
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by))
+        texts.append(
+            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
+        )
     return texts
 
 
 def slow_rank(logits: Tensor, token: int) -> int:
     """The definition, one comparison at a time."""
     values = logits.tolist()
-    return sum(value > values[token] or (value == values[token] and other < token) for other, value in enumerate(values))
+    return sum(
+        value > values[token] or (value == values[token] and other < token)
+        for other, value in enumerate(values)
+    )
 
 
 def heads_with_ties(*, num_heads: int, vocab_size: int, hidden_size: int) -> MedusaHeads:
-    """Own unembeddings with small whole numbers, so that equal logits abound, also across positions of the chunk."""
+    """Own unembeddings with small whole numbers, so that equal logits abound, also across positions of the
+    chunk.
+    """
     torch.manual_seed(3)
-    heads = MedusaHeads(num_heads=num_heads, num_layers=1, hidden_size=hidden_size, vocab_size=vocab_size, architecture="own")
+    heads = MedusaHeads(
+        num_heads=num_heads, num_layers=1, hidden_size=hidden_size, vocab_size=vocab_size, architecture="own"
+    )
     with torch.no_grad():
         for block, unembedding in zip(heads.blocks, heads.unembeddings, strict=True):
             for parameter in block.parameters():
@@ -50,7 +68,9 @@ def heads_with_ties(*, num_heads: int, vocab_size: int, hidden_size: int) -> Med
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 33, 70])
 def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None:
     heads = heads_with_ties(num_heads=3, vocab_size=40, hidden_size=6)
-    states = torch.randint(-2, 3, (num_tokens, 6), generator=torch.Generator().manual_seed(num_tokens)).float()
+    states = torch.randint(
+        -2, 3, (num_tokens, 6), generator=torch.Generator().manual_seed(num_tokens)
+    ).float()
     tokens = torch.randint(0, 40, (num_tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     ranks, losses, ranges = rank_rows(heads, nn.Identity(), states, tokens)
     _, _, wide = rank_rows(heads, nn.Identity(), states, tokens, tie_margin=1.0)
@@ -66,7 +86,9 @@ def test_ranks_follow_their_definition_ties_by_lower_id(num_tokens: int) -> None
                 continue
             token = tokens[row + 1 + head]
             assert ranks[row, head] == slow_rank(logits[row, head], token)
-            assert losses[row, head].item() == pytest.approx(-torch.log_softmax(logits[row, head], -1)[token].item(), abs=1e-5)
+            assert losses[row, head].item() == pytest.approx(
+                -torch.log_softmax(logits[row, head], -1)[token].item(), abs=1e-5
+            )
             above, truth = int((logits[row, head] > logits[row, head, token]).sum()), logits[row, head, token]
             equal = int((logits[row, head] == truth).sum())
             assert ranges[row, head].tolist() == [above, above + equal - 1]  # whole numbers: near is equal
@@ -101,10 +123,16 @@ def test_kept_states_are_those_of_the_stock_model(engine: Engine) -> None:
 def test_trace_holds_gaps_losses_and_origin(engine: Engine) -> None:
     texts = texts_of(engine)
     seen: list[int] = []
-    trace = record_trace(engine, texts, max_new_tokens=12, extra={"suite": "x"}, on_text=lambda: seen.append(1))
+    trace = record_trace(
+        engine, texts, max_new_tokens=12, extra={"suite": "x"}, on_text=lambda: seen.append(1)
+    )
     assert len(seen) == len(trace.prompts) == 3
     for text, prompt in zip(texts, trace.prompts, strict=True):
-        assert (prompt.key, prompt.category, prompt.prompt_tokens) == (text.key, text.category, len(text.prompt_ids))
+        assert (prompt.key, prompt.category, prompt.prompt_tokens) == (
+            text.key,
+            text.category,
+            len(text.prompt_ids),
+        )
         assert prompt.tokens.tolist() == list(text.token_ids) and prompt.ranks.shape == (12, 4)
         _, logits = kept_states(engine.runner.backbone, text)
         best = logits.sort(-1, descending=True).values
@@ -114,14 +142,18 @@ def test_trace_holds_gaps_losses_and_origin(engine: Engine) -> None:
         assert np.array_equal(np.isnan(prompt.nll), prompt.ranks < 0)
     provenance = trace.provenance
     assert (provenance.model_hash, provenance.heads_hash) == (engine.loaded.sha256, engine.heads_sha256)
-    assert provenance.dtype == "float32" and provenance.extra["suite"] == "x" and "torch" in provenance.versions
+    assert (
+        provenance.dtype == "float32" and provenance.extra["suite"] == "x" and "torch" in provenance.versions
+    )
     assert provenance.extra["head_tie_margin"] == HEAD_TIE_MARGIN
 
 
 def test_text_ties_are_the_tokens_near_the_best(engine: Engine) -> None:
     texts = texts_of(engine)
     assert "text_ties" not in record_trace(engine, texts, max_new_tokens=12, extra={}).provenance.extra
-    rows = record_trace(engine, texts, max_new_tokens=12, extra={}, text_tie_margin=1.0).provenance.extra["text_ties"]
+    rows = record_trace(engine, texts, max_new_tokens=12, extra={}, text_tie_margin=1.0).provenance.extra[
+        "text_ties"
+    ]
     expected = []
     for text in texts:
         _, logits = kept_states(engine.runner.backbone, text)
@@ -148,7 +180,9 @@ def test_head_ties_are_listed_with_the_ranks_that_rounding_allows(engine: Engine
 
 def test_ranks_that_rounding_could_move_are_listed_by_prompt_position_and_head(engine: Engine) -> None:
     lm_head = engine.runner.backbone.lm_head
-    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head)
+    heads = MedusaHeads(
+        num_heads=2, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head
+    )
     with torch.no_grad():
         weight = heads.unembeddings[1].get_parameter("weight")
         weight[64:] = weight[:64] * (1 + 1e-8)  # every token of head 2 has a twin
@@ -158,7 +192,10 @@ def test_ranks_that_rounding_could_move_are_listed_by_prompt_position_and_head(e
     listed = trace.provenance.extra["head_ties"]
     assert isinstance(listed, list)
     twins = [tie for tie in listed if isinstance(tie, list) and tie[2] == 2]
-    reachable = [int((prompt.ranks[:, 1] >= 0).sum()) - int((prompt.ranks[:, 1] > MAX_TREE_RANK).sum()) for prompt in trace.prompts]
+    reachable = [
+        int((prompt.ranks[:, 1] >= 0).sum()) - int((prompt.ranks[:, 1] > MAX_TREE_RANK).sum())
+        for prompt in trace.prompts
+    ]
     assert len(twins) == sum(reachable) > 0 and {tie[0] for tie in twins} == {text.key for text in texts}
 
 
@@ -190,7 +227,11 @@ def test_replayed_steps_equal_decoded_steps_of_the_smoke_run(smoke: SmokeRun) ->
 
 def test_any_tree_decodes_as_it_replays(engine: Engine) -> None:
     trace = record_trace(engine, texts := texts_of(engine), max_new_tokens=12, extra={})
-    for tree in (DraftTree.cartesian((4, 1, 2)), DraftTree.from_paths([(3,), (0,), (0, 1), (3, 0), (3, 0, 5)]), DraftTree.chain(1)):
+    for tree in (
+        DraftTree.cartesian((4, 1, 2)),
+        DraftTree.from_paths([(3,), (0,), (0, 1), (3, 0), (3, 0, 5)]),
+        DraftTree.chain(1),
+    ):
         arm = smoke_suite().arm("chain")
         runner = ArmRunner(engine, arm, tree=tree, max_new_tokens=12, max_prompt_tokens=40, clock=TickClock())
         decoded = [len(runner.generate(text.prompt_ids, seed=None).step_tokens) for text in texts]
@@ -212,5 +253,12 @@ def test_half_precision_model_is_traced_in_its_own_precision() -> None:
         assert prompt.nll is not None and prompt.gaps is not None
         assert prompt.nll.dtype == prompt.gaps.dtype == np.float32 and (prompt.gaps >= 0).all()
         assert prompt.ranks.max() < 128
-    runner = ArmRunner(engine, suite.arm("chain"), tree=DraftTree.chain(3), max_new_tokens=8, max_prompt_tokens=40, clock=TickClock())
+    runner = ArmRunner(
+        engine,
+        suite.arm("chain"),
+        tree=DraftTree.chain(3),
+        max_new_tokens=8,
+        max_prompt_tokens=40,
+        clock=TickClock(),
+    )
     assert len(runner.generate(texts[0].prompt_ids, seed=None).token_ids) == 8

@@ -28,13 +28,22 @@ def test_a_whole_record_is_read_back(record: RunRecord) -> None:
     assert record.manifest is not None and record.manifest.complete
     assert len(record.generations) == len(record.outcomes) == record.manifest.num_planned
     assert record.environment.model_name == "made-up model"
-    for part in (record.step_costs, record.profile, record.device_limits, record.heads_control, record.likelihoods, record.trace):
+    for part in (
+        record.step_costs,
+        record.profile,
+        record.device_limits,
+        record.heads_control,
+        record.likelihoods,
+        record.trace,
+    ):
         assert part is not None
     assert record.trees["optimised_64"].tree().num_nodes == 64
 
 
 def test_a_manifest_that_was_written_is_read_back(tmp_path: Path) -> None:
-    """A computed field was written among the others and then refused as an unknown key, so that no sealed record could be read."""
+    """A computed field was written among the others and then refused as an unknown key, so that no sealed
+    record could be read.
+    """
     manifest = Manifest(
         suite="fake",
         num_planned=2,
@@ -51,9 +60,23 @@ def test_a_manifest_that_was_written_is_read_back(tmp_path: Path) -> None:
 
 
 def test_missing_probes_are_none(tmp_path: Path) -> None:
-    names = ["step_costs.json", "profile.json", "device_limits.json", "heads_control.json", "likelihoods.json", "trace.npz"]
+    names = [
+        "step_costs.json",
+        "profile.json",
+        "device_limits.json",
+        "heads_control.json",
+        "likelihoods.json",
+        "trace.npz",
+    ]
     record = write_fake_record(tmp_path, omit=[*names, "manifest.json"], num_prompts=2)
-    for part in (record.step_costs, record.profile, record.device_limits, record.heads_control, record.likelihoods, record.trace):
+    for part in (
+        record.step_costs,
+        record.profile,
+        record.device_limits,
+        record.heads_control,
+        record.likelihoods,
+        record.trace,
+    ):
         assert part is None
     assert record.manifest is None
     with pytest.raises(UserError, match=r"no manifest\.json"):
@@ -84,7 +107,10 @@ def test_a_truncated_line_inside_is_refused_with_its_number(record: RunRecord) -
             read_outcomes(path, allow_torn_tail=allow)
 
 
-@pytest.mark.parametrize("name", ["suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", "likelihoods.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["suite.toml", "environment.json", "trees.json", "generations.jsonl", "trace.npz", "likelihoods.json"],
+)
 def test_an_altered_or_missing_file_breaks_the_seal(name: str, record: RunRecord) -> None:
     path = record.folder / name
     path.write_bytes(path.read_bytes() + b" ")
@@ -109,7 +135,9 @@ def test_an_unknown_key_in_a_trial_is_refused(record: RunRecord) -> None:
         read_outcomes(path)
 
 
-@pytest.mark.parametrize("name", ["environment.json", "trees.json", "step_costs.json", "heads_control.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["environment.json", "trees.json", "step_costs.json", "heads_control.json", "manifest.json"]
+)
 def test_another_schema_version_is_refused(name: str, record: RunRecord) -> None:
     change_json(record.folder / name, schema_version=2)
     with pytest.raises(UserError, match=rf"schema_version.*{name}"):
@@ -124,7 +152,9 @@ def test_a_folder_or_file_that_is_not_there(record: RunRecord, tmp_path: Path) -
         _ = RunRecord(record.folder).environment
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file.json"
     write_bytes(path, b"old")
 
@@ -157,7 +187,11 @@ def test_records_hold_no_absolute_path(record: RunRecord) -> None:
 
 
 def test_canonical_hash_ignores_the_order_of_keys() -> None:
-    assert canonical_sha256({"a": 1, "b": [2]}) == canonical_sha256({"b": [2], "a": 1}) != canonical_sha256({"a": 1, "b": [3]})
+    assert (
+        canonical_sha256({"a": 1, "b": [2]})
+        == canonical_sha256({"b": [2], "a": 1})
+        != canonical_sha256({"a": 1, "b": [3]})
+    )
 
 
 def test_the_environment_round_trips(record: RunRecord) -> None:

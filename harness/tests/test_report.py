@@ -16,9 +16,24 @@ from rich.console import Console
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, without_paths
 from harness.records.run import ArmTree, Failure, RunRecord
-from harness.report.formatting import ABSENT, cell, finished_words, megabytes, percent, ratio_interval, significant, table
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    finished_words,
+    megabytes,
+    percent,
+    ratio_interval,
+    significant,
+    table,
+)
 from harness.report.run import headline, print_verdicts, relative_folder, render_report
-from harness.report.run_evidence import render_heads, render_parity, render_predictions, render_profile, render_step_costs
+from harness.report.run_evidence import (
+    render_heads,
+    render_parity,
+    render_predictions,
+    render_profile,
+    render_step_costs,
+)
 from harness.report.run_tables import render_arms_table, render_not_tested_table, render_verdict_table
 from harness.stats import Interval
 from harness.tests.fake_judgement import FAILED_CHECK, NEEDS_GPU, VERDICTS, judge, verdict
@@ -45,7 +60,9 @@ SPEED_WORDS = re.compile(r"speedup|overhead|tokens/s\b(?!tep)|step cost|, ms\b|G
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    return write_fake_record(tmp_path_factory.mktemp("report") / "some-run", num_prompts=8, rounds=1, jitter=0.0)
+    return write_fake_record(
+        tmp_path_factory.mktemp("report") / "some-run", num_prompts=8, rounds=1, jitter=0.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +98,19 @@ def test_every_table_row_has_as_many_cells_as_its_header(record: RunRecord, judg
             widths = []
 
 
-def test_summary_counts_verdicts_and_names_the_best_greedy_arm(record: RunRecord, judgement: Judgement) -> None:
+def test_summary_counts_verdicts_and_names_the_best_greedy_arm(
+    record: RunRecord, judgement: Judgement
+) -> None:
     summary = _section(render_report(record, judgement), "Summary")
     assert "2 reproduced, 1 not reproduced, 1 inconclusive, 2 not tested." in summary
     assert "Of the 4 tested 3 rest on this run, 1 on arithmetic" in summary
-    speedup = next(comparison.speedup for comparison in judgement.comparisons if comparison.arm == "optimised_64")
-    assert "`optimised_64` (64 nodes)" in summary and f"**speedup {ratio_interval(speedup)}** over `vanilla`" in summary
+    speedup = next(
+        comparison.speedup for comparison in judgement.comparisons if comparison.arm == "optimised_64"
+    )
+    assert (
+        "`optimised_64` (64 nodes)" in summary
+        and f"**speedup {ratio_interval(speedup)}** over `vanilla`" in summary
+    )
 
 
 def test_arms_table_gives_the_fake_devices_known_ratios(record: RunRecord, judgement: Judgement) -> None:
@@ -100,7 +124,10 @@ def test_arms_table_gives_the_fake_devices_known_ratios(record: RunRecord, judge
 def test_step_costs_show_curve_and_arms(record: RunRecord) -> None:
     rows = _rows(render_step_costs(record))
     assert rows["64"][3] == f"{node_cost(64):.2f}" and rows["1"][3] == "1.00"
-    assert rows["chain"][5] == f"{node_cost(6):.2f}" and rows["chain"][7] == f"{STEP_S['chain'] / STEP_S['vanilla']:.2f}"
+    assert (
+        rows["chain"][5] == f"{node_cost(6):.2f}"
+        and rows["chain"][7] == f"{STEP_S['chain'] / STEP_S['vanilla']:.2f}"
+    )
 
 
 def test_profile_shares_sum_to_the_whole(record: RunRecord) -> None:
@@ -109,7 +136,9 @@ def test_profile_shares_sum_to_the_whole(record: RunRecord) -> None:
     assert row[9] == "3.0 %"
 
 
-def test_predictions_show_calibrated_replayed_decoded_of_greedy_arms_only(record: RunRecord, judgement: Judgement) -> None:
+def test_predictions_show_calibrated_replayed_decoded_of_greedy_arms_only(
+    record: RunRecord, judgement: Judgement
+) -> None:
     first = render_predictions(record, judgement).split("Speedup =")[0]
     rows = _rows(first)
     assert set(rows) >= {"chain", "cartesian", "optimised_64"} and "typical" not in rows
@@ -133,7 +162,12 @@ def test_heads_table_shows_controls_and_counts_only_seen_positions(record: RunRe
 
 def test_verdict_table_leaves_out_the_untested_and_puts_arithmetic_last(judgement: Judgement) -> None:
     rows = _rows(render_verdict_table(judgement))
-    assert [name for name in rows if name.endswith("(Table 3)")] == ["T3-9 (Table 3)", "F9 (Table 3)", "Q9 (Table 3)", "CK9 (Table 3)"]
+    assert [name for name in rows if name.endswith("(Table 3)")] == [
+        "T3-9 (Table 3)",
+        "F9 (Table 3)",
+        "Q9 (Table 3)",
+        "CK9 (Table 3)",
+    ]
     assert rows["Q9 (Table 3)"][4:6] == ["measured (transfer)", "**not reproduced**"]
     assert _rows(render_not_tested_table(judgement))[NEEDS_GPU][1:] == ["2", "BIG-1, BIG-2"]
 
@@ -143,17 +177,30 @@ def test_verdict_table_without_tested_claims_says_so(judgement: Judgement) -> No
     assert "No claim" in render_verdict_table(judgement.model_copy(update={"verdicts": untested}))
 
 
-def test_invalid_report_says_so_first_and_gives_no_speed_in_summary_or_headline(record: RunRecord, judgement: Judgement) -> None:
+def test_invalid_report_says_so_first_and_gives_no_speed_in_summary_or_headline(
+    record: RunRecord, judgement: Judgement
+) -> None:
     invalid = judgement.model_copy(update={"checks": (*judgement.checks, FAILED_CHECK)})
     report = render_report(record, invalid)
     summary = _section(report, "Summary")
-    assert summary.strip().startswith("**INVALID.**") and "**greedy_parity**: found 3 bugs; need no bug" in summary
+    assert (
+        summary.strip().startswith("**INVALID.**")
+        and "**greedy_parity**: found 3 bugs; need no bug" in summary
+    )
     assert summary.index("greedy_parity") < summary.index("Verdicts:")
     assert not SPEED_WORDS.search(summary) and "tokens/step" not in summary
-    assert "for diagnosis only" in _section(report, "Arms") and "for diagnosis only" in _section(report, "Verdicts")
-    assert list(_rows(_section(report, "Checks")))[2] == "greedy_parity", "after header and rule the failed check comes first"
+    assert "for diagnosis only" in _section(report, "Arms") and "for diagnosis only" in _section(
+        report, "Verdicts"
+    )
+    assert list(_rows(_section(report, "Checks")))[2] == "greedy_parity", (
+        "after header and rule the failed check comes first"
+    )
     found = headline(invalid, record)
-    assert (found["valid"], found["failed_checks"], found["best_greedy_arm"]) == (False, ["greedy_parity"], None)
+    assert (found["valid"], found["failed_checks"], found["best_greedy_arm"]) == (
+        False,
+        ["greedy_parity"],
+        None,
+    )
 
 
 def test_suite_without_speed_prints_none_and_says_why(tmp_path: Path) -> None:
@@ -169,7 +216,9 @@ def test_suite_without_speed_prints_none_and_says_why(tmp_path: Path) -> None:
 
 
 def test_headline_is_one_json_object_with_a_relative_path(record: RunRecord, judgement: Judgement) -> None:
-    found = json.loads(json.dumps(headline(judgement, record, base=record.folder.parent.parent), allow_nan=False))
+    found = json.loads(
+        json.dumps(headline(judgement, record, base=record.folder.parent.parent), allow_nan=False)
+    )
     assert found["record"] == f"{record.folder.parent.name}/some-run"
     assert found["verdicts"] == {"reproduced": 2, "not reproduced": 1, "inconclusive": 1, "not tested": 2}
     best = found["best_greedy_arm"]
@@ -198,7 +247,9 @@ def test_arm_without_a_generation_is_never_the_best(record: RunRecord, judgement
         ({"dirty": False}, "- Commit: `0123456789ab`\n"),
     ],
 )
-def test_commit_is_told_plainly(tmp_path: Path, judgement: Judgement, changes: dict[str, Any], said: str) -> None:
+def test_commit_is_told_plainly(
+    tmp_path: Path, judgement: Judgement, changes: dict[str, Any], said: str
+) -> None:
     def spoil(parts: FakeParts) -> None:
         parts.environment = parts.environment.model_copy(update=changes)
 
@@ -208,7 +259,10 @@ def test_commit_is_told_plainly(tmp_path: Path, judgement: Judgement, changes: d
 
 def test_no_place_on_the_machine_reaches_the_report(tmp_path: Path, judgement: Judgement) -> None:
     def spoil(parts: FakeParts) -> None:
-        changes = {"command": "python -m harness run /data/jane/s.toml", "assets": {"model": "/data/jane/m.gguf"}}
+        changes = {
+            "command": "python -m harness run /data/jane/s.toml",
+            "assets": {"model": "/data/jane/m.gguf"},
+        }
         parts.environment = parts.environment.model_copy(update=changes)
         trial = parts.outcomes[0].trial
         message = "no file /data/jane/cache | <b>"
@@ -228,17 +282,27 @@ def _without(name: str) -> Callable[[FakeParts], None]:
 
 @pytest.mark.parametrize(
     ("part", "title"),
-    [("profile", "Where a step goes"), ("step_costs", "Step cost"), ("likelihoods", "Likelihood of sampled text")],
+    [
+        ("profile", "Where a step goes"),
+        ("step_costs", "Step cost"),
+        ("likelihoods", "Likelihood of sampled text"),
+    ],
 )
-def test_section_without_its_probe_is_left_out(tmp_path: Path, judgement: Judgement, part: str, title: str) -> None:
+def test_section_without_its_probe_is_left_out(
+    tmp_path: Path, judgement: Judgement, part: str, title: str
+) -> None:
     record = write_fake_record(tmp_path / "run", spoil=_without(part), num_prompts=8, rounds=1, jitter=0.0)
     assert f"## {title}" not in render_report(record, judgement)
 
 
 def test_heads_are_shown_by_control_alone_or_trace_alone(tmp_path: Path) -> None:
-    control_only = write_fake_record(tmp_path / "a", spoil=_without("trace"), num_prompts=8, rounds=1, jitter=0.0)
+    control_only = write_fake_record(
+        tmp_path / "a", spoil=_without("trace"), num_prompts=8, rounds=1, jitter=0.0
+    )
     assert "on this text" not in render_heads(control_only) and "held-out top-1" in render_heads(control_only)
-    trace_only = write_fake_record(tmp_path / "b", spoil=_without("heads_control"), num_prompts=8, rounds=1, jitter=0.0)
+    trace_only = write_fake_record(
+        tmp_path / "b", spoil=_without("heads_control"), num_prompts=8, rounds=1, jitter=0.0
+    )
     assert "held-out" not in render_heads(trace_only) and "top-1 on this text" in render_heads(trace_only)
 
 
@@ -261,10 +325,19 @@ def test_every_divergence_is_shown_with_its_gap(judgement: Judgement) -> None:
 
 def test_parity_of_half_precision_says_what_a_tie_is_and_how_often_one_is_there(judgement: Judgement) -> None:
     assert judgement.parity.rounding is None and "only up to ties" not in render_parity(judgement)
-    rounding = ParityRounding(dtype="bfloat16", largest_shift=0.375, tie_margin=0.75, share_below=0.277, num_equal_tokens=1100)
-    text = render_parity(judgement.model_copy(update={"parity": judgement.parity.model_copy(update={"rounding": rounding})}))
+    rounding = ParityRounding(
+        dtype="bfloat16", largest_shift=0.375, tie_margin=0.75, share_below=0.277, num_equal_tokens=1100
+    )
+    text = render_parity(
+        judgement.model_copy(update={"parity": judgement.parity.model_copy(update={"rounding": rounding})})
+    )
     assert "In bfloat16 a text is equal only up to ties." in text
-    assert "at most 0.375 " in text and "below 0.750 counts" in text and "27.7 % of the traced places" in text and "1,100 tokens" in text
+    assert (
+        "at most 0.375 " in text
+        and "below 0.750 counts" in text
+        and "27.7 % of the traced places" in text
+        and "1,100 tokens" in text
+    )
 
 
 def test_terminal_shows_tested_verdicts_and_counts_the_rest(judgement: Judgement) -> None:
@@ -298,7 +371,11 @@ def test_significant_digits(value: float | None, text: str) -> None:
 
 
 def test_shares_and_sizes() -> None:
-    assert (percent(0.1234), percent(-0.0001, signed=True), percent(0.05, signed=True)) == ("12.3 %", "+0.0 %", "+5.0 %")
+    assert (percent(0.1234), percent(-0.0001, signed=True), percent(0.05, signed=True)) == (
+        "12.3 %",
+        "+0.0 %",
+        "+5.0 %",
+    )
     assert (megabytes(6_600_000), megabytes(1_500_000_000), megabytes(None)) == ("6.60", "1,500", ABSENT)
 
 
@@ -317,7 +394,10 @@ def test_absolute_paths_are_cut(text: str, cut: str) -> None:
     assert without_paths(text) == cut
 
 
-@pytest.mark.parametrize("text", ["1.5 tokens/step", "suites/embedded/heads.st", "https://host.org/a/b", "and / or", "3/4/5", "./a/b"])
+@pytest.mark.parametrize(
+    "text",
+    ["1.5 tokens/step", "suites/embedded/heads.st", "https://host.org/a/b", "and / or", "3/4/5", "./a/b"],
+)
 def test_other_slashes_stay(text: str) -> None:
     assert without_paths(text) == text
     assert not holds_absolute_path(text)
@@ -330,13 +410,23 @@ def test_cells_stay_in_their_column() -> None:
 
 def test_trees_without_an_entry_do_not_break_the_predictions(tmp_path: Path, judgement: Judgement) -> None:
     def spoil(parts: FakeParts) -> None:
-        parts.trees = {name: ArmTree(paths=tree.paths, origin="o") for name, tree in parts.trees.items() if name != "chain"}
+        parts.trees = {
+            name: ArmTree(paths=tree.paths, origin="o")
+            for name, tree in parts.trees.items()
+            if name != "chain"
+        }
 
     record = write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=8, rounds=1, jitter=0.0)
-    assert _rows(render_predictions(record, judgement).split("Speedup =")[0])["chain"][1:3] == [ABSENT, ABSENT]
+    assert _rows(render_predictions(record, judgement).split("Speedup =")[0])["chain"][1:3] == [
+        ABSENT,
+        ABSENT,
+    ]
 
 
-@pytest.mark.parametrize(("finished", "words"), [("14:43:00Z", "(10.2 minutes)"), ("17:33:04Z", "(10.2 minutes since it was resumed)")])
+@pytest.mark.parametrize(
+    ("finished", "words"),
+    [("14:43:00Z", "(10.2 minutes)"), ("17:33:04Z", "(10.2 minutes since it was resumed)")],
+)
 def test_minutes_of_a_resumed_run_say_what_they_count(finished: str, words: str) -> None:
     shown = finished_words("2026-11-23T14:33:00Z", f"2026-11-23T{finished}", elapsed_s=612.0)
     assert shown == f"2026-11-23T{finished} {words}"

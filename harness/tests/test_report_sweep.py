@@ -1,4 +1,6 @@
-"""What is said of a sweep: tables from the record alone, hypothetical rows apart, figures that are the same whenever they are drawn."""
+"""What is said of a sweep: tables from the record alone, hypothetical rows apart, figures that are the same
+whenever they are drawn.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.sweep import SweepRecord
 from harness.report.readme import check_sweep, update_sweep
-from harness.report.sweep import print_sweep, render_devices, render_readme_sweep, render_sweep_report, sweep_headline
+from harness.report.sweep import (
+    print_sweep,
+    render_devices,
+    render_readme_sweep,
+    render_sweep_report,
+    sweep_headline,
+)
 from harness.report.sweep_figures import FORMATS, draw_figures, tree_layout
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
@@ -66,7 +74,16 @@ def test_the_table_of_devices_says_what_each_figure_is(record: SweepRecord, repo
     assert f"{best.speedup.estimate:.2f} [{best.speedup.low:.2f}, {best.speedup.high:.2f}]" in measured
     assert record.trees.trees[best.tree].tree().fingerprint in measured
     assert best.break_even is not None and best.break_even.words in measured
-    assert len([line for line in devices.splitlines() if "| predicted, float16" in line and "| predicted " in line]) == 2
+    assert (
+        len(
+            [
+                line
+                for line in devices.splitlines()
+                if "| predicted, float16" in line and "| predicted " in line
+            ]
+        )
+        == 2
+    )
     assert "priced at the nearest one that was" in devices  # the record times no length below 256
 
 
@@ -86,7 +103,11 @@ def test_quoted_figures_and_failures_are_shown(report: str) -> None:
 def test_the_rooflines_error_stands_beside_its_predictions(report: str, record: SweepRecord) -> None:
     words = part(report, "Step times that are predicted")
     error = record.origin.roofline_error
-    assert error is not None and f"{100 * error.seconds.median_error:.1f} %" in words and "not corrected" in words
+    assert (
+        error is not None
+        and f"{100 * error.seconds.median_error:.1f} %" in words
+        and "not corrected" in words
+    )
 
 
 def test_decoded_points(report: str) -> None:
@@ -96,7 +117,10 @@ def test_decoded_points(report: str) -> None:
 
 def test_sampled_settings_and_verdicts(report: str, record: SweepRecord) -> None:
     rows = part(report, "Thresholds and temperatures").splitlines()
-    assert sum(line.startswith("| typical") for line in rows) == 8 and sum(line.startswith("| rejection") for line in rows) == 4
+    assert (
+        sum(line.startswith("| typical") for line in rows) == 8
+        and sum(line.startswith("| rejection") for line in rows) == 4
+    )
     verdicts = part(report, "Verdicts")
     for claim_id in ("F5-1", "F5-3", "Q-temp", "RL-64", "RL-32", "RL-seq", "RL-44", "RL-acc"):
         assert f"| {claim_id} (" in verdicts
@@ -105,7 +129,14 @@ def test_sampled_settings_and_verdicts(report: str, record: SweepRecord) -> None
 
 def test_no_path_and_no_missing_section(report: str) -> None:
     assert not holds_absolute_path(report)
-    for title in ("Sparse and dense trees", "Heads", "The two searches", "Appendix G simulated", "Provenance", "Figures"):
+    for title in (
+        "Sparse and dense trees",
+        "Heads",
+        "The two searches",
+        "Appendix G simulated",
+        "Provenance",
+        "Figures",
+    ):
         assert part(report, title).strip()
 
 
@@ -159,7 +190,16 @@ def test_an_unsealed_sweep_is_not_for_the_readme(plan: SweepPlan, tmp_path: Path
 def test_figures_are_drawn(record: SweepRecord, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     drawn = draw_figures(record, tmp_path, formats=("svg",))
-    names = ("fig4_nodes", "fig5_thresholds", "heads", "fig6_tree", "roofline", "devices", "decoded", "appendix_g")
+    names = (
+        "fig4_nodes",
+        "fig5_thresholds",
+        "heads",
+        "fig6_tree",
+        "roofline",
+        "devices",
+        "decoded",
+        "appendix_g",
+    )
     assert tuple(path.stem for path in drawn) == names and sorted(tmp_path.iterdir()) == sorted(drawn)
     texts = {path.stem: path.read_text() for path in drawn}
     assert not any(map(holds_absolute_path, texts.values()))
@@ -192,7 +232,9 @@ def test_no_two_nodes_of_a_level_share_a_place() -> None:
     for node, below in enumerate(tree.children):
         if below:
             assert across[node] == pytest.approx(sum(across[child] for child in below) / len(below))
-    assert [across[child] for child in tree.children[0]] == sorted(across[child] for child in tree.children[0])
+    assert [across[child] for child in tree.children[0]] == sorted(
+        across[child] for child in tree.children[0]
+    )
 
 
 def test_the_simulations_are_those_that_the_verdicts_rest_on() -> None:
@@ -213,13 +255,23 @@ def test_the_simulations_are_those_that_the_verdicts_rest_on() -> None:
 
 def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> None:
     out = StringIO()
-    options = {"device": "made-up CPU", "shape": SHAPE, "dtype": None, "max_nodes": 24, "check": home / "trace.npz"}
-    console = Console(file=out, width=220)
-    results = home / "results"
-    choice = print_device_search(home / "calibration.npz", results=results, cache=tmp_path, console=console, **options)  # type: ignore[arg-type]
+    choice = print_device_search(
+        home / "calibration.npz",
+        device="made-up CPU",
+        shape=SHAPE,
+        dtype=None,
+        max_nodes=24,
+        check=home / "trace.npz",
+        results=home / "results",
+        cache=tmp_path,
+        console=Console(file=out, width=220),
+    )
     text = out.getvalue()
     assert "made-up CPU" in text and "independent" in text and "joint" in text and "root  #0" in text
-    assert choice.method == "joint" and f"{plan.composer.index.replay(choice.tree()).tokens_per_step:.3f}" in text
+    assert (
+        choice.method == "joint"
+        and f"{plan.composer.index.replay(choice.tree()).tokens_per_step:.3f}" in text
+    )
     assert len(list(tmp_path.iterdir())) == 1
 
 

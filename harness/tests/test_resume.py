@@ -1,4 +1,6 @@
-"""A run can be killed at any byte and resumed: same tokens, nothing done twice, what was cut marked, another run refused."""
+"""A run can be killed at any byte and resumed: same tokens, nothing done twice, what was cut marked, another
+run refused.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def size_of(record: RunRecord) -> int:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.13, 0.41, 0.77, 0.9999, 1.0])
-def test_run_killed_at_any_byte_resumes_to_the_same_texts(micro: MicroRun, tmp_path: Path, share: float) -> None:
+def test_run_killed_at_any_byte_resumes_to_the_same_texts(
+    micro: MicroRun, tmp_path: Path, share: float
+) -> None:
     folder = killed_copy(micro.record, tmp_path / "run", num_bytes=int(share * size_of(micro.record)))
     before = read_outcomes(folder / "generations.jsonl", allow_torn_tail=True)
     assert run(micro.data, tmp_path / "unused", resume=folder) == folder
@@ -69,7 +73,9 @@ def test_run_killed_at_any_byte_resumes_to_the_same_texts(micro: MicroRun, tmp_p
         assert isinstance(outcome, Generation)
         in_cut_block = 4 * whole_blocks <= number < len(before)
         assert outcome.timing_valid is not in_cut_block
-        assert outcome.attempt == (1 if number >= len(before) and outcome.trial in {cut.trial for cut in before} else 0)
+        assert outcome.attempt == (
+            1 if number >= len(before) and outcome.trial in {cut.trial for cut in before} else 0
+        )
     assert len(record.outcomes) == 16 + len(before) % 4  # the cut block is repeated whole, nothing else is
     assert all(generation.timing_valid for generation in record.generations)
 
@@ -90,7 +96,9 @@ def test_every_cut_leaves_a_store_that_can_go_on(micro: MicroRun, tmp_path: Path
     assert finished == set(range(num_lines // 4))
     assert attempts == {outcome.trial: 1 for outcome in micro.record.outcomes[:num_lines]}
     kept = read_outcomes(folder / "generations.jsonl")  # whole lines only
-    assert [outcome.trial for outcome in kept] == [outcome.trial for outcome in micro.record.outcomes[:num_lines]]
+    assert [outcome.trial for outcome in kept] == [
+        outcome.trial for outcome in micro.record.outcomes[:num_lines]
+    ]
     assert [path.name for path in folder.iterdir()] == ["generations.jsonl"]
 
 
@@ -147,10 +155,15 @@ def test_leftovers_of_another_version_do_not_stop_a_new_run(micro: MicroRun, tmp
         ({"backbone_sha256": "0" * 64}, "backbone_sha256"),
         ({"heads_sha256": None}, "heads_sha256"),
         ({"prompts_sha256": "0" * 64}, "prompts_sha256"),
-        ({"device": DeviceInfo(kind="cpu", name="another", num_cores=1, num_threads=1, memory_bytes=1)}, "device"),
+        (
+            {"device": DeviceInfo(kind="cpu", name="another", num_cores=1, num_threads=1, memory_bytes=1)},
+            "device",
+        ),
     ],
 )
-def test_another_run_is_not_resumed(micro: MicroRun, tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+def test_another_run_is_not_resumed(
+    micro: MicroRun, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
     folder = killed_copy(micro.record, tmp_path / "run", num_bytes=0)
     environment = micro.record.environment.model_copy(update=changes)
     with pytest.raises(UserError, match=f"another {named}"):
@@ -164,9 +177,13 @@ def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_pat
     with pytest.raises(UserError, match="another suite"):
         Store.open(tmp_path, kind=RUN, spec=other, provenance=environment, resume=folder)
     with pytest.raises(UserError, match="a finished run"):
-        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=micro.record.folder)
+        Store.open(
+            tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=micro.record.folder
+        )
     with pytest.raises(UserError, match="no such folder"):
-        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=tmp_path / "nowhere")
+        Store.open(
+            tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=tmp_path / "nowhere"
+        )
 
 
 def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Path) -> None:
@@ -182,12 +199,16 @@ def test_a_tree_file_that_changed_is_not_resumed(heads_file: Path, tmp_path: Pat
 
 
 def start(suite: Path, results: Path) -> subprocess.Popen[str]:
-    """Start a run that Ctrl-C reaches, also where these tests run in the background and inherit an ignored SIGINT."""
+    """Start a run that Ctrl-C reaches, also where these tests run in the background and inherit an ignored
+    SIGINT.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-m", "harness", "reproduce", str(suite), "--results", str(results)]
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
     finally:
         signal.signal(signal.SIGINT, inherited)
 
@@ -208,7 +229,8 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monke
     Without git: a file saved meanwhile would make it another commit's run.
     """
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr("harness.device.engine.git_state", git_state)  # not the one that a fixture keeps steady
+    # not the one that a fixture keeps steady
+    monkeypatch.setattr("harness.device.engine.git_state", git_state)
     data = micro_data(heads_file, prompts={"source": "random", "limit": 14}, max_new_tokens=24)
     suite, results = write_suite(tmp_path / "micro.toml", data), tmp_path / "results"
 

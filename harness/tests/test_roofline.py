@@ -30,7 +30,13 @@ HeadArchitecture = Literal["own", "shared"]
 ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")
 UNIT = Limits(bytes_per_s=1.0, flop_per_s=4.0)
 TINY = ModelShape(
-    num_layers=3, hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_size=2, intermediate_size=16, vocab_size=32
+    num_layers=3,
+    hidden_size=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_size=2,
+    intermediate_size=16,
+    vocab_size=32,
 )
 
 
@@ -59,10 +65,14 @@ def test_intensity_is_that_of_the_work() -> None:
     shape = dataclasses.replace(llama_7b_block(), num_attention_heads=1, num_key_value_heads=1)
     work = attention_work(shape, 64, context_tokens=1024, batch=5, dtype_bytes=2)
     assert work.intensity == pytest.approx(attention_intensity(64, context_tokens=1024))
-    assert linear_work(4 * 16, inputs=6656, outputs=17920, dtype_bytes=2).intensity == pytest.approx(linear_intensity(16, batch=4))
+    assert linear_work(4 * 16, inputs=6656, outputs=17920, dtype_bytes=2).intensity == pytest.approx(
+        linear_intensity(16, batch=4)
+    )
 
 
-@pytest.mark.parametrize(("work", "seconds"), [(Work(num_bytes=10, flop=4), 10.0), (Work(num_bytes=1, flop=40), 10.0)])
+@pytest.mark.parametrize(
+    ("work", "seconds"), [(Work(num_bytes=10, flop=4), 10.0), (Work(num_bytes=1, flop=40), 10.0)]
+)
 def test_time_is_that_of_the_slower_resource(work: Work, seconds: float) -> None:
     assert work.seconds(UNIT) == seconds
 
@@ -94,13 +104,18 @@ def test_step_bytes_without_unembedding_leaves_its_weights_out() -> None:
 def test_heads_seconds_adds_up_by_hand(architecture: HeadArchitecture, unembedding: int) -> None:
     fast = Limits(bytes_per_s=1.0, flop_per_s=math.inf)  # only bytes count
     blocks = 5 * 2 * (3 * (8 + 8) + 8 * 8)
-    ours = heads_seconds(TINY, fast, num_heads=5, num_layers=2, architecture=architecture, batch=3, dtype_bytes=4)
+    ours = heads_seconds(
+        TINY, fast, num_heads=5, num_layers=2, architecture=architecture, batch=3, dtype_bytes=4
+    )
     assert ours == pytest.approx(4 * (blocks + unembedding))
 
 
 def test_heads_seconds_counts_the_same_arithmetic_for_both_architectures() -> None:
     slow = Limits(bytes_per_s=math.inf, flop_per_s=1.0)  # only flop count
-    shared, own = (heads_seconds(TINY, slow, num_heads=5, architecture=architecture, batch=3) for architecture in ARCHITECTURES)
+    shared, own = (
+        heads_seconds(TINY, slow, num_heads=5, architecture=architecture, batch=3)
+        for architecture in ARCHITECTURES
+    )
     assert shared == own == 2 * 3 * 5 * (8 * 8 + 8 * 32)
 
 
@@ -109,7 +124,9 @@ def test_no_heads_take_no_time_and_a_shape_without_unembedding_has_blocks_only()
     for architecture in ARCHITECTURES:
         assert heads_seconds(TINY, UNIT, num_heads=0, architecture=architecture) == 0.0
         blocks_s = linear_work(1, inputs=8, outputs=8, dtype_bytes=2).seconds(UNIT)
-        assert heads_seconds(without, UNIT, num_heads=3, architecture=architecture) == pytest.approx(3 * blocks_s)
+        assert heads_seconds(without, UNIT, num_heads=3, architecture=architecture) == pytest.approx(
+            3 * blocks_s
+        )
 
 
 @pytest.mark.parametrize("change", [{"num_heads": -1}, {"num_layers": 0}, {"batch": 0}, {"dtype_bytes": 0}])
@@ -120,7 +137,9 @@ def test_heads_refuse_impossible_counts(change: dict[str, int]) -> None:
 
 def test_step_cost_is_near_one_below_the_ridge_and_grows_past_it() -> None:
     limits = load_hardware()["a100-80gb-pcie"].limits
-    costs = [step_cost(llama_7b_block(), limits, num_nodes=nodes, context_tokens=1024) for nodes in (1, 64, 512)]
+    costs = [
+        step_cost(llama_7b_block(), limits, num_nodes=nodes, context_tokens=1024) for nodes in (1, 64, 512)
+    ]
     assert costs[0] == 1.0
     assert costs[1] < 1.1
     assert costs[2] > 2.5

@@ -1,4 +1,6 @@
-"""The measured rounding: known shifts are found, every shape of the greedy arms is walked, and half-precision runs get a parity verdict."""
+"""The measured rounding: known shifts are found, every shape of the greedy arms is walked, and half-precision
+runs get a parity verdict.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +23,31 @@ from harness.records.run import RunRecord
 from harness.report.run import render_report
 from harness.specs.suite import ArmSpec
 from harness.tests.test_record_trace import texts_of
-from harness.tests.tiny_suite import CHAIN, SAMPLED, VANILLA, MicroRun, micro_data, run, save_tiny_heads, smoke_suite
+from harness.tests.tiny_suite import (
+    CHAIN,
+    SAMPLED,
+    VANILLA,
+    MicroRun,
+    micro_data,
+    run,
+    save_tiny_heads,
+    smoke_suite,
+)
 from medusa_impl.engine.backbone import Backbone, BackboneOutput
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree
 
-HF: list[dict[str, Any]] = [{"name": name, "method": name, "baseline": "vanilla"} for name in ("hf_greedy", "hf_prompt_lookup")]
+HF: list[dict[str, Any]] = [
+    {"name": name, "method": name, "baseline": "vanilla"} for name in ("hf_greedy", "hf_prompt_lookup")
+]
 SMALL: dict[str, Any] = {**CHAIN, "name": "small", "tree": {"kind": "cartesian", "widths": [2, 1]}}
 SAME_SIZE: dict[str, Any] = {**CHAIN, "name": "same_size", "tree": {"kind": "cartesian", "widths": [4]}}
 ARMS = [ArmSpec.model_validate(arm) for arm in (VANILLA, CHAIN, SMALL, SAME_SIZE, SAMPLED, *HF)]
-TREES = {"chain": DraftTree.chain(4), "small": DraftTree.cartesian((2, 1)), "same_size": DraftTree.cartesian((4,))}
+TREES = {
+    "chain": DraftTree.chain(4),
+    "small": DraftTree.cartesian((2, 1)),
+    "same_size": DraftTree.cartesian((4,)),
+}
 FEW = [arm for arm in ARMS if arm.name in ("vanilla", "small")]
 
 
@@ -53,12 +70,18 @@ def test_every_size_of_a_greedy_arm_is_walked_once_and_sampling_is_not(engine: E
         (("hf_prompt_lookup",), 11),
     ]
     assert [shape.arms for shape in rounding.heads] == [("chain", "small", "same_size")]
-    assert [shape.num_positions for shape in rounding.gaps[-2:]] == [3 * 20] * 2  # the stock prompt's own prediction too
+    assert [shape.num_positions for shape in rounding.gaps[-2:]] == [
+        3 * 20
+    ] * 2  # the stock prompt's own prediction too
     assert rounding.num_texts == 3 and rounding.num_candidates == 33
 
 
 def test_float32_moves_hardly_and_half_precision_by_far_more(engine: Engine) -> None:
-    engines = {"float32": engine, "float16": in_dtype(engine, "float16"), "bfloat16": in_dtype(engine, "bfloat16")}
+    engines = {
+        "float32": engine,
+        "float16": in_dtype(engine, "float16"),
+        "bfloat16": in_dtype(engine, "bfloat16"),
+    }
     largest = {}
     for dtype, one in engines.items():
         rounding = measure_rounding(one, texts_of(one, budget=20), arms=ARMS, trees=TREES)
@@ -73,7 +96,9 @@ def test_a_known_shift_of_the_steps_is_what_is_found(engine: Engine, monkeypatch
     """Steps whose logits are one and a half times the pass's move every gap by half of itself."""
     (text,) = texts_of(engine, budget=20, count=1)
     best = kept_states(engine.runner.backbone, text)[1].topk(2, dim=-1).values
-    gaps = (best[1:, 0] - best[1:, 1]).tolist()  # the first row is the prompt's own, the same for all our arms
+    gaps = (
+        best[1:, 0] - best[1:, 1]
+    ).tolist()  # the first row is the prompt's own, the same for all our arms
     forward = Backbone.forward
 
     def scaled(backbone: Backbone, token_ids: Tensor, **options: Any) -> BackboneOutput:
@@ -90,7 +115,9 @@ def test_a_known_shift_of_the_steps_is_what_is_found(engine: Engine, monkeypatch
 
 
 def test_a_known_shift_of_the_heads_is_what_is_found(engine: Engine, monkeypatch: MonkeyPatch) -> None:
-    """Heads that read a state alone give twice the logits: the best and the 33rd candidate part by their distance once more."""
+    """Heads that read a state alone give twice the logits: the best and the 33rd candidate part by their
+    distance once more.
+    """
     (text,) = texts_of(engine, budget=20, count=1)
     states, _ = kept_states(engine.runner.backbone, text)
     with torch.inference_mode():
@@ -135,7 +162,9 @@ def test_an_overflowing_logit_is_no_rounding(engine: Engine, monkeypatch: Monkey
         measure_rounding(engine, texts, arms=FEW, trees=TREES)
 
 
-def test_stock_generation_that_cannot_run_costs_its_own_figures_only(engine: Engine, monkeypatch: MonkeyPatch) -> None:
+def test_stock_generation_that_cannot_run_costs_its_own_figures_only(
+    engine: Engine, monkeypatch: MonkeyPatch
+) -> None:
     from harness.measure import rounding as module
 
     def broken(*_: Any) -> Any:
@@ -147,7 +176,9 @@ def test_stock_generation_that_cannot_run_costs_its_own_figures_only(engine: Eng
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_run_gets_a_parity_verdict(engine: Engine, dtype: Literal["bfloat16", "float16"], tmp_path: Path) -> None:
+def test_a_half_precision_run_gets_a_parity_verdict(
+    engine: Engine, dtype: Literal["bfloat16", "float16"], tmp_path: Path
+) -> None:
     half = in_dtype(engine, dtype)
     save_tiny_heads(tmp_path / "heads.safetensors", half.heads, backbone_sha256=half.loaded.sha256)
     data = micro_data(tmp_path / "heads.safetensors", arms=[VANILLA, CHAIN, SMALL, *HF], max_new_tokens=32)
@@ -156,13 +187,21 @@ def test_a_half_precision_run_gets_a_parity_verdict(engine: Engine, dtype: Liter
     assert validate_record(record.folder) == ()
     assert record.manifest is not None and "rounding.json" in record.manifest.sha256
     assert record.rounding is not None and record.rounding.dtype == dtype
-    assert record.rounding.gaps[0].num_positions == 4 * 63, "the warm-up texts' own tokens, not the benchmark's"
-    assert record.trace is not None and record.trace.provenance.extra["head_tie_margin"] == 2 * record.rounding.largest_head_shift
+    assert record.rounding.gaps[0].num_positions == 4 * 63, (
+        "the warm-up texts' own tokens, not the benchmark's"
+    )
+    assert (
+        record.trace is not None
+        and record.trace.provenance.extra["head_tie_margin"] == 2 * record.rounding.largest_head_shift
+    )
     judgement = judge(record)
     checks = {check.name: check for check in judgement.checks}
     for name in ("greedy_parity", "replay_equals_decode", "provenance_agrees"):
         assert checks[name].status is CheckStatus.PASSED, checks[name]
-    assert "equal only up to ties" in checks["greedy_parity"].found and "one length only" in checks["replay_equals_decode"].found
+    assert (
+        "equal only up to ties" in checks["greedy_parity"].found
+        and "one length only" in checks["replay_equals_decode"].found
+    )
     (lossless,) = (verdict for verdict in judgement.verdicts if verdict.claim_id == "A6")
     assert "ties in" in lossless.reason and dtype in lossless.reason
     assert f"In {dtype} a text is equal only up to ties." in render_report(record, judgement)

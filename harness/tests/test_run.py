@@ -1,4 +1,6 @@
-"""The smoke suite from end to end, and what a run does beside decoding: heads' control, failures, budget, provenance."""
+"""The smoke suite from end to end, and what a run does beside decoding: heads' control, failures, budget,
+provenance.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,12 @@ SPEED = re.compile(r"speedup|tokens/s\b(?!tep)|overhead|\bms\b|GB/s|GFLOP", re.I
 def test_smoke_ends_well_and_says_so_in_one_json_line(smoke: SmokeRun) -> None:
     assert smoke.ran.code == ExitCode.OK
     last = json.loads(smoke.ran.out.splitlines()[-1])
-    assert last["suite"] == "smoke" and last["valid"] is True and last["failed_checks"] == [] and last["num_failures"] == 0
+    assert (
+        last["suite"] == "smoke"
+        and last["valid"] is True
+        and last["failed_checks"] == []
+        and last["num_failures"] == 0
+    )
     assert last["record"] == smoke.record.folder.name
     assert "Traceback" not in smoke.ran.err
 
@@ -61,19 +68,31 @@ def test_smoke_passes_every_check_or_says_why_not(smoke: SmokeRun) -> None:
     checks = {check.name: check for check in judge(smoke.record).checks}
     assert not [check for check in checks.values() if check.status is CheckStatus.FAILED]
     skipped = {name for name, check in checks.items() if check.status is CheckStatus.SKIPPED}
-    assert skipped == {"repeats_agree", "timings_valid", "machine_quiet", "arms_interleaved", "bandwidth_sane"}
+    assert skipped == {
+        "repeats_agree",
+        "timings_valid",
+        "machine_quiet",
+        "arms_interleaved",
+        "bandwidth_sane",
+    }
     assert all(checks[name].found for name in skipped)
     assert validate_record(smoke.record.folder) == ()
 
 
 def test_smoke_prints_no_speed_of_its_own(smoke: SmokeRun) -> None:
-    """What the paper claims, and the roofline's simulation of the paper's shapes, are no speeds of this suite."""
+    """What the paper claims, and the roofline's simulation of the paper's shapes, are no speeds of this
+    suite.
+    """
     assert smoke.ran.err and not SPEED.search(smoke.ran.err)
     assert not re.search(r'"(speedup|overhead|tokens_per_s)"', smoke.ran.out.splitlines()[-1])
     report = (smoke.record.folder / "report.md").read_text()
     own = report[report.index("## Arms") :]
     assert "tokens/step" in own
-    told = [line for line in own.splitlines() if SPEED.search(line.replace("no speed is reported", "").replace("reports no speed", ""))]
+    told = [
+        line
+        for line in own.splitlines()
+        if SPEED.search(line.replace("no speed is reported", "").replace("reports no speed", ""))
+    ]
     assert told == []
 
 
@@ -88,15 +107,22 @@ def test_smoke_heads_beat_random_ones_by_far(smoke: SmokeRun) -> None:
 
 def test_smoke_accepts_drafts_in_every_medusa_arm(smoke: SmokeRun) -> None:
     for arm in ("chain", "cartesian", "typical", "rejection"):
-        kept = [step for item in smoke.record.generations if item.trial.arm == arm for step in item.step_tokens]
+        kept = [
+            step for item in smoke.record.generations if item.trial.arm == arm for step in item.step_tokens
+        ]
         assert max(kept) > 1, arm
 
 
 def test_smoke_record_names_no_place_host_or_user(smoke: SmokeRun) -> None:
-    texts = [path.read_text() for path in smoke.record.folder.iterdir() if path.suffix in (".json", ".jsonl", ".toml", ".md")]
+    texts = [
+        path.read_text()
+        for path in smoke.record.folder.iterdir()
+        if path.suffix in (".json", ".jsonl", ".toml", ".md")
+    ]
     assert len(texts) > 8
     private = [str(Path.home()), str(smoke.record.folder.parent)]
-    private += [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]  # shorter ones occur by chance
+    # shorter ones occur by chance
+    private += [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]
     for text in texts:
         assert not [word for word in private if word in text]
         assert not re.search(r'["\s](/home|/root|/tmp|/Users|[A-Z]:\\)', text)
@@ -137,13 +163,17 @@ def test_judging_again_changes_nothing(smoke: SmokeRun) -> None:
 
 
 def test_speeds_are_measured_where_the_suite_reports_them(heads_file: Path, tmp_path: Path) -> None:
-    data = micro_data(heads_file, arms=[VANILLA, CHAIN], reports_speed=True, prompts={"source": "random", "limit": 2})
+    data = micro_data(
+        heads_file, arms=[VANILLA, CHAIN], reports_speed=True, prompts={"source": "random", "limit": 2}
+    )
     record = RunRecord(run(data, tmp_path))
     assert record.profile is not None and {row.arm for row in record.profile.rows} == {"vanilla", "chain"}
     assert record.step_costs is not None
     arms = [cost.arm for cost in record.step_costs.costs]
     assert arms.count("vanilla") == arms.count("chain") == 2  # once a block
-    assert all(generation.prefill_s > 0 and min(generation.step_times_s) > 0 for generation in record.generations)
+    assert all(
+        generation.prefill_s > 0 and min(generation.step_times_s) > 0 for generation in record.generations
+    )
     assert validate_record(record.folder) == ()
 
 
@@ -169,16 +199,24 @@ def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypat
     for line in (folder / "generations.jsonl").read_text().splitlines():
         outcome = json.loads(line)
         if outcome["kind"] == "failure":
-            assert "step_times_s" not in outcome and "/opt" not in outcome["message"] and "kernels.so" in outcome["message"]
+            assert (
+                "step_times_s" not in outcome
+                and "/opt" not in outcome["message"]
+                and "kernels.so" in outcome["message"]
+            )
     report = (folder / "report.md").read_text()
     assert "RuntimeError" in report and "INVALID" in report
 
 
-def test_heads_no_better_than_random_ones_are_never_timed(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> None:
+def test_heads_no_better_than_random_ones_are_never_timed(
+    tiny: tuple[LoadedModel, Engine], tmp_path: Path
+) -> None:
     """Heads whose unembedding is the LM head's negative propose the least likely token."""
     loaded, engine = tiny
     lm_head = engine.runner.backbone.lm_head
-    heads = MedusaHeads(num_heads=4, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head)
+    heads = MedusaHeads(
+        num_heads=4, num_layers=1, hidden_size=64, vocab_size=128, architecture="own", lm_head=lm_head
+    )
     with torch.no_grad():
         for unembedding in heads.unembeddings:
             unembedding.get_parameter("weight").neg_()
@@ -188,10 +226,17 @@ def test_heads_no_better_than_random_ones_are_never_timed(tiny: tuple[LoadedMode
     assert ran.code == ExitCode.INVALID_MEASUREMENT
     assert ran.error_line.startswith("invalid measurement: heads_beat_random: found top-1 0.0")
     (folder,) = (tmp_path / "results").glob("micro/*/*")
-    assert {path.name for path in folder.iterdir()} == {"suite.toml", "environment.json", "device_limits.json", "heads_control.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "suite.toml",
+        "environment.json",
+        "device_limits.json",
+        "heads_control.json",
+    }
 
 
-def test_outside_a_checkout_the_record_says_so_and_the_run_goes_on(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_outside_a_checkout_the_record_says_so_and_the_run_goes_on(
+    heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr(harness.paths, "__file__", str(tmp_path / "site-packages" / "harness" / "paths.py"))
     (tmp_path / "site-packages" / "harness").mkdir(parents=True)
     folder = run(micro_data(heads_file), tmp_path / "results")
@@ -207,7 +252,11 @@ def test_time_budget_ends_after_whole_prompts(heads_file: Path, tmp_path: Path) 
     record = RunRecord(run(micro_data(heads_file), tmp_path, time_budget_s=1e-6))
     assert {outcome.trial.prompt_key for outcome in record.outcomes} == {"measured-0"}
     assert record.suite.prompts.limit == 1
-    assert record.manifest is not None and record.manifest.complete and record.manifest.num_planned == len(record.outcomes) == 4
+    assert (
+        record.manifest is not None
+        and record.manifest.complete
+        and record.manifest.num_planned == len(record.outcomes) == 4
+    )
     assert validate_record(record.folder) == ()
 
 
@@ -216,7 +265,9 @@ def test_time_budget_keeps_whole_rounds(heads_file: Path, tmp_path: Path) -> Non
     record = RunRecord(run(micro_data(heads_file, rounds=2), tmp_path, time_budget_s=1e-6))
     assert record.suite.rounds == 1
     assert record.manifest is not None and record.manifest.complete
-    assert {check.name: check.status for check in judge(record).checks}["trials_complete"] is CheckStatus.PASSED
+    assert {check.name: check.status for check in judge(record).checks}[
+        "trials_complete"
+    ] is CheckStatus.PASSED
 
 
 def test_rounds_repeat_greedy_texts(heads_file: Path, tmp_path: Path) -> None:
@@ -231,7 +282,10 @@ def test_rounds_repeat_greedy_texts(heads_file: Path, tmp_path: Path) -> None:
 def test_limit_takes_the_first_prompts(micro: MicroRun, tmp_path: Path) -> None:
     record = RunRecord(run(micro.data, tmp_path, limit=2))
     assert record.suite.prompts.limit == 2
-    wanted = {(one.trial.arm, one.trial.prompt_key, one.trial.seed): one.token_ids for one in micro.record.generations}
+    wanted = {
+        (one.trial.arm, one.trial.prompt_key, one.trial.seed): one.token_ids
+        for one in micro.record.generations
+    }
     assert {one.trial.prompt_key for one in record.generations} == {"measured-0", "measured-1"}
     for one in record.generations:
         assert one.token_ids == wanted[one.trial.arm, one.trial.prompt_key, one.trial.seed]
@@ -242,12 +296,17 @@ def test_absolute_paths_of_a_suite_are_cut_in_its_record(micro: MicroRun, heads_
     assert micro.record.suite.heads.path == heads_file.name
 
 
-def test_tree_from_the_command_line_stands_in_for_searched_ones_only(heads_file: Path, tmp_path: Path) -> None:
+def test_tree_from_the_command_line_stands_in_for_searched_ones_only(
+    heads_file: Path, tmp_path: Path
+) -> None:
     tree = tmp_path / "mine.json"
     tree.write_text("[[0], [1], [0, 0]]")
     data = micro_data(heads_file, arms=[VANILLA, CHAIN, FASTEST], prompts={"source": "random", "limit": 1})
     record = RunRecord(run(data, tmp_path / "results", tree_file=tree))
-    assert record.trees["fastest"].paths == ((), (0,), (1,), (0, 0)) and record.trees["fastest"].origin == "file mine.json"
+    assert (
+        record.trees["fastest"].paths == ((), (0,), (1,), (0, 0))
+        and record.trees["fastest"].origin == "file mine.json"
+    )
     assert record.trees["chain"].paths[-1] == (0, 0, 0, 0)
     with pytest.raises(UserError, match="no arm with a searched tree"):
         run(micro_data(heads_file, arms=[VANILLA, CHAIN]), tmp_path / "other", tree_file=tree)
@@ -255,13 +314,17 @@ def test_tree_from_the_command_line_stands_in_for_searched_ones_only(heads_file:
 
 def test_seeds_change_the_text_and_nothing_else_does(micro: MicroRun) -> None:
     sampled = {
-        one.trial.seed: one for one in micro.record.generations if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"
+        one.trial.seed: one
+        for one in micro.record.generations
+        if one.trial.arm == SAMPLED["name"] and one.trial.prompt_key == "measured-0"
     }
     assert sampled[1].token_ids != sampled[2].token_ids
     assert sampled[1].peak_memory_bytes
 
 
-def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(heads_file: Path, tmp_path: Path) -> None:
+def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(
+    heads_file: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="no greedy vanilla arm"):
         run(micro_data(heads_file, arms=[SAMPLED]), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -269,7 +332,9 @@ def test_suite_without_greedy_vanilla_is_refused_before_anything_runs(heads_file
 
 @pytest.fixture
 def local_model(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> Path:
-    """The tiny model as a folder of the user's own, with a tokenizer whose words are numbers; unknown words are 0."""
+    """The tiny model as a folder of the user's own, with a tokenizer whose words are numbers; unknown words
+    are 0.
+    """
     folder = tmp_path / "my-model"
     with tiny[1].runner.stock() as model:
         model.save_pretrained(folder)
@@ -280,40 +345,64 @@ def local_model(tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> Path:
 
 
 def own_suite(local_model: Path, heads_file: Path, **changes: Any) -> dict[str, Any]:
-    return {**micro_data(heads_file), "model": {"path": str(local_model)}, "prompts": {"source": "mt_bench"}, **changes}
+    return {
+        **micro_data(heads_file),
+        "model": {"path": str(local_model)},
+        "prompts": {"source": "mt_bench"},
+        **changes,
+    }
 
 
-def test_own_model_and_own_prompts(local_model: Path, heads_file: Path, micro: MicroRun, tmp_path: Path) -> None:
+def test_own_model_and_own_prompts(
+    local_model: Path, heads_file: Path, micro: MicroRun, tmp_path: Path
+) -> None:
     """The same weights from a folder and the same prompts from a file give the texts of the tiny suite."""
     prompts = suite_prompts(micro.record.suite, _no_tokenizer())
     mine = tmp_path / "mine.jsonl"
-    rows = [{"key": prompt.key, "category": "c", "prompt": " ".join(map(str, prompt.prompt_ids))} for prompt in prompts]
+    rows = [
+        {"key": prompt.key, "category": "c", "prompt": " ".join(map(str, prompt.prompt_ids))}
+        for prompt in prompts
+    ]
     mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
     suite = write_suite(tmp_path / "own.toml", own_suite(local_model, heads_file))
     ran = command("reproduce", suite, "--prompts", mine, "--limit", "3", "--results", tmp_path / "results")
     assert "Traceback" not in ran.err and ran.out.splitlines()[-1].startswith("{")
     (folder,) = (tmp_path / "results").glob("micro/*/*")
     record = RunRecord(folder)
-    assert (record.suite.prompts.source, record.suite.prompts.path, record.suite.model.path) == ("file", "mine.jsonl", "my-model")
-    assert record.environment.model_name == "my-model" and record.environment.backbone_sha256 == micro.record.environment.backbone_sha256
+    assert (record.suite.prompts.source, record.suite.prompts.path, record.suite.model.path) == (
+        "file",
+        "mine.jsonl",
+        "my-model",
+    )
+    assert (
+        record.environment.model_name == "my-model"
+        and record.environment.backbone_sha256 == micro.record.environment.backbone_sha256
+    )
     wanted = {one.trial: one.token_ids for one in micro.record.generations}
     assert len(record.generations) == 3 * 4
     assert all(wanted[one.trial] == one.token_ids and one.category == "c" for one in record.generations)
     assert validate_record(folder) == ()
 
 
-def test_own_prompt_longer_than_the_models_positions(local_model: Path, heads_file: Path, tmp_path: Path) -> None:
+def test_own_prompt_longer_than_the_models_positions(
+    local_model: Path, heads_file: Path, tmp_path: Path
+) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("1 2 3\n" + "7 " * 250 + "\n")
     suite = write_suite(tmp_path / "own.toml", own_suite(local_model, heads_file))
     ran = command("reproduce", suite, "--prompts", mine, "--results", tmp_path / "results")
     assert ran.code == ExitCode.USER_ERROR
-    assert "found a prompt of 250 tokens with a budget of 12 and a tree of depth 4; need at most 256 positions" in ran.error_line
+    assert (
+        "found a prompt of 250 tokens with a budget of 12 and a tree of depth 4; need at most 256 positions"
+        in ran.error_line
+    )
     assert "in prompt 'mine-1'" in ran.error_line and not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "folder"])
-def test_own_model_that_does_not_load(damage: str, local_model: Path, heads_file: Path, tmp_path: Path) -> None:
+def test_own_model_that_does_not_load(
+    damage: str, local_model: Path, heads_file: Path, tmp_path: Path
+) -> None:
     if damage == "folder":
         shutil.rmtree(local_model)
     else:

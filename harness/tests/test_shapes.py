@@ -43,7 +43,8 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "source": "a test",
 }
-LINEAR = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # one block of it: query, key and value, output, up, gate and down
+# one block of it: query, key and value, output, up, gate and down
+LINEAR = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
 
 
 def _tiny(**changes: Any) -> ShapeSpec:
@@ -74,8 +75,10 @@ def test_parameters_and_bytes_add_up_by_hand(changes: dict[str, Any], biases: in
     shape = _tiny(**changes)
     blocks = 3 * (LINEAR + biases + 2 * 8) + 8
     assert shape.num_parameters == blocks + tables * 32 * 8
-    assert shape.step_weight_bytes(2) == 2 * (blocks + 32 * 8)  # the unembedding, tied or not; an embedding table of its own is not read
-    assert shape.cache_bytes(10, batch=5, dtype_bytes=2) == 2 * 3 * 2 * 2 * 10 * 5 * 2  # keys and values, layers, heads, size, ..
+    # the unembedding, tied or not; an embedding table of its own is not read
+    assert shape.step_weight_bytes(2) == 2 * (blocks + 32 * 8)
+    # keys and values, layers, heads, size, ..
+    assert shape.cache_bytes(10, batch=5, dtype_bytes=2) == 2 * 3 * 2 * 2 * 10 * 5 * 2
 
 
 def test_a_step_of_one_token_moves_little_more_than_the_weights() -> None:
@@ -95,7 +98,9 @@ def test_a_step_of_one_token_moves_little_more_than_the_weights() -> None:
         ({"hiden_size": 8}, "hiden_size"),
     ],
 )
-def test_an_impossible_shape_is_refused_by_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_shape_is_refused_by_its_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "shapes.toml"
     path.write_text(tomli_w.dumps({"schema_version": 1, "shapes": {"tiny": TINY | changes}}))
     with pytest.raises(UserError, match=message) as caught:
@@ -103,7 +108,9 @@ def test_an_impossible_shape_is_refused_by_its_key(tmp_path: Path, changes: dict
     assert "shapes.tiny" in caught.value.found and caught.value.where == "shapes.toml"
 
 
-@pytest.mark.parametrize("text", ["schema_version = 2\n[shapes]\n", "schema_version = 1\nshapes = 3\n", "[shapes\n", None])
+@pytest.mark.parametrize(
+    "text", ["schema_version = 2\n[shapes]\n", "schema_version = 1\nshapes = 3\n", "[shapes\n", None]
+)
 def test_a_bad_shapes_file_is_refused(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "shapes.toml"
     if text is not None:

@@ -1,4 +1,6 @@
-"""The Medusa-2 that ships: small, tied to its backbone, and one of the trainings of the record that it was chosen by."""
+"""The Medusa-2 that ships: small, tied to its backbone, and one of the trainings of the record that it was
+chosen by.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,29 @@ MAX_KL = 0.02  # nats a token: the bound that the rule for shipping names
 
 
 def provenance() -> HeadsProvenance:
-    return load_heads(FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter"))[1]
+    return load_heads(
+        FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter")
+    )[1]
 
 
 def test_the_adapter_is_small_and_holds_no_embedding() -> None:
     with safe_open(FOLDER / "adapter" / "adapter_model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    assert all("lora_" in name and tensor.dtype == torch.bfloat16 and min(tensor.shape) <= 8 for name, tensor in tensors.items())
+    assert all(
+        "lora_" in name and tensor.dtype == torch.bfloat16 and min(tensor.shape) <= 8
+        for name, tensor in tensors.items()
+    )
     assert not any("embed" in name or "lm_head" in name for name in tensors)
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 13e6
 
 
 def test_heads_adapter_and_trace_belong_together() -> None:
-    """All three know the model that they were made with: the shipped Medusa-1 heads name the same backbone."""
-    heads, origin = load_heads(FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter"))
+    """All three know the model that they were made with: the shipped Medusa-1 heads name the same
+    backbone.
+    """
+    heads, origin = load_heads(
+        FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter")
+    )
     _, first = load_heads(SUITES / "embedded" / "medusa1.safetensors", backbone_sha256=None)
     assert origin.backbone_sha256 == first.backbone_sha256
     trace = Trace.load(FOLDER / "calibration.npz")
@@ -44,9 +55,15 @@ def test_heads_adapter_and_trace_belong_together() -> None:
 
 
 def test_it_is_a_training_of_the_record_that_chose_it() -> None:
-    """Each of the rule's intervals lies where it must, on the very weights that ship and on the other seed's."""
-    heads, _ = load_heads(FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter"))
-    (record,) = (one for one in newest_ablations(ROOT / "results") if one.spec.name == "embedded_training_long")
+    """Each of the rule's intervals lies where it must, on the very weights that ship and on the other
+    seed's.
+    """
+    heads, _ = load_heads(
+        FOLDER / "heads.safetensors", backbone_sha256=None, adapter_sha256=adapter_sha256(FOLDER / "adapter")
+    )
+    (record,) = (
+        one for one in newest_ablations(ROOT / "results") if one.spec.name == "embedded_training_long"
+    )
     (result,) = (one for one in record.results if one.heads_sha256 == backbone_sha256(heads))
     assert result.adapter_sha256 == adapter_sha256(FOLDER / "adapter")
     (row,) = (one for one in ablation_rows(record) if one.arm == result.arm)

@@ -51,10 +51,14 @@ def contexts(engine: Engine) -> tuple[tuple[int, ...], ...]:
 
 
 def size(num_nodes: int, *, predicted: float = 1.0, **changes: Any) -> SizeProfile:
-    """A hand-made size: two marked steps with parts of 1 to 6 ms and 4 ms of host, and an unmarked step of 24 ms a node."""
+    """A hand-made size: two marked steps with parts of 1 to 6 ms and 4 ms of host, and an unmarked step of 24
+    ms a node.
+    """
     steps = {"step_s": (0.025, 0.025), "unmarked_step_s": (0.024 * num_nodes,), "kept_tokens": (1, 1, 1)}
     parts = {part: (0.001 * place, 0.001 * place) for place, part in enumerate(PARTS, start=1)}
-    tree = ArmTree(paths=DraftTree.chain(num_nodes - 1).paths, origin="by hand", predicted_tokens_per_step=predicted)
+    tree = ArmTree(
+        paths=DraftTree.chain(num_nodes - 1).paths, origin="by hand", predicted_tokens_per_step=predicted
+    )
     return SizeProfile.model_validate({"tree": tree, "parts_s": parts, **steps, **changes})
 
 
@@ -71,7 +75,9 @@ def test_trees_are_nested_and_predicted_by_the_trace(trees: tuple[ArmTree, ...],
     assert trees[0].predicted_tokens_per_step == 1
 
 
-def test_contexts_are_prompts_with_half_their_answers(engine: Engine, contexts: tuple[tuple[int, ...], ...]) -> None:
+def test_contexts_are_prompts_with_half_their_answers(
+    engine: Engine, contexts: tuple[tuple[int, ...], ...]
+) -> None:
     texts = texts_of(engine, budget=12, count=2)
     assert contexts == tuple((*text.prompt_ids, *text.token_ids[:6]) for text in texts)
 
@@ -94,7 +100,9 @@ def test_a_clock_that_only_the_backbone_moves_gives_it_every_step(
 def test_every_part_is_marked_once_and_unmarked_steps_not_at_all(
     engine: Engine, trees: tuple[ArmTree, ...], contexts: tuple[tuple[int, ...], ...]
 ) -> None:
-    """On a clock that ticks at each reading a part takes a second, a marked step two for each part and one more, an unmarked step one."""
+    """On a clock that ticks at each reading a part takes a second, a marked step two for each part and one
+    more, an unmarked step one.
+    """
     vanilla, *medusa = measure_sizes(engine, trees, contexts, num_steps=2, clock=TickClock())
     drafting = {"heads", "candidates"}
     assert {part for part in PARTS if any(vanilla.parts_s[part])} == set(PARTS) - drafting
@@ -126,16 +134,34 @@ def test_sizes_take_turns_and_each_round_begins_with_another(
     finally:
         hook.remove()
     order = [length for length, _ in groupby(length for length in seen if length <= max(SIZES))]
-    assert order == [1, 2, 6, 1, 2, 6, *(1, 2, 6, 2, 6, 1, 6, 1, 2)]  # both contexts to warm up, then three rounds
+    # both contexts to warm up, then three rounds
+    assert order == [
+        1,
+        2,
+        6,
+        1,
+        2,
+        6,
+        *(1, 2, 6, 2, 6, 1, 6, 1, 2),
+    ]
     assert all(len(profile.step_s) == len(profile.unmarked_step_s) == 24 for profile in profiles)
-    assert held[0] == 0 and held[1::2][:-1] == held[2::2] and held[-1] == len(seen)  # nothing runs outside of a hold
+    # nothing runs outside of a hold
+    assert held[0] == 0 and held[1::2][:-1] == held[2::2] and held[-1] == len(seen)
 
 
-def test_texts_that_end_at_once_are_refused(tiny: Any, trees: tuple[ArmTree, ...], contexts: tuple[tuple[int, ...], ...]) -> None:
+def test_texts_that_end_at_once_are_refused(
+    tiny: Any, trees: tuple[ArmTree, ...], contexts: tuple[tuple[int, ...], ...]
+) -> None:
     loaded, engine = tiny
     ending = type(loaded)(**{**vars(loaded), "eos_ids": frozenset(range(128))})
     with pytest.raises(UserError, match="no timed step of the tree of 1 nodes"):
-        measure_sizes(type(engine)(**{**vars(engine), "loaded": ending}), trees, contexts, num_steps=1, clock=TickClock())
+        measure_sizes(
+            type(engine)(**{**vars(engine), "loaded": ending}),
+            trees,
+            contexts,
+            num_steps=1,
+            clock=TickClock(),
+        )
 
 
 def test_factors_are_the_arithmetic_of_the_record(engine: Engine) -> None:
@@ -151,14 +177,20 @@ def test_factors_are_the_arithmetic_of_the_record(engine: Engine) -> None:
 
 def test_tables_say_what_the_record_holds(engine: Engine) -> None:
     text = render_step_profile(hand_made(engine, [size(1), size(4, predicted=2.0)]))
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| 4")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| 4")
+    ]
     times, shares, factors = rows
     assert times == ["4", "96.0 (96.0)", *(f"{ms}.00 ({ms}.00)" for ms in (1, 2, 3, 4, 5, 6, 4))]
     assert shares == ["4", "4.0 %", "8.0 %", "12.0 %", "16.0 %", "20.0 %", "24.0 %", "16.0 %", "80.0 %"]
     assert factors == ["4", "3", "1.00", "4.00", "2.00", "0.50"]
     assert "may take 3.0 % of a step: found more at 1, 4 nodes." in text
     assert "behind 2 texts of 20 to 31 tokens" in text and "device idle" not in text
-    with_gpu = render_step_profile(hand_made(engine, [size(1, device_busy_s=0.012), size(4, device_busy_s=0.072)]))
+    with_gpu = render_step_profile(
+        hand_made(engine, [size(1, device_busy_s=0.012), size(4, device_busy_s=0.072)])
+    )
     assert "device idle" in with_gpu and "| 25.0 %" in with_gpu
     lean = {part: (0.0,) for part in PARTS} | {"backbone": (0.98,)}
     within = size(1, parts_s=lean, step_s=(1.0,), kept_tokens=(1, 1))
@@ -206,12 +238,15 @@ def test_sizes_as_typed() -> None:
 
 @pytest.fixture
 def suite_file(heads_file: Path, calibration: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # a lock of our own: a real measurement elsewhere is not waited for
+    # a lock of our own: a real measurement elsewhere is not waited for
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     calibration.save(tmp_path / "calibration.npz")
     return write_suite(tmp_path / "micro.toml", micro_data(heads_file, calibration_trace="calibration.npz"))
 
 
-def test_the_command_prints_tables_writes_a_record_and_ends_with_json(suite_file: Path, tmp_path: Path) -> None:
+def test_the_command_prints_tables_writes_a_record_and_ends_with_json(
+    suite_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.json"
     ran = command("profile", suite_file, "--nodes", "4,2", "--steps", "2", "--mode", "eager", "--out", out)
     assert ran.code == ExitCode.OK, ran.err
@@ -246,7 +281,9 @@ def test_a_trace_of_other_heads_is_refused(engine: Engine, calibration: Trace, t
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_busy_for_a_part_of_a_step(trees: tuple[ArmTree, ...], contexts: tuple[tuple[int, ...], ...]) -> None:
+def test_a_gpu_is_busy_for_a_part_of_a_step(
+    trees: tuple[ArmTree, ...], contexts: tuple[tuple[int, ...], ...]
+) -> None:
     suite, device = smoke_suite(), torch.device("cuda")
     loaded = load_model(suite.model, device=device)
     model: Any = loaded.model

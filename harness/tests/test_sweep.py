@@ -1,4 +1,6 @@
-"""The sweep's arithmetic on made-up traces and curves: every composed figure against a plain sum over steps."""
+"""The sweep's arithmetic on made-up traces and curves: every composed figure against a plain sum over
+steps.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.compose.cells import compose, compose_cell
-from harness.compose.composer import Composer, KnotPrices, figure_kind, knot_shares, nearby, shared_knots, step_contexts
+from harness.compose.composer import (
+    Composer,
+    KnotPrices,
+    figure_kind,
+    knot_shares,
+    nearby,
+    shared_knots,
+    step_contexts,
+)
 from harness.compose.devices import MeasuredCurve, StepTimes
 from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, tree_rates
@@ -23,7 +33,17 @@ from harness.compose.replay import ReplayIndex
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells, hypothetical_cells
 from harness.records.latency import LatencyRecord
-from harness.records.sweep import CARTESIAN, CELLS_FILE, CHOSEN, DENSE, JOINT, ComposedCell, FailedCell, SweepRecord, read_cells
+from harness.records.sweep import (
+    CARTESIAN,
+    CELLS_FILE,
+    CHOSEN,
+    DENSE,
+    JOINT,
+    ComposedCell,
+    FailedCell,
+    SweepRecord,
+    read_cells,
+)
 from harness.records.trace import PromptTrace, Trace
 from harness.specs.suite import IntervalSpec
 from harness.specs.sweep import SampledSetting, load_sweep
@@ -71,7 +91,14 @@ def plain_seconds(trace: Trace, tree: DraftTree) -> list[float]:
         while known < prompt.num_kept_tokens:
             total += true_seconds(tree.num_nodes, tree.depth, prompt.prompt_tokens + known - 1)
             row = tuple(prompt.ranks[known - 1].tolist())
-            depth = max((length for length in range(len(row) + 1) if row[:length] in tree.index and -1 not in row[:length]), default=0)
+            depth = max(
+                (
+                    length
+                    for length in range(len(row) + 1)
+                    if row[:length] in tree.index and -1 not in row[:length]
+                ),
+                default=0,
+            )
             known = min(known + depth + 1, prompt.num_kept_tokens)
         seconds.append(total)
     return seconds
@@ -88,12 +115,18 @@ def test_pure_modules_need_no_torch() -> None:
     )
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
     code += "print([name for name in ('torch', 'matplotlib') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=120
+    )
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("tree", [DraftTree.root_only(), DraftTree.chain(2), TREE], ids=["vanilla", "chain", "tree"])
-def test_composed_seconds_are_the_sum_over_the_steps(plan: SweepPlan, measured: StepTimes, tree: DraftTree) -> None:
+@pytest.mark.parametrize(
+    "tree", [DraftTree.root_only(), DraftTree.chain(2), TREE], ids=["vanilla", "chain", "tree"]
+)
+def test_composed_seconds_are_the_sum_over_the_steps(
+    plan: SweepPlan, measured: StepTimes, tree: DraftTree
+) -> None:
     prices = KnotPrices(measured, knots=plan.composer.knots, context="trace", batch=1)
     values = prices.step(tree.num_nodes, tree.depth)
     assert values is not None
@@ -109,28 +142,40 @@ def test_speedup_is_tokens_a_step_over_overhead(plan: SweepPlan, measured: StepT
         seconds = sum(plain_seconds(plan.composer.index.trace, tree))
         rate = plan.composer.index.replay(tree).tokens_per_step
         assert cell.speedup[number] == pytest.approx(vanilla_s / seconds, rel=1e-5)
-        assert cell.speedup[number] == pytest.approx(rate / (cell.step_s[number] / cell.vanilla_step_s), rel=1e-4)
-        assert cell.speedup[number] == pytest.approx(cell.tokens_per_s[number] / cell.vanilla_tokens_per_s, rel=1e-4)
+        assert cell.speedup[number] == pytest.approx(
+            rate / (cell.step_s[number] / cell.vanilla_step_s), rel=1e-4
+        )
+        assert cell.speedup[number] == pytest.approx(
+            cell.tokens_per_s[number] / cell.vanilla_tokens_per_s, rel=1e-4
+        )
         assert cell.speedup_low[number] <= cell.speedup[number] <= cell.speedup_high[number]
 
 
 def test_a_batch_takes_as_many_steps_as_its_slowest_row(plan: SweepPlan, measured: StepTimes) -> None:
-    """Pairs of prompts on a tree that batch 2 was timed for; each step at the longer context of the two, an ended row with all its own."""
+    """Pairs of prompts on a tree that batch 2 was timed for; each step at the longer context of the two, an
+    ended row with all its own.
+    """
     tree, trace = DraftTree.chain(2), plan.composer.index.trace
-    values = KnotPrices(measured, knots=plan.composer.knots, context="trace", batch=2).step(tree.num_nodes, tree.depth)
+    values = KnotPrices(measured, knots=plan.composer.knots, context="trace", batch=2).step(
+        tree.num_nodes, tree.depth
+    )
     assert values is not None
     reduced, alone = plan.composer.steps(tree, batch=2), plan.composer.index.replay(tree)
     contexts = []
     for first in range(0, len(trace.prompts), 2):
         pair = [trace.prompts[row] for row in (first, first + 1)]
-        walks = [[prompt.prompt_tokens + known - 1 for known in alone.hops(first + row).tolist()] for row, prompt in enumerate(pair)]
+        walks = [
+            [prompt.prompt_tokens + known - 1 for known in alone.hops(first + row).tolist()]
+            for row, prompt in enumerate(pair)
+        ]
         count = max(map(len, walks))
         finals = [prompt.prompt_tokens + prompt.num_kept_tokens - 1 for prompt in pair]
         padded = [walk + [final] * (count - len(walk)) for walk, final in zip(walks, finals, strict=True)]
         contexts += [max(both) for both in zip(*padded, strict=True)]
         assert reduced.steps[first // 2] == count
     assert step_contexts(plan.composer.index.replay(tree, batch=2)).tolist() == contexts
-    seconds = reduced.steps * true_seconds(tree.num_nodes, tree.depth, 256, batch=2)  # batch 2 was timed at that length alone
+    # batch 2 was timed at that length alone
+    seconds = reduced.steps * true_seconds(tree.num_nodes, tree.depth, 256, batch=2)
     assert reduced.shares @ values == pytest.approx(seconds)
     rate = plan.composer.tokens_per_step(tree, batch=2)
     assert rate.num_prompts == 3
@@ -143,20 +188,29 @@ def test_a_batch_takes_as_many_steps_as_its_slowest_row(plan: SweepPlan, measure
     data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_shares_times_values_is_interpolation(contexts: list[int], knots: set[int], data: st.DataObject) -> None:
+def test_shares_times_values_is_interpolation(
+    contexts: list[int], knots: set[int], data: st.DataObject
+) -> None:
     at = np.array(sorted(knots), dtype=np.float64)
     values = np.array(data.draw(st.lists(st.floats(0.1, 9), min_size=len(at), max_size=len(at))))
     units = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(contexts), max_size=len(contexts))))
     shares = knot_shares(np.array(contexts), units=units, num_units=3, knots=at)
     expected = [
-        sum(np.interp(context, at, values) for context, unit in zip(contexts, units, strict=True) if unit == one) for one in range(3)
+        sum(
+            np.interp(context, at, values)
+            for context, unit in zip(contexts, units, strict=True)
+            if unit == one
+        )
+        for one in range(3)
     ]
     assert shares @ values == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert shares.sum() == pytest.approx(len(contexts))
 
 
 def test_resamples_agree_with_the_bootstrap() -> None:
-    """Percentiles of 4,000 draws of a ratio, two independent sets of draws: their bounds differ by a small part of the width."""
+    """Percentiles of 4,000 draws of a ratio, two independent sets of draws: their bounds differ by a small
+    part of the width.
+    """
     rng = np.random.default_rng(5)
     top, bottom = rng.lognormal(0, 0.3, 40) * 50, rng.lognormal(0, 0.1, 40) * 20
     spec = IntervalSpec(level=0.95, num_resamples=4000, seed=3)
@@ -179,16 +233,29 @@ def test_one_prompt_bounds_nothing() -> None:
 def test_prompts_that_end_at_their_first_token_are_left_out() -> None:
     trace = made_up_trace(1)
     short = PromptTrace(
-        key="short", category=None, prompt_tokens=9, tokens=np.array([5]), ended_by="eos", ranks=np.full((1, 4), -1, dtype=np.int32)
+        key="short",
+        category=None,
+        prompt_tokens=9,
+        tokens=np.array([5]),
+        ended_by="eos",
+        ranks=np.full((1, 4), -1, dtype=np.int32),
     )
-    composer = Composer(Trace(provenance=trace.provenance, prompts=(short, *trace.prompts)), knots=[256], interval=IntervalSpec())
-    assert composer.tokens_per_step(TREE).estimate == pytest.approx(ReplayIndex(trace).replay(TREE).tokens_per_step)
+    composer = Composer(
+        Trace(provenance=trace.provenance, prompts=(short, *trace.prompts)),
+        knots=[256],
+        interval=IntervalSpec(),
+    )
+    assert composer.tokens_per_step(TREE).estimate == pytest.approx(
+        ReplayIndex(trace).replay(TREE).tokens_per_step
+    )
     with pytest.raises(UserError, match="no decoding step"):
         Composer(Trace(provenance=trace.provenance, prompts=(short,)), knots=[256], interval=IntervalSpec())
 
 
 def test_contexts_are_what_the_cache_holds(plan: SweepPlan) -> None:
-    """The first step of a prompt of T tokens runs behind T kept ones: its root is known, but not yet in the cache."""
+    """The first step of a prompt of T tokens runs behind T kept ones: its root is known, but not yet in the
+    cache.
+    """
     first = plan.composer.index.trace.prompts[0]
     assert step_contexts(plan.composer.index.replay(DraftTree.root_only()))[0] == first.prompt_tokens
 
@@ -202,7 +269,10 @@ def test_fixed_context_prices_every_step_there(plan: SweepPlan, measured: StepTi
 
 def test_kinds_of_figures(plan: SweepPlan) -> None:
     kinds = {
-        (curve.label.kind, curve.label.shape): figure_kind(curve, shape=SHAPE, model_sha256=MODEL, context="trace") for curve in plan.curves
+        (curve.label.kind, curve.label.shape): figure_kind(
+            curve, shape=SHAPE, model_sha256=MODEL, context="trace"
+        )
+        for curve in plan.curves
     }
     assert kinds == {
         ("measured", SHAPE): "composed",
@@ -231,7 +301,9 @@ def test_sizes_that_were_not_timed_are_left_out_and_counted(plan: SweepPlan, mea
 
 
 def test_a_prediction_that_cannot_be_made_is_a_failed_cell(plan: SweepPlan) -> None:
-    assert [(cell.words, "26 GB" in cell.message) for cell in plan.refused] == [("t4, vicuna-13b-v1.5, float16 (predicted)", True)]
+    assert [(cell.words, "26 GB" in cell.message) for cell in plan.refused] == [
+        ("t4, vicuna-13b-v1.5, float16 (predicted)", True)
+    ]
 
 
 def test_a_batch_that_was_not_timed_is_a_failed_cell(home: Path) -> None:
@@ -248,7 +320,9 @@ def test_chosen_trees_come_from_the_calibration_trace(plan: SweepPlan, measured:
     assert best.promised == pytest.approx(plan.calibration.replay(tree).tokens_per_step)
     number = cell.trees.index(best.tree)
     assert best.speedup.estimate == pytest.approx(cell.speedup[number], rel=1e-5)
-    assert best.speedup.estimate == pytest.approx(plan.composer.index.replay(tree).tokens_per_step / best.overhead, rel=1e-9)
+    assert best.speedup.estimate == pytest.approx(
+        plan.composer.index.replay(tree).tokens_per_step / best.overhead, rel=1e-9
+    )
     assert best.step_cost == pytest.approx((10 + tree.num_nodes / 8) / (10 + 1 / 8))
 
 
@@ -304,7 +378,9 @@ def test_rates_are_replays(record: SweepRecord, plan: SweepPlan) -> None:
         replayed = plan.composer.index.replay(plan.drafts[place]).tokens_per_step
         rate = trees.rate(place)
         assert rate.estimate == pytest.approx(replayed) and rate.low <= rate.estimate <= rate.high
-        assert trees.calibrated[place] == pytest.approx(plan.calibration.replay(plan.drafts[place]).tokens_per_step)
+        assert trees.calibrated[place] == pytest.approx(
+            plan.calibration.replay(plan.drafts[place]).tokens_per_step
+        )
 
 
 def test_every_tree_stands_once_with_all_its_families() -> None:
@@ -313,9 +389,13 @@ def test_every_tree_stands_once_with_all_its_families() -> None:
     drafts = [one.tree() for one in trees]
     assert len(set(drafts)) == len(drafts)
     assert all(tree.depth <= one.num_heads for tree, one in zip(drafts, trees, strict=True))
-    by_family = {family: [one for one in trees if family in one.families] for family in (CARTESIAN, DENSE, JOINT)}
+    by_family = {
+        family: [one for one in trees if family in one.families] for family in (CARTESIAN, DENSE, JOINT)
+    }
     assert DraftTree.cartesian((2, 2)) in [one.tree() for one in by_family[CARTESIAN]]
-    assert all(one.tree().children[0] == tuple(range(1, len(one.tree().children[0]) + 1)) for one in by_family[DENSE])
+    assert all(
+        one.tree().children[0] == tuple(range(1, len(one.tree().children[0]) + 1)) for one in by_family[DENSE]
+    )
     two = next(one for one in trees if one.tree() == DraftTree.chain(1))
     assert {"chain", JOINT} <= set(two.families)  # the best tree of two nodes is a chain of one
 
@@ -325,7 +405,12 @@ def test_dense_trees_follow_their_seed() -> None:
 
     def drawn(seed: int) -> list[DraftTree]:
         family = [{"kind": "random_dense", "num_nodes": [64], "draws": 4, "seed": seed}]
-        return [one.tree() for one in resolve_families(made_up_spec(trees=family).trees, calibration=calibration, num_heads=[4])]
+        return [
+            one.tree()
+            for one in resolve_families(
+                made_up_spec(trees=family).trees, calibration=calibration, num_heads=[4]
+            )
+        ]
 
     assert drawn(1) == drawn(1) != drawn(2)
 
@@ -378,7 +463,8 @@ def test_settings() -> None:
     sampled = made_up_spec().sampled
     assert sampled is not None
     found = sampled.settings
-    assert len(set(found)) == len(found) == 1 + 1 + 4 + 5 + 3  # epsilon 0.09, delta 0.3 is both the default and a square root
+    # epsilon 0.09, delta 0.3 is both the default and a square root
+    assert len(set(found)) == len(found) == 1 + 1 + 4 + 5 + 3
     assert sum(is_sqrt(setting) for setting in found) == 6 - 1 + 3
     assert found[0] == SampledSetting(rule="greedy")
 

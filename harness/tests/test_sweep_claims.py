@@ -1,4 +1,6 @@
-"""Verdicts on thresholds, rules and temperatures: each form with text that makes it hold, fail, or go untested."""
+"""Verdicts on thresholds, rules and temperatures: each form with text that makes it hold, fail, or go
+untested.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from harness.compose.plan import SweepPlan
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import evaluate_sweep, sampled_counts, shared_prompts, slope
 from harness.judge.judgement import VerdictKind
-from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, depth_of, drawn_cell, searches_compared, sparse_points
+from harness.judge.sweep import (
+    best_by_heads,
+    decoded_checks,
+    dense_points,
+    depth_of,
+    drawn_cell,
+    searches_compared,
+    sparse_points,
+)
 from harness.records.sweep import SampledCell, SweepRecord
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.sweep import SampledSetting
@@ -55,7 +65,9 @@ def verdicts(
     keep: Callable[[SampledCell], bool] = lambda cell: True,
 ) -> dict[str, VerdictKind]:
     cells = [cell for cell in sampled_cells(made_up_spec(), rate=rate, likelihood=likelihood) if keep(cell)]
-    return {verdict.claim_id: verdict.kind for verdict in evaluate_sweep(Sampled(folder, cells), claims=claims)}
+    return {
+        verdict.claim_id: verdict.kind for verdict in evaluate_sweep(Sampled(folder, cells), claims=claims)
+    }
 
 
 def test_the_papers_trends_are_reproduced(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
@@ -64,15 +76,20 @@ def test_the_papers_trends_are_reproduced(tmp_path: Path, claims: tuple[ClaimSpe
 
 def test_other_trends_are_not(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
     def rate(setting: SampledSetting) -> float:
-        return {"typical": 1.5 + 2 * (setting.epsilon or 0) - setting.temperature / 2, "rejection": 2.0 + setting.temperature}.get(
-            setting.rule, 2.0
-        )
+        return {
+            "typical": 1.5 + 2 * (setting.epsilon or 0) - setting.temperature / 2,
+            "rejection": 2.0 + setting.temperature,
+        }.get(setting.rule, 2.0)
 
-    assert verdicts(tmp_path, claims, rate=rate) == dict.fromkeys(("Q-temp", "F5-1", "F5-3"), VerdictKind.NOT_REPRODUCED)
+    assert verdicts(tmp_path, claims, rate=rate) == dict.fromkeys(
+        ("Q-temp", "F5-1", "F5-3"), VerdictKind.NOT_REPRODUCED
+    )
 
 
 def test_faster_but_less_likely_text_is_not_reproduced(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
-    """F5-3 has two parts: 0.5 nats a token less likely than rejection's, where 0.1 is allowed; F5-1's likelihood falls with epsilon."""
+    """F5-3 has two parts: 0.5 nats a token less likely than rejection's, where 0.1 is allowed; F5-1's
+    likelihood falls with epsilon.
+    """
 
     def likelihood(setting: SampledSetting) -> float:
         return -1.5 - (setting.epsilon or 0.0) if setting.rule == "typical" else -1.0
@@ -83,7 +100,9 @@ def test_faster_but_less_likely_text_is_not_reproduced(tmp_path: Path, claims: t
 
 
 def test_no_trend_is_open(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
-    found = verdicts(tmp_path, claims, rate=lambda setting: 2.0 + 0.001 * hash_of(setting), likelihood=lambda setting: -1.0)
+    found = verdicts(
+        tmp_path, claims, rate=lambda setting: 2.0 + 0.001 * hash_of(setting), likelihood=lambda setting: -1.0
+    )
     assert found["Q-temp"] is not VerdictKind.REPRODUCED and found["F5-1"] is not VerdictKind.REPRODUCED
 
 
@@ -96,14 +115,18 @@ def hash_of(setting: SampledSetting) -> float:
     ("rule", "untested"),
     [("rejection", {"Q-temp", "F5-3"}), ("typical", {"Q-temp", "F5-1", "F5-3"}), ("greedy", set())],
 )
-def test_what_was_not_run_is_not_tested(rule: str, untested: set[str], tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
+def test_what_was_not_run_is_not_tested(
+    rule: str, untested: set[str], tmp_path: Path, claims: tuple[ClaimSpec, ...]
+) -> None:
     found = verdicts(tmp_path, claims, keep=lambda cell: cell.setting.rule != rule)
     assert {claim_id for claim_id, kind in found.items() if kind is VerdictKind.NOT_TESTED} == untested
 
 
 def test_too_few_thresholds_say_so(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
     cells = [cell for cell in sampled_cells(made_up_spec()) if cell.setting.epsilon in (None, 0.09)]
-    verdict = next(one for one in evaluate_sweep(Sampled(tmp_path, cells), claims=claims) if one.claim_id == "F5-1")
+    verdict = next(
+        one for one in evaluate_sweep(Sampled(tmp_path, cells), claims=claims) if one.claim_id == "F5-1"
+    )
     assert verdict.kind is VerdictKind.NOT_TESTED and verdict.figure_kind is None
     assert verdict.reason == "1 thresholds with delta = sqrt(epsilon) at T 0.7, 5 are needed"
 
@@ -130,14 +153,18 @@ def test_counts_join_the_seeds_of_a_prompt(record: SweepRecord) -> None:
 
 def test_settings_without_a_common_prompt(record: SweepRecord) -> None:
     first, second = record.sampled[1:3]
-    other = second.model_copy(update={"rows": tuple(row.model_copy(update={"prompt_key": "q"}) for row in second.rows)})
+    other = second.model_copy(
+        update={"rows": tuple(row.model_copy(update={"prompt_key": "q"}) for row in second.rows)}
+    )
     with pytest.raises(NotTestable, match="share no prompt"):
         shared_prompts([first, other])
 
 
 def test_decoded_points_beside_their_composition(record: SweepRecord) -> None:
     right, wrong = decoded_checks(record)
-    measured = sum(row.vanilla_s for row in record.decoded[0].rows) / sum(row.medusa_s for row in record.decoded[0].rows)
+    measured = sum(row.vanilla_s for row in record.decoded[0].rows) / sum(
+        row.medusa_s for row in record.decoded[0].rows
+    )
     assert right.measured.estimate == pytest.approx(measured) and right.measured.num_prompts == 6
     assert right.gap == pytest.approx(0, abs=1e-9) and right.is_within
     assert wrong.gap == pytest.approx(0.2) and not wrong.is_within
@@ -178,4 +205,5 @@ def test_searches_are_counted(record: SweepRecord) -> None:
 
 def test_every_form_is_one_that_the_claims_ask_for(claims: tuple[ClaimSpec, ...]) -> None:
     assert {claim.id for claim in claims if claim.sweep is not None} == set(FORMS)
-    assert all(claim.needs for claim in claims if claim.sweep is not None)  # what the record of a suite says of it
+    # what the record of a suite says of it
+    assert all(claim.needs for claim in claims if claim.sweep is not None)

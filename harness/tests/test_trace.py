@@ -24,19 +24,34 @@ BUDGET = 24
 
 
 def _provenance(budget: int = BUDGET) -> TraceProvenance:
-    return TraceProvenance(model_hash="m" * 64, heads_hash="h" * 64, dtype="float32", max_new_tokens=budget, versions={"torch": "2"})
+    return TraceProvenance(
+        model_hash="m" * 64,
+        heads_hash="h" * 64,
+        dtype="float32",
+        max_new_tokens=budget,
+        versions={"torch": "2"},
+    )
 
 
-def _prompt(ranks: list[list[int]], *, key: str = "a", prompt_tokens: int = 10, budget: int = BUDGET) -> PromptTrace:
+def _prompt(
+    ranks: list[list[int]], *, key: str = "a", prompt_tokens: int = 10, budget: int = BUDGET
+) -> PromptTrace:
     table = np.array(ranks)
     ended_by: EndedBy = "budget" if len(table) == budget else "eos"
     return PromptTrace(
-        key=key, category="writing", prompt_tokens=prompt_tokens, tokens=np.arange(len(table)), ended_by=ended_by, ranks=table
+        key=key,
+        category="writing",
+        prompt_tokens=prompt_tokens,
+        tokens=np.arange(len(table)),
+        ended_by=ended_by,
+        ranks=table,
     )
 
 
 def _trace(*ranks: list[list[int]]) -> Trace:
-    prompts = (_prompt(table, key=f"p{number}", prompt_tokens=10 + number) for number, table in enumerate(ranks))
+    prompts = (
+        _prompt(table, key=f"p{number}", prompt_tokens=10 + number) for number, table in enumerate(ranks)
+    )
     return Trace(provenance=_provenance(), prompts=tuple(prompts))
 
 
@@ -60,7 +75,9 @@ def traces(draw: st.DrawFn) -> Trace:
 def trees(draw: st.DrawFn) -> DraftTree:
     """Random trees of depth 4 or less, ranks of two digits among them."""
     paths: list[RankPath] = [()]
-    for parent, rank in draw(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0, 0, 1, 2, 3, 10, 12])), max_size=25)):
+    for parent, rank in draw(
+        st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0, 0, 1, 2, 3, 10, 12])), max_size=25)
+    ):
         path = (*paths[parent % len(paths)], rank)
         if path not in paths and len(path) <= 4:
             paths.append(path)
@@ -68,7 +85,9 @@ def trees(draw: st.DrawFn) -> DraftTree:
 
 
 def _reference(trace: Trace, tree: DraftTree, *, num_heads: int, budget: int) -> list[list[tuple[int, int]]]:
-    """For every prompt its steps as (position i, tokens kept), by the definition: rows and heads counted from 1."""
+    """For every prompt its steps as (position i, tokens kept), by the definition: rows and heads counted from
+    1.
+    """
     nodes = {path for path in tree.paths if len(path) <= num_heads}
     result = []
     for prompt in trace.prompts:
@@ -87,7 +106,10 @@ def _reference(trace: Trace, tree: DraftTree, *, num_heads: int, budget: int) ->
 
 def _steps(result: Replay) -> list[list[tuple[int, int]]]:
     pairs = list(zip(result.positions.tolist(), result.acceptance_lengths.tolist(), strict=True))
-    return [pairs[start:stop] for start, stop in zip(result.offsets[:-1].tolist(), result.offsets[1:].tolist(), strict=True)]
+    return [
+        pairs[start:stop]
+        for start, stop in zip(result.offsets[:-1].tolist(), result.offsets[1:].tolist(), strict=True)
+    ]
 
 
 @settings(max_examples=200)
@@ -101,8 +123,12 @@ def test_replay_follows_the_definition(trace: Trace, tree: DraftTree, data: st.D
     assert _steps(result) == expected
     counts = [len(steps) for steps in expected]
     assert result.num_steps.tolist() == counts
-    assert result.num_kept_tokens.tolist() == [min(prompt.num_kept_tokens, budget) for prompt in trace.prompts]
-    assert result.batch_steps.tolist() == [max(counts[start : start + batch]) for start in range(0, len(counts), batch)]
+    assert result.num_kept_tokens.tolist() == [
+        min(prompt.num_kept_tokens, budget) for prompt in trace.prompts
+    ]
+    assert result.batch_steps.tolist() == [
+        max(counts[start : start + batch]) for start in range(0, len(counts), batch)
+    ]
     if sum(counts):
         generated = sum(result.num_kept_tokens.tolist()) - len(counts)
         assert result.tokens_per_step == generated / sum(counts)
@@ -148,7 +174,9 @@ def test_rank_ten_is_not_the_first_rank_of_the_next_head() -> None:
 
 
 def test_the_end_may_fall_inside_a_path() -> None:
-    """Row 2 matches one token, the end-of-sequence y_3; the bonus token after it is not counted, and no step follows."""
+    """Row 2 matches one token, the end-of-sequence y_3; the bonus token after it is not counted, and no step
+    follows.
+    """
     trace = _trace([[4, 0], [0, -1], [-1, -1]])
     result = replay(trace, DraftTree.chain(2))
     assert _steps(result) == [[(1, 1), (2, 1)]]
@@ -156,7 +184,9 @@ def test_the_end_may_fall_inside_a_path() -> None:
 
 
 def test_rows_that_agree_only_at_a_later_head_are_told_apart() -> None:
-    """Sorted, (0, 1) and (1, 1) are neighbours with the same second rank; only the first begins with (0, 1)."""
+    """Sorted, (0, 1) and (1, 1) are neighbours with the same second rank; only the first begins with (0,
+    1).
+    """
     trace = _trace([[1, 1], [0, 1], [9, 9], [9, -1], [-1, -1]])
     assert _steps(replay(trace, DraftTree.from_paths([(0,), (0, 1)]))) == [[(1, 1), (2, 3)]]
 
@@ -190,7 +220,11 @@ def test_contexts_are_prompt_and_known_tokens() -> None:
     assert [result.hops(prompt).tolist() for prompt in range(3)] == [[1, 3], [1], []]
     assert result.context_tokens.tolist() == [10 + 1, 10 + 3, 11 + 1]
     assert result.batch_steps.tolist() == [2, 0]
-    assert result.batch_context_tokens.tolist() == [12, 14]  # step 2: row 0 knows 10 + 3, the finished row 1 holds 11 + 3
+    # step 2: row 0 knows 10 + 3, the finished row 1 holds 11 + 3
+    assert result.batch_context_tokens.tolist() == [
+        12,
+        14,
+    ]
 
 
 def test_rows_make_a_frame() -> None:
@@ -256,7 +290,10 @@ def test_a_trace_survives_the_disk(tmp_path: Path, optional: bool) -> None:
             else:
                 np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
                 assert getattr(theirs, name).dtype == getattr(ours, name).dtype
-    assert replay(loaded, DraftTree.chain(3)).num_steps.tolist() == replay(trace, DraftTree.chain(3)).num_steps.tolist()
+    assert (
+        replay(loaded, DraftTree.chain(3)).num_steps.tolist()
+        == replay(trace, DraftTree.chain(3)).num_steps.tolist()
+    )
 
 
 def test_a_truncated_or_flipped_file_is_refused(tmp_path: Path) -> None:
@@ -268,7 +305,8 @@ def test_a_truncated_or_flipped_file_is_refused(tmp_path: Path) -> None:
         broken.write_bytes(data[:length])
         with pytest.raises(UserError, match=r"broken\.npz"):
             Trace.load(broken)
-    headers = data.index(b"PK\x01\x02")  # beyond it stands the directory of the archive, where some bytes have no meaning
+    # beyond it stands the directory of the archive, where some bytes have no meaning
+    headers = data.index(b"PK\x01\x02")
     start = data.index(b"header.npy") + 40
     for position in range(start, headers, 101):
         broken.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
@@ -276,7 +314,8 @@ def test_a_truncated_or_flipped_file_is_refused(tmp_path: Path) -> None:
             survivor = Trace.load(broken)
         except UserError:
             continue
-        np.testing.assert_array_equal(survivor.ranks, _full_trace().ranks)  # a byte of archive metadata: nothing lost
+        # a byte of archive metadata: nothing lost
+        np.testing.assert_array_equal(survivor.ranks, _full_trace().ranks)
 
 
 def _rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
@@ -361,7 +400,13 @@ def test_a_full_disk_leaves_the_older_file_whole(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_a_prompt_that_breaks_the_rules_is_refused(change: dict[str, Any], message: str) -> None:
-    good: dict[str, Any] = {"key": "q", "category": None, "prompt_tokens": 3, "tokens": [5, 6, 7], "ended_by": "eos"}
+    good: dict[str, Any] = {
+        "key": "q",
+        "category": None,
+        "prompt_tokens": 3,
+        "tokens": [5, 6, 7],
+        "ended_by": "eos",
+    }
     good |= {"ranks": [[0], [0], [-1]], "gaps": [1.0, 2.0, 3.0], "nll": [[0.1], [0.2], [float("nan")]]}
     PromptTrace(**good)
     with pytest.raises(UserError, match=message) as caught:
@@ -371,7 +416,11 @@ def test_a_prompt_that_breaks_the_rules_is_refused(change: dict[str, Any], messa
 
 def test_a_set_of_prompts_that_breaks_the_rules_is_refused() -> None:
     one, two = _prompt([[0], [-1]], key="one"), _prompt([[0, -1], [-1, -1]], key="two")
-    for prompts, message in (((), "at least one prompt"), ((one, one), "'one' twice"), ((one, two), "different heads")):
+    for prompts, message in (
+        ((), "at least one prompt"),
+        ((one, one), "'one' twice"),
+        ((one, two), "different heads"),
+    ):
         with pytest.raises(UserError, match=message):
             Trace(provenance=_provenance(), prompts=prompts)
     with pytest.raises(UserError, match="at most 1 tokens"):
@@ -382,7 +431,9 @@ def test_a_set_of_prompts_that_breaks_the_rules_is_refused() -> None:
 
 def test_a_trace_cannot_be_changed_after_the_fact() -> None:
     ranks = np.array([[0], [-1]])
-    prompt = PromptTrace(key="q", category=None, prompt_tokens=1, tokens=np.array([1, 2]), ended_by="eos", ranks=ranks)
+    prompt = PromptTrace(
+        key="q", category=None, prompt_tokens=1, tokens=np.array([1, 2]), ended_by="eos", ranks=ranks
+    )
     ranks[0, 0] = 5
     assert prompt.ranks.tolist() == [[0], [-1]]
     with pytest.raises(ValueError, match="read-only"):

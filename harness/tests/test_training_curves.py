@@ -43,12 +43,18 @@ def test_every_quantity_of_the_log_has_its_panel() -> None:
         return [(float(x), float(y)) for x, y in zip(*drawn[title][line].get_data(), strict=True)]
 
     assert points("loss of each head, nats") == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
-    assert points("loss of each head, nats", 1) == [(2, 2.0), (3, 4 / 3), (4, 1.0)], "a step without a target leaves a gap"
-    assert points("the backbone's term, nats (KL, or loss on tokens)") == [(3, 0.03), (4, 0.04)], "it begins where the backbone learns"
+    assert points("loss of each head, nats", 1) == [(2, 2.0), (3, 4 / 3), (4, 1.0)], (
+        "a step without a target leaves a gap"
+    )
+    assert points("the backbone's term, nats (KL, or loss on tokens)") == [(3, 0.03), (4, 0.04)], (
+        "it begins where the backbone learns"
+    )
     assert points("target is a head's first choice")[3] == pytest.approx((4, 0.4))
     assert points("target among a head's 10 best")[3] == pytest.approx((4, 0.6))
     assert points("learning rates", 1)[0] == (1, 1e-4) and points("peak memory, MB")[1] == (2, 2.0)
-    assert points("answer tokens/s")[0] == (1, 101.0) and points("first choices of model and target agree")[0] == (3, 0.9)
+    assert points("answer tokens/s")[0] == (1, 101.0) and points("first choices of model and target agree")[
+        0
+    ] == (3, 0.9)
 
 
 def test_an_empty_log_is_refused(tmp_path: Path) -> None:

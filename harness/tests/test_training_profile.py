@@ -21,7 +21,13 @@ from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
 from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
-from harness.records.training_profile import MatrixThroughput, PartProfile, StageProfile, TrainingProfile, read_training_profile
+from harness.records.training_profile import (
+    MatrixThroughput,
+    PartProfile,
+    StageProfile,
+    TrainingProfile,
+    read_training_profile,
+)
 from harness.report.profiles import training_headline
 from harness.specs.recipe import training_suite_of
 from harness.specs.suite import TinyModelSpec
@@ -69,14 +75,19 @@ def heads_data(folder: Path, **recipe: Any) -> dict[str, Any]:
 def profiled(data: dict[str, Any], *, num_steps: int = 1) -> TrainingProfile:
     with small_device_limits():
         return profile_training(
-            training_suite_of(data), num_steps=num_steps, allow_hub=False, command="medusa-repro profile-training", console=QUIET
+            training_suite_of(data),
+            num_steps=num_steps,
+            allow_hub=False,
+            command="medusa-repro profile-training",
+            console=QUIET,
         )
 
 
 @pytest.fixture(scope="module")
 def heads_profile(folder: Path) -> TrainingProfile:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)  # one batch is all there is: its targets are known
+        # one batch is all there is: its targets are known
+        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)
         return profiled(heads_data(folder), num_steps=2)
 
 
@@ -91,7 +102,9 @@ def linear_flops(rows: int, inputs: int, outputs: int) -> int:
 
 
 def test_linear_layers_cost_two_four_and_two_operations_a_weight() -> None:
-    """Forward 2 m n k; backward as much for the weight and as much for the input, which the first layer does without."""
+    """Forward 2 m n k; backward as much for the weight and as much for the input, which the first layer does
+    without.
+    """
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
     parts = PartClock(lambda: 0.0)
     with ProductCounter(parts) as counter:
@@ -110,12 +123,26 @@ def test_linear_layers_cost_two_four_and_two_operations_a_weight() -> None:
 
 
 def test_heads_alone_are_counted_as_by_hand(heads_profile: TrainingProfile, folder: Path) -> None:
-    """Blocks in float32, twice without the first block's input; both products with the unembedding, forward, in bfloat16."""
+    """Blocks in float32, twice without the first block's input; both products with the unembedding, forward,
+    in bfloat16.
+    """
     width, vocab_size = tiny_spec().hidden_size, tiny_spec().vocab_size
-    answers = [sample.token_ids for sample in list(unpack_corpus(folder / "corpus.safetensors", backbone_sha256=None))[:ANSWERS]]
+    answers = [
+        sample.token_ids
+        for sample in list(unpack_corpus(folder / "corpus.safetensors", backbone_sha256=None))[:ANSWERS]
+    ]
     first_targets = torch.tensor([token for ids in answers for token in ids[1:]])
-    subset = set(TokenSubset.most_frequent(torch.bincount(first_targets, minlength=vocab_size), size=SUBSET).token_ids.tolist())
-    targets = [ids[place + head] for ids in answers for head in range(1, NUM_HEADS + 1) for place in range(len(ids) - head)]
+    subset = set(
+        TokenSubset.most_frequent(
+            torch.bincount(first_targets, minlength=vocab_size), size=SUBSET
+        ).token_ids.tolist()
+    )
+    targets = [
+        ids[place + head]
+        for ids in answers
+        for head in range(1, NUM_HEADS + 1)
+        for place in range(len(ids) - head)
+    ]
     inside = sum(token in subset for token in targets)
     assert 0 < inside < len(targets)
     block = linear_flops(POSITIONS, width, width)
@@ -141,13 +168,19 @@ def test_every_part_of_heads_alone_takes_time(heads_profile: TrainingProfile) ->
 def test_a_step_is_left_as_it_was(heads_profile: TrainingProfile) -> None:
     """Marks stand in other functions' places for marked steps only."""
     assert heads_profile.stages
-    for owner, name in ((medusa_impl.training.medusa1, "medusa1_loss"), (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
+    for owner, name in (
+        (medusa_impl.training.medusa1, "medusa1_loss"),
+        (torch.Tensor, "backward"),
+        (torch.nn.utils, "clip_grad_norm_"),
+    ):
         assert getattr(owner, name).__name__ == name
     assert not optimizer._global_optimizer_pre_hooks and not optimizer._global_optimizer_post_hooks
 
 
 def joint_counts() -> dict[str, int]:
-    """What one joint step of `SEQUENCES` answers to prompts of six tokens costs by hand, LoRA on every layer but the LM head."""
+    """What one joint step of `SEQUENCES` answers to prompts of six tokens costs by hand, LoRA on every layer
+    but the LM head.
+    """
     model = tiny_spec()
     width, length = model.hidden_size, 6 + ANSWER_TOKENS
     rows, tokens = SEQUENCES * ANSWER_TOKENS, SEQUENCES * length
@@ -162,32 +195,42 @@ def joint_counts() -> dict[str, int]:
         (model.intermediate_size, width),
     ]
     linears = model.num_layers * sum(linear_flops(tokens, *sizes) for sizes in layer)
-    adapters = model.num_layers * sum(linear_flops(tokens, RANK, inputs + outputs) for inputs, outputs in layer)
-    attention = model.num_layers * 2 * linear_flops(SEQUENCES * model.num_attention_heads * length, head_size, length)
+    adapters = model.num_layers * sum(
+        linear_flops(tokens, RANK, inputs + outputs) for inputs, outputs in layer
+    )
+    attention = (
+        model.num_layers * 2 * linear_flops(SEQUENCES * model.num_attention_heads * length, head_size, length)
+    )
     lm_head = linear_flops(rows, width, model.vocab_size)
     blocks = 4 * linear_flops(rows, width, width)
     head_rows = SEQUENCES * sum(ANSWER_TOKENS - head for head in range(1, 5))
-    embedded = sum(linear_flops(tokens, *sizes) for sizes in from_states)  # what reads the embedding passes no gradient on
+    # what reads the embedding passes no gradient on
+    embedded = sum(linear_flops(tokens, *sizes) for sizes in from_states)
     embedded += sum(linear_flops(tokens, RANK, inputs) for inputs, _ in from_states)
     return {
         "teacher": linears + attention,
         "student": linears + adapters + attention,
         "backbone_loss": 2 * lm_head,  # both laws
         "heads_loss": blocks + 2 * linear_flops(head_rows, width, model.vocab_size),
-        # both laws' logits again, one's gradient; the blocks' two; layers' inputs, adapters' weights and inputs; five of attention
+        # both laws' logits again, one's gradient; the blocks' two; layers' inputs, adapters' weights and
+        # inputs; five of attention
         "backward": 3 * lm_head + 2 * blocks + linears + 2 * adapters - embedded + attention // 2 * 5,
     }
 
 
 def without_rotary(stage: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-    """Drop the rotary embedding's outer product: it stays in float32, and some versions of PyTorch run it as a multiplication."""
+    """Drop the rotary embedding's outer product: it stays in float32, and some versions of PyTorch run it as
+    a multiplication.
+    """
     model = tiny_spec()
     rotary = linear_flops(6 + ANSWER_TOKENS, 1, model.hidden_size // model.num_attention_heads // 2)
     without = {part: dict(flops) for part, flops in stage.items()}
     for part in ("teacher", "student"):
         if without.get(part, {}).get("float32", 0) % (2 * rotary) == rotary:
             without[part]["float32"] -= rotary
-    return {part: {dtype: count for dtype, count in flops.items() if count} for part, flops in without.items()}
+    return {
+        part: {dtype: count for dtype, count in flops.items() if count} for part, flops in without.items()
+    }
 
 
 def joint_data(folder: Path, **recipe: Any) -> dict[str, Any]:
@@ -203,14 +246,19 @@ def test_joint_training_is_counted_as_by_hand(folder: Path) -> None:
 
 
 def test_two_stages_under_autocast_are_counted_by_dtype(folder: Path) -> None:
-    """Autocast takes all products but the rotary embedding's; with the heads alone the backbone runs once and learns nothing."""
+    """Autocast takes all products but the rotary embedding's; with the heads alone the backbone runs once and
+    learns nothing.
+    """
     by_hand = joint_counts()
     profile = profiled(joint_data(folder, warmup="two_stage", stage_rate=0.25, autocast="bfloat16"))
     assert [(stage.name, stage.step_rate) for stage in profile.stages] == [("heads", 0.25), ("both", 0.75)]
     heads, both = (without_rotary(stage_of(profile, name)) for name in ("heads", "both"))
     assert both == {part: {"bfloat16": flops} for part, flops in by_hand.items()}
     assert set(heads) == {"student", "heads_loss", "backward"} and heads["student"] == both["student"]
-    assert heads["heads_loss"] == both["heads_loss"] and heads["backward"]["bfloat16"] < both["backward"]["bfloat16"]
+    assert (
+        heads["heads_loss"] == both["heads_loss"]
+        and heads["backward"]["bfloat16"] < both["backward"]["bfloat16"]
+    )
 
 
 class Hand:
@@ -246,23 +294,45 @@ def test_steps_take_turns_and_parts_own_their_own_time() -> None:
     first = watch.part_s["one"][0]
     assert (first["outer"], first["inner"], first[OTHER]) == (3.0, 1.0, 20.0)
     (one, _) = watch.profiles({"one": 0.5, "two": 0.5}, parts=("outer", "absent", OTHER))
-    assert [part.seconds for part in one.parts] == [(3.0, 0.0), (0.0, 0.0), (20.0, 40.0)] and one.num_positions == 7
+    assert [part.seconds for part in one.parts] == [
+        (3.0, 0.0),
+        (0.0, 0.0),
+        (20.0, 40.0),
+    ] and one.num_positions == 7
 
 
 def hand_made(environment: Any, *, stages: tuple[StageProfile, ...]) -> TrainingProfile:
     limits = (("float32", 80.0, 100.0), ("bfloat16", 400.0, 300.0))
-    throughput = tuple(MatrixThroughput(dtype=name, before_flop_per_s=a, after_flop_per_s=b, method="by hand") for name, a, b in limits)
-    return TrainingProfile(recipe="r", kind="heads", environment=environment, throughput=throughput, stages=stages)
+    throughput = tuple(
+        MatrixThroughput(dtype=name, before_flop_per_s=a, after_flop_per_s=b, method="by hand")
+        for name, a, b in limits
+    )
+    return TrainingProfile(
+        recipe="r", kind="heads", environment=environment, throughput=throughput, stages=stages
+    )
 
 
-def stage(name: str, rate: float, step_s: tuple[float, ...], **parts: tuple[float, dict[str, int]]) -> StageProfile:
-    made = tuple(PartProfile(name=part, seconds=(seconds,), flops=flops) for part, (seconds, flops) in parts.items())
+def stage(
+    name: str, rate: float, step_s: tuple[float, ...], **parts: tuple[float, dict[str, int]]
+) -> StageProfile:
+    made = tuple(
+        PartProfile(name=part, seconds=(seconds,), flops=flops) for part, (seconds, flops) in parts.items()
+    )
     return StageProfile(name=name, step_rate=rate, num_positions=10, step_s=step_s, parts=made)
 
 
 def test_shares_are_least_time_over_time(heads_profile: TrainingProfile) -> None:
-    """100 operations a second in float32 and 400 in bfloat16: 100 and 400 operations take two seconds at least."""
-    subset = stage("subset", 0.75, (4.0, 9.0, 3.0), a=(2.0, {"float32": 100}), b=(2.5, {"bfloat16": 400}), other=(0.0, {}))
+    """100 operations a second in float32 and 400 in bfloat16: 100 and 400 operations take two seconds at
+    least.
+    """
+    subset = stage(
+        "subset",
+        0.75,
+        (4.0, 9.0, 3.0),
+        a=(2.0, {"float32": 100}),
+        b=(2.5, {"bfloat16": 400}),
+        other=(0.0, {}),
+    )
     full = stage("full", 0.25, (8.0,), a=(8.0, {"bfloat16": 800}))
     profile = hand_made(heads_profile.environment, stages=(subset, full))
     assert subset.flops == {"float32": 100, "bfloat16": 400}
@@ -277,7 +347,10 @@ def test_shares_are_least_time_over_time(heads_profile: TrainingProfile) -> None
 def test_a_count_without_its_throughput_is_no_record(heads_profile: TrainingProfile) -> None:
     with pytest.raises(ValidationError, match="float16"):
         hand_made(heads_profile.environment, stages=(stage("full", 1.0, (1.0,), a=(1.0, {"float16": 1})),))
-    parts = (PartProfile(name="a", seconds=(1.0,), flops={}), PartProfile(name="b", seconds=(1.0, 2.0), flops={}))
+    parts = (
+        PartProfile(name="a", seconds=(1.0,), flops={}),
+        PartProfile(name="b", seconds=(1.0, 2.0), flops={}),
+    )
     with pytest.raises(ValidationError, match="another number of steps"):
         StageProfile(name="full", step_rate=1.0, num_positions=1, step_s=(1.0,), parts=parts)
 
@@ -291,8 +364,13 @@ def test_a_count_without_its_throughput_is_no_record(heads_profile: TrainingProf
         ({"subset_size": 128}, {"full": 1.0}),
     ],
 )
-def test_stages_are_those_of_the_recipe(recipe: dict[str, Any], stages: dict[str, float], folder: Path) -> None:
-    assert heads_stages(Medusa1Recipe.model_validate(heads_data(folder, **recipe)["recipe"]), vocab_size=128) == stages
+def test_stages_are_those_of_the_recipe(
+    recipe: dict[str, Any], stages: dict[str, float], folder: Path
+) -> None:
+    assert (
+        heads_stages(Medusa1Recipe.model_validate(heads_data(folder, **recipe)["recipe"]), vocab_size=128)
+        == stages
+    )
     frozen = training_suite_of(recipe_data(folder, backbone="frozen"))
     assert frozen.kind == "joint" and joint_stages(frozen) == {"heads": 1.0}
 
@@ -313,7 +391,10 @@ def test_the_command_writes_its_record_and_ends_with_one_json_object(folder: Pat
     assert ran.code == ExitCode.OK, ran.err
     profile = read_training_profile(target)
     assert json.loads(ran.out.splitlines()[-1]) == json.loads(json.dumps(training_headline(profile)))
-    assert profile.environment.command == "medusa-repro profile-training tiny_heads.toml --steps 1 --output profile.json"
+    assert (
+        profile.environment.command
+        == "medusa-repro profile-training tiny_heads.toml --steps 1 --output profile.json"
+    )
     assert TrainingProfile.model_validate_json(profile.model_dump_json()) == profile
     assert not holds_absolute_path(target.read_text())
     assert "logits_loss" in ran.out and "at least 60.0 % are wanted" in " ".join(ran.out.split())
@@ -328,7 +409,10 @@ def test_what_cannot_be_profiled_is_a_user_error(folder: Path, tmp_path: Path) -
         profiled(data)
     with pytest.raises(UserError, match="a batch of 1000"):
         profiled(heads_data(folder, batch_positions=1000))
-    for name, text, message in (("absent.json", None, "no readable absent.json"), ("other.json", "{}", "need a TrainingProfile record")):
+    for name, text, message in (
+        ("absent.json", None, "no readable absent.json"),
+        ("other.json", "{}", "need a TrainingProfile record"),
+    ):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=message):

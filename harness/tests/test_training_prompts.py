@@ -1,4 +1,6 @@
-"""The project's own training prompts: deterministic, balanced, distinct, split by hash, and refused where the catalogue is at fault."""
+"""The project's own training prompts: deterministic, balanced, distinct, split by hash, and refused where the
+catalogue is at fault.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def test_prompts_vary_in_length() -> None:
 
 def test_splits_are_disjoint_whatever_their_seeds() -> None:
     train = {prompt.text for seed in (1, 3, 7) for prompt in training_prompts(num_prompts=800, seed=seed)}
-    held_out = {prompt.text for seed in (1, 3, 7) for prompt in training_prompts(num_prompts=160, seed=seed, split="held_out")}
+    held_out = {
+        prompt.text
+        for seed in (1, 3, 7)
+        for prompt in training_prompts(num_prompts=160, seed=seed, split="held_out")
+    }
     assert not train & held_out and len(held_out) > 300
 
 
@@ -65,7 +71,9 @@ def test_a_prompts_key_follows_from_its_text() -> None:
 
 
 def test_share_of_the_held_out_split() -> None:
-    """Of 2,500 sums and 2 names about 5 % are held out: the generator finds them and then says that there are no more."""
+    """Of 2,500 sums and 2 names about 5 % are held out: the generator finds them and then says that there are
+    no more.
+    """
     with pytest.raises(UserError, match="no new prompt") as caught:
         training_prompts(num_prompts=1000, seed=1, split="held_out", catalogue=[catalogue()])
     assert "distinct held_out prompts" in caught.value.need
@@ -88,9 +96,19 @@ def write(folder: Path, text: str) -> Path:
     ("text", "found"),
     [
         ('schema_version = 1\ncategory = "x"\ntemplates = ["Say {word}."]\n', "uses slots without values"),
-        ('schema_version = 1\ncategory = "x"\ntemplates = ["Say."]\n[slots]\nword = ["a"]\n', "slots that no template uses"),
-        ('schema_version = 1\ncategory = "x"\ntemplates = ["Say {word}."]\n[slots]\nword = []\n', "slots without a value"),
-        ('schema_version = 1\ncategory = "x"\ntemplates = ["Add {a}."]\n[ranges]\na = { min = 3, max = 2 }\n', "a range from 3 to 2"),
+        (
+            'schema_version = 1\ncategory = "x"\ntemplates = ["Say."]\n[slots]\nword = ["a"]\n',
+            "slots that no template uses",
+        ),
+        (
+            'schema_version = 1\ncategory = "x"\ntemplates = ["Say {word}."]\n[slots]\nword = []\n',
+            "slots without a value",
+        ),
+        (
+            'schema_version = 1\ncategory = "x"\ntemplates = ["Add {a}."]\n[ranges]\na = { min = 3, max = '
+            "2 }\n",
+            "a range from 3 to 2",
+        ),
         ('schema_version = 1\ncategory = "x"\ntemplates = []\n', "at least 1"),
         ('schema_version = 2\ncategory = "x"\ntemplates = ["Say."]\n', "Input should be 1"),
         ('schema_version = 1\ncategory = "x"\ntemplates = ["Say."]\ncolour = "red"\n', "Extra inputs"),

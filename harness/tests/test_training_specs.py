@@ -1,4 +1,6 @@
-"""Recipes as data: the paper's own figures, the shipped ones, one difference at a time, and what this machine cannot run."""
+"""Recipes as data: the paper's own figures, the shipped ones, one difference at a time, and what this machine
+cannot run.
+"""
 
 from __future__ import annotations
 
@@ -41,32 +43,75 @@ def test_the_7b_recipe_carries_appendix_b() -> None:
     assert spec.conversations is not None and "sharegpt" in spec.conversations
     assert recipe.warmup == "two_stage" and recipe.stage_rate * (recipe.num_epochs or 0) == 2
     assert recipe.batch_sequences * recipe.accumulation_steps == 64
-    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (5e-4, 2e-3, 40)
+    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (
+        5e-4,
+        2e-3,
+        40,
+    )
     assert (recipe.lambda_0, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == (0.2, 0.8, 5, 1)
-    assert (recipe.quantisation, recipe.optimizer, recipe.target, recipe.architecture) == ("4bit", "adamw_8bit", "tokens", "own")
+    assert (recipe.quantisation, recipe.optimizer, recipe.target, recipe.architecture) == (
+        "4bit",
+        "adamw_8bit",
+        "tokens",
+        "own",
+    )
     assert (recipe.max_length, recipe.schedule) == (4096, "each_stage")
     lora = recipe.lora
-    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (
+        32,
+        16,
+        0.05,
+        "all-linear",
+        True,
+    )
 
 
 def test_the_33b_recipe_carries_appendix_b() -> None:
     spec, recipe = joint("paper_33b_ramped"), joint("paper_33b_ramped").recipe
     assert spec.corpus is not None and spec.corpus.num_samples == 100_000
-    assert (spec.corpus.sampled_share, spec.corpus.temperature) == (1.0, 0.3) and spec.corpus.second_turn_share > 0
-    assert (recipe.warmup, recipe.ramp, recipe.lambda_0, recipe.target) == ("ramped", "sine", 0.01, "original")
+    assert (spec.corpus.sampled_share, spec.corpus.temperature) == (
+        1.0,
+        0.3,
+    ) and spec.corpus.second_turn_share > 0
+    assert (recipe.warmup, recipe.ramp, recipe.lambda_0, recipe.target) == (
+        "ramped",
+        "sine",
+        0.01,
+        "original",
+    )
     assert recipe.batch_sequences * recipe.accumulation_steps == 128 and recipe.max_length == 2048
-    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (1e-4, 4e-4, 20)
-    assert (recipe.optimizer, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == ("adamw_8bit", 0.8, 5, 1)
+    assert (recipe.backbone_learning_rate, recipe.heads_learning_rate, recipe.warmup_steps) == (
+        1e-4,
+        4e-4,
+        20,
+    )
+    assert (recipe.optimizer, recipe.lambda_base, recipe.num_heads, recipe.num_layers) == (
+        "adamw_8bit",
+        0.8,
+        5,
+        1,
+    )
     lora = recipe.lora
     assert recipe.quantisation is None
-    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (32, 16, 0.05, "all-linear", True)
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.lm_head) == (
+        32,
+        16,
+        0.05,
+        "all-linear",
+        True,
+    )
 
 
 def test_the_33b_recipe_answers_on_one_80_gb_gpu() -> None:
-    """Regression: 64 rows asked for 222 GB of key-value cache beside 65 GB of weights; twice that while one cache replaces another."""
+    """Regression: 64 rows asked for 222 GB of key-value cache beside 65 GB of weights; twice that while one
+    cache replaces another.
+    """
     shape = load_shapes()["vicuna-33b-v1.3"]
     spec = joint("paper_33b_ramped")
-    assert spec.corpus is not None and spec.corpus.max_prompt_tokens + spec.corpus.max_new_tokens <= shape.max_positions
+    assert (
+        spec.corpus is not None
+        and spec.corpus.max_prompt_tokens + spec.corpus.max_new_tokens <= shape.max_positions
+    )
     slots = -(-(shape.max_positions + 128) // 64) * 64  # as decode_stream makes its cache
     weights = 2 * shape.num_parameters
 
@@ -84,9 +129,18 @@ def test_what_the_paper_does_not_state_is_said_to_be_chosen(name: str) -> None:
     recipe = joint(name).recipe
     assert {"max_gradient_norm", "weight_decay", "architecture"} <= recipe.model_fields_set
     assert (recipe.max_gradient_norm, recipe.weight_decay, HELD_OUT_RATE) == (1.0, 0.0, 0.03)
-    comment = " ".join(line.lstrip("# ") for line in (SUITES / "recipes" / f"{name}.toml").read_text().splitlines() if line.startswith("#"))
+    comment = " ".join(
+        line.lstrip("# ")
+        for line in (SUITES / "recipes" / f"{name}.toml").read_text().splitlines()
+        if line.startswith("#")
+    )
     _, _, chosen = comment.partition("chosen here:")
-    for words in ("gradients clipped at 1.0", "no weight decay", "3 % of the conversations held out", "own unembeddings"):
+    for words in (
+        "gradients clipped at 1.0",
+        "no weight decay",
+        "3 % of the conversations held out",
+        "own unembeddings",
+    ):
         assert words in chosen
 
 
@@ -98,14 +152,18 @@ def test_conversations_of_a_model_without_a_template_get_one(name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_corpus_can_be_asked_for(path: Path) -> None:
-    """Regression: a recipe wanted more prompts than the catalogue has combinations; such a one has to bring its own."""
+    """Regression: a recipe wanted more prompts than the catalogue has combinations; such a one has to bring
+    its own.
+    """
     corpus = load_training_suite(path).corpus
     if corpus is not None and corpus.prompts_file is None:
         assert len(catalogue_prompts(corpus, corpus.num_prompts())) == corpus.num_prompts()
 
 
 def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
-    """One factor at a time, so that a difference between two arms has one cause; direct fine-tuning is three of them at once."""
+    """One factor at a time, so that a difference between two arms has one cause; direct fine-tuning is three
+    of them at once.
+    """
     ramped = joint("embedded_medusa2_ramped").recipe
 
     def differing(name: str) -> set[str]:
@@ -118,27 +176,37 @@ def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
     assert differing("embedded_direct") == {"warmup", "lambda_0", "heads_learning_rate"}
     direct = joint("embedded_direct").recipe
     assert direct.heads_learning_rate == direct.backbone_learning_rate
-    assert ramped.heads_learning_rate < ramped.backbone_learning_rate, "heads that are trained already must not be thrown back"
+    assert ramped.heads_learning_rate < ramped.backbone_learning_rate, (
+        "heads that are trained already must not be thrown back"
+    )
     assert joint("embedded_medusa1_continued").recipe.heads_learning_rate == ramped.heads_learning_rate
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
 def test_shipped_ablations_name_recipes_of_one_budget(path: Path) -> None:
-    """Regression: the long suite was in no list of names here; now every file counts, and the long one needs no controls."""
+    """Regression: the long suite was in no list of names here; now every file counts, and the long one needs
+    no controls.
+    """
     spec = load_ablation(path)
     assert spec.name == path.stem
     assert len(spec.seeds) >= 2 and spec.decides_claims == (spec.answer_tokens >= 50_000)
     controls = set() if path.stem == "embedded_training_long" else {"direct", "hard_labels"}
     assert {"medusa1", "two_stage", "ramped"} | controls <= {arm.name for arm in spec.arms}
     recipes = [arm_recipe(spec, arm.name, beside=None) for arm in spec.arms]
-    assert {recipe.batch_sequences for recipe in recipes} == {4} and {recipe.max_length for recipe in recipes} == {512}
+    assert {recipe.batch_sequences for recipe in recipes} == {4} and {
+        recipe.max_length for recipe in recipes
+    } == {512}
     assert all(recipe.lora.rank <= 8 for recipe in recipes if recipe.backbone == "lora")
 
 
 def test_every_shipped_ablation_is_among_them_and_none_repeats_a_seed() -> None:
     """Claims are judged on trainings that no other suite, and no choice of a rate, has seen."""
     specs = [load_ablation(path) for path in ABLATIONS]
-    assert [spec.name for spec in specs] == ["embedded_training", "embedded_training_long", "embedded_training_quick"]
+    assert [spec.name for spec in specs] == [
+        "embedded_training",
+        "embedded_training_long",
+        "embedded_training_quick",
+    ]
     seeds = [seed for spec in specs for seed in spec.seeds]
     assert len(seeds) == len(set(seeds))
     drawn = [spec.held_out.seed for spec in specs]
@@ -194,7 +262,9 @@ def test_bad_ablations_are_refused_with_their_key(old: str, new: str, found: str
 def test_what_needs_bitsandbytes_says_so_before_anything_is_fetched(name: str, tmp_path: Path) -> None:
     ran = command("train", name, "--work", tmp_path / "work")
     assert (
-        ran.code == ExitCode.USER_ERROR and "a CUDA device" in ran.error_line and "4-bit backbone or an 8-bit optimiser" in ran.error_line
+        ran.code == ExitCode.USER_ERROR
+        and "a CUDA device" in ran.error_line
+        and "4-bit backbone or an 8-bit optimiser" in ran.error_line
     )
     assert not (tmp_path / "work").exists()
 
@@ -213,8 +283,14 @@ def test_ablations_are_no_suites_and_suites_no_ablations() -> None:
     ],
 )
 def test_an_ablation_refuses_arms_that_it_cannot_measure(tmp_path: Path, changes: str, found: str) -> None:
-    """Regression: a 4-bit recipe was trained on the model as it is, and the record said 4bit; one in full failed behind its training."""
-    text = (SUITES / "recipes" / "embedded_medusa2_ramped.toml").read_text().replace('backbone = "lora"', changes)
+    """Regression: a 4-bit recipe was trained on the model as it is, and the record said 4bit; one in full
+    failed behind its training.
+    """
+    text = (
+        (SUITES / "recipes" / "embedded_medusa2_ramped.toml")
+        .read_text()
+        .replace('backbone = "lora"', changes)
+    )
     if "adapted" in changes:
         text = text.replace('heads_lm_head = "original"\nsubset_size = 8192\n', "")
     (tmp_path / "mine.toml").write_text(text)

@@ -26,7 +26,9 @@ def test_every_stage_has_a_row_and_its_parts() -> None:
     text = render_readme_training(paths, base=ROOT)
     for path in paths:
         for stage in read_training_profile(path).stages:
-            assert f"| {stage.name}, " in text and all(part.name in text for part in stage.parts if any(part.seconds))
+            assert f"| {stage.name}, " in text and all(
+                part.name in text for part in stage.parts if any(part.seconds)
+            )
         assert path.relative_to(ROOT).as_posix() in text
 
 
@@ -34,7 +36,11 @@ def test_the_command_writes_it_between_markers_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# T\n\n<!-- begin:training -->\nold\n<!-- end:training -->\n\nRest.\n")
     assert command("profile-training", "--report", "--readme", readme).code == ExitCode.OK
-    assert "old" not in readme.read_text() and readme.read_text().endswith("Rest.\n") and "embedded_medusa1" in readme.read_text()
+    assert (
+        "old" not in readme.read_text()
+        and readme.read_text().endswith("Rest.\n")
+        and "embedded_medusa1" in readme.read_text()
+    )
     readme.write_text("no markers")
     with pytest.raises(UserError, match="0 times the marker"):
         update_training(readme, committed_profiles(ROOT / "results"))

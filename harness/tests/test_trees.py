@@ -29,24 +29,39 @@ def trace() -> Trace:
     for number in range(6):
         ranks = rng.geometric(p=[0.6, 0.5, 0.4, 0.35], size=(NUM_TOKENS, NUM_HEADS)) - 1
         tokens = np.arange(NUM_TOKENS)
-        prompts.append(PromptTrace(f"p{number}", None, 5, tokens, "budget", np.where(beyond, -1, ranks).astype(np.int32)))
-    return Trace(TraceProvenance(model_hash="m", heads_hash="h", dtype="float32", max_new_tokens=NUM_TOKENS), tuple(prompts))
+        prompts.append(
+            PromptTrace(f"p{number}", None, 5, tokens, "budget", np.where(beyond, -1, ranks).astype(np.int32))
+        )
+    return Trace(
+        TraceProvenance(model_hash="m", heads_hash="h", dtype="float32", max_new_tokens=NUM_TOKENS),
+        tuple(prompts),
+    )
 
 
 def costs(curve: dict[int, float]) -> tuple[StepCost, ...]:
     one = StepCost(num_nodes=1, num_heads=0, context_tokens=8, backbone_s=(0.5,), step_s=())
-    rows = [StepCost(num_nodes=size, num_heads=1, context_tokens=8, backbone_s=(0.1,), step_s=(s, s, 9 * s)) for size, s in curve.items()]
-    other = StepCost(arm="chain", num_nodes=3, num_heads=1, context_tokens=8, backbone_s=(1e-9,), step_s=(1e-9,))
+    rows = [
+        StepCost(num_nodes=size, num_heads=1, context_tokens=8, backbone_s=(0.1,), step_s=(s, s, 9 * s))
+        for size, s in curve.items()
+    ]
+    other = StepCost(
+        arm="chain", num_nodes=3, num_heads=1, context_tokens=8, backbone_s=(1e-9,), step_s=(1e-9,)
+    )
     return (one, *rows, other)  # neither the lone node nor an arm's own steps belong to the curve
 
 
 def suite(*trees: dict[str, Any], num_heads: int | None = None) -> SuiteSpec:
-    arms = [{**CHAIN, "name": f"arm{number}", "tree": tree, "num_heads": num_heads} for number, tree in enumerate(trees)]
+    arms = [
+        {**CHAIN, "name": f"arm{number}", "tree": tree, "num_heads": num_heads}
+        for number, tree in enumerate(trees)
+    ]
     return SuiteSpec.model_validate({**smoke_suite().model_dump(), "arms": [VANILLA, *arms]})
 
 
 def resolve(spec: SuiteSpec, calibration: Trace | None, *, beside: Path | None = None) -> dict[str, ArmTree]:
-    return resolve_trees(spec, calibration=calibration, costs=costs({2: 1.0, 64: 2.0}), num_heads=NUM_HEADS, beside=beside)
+    return resolve_trees(
+        spec, calibration=calibration, costs=costs({2: 1.0, 64: 2.0}), num_heads=NUM_HEADS, beside=beside
+    )
 
 
 def test_every_kind_resolves(trace: Trace, tmp_path: Path) -> None:
@@ -87,7 +102,10 @@ def test_a_search_needs_a_calibration_trace(kind: dict[str, Any]) -> None:
 
 
 def test_trees_deeper_than_the_heads_of_their_arm_are_refused(trace: Trace) -> None:
-    for spec, need in ((suite({"kind": "chain", "depth": 5}), 4), (suite({"kind": "chain", "depth": 3}, num_heads=2), 2)):
+    for spec, need in (
+        (suite({"kind": "chain", "depth": 5}), 4),
+        (suite({"kind": "chain", "depth": 3}, num_heads=2), 2),
+    ):
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
             resolve(spec, trace)
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
@@ -122,7 +140,9 @@ def test_fastest_tree_maximises_tokens_a_second_over_all_sizes(trace: Trace) -> 
     grown = grow(trace, num_nodes=64, values="joint", num_heads=NUM_HEADS)
 
     def speed(tree: DraftTree) -> float:
-        return replay(trace, tree).tokens_per_step / float(np.interp(tree.num_nodes, list(curve), list(curve.values())))
+        return replay(trace, tree).tokens_per_step / float(
+            np.interp(tree.num_nodes, list(curve), list(curve.values()))
+        )
 
     assert all(speed(chosen) >= speed(grown.nested(size)) for size in (2, 4, 8, 12, 16, 24, 32, 48, 64))
 

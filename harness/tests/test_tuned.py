@@ -1,4 +1,6 @@
-"""Arms on a tuned backbone beside those on the original: each decodes, is traced and is checked with its own model and heads."""
+"""Arms on a tuned backbone beside those on the original: each decodes, is traced and is checked with its own
+model and heads.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def files(engine: Engine, heads_file: Path, tmp_path_factory: pytest.TempPathFac
     """An adapter that moves the tiny model well away from itself, and the heads trained with it."""
     folder = tmp_path_factory.mktemp("tuned")
     write_corpus(folder / "corpus.safetensors", engine)
-    data = recipe_data(folder, backbone_learning_rate=0.05, heads_learning_rate=1e-4, warmup="none", lambda_0=1.0)
+    data = recipe_data(
+        folder, backbone_learning_rate=0.05, heads_learning_rate=1e-4, warmup="none", lambda_0=1.0
+    )
     spec = JointSuite.model_validate({**data, "start_heads": str(heads_file)})
     return train_joint_suite(spec, work=folder / "work", target=folder / "out", console=QUIET)
 
@@ -55,7 +59,9 @@ def suite_data(files: JointFiles, heads_file: Path, **changes: Any) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def record(files: JointFiles, heads_file: Path, steady_checkout: None, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+def record(
+    files: JointFiles, heads_file: Path, steady_checkout: None, tmp_path_factory: pytest.TempPathFactory
+) -> RunRecord:
     return RunRecord(run(suite_data(files, heads_file), tmp_path_factory.mktemp("results")))
 
 
@@ -64,8 +70,12 @@ def texts(record: RunRecord, arm: str) -> dict[str, tuple[int, ...]]:
 
 
 def test_each_backbone_decodes_its_own_text_and_medusa_repeats_it(record: RunRecord) -> None:
-    assert texts(record, "vanilla") == texts(record, "chain") and texts(record, "vanilla_tuned") == texts(record, "medusa2")
-    assert texts(record, "vanilla") != texts(record, "vanilla_tuned"), "the adapter must be in the arms that name it, and in no other"
+    assert texts(record, "vanilla") == texts(record, "chain") and texts(record, "vanilla_tuned") == texts(
+        record, "medusa2"
+    )
+    assert texts(record, "vanilla") != texts(record, "vanilla_tuned"), (
+        "the adapter must be in the arms that name it, and in no other"
+    )
     kept = [step for one in record.generations if one.trial.arm == "medusa2" for step in one.step_tokens]
     assert max(kept) > 1
 
@@ -73,12 +83,22 @@ def test_each_backbone_decodes_its_own_text_and_medusa_repeats_it(record: RunRec
 def test_every_check_looks_at_the_arms_own_backbone(record: RunRecord, tmp_path: Path) -> None:
     assert validate_record(record.folder) == ()
     found = {check.name: check for check in run_checks(record)}
-    loose = {"machine_quiet", "bandwidth_sane"}  # whatever else this machine does, and limits measured on tiny blocks
-    assert not [name for name, check in found.items() if check.status is CheckStatus.FAILED and name not in loose]
-    assert "tuned: " in found["heads_beat_random"].found and found["greedy_parity"].found.startswith("8 of 8 identical")
+    # whatever else this machine does, and limits measured on tiny blocks
+    loose = {
+        "machine_quiet",
+        "bandwidth_sane",
+    }
+    assert not [
+        name for name, check in found.items() if check.status is CheckStatus.FAILED and name not in loose
+    ]
+    assert "tuned: " in found["heads_beat_random"].found and found["greedy_parity"].found.startswith(
+        "8 of 8 identical"
+    )
     tuned, traces = record.environment.tuned, {name: record.trace_of(name) for name in record.suite.backbones}
     assert tuned is not None and traces["tuned"] is not None and traces["original"] is not None
-    assert traces["tuned"].provenance.model_hash == tuned.backbone_sha256 != record.environment.backbone_sha256
+    assert (
+        traces["tuned"].provenance.model_hash == tuned.backbone_sha256 != record.environment.backbone_sha256
+    )
     assert traces["tuned"].provenance.heads_hash == tuned.heads_sha256 != record.environment.heads_sha256
     spoilt = tmp_path / "spoilt"
     shutil.copytree(record.folder, spoilt)
@@ -124,17 +144,26 @@ def micro_record(micro: Any) -> RunRecord:
     [
         ({"arms": [VANILLA, CHAIN]}, r"need each other"),
         ({"tuned": None}, r"need each other"),
-        ({"arms": [*ARMS, {**MEDUSA2, "name": "crossed", "baseline": "vanilla"}]}, r"'vanilla' decodes with another backbone"),
+        (
+            {"arms": [*ARMS, {**MEDUSA2, "name": "crossed", "baseline": "vanilla"}]},
+            r"'vanilla' decodes with another backbone",
+        ),
         ({"model": {"asset": "smollm2-135m-instruct", "adapter": "some"}}, r"beside model.adapter"),
     ],
 )
-def test_suites_that_mix_the_backbones_are_refused(changes: dict[str, Any], found: str, files: JointFiles, heads_file: Path) -> None:
-    data = {key: value for key, value in suite_data(files, heads_file, **changes).items() if value is not None}
+def test_suites_that_mix_the_backbones_are_refused(
+    changes: dict[str, Any], found: str, files: JointFiles, heads_file: Path
+) -> None:
+    data = {
+        key: value for key, value in suite_data(files, heads_file, **changes).items() if value is not None
+    }
     with pytest.raises(UserError, match=found):
         parse_suite(tomli_w.dumps(data), where="mine.toml")
 
 
-def test_a_searched_tree_needs_the_calibration_of_its_own_heads(files: JointFiles, heads_file: Path, tmp_path: Path) -> None:
+def test_a_searched_tree_needs_the_calibration_of_its_own_heads(
+    files: JointFiles, heads_file: Path, tmp_path: Path
+) -> None:
     arms = [VANILLA, CHAIN, VANILLA_TUNED, {**MEDUSA2, "tree": {"kind": "searched", "num_nodes": 4}}]
     with pytest.raises(UserError, match="calibration_trace"):
         run(suite_data(files, heads_file, arms=arms), tmp_path)
@@ -151,7 +180,9 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
     """The heads' hash is that of their file in every precision, and rounding is measured on each backbone."""
     model = smoke_suite().model
 
-    def stored(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:  # hashed before the cast, as tensors on disk are
+    def stored(
+        spec: TinyModelSpec, *, dtype: torch.dtype
+    ) -> LoadedModel:  # hashed before the cast, as tensors on disk are
         whole = tiny_model(spec, dtype=torch.float32)
         model: Any = whole.model
         return replace(whole, model=model.to(dtype))
@@ -161,16 +192,35 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
     tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
     assert tuned is not None
     prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
-    texts = [KeptText(f"t{index}", "random", ids, tuple(range(10 + index, 22 + index)), "budget") for index, ids in enumerate(prompts)]
+    texts = [
+        KeptText(f"t{index}", "random", ids, tuple(range(10 + index, 22 + index)), "budget")
+        for index, ids in enumerate(prompts)
+    ]
     record_trace(tuned, texts, max_new_tokens=12, extra={}).save(tmp_path / "calibration.npz")
-    table = {"adapter": str(files.adapter), "heads_path": str(files.heads), "calibration_trace": str(tmp_path / "calibration.npz")}
+    table = {
+        "adapter": str(files.adapter),
+        "heads_path": str(files.heads),
+        "calibration_trace": str(tmp_path / "calibration.npz"),
+    }
     arms = [VANILLA, CHAIN, VANILLA_TUNED, {**MEDUSA2, "tree": {"kind": "searched", "num_nodes": 4}}]
-    data = suite_data(files, heads_file, arms=arms, tuned=table, model={**model.model_dump(mode="json", exclude_none=True), "dtype": dtype})
+    data = suite_data(
+        files,
+        heads_file,
+        arms=arms,
+        tuned=table,
+        model={**model.model_dump(mode="json", exclude_none=True), "dtype": dtype},
+    )
     record = RunRecord(run(data, tmp_path / "results"))
-    assert (record.folder / "calibration-tuned.npz").exists() and "calibration trace" in record.trees["medusa2"].origin
+    assert (record.folder / "calibration-tuned.npz").exists() and "calibration trace" in record.trees[
+        "medusa2"
+    ].origin
     assert (record.rounding_of("tuned") is not None) == (dtype == "bfloat16")
     loose = {"machine_quiet", "bandwidth_sane"}
-    assert not [check.name for check in run_checks(record) if check.status is CheckStatus.FAILED and check.name not in loose]
+    assert not [
+        check.name
+        for check in run_checks(record)
+        if check.status is CheckStatus.FAILED and check.name not in loose
+    ]
     if dtype == "bfloat16":
         ours, theirs = (record.rounding_of(name) for name in ("tuned", "original"))
         assert ours is not None and theirs is not None and ours != theirs
@@ -179,7 +229,9 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
 
 def test_claims_about_a_frozen_backbone_leave_tuned_arms_out(record: RunRecord) -> None:
     spoilt = [
-        one.model_copy(update={"token_ids": (*one.token_ids[:-1], one.token_ids[-1] + 1)}) if one.trial.arm == "medusa2" else one
+        one.model_copy(update={"token_ids": (*one.token_ids[:-1], one.token_ids[-1] + 1)})
+        if one.trial.arm == "medusa2"
+        else one
         for one in record.generations
     ]
     copy = RunRecord(record.folder)
@@ -192,7 +244,9 @@ def test_claims_about_a_frozen_backbone_leave_tuned_arms_out(record: RunRecord) 
         evidence.tree("medusa2")
 
 
-def test_heads_that_were_not_trained_with_the_adapter_are_refused(files: JointFiles, heads_file: Path, tmp_path: Path) -> None:
+def test_heads_that_were_not_trained_with_the_adapter_are_refused(
+    files: JointFiles, heads_file: Path, tmp_path: Path
+) -> None:
     tuned = {"adapter": str(files.adapter), "heads_path": str(heads_file)}
     with pytest.raises(UserError, match="adapter"):
         run(suite_data(files, heads_file, tuned=tuned), tmp_path)
@@ -204,7 +258,9 @@ def test_a_fastest_tree_is_refused_where_a_tuned_step_reads_other_amounts(
     """The steps that are timed are the original's; heads that read more would be sized by the wrong cost."""
     suite = parse_suite(tomli_w.dumps(suite_data(files, heads_file)), where="the test")
     fastest = FastestTree(kind="fastest", max_nodes=8)
-    arms = tuple(arm.model_copy(update={"tree": fastest}) if arm.name == "medusa2" else arm for arm in suite.arms)
+    arms = tuple(
+        arm.model_copy(update={"tree": fastest}) if arm.name == "medusa2" else arm for arm in suite.arms
+    )
     tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
     assert tuned is not None
     changed = suite.model_copy(update={"arms": arms})

@@ -1,4 +1,6 @@
-"""Validation: a whole record has no fault, each kind of damage is found and named, schemas describe what is written."""
+"""Validation: a whole record has no fault, each kind of damage is found and named, schemas describe what is
+written.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _first(**changes: Any) -> Callable[[FakeParts], object]:
 
 
 def _change_trial(**changes: Any) -> Callable[[FakeParts], object]:
-    return lambda parts: parts.edit(lambda generation: {"trial": generation.trial.model_copy(update=changes)}, arm="vanilla", limit=1)
+    return lambda parts: parts.edit(
+        lambda generation: {"trial": generation.trial.model_copy(update=changes)}, arm="vanilla", limit=1
+    )
 
 
 def _environment(**changes: Any) -> Callable[[FakeParts], object]:
@@ -34,7 +38,9 @@ def _environment(**changes: Any) -> Callable[[FakeParts], object]:
 
 
 def _add_empty_step(parts: FakeParts) -> None:
-    parts.edit(lambda one: {"step_tokens": (0, *one.step_tokens), "step_times_s": (0.1, *one.step_times_s)}, limit=1)
+    parts.edit(
+        lambda one: {"step_tokens": (0, *one.step_tokens), "step_times_s": (0.1, *one.step_times_s)}, limit=1
+    )
 
 
 def _swap_vanilla_text(parts: FakeParts) -> None:
@@ -48,7 +54,10 @@ def _orphan_tree(parts: FakeParts) -> None:
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [
-        (_first(step_tokens=(1,), step_times_s=(0.1,)), "generations.jsonl:1: found steps of 1 tokens together"),
+        (
+            _first(step_tokens=(1,), step_times_s=(0.1,)),
+            "generations.jsonl:1: found steps of 1 tokens together",
+        ),
         (_first(step_times_s=(0.1,)), "generations.jsonl:1: found 1 step times"),
         (_first(prefill_s=0.0), "generations.jsonl:1: found a time of no length"),
         (
@@ -65,28 +74,50 @@ def _orphan_tree(parts: FakeParts) -> None:
         (lambda parts: parts.trees.pop("cartesian"), "trees.json: found no tree of arm 'cartesian'"),
         (_orphan_tree, "trees.json: tree of arm 'chain'"),
         (_swap_vanilla_text, "trace.npz: found other tokens for prompt"),
-        (_environment(command="run /data/jane/s.toml"), "environment.json: found an absolute path in 'command'"),
-        (_environment(assets={"model": "/data/jane/m"}), "environment.json: found an absolute path in 'assets'"),
-        (lambda parts: parts.manifest_changes.update(num_generations=3), "generations.jsonl: found 88 generations, need 3"),
-        (lambda parts: parts.manifest_changes.update(num_failures=3), "generations.jsonl: found 0 failures, need 3"),
+        (
+            _environment(command="run /data/jane/s.toml"),
+            "environment.json: found an absolute path in 'command'",
+        ),
+        (
+            _environment(assets={"model": "/data/jane/m"}),
+            "environment.json: found an absolute path in 'assets'",
+        ),
+        (
+            lambda parts: parts.manifest_changes.update(num_generations=3),
+            "generations.jsonl: found 88 generations, need 3",
+        ),
+        (
+            lambda parts: parts.manifest_changes.update(num_failures=3),
+            "generations.jsonl: found 0 failures, need 3",
+        ),
         (lambda parts: parts.manifest_changes.update(num_planned=99), "found 88 of 99 planned trials"),
-        (lambda parts: parts.manifest_changes.update(sha256={}), "suite.toml: found a file that the manifest does not seal"),
+        (
+            lambda parts: parts.manifest_changes.update(sha256={}),
+            "suite.toml: found a file that the manifest does not seal",
+        ),
     ],
 )
-def test_each_fault_is_found_and_named(tmp_path: Path, spoil: Callable[[FakeParts], object], fault: str) -> None:
+def test_each_fault_is_found_and_named(
+    tmp_path: Path, spoil: Callable[[FakeParts], object], fault: str
+) -> None:
     write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=8, rounds=1, jitter=0.0)
     faults = validate_record(tmp_path / "run")
     assert any(fault in line for line in faults), faults
 
 
-@pytest.mark.parametrize("name", ["environment.json", "trees.json", "profile.json", "manifest.json", "suite.toml", "generations.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["environment.json", "trees.json", "profile.json", "manifest.json", "suite.toml", "generations.jsonl"],
+)
 def test_other_schema_version_is_refused(tmp_path: Path, name: str) -> None:
     write_fake_record(tmp_path / "run", num_prompts=8, rounds=1, jitter=0.0)
     path = tmp_path / "run" / name
     text = path.read_text()
     path.write_text(re.sub(r'(schema_version"?\s*[:=]\s*)1', r"\g<1>2", text))
     assert path.read_text() != text
-    assert any(line.startswith(name) and "Input should be 1" in line for line in validate_record(tmp_path / "run"))
+    assert any(
+        line.startswith(name) and "Input should be 1" in line for line in validate_record(tmp_path / "run")
+    )
 
 
 def _measured(parts: FakeParts) -> None:
@@ -94,9 +125,14 @@ def _measured(parts: FakeParts) -> None:
 
 
 def test_a_measured_rounding_is_part_of_the_record(tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path / "run", spoil=_measured, dtype="bfloat16", num_prompts=8, rounds=1, jitter=0.0)
+    record = write_fake_record(
+        tmp_path / "run", spoil=_measured, dtype="bfloat16", num_prompts=8, rounds=1, jitter=0.0
+    )
     assert validate_record(record.folder) == ()
-    assert record.rounding is not None and (record.rounding.largest_gap_shift, record.rounding.largest_head_shift) == (0.125, 0.125)
+    assert record.rounding is not None and (
+        record.rounding.largest_gap_shift,
+        record.rounding.largest_head_shift,
+    ) == (0.125, 0.125)
     path = record.folder / "rounding.json"
     schema, written = json_schemas()["rounding"], set(json.loads(path.read_text()))
     assert set(schema["required"]) <= written == set(schema["properties"])
@@ -152,7 +188,9 @@ def test_schemas_are_written_as_files(tmp_path: Path) -> None:
     paths = write_schemas(tmp_path / "schemas")
     assert {path.name for path in paths} == {f"{name}.schema.json" for name in json_schemas()}
     schemas = json_schemas()
-    assert all(json.loads(path.read_text()) == schemas[path.name.removesuffix(".schema.json")] for path in paths)
+    assert all(
+        json.loads(path.read_text()) == schemas[path.name.removesuffix(".schema.json")] for path in paths
+    )
 
 
 def test_schemas_in_no_place_are_a_user_error(tmp_path: Path) -> None:

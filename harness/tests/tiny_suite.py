@@ -1,4 +1,6 @@
-"""What tests of the device half share: a tiny trained engine, small suites on it, the command line in this process, and known clocks."""
+"""What tests of the device half share: a tiny trained engine, small suites on it, the command line in this
+process, and known clocks.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ class Ran:
     def error_line(self) -> str:
         """The one line that says what went wrong; fails where there is none, several, or a traceback."""
         assert "Traceback" not in self.err
-        lines = [line for line in self.err.splitlines() if line.startswith(("error:", "invalid measurement:", "interrupted:"))]
+        lines = [
+            line
+            for line in self.err.splitlines()
+            if line.startswith(("error:", "invalid measurement:", "interrupted:"))
+        ]
         assert len(lines) == 1 and self.err.rstrip().endswith(lines[0]), self.err
         return lines[0]
 
@@ -72,7 +78,9 @@ def command(*arguments: str | Path) -> Ran:
 
 @dataclass(frozen=True)
 class SmokeRun:
-    """The smoke suite run once through the command line, and the prompts that were decoded before anything was recorded."""
+    """The smoke suite run once through the command line, and the prompts that were decoded before anything
+    was recorded.
+    """
 
     ran: Ran
     record: RunRecord
@@ -88,7 +96,9 @@ class MicroRun:
 
 
 def run_smoke(results: Path) -> SmokeRun:
-    """Run `medusa-repro reproduce smoke` as a user does, noting every prompt that is decoded before the first outcome is on disk."""
+    """Run `medusa-repro reproduce smoke` as a user does, noting every prompt that is decoded before the first
+    outcome is on disk.
+    """
     decoded: list[tuple[int, ...]] = []
     recorded: list[Generation | Failure] = []
     generate, append = ArmRunner.generate, Store.append
@@ -135,7 +145,9 @@ def save_tiny_heads(path: Path, heads: MedusaHeads, *, backbone_sha256: str) -> 
         held_out=None,
     )
     recipe = Medusa1Recipe(num_heads=heads.num_heads, num_epochs=None, num_steps=1)
-    provenance = HeadsProvenance(backbone_name="tiny", backbone_sha256=backbone_sha256, recipe=recipe, training=figures)
+    provenance = HeadsProvenance(
+        backbone_name="tiny", backbone_sha256=backbone_sha256, recipe=recipe, training=figures
+    )
     save_heads(path, heads, provenance=provenance)
 
 
@@ -151,7 +163,9 @@ SAMPLED: dict[str, Any] = {"name": "sampled", "method": "vanilla", "temperature"
 FASTEST: dict[str, Any] = {**CHAIN, "name": "fastest", "tree": {"kind": "fastest", "max_nodes": 8}}
 
 
-def micro_data(heads_file: Path, *, arms: list[dict[str, Any]] | None = None, **changes: Any) -> dict[str, Any]:
+def micro_data(
+    heads_file: Path, *, arms: list[dict[str, Any]] | None = None, **changes: Any
+) -> dict[str, Any]:
     """A suite that runs in about a second: the smoke model, its heads from a file, few prompts and tokens."""
     smoke = smoke_suite().model_dump(mode="json", exclude_none=True)
     return {
@@ -164,7 +178,12 @@ def micro_data(heads_file: Path, *, arms: list[dict[str, Any]] | None = None, **
         "heads": {"path": str(heads_file), "num_heads": 4},
         "prompts": {"source": "random", "limit": 4},
         "interval": {"num_resamples": 100},
-        "probes": {"step_nodes": [1, 2, 4, 8], "step_context_tokens": 16, "step_repeats": 1, "profile_prompts": 1},
+        "probes": {
+            "step_nodes": [1, 2, 4, 8],
+            "step_context_tokens": 16,
+            "step_repeats": 1,
+            "profile_prompts": 1,
+        },
         "arms": arms if arms is not None else [VANILLA, CHAIN, SAMPLED],
         **changes,
     }
@@ -180,11 +199,14 @@ def run(data: dict[str, Any], results: Path, **options: Any) -> Path:
     """Run a suite quietly and return its record folder."""
     suite = parse_suite(tomli_w.dumps(data), where="the test")
     with small_device_limits():
-        return run_suite(suite, suite_file=None, options=RunOptions(results=results, **options), console=QUIET)
+        return run_suite(
+            suite, suite_file=None, options=RunOptions(results=results, **options), console=QUIET
+        )
 
 
 class WorkClock:
-    """A clock that advances by one second for every token that goes through the backbone, and by nothing else.
+    """A clock that advances by one second for every token that goes through the backbone, and by nothing
+    else.
 
     So the prefill of T tokens takes T seconds, a vanilla step 1, and a step of a tree of N nodes N.
     """
@@ -202,7 +224,9 @@ class WorkClock:
     def __enter__(self) -> WorkClock:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._hook.remove()
 
 
@@ -220,5 +244,8 @@ class TickClock:
 @contextlib.contextmanager
 def small_device_limits() -> Iterator[None]:
     """Measure the device's limits with small blocks: these tests look at no figure of theirs."""
-    with patch("harness.device.limits._BANDWIDTH_BYTES", 2**20), patch("harness.device.limits._MATMUL_SIZE", 64):
+    with (
+        patch("harness.device.limits._BANDWIDTH_BYTES", 2**20),
+        patch("harness.device.limits._MATMUL_SIZE", 64),
+    ):
         yield

@@ -1,4 +1,6 @@
-"""What tests of joint training share: a corpus that a tiny model wrote, joint recipes and an ablation of it."""
+"""What tests of joint training share: a corpus that a tiny model wrote, joint recipes and an ablation of
+it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ def write_corpus(path: Path, engine: Engine) -> None:
     rows = [tuple(source.randrange(1, 128) for _ in range(6)) for _ in range(NUM_ANSWERS)]
     prompts = [CorpusPrompt(f"k{index:02d}", "random", ids, 0.0, index) for index, ids in enumerate(rows)]
     store = CorpusStore(path.parent / "answers")
-    generate_corpus(engine.runner.backbone, prompts, store=store, num_rows=20, max_new_tokens=ANSWER_TOKENS, eos_ids=frozenset())
+    generate_corpus(
+        engine.runner.backbone,
+        prompts,
+        store=store,
+        num_rows=20,
+        max_new_tokens=ANSWER_TOKENS,
+        eos_ids=frozenset(),
+    )
     pack_corpus(store.samples(with_states=False), path, backbone_sha256=engine.loaded.sha256)
 
 

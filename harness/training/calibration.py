@@ -16,7 +16,15 @@ from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.training.distill import CorpusStore
 
 
-def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibration_file: Path, work: Path, console: Console) -> Trace:
+def calibrate(
+    spec: AnySuite,
+    loaded: LoadedModel,
+    *,
+    heads_file: Path,
+    calibration_file: Path,
+    work: Path,
+    console: Console,
+) -> Trace:
     """Answer held-out prompts greedily, once, and record how the heads rank the answers."""
     wanted = spec.calibration
     corpus = CorpusSpec(
@@ -41,27 +49,51 @@ def calibrate(spec: AnySuite, loaded: LoadedModel, *, heads_file: Path, calibrat
     )
     engine = load_engine(suite, loaded, beside=None)
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
-    store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")  # by model: a backbone that was trained anew answers anew
-    make_corpus(engine.runner.backbone, prompts, store=store, spec=corpus, eos_ids=loaded.eos_ids, console=console, keep_states=False)
+    # by model: a backbone that was trained anew answers anew
+    store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")
+    make_corpus(
+        engine.runner.backbone,
+        prompts,
+        store=store,
+        spec=corpus,
+        eos_ids=loaded.eos_ids,
+        console=console,
+        keep_states=False,
+    )
     samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
-    texts = [KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by) for sample in samples]
+    texts = [
+        KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by)
+        for sample in samples
+    ]
     trace = record_trace(
-        engine, texts, max_new_tokens=wanted.max_new_tokens, extra={"prompts": f"held-out training prompts, seed {wanted.seed}"}
+        engine,
+        texts,
+        max_new_tokens=wanted.max_new_tokens,
+        extra={"prompts": f"held-out training prompts, seed {wanted.seed}"},
     )
     trace.save(calibration_file)
     console.print(f"calibration trace: {trace.num_positions} positions of {len(texts)} prompts")
     return trace
 
 
-def calibrate_folder(spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False) -> Path | None:
-    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a model without a tokenizer.
+def calibrate_folder(
+    spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False
+) -> Path | None:
+    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a
+    model without a tokenizer.
 
     Raises: UserError for a folder without heads, or heads that were not trained with what lies beside them.
     """
     heads, adapter, whole = folder / "heads.safetensors", folder / "adapter", folder / "model"
     if not heads.exists():
         raise UserError(found="no heads.safetensors", need="what medusa-repro train wrote", where=folder.name)
-    changes = {"asset": None, "path": str(whole)} if whole.exists() else {"adapter": str(adapter)} if adapter.exists() else {}
+    changes = (
+        {"asset": None, "path": str(whole)}
+        if whole.exists()
+        else {"adapter": str(adapter)}
+        if adapter.exists()
+        else {}
+    )
     tuned = load_model(spec.model.model_copy(update=changes), device=best_device(), allow_hub=allow_hub)
     if tuned.tokenizer is None:  # a tiny random model: no prompts of text
         return None

@@ -14,7 +14,8 @@ from harness.files import Frozen
 from medusa_impl.training.distill import CorpusSample
 from medusa_impl.training.sequences import TrainingSequence
 
-_LATER_TURN = re.compile(r"(.+)\+([2-9]|[1-9][0-9]+)", re.DOTALL)  # the key of an answer to a later turn: its conversation's, and "+2"
+# the key of an answer to a later turn: its conversation's, and "+2"
+_LATER_TURN = re.compile(r"(.+)\+([2-9]|[1-9][0-9]+)", re.DOTALL)
 _STAND_IN = "ANSWER"  # for an answer, while a template is rendered
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
@@ -27,16 +28,24 @@ class Conversation(Frozen):
 
 
 def load_conversations(path: Path) -> tuple[Conversation, ...]:
-    """Read conversations in ShareGPT's layout: a JSON list, or one JSON object a line, of `conversations` with `from` and `value`.
+    """Read conversations in ShareGPT's layout: a JSON list, or one JSON object a line, of `conversations`
+    with `from` and `value`.
 
-    What comes before the first question, and a question without an answer at the end, are left out; so is a conversation whose
-    speakers do not take turns.
+    What comes before the first question, and a question without an answer at the end, are left out; so is a
+    conversation whose speakers do not take turns.
     Raises: UserError for a file that is no such thing or holds no conversation.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = [Conversation(key=str(row.get("id", index)), turns=_pairs(row["conversations"])) for index, row in enumerate(rows)]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(line) for line in text.splitlines() if line.strip()]
+        )
+        found = [
+            Conversation(key=str(row.get("id", index)), turns=_pairs(row["conversations"]))
+            for index, row in enumerate(rows)
+        ]
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             found=f"no readable conversations ({type(error).__name__}: {error})",
@@ -45,7 +54,11 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
         ) from error
     kept = tuple(conversation for conversation in found if conversation.turns)
     if not kept:
-        raise UserError(found="no conversation in which user and assistant take turns", need="at least one", where=path.name)
+        raise UserError(
+            found="no conversation in which user and assistant take turns",
+            need="at least one",
+            where=path.name,
+        )
     return kept
 
 
@@ -63,10 +76,14 @@ def check_has_template(tokenizer: Any, *, where: str) -> None:
         )
 
 
-def conversation_sequence(tokenizer: Any, turns: Sequence[tuple[str, str]], *, max_length: int) -> TrainingSequence | None:
-    """Return a conversation through the tokenizer's own chat template, cut at `max_length`; None where no answer is left.
+def conversation_sequence(
+    tokenizer: Any, turns: Sequence[tuple[str, str]], *, max_length: int
+) -> TrainingSequence | None:
+    """Return a conversation through the tokenizer's own chat template, cut at `max_length`; None where no
+    answer is left.
 
-    Each answer's span holds its text and the end-of-sequence token behind it, as the model would have to write them.
+    Each answer's span holds its text and the end-of-sequence token behind it, as the model would have to
+    write them.
     """
     token_ids: list[int] = []
     answers: list[tuple[int, int]] = []
@@ -80,7 +97,8 @@ def conversation_sequence(tokenizer: Any, turns: Sequence[tuple[str, str]], *, m
 
 
 def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
-    """Return the tokens between an answer that ended and the next: the template's own words around the next question.
+    """Return the tokens between an answer that ended and the next: the template's own words around the next
+    question.
 
     A tokenizer without a template gets the plain text.
     """
@@ -94,19 +112,31 @@ def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     _, stand_in, behind = text.partition(_STAND_IN)
     if not stand_in:
-        raise UserError(found="a chat template that drops earlier answers", need="one that keeps them", where="the tokenizer")
-    end, unspaced = getattr(tokenizer, "eos_token", None), behind.lstrip(" ")  # some templates set a space before the end
+        raise UserError(
+            found="a chat template that drops earlier answers",
+            need="one that keeps them",
+            where="the tokenizer",
+        )
+    # some templates set a space before the end
+    end, unspaced = (
+        getattr(tokenizer, "eos_token", None),
+        behind.lstrip(" "),
+    )
     tail = unspaced.removeprefix(end) if end and unspaced.startswith(end) else behind
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
 def turn_key(conversation: str, turn: int) -> str:
-    """Return the key of the answer to a conversation's n-th question, 1-based: the conversation's own for the first."""
+    """Return the key of the answer to a conversation's n-th question, 1-based: the conversation's own for the
+    first.
+    """
     return conversation if turn == 1 else f"{conversation}+{turn}"
 
 
 def conversation_and_turn(key: str) -> tuple[str, int]:
-    """Return the conversation that an answer belongs to, and which of its questions it answers: what `turn_key` made the key of."""
+    """Return the conversation that an answer belongs to, and which of its questions it answers: what
+    `turn_key` made the key of.
+    """
     later = _LATER_TURN.fullmatch(key)
     return (key, 1) if later is None else (later[1], int(later[2]))
 
@@ -117,8 +147,11 @@ def next_turn_key(key: str) -> str:
     return turn_key(conversation, turn + 1)
 
 
-def turn_sequences(samples: Iterable[CorpusSample], *, max_length: int) -> tuple[tuple[str, TrainingSequence], ...]:
-    """Return a corpus as sequences by the key of their first turn; the turns of a conversation become one with a span for each answer.
+def turn_sequences(
+    samples: Iterable[CorpusSample], *, max_length: int
+) -> tuple[tuple[str, TrainingSequence], ...]:
+    """Return a corpus as sequences by the key of their first turn; the turns of a conversation become one
+    with a span for each answer.
 
     What is left of a sequence without an answer token, once it is cut at `max_length`, is left out.
     Raises: UserError for a later turn that does not stand behind the answer before it.
@@ -134,7 +167,11 @@ def turn_sequences(samples: Iterable[CorpusSample], *, max_length: int) -> tuple
         spans: list[tuple[int, int]] = []
         while turn is not None:
             if turn.prompt_ids[: len(token_ids)] != token_ids:
-                raise UserError(found=f"the turn {turn.key!r} behind another answer", need="the answer before it", where="the corpus")
+                raise UserError(
+                    found=f"the turn {turn.key!r} behind another answer",
+                    need="the answer before it",
+                    where="the corpus",
+                )
             token_ids = (*turn.prompt_ids, *turn.token_ids)
             spans.append((len(turn.prompt_ids), len(token_ids)))
             turn = by_key.get(next_turn_key(turn.key))

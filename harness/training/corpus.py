@@ -19,7 +19,12 @@ from harness.files import canonical_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import AnySuite, CorpusSpec
 from harness.specs.suite import SuiteSpec
-from harness.training.conversations import check_has_template, conversation_and_turn, follow_up_ids, next_turn_key
+from harness.training.conversations import (
+    check_has_template,
+    conversation_and_turn,
+    follow_up_ids,
+    next_turn_key,
+)
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 
@@ -59,15 +64,21 @@ def own_conversations(spec: CorpusSpec) -> tuple[BenchmarkPrompt, ...]:
 
 
 def questions(spec: CorpusSpec) -> tuple[str, ...]:
-    """Return all that may be asked, a file's further turns included; the project's own are prompts of the catalogue as well."""
+    """Return all that may be asked, a file's further turns included; the project's own are prompts of the
+    catalogue as well.
+    """
     if spec.prompts_file is None:
         return tuple(prompt.text for prompt in catalogue_prompts(spec, spec.num_prompts()))
     return tuple(turn for row in own_conversations(spec)[: spec.num_prompts()] for turn in row.turns)
 
 
 def fingerprint(spec: CorpusSpec, keys: Iterable[str]) -> str:
-    """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what is still to be done."""
-    return canonical_sha256([spec.model_dump(), [row.model_dump() for row in own_conversations(spec)], sorted(keys)])
+    """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what
+    is still to be done.
+    """
+    return canonical_sha256(
+        [spec.model_dump(), [row.model_dump() for row in own_conversations(spec)], sorted(keys)]
+    )
 
 
 def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tuple[CorpusPrompt, ...]:
@@ -82,14 +93,23 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
         if len(ids) <= spec.max_prompt_tokens:
             sampled = digest % 1000 < 1000 * spec.sampled_share
             temperature = spec.temperature if sampled else 0.0
-            rendered.append(CorpusPrompt(key=prompt.key, category=prompt.category, prompt_ids=ids, temperature=temperature, seed=digest))
+            rendered.append(
+                CorpusPrompt(
+                    key=prompt.key,
+                    category=prompt.category,
+                    prompt_ids=ids,
+                    temperature=temperature,
+                    seed=digest,
+                )
+            )
     return tuple(rendered)
 
 
 def next_turn_prompts(
     tokenizer: Any, samples: Iterable[CorpusSample], *, spec: CorpusSpec, fits: Callable[[int], bool]
 ) -> tuple[CorpusPrompt, ...]:
-    """Return the prompt of the next turn of every conversation among these answers that goes on; which do follows from their own keys.
+    """Return the prompt of the next turn of every conversation among these answers that goes on; which do
+    follows from their own keys.
 
     `fits` says of a number of prompt tokens whether the model has room for them and an answer.
     """
@@ -107,7 +127,13 @@ def next_turn_prompts(
             continue
         key = next_turn_key(sample.key)
         made.append(
-            CorpusPrompt(key=key, category=sample.category, prompt_ids=prompt_ids, temperature=sample.temperature, seed=_digest(key))
+            CorpusPrompt(
+                key=key,
+                category=sample.category,
+                prompt_ids=prompt_ids,
+                temperature=sample.temperature,
+                seed=_digest(key),
+            )
         )
     return tuple(made)
 
@@ -115,13 +141,17 @@ def next_turn_prompts(
 def next_questions(samples: Sequence[CorpusSample], *, spec: CorpusSpec) -> dict[str, str]:
     """Return the questions that are still to be asked, each by the key of the answer that it follows."""
     keys = {sample.key for sample in samples}
-    last = [sample for sample in samples if goes_on(sample, spec=spec) and next_turn_key(sample.key) not in keys]
+    last = [
+        sample for sample in samples if goes_on(sample, spec=spec) and next_turn_key(sample.key) not in keys
+    ]
     if not last:
         return {}
     if spec.prompts_file is not None:
         asked = {row.key: row.turns for row in own_conversations(spec)}
         places = {sample.key: conversation_and_turn(sample.key) for sample in last}
-        return {key: asked[name][turn] for key, (name, turn) in places.items() if turn < len(asked.get(name, ()))}
+        return {
+            key: asked[name][turn] for key, (name, turn) in places.items() if turn < len(asked.get(name, ()))
+        }
     pools: dict[str, list[str]] = {}
     for prompt in training_prompts(num_prompts=spec.num_prompts(), seed=spec.seed, split=spec.split):
         pools.setdefault(prompt.category, []).append(prompt.text)
@@ -130,7 +160,8 @@ def next_questions(samples: Sequence[CorpusSample], *, spec: CorpusSpec) -> dict
 
 
 def goes_on(sample: CorpusSample, *, spec: CorpusSpec) -> bool:
-    """Return whether a conversation may go on behind an answer: one of the share that does, and an answer that ended by itself.
+    """Return whether a conversation may go on behind an answer: one of the share that does, and an answer
+    that ended by itself.
 
     The project's own conversations have two turns, a file's as many as it gives.
     """
@@ -154,7 +185,8 @@ def make_corpus(
     rate_file: Path | None = None,
     keep_states: bool = True,
 ) -> int:
-    """Generate until the store holds as many tokens, or answers, to these prompts as wanted or they run out; return how many it holds.
+    """Generate until the store holds as many tokens, or answers, to these prompts as wanted or they run out;
+    return how many it holds.
 
     `rate_file` is kept up to date with the tokens a second, for the estimate of a later run.
     """
@@ -163,7 +195,13 @@ def make_corpus(
     held = amount(spec, samples)
     num_made = 0
     started = time.monotonic()
-    columns = (TextColumn("corpus"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]} tokens/s"), TimeRemainingColumn())
+    columns = (
+        TextColumn("corpus"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("corpus", total=spec.goal, completed=held, rate="-")
 
@@ -192,21 +230,37 @@ def make_corpus(
 
 
 def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
-    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or HumanEval.
+    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or
+    HumanEval.
 
     Conversations of the user's own are not looked into, and a tiny model's random tokens are no words.
     """
     if spec.model.tiny is not None:
         return
-    probe = {"schema_version": 1, "name": "overlap", "description": "-", "max_new_tokens": 2, "model": spec.model, "arms": ()}
+    probe = {
+        "schema_version": 1,
+        "name": "overlap",
+        "description": "-",
+        "max_new_tokens": 2,
+        "model": spec.model,
+        "arms": (),
+    }
     benchmark: list[str] = []
     for source in ("mt_bench", "human_eval"):
-        suite = SuiteSpec.model_validate({**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}})
-        benchmark += [turn for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub) for turn in prompt.turns]
+        suite = SuiteSpec.model_validate(
+            {**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}}
+        )
+        benchmark += [
+            turn
+            for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub)
+            for turn in prompt.turns
+        ]
     corpus = spec.corpus
     training = list(questions(corpus)) if corpus is not None else []
     for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):
-        training += [prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")]
+        training += [
+            prompt.text for prompt in training_prompts(num_prompts=count, seed=seed, split="held_out")
+        ]
     report = overlap_report(training, benchmark)
     if not report.clean:
         first = report.overlaps[0]

@@ -1,4 +1,6 @@
-"""`medusa-repro train` for heads and backbone together: text, training on the Trainer, held-out figures, heads, adapter and step log."""
+"""`medusa-repro train` for heads and backbone together: text, training on the Trainer, held-out figures,
+heads, adapter and step log.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import PrinterCallback
 
 from harness.assets.hashes import tensors_sha256
@@ -44,7 +53,9 @@ _SAVE_STEPS = 10
 
 @dataclass(frozen=True)
 class JointFiles:
-    """What joint training leaves behind: an adapter, or under full fine-tuning a whole model, or neither for a frozen backbone."""
+    """What joint training leaves behind: an adapter, or under full fine-tuning a whole model, or neither for
+    a frozen backbone.
+    """
 
     heads: Path
     adapter: Path | None
@@ -55,11 +66,19 @@ class JointFiles:
 
 
 def train_joint_suite(
-    spec: JointSuite, *, work: Path, target: Path, console: Console, from_scratch: bool = False, allow_hub: bool = False
+    spec: JointSuite,
+    *,
+    work: Path,
+    target: Path,
+    console: Console,
+    from_scratch: bool = False,
+    allow_hub: bool = False,
 ) -> JointFiles:
-    """Make or read the text, train heads and backbone, write what learnt, and record the calibration trace of the tuned model.
+    """Make or read the text, train heads and backbone, write what learnt, and record the calibration trace of
+    the tuned model.
 
-    Raises: UserError for a recipe that cannot run here, text that overlaps with a benchmark, or data that cannot train.
+    Raises: UserError for a recipe that cannot run here, text that overlaps with a benchmark, or data that
+    cannot train.
     """
     check_runnable(spec.recipe)
     check_overlap(spec, allow_hub=allow_hub)
@@ -72,14 +91,21 @@ def train_joint_suite(
                 do="make it first with medusa-repro distill, and name its file in packed_corpus",
             )
         fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
-    loaded = load_model(spec.model, device=_loading_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation)
+    loaded = load_model(
+        spec.model, device=_loading_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation
+    )
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
-    files = train_joint(loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console)
+    files = train_joint(
+        loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console
+    )
     if not process_state().is_main_process:
         return files
     if (reason := _too_large(spec.recipe)) is not None:
-        console.print(f"no calibration trace for {reason}: record one with medusa-repro calibrate, where the tuned model fits")
+        console.print(
+            f"no calibration trace for {reason}: record one with medusa-repro calibrate, where the tuned "
+            "model fits"
+        )
         return files
     del loaded
     calibration = calibrate_folder(spec, target, work=work, console=console, allow_hub=allow_hub)
@@ -87,7 +113,9 @@ def train_joint_suite(
 
 
 def _too_large(recipe: Medusa2Recipe) -> str | None:
-    """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on one device."""
+    """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on
+    one device.
+    """
     if recipe.backbone == "full":
         return "a model trained in full"
     if recipe.quantisation is not None:
@@ -111,15 +139,18 @@ def train_joint(
     console: Console,
     save_steps: int = _SAVE_STEPS,
 ) -> JointFiles:
-    """Train on the text and write heads, adapter or model, and step log; a run that was cut off goes on from its last checkpoint.
+    """Train on the text and write heads, adapter or model, and step log; a run that was cut off goes on from
+    its last checkpoint.
 
     The loaded model is changed: its adapter stays on it.
-    Raises: UserError where the work folder holds another run, the heads to start from do not fit, or a loss is not finite.
+    Raises: UserError where the work folder holds another run, the heads to start from do not fit, or a loss
+    is not finite.
     """
     check_runnable(recipe)
     if under_fsdp() and recipe.backbone == "full" and loaded.model.dtype != torch.float32:
         raise UserError(
-            found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under FSDP, with heads of float32",
+            found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under "
+            "FSDP, with heads of float32",
             need="one dtype for all that learns: [model] dtype = 'float32', and the recipe's autocast",
             where="the recipe",
         )
@@ -127,16 +158,32 @@ def train_joint(
     _check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
     was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
     torch.manual_seed(recipe.seed)  # the adapter's first weights
-    model = MedusaTrainingModel(loaded.model, heads, recipe=recipe, subset=token_subset(text.train, recipe, vocab_size=heads.vocab_size))
+    model = MedusaTrainingModel(
+        loaded.model,
+        heads,
+        recipe=recipe,
+        subset=token_subset(text.train, recipe, vocab_size=heads.vocab_size),
+    )
     device = best_device() if under_fsdp() else loaded.model.device
     arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=device.type == "cpu")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("joint training", total=recipe.num_steps)
 
         def show(step: JointStep) -> None:
             rate = f", {step.positions_per_s:.0f} tokens/s" if step.positions_per_s else ""
-            progress.update(task, total=step.num_steps, completed=step.step, description=f"joint training, loss {step.loss:.3f}{rate}")
+            progress.update(
+                task,
+                total=step.num_steps,
+                completed=step.step,
+                description=f"joint training, loss {step.loss:.3f}{rate}",
+            )
 
         trainer = MedusaTrainer(model, sequences=text.train, arguments=arguments, on_step=show)
         trainer.remove_callback(PrinterCallback)  # what it would print on stdout is in the step log
@@ -162,7 +209,9 @@ def train_joint(
     return _write(loaded, model, figures, text=text, work=work, target=target)
 
 
-def first_heads(loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path | None) -> tuple[MedusaHeads, str]:
+def first_heads(
+    loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path | None
+) -> tuple[MedusaHeads, str]:
     """Return the heads that training starts from, trained or fresh, and a word that tells them apart.
 
     Raises: UserError for trained heads of another form than the recipe's.
@@ -172,13 +221,19 @@ def first_heads(loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path
     heads, _ = heads_for(loaded, start_heads)
     found, need = ((one.num_heads, one.num_layers, one.architecture) for one in (heads, recipe))
     if found != need:
-        raise UserError(found=f"heads {found} to start from", need=f"heads, layers and unembedding {need}", where=start_heads.name)
+        raise UserError(
+            found=f"heads {found} to start from",
+            need=f"heads, layers and unembedding {need}",
+            where=start_heads.name,
+        )
     return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
 
 
 @torch.no_grad()
 def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSequence]) -> JointHeldOut | None:
-    """Return the model's own losses on sequences that it did not train on, without dropout; None where there are none."""
+    """Return the model's own losses on sequences that it did not train on, without dropout; None where there
+    are none.
+    """
     if not sequences:
         return None
     learns = model.recipe.backbone != "frozen"
@@ -186,7 +241,9 @@ def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSeque
     device = next(model.parameters()).device
     model.eval()
     for start in range(0, len(sequences), model.recipe.batch_sequences):
-        rows = [data[index] for index in range(start, min(start + model.recipe.batch_sequences, len(sequences)))]
+        rows = [
+            data[index] for index in range(start, min(start + model.recipe.batch_sequences, len(sequences)))
+        ]
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
         for name, value in model(**batch, backbone_weight=float(learns), heads_weight=1.0).items():
             totals[name] = totals[name] + value if name in totals else value
@@ -208,22 +265,34 @@ def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medu
         return
     if held_out.backbone_loss_sum is not None and held_out.num_agreements is not None:
         name = "KL from the original" if recipe.target == "original" else "loss"
-        mean, share = held_out.backbone_loss_sum / held_out.num_positions, held_out.num_agreements / held_out.num_positions
-        console.print(f"backbone: held-out {name} {mean:.4f} nats a token, first choice agrees at {100 * share:.1f} %")
+        mean, share = (
+            held_out.backbone_loss_sum / held_out.num_positions,
+            held_out.num_agreements / held_out.num_positions,
+        )
+        console.print(
+            f"backbone: held-out {name} {mean:.4f} nats a token, first choice agrees at {100 * share:.1f} %"
+        )
     if recipe.architecture == "shared":
         console.print(
-            f"heads read the {recipe.heads_lm_head if recipe.backbone != 'frozen' else 'original'} LM head, here and when decoding"
+            f"heads read the {recipe.heads_lm_head if recipe.backbone != 'frozen' else 'original'} LM "
+            "head, here and when decoding"
         )
-    for head, (hits, targets) in enumerate(zip(held_out.rank_hits, held_out.head_targets, strict=True), start=1):
+    for head, (hits, targets) in enumerate(
+        zip(held_out.rank_hits, held_out.head_targets, strict=True), start=1
+    ):
         if targets:
-            console.print(f"head {head}: held-out top-1 {100 * hits[0] / targets:.1f} %, top-10 {100 * sum(hits) / targets:.1f} %")
+            console.print(
+                f"head {head}: held-out top-1 {100 * hits[0] / targets:.1f} %, top-10 "
+                f"{100 * sum(hits) / targets:.1f} %"
+            )
 
 
 def check_runnable(recipe: Medusa2Recipe) -> None:
-    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher that would train another one.
+    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher
+    that would train another one.
 
-    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, or under FSDP, and as
-    `check_launcher` does.
+    Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, or under
+    FSDP, and as `check_launcher` does.
     """
     check_launcher(process_state())
     if recipe.quantisation is not None or recipe.optimizer == "adamw_8bit":
@@ -234,7 +303,10 @@ def check_runnable(recipe: Medusa2Recipe) -> None:
                 where="the recipe",
                 do="change it, or train data parallel",
             )
-        there = {"bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None, "a CUDA device": torch.cuda.is_available()}
+        there = {
+            "bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None,
+            "a CUDA device": torch.cuda.is_available(),
+        }
         if missing := [name for name, found in there.items() if not found]:
             raise UserError(
                 found=f"no {' and no '.join(missing)}",
@@ -272,7 +344,9 @@ def last_checkpoint(folder: Path) -> LastCheckpoint | None:
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str) -> None:
+def _check_same_run(
+    work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str
+) -> None:
     ours = {
         "recipe": recipe.model_dump(mode="json"),
         "text": text.fingerprint(),
@@ -299,7 +373,13 @@ def _check_same_run(work: Path, *, recipe: Medusa2Recipe, text: JointText, backb
 
 
 def _write(
-    loaded: LoadedModel, model: MedusaTrainingModel, figures: JointFigures, *, text: JointText, work: Path, target: Path
+    loaded: LoadedModel,
+    model: MedusaTrainingModel,
+    figures: JointFigures,
+    *,
+    text: JointText,
+    work: Path,
+    target: Path,
 ) -> JointFiles:
     recipe, backbone = model.recipe, model.recipe.backbone
     files = JointFiles(

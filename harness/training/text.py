@@ -8,14 +8,26 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from harness.device.engine import LoadedModel
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import JointSuite, TrainingSuite
-from harness.training.conversations import check_has_template, conversation_sequence, load_conversations, turn_sequences
+from harness.training.conversations import (
+    check_has_template,
+    conversation_sequence,
+    load_conversations,
+    turn_sequences,
+)
 from harness.training.workers import corpus_store
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Recipe
@@ -28,11 +40,21 @@ HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that he
 
 
 def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
-    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where it stopped."""
+    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where
+    it stopped.
+    """
     assert spec.packed_corpus is not None
-    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256))
+    samples = list(
+        unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)
+    )
     runner = StepRunner(loaded.model, None)
-    columns = (TextColumn("states"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("states"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("states", total=len(samples))
         return add_states(
@@ -61,15 +83,25 @@ def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch
     length = spec.recipe.max_length
     if spec.conversations is not None:
         if loaded.tokenizer is None:
-            raise UserError(found="conversations for a tiny random model", need="a model with a tokenizer", where=f"{spec.name}.toml")
+            raise UserError(
+                found="conversations for a tiny random model",
+                need="a model with a tokenizer",
+                where=f"{spec.name}.toml",
+            )
         check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
         conversations = load_conversations(resolve_path(spec.conversations, beside=None))
-        made = [conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length) for conversation in conversations]
+        made = [
+            conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length)
+            for conversation in conversations
+        ]
         return split_text([sequence for sequence in made if sequence is not None])
     if from_scratch or spec.packed_corpus is None or CorpusStore(work / "corpus").shard_files():
         store = corpus_store(work, backbone_sha256=loaded.sha256)
         return corpus_text(list(store.samples(with_states=False)), max_length=length)
-    return corpus_text(list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)), max_length=length)
+    return corpus_text(
+        list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)),
+        max_length=length,
+    )
 
 
 def corpus_text(samples: Sequence[CorpusSample], *, max_length: int) -> JointText:
@@ -86,9 +118,18 @@ def split_text(sequences: Sequence[TrainingSequence]) -> JointText:
     return JointText(train=tuple(kept[False]), held_out=tuple(kept[True]))
 
 
-def token_subset(sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int) -> TokenSubset | None:
+def token_subset(
+    sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int
+) -> TokenSubset | None:
     """Return the most frequent answer tokens where the recipe restricts the heads' vocabulary."""
     if recipe.subset_size is None or recipe.subset_size >= vocab_size:
         return None
-    targets = [token for sequence in sequences for start, end in sequence.answers for token in sequence.token_ids[start:end]]
-    return TokenSubset.most_frequent(torch.bincount(torch.tensor(targets), minlength=vocab_size), size=recipe.subset_size)
+    targets = [
+        token
+        for sequence in sequences
+        for start, end in sequence.answers
+        for token in sequence.token_ids[start:end]
+    ]
+    return TokenSubset.most_frequent(
+        torch.bincount(torch.tensor(targets), minlength=vocab_size), size=recipe.subset_size
+    )

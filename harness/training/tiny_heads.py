@@ -1,4 +1,6 @@
-"""Train the smoke suite's heads on the spot: the same corpus, features, loss and trainer as the real ones, in seconds."""
+"""Train the smoke suite's heads on the spot: the same corpus, features, loss and trainer as the real ones, in
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,11 @@ _NUM_TEXTS, _NUM_ROWS, _BATCH_POSITIONS = 96, 16, 256
 
 
 def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence[SuitePrompt]) -> MedusaHeads:
-    """Return heads trained for `suite.heads.train_steps` steps on greedy text of the tiny model from random prompts of its own.
+    """Return heads trained for `suite.heads.train_steps` steps on greedy text of the tiny model from random
+    prompts of its own.
 
-    The prompts are drawn from another seed than the suite's, and `prompts` (the warm-up ones) set their lengths.
+    The prompts are drawn from another seed than the suite's, and `prompts` (the warm-up ones) set their
+    lengths.
     """
     assert suite.model.tiny is not None and suite.heads.train_steps is not None
     spec = suite.model.tiny
@@ -33,14 +37,20 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
         CorpusPrompt(
             key=f"tiny-{number}",
             category="random",
-            prompt_ids=tuple(source.randrange(spec.vocab_size) for _ in range(lengths[number % len(lengths)])),
+            prompt_ids=tuple(
+                source.randrange(spec.vocab_size) for _ in range(lengths[number % len(lengths)])
+            ),
             temperature=0.0,
             seed=number,
         )
         for number in range(_NUM_TEXTS)
     ]
     heads = MedusaHeads(
-        num_heads=suite.heads.num_heads, num_layers=1, hidden_size=spec.hidden_size, vocab_size=spec.vocab_size, architecture="shared"
+        num_heads=suite.heads.num_heads,
+        num_layers=1,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        architecture="shared",
     )
     backbone = Backbone(loaded.model)
     recipe = Medusa1Recipe(
@@ -53,9 +63,20 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
     )
     with tempfile.TemporaryDirectory() as folder:
         store = CorpusStore(Path(folder) / "corpus")
-        generate_corpus(backbone, texts, store=store, num_rows=_NUM_ROWS, max_new_tokens=suite.max_new_tokens, eos_ids=loaded.eos_ids)
+        generate_corpus(
+            backbone,
+            texts,
+            store=store,
+            num_rows=_NUM_ROWS,
+            max_new_tokens=suite.max_new_tokens,
+            eos_ids=loaded.eos_ids,
+        )
         features = load_features(store, num_heads=suite.heads.num_heads)
         train_medusa1(
-            features, heads, backbone.lm_head.get_parameter("weight").detach(), recipe=recipe, checkpoint_dir=Path(folder) / "train"
+            features,
+            heads,
+            backbone.lm_head.get_parameter("weight").detach(),
+            recipe=recipe,
+            checkpoint_dir=Path(folder) / "train",
         )
     return heads

@@ -19,10 +19,25 @@ from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
 from harness.specs.recipe import AnySuite, CorpusSpec, TrainingSuite, needed_corpus, training_suite_of
 from harness.training.conversations import conversation_and_turn
-from harness.training.corpus import amount, check_overlap, corpus_prompts, fingerprint, make_corpus, next_questions, next_turn_prompts
+from harness.training.corpus import (
+    amount,
+    check_overlap,
+    corpus_prompts,
+    fingerprint,
+    make_corpus,
+    next_questions,
+    next_turn_prompts,
+)
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.training.distill import CorpusPrompt, CorpusStore, answer_fits, check_answers_fit, generate_corpus, pack_corpus
+from medusa_impl.training.distill import (
+    CorpusPrompt,
+    CorpusStore,
+    answer_fits,
+    check_answers_fit,
+    generate_corpus,
+    pack_corpus,
+)
 
 _BACKBONE_FILE = "backbone.sha256"
 _DONE_FILE = "done.sha256"
@@ -31,7 +46,8 @@ _DONE_FILE = "done.sha256"
 def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> CorpusStore:
     """Return the corpus in a work folder; one that is still empty becomes this model's.
 
-    Raises: UserError for the corpus of another model: its token ids may be other words, and its states another model's.
+    Raises: UserError for the corpus of another model: its token ids may be other words, and its states
+    another model's.
     """
     store = CorpusStore(work / "corpus", writer=writer)
     theirs = corpus_backbone(store)
@@ -48,9 +64,11 @@ def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> Corp
 
 
 def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool = False) -> None:
-    """Bring the corpus to its size with a process a GPU, or a single-threaded one a core: on a CPU they need no barriers between them.
+    """Bring the corpus to its size with a process a GPU, or a single-threaded one a core: on a CPU they need
+    no barriers between them.
 
-    Raises: UserError for a work folder with another model's answers, or for what a worker refuses or fails at.
+    Raises: UserError for a work folder with another model's answers, or for what a worker refuses or fails
+    at.
     """
     corpus = needed_corpus(spec)
     store = corpus_store(work, backbone_sha256=model_sha256(spec.model, allow_hub=allow_hub))
@@ -64,14 +82,18 @@ def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool
     def state(keys: Iterable[str]) -> str:
         return canonical_sha256([fingerprint(corpus, keys), spec.model.chat_template, num_workers])
 
-    done = store.folder / _DONE_FILE  # prompts may run out and conversations end early: then the workers have no more to do
+    # prompts may run out and conversations end early: then the workers have no more to do
+    done = store.folder / _DONE_FILE
     if done.exists() and done.read_text() == state(sample.key for sample in samples):
         return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
     refusals: SimpleQueue[dict[str, str | None]] = context.SimpleQueue()
     workers = [
-        context.Process(target=_corpus_process, args=(refusals, spec.model_dump(mode="json"), str(work), index, num_workers, num_gpus))
+        context.Process(
+            target=_corpus_process,
+            args=(refusals, spec.model_dump(mode="json"), str(work), index, num_workers, num_gpus),
+        )
         for index in range(num_workers)
     ]
     for worker in workers:
@@ -80,10 +102,15 @@ def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool
         worker.join()
     if not refusals.empty():
         refusal = refusals.get()
-        raise UserError(found=str(refusal["found"]), need=str(refusal["need"]), where=refusal["where"], do=refusal["do"])
+        raise UserError(
+            found=str(refusal["found"]), need=str(refusal["need"]), where=refusal["where"], do=refusal["do"]
+        )
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise UserError(
-            found=f"corpus workers that ended with {failed}", need="all to finish", where="corpus", do="run the command again: it resumes"
+            found=f"corpus workers that ended with {failed}",
+            need="all to finish",
+            where="corpus",
+            do="run the command again: it resumes",
         )
     write_bytes(done, state(store.finished_keys()).encode())
 
@@ -95,12 +122,19 @@ def corpus_backbone(store: CorpusStore) -> str | None:
 
 
 def worker_device(index: int, *, num_gpus: int) -> torch.device:
-    """Return where a corpus worker computes: on a GPU of its own as long as there are enough of them, without any on the CPU."""
+    """Return where a corpus worker computes: on a GPU of its own as long as there are enough of them, without
+    any on the CPU.
+    """
     return torch.device("cuda", index % num_gpus) if num_gpus else torch.device("cpu")
 
 
 def _corpus_process(
-    refusals: SimpleQueue[dict[str, str | None]], spec_data: dict[str, object], work: str, index: int, num_workers: int, num_gpus: int
+    refusals: SimpleQueue[dict[str, str | None]],
+    spec_data: dict[str, object],
+    work: str,
+    index: int,
+    num_workers: int,
+    num_gpus: int,
 ) -> None:
     """Be a corpus worker in a process of its own: what the user can mend is told to the one that waits."""
     if num_workers > 1:
@@ -111,10 +145,14 @@ def _corpus_process(
         refusals.put({"found": error.found, "need": error.need, "where": error.where, "do": error.do})
 
 
-def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_workers: int, *, num_gpus: int) -> None:
-    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then the turns behind, one by one.
+def corpus_worker(
+    spec_data: dict[str, object], work: str, index: int, num_workers: int, *, num_gpus: int
+) -> None:
+    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then
+    the turns behind, one by one.
 
-    Raises: UserError before anything is generated, where a prompt of any worker's leaves no room for its answer.
+    Raises: UserError before anything is generated, where a prompt of any worker's leaves no room for its
+    answer.
     """
     spec = training_suite_of(spec_data)
     corpus = needed_corpus(spec)
@@ -124,12 +162,16 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
     loaded = load_model(spec.model, device=device)
     backbone = StepRunner(loaded.model, None).backbone
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())
-    check_answers_fit(backbone, prompts, max_new_tokens=corpus.max_new_tokens)  # all, so that no worker starts where another refuses
+    # all, so that no worker starts where another refuses
+    check_answers_fit(backbone, prompts, max_new_tokens=corpus.max_new_tokens)
     prompts = prompts[index::num_workers]
     own_goal = -(-corpus.goal // num_workers)
-    share = corpus.model_copy(update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal})
+    share = corpus.model_copy(
+        update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal}
+    )
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
-    keep_states = isinstance(spec, TrainingSuite)  # what heads alone learn from; with the backbone they learn from text
+    # what heads alone learn from; with the backbone they learn from text
+    keep_states = isinstance(spec, TrainingSuite)
     console = Console(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
@@ -142,7 +184,9 @@ def corpus_worker(spec_data: dict[str, object], work: str, index: int, num_worke
         rate_file=rate_file,
         keep_states=keep_states,
     )
-    answer_further_turns(loaded, backbone, prompts, store=store, spec=corpus, console=console, keep_states=keep_states)
+    answer_further_turns(
+        loaded, backbone, prompts, store=store, spec=corpus, console=console, keep_states=keep_states
+    )
 
 
 def answer_further_turns(
@@ -155,14 +199,20 @@ def answer_further_turns(
     console: Console,
     keep_states: bool,
 ) -> None:
-    """Ask what is left to be asked in the conversations that these prompts began, a turn of all of them at a time, until none goes on."""
+    """Ask what is left to be asked in the conversations that these prompts began, a turn of all of them at a
+    time, until none goes on.
+    """
     own = {prompt.key for prompt in prompts}
 
     def fits(prompt_tokens: int) -> bool:
         return answer_fits(backbone, prompt_tokens=prompt_tokens, max_new_tokens=spec.max_new_tokens)
 
     def next_prompts() -> tuple[CorpusPrompt, ...]:
-        answers = [sample for sample in store.samples(with_states=False) if conversation_and_turn(sample.key)[0] in own]
+        answers = [
+            sample
+            for sample in store.samples(with_states=False)
+            if conversation_and_turn(sample.key)[0] in own
+        ]
         return next_turn_prompts(loaded.tokenizer, answers, spec=spec, fits=fits)
 
     while going_on := next_prompts():
@@ -178,7 +228,9 @@ def answer_further_turns(
         )
 
 
-def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False) -> None:
+def announce(
+    spec: AnySuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False
+) -> None:
     """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
 
     Raises: UserError where the corpus is incomplete and `from_scratch` was not given.
@@ -187,20 +239,26 @@ def announce(spec: AnySuite, *, work: Path, from_scratch: bool, console: Console
         return
     corpus = spec.corpus
     held = amount(corpus, CorpusStore(work / "corpus").samples(with_states=False))
-    missing = 0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
+    missing = (
+        0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
+    )
     rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
     tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens
     if missing and rates:
         console.print(
-            f"corpus: {held} of {corpus.goal} {corpus.unit}; about {tokens / sum(rates) / 3600:.1f} hours at {sum(rates):.0f} tokens/s"
+            f"corpus: {held} of {corpus.goal} {corpus.unit}; about {tokens / sum(rates) / 3600:.1f} hours "
+            f"at {sum(rates):.0f} tokens/s"
         )
     elif missing:
         device = best_device()
-        throughput = measure_device_limits(device, torch.float32, clock=device_clock(device)).matmul_flop_per_s
+        throughput = measure_device_limits(
+            device, torch.float32, clock=device_clock(device)
+        ).matmul_flop_per_s
         model = load_model(spec.model, device=torch.device("cpu"), allow_hub=allow_hub).model
         least = tokens * 2 * sum(parameter.numel() for parameter in model.parameters()) / throughput / 3600
         console.print(
-            f"corpus: {held} of {corpus.goal} {corpus.unit}; {least:.1f} hours at full matrix throughput, expect 2 to 4 times that"
+            f"corpus: {held} of {corpus.goal} {corpus.unit}; {least:.1f} hours at full matrix throughput, "
+            "expect 2 to 4 times that"
         )
     if missing and not from_scratch:
         raise UserError(
@@ -221,11 +279,14 @@ class DistilledCorpus:
     num_tokens: int
 
 
-def distill_suite(spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False) -> DistilledCorpus:
-    """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and added to.
+def distill_suite(
+    spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False
+) -> DistilledCorpus:
+    """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and
+    added to.
 
-    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, a prompt that leaves no room for its answer,
-    or a work folder of another model.
+    Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, a prompt that
+    leaves no room for its answer, or a work folder of another model.
     """
     needed_corpus(spec)
     check_overlap(spec, allow_hub=allow_hub)

@@ -20,7 +20,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def untie_lm_head(model: PreTrainedModel) -> None:
     """Give a model whose LM head is its embedding a copy of its own.
 
-    An adapter on a tied LM head is merged into the embedding too, with a warning at most: every logit would be wrong.
+    An adapter on a tied LM head is merged into the embedding too, with a warning at most: every logit would
+    be wrong.
     """
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = lm_head.get_parameter("weight")
@@ -30,22 +31,37 @@ def untie_lm_head(model: PreTrainedModel) -> None:
 
 
 def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
-    """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is untied first.
+    """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is
+    untied first.
 
     Raises: UserError where a target is not the name of a linear layer.
     """
     from peft import LoraConfig, get_peft_model  # here, since it takes seconds to import
 
     lm_head = model.get_output_embeddings()
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not lm_head}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not lm_head
+    }
     head_name = next(name for name, module in model.named_modules() if module is lm_head)
     targets = sorted(names) if recipe.targets == "all-linear" else list(recipe.targets)
     if unknown := sorted(set(targets) - names):
-        raise UserError(found=f"adapter targets {unknown}", need=f"some of {sorted(names)}", where="the recipe's lora.targets")
+        raise UserError(
+            found=f"adapter targets {unknown}",
+            need=f"some of {sorted(names)}",
+            where="the recipe's lora.targets",
+        )
     if recipe.lm_head:
         untie_lm_head(model)
         targets.append(head_name)
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, config)
 
 
@@ -59,7 +75,9 @@ def adapter_sha256(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model with an adapter merged into it; `original_lm_head` is the LM head it had before, where the adapter changed it."""
+    """A model with an adapter merged into it; `original_lm_head` is the LM head it had before, where the
+    adapter changed it.
+    """
 
     model: PreTrainedModel
     adapter_sha256: str
@@ -69,15 +87,22 @@ class TunedModel:
 def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat16) -> str:
     """Write a peft model's adapter, no embeddings and no place on this machine in it, and return its hash."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items() if "lora_" in name}
-    model.peft_config["default"].base_model_name_or_path = ""  # peft would write the folder that the model was loaded from
+    state = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if "lora_" in name
+    }
+    model.peft_config[
+        "default"
+    ].base_model_name_or_path = ""  # peft would write the folder that the model was loaded from
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card, to be filled in by hand
     return adapter_sha256(folder)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
-    """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter changes is untied first.
+    """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter
+    changes is untied first.
 
     Raises: UserError where the folder holds no adapter, or it does not fit the model.
     """
@@ -92,12 +117,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
         if name in config.target_modules:
             untie_lm_head(model)
             weight = lm_head.weight.detach()
-            original = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+            original = nn.Linear(
+                weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device
+            )
             original.load_state_dict({"weight": weight})
             original.requires_grad_(False)
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
-            found=f"an adapter that does not fit ({str(error).splitlines()[0]})", need="the adapter of this model", where=folder.name
+            found=f"an adapter that does not fit ({str(error).splitlines()[0]})",
+            need="the adapter of this model",
+            where=folder.name,
         ) from error
-    return TunedModel(model=merged.eval().requires_grad_(False), adapter_sha256=digest, original_lm_head=original)
+    return TunedModel(
+        model=merged.eval().requires_grad_(False), adapter_sha256=digest, original_lm_head=original
+    )

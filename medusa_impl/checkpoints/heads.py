@@ -1,4 +1,6 @@
-"""Checkpoints of Medusa heads and of the adapters that they were trained with: our own files, and the layouts that others published."""
+"""Checkpoints of Medusa heads and of the adapters that they were trained with: our own files, and the layouts
+that others published.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,11 @@ _METADATA_KEY = "medusa_repro"
 class HeadsProvenance(BaseModel):
     """Where trained heads come from; travels inside their file.
 
-    backbone_sha256 is the hash of the backbone's tensors (`backbone_sha256`), without which the heads mean nothing; adapter_sha256 that of
-    the adapter they were trained with, on top of it. `lm_head_read` says whether shared heads read the original LM head or the adapted one;
-    `lm_head_adapted`, whether the two differ at all. corpus_sha256 is the features' or the sequences' fingerprint; commit is None outside
-    a git checkout, dirty says that files differed from it.
+    backbone_sha256 is the hash of the backbone's tensors (`backbone_sha256`), without which the heads mean
+    nothing; adapter_sha256 that of the adapter they were trained with, on top of it. `lm_head_read` says
+    whether shared heads read the original LM head or the adapted one; `lm_head_adapted`, whether the two
+    differ at all. corpus_sha256 is the features' or the sequences' fingerprint; commit is None outside a git
+    checkout, dirty says that files differed from it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,12 +61,18 @@ class _FileHeader(BaseModel):
     provenance: HeadsProvenance
 
 
-def save_heads(path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, dtype: torch.dtype = torch.float32) -> None:
+def save_heads(
+    path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, dtype: torch.dtype = torch.float32
+) -> None:
     """Write the heads and their provenance as one safetensors file, by rename.
 
-    Tensor names are those of released heads: `{head}.{layer}.linear.weight`, `.bias`, and `{head}.{L}.weight` for `own` unembeddings.
+    Tensor names are those of released heads: `{head}.{layer}.linear.weight`, `.bias`, and `{head}.{L}.weight`
+    for `own` unembeddings.
     """
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous().clone() for name, tensor in _named_tensors(heads).items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous().clone()
+        for name, tensor in _named_tensors(heads).items()
+    }
     header = _FileHeader(
         schema_version=1,
         architecture=heads.architecture,
@@ -76,17 +85,22 @@ def save_heads(path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, d
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})  # one key: more are written in no set order
+    # one key: more are written in no set order
+    save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str | None = None) -> tuple[MedusaHeads, HeadsProvenance]:
-    """Return the heads of a file that `save_heads` wrote, in float32 and evaluation mode, and where they come from.
+def load_heads(
+    path: Path, *, backbone_sha256: str | None, adapter_sha256: str | None = None
+) -> tuple[MedusaHeads, HeadsProvenance]:
+    """Return the heads of a file that `save_heads` wrote, in float32 and evaluation mode, and where they come
+    from.
 
     `backbone_sha256` None skips the comparison, for looking at a file without its backbone.
-    Raises: UserError for a file that is missing, cut short, altered, of another schema, or trained on another backbone or adapter.
+    Raises: UserError for a file that is missing, cut short, altered, of another schema, or trained on another
+    backbone or adapter.
     """
     tensors, metadata = read_safetensors(path)
     try:
@@ -106,7 +120,12 @@ def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str |
             where=path.name,
         ) from error
     if tensors_sha256(tensors) != header.tensors_sha256:
-        raise UserError(found="tensors that differ from their own hash", need="an unaltered file", where=path.name, do="fetch it again")
+        raise UserError(
+            found="tensors that differ from their own hash",
+            need="an unaltered file",
+            where=path.name,
+            do="fetch it again",
+        )
     theirs = header.provenance.backbone_sha256
     if backbone_sha256 is not None and backbone_sha256 != theirs:
         raise UserError(
@@ -121,7 +140,8 @@ def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str |
             found=f"heads trained {_with_adapter(adapter)}",
             need=f"heads trained {_with_adapter(adapter_sha256)}, as the backbone is",
             where=path.name,
-            do="name the adapter that the heads were trained with beside them, or none for heads of the bare backbone",
+            do="name the adapter that the heads were trained with beside them, or none for heads of the "
+            "bare backbone",
         )
     heads = MedusaHeads(
         num_heads=header.num_heads,
@@ -134,8 +154,12 @@ def load_heads(path: Path, *, backbone_sha256: str | None, adapter_sha256: str |
     return heads.eval(), header.provenance
 
 
-def bind_heads(heads: MedusaHeads, provenance: HeadsProvenance, *, original_lm_head: nn.Module | None) -> None:
-    """Have shared heads read the LM head that they were trained to read: the original one, where the model's own was changed since."""
+def bind_heads(
+    heads: MedusaHeads, provenance: HeadsProvenance, *, original_lm_head: nn.Module | None
+) -> None:
+    """Have shared heads read the LM head that they were trained to read: the original one, where the model's
+    own was changed since.
+    """
     if heads.architecture == "shared" and provenance.lm_head_read == "original":
         heads.lm_head = original_lm_head
 
@@ -145,14 +169,20 @@ def _with_adapter(digest: str | None) -> str:
 
 
 def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
-    tensors = {f"{head}.{name}": tensor for head, blocks in enumerate(heads.blocks) for name, tensor in blocks.state_dict().items()}
+    tensors = {
+        f"{head}.{name}": tensor
+        for head, blocks in enumerate(heads.blocks)
+        for name, tensor in blocks.state_dict().items()
+    }
     for head, unembedding in enumerate(heads.unembeddings):
         tensors[f"{head}.{heads.num_layers}.weight"] = unembedding.weight
     return tensors
 
 
 def fill(heads: MedusaHeads, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy tensors into the heads; every name and shape must fit, none may be left over, every value must be finite."""
+    """Copy tensors into the heads; every name and shape must fit, none may be left over, every value must be
+    finite.
+    """
     own = _named_tensors(heads)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
@@ -163,7 +193,11 @@ def fill(heads: MedusaHeads, tensors: Mapping[str, Tensor], *, where: str) -> No
         )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise UserError(found=f"{name} of shape {list(tensor.shape)}", need=f"shape {list(own[name].shape)}", where=where)
+            raise UserError(
+                found=f"{name} of shape {list(tensor.shape)}",
+                need=f"shape {list(own[name].shape)}",
+                where=where,
+            )
         if not torch.isfinite(tensor).all():
             raise UserError(found=f"values in {name} that are not finite", need="finite weights", where=where)
         with torch.no_grad():

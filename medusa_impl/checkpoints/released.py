@@ -26,7 +26,8 @@ _RELEASED_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 class ReleasedHeads:
     """Heads read from a published file: what was inferred, and what is odd about them.
 
-    repeated_blocks lists (head, layer) of blocks that equal the head's first one bit by bit: a sign of one module saved L times.
+    repeated_blocks lists (head, layer) of blocks that equal the head's first one bit by bit: a sign of one
+    module saved L times.
     """
 
     heads: MedusaHeads
@@ -34,12 +35,17 @@ class ReleasedHeads:
     repeated_blocks: tuple[tuple[int, int], ...]
 
 
-def load_released_heads(path: Path, *, vocab_size: int | None = None, num_heads: int | None = None) -> ReleasedHeads:
-    """Return published heads: a `.pt` or `.safetensors` file, or a folder that holds one or a whole model with its heads.
+def load_released_heads(
+    path: Path, *, vocab_size: int | None = None, num_heads: int | None = None
+) -> ReleasedHeads:
+    """Return published heads: a `.pt` or `.safetensors` file, or a folder that holds one or a whole model
+    with its heads.
 
-    The numbers of heads and layers come from names and shapes. `vocab_size` is needed for heads without an unembedding of their own,
-    whose files do not tell it. `num_heads` keeps the first so many and stands above a wrong `medusa_num_heads` in the configuration.
-    Raises: UserError for unreadable files, missing or unknown names, wrong shapes, or a configuration that names another number of heads.
+    The numbers of heads and layers come from names and shapes. `vocab_size` is needed for heads without an
+    unembedding of their own, whose files do not tell it. `num_heads` keeps the first so many and stands above
+    a wrong `medusa_num_heads` in the configuration.
+    Raises: UserError for unreadable files, missing or unknown names, wrong shapes, or a configuration that
+    names another number of heads.
     """
     where = path.name
     tensors, config_file = _read_released(path)
@@ -58,13 +64,24 @@ def load_released_heads(path: Path, *, vocab_size: int | None = None, num_heads:
     if architecture == "own":
         vocab_size = tensors[f"0.{num_layers}.weight"].shape[0]
     elif vocab_size is None:
-        raise UserError(found="heads without unembeddings", need="vocab_size", where=where, do="pass the backbone's vocabulary size")
+        raise UserError(
+            found="heads without unembeddings",
+            need="vocab_size",
+            where=where,
+            do="pass the backbone's vocabulary size",
+        )
     heads = MedusaHeads(
-        num_heads=num_heads or found_heads, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size, architecture=architecture
+        num_heads=num_heads or found_heads,
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        architecture=architecture,
     )
     kept = {name: tensor for name, tensor in tensors.items() if int(name.split(".")[0]) < heads.num_heads}
     fill(heads, kept, where=where)
-    return ReleasedHeads(heads=heads.eval(), configured_num_heads=configured, repeated_blocks=_repeated_blocks(heads))
+    return ReleasedHeads(
+        heads=heads.eval(), configured_num_heads=configured, repeated_blocks=_repeated_blocks(heads)
+    )
 
 
 def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
@@ -78,7 +95,9 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
             tensors.update(_read_model_shard(shard))
         if not tensors:
             raise UserError(
-                found="no Medusa heads", need=f"{' or '.join(_RELEASED_FILES)}, or a model with medusa_head tensors", where=path.name
+                found="no Medusa heads",
+                need=f"{' or '.join(_RELEASED_FILES)}, or a model with medusa_head tensors",
+                where=path.name,
             )
         return tensors, path / "config.json"
     config_file = path.with_name("config.json")
@@ -88,10 +107,17 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and unpickling errors share no base class
         raise UserError(
-            found=f"no readable checkpoint ({type(error).__name__})", need="a dictionary of tensors", where=path.name, do="fetch it again"
+            found=f"no readable checkpoint ({type(error).__name__})",
+            need="a dictionary of tensors",
+            where=path.name,
+            do="fetch it again",
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise UserError(found="something else than a dictionary of tensors", need="the heads' state dictionary", where=path.name)
+        raise UserError(
+            found="something else than a dictionary of tensors",
+            need="the heads' state dictionary",
+            where=path.name,
+        )
     return dict(loaded), config_file
 
 
@@ -103,7 +129,10 @@ def _read_model_shard(shard: Path) -> dict[str, Tensor]:
             return {name.removeprefix("medusa_head."): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(
-            found=f"no readable safetensors file ({error})", need="a whole one", where=shard.name, do="fetch it again"
+            found=f"no readable safetensors file ({error})",
+            need="a whole one",
+            where=shard.name,
+            do="fetch it again",
         ) from error
 
 
@@ -123,7 +152,11 @@ def _infer_shape(tensors: Mapping[str, Tensor], *, where: str) -> tuple[int, int
     num_layers = 1 + max(layers)
     own = any(kind == "weight" for _, _, kind in parts)
     if own and f"0.{num_layers}.weight" not in tensors:
-        raise UserError(found=f"no tensor 0.{num_layers}.weight", need="an unembedding behind the last block of head 0", where=where)
+        raise UserError(
+            found=f"no tensor 0.{num_layers}.weight",
+            need="an unembedding behind the last block of head 0",
+            where=where,
+        )
     return num_heads, num_layers, "own" if own else "shared"
 
 
@@ -134,7 +167,9 @@ def _configured_num_heads(config_file: Path) -> int | None:
         value = json.loads(config_file.read_text()).get("medusa_num_heads")
         return None if value is None else int(value)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(found=f"an unreadable configuration ({error})", need="a JSON object", where=config_file.name) from error
+        raise UserError(
+            found=f"an unreadable configuration ({error})", need="a JSON object", where=config_file.name
+        ) from error
 
 
 def _repeated_blocks(heads: MedusaHeads) -> tuple[tuple[int, int], ...]:
@@ -143,6 +178,8 @@ def _repeated_blocks(heads: MedusaHeads) -> tuple[tuple[int, int], ...]:
         states = [block.state_dict() for block in blocks.children()]
         first = states[0]
         repeated += [
-            (head, layer) for layer, state in enumerate(states) if layer and all(torch.equal(state[name], first[name]) for name in first)
+            (head, layer)
+            for layer, state in enumerate(states)
+            if layer and all(torch.equal(state[name], first[name]) for name in first)
         ]
     return tuple(repeated)

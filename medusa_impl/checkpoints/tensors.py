@@ -29,10 +29,11 @@ _DTYPE_NAMES = {
 
 
 def backbone_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's tensors as loaded; of tensors that share memory, the first name alone counts, as on disk.
+    """Return the hash of a model's tensors as loaded; of tensors that share memory, the first name alone
+    counts, as on disk.
 
-    It equals the hash of the folder that the model was loaded from if the dtype is the file's own: a model that was cast on loading
-    has other bytes, and is known by the hash of its folder.
+    It equals the hash of the folder that the model was loaded from if the dtype is the file's own: a model
+    that was cast on loading has other bytes, and is known by the hash of its folder.
     """
     kept: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -70,5 +71,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            found=f"no readable safetensors file ({error})", need="a whole one", where=path.name, do="fetch or make it again"
+            found=f"no readable safetensors file ({error})",
+            need="a whole one",
+            where=path.name,
+            do="fetch or make it again",
         ) from error

@@ -1,6 +1,8 @@
-"""One step of a fixed shape, recorded once as a CUDA graph and replayed: no kernel is launched from Python again.
+"""One step of a fixed shape, recorded once as a CUDA graph and replayed: no kernel is launched from Python
+again.
 
-A step at batch 1 is hundreds of kernels of a few microseconds each; launched one by one they leave the device waiting for the host.
+A step at batch 1 is hundreds of kernels of a few microseconds each; launched one by one they leave the device
+waiting for the host.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ _WARMUP_CALLS = 3  # PyTorch's own advice before a capture: kernels choose their
 class CapturedSteps:
     """The model's call by CUDA graphs, one for each shape and cache; captures a shape when it first occurs.
 
-    The graphs of one cache share a memory pool, since only the output of the last replay is ever read, and go together with the cache.
-    PyTorch gives up a pool with its last graph, and a capture into it fails from then on: so a pool is taken from a live graph only.
+    The graphs of one cache share a memory pool, since only the output of the last replay is ever read, and go
+    together with the cache. PyTorch gives up a pool with its last graph, and a capture into it fails from
+    then on: so a pool is taken from a live graph only.
     """
 
     def __init__(self, call: ModelCall) -> None:
         self._call = call
-        self._graphs: weakref.WeakKeyDictionary[TreeCache, dict[tuple[Any, ...], _CapturedStep]] = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakKeyDictionary[TreeCache, dict[tuple[Any, ...], _CapturedStep]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
         """Replay the step of this shape on these inputs.
@@ -48,7 +53,9 @@ class _CapturedStep:
         self._inputs = StepInputs(
             token_ids=inputs.token_ids.clone(),
             position_ids=inputs.position_ids.clone(),
-            mask={name: mask.clone() for name, mask in inputs.mask.items()} if isinstance(inputs.mask, dict) else inputs.mask.clone(),
+            mask={name: mask.clone() for name, mask in inputs.mask.items()}
+            if isinstance(inputs.mask, dict)
+            else inputs.mask.clone(),
             num_logits=inputs.num_logits,
         )
         cache.plan.flat_slots = self._slots

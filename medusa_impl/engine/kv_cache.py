@@ -1,7 +1,9 @@
-"""A preallocated key-value cache that takes all nodes of a draft tree and keeps one root-to-leaf path of them.
+"""A preallocated key-value cache that takes all nodes of a draft tree and keeps one root-to-leaf path of
+them.
 
 It stands behind the public `Cache` interface of transformers, so that any causal LM writes into it unchanged.
-Slots of a row are positions: the kept prefix fills slots `0 .. length - 1`, the N nodes of a step lie in the N slots behind it.
+Slots of a row are positions: the kept prefix fills slots `0 .. length - 1`, the N nodes of a step lie in the
+N slots behind it.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa_impl.errors import UserError
 
-BUCKET_TOKENS = 64  # attention reads the filled part of the cache rounded up to this, so that few shapes occur
+BUCKET_TOKENS = (
+    64  # attention reads the filled part of the cache rounded up to this, so that few shapes occur
+)
 
 
 class _WritePlan:
-    """Where the forward pass under way writes and how far attention may read; shared by all layers of a cache."""
+    """Where the forward pass under way writes and how far attention may read; shared by all layers of a
+    cache.
+    """
 
     def __init__(self) -> None:
         self.rows = slice(0, 0)
@@ -42,7 +48,9 @@ class TreeCacheLayer(CacheLayerMixin):
         self.keys, self.values = self._cache.layer_storage(self._layer_index)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the new rows and return keys and values over the filled part of the cache.
 
         Shapes: states `[B', Hkv, N, d]`, returned views `[B', Hkv, view_length, d]`.
@@ -85,20 +93,24 @@ class TreeCacheLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """Keys and values of `batch_size` rows, each with its own kept length.
 
-    The kept lengths stand twice: `lengths` on the host, which decides what fits and how far attention reads, and `device_lengths` `[B]`
-    on the device, from which slots, positions and masks are formed without asking the host.
-    Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated with zeros (uninitialised memory may hold NaN, which
-    survives masking) on the first forward pass.
+    The kept lengths stand twice: `lengths` on the host, which decides what fits and how far attention reads,
+    and `device_lengths` `[B]` on the device, from which slots, positions and masks are formed without asking
+    the host.
+    Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated with zeros (uninitialised memory may hold
+    NaN, which survives masking) on the first forward pass.
     Raises: UserError where a step does not fit into `max_length`.
     """
 
-    def __init__(self, *, num_layers: int, batch_size: int, max_length: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *, num_layers: int, batch_size: int, max_length: int, device: torch.device | None = None
+    ) -> None:
         self.max_length = max_length
         self.num_rows = batch_size
         self.lengths: list[int] = [0] * batch_size
         self.device_lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.plan = _WritePlan()
-        self.slots = torch.arange(max_length, device=device)  # 0, 1, .., for whoever forms positions: no step makes its own
+        # 0, 1, .., for whoever forms positions: no step makes its own
+        self.slots = torch.arange(max_length, device=device)
         self._row_starts = torch.arange(batch_size, device=device) * max_length
         self._storage: Tensor | None = None
         super().__init__(layers=[TreeCacheLayer(self, index) for index in range(num_layers)])
@@ -118,16 +130,27 @@ class TreeCache(Cache):
                 need="keys and values of equal size",
                 where="the backbone's attention",
             )
-        shape = (len(self.layers), 2, self.num_rows, self.max_length, key_states.shape[1], key_states.shape[3])
+        shape = (
+            len(self.layers),
+            2,
+            self.num_rows,
+            self.max_length,
+            key_states.shape[1],
+            key_states.shape[3],
+        )
         self._storage = torch.zeros(shape, dtype=key_states.dtype, device=key_states.device)
 
     def layer_storage(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one layer, `[B, max_length, Hkv, d]` each, as views of the shared storage."""
+        """Return keys and values of one layer, `[B, max_length, Hkv, d]` each, as views of the shared
+        storage.
+        """
         assert self._storage is not None
         return self._storage[layer_index, 0], self._storage[layer_index, 1]
 
     def begin_step(self, *, num_new: int, rows: slice | None = None) -> int:
-        """Plan to write `num_new` slots behind the kept prefix of `rows`; return how many slots attention will read."""
+        """Plan to write `num_new` slots behind the kept prefix of `rows`; return how many slots attention
+        will read.
+        """
         rows = rows if rows is not None else slice(0, self.num_rows)
         longest = max(self.lengths[rows])
         if longest + num_new > self.max_length:
@@ -145,10 +168,11 @@ class TreeCache(Cache):
 
     @torch.inference_mode()  # the storage is an inference tensor: it was allocated in a forward pass
     def keep(self, nodes: Tensor, num_kept: Tensor, *, counts: Sequence[int] | None = None) -> None:
-        """Keep the first `num_kept[b]` of `nodes[b]` of the step just written, in that order, and drop the others; all on the device.
+        """Keep the first `num_kept[b]` of `nodes[b]` of the step just written, in that order, and drop the
+        others; all on the device.
 
-        A row with `num_kept` 0 stays as it was. `counts` are the same numbers where the host knows them already; without them it waits
-        for the device.
+        A row with `num_kept` 0 stays as it was. `counts` are the same numbers where the host knows them
+        already; without them it waits for the device.
         Shapes: nodes `[B, D]` node indices (the root first), num_kept `[B]`.
         """
         counts = num_kept.tolist() if counts is None else counts
@@ -156,7 +180,8 @@ class TreeCache(Cache):
             steps = self.slots[: nodes.shape[1]]
             starts = (self._row_starts + self.device_lengths)[:, None]
             target = starts + steps
-            source = torch.where(steps < num_kept[:, None], starts + nodes, target)  # what is dropped is copied onto itself
+            # what is dropped is copied onto itself
+            source = torch.where(steps < num_kept[:, None], starts + nodes, target)
             assert self._storage is not None
             flat = self._storage.flatten(0, 1).flatten(1, 2)
             flat.index_copy_(1, target.flatten(), flat.index_select(1, source.flatten()))

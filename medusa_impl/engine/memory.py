@@ -11,7 +11,9 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak: of the GPU's allocator, or of the resident set where Linux lets a process reset it."""
+    """Start a new peak: of the GPU's allocator, or of the resident set where Linux lets a process reset
+    it.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -22,7 +24,9 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak since the last reset (GPU bytes allocated, or resident bytes); elsewhere the current resident set."""
+    """Return the peak since the last reset (GPU bytes allocated, or resident bytes); elsewhere the current
+    resident set.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

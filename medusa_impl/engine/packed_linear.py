@@ -1,9 +1,9 @@
 """Linear layers with weights prepacked for oneDNN, so that few-row products on a CPU do not fall off a cliff.
 
-Stock `nn.Linear` reorders its weight on every call with more than one row. Packing once costs a second copy of the weights and gives
-the same products. Layers that read the same tensor (query, key and value; gate and up; the first layers of all draft heads) are packed as
-one, so that a small product is not several smaller ones. The operators are private to PyTorch: they are probed, and where they are
-missing nothing is packed.
+Stock `nn.Linear` reorders its weight on every call with more than one row. Packing once costs a second copy
+of the weights and gives the same products. Layers that read the same tensor (query, key and value; gate and
+up; the first layers of all draft heads) are packed as one, so that a small product is not several smaller
+ones. The operators are private to PyTorch: they are probed, and where they are missing nothing is packed.
 """
 
 from __future__ import annotations
@@ -17,25 +17,36 @@ from torch import Tensor, nn
 
 @functools.cache
 def packing_available(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch packs and multiplies weights of `dtype` on this CPU with the result of a stock linear layer."""
+    """Whether this PyTorch packs and multiplies weights of `dtype` on this CPU with the result of a stock
+    linear layer.
+    """
     try:
-        weight = torch.linspace(-1, 1, 32 * 16).sin().reshape(32, 16).to(dtype)  # no draw: a probe must not move the random numbers
+        # no draw: a probe must not move the random numbers
+        weight = torch.linspace(-1, 1, 32 * 16).sin().reshape(32, 16).to(dtype)
         rows = torch.linspace(-2, 2, 3 * 16).cos().reshape(3, 16).to(dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
         product = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
-    return torch.allclose(product.float(), nn.functional.linear(rows, weight).float(), atol=1e-4 if dtype == torch.float32 else 0.2)
+    return torch.allclose(
+        product.float(),
+        nn.functional.linear(rows, weight).float(),
+        atol=1e-4 if dtype == torch.float32 else 0.2,
+    )
 
 
 def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[list[nn.Linear]]:
-    """Return the groups of linear layers under `modules` that read one and the same tensor, one right after the other, while `run` runs.
+    """Return the groups of linear layers under `modules` that read one and the same tensor, one right after
+    the other, while `run` runs.
 
     A layer that runs more than once, or whose siblings have a bias where it has none, belongs to no group.
     """
     calls: list[tuple[nn.Linear, Tensor]] = []
     layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers]
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0])))
+        for layer in layers
+    ]
     try:
         run()
     finally:
@@ -50,17 +61,23 @@ def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object])
             groups.append([layer])
         last = rows
     times_run = [id(layer) for layer, _ in calls]
-    return [group for group in groups if len(group) > 1 and all(times_run.count(id(layer)) == 1 for layer in group)]
+    return [
+        group
+        for group in groups
+        if len(group) > 1 and all(times_run.count(id(layer)) == 1 for layer in group)
+    ]
 
 
 class PackedLinears:
     """Packed copies of every CPU linear layer under some modules, attached and detached at will.
 
-    `groups` names layers that read the same tensor: each group is one product. The parameters stay where they are (hashing and saving see
-    them unchanged); nothing may train while packed copies are attached.
+    `groups` names layers that read the same tensor: each group is one product. The parameters stay where they
+    are (hashing and saving see them unchanged); nothing may train while packed copies are attached.
     """
 
-    def __init__(self, *modules: nn.Module | None, rows_hint: int, groups: Sequence[Sequence[nn.Linear]] = ()) -> None:
+    def __init__(
+        self, *modules: nn.Module | None, rows_hint: int, groups: Sequence[Sequence[nn.Linear]] = ()
+    ) -> None:
         self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         for group in groups:
             if all(_packable(layer) for layer in group):
@@ -91,10 +108,11 @@ class PackedLinears:
 
 
 class _JointProduct:
-    """Several linear layers of one input as one product: whichever is called first makes it, the others take their columns.
+    """Several linear layers of one input as one product: whichever is called first makes it, the others take
+    their columns.
 
-    Who brings another tensor than the one just multiplied gets a product of its own, so that a model that feeds its layers otherwise
-    than it did when they were grouped is slower, not wrong.
+    Who brings another tensor than the one just multiplied gets a product of its own, so that a model that
+    feeds its layers otherwise than it did when they were grouped is slower, not wrong.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, rows_hint: int) -> None:
@@ -113,9 +131,13 @@ class _JointProduct:
         return {layer: functools.partial(self._product, index) for index, layer in enumerate(self._layers)}
 
     def _product(self, index: int, rows: Tensor) -> Tensor:
-        if rows is not self._rows or self._taken & (1 << index):  # a layer never takes twice from one product: the tensor may have changed
+        if rows is not self._rows or self._taken & (
+            1 << index
+        ):  # a layer never takes twice from one product: the tensor may have changed
             self._rows, self._taken = rows, 0
-            self._products = torch.split(_packed_forward(self._packed, self._bias, rows), self._widths, dim=-1)
+            self._products = torch.split(
+                _packed_forward(self._packed, self._bias, rows), self._widths, dim=-1
+            )
         self._taken |= 1 << index
         product = self._products[index]
         if self._taken == (1 << len(self._widths)) - 1:

@@ -1,13 +1,16 @@
 """The engine that both arms share: a backbone, its heads, and the mode that steps run in.
 
-| mode         | a step is                                                                                                |
+| mode         | a step is
+|
 |--------------|----------------------------------------------------------------------------------------------------------|
-| `eager`      | stock PyTorch kernels, one after another                                                                 |
-| `packed`     | the same with linear weights prepacked for oneDNN, and layers of one input as one product (CPU)          |
-| `compiled`   | the model's call through torch.compile: fused kernels, a minute or more of compiling for a first shape   |
-| `cuda_graph` | the model's call recorded once for each shape and replayed: no launches from Python (CUDA)               |
+| `eager`      | stock PyTorch kernels, one after another
+| | `packed`     | the same with linear weights prepacked for oneDNN, and layers of one input as one product
+(CPU)          | | `compiled`   | the model's call through torch.compile: fused kernels, a minute or more of
+compiling for a first shape   | | `cuda_graph` | the model's call recorded once for each shape and replayed:
+no launches from Python (CUDA)               |
 
-Whatever the mode, vanilla and Medusa go through the same code with the same weights, so that a speedup never compares two engines.
+Whatever the mode, vanilla and Medusa go through the same code with the same weights, so that a speedup never
+compares two engines.
 """
 
 from __future__ import annotations
@@ -36,11 +39,13 @@ _PACKING_ROWS = 16  # the row count that packed layouts are chosen for: between 
 class StepRunner:
     """A backbone and its heads in one mode; `mode` says which was taken and `note` why.
 
-    With `auto` the fastest mode is taken that costs no waiting: `cuda_graph` on a GPU, `packed` on a CPU that has the operators, `eager`
-    elsewhere. A mode that is not available gives `eager` and a note.
+    With `auto` the fastest mode is taken that costs no waiting: `cuda_graph` on a GPU, `packed` on a CPU that
+    has the operators, `eager` elsewhere. A mode that is not available gives `eager` and a note.
     """
 
-    def __init__(self, model: PreTrainedModel, heads: MedusaHeads | None, *, mode: Mode | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self, model: PreTrainedModel, heads: MedusaHeads | None, *, mode: Mode | Literal["auto"] = "auto"
+    ) -> None:
         self.backbone = Backbone(model)
         self.heads = heads.eval().to(device=model.device, dtype=model.dtype) if heads is not None else None
         if heads is not None:
@@ -62,7 +67,9 @@ class StepRunner:
         return (*modes, "compiled") if compiling_available(device.type) else tuple(modes)
 
     def use(self, mode: Mode) -> None:
-        """Switch to a mode; what a mode needs once (packing, compiling, capturing) it keeps, so that switching back is cheap."""
+        """Switch to a mode; what a mode needs once (packing, compiling, capturing) it keeps, so that
+        switching back is cheap.
+        """
         self.note = ""
         if mode not in self.available_modes():
             self.note = f"{mode} mode is not available here: fell back to eager"
@@ -84,7 +91,9 @@ class StepRunner:
 
     @contextlib.contextmanager
     def stock(self) -> Iterator[PreTrainedModel]:
-        """Lend the model as transformers ships it: stock linear layers and stock attention, for `generate`."""
+        """Lend the model as transformers ships it: stock linear layers and stock attention, for
+        `generate`.
+        """
         packed = self._packed if self.mode == "packed" else None
         if packed is not None:
             packed.detach()
@@ -126,7 +135,9 @@ def compiling_available(device_type: str) -> bool:
 
 
 class _CompiledCall:
-    """The model's call through torch.compile; attention's growing view is the one size that may vary within a compiled shape."""
+    """The model's call through torch.compile; attention's growing view is the one size that may vary within a
+    compiled shape.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         self._compiled = torch.compile(backbone.call_model)

@@ -1,6 +1,8 @@
-"""Runs a module as `python -m` does, in processes that accelerate takes for GPUs: it shards on those only, and a test has CPUs.
+"""Runs a module as `python -m` does, in processes that accelerate takes for GPUs: it shards on those only,
+and a test has CPUs.
 
-The device stays the CPU and the processes talk by gloo; what shards, trains, saves and loads is the real FSDP.
+The device stays the CPU and the processes talk by gloo; what shards, trains, saves and loads is the real
+FSDP.
 """
 
 from __future__ import annotations

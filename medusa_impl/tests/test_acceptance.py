@@ -1,7 +1,8 @@
 """Acceptance rules against their exact laws on tiny vocabularies.
 
-The distribution tests are chi-square tests of many independent draws (fixed seeds). Each fails a correct rule with probability
-FALSE_ALARM over the choice of seed, and tests of the same size on wrong rules show that they can fail.
+The distribution tests are chi-square tests of many independent draws (fixed seeds). Each fails a correct rule
+with probability FALSE_ALARM over the choice of seed, and tests of the same size on wrong rules show that they
+can fail.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from medusa_impl.acceptance import Acceptance, AcceptanceRule, GreedyRule, RejectionRule, TypicalRule, first_choice
+from medusa_impl.acceptance import (
+    Acceptance,
+    AcceptanceRule,
+    GreedyRule,
+    RejectionRule,
+    TypicalRule,
+    first_choice,
+)
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers
 
@@ -31,11 +39,17 @@ def generator(seed: int) -> torch.Generator:
 
 
 def p_value(counts: Mapping[Hashable, int], law: Mapping[Hashable, float]) -> float:
-    """Chi-square p-value of counts under a law; 0 where something impossible occurred. Cells under 5 expected counts are pooled."""
+    """Chi-square p-value of counts under a law; 0 where something impossible occurred. Cells under 5 expected
+    counts are pooled.
+    """
     if any(law.get(outcome, 0.0) == 0 for outcome in counts):
         return 0.0
     total = sum(counts.values())
-    cells = sorted((probability * total, counts.get(outcome, 0)) for outcome, probability in law.items() if probability > 0)
+    cells = sorted(
+        (probability * total, counts.get(outcome, 0))
+        for outcome, probability in law.items()
+        if probability > 0
+    )
     while len(cells) > 2 and cells[0][0] < 5:
         (first_expected, first), (second_expected, second), *rest = cells
         cells = sorted([(first_expected + second_expected, first + second), *rest])
@@ -61,11 +75,17 @@ def histories(tree: DraftTree, tokens: list[int]) -> list[Tokens]:
 
 def emitted(acceptance: Acceptance, tokens: Tensor) -> list[Tokens]:
     """The tokens behind the root that each row gains: its kept nodes, then the next root."""
-    rows = zip(acceptance.nodes.tolist(), acceptance.num_kept.tolist(), acceptance.next_token.tolist(), strict=True)
-    return [(*(int(tokens[row, node]) for node in nodes[1:kept]), bonus) for row, (nodes, kept, bonus) in enumerate(rows)]
+    rows = zip(
+        acceptance.nodes.tolist(), acceptance.num_kept.tolist(), acceptance.next_token.tolist(), strict=True
+    )
+    return [
+        (*(int(tokens[row, node]) for node in nodes[1:kept]), bonus)
+        for row, (nodes, kept, bonus) in enumerate(rows)
+    ]
 
 
-# One tree for the sampling tests: siblings at both depths, children under two of the three, a childless sibling.
+# One tree for the sampling tests: siblings at both depths, children under two of the three, a childless
+# sibling.
 TREE = DraftTree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)])
 TREE_TOKENS = [3, 1, 4, 0, 2, 4, 4]  # in canonical order; the siblings' tokens differ, cousins may agree
 
@@ -76,7 +96,9 @@ def repeated(tree: DraftTree, tokens: list[int], *, rows: int) -> tuple[Tensor, 
 
 
 def sequential_law(tree: DraftTree, tokens: list[int], *, temperature: float) -> dict[Hashable, float]:
-    """The law of what one verification emits if it samples exactly: draw token after token, stop behind the first outside the tree."""
+    """The law of what one verification emits if it samples exactly: draw token after token, stop behind the
+    first outside the tree.
+    """
     known = set(histories(tree, tokens))
     law: dict[Hashable, float] = {}
 
@@ -101,12 +123,15 @@ def test_rejection_emits_what_sequential_sampling_emits(temperature: float) -> N
     acceptance = rule.verify(logits, tokens, buffers)
     counts = Counter[Hashable](emitted(acceptance, tokens))
     assert p_value(counts, sequential_law(TREE, TREE_TOKENS, temperature=temperature)) > FALSE_ALARM
-    assert p_value(counts, sequential_law(TREE, TREE_TOKENS, temperature=temperature + 0.1)) < FALSE_ALARM, "the test has no power"
+    assert p_value(counts, sequential_law(TREE, TREE_TOKENS, temperature=temperature + 0.1)) < FALSE_ALARM, (
+        "the test has no power"
+    )
     assert set(acceptance.num_kept.tolist()) == {1, 2, 3}
 
 
 def test_rejection_over_two_steps_follows_the_backbones_law() -> None:
-    """The next two tokens, whether they come from one verification or two, have the law of sequential sampling; false alarm 1e-6.
+    """The next two tokens, whether they come from one verification or two, have the law of sequential
+    sampling; false alarm 1e-6.
 
     The second draft is another tree whose tokens depend on the text so far, as a head's do.
     """
@@ -119,7 +144,9 @@ def test_rejection_over_two_steps_follows_the_backbones_law() -> None:
     finished: list[Tokens] = [text[1:3] for text in texts if len(text) >= 3]
     for text, count in Counter(text for text in texts if len(text) == 2).items():
         drafted = [text[-1], text[-1], (text[-1] + 2) % VOCAB]
-        verified = torch.stack([backbone_logits((*text[:-1], *history)) for history in histories(second, drafted)])
+        verified = torch.stack(
+            [backbone_logits((*text[:-1], *history)) for history in histories(second, drafted)]
+        )
         draft = torch.tensor(drafted).expand(count, -1)
         acceptance = rule.verify(verified.expand(count, -1, -1), draft, second_buffers)
         finished += [(text[1], new[0]) for new in emitted(acceptance, draft)]
@@ -133,12 +160,16 @@ def test_rejection_over_two_steps_follows_the_backbones_law() -> None:
 
 
 def test_a_shared_node_is_judged_once() -> None:
-    """Regression: draws per leaf accept a node that n candidates share with probability 1 - (1 - p)^n instead of p; false alarm 1e-6."""
+    """Regression: draws per leaf accept a node that n candidates share with probability 1 - (1 - p)^n instead
+    of p; false alarm 1e-6.
+    """
     tree = DraftTree.from_paths([(0,), *((0, rank) for rank in range(4))])
     tokens_of_tree = [2, 1, 0, 2, 3, 4]
     logits, tokens, buffers = repeated(tree, tokens_of_tree, rows=20_000)
     rule = RejectionRule(temperature=1.0, generator=generator(3))
-    kept = Counter[Hashable](bool(length > 1) for length in rule.verify(logits, tokens, buffers).num_kept.tolist())
+    kept = Counter[Hashable](
+        bool(length > 1) for length in rule.verify(logits, tokens, buffers).num_kept.tolist()
+    )
     p = law_of((2,), temperature=1.0)[1]
     assert 0.05 < p < 0.95
     assert p_value(kept, {True: p, False: 1 - p}) > FALSE_ALARM
@@ -162,7 +193,9 @@ def test_duplicate_tokens_among_siblings_do_no_harm() -> None:
     assert p_value(first, dict(enumerate(law_of((0,), temperature=1.0)))) > FALSE_ALARM
 
 
-def hand_threshold(logits: Tensor, *, temperature: float, epsilon: float, delta: float) -> tuple[list[float], float]:
+def hand_threshold(
+    logits: Tensor, *, temperature: float, epsilon: float, delta: float
+) -> tuple[list[float], float]:
     """Law and threshold in plain Python floats: min(epsilon, delta * exp(-H))."""
     weights = [math.exp(value / temperature) for value in logits.double().tolist()]
     total = sum(weights)
@@ -171,7 +204,14 @@ def hand_threshold(logits: Tensor, *, temperature: float, epsilon: float, delta:
     return law, min(epsilon, delta * math.exp(-entropy))
 
 
-def typical(*, root: str = "sampled", seed: int = 0, temperature: float = 1.0, epsilon: float = 0.3, delta: float = 0.6) -> TypicalRule:
+def typical(
+    *,
+    root: str = "sampled",
+    seed: int = 0,
+    temperature: float = 1.0,
+    epsilon: float = 0.3,
+    delta: float = 0.6,
+) -> TypicalRule:
     return TypicalRule(
         temperature=temperature,
         epsilon=epsilon,
@@ -189,19 +229,25 @@ def test_thresholds_by_hand(epsilon: float, delta: float) -> None:
         logits = torch.linspace(-1, 1, 8) * sharpness
         _, expected = hand_threshold(logits, temperature=1.0, epsilon=epsilon, delta=delta)
         assert float(rule.thresholds(torch.log_softmax(logits, -1))) == pytest.approx(expected, rel=1e-5)
-    assert float(rule.thresholds(torch.log_softmax(torch.linspace(-1, 1, 8) * 200, -1))) == pytest.approx(min(epsilon, delta), rel=1e-5)
+    assert float(rule.thresholds(torch.log_softmax(torch.linspace(-1, 1, 8) * 200, -1))) == pytest.approx(
+        min(epsilon, delta), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_the_float32_threshold(dtype: torch.dtype) -> None:
-    """Regression: entropy of log(p + 1e-5) in half precision moves the threshold by up to 1.24x on a large vocabulary.
+    """Regression: entropy of log(p + 1e-5) in half precision moves the threshold by up to 1.24x on a large
+    vocabulary.
 
-    A flat law over 30,000 tokens has H = log(30,000); a node passes by the threshold of its rounded logits taken in float64.
+    A flat law over 30,000 tokens has H = log(30,000); a node passes by the threshold of its rounded logits
+    taken in float64.
     """
     logits = (torch.randn(1, 30_000, generator=generator(6)) * 0.5).to(dtype)
     _, expected = hand_threshold(logits[0], temperature=0.8, epsilon=0.3, delta=0.6)
     rule = typical(temperature=0.8)
-    assert float(rule.thresholds(torch.log_softmax(logits.float() / 0.8, -1))) == pytest.approx(expected, rel=1e-4)
+    assert float(rule.thresholds(torch.log_softmax(logits.float() / 0.8, -1))) == pytest.approx(
+        expected, rel=1e-4
+    )
     law, _ = hand_threshold(logits[0], temperature=0.8, epsilon=0.3, delta=0.6)
     near = sorted(range(30_000), key=lambda token: abs(law[token] / expected - 1))
     below = next(token for token in near if law[token] < 0.999 * expected)
@@ -213,9 +259,13 @@ def test_half_precision_logits_give_the_float32_threshold(dtype: torch.dtype) ->
         assert acceptance.num_kept.tolist() == [length]
 
 
-@pytest.mark.parametrize(("temperature", "epsilon", "delta"), [(1.0, 0.3, 0.6), (1.0, 0.12, 0.9), (2.0, 0.3, 0.3)])
+@pytest.mark.parametrize(
+    ("temperature", "epsilon", "delta"), [(1.0, 0.3, 0.6), (1.0, 0.12, 0.9), (2.0, 0.3, 0.3)]
+)
 def test_sampled_root_follows_the_truncated_law(temperature: float, epsilon: float, delta: float) -> None:
-    """20,000 draws against the tokens that pass, renormalised; false alarm 1e-6. Some token must fail, or nothing is tested."""
+    """20,000 draws against the tokens that pass, renormalised; false alarm 1e-6. Some token must fail, or
+    nothing is tested.
+    """
     logits = torch.tensor([2.0, 1.4, 0.9, -0.2, -1.5, -3.0, -6.0])
     law, threshold = hand_threshold(logits, temperature=temperature, epsilon=epsilon, delta=delta)
     passing = {token: p for token, p in enumerate(law) if p > threshold}
@@ -224,11 +274,15 @@ def test_sampled_root_follows_the_truncated_law(temperature: float, epsilon: flo
     rule = typical(seed=7, temperature=temperature, epsilon=epsilon, delta=delta)
     drawn = Counter[Hashable](rule.root(logits.expand(20_000, -1)).tolist())
     assert p_value(drawn, truncated) > FALSE_ALARM
-    assert p_value(drawn, dict(enumerate(law))) < FALSE_ALARM, "the test cannot tell the truncated law from the whole one"
+    assert p_value(drawn, dict(enumerate(law))) < FALSE_ALARM, (
+        "the test cannot tell the truncated law from the whole one"
+    )
 
 
 def test_the_bonus_token_comes_from_the_root_law_of_the_last_kept_node() -> None:
-    """20,000 verifications that keep the same node; false alarm 1e-6. A greedy root gives the argmax there."""
+    """20,000 verifications that keep the same node; false alarm 1e-6. A greedy root gives the argmax
+    there.
+    """
     tree = DraftTree.chain(1)
     logits, _, buffers = repeated(tree, [0, 1], rows=20_000)
     best = int(backbone_logits((0,)).argmax())
@@ -251,26 +305,36 @@ def test_typical_keeps_exactly_the_nodes_above_the_threshold() -> None:
         logits = backbone_logits((4, 2))
         law, threshold = hand_threshold(logits, temperature=temperature, epsilon=0.3, delta=0.6)
         for token in range(VOCAB):
-            acceptance = typical(temperature=temperature).verify(logits.expand(1, 2, -1), torch.tensor([[0, token]]), buffers)
+            acceptance = typical(temperature=temperature).verify(
+                logits.expand(1, 2, -1), torch.tensor([[0, token]]), buffers
+            )
             assert acceptance.num_kept.tolist() == [2 if law[token] > threshold else 1]
             lengths.add(int(acceptance.num_kept))
     assert lengths == {1, 2}
 
 
 def test_argmax_always_passes_below_delta_one() -> None:
-    """exp(-H) is at most the greatest probability: no law, flat ones included, leaves a delta < 1 without a token."""
-    logits = torch.cat([torch.randn(500, 8, generator=generator(9)) * 3, torch.zeros(1, 8), torch.full((1, 8), -40.0)])
+    """exp(-H) is at most the greatest probability: no law, flat ones included, leaves a delta < 1 without a
+    token.
+    """
+    logits = torch.cat(
+        [torch.randn(500, 8, generator=generator(9)) * 3, torch.zeros(1, 8), torch.full((1, 8), -40.0)]
+    )
     best = logits.argmax(-1)
     rule = typical(delta=0.999, epsilon=0.999)
     log_probs = torch.log_softmax(logits, -1)
     assert bool((log_probs.exp().gather(-1, best[:, None]).squeeze(-1) > rule.thresholds(log_probs)).all())
     tokens = torch.stack([torch.zeros_like(best), best], dim=1)
-    acceptance = rule.verify(logits[:, None].expand(-1, 2, -1), tokens, tree_buffers(DraftTree.chain(1), device=CPU))
+    acceptance = rule.verify(
+        logits[:, None].expand(-1, 2, -1), tokens, tree_buffers(DraftTree.chain(1), device=CPU)
+    )
     assert set(acceptance.num_kept.tolist()) == {2}
 
 
 def test_where_nothing_passes_the_root_is_the_argmax() -> None:
-    """delta >= 1 on a flat-topped law leaves no token; the root must then be the argmax, not a draw from nothing."""
+    """delta >= 1 on a flat-topped law leaves no token; the root must then be the argmax, not a draw from
+    nothing.
+    """
     logits = torch.tensor([[0.0, 0.001, 0.0, 0.0]])
     _, threshold = hand_threshold(logits[0], temperature=1.0, epsilon=1.0, delta=1.5)
     assert threshold > 0.3
@@ -281,13 +345,19 @@ def test_impossible_tokens_are_neither_kept_nor_drawn() -> None:
     """Logits of minus infinity (a masked vocabulary) make no NaN."""
     logits = torch.tensor([1.0, -torch.inf, 0.9, -torch.inf])
     buffers = tree_buffers(DraftTree.from_paths([(0,), (1,), (1, 0)]), device=CPU)
-    acceptance = typical().verify(logits.expand(200, 4, -1), torch.tensor([[0, 1, 2, 3]]).expand(200, -1), buffers)
-    assert set(acceptance.num_kept.tolist()) == {2} and {nodes[1] for nodes in acceptance.nodes.tolist()} == {2}
+    acceptance = typical().verify(
+        logits.expand(200, 4, -1), torch.tensor([[0, 1, 2, 3]]).expand(200, -1), buffers
+    )
+    assert set(acceptance.num_kept.tolist()) == {2} and {nodes[1] for nodes in acceptance.nodes.tolist()} == {
+        2
+    }
     assert set(acceptance.next_token.tolist()) == {0, 2}
 
 
 def test_ties_in_length_go_to_the_likelier_path() -> None:
-    """Two accepted leaves at one depth: the higher summed log-probability wins, wherever it stands; the greedy part of it cannot decide."""
+    """Two accepted leaves at one depth: the higher summed log-probability wins, wherever it stands; the
+    greedy part of it cannot decide.
+    """
     tree = DraftTree.from_paths([(0,), (1,), (0, 0), (1, 0)])
     buffers = tree_buffers(tree, device=CPU)
     tokens = torch.tensor([[0, 1, 2, 3, 4]])
@@ -296,7 +366,9 @@ def test_ties_in_length_go_to_the_likelier_path() -> None:
     rule = typical(epsilon=0.1, delta=0.2)
     for below_first, below_second, last in ((sure, sure, 4), (sure, unsure, 3), (unsure, sure, 4)):
         logits = torch.stack([at_root, below_first, below_second, at_root, at_root])[None]
-        first, second = (float(torch.log_softmax(row, -1)[token]) for row, token in ((below_first, 3), (below_second, 4)))
+        first, second = (
+            float(torch.log_softmax(row, -1)[token]) for row, token in ((below_first, 3), (below_second, 4))
+        )
         assert (math.exp(0.1) * math.exp(first) > math.exp(second)) == (last == 3)
         acceptance = rule.verify(logits, tokens, buffers)
         assert acceptance.num_kept.tolist() == [3] and acceptance.last_node.tolist() == [last]
@@ -305,12 +377,16 @@ def test_ties_in_length_go_to_the_likelier_path() -> None:
 def test_a_longer_path_beats_a_likelier_one() -> None:
     tree = DraftTree.from_paths([(0,), (1,), (1, 0)])
     logits = torch.tensor([[5.0, 4.0, 0.0], [0.0, 0.0, 9.0], [0.0, 0.0, 9.0], [0.0, 0.0, 0.0]])[None]
-    acceptance = typical(epsilon=0.05, delta=0.2).verify(logits, torch.tensor([[0, 0, 1, 2]]), tree_buffers(tree, device=CPU))
+    acceptance = typical(epsilon=0.05, delta=0.2).verify(
+        logits, torch.tensor([[0, 0, 1, 2]]), tree_buffers(tree, device=CPU)
+    )
     assert acceptance.nodes[0, :3].tolist() == [0, 2, 3] and acceptance.num_kept.tolist() == [3]
 
 
 def test_greedy_follows_argmax_ids_through_equal_logits() -> None:
-    """Regression: softmax values of tied logits are equal, so that comparing values accepts a token that vanilla would not emit."""
+    """Regression: softmax values of tied logits are equal, so that comparing values accepts a token that
+    vanilla would not emit.
+    """
     logits = torch.zeros(1, 3, VOCAB)
     logits[0, :, 1] = logits[0, :, 3] = 2.0
     assert int(logits[0, 0].argmax()) == 1
@@ -328,7 +404,9 @@ def test_greedy_stops_at_the_first_wrong_node() -> None:
     chain = tree_buffers(DraftTree.chain(3), device=CPU)
     for drafted, length in (([0, 1, 2, 3], 4), ([0, 1, 0, 3], 2), ([0, 0, 2, 3], 1)):
         acceptance = GreedyRule().verify(logits, torch.tensor([drafted]), chain)
-        assert acceptance.num_kept.tolist() == [length] and acceptance.nodes[0, :length].tolist() == list(range(length))
+        assert acceptance.num_kept.tolist() == [length] and acceptance.nodes[0, :length].tolist() == list(
+            range(length)
+        )
         assert acceptance.next_token.tolist() == [length]
 
 
@@ -345,7 +423,10 @@ def test_padding_is_never_accepted(rule_name: str) -> None:
     logits[..., 0] = 200.0
     tokens = torch.tensor([[0, 0, 1, 0, 0], [0, 3, 2, 0, 0], [0, 1, 0, 0, 2], [0, 2, 0, 0, 0]])
     acceptance = rules[rule_name].verify(logits, tokens, tree_buffers(tree, device=CPU))
-    kept = [nodes[:length] for nodes, length in zip(acceptance.nodes.tolist(), acceptance.num_kept.tolist(), strict=True)]
+    kept = [
+        nodes[:length]
+        for nodes, length in zip(acceptance.nodes.tolist(), acceptance.num_kept.tolist(), strict=True)
+    ]
     assert kept == [[0, 1], [0], [0, 2, 3], [0, 2, 3, 4]]
     assert acceptance.next_token.tolist() == [0] * 4
     assert acceptance.last_node.tolist() == [1, 0, 3, 4]
@@ -361,13 +442,17 @@ def test_rows_of_a_batch_do_not_see_each_other(rule_name: str) -> None:
     whole = rule.verify(logits, tokens, buffers)
     for row in range(40):
         alone = rule.verify(logits[row : row + 1], tokens[row : row + 1], buffers)
-        assert int(alone.num_kept) == int(whole.num_kept[row]) and int(alone.next_token) == int(whole.next_token[row])
+        assert int(alone.num_kept) == int(whole.num_kept[row]) and int(alone.next_token) == int(
+            whole.next_token[row]
+        )
         assert int(alone.last_node) == int(whole.last_node[row])
     assert len(set(whole.num_kept.tolist())) == 3
 
 
 def test_rejection_rows_are_independent() -> None:
-    """What one row emits says nothing of its neighbour: pairs follow the product of the laws; false alarm 1e-6."""
+    """What one row emits says nothing of its neighbour: pairs follow the product of the laws; false alarm
+    1e-6.
+    """
     tree, drafted = DraftTree.chain(1), [1, 2]
     logits, tokens, buffers = repeated(tree, drafted, rows=40_000)
     acceptance = RejectionRule(temperature=1.0, generator=generator(13)).verify(logits, tokens, buffers)
@@ -379,8 +464,12 @@ def test_rejection_rows_are_independent() -> None:
 
 @pytest.mark.parametrize("vocab_size", [1, 31, 64, 256, 4096, 50_257, 49_152])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_choice_is_the_greatest_logit_and_the_lowest_id_of_equals(vocab_size: int, dtype: torch.dtype) -> None:
-    """Vocabularies that divide into blocks and some that do not; levels so few that ties lie within a block and across blocks."""
+def test_first_choice_is_the_greatest_logit_and_the_lowest_id_of_equals(
+    vocab_size: int, dtype: torch.dtype
+) -> None:
+    """Vocabularies that divide into blocks and some that do not; levels so few that ties lie within a block
+    and across blocks.
+    """
     for levels in (3, 10**6):
         logits = torch.randint(-levels, levels, (2, 3, vocab_size), generator=generator(vocab_size)).to(dtype)
         expected = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)

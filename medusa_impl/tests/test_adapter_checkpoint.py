@@ -1,4 +1,6 @@
-"""Adapters on disk: merged equals unmerged, nothing of this machine in the files, heads tied to what they were trained with."""
+"""Adapters on disk: merged equals unmerged, nothing of this machine in the files, heads tied to what they
+were trained with.
+"""
 
 from __future__ import annotations
 
@@ -43,30 +45,45 @@ def tuned(*, tied: bool = False, lm_head: bool = True, **recipe: Any) -> MedusaT
     lora = LoraRecipe(rank=4, alpha=8, dropout=0.0, lm_head=lm_head)
     torch.manual_seed(1)
     model = base(tied=tied)
-    made = MedusaTrainingModel(model, make_heads(), recipe=Medusa2Recipe(num_heads=3, num_steps=2, lora=lora, **recipe))
+    made = MedusaTrainingModel(
+        model, make_heads(), recipe=Medusa2Recipe(num_heads=3, num_steps=2, lora=lora, **recipe)
+    )
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in made.backbone.named_parameters():
-            if "lora_" in name:  # away from zero, as training would, and not so far that rounding shows in the fifth decimal
+            if (
+                "lora_" in name
+            ):  # away from zero, as training would, and not so far that rounding shows in the fifth decimal
                 parameter.copy_(0.04 * torch.randn(parameter.shape, generator=generator))
     return made
 
 
 def provenance(**changes: Any) -> HeadsProvenance:
-    figures = JointFigures(num_steps=2, num_sequences=1, num_answer_tokens=4, num_positions_seen=4, final_loss=1.0, held_out=None)
+    figures = JointFigures(
+        num_steps=2, num_sequences=1, num_answer_tokens=4, num_positions_seen=4, final_loss=1.0, held_out=None
+    )
     recipe = Medusa2Recipe(num_heads=3, num_steps=2)
-    return HeadsProvenance(backbone_name="tiny", backbone_sha256=BACKBONE, recipe=recipe, training=figures, **changes)
+    return HeadsProvenance(
+        backbone_name="tiny", backbone_sha256=BACKBONE, recipe=recipe, training=figures, **changes
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("lm_head", [False, True])
-def test_a_merged_adapter_computes_what_it_computed_before_it_was_saved(tmp_path: Path, tied: bool, lm_head: bool) -> None:
-    """A tied LM head that is adapted must be untied on loading too: once, merging wrote into the embedding."""
+def test_a_merged_adapter_computes_what_it_computed_before_it_was_saved(
+    tmp_path: Path, tied: bool, lm_head: bool
+) -> None:
+    """A tied LM head that is adapted must be untied on loading too: once, merging wrote into the
+    embedding.
+    """
     model = tuned(tied=tied, lm_head=lm_head)
     digest = save_adapter(tmp_path / "adapter", model.backbone, dtype=torch.float32)
     loaded = load_adapter(base(tied=tied), tmp_path / "adapter")
     with torch.no_grad():
-        expected, bare = model.backbone.eval()(input_ids=TOKENS).logits, base(tied=tied)(input_ids=TOKENS).logits
+        expected, bare = (
+            model.backbone.eval()(input_ids=TOKENS).logits,
+            base(tied=tied)(input_ids=TOKENS).logits,
+        )
         got = loaded.model(input_ids=TOKENS).logits
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert float((got - bare).abs().max()) > 0.01, "an adapter that changes nothing would pass too"
@@ -86,11 +103,16 @@ def test_in_bfloat16_it_is_small_and_still_one_model(tmp_path: Path) -> None:
     apart: Any = PeftModel.from_pretrained(base(), str(tmp_path / "adapter")).eval()
     merged = load_adapter(base(), tmp_path / "adapter").model
     with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=TOKENS).logits, apart(input_ids=TOKENS).logits, atol=1e-5, rtol=0)
-    num_learning = sum(parameter.numel() for name, parameter in model.backbone.named_parameters() if "lora_" in name)
+        torch.testing.assert_close(
+            merged(input_ids=TOKENS).logits, apart(input_ids=TOKENS).logits, atol=1e-5, rtol=0
+        )
+    num_learning = sum(
+        parameter.numel() for name, parameter in model.backbone.named_parameters() if "lora_" in name
+    )
     assert (tmp_path / "adapter" / ADAPTER_FILE).stat().st_size < 2 * num_learning + 8192
     with safe_open(tmp_path / "adapter" / ADAPTER_FILE, framework="pt") as file:
-        assert all(".lora_A." in name or ".lora_B." in name for name in file.keys()), "no embedding among the tensors"  # noqa: SIM118
+        names = list(file.keys())
+    assert all(".lora_A." in name or ".lora_B." in name for name in names), "no embedding among the tensors"
 
 
 def test_no_place_on_this_machine_is_written(tmp_path: Path) -> None:
@@ -100,7 +122,10 @@ def test_no_place_on_this_machine_is_written(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", model.backbone)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert not config["base_model_name_or_path"] and str(tmp_path) not in json.dumps(config)
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", ADAPTER_FILE]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        ADAPTER_FILE,
+    ]
 
 
 def test_heads_are_tied_to_backbone_and_adapter(tmp_path: Path) -> None:
@@ -108,11 +133,15 @@ def test_heads_are_tied_to_backbone_and_adapter(tmp_path: Path) -> None:
     save_heads(tmp_path / "bare.safetensors", heads, provenance=provenance())
     save_heads(tmp_path / "tuned.safetensors", heads, provenance=provenance(adapter_sha256="cd" * 32))
     load_heads(tmp_path / "bare.safetensors", backbone_sha256=BACKBONE)
-    loaded, stored = load_heads(tmp_path / "tuned.safetensors", backbone_sha256=BACKBONE, adapter_sha256="cd" * 32)
+    loaded, stored = load_heads(
+        tmp_path / "tuned.safetensors", backbone_sha256=BACKBONE, adapter_sha256="cd" * 32
+    )
     assert isinstance(stored.recipe, Medusa2Recipe) and isinstance(stored.training, JointFigures)
     for name, tensor in heads.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    with pytest.raises(UserError, match=r"heads trained with the adapter cdcd.*need heads trained without an adapter"):
+    with pytest.raises(
+        UserError, match=r"heads trained with the adapter cdcd.*need heads trained without an adapter"
+    ):
         load_heads(tmp_path / "tuned.safetensors", backbone_sha256=BACKBONE)
     with pytest.raises(UserError, match="heads trained without an adapter"):
         load_heads(tmp_path / "bare.safetensors", backbone_sha256=BACKBONE, adapter_sha256="cd" * 32)
@@ -127,7 +156,9 @@ def test_heads_read_the_lm_head_that_they_were_trained_to_read(tmp_path: Path, r
     save_adapter(tmp_path / "adapter", model.backbone, dtype=torch.float32)
     loaded = load_adapter(base(), tmp_path / "adapter")
     heads = copy.deepcopy(model.heads).eval()
-    bind_heads(heads, provenance(lm_head_read=reads, lm_head_adapted=True), original_lm_head=loaded.original_lm_head)
+    bind_heads(
+        heads, provenance(lm_head_read=reads, lm_head_adapted=True), original_lm_head=loaded.original_lm_head
+    )
     states = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     own: Any = base().lm_head if reads == "original" else loaded.model.get_output_embeddings()
     with torch.no_grad():
@@ -136,8 +167,12 @@ def test_heads_read_the_lm_head_that_they_were_trained_to_read(tmp_path: Path, r
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
-def test_the_decoding_loop_asks_the_heads_with_the_original_lm_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In packed mode too, where the heads' LM head is packed with them; and the output stays that of the tuned backbone."""
+def test_the_decoding_loop_asks_the_heads_with_the_original_lm_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In packed mode too, where the heads' LM head is packed with them; and the output stays that of the
+    tuned backbone.
+    """
     model = tuned()
     save_adapter(tmp_path / "adapter", model.backbone, dtype=torch.float32)
     loaded = load_adapter(base(), tmp_path / "adapter")
@@ -184,4 +219,6 @@ def test_each_stage_may_have_a_cosine_of_its_own() -> None:
     assert heads[:10] == heads[10:] and heads[9] < heads[2] == recipe.heads_learning_rate
     assert [rate for _, rate in rates[:10]] == [0.0] * 10 and rates[12][1] == recipe.backbone_learning_rate
     whole = recipe.model_copy(update={"schedule": "whole"})
-    assert whole.learning_rates(10, num_steps=20)[0] == pytest.approx(recipe.heads_learning_rate * 0.587, rel=1e-2)
+    assert whole.learning_rates(10, num_steps=20)[0] == pytest.approx(
+        recipe.heads_learning_rate * 0.587, rel=1e-2
+    )

@@ -1,4 +1,6 @@
-"""Tree attention through the public interface of transformers, family by family, against plain stock forward passes."""
+"""Tree attention through the public interface of transformers, family by family, against plain stock forward
+passes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,13 @@ SMALL = {
 }
 LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-GEMMA = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "tie_word_embeddings": True}
+GEMMA = {
+    **LLAMA_LIKE,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": WINDOW,
+    "tie_word_embeddings": True,
+}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 SLIDING = {"layer_types": ["sliding_attention", "sliding_attention"], "sliding_window": WINDOW}
 
@@ -53,10 +61,16 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "gemma3 text": ("Gemma3", {**GEMMA, **MIXED}),
     "phi3": ("Phi3", {**LLAMA_LIKE, "sliding_window": WINDOW}),
     "olmo2": ("Olmo2", LLAMA_LIKE),
-    "granite": ("Granite", {**LLAMA_LIKE, "logits_scaling": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    "granite": (
+        "Granite",
+        {**LLAMA_LIKE, "logits_scaling": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    ),
     "gpt-neox": ("GPTNeoX", {**SMALL, "intermediate_size": 48}),
     "gpt2": ("GPT2", SMALL),
-    "opt": ("OPT", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 24, "init_std": 0.2, "tie_word_embeddings": True}),
+    "opt": (
+        "OPT",
+        {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 24, "init_std": 0.2, "tie_word_embeddings": True},
+    ),
     "falcon": ("Falcon", {**SMALL, "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "mixtral": ("Mixtral", {**LLAMA_LIKE, **EXPERTS, "sliding_window": WINDOW}),
     "qwen3-moe": ("Qwen3Moe", {**LLAMA_LIKE, **EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
@@ -70,7 +84,9 @@ def build(family: str, *, attention: str | None = None) -> PreTrainedModel:
     name, options = FAMILIES[family]
     torch.manual_seed(sum(map(ord, family)))
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**options)
-    model: PreTrainedModel = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config).eval()
+    model: PreTrainedModel = getattr(
+        transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    )(config).eval()
     if attention is not None:
         model.set_attn_implementation(attention)
     return model
@@ -78,9 +94,13 @@ def build(family: str, *, attention: str | None = None) -> PreTrainedModel:
 
 @torch.inference_mode()
 def stock_pass(model: PreTrainedModel, token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits `[T, V]` of a stock pass without cache, mask or positions of ours, and the states `[T, H]` that its LM head was given."""
+    """Logits `[T, V]` of a stock pass without cache, mask or positions of ours, and the states `[T, H]` that
+    its LM head was given.
+    """
     captured: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, inputs: captured.append(inputs[0])
+    )
     try:
         logits: Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits
     finally:
@@ -104,9 +124,17 @@ def ancestors(tree: DraftTree, node: int) -> list[int]:
 
 
 def check_tree_step(
-    backbone: Backbone, reference: PreTrainedModel, prefixes: list[list[int]], cache: Any, *, buffers: TreeBuffers, seed: int
+    backbone: Backbone,
+    reference: PreTrainedModel,
+    prefixes: list[list[int]],
+    cache: Any,
+    *,
+    buffers: TreeBuffers,
+    seed: int,
 ) -> list[list[int]]:
-    """Score one tree, compare all nodes with stock passes over prefix and path, keep one random path a row; return the longer prefixes."""
+    """Score one tree, compare all nodes with stock passes over prefix and path, keep one random path a row;
+    return the longer prefixes.
+    """
     tree, draws = buffers.tree, random.Random(seed)
     tokens = torch.tensor([[draws.randrange(TINY_VOCAB) for _ in range(tree.num_nodes)] for _ in prefixes])
     output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
@@ -120,15 +148,20 @@ def check_tree_step(
         kept.append(ancestors(tree, draws.randrange(tree.num_nodes)))
         longer.append(prefix + tokens[row, kept[-1]].tolist())
     width = max(len(path) for path in kept)
-    cache.keep(torch.tensor([path + [0] * (width - len(path)) for path in kept]), torch.tensor([len(path) for path in kept]))
+    cache.keep(
+        torch.tensor([path + [0] * (width - len(path)) for path in kept]),
+        torch.tensor([len(path) for path in kept]),
+    )
     return longer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tree_node_equals_a_stock_pass_over_its_path(family: str) -> None:
-    """Three rows of unequal length, two trees in a row, an arbitrary path kept: logits and LM-head states as stock transformers has them.
+    """Three rows of unequal length, two trees in a row, an arbitrary path kept: logits and LM-head states as
+    stock transformers has them.
 
-    The stock pass runs eager attention, knows nothing of trees, caches or explicit positions, and most prompts exceed the sliding window.
+    The stock pass runs eager attention, knows nothing of trees, caches or explicit positions, and most
+    prompts exceed the sliding window.
     """
     reference, backbone = build(family, attention="eager"), Backbone(build(family))
     cache = backbone.new_cache(batch_size=3, max_length=60)
@@ -147,15 +180,25 @@ def test_every_tree_node_equals_a_stock_pass_over_its_path(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_medusa_equals_a_loop_of_stock_passes(family: str) -> None:
-    """Random heads, a batch of unequal rows, a context beyond the window: the tokens of a loop that only calls the stock model."""
+    """Random heads, a batch of unequal rows, a context beyond the window: the tokens of a loop that only
+    calls the stock model.
+    """
     reference, backbone = build(family, attention="eager"), Backbone(build(family))
     heads = MedusaHeads(
-        num_heads=3, num_layers=1, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, architecture="shared"
+        num_heads=3,
+        num_layers=1,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        architecture="shared",
     ).eval()
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     tree = DraftTree.cartesian([3, 2, 1])
-    steps = list(decode_medusa(backbone, heads, tree, PROMPTS[:2], rule=GreedyRule(), max_new_tokens=9, eos_ids=frozenset()))
+    steps = list(
+        decode_medusa(
+            backbone, heads, tree, PROMPTS[:2], rule=GreedyRule(), max_new_tokens=9, eos_ids=frozenset()
+        )
+    )
     for row, prompt in enumerate(PROMPTS[:2]):
         text = list(prompt)
         for _ in range(9):
@@ -166,7 +209,9 @@ def test_greedy_medusa_equals_a_loop_of_stock_passes(family: str) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt-j", "gemma2"])
 def test_heads_read_what_the_lm_head_reads(family: str) -> None:
-    """The LM head applied to the returned states gives the model's logits, up to the family's own scaling behind it (Gemma 2: soft cap)."""
+    """The LM head applied to the returned states gives the model's logits, up to the family's own scaling
+    behind it (Gemma 2: soft cap).
+    """
     backbone = Backbone(build(family))
     cache = backbone.new_cache(batch_size=1, max_length=30)
     output = backbone.prefill(torch.tensor(PROMPTS[0]), cache=cache)
@@ -182,10 +227,15 @@ def given_masks(backbone: Backbone, *, prompt: list[int], depths: list[int], vis
     cache = backbone.new_cache(batch_size=1, max_length=len(prompt) + len(depths) + 2)
     backbone.prefill(torch.tensor(prompt), cache=cache)
     seen: list[Any] = []
-    hook = backbone.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    hook = backbone.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
     try:
         backbone.forward(
-            torch.ones(1, len(depths), dtype=torch.long), depths=torch.tensor(depths), visible=torch.tensor(visible).bool(), cache=cache
+            torch.ones(1, len(depths), dtype=torch.long),
+            depths=torch.tensor(depths),
+            visible=torch.tensor(visible).bool(),
+            cache=cache,
         )
     finally:
         hook.remove()
@@ -197,11 +247,18 @@ def drawn(mask: Tensor) -> list[str]:
 
 
 def test_the_drawn_mask() -> None:
-    """Three kept tokens, a root with two children, unused slots behind: as the docstring of the mask draws it.
+    """Three kept tokens, a root with two children, unused slots behind: as the docstring of the mask draws
+    it.
 
-    Regression: a boolean mask is *added* as 0 and 1 by eager attention, so the mask is a float of the model's own type.
+    Regression: a boolean mask is *added* as 0 and 1 by eager attention, so the mask is a float of the model's
+    own type.
     """
-    mask = given_masks(Backbone(build("llama")), prompt=[1, 2, 3], depths=[0, 1, 1], visible=[[1, 0, 0], [1, 1, 0], [1, 0, 1]])
+    mask = given_masks(
+        Backbone(build("llama")),
+        prompt=[1, 2, 3],
+        depths=[0, 1, 1],
+        visible=[[1, 0, 0], [1, 1, 0], [1, 0, 1]],
+    )
     assert drawn(mask) == ["0000....", "00000...", "0000.0.."]
     assert mask.shape == (1, 1, 3, 8) and mask.dtype == torch.float32
     assert set(mask.flatten().tolist()) == {0.0, torch.finfo(torch.float32).min}
@@ -221,9 +278,11 @@ def test_the_drawn_mask() -> None:
     ],
 )
 def test_which_layers_get_the_windowed_mask(family: str, expected: str) -> None:
-    """Regression: one plain mask for all layers of a sliding-window model is silently wrong, and so are swapped names in the dict.
+    """Regression: one plain mask for all layers of a sliding-window model is silently wrong, and so are
+    swapped names in the dict.
 
-    Six kept tokens, window 5, a chain of three nodes: the node at position 6 + d sees positions 2 + d to 6 + d.
+    Six kept tokens, window 5, a chain of three nodes: the node at position 6 + d sees positions 2 + d to 6 +
+    d.
     """
     chain = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     masks = given_masks(Backbone(build(family)), prompt=[1, 2, 3, 4, 5, 6], depths=[0, 1, 2], visible=chain)
@@ -237,7 +296,9 @@ def test_which_layers_get_the_windowed_mask(family: str, expected: str) -> None:
 
 
 def test_a_window_applies_between_the_tokens_of_one_pass_too() -> None:
-    """Regression: the window once hid kept tokens only, so that a prompt longer than the window was read as if there were none."""
+    """Regression: the window once hid kept tokens only, so that a prompt longer than the window was read as
+    if there were none.
+    """
     chain = torch.ones(7, 7).tril().long().tolist()
     mask = given_masks(Backbone(build("mistral")), prompt=[1], depths=list(range(7)), visible=chain)
     assert drawn(mask)[-1] == "...00000.."
@@ -250,10 +311,20 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "falcon": ("Falcon", {**ALIBI, "alibi": True}, "ALiBi"),
     "gpt_neo": (
         "GPTNeo",
-        {"vocab_size": 32, "hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]},
+        {
+            "vocab_size": 32,
+            "hidden_size": 32,
+            "num_layers": 1,
+            "num_heads": 4,
+            "attention_types": [[["global"], 1]],
+        },
         "causal mask of its own",
     ),
-    "mamba": ("Mamba", {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}, "takes no .*position_ids"),
+    "mamba": (
+        "Mamba",
+        {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
+        "takes no .*position_ids",
+    ),
     "qwen3_next": (
         "Qwen3Next",
         {
@@ -278,7 +349,9 @@ def test_models_that_cannot_follow_a_tree_are_refused_by_name(model_type: str) -
 
 
 def test_position_limits_are_exact_about_what_is_asked() -> None:
-    """Learned positions end: prompt, budget and tree depth must fit, and the last position that fits really works."""
+    """Learned positions end: prompt, budget and tree depth must fit, and the last position that fits really
+    works.
+    """
     backbone = Backbone(build("gpt2"))
     backbone.check_positions(prompt_tokens=80, max_new_tokens=12, depth=4)
     with pytest.raises(UserError, match=r"prompt of 80 tokens .* depth 5; need at most 96 positions"):
@@ -299,7 +372,9 @@ def test_grouped_attention_equals_repeated_keys_and_values() -> None:
 
 
 def test_stock_attention_survives_a_second_backbone_and_an_exception() -> None:
-    """Regression: a second backbone on the same model once took the grouped attention of the first for the stock one."""
+    """Regression: a second backbone on the same model once took the grouped attention of the first for the
+    stock one.
+    """
     model = tiny_llama()
     stock = model.config._attn_implementation
     first, second = Backbone(model), Backbone(model)

@@ -1,4 +1,5 @@
-"""How long the method's own parts of a step take, apart from the model: on the embedded model's shapes, one row, a tree of 64 nodes.
+"""How long the method's own parts of a step take, apart from the model: on the embedded model's shapes, one
+row, a tree of 64 nodes.
 
 Every timed call waits for the device at its end, so that queued kernels are counted where they were started.
 """
@@ -30,8 +31,12 @@ VOCAB, HIDDEN, LAYERS, KEY_VALUE_HEADS, HEAD_SIZE = 49_152, 576, 30, 3, 64  # Sm
 NUM_HEADS, NUM_NODES, CONTEXT = 5, 64, 192
 
 
-def timed(benchmark: BenchmarkFixture, work: Callable[[], Any], *, setup: Callable[[], None] | None = None) -> Any:
-    """Time calls of `work`, each to the end of what it queued on the device, and return the last result; `setup` is not timed."""
+def timed(
+    benchmark: BenchmarkFixture, work: Callable[[], Any], *, setup: Callable[[], None] | None = None
+) -> Any:
+    """Time calls of `work`, each to the end of what it queued on the device, and return the last result;
+    `setup` is not timed.
+    """
 
     def to_the_end() -> Any:
         with torch.inference_mode():
@@ -77,7 +82,8 @@ def verified() -> tuple[Tensor, Tensor]:
 
 def test_bench_tree_buffers(benchmark: BenchmarkFixture) -> None:
     made = timed(benchmark, lambda: tree_buffers(tree(), device=DEVICE))
-    assert int(made.visible.sum()) == sum(len(path) + 1 for path in tree().paths)  # each node sees its ancestors and itself
+    # each node sees its ancestors and itself
+    assert int(made.visible.sum()) == sum(len(path) + 1 for path in tree().paths)
     assert made.depths.tolist() == [len(path) for path in tree().paths]
 
 
@@ -133,7 +139,9 @@ def test_bench_compaction(benchmark: BenchmarkFixture) -> None:
     assert cache.lengths == cache.device_lengths.tolist() == [CONTEXT + len(path)]
     for layer in (0, LAYERS - 1):
         for storage in cache.layer_storage(layer):
-            assert storage[0, CONTEXT : CONTEXT + len(path), 0, 0].tolist() == [CONTEXT + node for node in path]
+            assert storage[0, CONTEXT : CONTEXT + len(path), 0, 0].tolist() == [
+                CONTEXT + node for node in path
+            ]
             assert storage[0, :CONTEXT, -1, -1].tolist() == list(range(CONTEXT))
 
 
@@ -141,7 +149,13 @@ def test_bench_heads(benchmark: BenchmarkFixture) -> None:
     """Five heads on the shared unembedding: one state in, five rows of logits out."""
     torch.manual_seed(0)
     lm_head = nn.Linear(HIDDEN, VOCAB, bias=False).to(DEVICE)
-    heads = MedusaHeads(num_heads=NUM_HEADS, num_layers=1, hidden_size=HIDDEN, vocab_size=VOCAB, architecture="shared").to(DEVICE).eval()
+    heads = (
+        MedusaHeads(
+            num_heads=NUM_HEADS, num_layers=1, hidden_size=HIDDEN, vocab_size=VOCAB, architecture="shared"
+        )
+        .to(DEVICE)
+        .eval()
+    )
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=HIDDEN**-0.5)
     states = torch.randn(1, HIDDEN, device=DEVICE)

@@ -1,4 +1,6 @@
-"""Checkpoints: a faithful round trip, another backbone refused, damaged files told apart, published layouts read by their names."""
+"""Checkpoints: a faithful round trip, another backbone refused, damaged files told apart, published layouts
+read by their names.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,17 @@ PROVENANCE = HeadsProvenance(
 )
 
 
-def _heads(architecture: HeadArchitecture = "shared", *, num_heads: int = 2, num_layers: int = 2) -> MedusaHeads:
+def _heads(
+    architecture: HeadArchitecture = "shared", *, num_heads: int = 2, num_layers: int = 2
+) -> MedusaHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(num_heads=num_heads, num_layers=num_layers, hidden_size=HIDDEN, vocab_size=VOCAB, architecture=architecture)
+    heads = MedusaHeads(
+        num_heads=num_heads,
+        num_layers=num_layers,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        architecture=architecture,
+    )
     for parameter in heads.parameters():
         nn.init.normal_(parameter)
     return heads
@@ -70,7 +80,9 @@ def _released_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
-def test_round_trip_keeps_every_bit_and_the_provenance(tmp_path: Path, architecture: HeadArchitecture) -> None:
+def test_round_trip_keeps_every_bit_and_the_provenance(
+    tmp_path: Path, architecture: HeadArchitecture
+) -> None:
     heads = _heads(architecture)
     save_heads(tmp_path / "heads.safetensors", heads, provenance=PROVENANCE)
     loaded, provenance = load_heads(tmp_path / "heads.safetensors", backbone_sha256=OURS)
@@ -129,7 +141,11 @@ def test_missing_files_foreign_files_and_other_schemas_are_clear_errors(tmp_path
     save_heads(path, _heads(), provenance=PROVENANCE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["medusa_repro"])
-    save_file(_released_tensors(_heads()), path, metadata={"medusa_repro": json.dumps({**header, "schema_version": 99})})
+    save_file(
+        _released_tensors(_heads()),
+        path,
+        metadata={"medusa_repro": json.dumps({**header, "schema_version": 99})},
+    )
     with pytest.raises(UserError, match="schema_version"):
         load_heads(path, backbone_sha256=OURS)
 
@@ -142,7 +158,9 @@ def test_file_names_no_absolute_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("architecture", ["own", "shared"])
-def test_released_files_tell_their_heads_and_layers(tmp_path: Path, architecture: HeadArchitecture, suffix: str) -> None:
+def test_released_files_tell_their_heads_and_layers(
+    tmp_path: Path, architecture: HeadArchitecture, suffix: str
+) -> None:
     heads = _heads(architecture, num_heads=3)
     path = tmp_path / f"medusa_lm_head.{suffix}"
     if suffix == "pt":
@@ -160,7 +178,10 @@ def test_heads_inside_a_whole_model_are_found_across_shards(tmp_path: Path) -> N
     tensors = {f"medusa_head.{name}": tensor for name, tensor in _released_tensors(heads).items()}
     names = sorted(tensors)
     backbone = {"model.norm.weight": torch.ones(HIDDEN)}
-    save_file({**backbone, **{name: tensors[name] for name in names[:3]}}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(
+        {**backbone, **{name: tensors[name] for name in names[:3]}},
+        tmp_path / "model-00001-of-00002.safetensors",
+    )
     save_file({name: tensors[name] for name in names[3:]}, tmp_path / "model-00002-of-00002.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
     released = load_released_heads(tmp_path)
@@ -202,11 +223,17 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None
         with pytest.raises(UserError, match=match):
             load_released_heads(path, vocab_size=VOCAB)
 
-    refused({name: tensor for name, tensor in whole.items() if name != "1.1.linear.bias"}, r"missing: 1\.1\.linear\.bias")
+    refused(
+        {name: tensor for name, tensor in whole.items() if name != "1.1.linear.bias"},
+        r"missing: 1\.1\.linear\.bias",
+    )
     refused({**whole, "0.0.linear.scale": torch.ones(1)}, r"unknown: 0\.0\.linear\.scale")
     refused({**whole, "1.2.weight": torch.ones(VOCAB, HIDDEN + 1)}, r"1\.2\.weight of shape \[20, 9\]")
     refused({**whole, "0.1.linear.bias": torch.full((HIDDEN,), float("nan"))}, "not finite")
-    refused({name: tensor for name, tensor in whole.items() if not name.startswith("0.")}, r"no tensor 0\.0\.linear\.weight")
+    refused(
+        {name: tensor for name, tensor in whole.items() if not name.startswith("0.")},
+        r"no tensor 0\.0\.linear\.weight",
+    )
     save_file(_released_tensors(_heads("shared")), path)
     with pytest.raises(UserError, match="need vocab_size"):
         load_released_heads(path)
@@ -231,7 +258,12 @@ def test_folder_without_heads_is_a_clear_error(tmp_path: Path) -> None:
 def test_hash_of_a_model_equals_the_hash_of_its_saved_folder(tmp_path: Path, tied: bool) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=tied
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
     )
     model = LlamaForCausalLM(config)
     before = backbone_sha256(model)

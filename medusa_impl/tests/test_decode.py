@@ -24,11 +24,17 @@ PROMPTS = [[3, 7, 11, 2], [5, 5, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 class ScriptedHeads(MedusaHeads):
-    """Heads that propose given tokens: `script(step, k)` is the best token of head k at a step, and ids follow it in order."""
+    """Heads that propose given tokens: `script(step, k)` is the best token of head k at a step, and ids
+    follow it in order.
+    """
 
     def __init__(self, backbone: Backbone, *, script: list[list[int]]) -> None:
         super().__init__(
-            num_heads=len(script[0]), num_layers=1, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, architecture="shared"
+            num_heads=len(script[0]),
+            num_layers=1,
+            hidden_size=backbone.hidden_size,
+            vocab_size=backbone.vocab_size,
+            architecture="shared",
         )
         self.script = script
         self.step = 0
@@ -46,7 +52,11 @@ class ScriptedHeads(MedusaHeads):
 def random_heads(backbone: Backbone, *, seed: int, num_heads: int = 4) -> MedusaHeads:
     torch.manual_seed(seed)
     heads = MedusaHeads(
-        num_heads=num_heads, num_layers=1, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, architecture="shared"
+        num_heads=num_heads,
+        num_layers=1,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        architecture="shared",
     )
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -57,8 +67,12 @@ def tokens_of(steps: Sequence[DecodingStep]) -> list[list[int]]:
     return [[token for step in steps for token in step.tokens[row]] for row in range(len(steps[0].tokens))]
 
 
-def vanilla(backbone: Backbone, prompts: list[list[int]], *, budget: int = 24, eos_ids: frozenset[int] = NO_EOS) -> list[list[int]]:
-    return tokens_of(list(decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=budget, eos_ids=eos_ids)))
+def vanilla(
+    backbone: Backbone, prompts: list[list[int]], *, budget: int = 24, eos_ids: frozenset[int] = NO_EOS
+) -> list[list[int]]:
+    return tokens_of(
+        list(decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=budget, eos_ids=eos_ids))
+    )
 
 
 @st.composite
@@ -77,25 +91,47 @@ def test_greedy_medusa_equals_vanilla_for_random_trees(tree: DraftTree, seed: in
     backbone = Backbone(tiny_llama(seed=seed % 3))
     prompt = [[(seed * 7 + i) % TINY_VOCAB for i in range(1 + seed % 9)]]
     steps = list(
-        decode_medusa(backbone, random_heads(backbone, seed=seed), tree, prompt, rule=GreedyRule(), max_new_tokens=17, eos_ids=NO_EOS)
+        decode_medusa(
+            backbone,
+            random_heads(backbone, seed=seed),
+            tree,
+            prompt,
+            rule=GreedyRule(),
+            max_new_tokens=17,
+            eos_ids=NO_EOS,
+        )
     )
     assert tokens_of(steps) == vanilla(backbone, prompt, budget=17)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["always right", "always wrong"])
 def test_scripted_heads_reach_full_depth_or_nothing(backbone: Backbone, offset: int) -> None:
-    """Heads that know the future accept whole chains; heads that are always wrong still decode losslessly, one token a step."""
+    """Heads that know the future accept whole chains; heads that are always wrong still decode losslessly,
+    one token a step.
+    """
     expected = vanilla(backbone, PROMPTS[:1], budget=25)[0]
     depth, hop = 3, 4 if offset == 0 else 1
     script = [[(expected[min(i + k, 24)] + offset) for k in range(1, depth + 1)] for i in range(0, 25, hop)]
     heads = ScriptedHeads(backbone, script=script)
-    steps = list(decode_medusa(backbone, heads, DraftTree.chain(depth), PROMPTS[:1], rule=GreedyRule(), max_new_tokens=25, eos_ids=NO_EOS))
+    steps = list(
+        decode_medusa(
+            backbone,
+            heads,
+            DraftTree.chain(depth),
+            PROMPTS[:1],
+            rule=GreedyRule(),
+            max_new_tokens=25,
+            eos_ids=NO_EOS,
+        )
+    )
     assert tokens_of(steps)[0] == expected
     assert [len(step.tokens[0]) for step in steps] == [1] + [hop] * (24 // hop)
 
 
 def test_ended_by_eos_in_the_middle_of_an_accepted_path(backbone: Backbone) -> None:
-    """Tokens after the first end-of-sequence are cut before counting, also where a step accepted beyond it."""
+    """Tokens after the first end-of-sequence are cut before counting, also where a step accepted beyond
+    it.
+    """
     expected = vanilla(backbone, PROMPTS[:1], budget=20)[0]
     eos = expected[6]
     stop = expected.index(eos) + 1
@@ -117,14 +153,26 @@ def test_ended_by_eos_in_the_middle_of_an_accepted_path(backbone: Backbone) -> N
 
 
 def test_token_id_zero_is_not_padding(backbone: Backbone) -> None:
-    """Regression for padding candidates with id 0: a backbone that predicts 0 must not 'accept' the padding of short paths."""
+    """Regression for padding candidates with id 0: a backbone that predicts 0 must not 'accept' the padding
+    of short paths.
+    """
     model = tiny_llama(seed=4)
     with torch.no_grad():
         model.lm_head.weight[0] = model.lm_head.weight.abs().sum(0) * 0
         model.lm_head.weight[1:] *= 1e-4
     zero = Backbone(model)
     tree = DraftTree.from_paths([(0,), (1,), (1, 0), (1, 0, 0)])
-    steps = list(decode_medusa(zero, random_heads(zero, seed=1), tree, PROMPTS[:1], rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS))
+    steps = list(
+        decode_medusa(
+            zero,
+            random_heads(zero, seed=1),
+            tree,
+            PROMPTS[:1],
+            rule=GreedyRule(),
+            max_new_tokens=12,
+            eos_ids=NO_EOS,
+        )
+    )
     assert tokens_of(steps) == vanilla(zero, PROMPTS[:1], budget=12)
     assert all(len(step.tokens[0]) <= tree.depth + 1 for step in steps)
 
@@ -132,18 +180,29 @@ def test_token_id_zero_is_not_padding(backbone: Backbone) -> None:
 def test_batch_rows_equal_their_batch_one_runs(backbone: Backbone) -> None:
     heads = random_heads(backbone, seed=3)
     tree = DraftTree.cartesian([3, 2, 1])
-    steps = list(decode_medusa(backbone, heads, tree, PROMPTS, rule=GreedyRule(), max_new_tokens=15, eos_ids=NO_EOS))
+    steps = list(
+        decode_medusa(backbone, heads, tree, PROMPTS, rule=GreedyRule(), max_new_tokens=15, eos_ids=NO_EOS)
+    )
     assert tokens_of(steps) == [vanilla(backbone, [prompt], budget=15)[0] for prompt in PROMPTS]
     assert tokens_of(steps) == vanilla(backbone, PROMPTS, budget=15)
 
 
 def test_a_row_that_overruns_its_budget_leaves_room_for_the_others(backbone: Backbone) -> None:
-    """Regression: the longest row ended inside a path, more kept than prompt and budget, and the others' next step was refused."""
+    """Regression: the longest row ended inside a path, more kept than prompt and budget, and the others' next
+    step was refused.
+    """
     prompts = [PROMPTS[2], PROMPTS[1]]
     expected = vanilla(backbone, prompts, budget=12)
-    script = [[vanilla(backbone, prompts, budget=20)[0][min(i + k, 19)] for k in range(1, 5)] for i in range(0, 20, 5)]
+    script = [
+        [vanilla(backbone, prompts, budget=20)[0][min(i + k, 19)] for k in range(1, 5)]
+        for i in range(0, 20, 5)
+    ]
     heads = ScriptedHeads(backbone, script=script)
-    steps = list(decode_medusa(backbone, heads, DraftTree.chain(4), prompts, rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS))
+    steps = list(
+        decode_medusa(
+            backbone, heads, DraftTree.chain(4), prompts, rule=GreedyRule(), max_new_tokens=12, eos_ids=NO_EOS
+        )
+    )
     assert tokens_of(steps) == expected
     assert [len(step.tokens[0]) for step in steps[:4]] == [1, 5, 5, 1] and len(steps) > 5
 
@@ -184,7 +243,13 @@ def test_seeds_matter_and_repeat(backbone: Backbone, rule_name: str) -> None:
             else TypicalRule(temperature=1.5, epsilon=0.02, delta=0.9, root="sampled", generator=generator)
         )
         steps = decode_medusa(
-            backbone, random_heads(backbone, seed=3), DraftTree.cartesian([3, 2]), PROMPTS[:1], rule=rule, max_new_tokens=20, eos_ids=NO_EOS
+            backbone,
+            random_heads(backbone, seed=3),
+            DraftTree.cartesian([3, 2]),
+            PROMPTS[:1],
+            rule=rule,
+            max_new_tokens=20,
+            eos_ids=NO_EOS,
         )
         return tokens_of(list(steps))
 
@@ -193,10 +258,17 @@ def test_seeds_matter_and_repeat(backbone: Backbone, rule_name: str) -> None:
 
 
 def test_stream_equals_vanilla_with_refilled_rows(backbone: Backbone) -> None:
-    """More prompts than rows, different lengths and ends: each text is the batch-1 text, states are those that produced the tokens."""
+    """More prompts than rows, different lengths and ends: each text is the batch-1 text, states are those
+    that produced the tokens.
+    """
     expected = {str(i): vanilla(backbone, [prompt], budget=10)[0] for i, prompt in enumerate(PROMPTS * 2)}
-    requests = [StreamRequest(key=str(i), prompt_ids=prompt, temperature=0.0, seed=0) for i, prompt in enumerate(PROMPTS * 2)]
-    completions = list(decode_stream(backbone, requests, num_rows=2, max_new_tokens=10, eos_ids=NO_EOS, keep_states=True))
+    requests = [
+        StreamRequest(key=str(i), prompt_ids=prompt, temperature=0.0, seed=0)
+        for i, prompt in enumerate(PROMPTS * 2)
+    ]
+    completions = list(
+        decode_stream(backbone, requests, num_rows=2, max_new_tokens=10, eos_ids=NO_EOS, keep_states=True)
+    )
     assert {completion.key: completion.token_ids for completion in completions} == expected
     for completion in completions:
         assert completion.states is not None and completion.states.shape == (10, backbone.hidden_size)
@@ -206,7 +278,10 @@ def test_stream_equals_vanilla_with_refilled_rows(backbone: Backbone) -> None:
 
 def test_stream_row_text_depends_on_its_own_seed_only(backbone: Backbone) -> None:
     def text(num_rows: int, seed: int) -> list[int]:
-        requests = [StreamRequest(key=str(i), prompt_ids=PROMPTS[i % 3], temperature=1.0, seed=seed if i == 1 else 99) for i in range(4)]
+        requests = [
+            StreamRequest(key=str(i), prompt_ids=PROMPTS[i % 3], temperature=1.0, seed=seed if i == 1 else 99)
+            for i in range(4)
+        ]
         done = decode_stream(backbone, requests, num_rows=num_rows, max_new_tokens=12, eos_ids=NO_EOS)
         return next(completion.token_ids for completion in done if completion.key == "1")
 

@@ -17,10 +17,19 @@ from medusa_impl.training.features import add_states, compute_states, is_held_ou
 from medusa_impl.training.losses import NO_TARGET
 
 
-def _sample(key: str, token_ids: tuple[int, ...], *, first_state: float = 0.0, prompt: tuple[int, ...] = (1, 2)) -> CorpusSample:
+def _sample(
+    key: str, token_ids: tuple[int, ...], *, first_state: float = 0.0, prompt: tuple[int, ...] = (1, 2)
+) -> CorpusSample:
     states = (torch.arange(len(token_ids), dtype=torch.float16) + first_state)[:, None].expand(-1, 4).clone()
     return CorpusSample(
-        key=key, category="c", prompt_ids=prompt, token_ids=token_ids, ended_by="eos", temperature=0.0, seed=0, states=states
+        key=key,
+        category="c",
+        prompt_ids=prompt,
+        token_ids=token_ids,
+        ended_by="eos",
+        temperature=0.0,
+        seed=0,
+        states=states,
     )
 
 
@@ -50,10 +59,19 @@ def backbone() -> Backbone:
 
 
 def test_row_i_meets_the_tokens_that_follow_y_i(tmp_path: Path) -> None:
-    store = _store(tmp_path, [_sample("a", (10, 11, 12, 13)), _sample("one", (7,)), _sample("b", (20, 21), first_state=50)])
+    store = _store(
+        tmp_path,
+        [_sample("a", (10, 11, 12, 13)), _sample("one", (7,)), _sample("b", (20, 21), first_state=50)],
+    )
     features = load_features(store, num_heads=3)
     assert features.keys == ("a", "b")
-    assert features.states[:, 0].tolist() == [0, 1, 2, 50]  # the last state of an answer has no target, an answer of one token none at all
+    # the last state of an answer has no target, an answer of one token none at all
+    assert features.states[:, 0].tolist() == [
+        0,
+        1,
+        2,
+        50,
+    ]
     none = NO_TARGET
     assert features.targets.tolist() == [[11, 12, 13], [12, 13, none], [13, none, none], [21, none, none]]
     assert features.sample_index.tolist() == [0, 0, 0, 1]
@@ -61,7 +79,9 @@ def test_row_i_meets_the_tokens_that_follow_y_i(tmp_path: Path) -> None:
 
 
 def test_split_is_by_prompt_and_stays_as_the_corpus_grows(tmp_path: Path) -> None:
-    samples = [_sample(f"{number}-{run}", (3, 4, 5), prompt=(number, 9)) for number in range(60) for run in range(2)]
+    samples = [
+        _sample(f"{number}-{run}", (3, 4, 5), prompt=(number, 9)) for number in range(60) for run in range(2)
+    ]
     few = load_features(_store(tmp_path / "few", samples[:40]), num_heads=2, held_out_rate=0.3)
     many = load_features(_store(tmp_path / "many", samples), num_heads=2, held_out_rate=0.3)
     assert torch.equal(many.held_out[:40], few.held_out)
@@ -74,14 +94,17 @@ def test_split_is_by_prompt_and_stays_as_the_corpus_grows(tmp_path: Path) -> Non
 
 
 def test_held_out_share_is_near_its_rate() -> None:
-    # Standard deviation of the share at n = 4000, p = 0.05: 0.0034; the prompts are fixed, so this cannot flicker.
+    # Standard deviation of the share at n = 4000, p = 0.05: 0.0034; the prompts are fixed, so this cannot
+    # flicker.
     share = sum(is_held_out((number, 7), rate=0.05) for number in range(4000)) / 4000
     assert abs(share - 0.05) < 0.012
     assert not is_held_out((1, 2), rate=0.0)
 
 
 def test_answers_written_while_reading_are_left_for_the_next_time(tmp_path: Path) -> None:
-    """Two writers share a folder: a shard that appears between the two passes sorts before shards already counted."""
+    """Two writers share a folder: a shard that appears between the two passes sorts before shards already
+    counted.
+    """
 
     class GrowingStore(CorpusStore):
         def samples(self, *, with_states: bool = True) -> Iterator[CorpusSample]:
@@ -123,10 +146,15 @@ def test_missing_or_broken_states_and_empty_stores_are_refused(tmp_path: Path) -
 def test_states_made_anew_equal_those_kept_while_decoding(tmp_path: Path, backbone: Backbone) -> None:
     store = CorpusStore(tmp_path / "corpus", shard_samples=2)
     prompts = [
-        CorpusPrompt(key=str(n), category="c", prompt_ids=tuple(range(1, 4 + n)), temperature=0.5 * (n % 2), seed=n) for n in range(4)
+        CorpusPrompt(
+            key=str(n), category="c", prompt_ids=tuple(range(1, 4 + n)), temperature=0.5 * (n % 2), seed=n
+        )
+        for n in range(4)
     ]
     generate_corpus(backbone, prompts, store=store, num_rows=3, max_new_tokens=12, eos_ids=frozenset({0}))
-    cached = add_states(backbone, store.samples(with_states=False), cache_folder=tmp_path / "cache", backbone_sha256="ab" * 32)
+    cached = add_states(
+        backbone, store.samples(with_states=False), cache_folder=tmp_path / "cache", backbone_sha256="ab" * 32
+    )
     kept = list(store.samples())
     again = list(cached.samples())
     assert [sample.key for sample in again] == [sample.key for sample in kept]

@@ -19,19 +19,30 @@ def _lm_head() -> nn.Linear:
 
 
 def _heads(architecture: HeadArchitecture, lm_head: nn.Linear, *, num_layers: int = 2) -> MedusaHeads:
-    return MedusaHeads(num_heads=3, num_layers=num_layers, hidden_size=HIDDEN, vocab_size=VOCAB, architecture=architecture, lm_head=lm_head)
+    return MedusaHeads(
+        num_heads=3,
+        num_layers=num_layers,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        architecture=architecture,
+        lm_head=lm_head,
+    )
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 @torch.no_grad()
 def test_fresh_heads_equal_the_lm_head_exactly(architecture: HeadArchitecture) -> None:
-    """The released blocks zero the weight and keep a random bias, so that their heads do not start as the LM head."""
+    """The released blocks zero the weight and keep a random bias, so that their heads do not start as the LM
+    head.
+    """
     lm_head = _lm_head()
     hidden = torch.randn(4, HIDDEN)
     logits = _heads(architecture, lm_head)(hidden, lm_head=lm_head)
     assert logits.shape == (4, 3, VOCAB)
     expected = (
-        lm_head(hidden.unsqueeze(1).expand(-1, 3, -1)) if architecture == "shared" else lm_head(hidden).unsqueeze(1).expand(-1, 3, -1)
+        lm_head(hidden.unsqueeze(1).expand(-1, 3, -1))
+        if architecture == "shared"
+        else lm_head(hidden).unsqueeze(1).expand(-1, 3, -1)
     )
     assert torch.equal(logits, expected)
 
@@ -62,7 +73,10 @@ def test_own_unembeddings_are_copies_not_the_lm_head() -> None:
 
 
 def test_shared_heads_own_no_unembedding() -> None:
-    assert all(tuple(parameter.shape) in {(HIDDEN, HIDDEN), (HIDDEN,)} for parameter in _heads("shared", _lm_head()).parameters())
+    assert all(
+        tuple(parameter.shape) in {(HIDDEN, HIDDEN), (HIDDEN,)}
+        for parameter in _heads("shared", _lm_head()).parameters()
+    )
 
 
 def test_fewer_heads_give_the_first_ones() -> None:
@@ -71,7 +85,9 @@ def test_fewer_heads_give_the_first_ones() -> None:
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.1)
     hidden = torch.randn(2, 7, HIDDEN)
-    torch.testing.assert_close(heads(hidden, lm_head=lm_head, num_heads=2), heads(hidden, lm_head=lm_head)[..., :2, :])
+    torch.testing.assert_close(
+        heads(hidden, lm_head=lm_head, num_heads=2), heads(hidden, lm_head=lm_head)[..., :2, :]
+    )
 
 
 def test_bad_sizes_and_foreign_backbones_are_refused() -> None:

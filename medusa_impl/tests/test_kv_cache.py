@@ -21,18 +21,26 @@ def empty_cache(*, rows: int = 2, max_length: int = 20) -> TreeCache:
     return TreeCache(num_layers=LAYERS, batch_size=rows, max_length=max_length)
 
 
-def write(cache: TreeCache, marks: list[list[int]], *, rows: slice | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Run one step in which node n of row b has keys `marks[b][n] + layer / 10` and values the negative; return what attention reads."""
+def write(
+    cache: TreeCache, marks: list[list[int]], *, rows: slice | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Run one step in which node n of row b has keys `marks[b][n] + layer / 10` and values the negative;
+    return what attention reads.
+    """
     cache.begin_step(num_new=len(marks[0]), rows=rows)
     views = []
     for layer in range(LAYERS):
-        keys = (torch.tensor(marks, dtype=torch.float32) + layer / 10)[:, None, :, None].expand(-1, HEADS, -1, SIZE)
+        keys = (torch.tensor(marks, dtype=torch.float32) + layer / 10)[:, None, :, None].expand(
+            -1, HEADS, -1, SIZE
+        )
         views.append(cache.update(keys, -keys, layer))
     return views
 
 
 def keep(cache: TreeCache, paths: list[list[int]]) -> None:
-    """Keep a list of nodes of each row, padded to one width as an acceptance pads them; the host's counts are left to the cache."""
+    """Keep a list of nodes of each row, padded to one width as an acceptance pads them; the host's counts are
+    left to the cache.
+    """
     width = max(len(path) for path in paths)
     nodes = torch.tensor([path + [0] * (width - len(path)) for path in paths]).reshape(len(paths), width)
     cache.keep(nodes, torch.tensor([len(path) for path in paths]))

@@ -1,4 +1,6 @@
-"""The small parts under the heads' proposals: ordered top-k, packed linear layers, heads on a real model's LM head."""
+"""The small parts under the heads' proposals: ordered top-k, packed linear layers, heads on a real model's LM
+head.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +20,39 @@ from medusa_impl.tests.conftest import TINY_VOCAB
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), vocab_size=st.integers(1, 12), levels=st.integers(1, 4))
 def test_ordered_topk_equals_a_stable_sort(data: st.DataObject, vocab_size: int, levels: int) -> None:
-    """Few distinct values make many ties, within the cut and across it; equal logits stand by lower id, as traces rank them."""
+    """Few distinct values make many ties, within the cut and across it; equal logits stand by lower id, as
+    traces rank them.
+    """
     values = data.draw(st.lists(st.integers(0, levels - 1), min_size=2 * vocab_size, max_size=2 * vocab_size))
     count = data.draw(st.integers(1, vocab_size))
     logits = torch.tensor(values, dtype=torch.float32).reshape(2, vocab_size)
-    expected = [sorted(range(vocab_size), key=lambda token: (-row[token], token))[:count] for row in logits.tolist()]
+    expected = [
+        sorted(range(vocab_size), key=lambda token: (-row[token], token))[:count] for row in logits.tolist()
+    ]
     assert ordered_topk(logits, count).tolist() == expected
     assert topk_of_keys(logits, count).tolist() == expected
     assert topk_of_keys(logits.bfloat16() - 1, count).tolist() == expected  # negative logits and minus zero
 
 
 def test_ordered_topk_on_a_large_vocabulary() -> None:
-    """Where `torch.topk` takes another code path: 30,000 logits of 50 levels, and the same without any tie."""
+    """Where `torch.topk` takes another code path: 30,000 logits of 50 levels, and the same without any
+    tie.
+    """
     torch.manual_seed(0)
     tied = torch.randint(0, 50, (3, 2, 30_000)).float()
     distinct = torch.stack([torch.randperm(30_000) for _ in range(6)]).reshape(3, 2, -1).float()
     for logits in (tied, distinct):
         expected = logits.sort(dim=-1, descending=True, stable=True).indices[..., :10]
-        assert torch.equal(ordered_topk(logits, 10), expected) and torch.equal(topk_of_keys(logits, 10), expected)
+        assert torch.equal(ordered_topk(logits, 10), expected) and torch.equal(
+            topk_of_keys(logits, 10), expected
+        )
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 @torch.inference_mode()
-def test_fresh_heads_on_a_backbone_predict_what_it_predicts(backbone: Backbone, architecture: HeadArchitecture) -> None:
+def test_fresh_heads_on_a_backbone_predict_what_it_predicts(
+    backbone: Backbone, architecture: HeadArchitecture
+) -> None:
     """At step 0 every head is the LM head: on the backbone's own states its logits are the backbone's."""
     heads = MedusaHeads(
         num_heads=3,
@@ -50,14 +62,18 @@ def test_fresh_heads_on_a_backbone_predict_what_it_predicts(backbone: Backbone, 
         architecture=architecture,
         lm_head=backbone.lm_head,
     )
-    output = backbone.prefill(torch.tensor([4, 8, 15, 16]), cache=backbone.new_cache(batch_size=1, max_length=10))
+    output = backbone.prefill(
+        torch.tensor([4, 8, 15, 16]), cache=backbone.new_cache(batch_size=1, max_length=10)
+    )
     logits = heads(output.hidden[:, -1], lm_head=backbone.lm_head)
     torch.testing.assert_close(logits, output.logits.expand(-1, 3, -1), atol=1e-5, rtol=1e-5)
     assert torch.equal(heads.states(output.hidden), output.hidden[..., None, :].expand(-1, -1, 3, -1))
 
 
 def test_every_block_learns_on_its_own() -> None:
-    """Regression: `[Block] * L` repeats one module. Here each of the L blocks has parameters, a gradient and an effect of its own."""
+    """Regression: `[Block] * L` repeats one module. Here each of the L blocks has parameters, a gradient and
+    an effect of its own.
+    """
     torch.manual_seed(0)
     heads = MedusaHeads(num_heads=2, num_layers=3, hidden_size=8, vocab_size=10, architecture="shared")
     for parameter in heads.parameters():
@@ -65,7 +81,11 @@ def test_every_block_learns_on_its_own() -> None:
     lm_head, hidden = nn.Linear(8, 10, bias=False), torch.randn(4, 8)
     heads(hidden, lm_head=lm_head).square().sum().backward()
     gradients = [parameter.grad for name, parameter in heads.named_parameters() if name.endswith("weight")]
-    assert len(gradients) == 6 == len({tuple(gradient.flatten().tolist()) for gradient in gradients if gradient is not None})
+    assert (
+        len(gradients)
+        == 6
+        == len({tuple(gradient.flatten().tolist()) for gradient in gradients if gradient is not None})
+    )
     before = heads(hidden, lm_head=lm_head)
     with torch.no_grad():
         for parameter in list(heads.blocks[0].parameters())[:2]:
@@ -74,7 +94,9 @@ def test_every_block_learns_on_its_own() -> None:
     assert not torch.equal(before[:, 0], after[:, 0]) and torch.equal(before[:, 1], after[:, 1])
 
 
-needs_packing = pytest.mark.skipif(not packing_available(torch.float32), reason="this PyTorch has no packed linear operators")
+needs_packing = pytest.mark.skipif(
+    not packing_available(torch.float32), reason="this PyTorch has no packed linear operators"
+)
 
 
 @needs_packing
@@ -99,7 +121,9 @@ def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
 
 
 class Siblings(nn.Module):
-    """Two layers of one input, a third of another, a fourth with a bias of its own kind, and one that runs twice."""
+    """Two layers of one input, a third of another, a fourth with a bias of its own kind, and one that runs
+    twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +157,9 @@ def test_layers_of_one_input_are_one_product_with_the_results_of_several() -> No
 @needs_packing
 @torch.inference_mode()
 def test_a_joint_product_is_never_taken_for_another_tensor() -> None:
-    """Siblings fed otherwise than when they were grouped: other tensors, one of them alone, one twice, a tensor changed in place."""
+    """Siblings fed otherwise than when they were grouped: other tensors, one of them alone, one twice, a
+    tensor changed in place.
+    """
     torch.manual_seed(0)
     module = Siblings().eval()
     weights = {layer: layer.weight.detach().clone() for layer in (module.one, module.two)}
@@ -156,7 +182,9 @@ def test_a_joint_product_is_never_taken_for_another_tensor() -> None:
 
 
 def test_probing_for_packed_operators_moves_no_random_numbers() -> None:
-    """Regression: the probe once drew from the global generator, so that texts sampled later depended on whether it had run."""
+    """Regression: the probe once drew from the global generator, so that texts sampled later depended on
+    whether it had run.
+    """
     packing_available.cache_clear()
     torch.manual_seed(3)
     expected = torch.rand(4)

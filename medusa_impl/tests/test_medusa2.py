@@ -40,7 +40,9 @@ LORA = LoraRecipe(rank=4, alpha=8, dropout=0.1)
 
 def make_heads(*, architecture: Any = "shared") -> MedusaHeads:
     torch.manual_seed(3)
-    heads = MedusaHeads(num_heads=3, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture=architecture)
+    heads = MedusaHeads(
+        num_heads=3, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture=architecture
+    )
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.2)
     return heads
@@ -54,11 +56,17 @@ def tied_llama() -> LlamaForCausalLM:
 
 
 def make_model(
-    *, model: LlamaForCausalLM | None = None, architecture: Any = "shared", subset: TokenSubset | None = None, **recipe: Any
+    *,
+    model: LlamaForCausalLM | None = None,
+    architecture: Any = "shared",
+    subset: TokenSubset | None = None,
+    **recipe: Any,
 ) -> MedusaTrainingModel:
     made = Medusa2Recipe(num_heads=3, num_steps=10, **{"lora": LORA, **recipe})
     torch.manual_seed(1)
-    return MedusaTrainingModel(model or tiny_llama(), make_heads(architecture=architecture), recipe=made, subset=subset)
+    return MedusaTrainingModel(
+        model or tiny_llama(), make_heads(architecture=architecture), recipe=made, subset=subset
+    )
 
 
 def stir(model: MedusaTrainingModel) -> None:
@@ -71,14 +79,21 @@ def stir(model: MedusaTrainingModel) -> None:
 
 def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
     """L_LM and L1 written out over all logits at once, from the model's own forward."""
-    output = model.backbone(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], output_hidden_states=True)
+    output = model.backbone(
+        input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], output_hidden_states=True
+    )
     targets = answer_targets(BATCH["labels"], num_heads=3)
     chosen = targets[..., 0] >= 0
     count = chosen.sum()
     if teacher_logits is None:
         backbone = cross_entropy(output.logits[chosen], targets[..., 0][chosen], reduction="sum") / count
     else:
-        backbone = kl_div(log_softmax(output.logits[chosen], -1), log_softmax(teacher_logits[chosen], -1), log_target=True, reduction="sum")
+        backbone = kl_div(
+            log_softmax(output.logits[chosen], -1),
+            log_softmax(teacher_logits[chosen], -1),
+            log_target=True,
+            reduction="sum",
+        )
         backbone = backbone / count
     states = model.heads.states(output.hidden_states[-1])
     heads = states.new_zeros(())
@@ -90,15 +105,24 @@ def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tu
             logits = model.model.lm_head(states[..., head, :])
         else:
             logits = states[..., head, :] @ model.original_lm_head.weight.detach().T
-        heads = heads + 0.8 ** (head + 1) * cross_entropy(logits[kept], targets[..., head + 1][kept], reduction="sum") / count
+        heads = (
+            heads
+            + 0.8 ** (head + 1)
+            * cross_entropy(logits[kept], targets[..., head + 1][kept], reduction="sum")
+            / count
+        )
     return backbone, heads
 
 
 @pytest.mark.parametrize("target", ["tokens", "original"])
 @pytest.mark.parametrize("reads", ["original", "adapted"])
 @pytest.mark.parametrize("architecture", ["shared", "own"])
-def test_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch, target: str, reads: str, architecture: str) -> None:
-    """In chunks of two rows, through checkpoints and a loss that knows its gradient: all that learns gets the plain gradient."""
+def test_loss_and_gradients_equal_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, target: str, reads: str, architecture: str
+) -> None:
+    """In chunks of two rows, through checkpoints and a loss that knows its gradient: all that learns gets the
+    plain gradient.
+    """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
     lora = LoraRecipe(rank=4, alpha=8, dropout=0.0)
     model = make_model(target=target, heads_lm_head=reads, architecture=architecture, lora=lora)
@@ -117,7 +141,13 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
-        gradients.append({name: parameter.grad.clone() for name, parameter in learning.items() if parameter.grad is not None})
+        gradients.append(
+            {
+                name: parameter.grad.clone()
+                for name, parameter in learning.items()
+                if parameter.grad is not None
+            }
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert gradients[0].keys() == gradients[1].keys() == learning.keys()
     for name, gradient in gradients[0].items():
@@ -127,13 +157,24 @@ def test_loss_and_gradients_equal_the_plain_ones(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "architecture, reads, restricted",
-    [("shared", "original", True), ("own", "original", True), ("own", "adapted", False), ("shared", "adapted", False)],
+    [
+        ("shared", "original", True),
+        ("own", "original", True),
+        ("own", "adapted", False),
+        ("shared", "adapted", False),
+    ],
 )
 @pytest.mark.parametrize("backbone, target", [("lora", "original"), ("lora", "tokens"), ("full", "original")])
-def test_no_tensor_is_left_on_the_host(architecture: str, reads: str, restricted: bool, backbone: str, target: str) -> None:
-    """Regression: weights, sums and the token subset were made on the CPU, and met the model's tensors on the GPU."""
+def test_no_tensor_is_left_on_the_host(
+    architecture: str, reads: str, restricted: bool, backbone: str, target: str
+) -> None:
+    """Regression: weights, sums and the token subset were made on the CPU, and met the model's tensors on the
+    GPU.
+    """
     subset = TokenSubset.most_frequent(torch.arange(TINY_VOCAB), size=40) if restricted else None
-    model = make_model(architecture=architecture, heads_lm_head=reads, subset=subset, backbone=backbone, target=target)
+    model = make_model(
+        architecture=architecture, heads_lm_head=reads, subset=subset, backbone=backbone, target=target
+    )
     batch = {name: tensor.clone() for name, tensor in BATCH.items()}
     put_module_on_device(model)
     put_on_device(*batch.values())
@@ -146,18 +187,33 @@ def test_the_stand_in_for_a_device_sees_what_was_left_behind() -> None:
     there, here = torch.ones(3), torch.ones(3)
     put_on_device(there)
     with HostAndDevice():
-        assert is_on_device((2 * there)[1:]) and is_on_device(torch.zeros(2, device=there.device)) and not is_on_device(here + 1)
+        assert (
+            is_on_device((2 * there)[1:])
+            and is_on_device(torch.zeros(2, device=there.device))
+            and not is_on_device(here + 1)
+        )
         assert is_on_device(there * torch.ones(()))
         with pytest.raises(RuntimeError, match="of the host meet"):
             there + here
 
 
 @pytest.mark.parametrize("target", ["tokens", "original"])
-@pytest.mark.parametrize("architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")])
-def test_no_logits_outlive_their_chunk(monkeypatch: pytest.MonkeyPatch, target: str, architecture: str, reads: str) -> None:
-    """Regression: the original model's logits were kept for all positions until the backward pass. Ten positions, two rows a chunk."""
+@pytest.mark.parametrize(
+    "architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")]
+)
+def test_no_logits_outlive_their_chunk(
+    monkeypatch: pytest.MonkeyPatch, target: str, architecture: str, reads: str
+) -> None:
+    """Regression: the original model's logits were kept for all positions until the backward pass. Ten
+    positions, two rows a chunk.
+    """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
-    model = make_model(target=target, architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    model = make_model(
+        target=target,
+        architecture=architecture,
+        heads_lm_head=reads,
+        lora=LoraRecipe(rank=4, alpha=8, dropout=0.0),
+    )
     saved: list[tuple[int, ...]] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -167,18 +223,30 @@ def test_no_logits_outlive_their_chunk(monkeypatch: pytest.MonkeyPatch, target: 
     gc.collect()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = model(**BATCH, backbone_weight=1.0, heads_weight=0.3)
-    alive = [tuple(one.shape) for one in gc.get_objects() if issubclass(type(one), Tensor) and not isinstance(one, nn.Parameter)]
+    alive = [
+        tuple(one.shape)
+        for one in gc.get_objects()
+        if issubclass(type(one), Tensor) and not isinstance(one, nn.Parameter)
+    ]
     wide = [shape for shape in (*alive, *saved) if len(shape) > 1 and shape[-1] == TINY_VOCAB]
     assert wide == [] and saved and float(result["loss"].detach()) > 0
 
 
 def test_heads_move_the_backbone_only_while_it_learns() -> None:
-    """The heads' loss alone reaches the adapter where the backbone has a weight, and nothing of the backbone where it has none."""
+    """The heads' loss alone reaches the adapter where the backbone has a weight, and nothing of the backbone
+    where it has none.
+    """
     model = make_model(target="original")
     stir(model)
     model(**BATCH, backbone_weight=1e-9, heads_weight=1.0)["loss"].backward()
-    adapters = [parameter for name, parameter in model.backbone.named_parameters() if "lora_A" in name and "lm_head" not in name]
-    assert adapters and all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in adapters)
+    adapters = [
+        parameter
+        for name, parameter in model.backbone.named_parameters()
+        if "lora_A" in name and "lm_head" not in name
+    ]
+    assert adapters and all(
+        parameter.grad is not None and bool(parameter.grad.any()) for parameter in adapters
+    )
     model.zero_grad()
     result = model(**BATCH, backbone_weight=0.0, heads_weight=1.0)
     result["loss"].backward()
@@ -189,7 +257,9 @@ def test_heads_move_the_backbone_only_while_it_learns() -> None:
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
-    """At step 0 the adapter adds nothing, whatever its own dropout draws: the KL term must be 0 to the last bit."""
+    """At step 0 the adapter adds nothing, whatever its own dropout draws: the KL term must be 0 to the last
+    bit.
+    """
     model = make_model(target="original", backbone=backbone).train()
     result = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
     assert float(result["backbone_loss"]) == 0.0
@@ -201,19 +271,25 @@ def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
-    """In training the student drops in attention and adapter; what it is compared with is the untouched model, to the last bit, each time.
+    """In training the student drops in attention and adapter; what it is compared with is the untouched
+    model, to the last bit, each time.
 
-    Regression: this was tested at step 0 of a model without dropout in its attention, where a teacher left in train mode looks the same.
+    Regression: this was tested at step 0 of a model without dropout in its attention, where a teacher left in
+    train mode looks the same.
     """
     noisy = tiny_llama()
     for layer in noisy.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    model = make_model(model=noisy, target="original", backbone=backbone, lora=LoraRecipe(rank=4, alpha=8, dropout=0.5)).train()
+    model = make_model(
+        model=noisy, target="original", backbone=backbone, lora=LoraRecipe(rank=4, alpha=8, dropout=0.5)
+    ).train()
     stir(model)
     read: list[tuple[Tensor, Tensor]] = []
     real = medusa2._divergence
 
-    def spy(lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module) -> tuple[Tensor, Tensor]:
+    def spy(
+        lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module
+    ) -> tuple[Tensor, Tensor]:
         read.append((states.detach().clone(), original_lm_head(original_states)))
         return real(lm_head, states, original_states, original_lm_head)
 
@@ -230,26 +306,38 @@ def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone:
 
 
 def longer_batch() -> dict[str, Tensor]:
-    """Four random sequences of 24 tokens, the last cut to 17; the tokens 6 to 16 are the answers, 11 positions a sequence."""
+    """Four random sequences of 24 tokens, the last cut to 17; the tokens 6 to 16 are the answers, 11
+    positions a sequence.
+    """
     torch.manual_seed(5)
     lengths = (24, 24, 24, 17)
-    sequences = [TrainingSequence(tuple(torch.randint(TINY_VOCAB, (length,)).tolist()), ((6, 17),)) for length in lengths]
+    sequences = [
+        TrainingSequence(tuple(torch.randint(TINY_VOCAB, (length,)).tolist()), ((6, 17),))
+        for length in lengths
+    ]
     data = SequenceDataset(sequences)
     return collate([data[index] for index in range(4)])
 
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 @pytest.mark.parametrize("target", ["original", "tokens"])
-def test_agreements_are_first_choices_compared_one_by_one(monkeypatch: pytest.MonkeyPatch, backbone: str, target: str) -> None:
-    """Where training has moved the backbone some of its first choices are the target's and some are not. In chunks of three rows.
+def test_agreements_are_first_choices_compared_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, backbone: str, target: str
+) -> None:
+    """Where training has moved the backbone some of its first choices are the target's and some are not. In
+    chunks of three rows.
 
-    Every other token asked for is the moved model's own first choice, apart from the tokens it reads: else none would agree.
+    Every other token asked for is the moved model's own first choice, apart from the tokens it reads: else
+    none would agree.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
     model = make_model(backbone=backbone, target=target, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
     stir(model)
     batch = longer_batch()
-    seen, labels = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, batch["labels"]
+    seen, labels = (
+        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
+        batch["labels"],
+    )
     with torch.no_grad():
         for parameter in model.backbone.parameters():
             if backbone == "full":
@@ -266,27 +354,43 @@ def test_agreements_are_first_choices_compared_one_by_one(monkeypatch: pytest.Mo
     assert 8 < agreements < 36, "some agree and some do not"
 
 
-@pytest.mark.parametrize("architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")])
-def test_head_ranks_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch, architecture: str, reads: str) -> None:
-    """Where each target's logit stands in its row, sorted, by the LM head that the heads read. In chunks of three rows.
+@pytest.mark.parametrize(
+    "architecture, reads", [("shared", "original"), ("shared", "adapted"), ("own", "original")]
+)
+def test_head_ranks_are_counted_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, reads: str
+) -> None:
+    """Where each target's logit stands in its row, sorted, by the LM head that the heads read. In chunks of
+    three rows.
 
-    Every token asked for is the (i mod 12)-th best of head 1 two positions before, so that head 1 hits every rank and others few.
+    Every token asked for is the (i mod 12)-th best of head 1 two positions before, so that head 1 hits every
+    rank and others few.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
-    model = make_model(architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    model = make_model(
+        architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)
+    )
     stir(model)
     batch = longer_batch()
     with torch.no_grad():
-        hidden = model.model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        logits = model.heads(hidden, lm_head=model.model.lm_head if reads == "adapted" else model.original_lm_head)
+        hidden = model.model.get_decoder()(
+            batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state
+        logits = model.heads(
+            hidden, lm_head=model.model.lm_head if reads == "adapted" else model.original_lm_head
+        )
     counted = [[0] * NUM_RANKS for _ in range(3)]
     for row in range(4):
         for position in range(6, 17):
-            batch["labels"][row, position] = logits[row, position - 2, 0].argsort(descending=True)[(11 * row + position) % 12]
+            batch["labels"][row, position] = logits[row, position - 2, 0].argsort(descending=True)[
+                (11 * row + position) % 12
+            ]
         for position in range(5, 16):
             for head in range(min(3, 15 - position)):
                 values = logits[row, position, head].tolist()
-                place = sorted(values, reverse=True).index(values[int(batch["labels"][row, position + 2 + head])])
+                place = sorted(values, reverse=True).index(
+                    values[int(batch["labels"][row, position + 2 + head])]
+                )
                 if place < NUM_RANKS:
                     counted[head][place] += 1
     result = model(**batch, backbone_weight=1.0, heads_weight=0.3)
@@ -306,13 +410,17 @@ def test_the_teacher_leaves_everything_as_it_was() -> None:
     with model.teacher() as original:
         assert not torch.is_grad_enabled() and not original.training
         states = original.get_decoder()(BATCH["input_ids"]).last_hidden_state
-    torch.testing.assert_close(states, tiny_llama().model(BATCH["input_ids"]).last_hidden_state, atol=0, rtol=0)
+    torch.testing.assert_close(
+        states, tiny_llama().model(BATCH["input_ids"]).last_hidden_state, atol=0, rtol=0
+    )
     assert {name: parameter.requires_grad for name, parameter in model.backbone.named_parameters()} == before
     assert model.backbone.training and torch.is_grad_enabled()
 
 
 def test_padding_changes_nothing() -> None:
-    """Regression: a KL over all positions and a cross-entropy over the kept ones shift their balance with the padding."""
+    """Regression: a KL over all positions and a cross-entropy over the kept ones shift their balance with the
+    padding.
+    """
     model = make_model(target="original", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)).eval()
     stir(model)
     sums = [model(**BATCH, backbone_weight=1.0, heads_weight=0.2)]
@@ -330,15 +438,24 @@ def test_a_batch_in_parts_adds_up() -> None:
     model = make_model(target="tokens", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
     whole = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
     parts = [
-        model(**{name: value[row : row + 1] for name, value in BATCH.items()}, backbone_weight=1.0, heads_weight=0.2, num_items=10)
+        model(
+            **{name: value[row : row + 1] for name, value in BATCH.items()},
+            backbone_weight=1.0,
+            heads_weight=0.2,
+            num_items=10,
+        )
         for row in range(2)
     ]
-    assert float((parts[0]["loss"] + parts[1]["loss"]).detach()) == pytest.approx(float(whole["loss"]), rel=1e-5)
+    assert float((parts[0]["loss"] + parts[1]["loss"]).detach()) == pytest.approx(
+        float(whole["loss"]), rel=1e-5
+    )
 
 
 @torch.no_grad()
 def test_a_tied_lm_head_is_untied_before_the_adapter_and_merges_exactly() -> None:
-    """Regression: an adapter on a tied LM head is merged into the embedding as well, and every logit is off."""
+    """Regression: an adapter on a tied LM head is merged into the embedding as well, and every logit is
+    off.
+    """
     tied = tied_llama()
     expected = tied(BATCH["input_ids"]).logits
     model = make_model(model=tied).eval()
@@ -349,15 +466,25 @@ def test_a_tied_lm_head_is_untied_before_the_adapter_and_merges_exactly() -> Non
     merged = model.backbone.merge_and_unload()
     torch.testing.assert_close(merged(BATCH["input_ids"]).logits, unmerged, atol=1e-5, rtol=1e-5)
     assert merged.lm_head.weight is not merged.model.embed_tokens.weight
-    torch.testing.assert_close(merged.model.embed_tokens.weight, tied_llama().model.embed_tokens.weight, atol=0, rtol=0)
+    torch.testing.assert_close(
+        merged.model.embed_tokens.weight, tied_llama().model.embed_tokens.weight, atol=0, rtol=0
+    )
 
 
 def test_an_adapter_covers_every_linear_layer_and_the_lm_head_where_asked() -> None:
     with_head = add_adapter(tiny_llama(), LORA)
-    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in with_head.named_parameters() if "lora_A" in name}
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2]
+        for name, _ in with_head.named_parameters()
+        if "lora_A" in name
+    }
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
     without = add_adapter(tied_llama(), LORA.model_copy(update={"lm_head": False, "targets": ("q_proj",)}))
-    assert {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in without.named_parameters() if "lora_A" in name} == {"q_proj"}
+    assert {
+        name.split(".lora_A")[0].rpartition(".")[2]
+        for name, _ in without.named_parameters()
+        if "lora_A" in name
+    } == {"q_proj"}
     assert without.get_base_model().lm_head.weight is without.get_base_model().model.embed_tokens.weight
     with pytest.raises(UserError, match=r"adapter targets \['nowhere'\]"):
         add_adapter(tiny_llama(), LORA.model_copy(update={"targets": ("nowhere",)}))
@@ -367,7 +494,10 @@ def test_untying_copies_once() -> None:
     model = tied_llama()
     untie_lm_head(model)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr() and model.config.tie_word_embeddings is False
+    assert (
+        model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+        and model.config.tie_word_embeddings is False
+    )
     weight = model.lm_head.weight
     untie_lm_head(model)
     assert model.lm_head.weight is weight
@@ -379,7 +509,9 @@ def test_heads_in_a_subset_of_the_vocabulary() -> None:
     counts[33] = 0
     subset = TokenSubset.most_frequent(counts, size=int(counts.sum()))
     result = make_model(subset=subset)(**BATCH, backbone_weight=0.0, heads_weight=1.0)
-    assert result["head_targets"].tolist() == [6, 3, 1], "of 7, 4 and 1 targets, those that are token 33 are left out"
+    assert result["head_targets"].tolist() == [6, 3, 1], (
+        "of 7, 4 and 1 targets, those that are token 33 are left out"
+    )
     assert int(result["positions"]) == 10
     with pytest.raises(ValidationError, match="frozen LM head"):
         Medusa2Recipe(num_steps=1, subset_size=8, heads_lm_head="adapted")
@@ -388,7 +520,12 @@ def test_heads_in_a_subset_of_the_vocabulary() -> None:
 def test_schedules() -> None:
     """Heads first, then both; or a quarter sine up to lambda_0; or neither, which is direct fine-tuning."""
     stages = Medusa2Recipe(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
-    assert [stages.loss_weights(step, num_steps=100) for step in (0, 39, 40, 90)] == [(0, 1), (0, 1), (1, 0.2), (1, 0.2)]
+    assert [stages.loss_weights(step, num_steps=100) for step in (0, 39, 40, 90)] == [
+        (0, 1),
+        (0, 1),
+        (1, 0.2),
+        (1, 0.2),
+    ]
     assert stages.first_backbone_step(100) == 40
     assert stages.learning_rates(39, num_steps=100)[1] == 0
     assert stages.learning_rates(40, num_steps=100)[1] == pytest.approx(5e-4)
@@ -398,35 +535,63 @@ def test_schedules() -> None:
     linear = ramped.model_copy(update={"ramp": "linear"})
     assert linear.loss_weights(25, num_steps=100) == pytest.approx((1.0, 0.005))
     assert ramped.model_copy(update={"ramp": "constant"}).loss_weights(0, num_steps=100) == (1.0, 0.01)
-    direct = Medusa2Recipe(num_steps=100, warmup="none", lambda_0=1.0, heads_learning_rate=1e-3, backbone_learning_rate=1e-3)
-    assert direct.loss_weights(0, num_steps=100) == (1.0, 1.0) and len(set(direct.learning_rates(50, num_steps=100))) == 1
+    direct = Medusa2Recipe(
+        num_steps=100, warmup="none", lambda_0=1.0, heads_learning_rate=1e-3, backbone_learning_rate=1e-3
+    )
+    assert (
+        direct.loss_weights(0, num_steps=100) == (1.0, 1.0)
+        and len(set(direct.learning_rates(50, num_steps=100))) == 1
+    )
     rates = [ramped.learning_rates(step, num_steps=100)[0] for step in range(100)]
-    assert rates[0] == pytest.approx(2e-3 / 41) and max(rates) == rates[40] == pytest.approx(2e-3) and rates[-1] < 2e-6
+    assert (
+        rates[0] == pytest.approx(2e-3 / 41)
+        and max(rates) == rates[40] == pytest.approx(2e-3)
+        and rates[-1] < 2e-6
+    )
     frozen = Medusa2Recipe(num_steps=100, backbone="frozen")
-    assert frozen.loss_weights(70, num_steps=100) == (0.0, 1.0) and frozen.learning_rates(50, num_steps=100)[1] == 0
+    assert (
+        frozen.loss_weights(70, num_steps=100) == (0.0, 1.0)
+        and frozen.learning_rates(50, num_steps=100)[1] == 0
+    )
 
 
 def test_recipes_that_cannot_be_are_refused() -> None:
-    for wrong in ({"num_steps": 1, "num_epochs": 1.0}, {}, {"num_steps": 1, "quantisation": "4bit", "backbone": "full"}):
+    for wrong in (
+        {"num_steps": 1, "num_epochs": 1.0},
+        {},
+        {"num_steps": 1, "quantisation": "4bit", "backbone": "full"},
+    ):
         with pytest.raises(ValidationError):
             Medusa2Recipe(**wrong)
 
 
 def test_capped_logits_are_refused() -> None:
     config = Gemma2Config(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
     )
     heads = MedusaHeads(num_heads=1, num_layers=1, hidden_size=16, vocab_size=40, architecture="shared")
     with pytest.raises(UserError, match="final_logit_softcapping"):
         MedusaTrainingModel(Gemma2ForCausalLM(config), heads, recipe=Medusa2Recipe(num_steps=1, num_heads=1))
 
 
-@pytest.mark.parametrize("recipe", [{"target": "original"}, {"target": "tokens", "backbone": "full", "heads_lm_head": "adapted"}])
+@pytest.mark.parametrize(
+    "recipe", [{"target": "original"}, {"target": "tokens", "backbone": "full", "heads_lm_head": "adapted"}]
+)
 def test_checkpointed_layers_give_the_same_gradients_and_keep_less(recipe: dict[str, Any]) -> None:
-    """Layers that run again draw the dropout masks that they drew the first time, and the teacher is left alone."""
+    """Layers that run again draw the dropout masks that they drew the first time, and the teacher is left
+    alone.
+    """
     found = []
     for checkpointed in (False, True):
-        backbone = LlamaForCausalLM._from_config(LlamaConfig(**{**tiny_llama().config.to_dict(), "attention_dropout": 0.1}))
+        backbone = LlamaForCausalLM._from_config(
+            LlamaConfig(**{**tiny_llama().config.to_dict(), "attention_dropout": 0.1})
+        )
         backbone.load_state_dict(tiny_llama().state_dict())
         model = make_model(model=backbone, gradient_checkpointing=checkpointed, **recipe)
         kept: dict[int, int] = {}
@@ -454,9 +619,14 @@ def test_a_state_of_what_learns_is_enough_and_anything_else_is_refused() -> None
     state = {name: tensor + 1 for name, tensor in source.state_dict().items() if name in learning}
     frozen = {name: one.detach().clone() for name, one in target.named_parameters() if name not in learning}
     target.load_state_dict(state)
-    assert len(frozen) > 10 and all(torch.equal(target.get_parameter(name), tensor) for name, tensor in frozen.items())
+    assert len(frozen) > 10 and all(
+        torch.equal(target.get_parameter(name), tensor) for name, tensor in frozen.items()
+    )
     assert all(torch.equal(target.get_parameter(name), tensor) for name, tensor in state.items())
     first = min(learning)
-    for wrong in ({name: tensor for name, tensor in state.items() if name != first}, {**state, "other": state[first]}):
+    for wrong in (
+        {name: tensor for name, tensor in state.items() if name != first},
+        {**state, "other": state[first]},
+    ):
         with pytest.raises(RuntimeError, match="only one side has"):
             target.load_state_dict(wrong)

@@ -1,4 +1,6 @@
-"""Joint training on the Trainer: what moves, what stays, the log, a resumed run, and two processes, sharded or not, against one."""
+"""Joint training on the Trainer: what moves, what stays, the log, a resumed run, and two processes, sharded
+or not, against one.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,37 @@ from medusa_impl.training_log import STEP_LOG, JointStep, read_step_log
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE, WEIGHTS = "share.json", "weights.pt"
-SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "suites/recipes/fsdp.yaml", "--num_processes", "2"]
+SHARDED = [
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "suites/recipes/fsdp.yaml",
+    "--num_processes",
+    "2",
+]
 SHARDED += ["--main_process_port", "0", "-m", "medusa_impl.tests.pretend_gpus"]
-DEEPSPEED = ["-m", "accelerate.commands.launch", "--config_file", "suites/recipes/deepspeed.yaml", "--num_processes", "2"]
+DEEPSPEED = [
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "suites/recipes/deepspeed.yaml",
+    "--num_processes",
+    "2",
+]
 DEEPSPEED += ["--main_process_port", "0", "-m"]
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: medusa-repro[deepspeed]")
-DATA_PARALLEL = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: medusa-repro[deepspeed]"
+)
+DATA_PARALLEL = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node",
+    "2",
+    "--master_port",
+    "0",
+    "--rdzv_backend",
+    "c10d",
+]
 DATA_PARALLEL += ["--rdzv_endpoint", "localhost:0", "-m"]
 
 
@@ -58,9 +85,11 @@ def even_sequences() -> tuple[TrainingSequence, ...]:
 
 
 def long_run() -> dict[str, Any]:
-    """Two epochs of four steps, each of two parts, the last of an epoch of one; no dropout, which each process would draw for itself.
+    """Two epochs of four steps, each of two parts, the last of an epoch of one; no dropout, which each
+    process would draw for itself.
 
-    lambda_0 has its full value from the start: a first step without any loss would make Adam's second moments of rounding alone.
+    lambda_0 has its full value from the start: a first step without any loss would make Adam's second moments
+    of rounding alone.
     """
     lora = LORA.model_copy(update={"dropout": 0.0})
     length = {"num_steps": None, "num_epochs": 2.0, "accumulation_steps": 2, "save_steps": 5}
@@ -91,11 +120,15 @@ def make_trainer(
     torch.manual_seed(recipe.seed)
     model = MedusaTrainingModel(backbone_model or tiny_llama(), make_heads(), recipe=recipe)
     arguments = training_arguments(recipe, folder=folder, save_steps=save_steps, use_cpu=True)
-    return MedusaTrainer(model, sequences=some_sequences() if sequences is None else sequences, arguments=arguments)
+    return MedusaTrainer(
+        model, sequences=some_sequences() if sequences is None else sequences, arguments=arguments
+    )
 
 
 def state_of(trainer: MedusaTrainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer._training_model.named_parameters()}
+    return {
+        name: parameter.detach().clone() for name, parameter in trainer._training_model.named_parameters()
+    }
 
 
 def test_what_learns_moves_and_the_rest_is_bit_identical(tmp_path: Path) -> None:
@@ -128,7 +161,9 @@ def test_stages_hold_the_backbone_still_then_let_it_go(tmp_path: Path) -> None:
 
 
 def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
-    """Of eight answer tokens a sequence the LM head has all for targets, head k all but k: the loss is the logged means, so weighted."""
+    """Of eight answer tokens a sequence the LM head has all for targets, head k all but k: the loss is the
+    logged means, so weighted.
+    """
     trainer = make_trainer(tmp_path, sequences=even_sequences())
     trainer._clock = itertools.count(step=2.0).__next__  # two seconds a step
     trainer.train()
@@ -137,7 +172,9 @@ def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
     recipe = trainer.recipe
     for index, step in enumerate(steps):
         assert (step.backbone_weight, step.lambda_0) == recipe.loss_weights(index, num_steps=6)
-        assert (step.heads_learning_rate, step.backbone_learning_rate) == recipe.learning_rates(index, num_steps=6)
+        assert (step.heads_learning_rate, step.backbone_learning_rate) == recipe.learning_rates(
+            index, num_steps=6
+        )
         assert step.backbone_loss is not None and step.num_positions == 2 * 8 and step.memory_bytes > 0
         assert step.positions_per_s == 8.0
         heads = sum(0.8**head * (8 - head) / 8 * (step.head_losses[head - 1] or 0) for head in (1, 2, 3))
@@ -161,9 +198,15 @@ def test_the_optimiser_holds_two_groups_at_two_rates(tmp_path: Path) -> None:
     assert any(one.dim() == 1 for one in groups[0]["params"]), "biases"
 
 
-@pytest.mark.parametrize(("schedule", "held"), [("whole", [0, 6, 6, 6, 36, 36]), ("each_stage", [0, 6, 6, 0, 36, 36])])
-def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(tmp_path: Path, schedule: str, held: list[int]) -> None:
-    """Regression: the heads' weight falls by a factor where the stages meet, and moments of the first held their steps back."""
+@pytest.mark.parametrize(
+    ("schedule", "held"), [("whole", [0, 6, 6, 6, 36, 36]), ("each_stage", [0, 6, 6, 0, 36, 36])]
+)
+def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(
+    tmp_path: Path, schedule: str, held: list[int]
+) -> None:
+    """Regression: the heads' weight falls by a factor where the stages meet, and moments of the first held
+    their steps back.
+    """
     trainer = make_trainer(tmp_path, warmup="two_stage", stage_rate=0.5, schedule=schedule)
     seen: list[int] = []
     begin = trainer.begin_step
@@ -178,7 +221,11 @@ def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(tmp_path
     assert seen == held
 
 
-@pytest.mark.parametrize("changes", [{}, {"backbone": "full", "heads_lm_head": "adapted", "target": "tokens"}], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"backbone": "full", "heads_lm_head": "adapted", "target": "tokens"}],
+    ids=["lora", "full"],
+)
 def test_a_tied_model_is_saved_and_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
     """The names of tensors that share memory are many; what learns is saved once, and found again."""
     whole = make_trainer(tmp_path / "whole", save_steps=3, backbone_model=tied_llama(), **changes)
@@ -190,7 +237,9 @@ def test_a_tied_model_is_saved_and_resumed(tmp_path: Path, changes: dict[str, An
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     for name, value in state_of(whole).items():
         assert torch.equal(value, state_of(again)[name]), name
-    is_tied = again._training_model.model.lm_head.weight is again._training_model.model.model.embed_tokens.weight
+    is_tied = (
+        again._training_model.model.lm_head.weight is again._training_model.model.model.embed_tokens.weight
+    )
     assert is_tied == (changes != {}), "an adapter on the LM head unties it, full training leaves it tied"
 
 
@@ -203,7 +252,9 @@ def test_a_batch_stays_the_recipes_whatever_the_processes(processes: int, shared
 
 
 def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
-    """Dropout, data order, optimiser, rates and the ramp all come back: from step 4 on, the losses are equal to the last bit."""
+    """Dropout, data order, optimiser, rates and the ramp all come back: from step 4 on, the losses are equal
+    to the last bit.
+    """
     whole = make_trainer(tmp_path / "whole", save_steps=3)
     whole.train()
     first = make_trainer(tmp_path / "cut", save_steps=3)
@@ -225,37 +276,53 @@ def test_a_run_resumed_in_its_second_epoch_sees_the_sequences_in_that_epochs_ord
     first = make_trainer(tmp_path / "cut", **changes)
     first._on_step = lambda step: setattr(first.control, "should_training_stop", step.step == 9)
     first.train()
-    make_trainer(tmp_path / "cut", **changes).train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
+    make_trainer(tmp_path / "cut", **changes).train(
+        resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8")
+    )
     expected, got = (read_step_log(tmp_path / name / STEP_LOG) for name in ("whole", "cut"))
     assert [step.loss for step in got] == [step.loss for step in expected]
     positions = [step.num_positions for step in expected]
-    assert sum(positions[:6]) == sum(positions[6:]) and positions[:6] != positions[6:], "each epoch has its own batches"
+    assert sum(positions[:6]) == sum(positions[6:]) and positions[:6] != positions[6:], (
+        "each epoch has its own batches"
+    )
 
 
 def train_together(launcher: list[str], jobs: list[dict[str, Any]]) -> None:
     """Have two processes do some jobs, one after another, each in its folder."""
     command = [sys.executable, *launcher, "medusa_impl.tests.two_processes", json.dumps(jobs)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_same_steps(got: tuple[JointStep, ...], expected: tuple[JointStep, ...], *, rel: float) -> None:
-    """What two runs logged of each step agrees: counts, losses and gradients, whose scale Adam would hide from the losses."""
+    """What two runs logged of each step agrees: counts, losses and gradients, whose scale Adam would hide
+    from the losses.
+    """
     for left, right in zip(got, expected, strict=True):
         assert left.num_positions == right.num_positions
         assert left.loss == pytest.approx(right.loss, rel=rel)
         assert (left.backbone_loss is None) == (right.backbone_loss is None)
         assert (left.backbone_loss or 0) == pytest.approx(right.backbone_loss or 0, rel=rel, abs=rel / 5)
         assert left.head_losses == pytest.approx(right.head_losses, rel=rel)
-        assert left.gradient_norm == pytest.approx(right.gradient_norm, rel=10 * rel) and (left.gradient_norm or 0) > 1e-3
-        assert (left.head_accuracies, left.agreement_rate) == (right.head_accuracies, right.agreement_rate) or rel > 1e-3
+        assert (
+            left.gradient_norm == pytest.approx(right.gradient_norm, rel=10 * rel)
+            and (left.gradient_norm or 0) > 1e-3
+        )
+        assert (left.head_accuracies, left.agreement_rate) == (
+            right.head_accuracies,
+            right.agreement_rate,
+        ) or rel > 1e-3
 
 
 def assert_same_end(got: Path, expected: Path, *, rounded: bool = False) -> None:
-    """Two trainings ended close to each other, as a share of the way from the start: weights that never moved would be at 1.
+    """Two trainings ended close to each other, as a share of the way from the start: weights that never moved
+    would be at 1.
 
-    The backbone's may lie further apart: an adapter's first matrix begins without a gradient, and Adam makes a whole step of its rounding.
+    The backbone's may lie further apart: an adapter's first matrix begins without a gradient, and Adam makes
+    a whole step of its rounding.
     """
     end, whole = torch.load(got / WEIGHTS), torch.load(expected / WEIGHTS)
     assert end.keys() == whole["end"].keys()
@@ -267,13 +334,16 @@ def assert_same_end(got: Path, expected: Path, *, rounded: bool = False) -> None
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Two gloo processes with a sequence each make the losses and gradients of one with both: over two epochs, in parts, and resumed."""
+    """Two gloo processes with a sequence each make the losses and gradients of one with both: over two
+    epochs, in parts, and resumed.
+    """
     folder = tmp_path / "two"
     train_together(DATA_PARALLEL, [{"folder": str(folder)}])
     whole = read_step_log(folder / STEP_LOG)
     make_trainer(tmp_path / "one", **long_run()).train()
     assert_same_steps(whole, read_step_log(tmp_path / "one" / STEP_LOG), rel=1e-4)
-    train_together(DATA_PARALLEL, [{"folder": str(folder), "checkpoint": str(folder / "checkpoint-5")}])  # in the second epoch
+    # in the second epoch
+    train_together(DATA_PARALLEL, [{"folder": str(folder), "checkpoint": str(folder / "checkpoint-5")}])
     again = read_step_log(folder / STEP_LOG)
     assert [step.loss for step in again] == pytest.approx([step.loss for step in whole], rel=1e-6)
     assert [step.num_positions for step in again] == [step.num_positions for step in whole]
@@ -288,7 +358,12 @@ SHARDED_CASES: dict[str, dict[str, Any]] = {
     "two_stages": {"warmup": "two_stage", "schedule": "each_stage"},
     "tied": {"tied": True},
     "everything": {"tied": True, "backbone": "full", "heads_lm_head": "adapted", "target": "tokens"},
-    "everything_by_teacher": {"tied": True, "backbone": "full", "heads_lm_head": "adapted", "target": "original"},
+    "everything_by_teacher": {
+        "tied": True,
+        "backbone": "full",
+        "heads_lm_head": "adapted",
+        "target": "original",
+    },
 }
 ROUNDED = {"autocast", "half"}  # bfloat16 in them: losses agree to its rounding only
 
@@ -316,14 +391,18 @@ def train_alone(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes that hold half of the weights each, and some of them cut off and resumed; beside them runs of one process."""
+    """Runs of two processes that hold half of the weights each, and some of them cut off and resumed; beside
+    them runs of one process.
+    """
     folder = tmp_path_factory.mktemp("sharded")
     train_alone(folder / "one", SHARDED_CASES)
     jobs = [{"folder": str(folder / "two" / name), **changes} for name, changes in SHARDED_CASES.items()]
     for name, begun in (("resumed", "two"), ("taken_up", "one")):
         for case in RESUMED_CASES:
             checkpoint = str(folder / begun / case / "checkpoint-5")
-            jobs.append({"folder": str(folder / name / case), "checkpoint": checkpoint, **SHARDED_CASES[case]})
+            jobs.append(
+                {"folder": str(folder / name / case), "checkpoint": checkpoint, **SHARDED_CASES[case]}
+            )
     train_together(SHARDED, jobs)
     return folder
 
@@ -333,15 +412,20 @@ RESUMED_CASES = ["adapter", "two_stages", "everything"]
 
 @pytest.mark.parametrize("name", SHARDED_CASES)
 def test_sharded_processes_take_the_steps_of_one(sharded: Path, name: str) -> None:
-    """Under FSDP each process holds about half of the weights, and losses, gradients and what is learnt are those of one that holds all.
+    """Under FSDP each process holds about half of the weights, and losses, gradients and what is learnt are
+    those of one that holds all.
 
-    Regression: autocast was left to accelerate, which under FSDP leaves it out and hands out losses and sums in bfloat16 instead.
+    Regression: autocast was left to accelerate, which under FSDP leaves it out and hands out losses and sums
+    in bfloat16 instead.
     """
     one, two = sharded / "one" / name, sharded / "two" / name
-    layers = tiny_llama().config.num_hidden_layers * (2 if name == "everything_by_teacher" else 1)  # the original beside the model
+    # the original beside the model
+    layers = tiny_llama().config.num_hidden_layers * (2 if name == "everything_by_teacher" else 1)
     for held, num_units in json.loads((two / SHARE).read_text()):
         assert 0.4 < held < 0.6 and num_units == layers + 1
-    assert_same_steps(read_step_log(two / STEP_LOG), read_step_log(one / STEP_LOG), rel=4e-3 if name in ROUNDED else 1e-4)
+    assert_same_steps(
+        read_step_log(two / STEP_LOG), read_step_log(one / STEP_LOG), rel=4e-3 if name in ROUNDED else 1e-4
+    )
     assert_same_end(two, one, rounded=name in ROUNDED)
 
 
@@ -350,7 +434,9 @@ def test_sharded_processes_take_the_steps_of_one(sharded: Path, name: str) -> No
 def test_a_sharded_run_goes_on_from_its_own_checkpoint_and_from_that_of_one_process(
     sharded: Path, name: str, begun: str, resumed: str
 ) -> None:
-    """Weights, moments and rates come back cut in two; in the two stages the optimiser knows the heads alone until the second begins."""
+    """Weights, moments and rates come back cut in two; in the two stages the optimiser knows the heads alone
+    until the second begins.
+    """
     expected, got = (read_step_log(sharded / folder / name / STEP_LOG) for folder in (begun, resumed))
     assert [step.step for step in got] == [6, 7, 8]
     assert_same_steps(got, expected[5:], rel=1e-5)
@@ -361,31 +447,50 @@ def test_a_sharded_run_goes_on_from_its_own_checkpoint_and_from_that_of_one_proc
 def test_one_process_goes_on_where_sharded_ones_stopped(sharded: Path, tmp_path: Path, name: str) -> None:
     trainer = make_case(tmp_path, **SHARDED_CASES[name])
     trainer.train(resume_from_checkpoint=str(sharded / "two" / name / "checkpoint-5"))
-    assert_same_steps(read_step_log(tmp_path / STEP_LOG), read_step_log(sharded / "two" / name / STEP_LOG)[5:], rel=1e-5)
+    assert_same_steps(
+        read_step_log(tmp_path / STEP_LOG), read_step_log(sharded / "two" / name / STEP_LOG)[5:], rel=1e-5
+    )
 
 
 @needs_deepspeed
 def test_deepspeed_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """ZeRO's second stage: each process keeps half of the optimiser; whole runs and runs that go on where others were cut off."""
-    cases = {name: SHARDED_CASES[name] for name in ("adapter", "autocast", "heads_alone", "two_stages", "everything")}
+    """ZeRO's second stage: each process keeps half of the optimiser; whole runs and runs that go on where
+    others were cut off.
+    """
+    cases = {
+        name: SHARDED_CASES[name]
+        for name in ("adapter", "autocast", "heads_alone", "two_stages", "everything")
+    }
     train_alone(tmp_path / "one", cases)
     jobs = [{"folder": str(tmp_path / "two" / name), **changes} for name, changes in cases.items()]
     for name in RESUMED_CASES:
         jobs.append(
-            {"folder": str(tmp_path / "resumed" / name), "checkpoint": str(tmp_path / "two" / name / "checkpoint-5"), **cases[name]}
+            {
+                "folder": str(tmp_path / "resumed" / name),
+                "checkpoint": str(tmp_path / "two" / name / "checkpoint-5"),
+                **cases[name],
+            }
         )
     train_together(DEEPSPEED, jobs)
     for name in cases:
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         assert len(list(two.glob("checkpoint-5/global_step5/zero_pp_rank_*"))) == 2
-        assert_same_steps(read_step_log(two / STEP_LOG), read_step_log(one / STEP_LOG), rel=4e-3 if name in ROUNDED else 1e-4)
+        assert_same_steps(
+            read_step_log(two / STEP_LOG),
+            read_step_log(one / STEP_LOG),
+            rel=4e-3 if name in ROUNDED else 1e-4,
+        )
         assert_same_end(two, one, rounded=name in ROUNDED)
         if name in RESUMED_CASES:
             again = tmp_path / "resumed" / name
             assert_same_steps(read_step_log(again / STEP_LOG), read_step_log(two / STEP_LOG)[5:], rel=1e-5)
             assert_same_end(again, one)
-    with pytest.raises(UserError, match="found a checkpoint of DeepSpeed on 2 processes; need one of another launcher"):
-        make_case(tmp_path / "alone").train(resume_from_checkpoint=str(tmp_path / "two" / "adapter" / "checkpoint-5"))
+    with pytest.raises(
+        UserError, match="found a checkpoint of DeepSpeed on 2 processes; need one of another launcher"
+    ):
+        make_case(tmp_path / "alone").train(
+            resume_from_checkpoint=str(tmp_path / "two" / "adapter" / "checkpoint-5")
+        )
 
 
 @pytest.mark.parametrize(
@@ -397,8 +502,14 @@ def test_deepspeed_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "found offload_optimizer"),
     ],
 )
-def test_deepspeed_that_would_train_something_else_is_refused(stage: int, config: dict[str, Any], found: str) -> None:
-    check_deepspeed(SimpleNamespace(zero_stage=2, deepspeed_config={"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}}))
+def test_deepspeed_that_would_train_something_else_is_refused(
+    stage: int, config: dict[str, Any], found: str
+) -> None:
+    check_deepspeed(
+        SimpleNamespace(
+            zero_stage=2, deepspeed_config={"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}}
+        )
+    )
     with pytest.raises(UserError, match=found):
         check_deepspeed(SimpleNamespace(zero_stage=stage, deepspeed_config=config))
 
@@ -417,7 +528,9 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLI
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "1"}, "found fsdp_offload_params"),
     ],
 )
-def test_a_launcher_that_would_train_something_else_is_refused(monkeypatch: MonkeyPatch, variables: dict[str, str], found: str) -> None:
+def test_a_launcher_that_would_train_something_else_is_refused(
+    monkeypatch: MonkeyPatch, variables: dict[str, str], found: str
+) -> None:
     gpus: Any = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,6 @@
-"""The engine's modes: packed equals eager, the stock model comes back whole, and missing operators mean eager, on record."""
+"""The engine's modes: packed equals eager, the stock model comes back whole, and missing operators mean
+eager, on record.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,16 @@ from medusa_impl.tree_buffers import tree_buffers
 
 PROMPT = [3, 7, 11, 2, 9]
 TREE = DraftTree.cartesian([3, 2])
-needs_packing = pytest.mark.skipif(not packed_linear.packing_available(torch.float32), reason="this PyTorch has no packed linear operators")
+needs_packing = pytest.mark.skipif(
+    not packed_linear.packing_available(torch.float32), reason="this PyTorch has no packed linear operators"
+)
 
 
 def make_heads() -> MedusaHeads:
     torch.manual_seed(5)
-    heads = MedusaHeads(num_heads=2, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture="shared")
+    heads = MedusaHeads(
+        num_heads=2, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture="shared"
+    )
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=0.2)
     return heads
@@ -43,12 +49,22 @@ def make_heads() -> MedusaHeads:
 
 def medusa_tokens(engine: StepRunner, *, budget: int = 20) -> list[int]:
     assert engine.heads is not None
-    steps = decode_medusa(engine.backbone, engine.heads, TREE, [PROMPT], rule=GreedyRule(), max_new_tokens=budget, eos_ids=frozenset())
+    steps = decode_medusa(
+        engine.backbone,
+        engine.heads,
+        TREE,
+        [PROMPT],
+        rule=GreedyRule(),
+        max_new_tokens=budget,
+        eos_ids=frozenset(),
+    )
     return [token for step in steps for token in step.tokens[0]]
 
 
 def vanilla_tokens(engine: StepRunner, *, budget: int = 20) -> list[int]:
-    steps = decode_vanilla(engine.backbone, [PROMPT], rule=GreedyRule(), max_new_tokens=budget, eos_ids=frozenset())
+    steps = decode_vanilla(
+        engine.backbone, [PROMPT], rule=GreedyRule(), max_new_tokens=budget, eos_ids=frozenset()
+    )
     return [token for step in steps for token in step.tokens[0]]
 
 
@@ -71,14 +87,23 @@ def test_packed_equals_eager() -> None:
     assert texts[0] == texts[1] == texts[2] == texts[3]
     assert engines["eager"].packed_bytes == 0 and routed(engines["eager"].backbone.model) == 0
     assert len(engines["packed"].available_modes()) >= 2
-    linears = [module for module in engines["packed"].backbone.model.modules() if isinstance(module, nn.Linear)]
-    assert engines["packed"].packed_bytes == 4 * (sum(linear.weight.numel() for linear in linears) + 2 * 32 * 32)
-    assert routed(engines["packed"].backbone.model) == len(linears) and routed(engines["packed"].heads or nn.Identity()) == 2
+    linears = [
+        module for module in engines["packed"].backbone.model.modules() if isinstance(module, nn.Linear)
+    ]
+    assert engines["packed"].packed_bytes == 4 * (
+        sum(linear.weight.numel() for linear in linears) + 2 * 32 * 32
+    )
+    assert (
+        routed(engines["packed"].backbone.model) == len(linears)
+        and routed(engines["packed"].heads or nn.Identity()) == 2
+    )
 
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("packed", marks=needs_packing)])
 def test_stock_lends_the_model_as_shipped_and_takes_it_back(mode: Mode) -> None:
-    """Stock kernels and stock attention inside the block, ours after it, also where the block raises; `generate` gives the same text."""
+    """Stock kernels and stock attention inside the block, ours after it, also where the block raises;
+    `generate` gives the same text.
+    """
     engine = StepRunner(tiny_llama(), make_heads(), mode=mode)
     ours = routed(engine.backbone.model)
     before = medusa_tokens(engine)
@@ -97,7 +122,9 @@ def test_stock_lends_the_model_as_shipped_and_takes_it_back(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize(("asked", "noted"), [("packed", True), ("auto", False)])
-def test_missing_operators_mean_eager_on_record(monkeypatch: pytest.MonkeyPatch, asked: Mode, noted: bool) -> None:
+def test_missing_operators_mean_eager_on_record(
+    monkeypatch: pytest.MonkeyPatch, asked: Mode, noted: bool
+) -> None:
     monkeypatch.setattr(runner, "packing_available", lambda dtype: False)
     engine = StepRunner(tiny_llama(), make_heads(), mode=asked)
     assert engine.mode == "eager" and engine.packed_bytes == 0 and routed(engine.backbone.model) == 0
@@ -134,7 +161,9 @@ def test_auto_takes_the_packed_mode_and_eager_is_respected() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["eager", "auto"])
 def test_half_precision_runs_and_agrees_where_the_gap_is_wide(mode: Mode, dtype: torch.dtype) -> None:
-    """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its top two a wide gap."""
+    """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its
+    top two a wide gap.
+    """
     model: Any = tiny_llama()
     engine = StepRunner(model.to(dtype), make_heads(), mode=mode)
     assert engine.heads is not None and next(engine.heads.parameters()).dtype == dtype
@@ -142,7 +171,9 @@ def test_half_precision_runs_and_agrees_where_the_gap_is_wide(mode: Mode, dtype:
     output = engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
     assert output.logits.dtype == dtype and bool(output.logits.isfinite().all())
     exact = StepRunner(tiny_llama(), None, mode="eager")
-    expected = exact.backbone.prefill(torch.tensor(PROMPT), cache=exact.backbone.new_cache(batch_size=1, max_length=30)).logits
+    expected = exact.backbone.prefill(
+        torch.tensor(PROMPT), cache=exact.backbone.new_cache(batch_size=1, max_length=30)
+    ).logits
     error = float((output.logits.float() - expected).abs().max())
     assert 0 < error < 0.05 * float(expected.abs().max())
     assert len(medusa_tokens(engine)) == len(vanilla_tokens(engine)) == 20
@@ -156,7 +187,9 @@ def test_heads_of_another_backbone_are_refused() -> None:
         StepRunner(tiny_llama(vocab_size=40), make_heads())
 
 
-needs_compiler = pytest.mark.skipif(not runner.compiling_available("cpu"), reason="no C++ compiler for torch.compile")
+needs_compiler = pytest.mark.skipif(
+    not runner.compiling_available("cpu"), reason="no C++ compiler for torch.compile"
+)
 MODES = [
     "eager",
     pytest.param("packed", marks=needs_packing),
@@ -183,7 +216,9 @@ def texts_of(engine: StepRunner, *, prompts: list[list[int]]) -> list[list[list[
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_decodes_the_same_texts(mode: Mode) -> None:
-    """No speed is bought with parity: both arms, one row and ragged rows, equal what stock kernels decode row by row."""
+    """No speed is bought with parity: both arms, one row and ragged rows, equal what stock kernels decode row
+    by row.
+    """
     device = torch.device("cuda" if mode == "cuda_graph" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -220,7 +255,9 @@ def vanilla_tokens_of(engine: StepRunner, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_packed_mode_takes_every_family(family: str) -> None:
-    """One prompt and one tree step of each supported architecture: packed and joined products give the stock ones' logits."""
+    """One prompt and one tree step of each supported architecture: packed and joined products give the stock
+    ones' logits.
+    """
     buffers = tree_buffers(TREE, device=torch.device("cpu"))
     tokens = torch.arange(TREE.num_nodes)[None] % 11
     outputs = []
@@ -229,14 +266,18 @@ def test_packed_mode_takes_every_family(family: str) -> None:
         assert engine.mode == mode
         cache = engine.backbone.new_cache(batch_size=1, max_length=40)
         engine.backbone.prefill(torch.tensor(PROMPT), cache=cache)
-        outputs.append(engine.backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache))
+        outputs.append(
+            engine.backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
+        )
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(outputs[0].hidden, outputs[1].hidden, atol=1e-4, rtol=1e-4)
 
 
 @needs_packing
 def test_small_projections_are_joined_as_the_model_itself_calls_them() -> None:
-    """Query, key and value; gate and up; the first layers of the heads: seen in a pass of the model, not by their names."""
+    """Query, key and value; gate and up; the first layers of the heads: seen in a pass of the model, not by
+    their names.
+    """
     engine = StepRunner(tiny_llama(), make_heads(), mode="packed")
     joined = [owner for module in (engine.backbone.model, engine.heads) for owner in joint_products(module)]
     assert sorted(len(owner._widths) for owner in set(joined)) == [2, 2, 2, 3, 3]
@@ -252,7 +293,9 @@ def joint_products(module: nn.Module | None) -> list[Any]:
 
 def test_a_mode_that_is_not_there_is_eager_with_a_note() -> None:
     engine = StepRunner(tiny_llama(), make_heads(), mode="cuda_graph")
-    assert engine.mode == "eager" and engine.note == "cuda_graph mode is not available here: fell back to eager"
+    assert (
+        engine.mode == "eager" and engine.note == "cuda_graph mode is not available here: fell back to eager"
+    )
     engine.use("eager")
     assert engine.note == ""
 
@@ -265,7 +308,15 @@ def test_a_captured_step_waits_for_the_host_once() -> None:
     assert engine.heads is not None
     for steps in (
         decode_vanilla(engine.backbone, [PROMPT], rule=GreedyRule(), max_new_tokens=12, eos_ids=frozenset()),
-        decode_medusa(engine.backbone, engine.heads, TREE, [PROMPT], rule=GreedyRule(), max_new_tokens=12, eos_ids=frozenset()),
+        decode_medusa(
+            engine.backbone,
+            engine.heads,
+            TREE,
+            [PROMPT],
+            rule=GreedyRule(),
+            max_new_tokens=12,
+            eos_ids=frozenset(),
+        ),
     ):
         next(steps), next(steps)
         torch.cuda.set_sync_debug_mode("warn")
@@ -278,7 +329,9 @@ def test_a_captured_step_waits_for_the_host_once() -> None:
 
 
 class _FakeGraphs:
-    """Stands in for PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into it."""
+    """Stands in for PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into
+    it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.users: Counter[int] = Counter()
@@ -301,7 +354,9 @@ class _FakeGraphs:
 
         @contextlib.contextmanager
         def capture(graph: Graph, pool: int | None = None) -> Iterator[None]:
-            assert pool is None or users[pool] > 0 or pool not in self.captured, "a capture into a pool whose last graph is gone"
+            assert pool is None or users[pool] > 0 or pool not in self.captured, (
+                "a capture into a pool whose last graph is gone"
+            )
             handle = len(self.captured) if pool is None else pool
             yield
             graph.handle = handle
@@ -332,7 +387,9 @@ def _small_cache() -> TreeCache:
 
 
 def test_no_capture_goes_into_the_pool_of_graphs_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All caches once shared one pool, which died with the last cache: the next capture crashed inside PyTorch."""
+    """All caches once shared one pool, which died with the last cache: the next capture crashed inside
+    PyTorch.
+    """
     fake = _FakeGraphs(monkeypatch)
     steps = CapturedSteps(_no_output)
     first, second = _small_cache(), _small_cache()
@@ -369,7 +426,9 @@ def test_a_capture_that_failed_leaves_no_pool_to_the_next(monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 def test_steps_are_captured_again_after_a_cache_was_freed() -> None:
-    """Every decoding makes a cache of its own; all graphs of the one before are gone when the next captures."""
+    """Every decoding makes a cache of its own; all graphs of the one before are gone when the next
+    captures.
+    """
     expected = medusa_tokens(StepRunner(tiny_llama(), make_heads(), mode="eager"))
     engine = StepRunner(tiny_llama().to("cuda"), make_heads(), mode="cuda_graph")  # type: ignore[arg-type]
     assert engine.mode == "cuda_graph"

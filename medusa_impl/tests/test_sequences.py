@@ -26,7 +26,9 @@ TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2,
 
 
 def test_labels_are_the_answers_and_nothing_else() -> None:
-    """Regression: masks said to be of the assistant's tokens were true everywhere. Here both answers count, end-of-sequence included."""
+    """Regression: masks said to be of the assistant's tokens were true everywhere. Here both answers count,
+    end-of-sequence included.
+    """
     row = SequenceDataset([TWO_TURNS])[0]
     assert row["labels"] == [IGNORED, IGNORED, 10, 11, 2, IGNORED, 20, 2]
     assert TWO_TURNS.num_targets == 5
@@ -43,13 +45,17 @@ def test_no_head_looks_across_a_turn() -> None:
     labels = torch.tensor([SequenceDataset([TWO_TURNS])[0]["labels"]])
     targets = answer_targets(labels, num_heads=4)[0]
     assert targets[1].tolist() == [10, 11, 2, -1, -1]
-    assert targets[4].tolist() == [-1] * 5, "the end of the first answer is not asked for the user's next words"
+    assert targets[4].tolist() == [-1] * 5, (
+        "the end of the first answer is not asked for the user's next words"
+    )
     assert targets[5].tolist() == [20, 2, -1, -1, -1]
     assert int((targets[:, 0] >= 0).sum()) == TWO_TURNS.num_targets
 
 
 def test_padding_is_masked_by_length_whatever_its_id() -> None:
-    """Regression: where padding and end-of-sequence are one id, masking by id hides every real end of sequence."""
+    """Regression: where padding and end-of-sequence are one id, masking by id hides every real end of
+    sequence.
+    """
     short = TrainingSequence(token_ids=(3, 0, 0), answers=((1, 3),))  # token id 0 is the filler's id too
     batch = collate([SequenceDataset([short, TWO_TURNS])[index] for index in range(2)])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]
@@ -87,7 +93,9 @@ def test_spans_that_cannot_be_are_refused(answers: tuple[tuple[int, int], ...]) 
     seed=st.integers(0, 3),
     epoch=st.integers(0, 2),
 )
-def test_an_order_of_like_lengths_holds_every_sequence_once(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+def test_an_order_of_like_lengths_holds_every_sequence_once(
+    lengths: list[int], batch_size: int, seed: int, epoch: int
+) -> None:
     sampler, again = (LikeLengthSampler(lengths, batch_size=batch_size, seed=seed) for _ in range(2))
     for one in (sampler, again):
         one.set_epoch(epoch)

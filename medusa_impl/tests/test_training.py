@@ -1,4 +1,6 @@
-"""Medusa-1 training on a planted rule: what it learns, what it leaves alone, and that a cut-off run loses nothing."""
+"""Medusa-1 training on a planted rule: what it learns, what it leaves alone, and that a cut-off run loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,12 @@ def _features(*, seed: int = 0, num_answers: int = 40, length: int = 12) -> Feat
         for _ in range(length):
             tokens.append((7 * tokens[-1] + 3) % VOCAB)
         states.append(codes[tokens[:-1]])
-        targets.append([[tokens[i + k] if i + k <= length else NO_TARGET for k in range(1, NUM_HEADS + 1)] for i in range(length)])
+        targets.append(
+            [
+                [tokens[i + k] if i + k <= length else NO_TARGET for k in range(1, NUM_HEADS + 1)]
+                for i in range(length)
+            ]
+        )
     return FeatureSet(
         states=torch.cat(states).half(),
         targets=torch.tensor(targets, dtype=torch.int32).reshape(-1, NUM_HEADS),
@@ -63,10 +70,19 @@ def _features(*, seed: int = 0, num_answers: int = 40, length: int = 12) -> Feat
 def _heads(architecture: HeadArchitecture = "shared") -> MedusaHeads:
     lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
     lm_head.weight.data = _lm_head_weight()
-    return MedusaHeads(num_heads=NUM_HEADS, num_layers=1, hidden_size=HIDDEN, vocab_size=VOCAB, architecture=architecture, lm_head=lm_head)
+    return MedusaHeads(
+        num_heads=NUM_HEADS,
+        num_layers=1,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        architecture=architecture,
+        lm_head=lm_head,
+    )
 
 
-def _train(folder: Path, *, recipe: Medusa1Recipe = RECIPE, features: FeatureSet | None = None, **options: Any) -> tuple[MedusaHeads, Any]:
+def _train(
+    folder: Path, *, recipe: Medusa1Recipe = RECIPE, features: FeatureSet | None = None, **options: Any
+) -> tuple[MedusaHeads, Any]:
     heads = _heads(recipe.architecture)
     figures = train_medusa1(
         features if features is not None else _features(),
@@ -87,11 +103,15 @@ def _log(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
-def test_heads_learn_the_rule_and_beat_fresh_ones_on_held_out_text(tmp_path: Path, architecture: HeadArchitecture) -> None:
+def test_heads_learn_the_rule_and_beat_fresh_ones_on_held_out_text(
+    tmp_path: Path, architecture: HeadArchitecture
+) -> None:
     recipe = RECIPE.model_copy(update={"num_steps": 300, "architecture": architecture})
     _, figures = _train(tmp_path, recipe=recipe)
     features = _features()
-    fresh = evaluate_heads(features, features.held_out_rows(), heads=_heads(architecture), lm_head_weight=_lm_head_weight())
+    fresh = evaluate_heads(
+        features, features.held_out_rows(), heads=_heads(architecture), lm_head_weight=_lm_head_weight()
+    )
     assert figures.held_out.num_targets == fresh.num_targets == (96, 88)
     for head in range(NUM_HEADS):
         assert figures.held_out.top_accuracies()[head][0] > 0.65
@@ -101,7 +121,9 @@ def test_heads_learn_the_rule_and_beat_fresh_ones_on_held_out_text(tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lm_head_stays_bit_identical_and_every_head_parameter_moves(tmp_path: Path, dtype: Any) -> None:
-    """One released script left the LM head trainable under shared heads; another gave biases another learning rate."""
+    """One released script left the LM head trainable under shared heads; another gave biases another learning
+    rate.
+    """
     weight = _lm_head_weight()
     heads = _heads()
     before = [parameter.detach().clone() for parameter in heads.parameters()]
@@ -119,7 +141,9 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("killed_at", [3, 13, 21])
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(tmp_path: Path, killed_at: int) -> None:
-    """Resumption that counted inputs elsewhere skipped or repeated some. Cut before the first save, between saves, and in the last part."""
+    """Resumption that counted inputs elsewhere skipped or repeated some. Cut before the first save, between
+    saves, and in the last part.
+    """
 
     def kill(record: TrainingStep) -> None:
         if record.step == killed_at:
@@ -232,7 +256,13 @@ def test_recipe_needs_exactly_one_length_and_knows_its_keys() -> None:
 
 def test_heads_of_another_shape_than_the_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training recipe"):
-        train_medusa1(_features(), _heads(), _lm_head_weight(), recipe=RECIPE.model_copy(update={"num_layers": 2}), checkpoint_dir=tmp_path)
+        train_medusa1(
+            _features(),
+            _heads(),
+            _lm_head_weight(),
+            recipe=RECIPE.model_copy(update={"num_layers": 2}),
+            checkpoint_dir=tmp_path,
+        )
 
 
 @torch.no_grad()
@@ -244,14 +274,17 @@ def test_evaluation_counts_ranks_as_decoding_orders_candidates() -> None:
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(2))
     rows = torch.arange(len(features.states))
-    evaluation = evaluate_heads(features, rows, heads=heads, lm_head_weight=weight, max_logits_bytes=4 * VOCAB * 7)
+    evaluation = evaluate_heads(
+        features, rows, heads=heads, lm_head_weight=weight, max_logits_bytes=4 * VOCAB * 7
+    )
     logits = heads.states(features.states.float()) @ weight.T
     for head in range(NUM_HEADS):
         hits, loss = [0] * 10, 0.0
         kept = [row for row in rows.tolist() if features.targets[row, head] >= 0]
         for row in kept:
             target = int(features.targets[row, head])
-            rank = sorted(range(VOCAB), key=lambda token, row=row: (-logits[row, head, token].item(), token)).index(target)  # type: ignore[misc]
+            order = sorted((-logits[row, head, token].item(), token) for token in range(VOCAB))
+            rank = [token for _, token in order].index(target)
             loss -= float(logits[row, head].log_softmax(-1)[target])
             if rank < 10:
                 hits[rank] += 1

@@ -26,7 +26,9 @@ EXAMPLE: list[RankPath] = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
 def path_sets(draw: st.DrawFn) -> list[RankPath]:
     """Non-root paths of a random tree, in the order they were attached."""
     paths: list[RankPath] = [()]
-    for parent, rank in draw(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 25)), min_size=1, max_size=25)):
+    for parent, rank in draw(
+        st.lists(st.tuples(st.integers(0, 30), st.integers(0, 25)), min_size=1, max_size=25)
+    ):
         path = (*paths[parent % len(paths)], rank)
         if path not in paths:
             paths.append(path)
@@ -59,7 +61,9 @@ def test_views_agree_with_the_paths(paths: list[RankPath]) -> None:
         assert list(below) == list(range(below[0], below[0] + len(below))) if below else True
         assert [tree.ranks[node] for node in below] == sorted({tree.ranks[node] for node in below})
     assert sum(map(len, tree.children)) == tree.num_nodes - 1
-    assert tree.num_ranks == tuple(1 + max(path[-1] for path in paths if len(path) == depth) for depth in range(1, tree.depth + 1))
+    assert tree.num_ranks == tuple(
+        1 + max(path[-1] for path in paths if len(path) == depth) for depth in range(1, tree.depth + 1)
+    )
 
 
 @given(paths=path_sets())
@@ -68,7 +72,9 @@ def test_candidates_run_from_the_root_to_every_leaf(paths: list[RankPath]) -> No
     leaves = {path for path in paths if not any(other[:-1] == path for other in paths)}
     assert {tree.paths[leaf] for leaf in tree.leaves} == leaves
     for leaf, candidate in zip(tree.leaves, tree.candidates, strict=True):
-        assert [tree.paths[node] for node in candidate] == [tree.paths[leaf][:depth] for depth in range(tree.depths[leaf] + 1)]
+        assert [tree.paths[node] for node in candidate] == [
+            tree.paths[leaf][:depth] for depth in range(tree.depths[leaf] + 1)
+        ]
 
 
 def test_the_root_alone() -> None:
@@ -80,7 +86,9 @@ def test_the_root_alone() -> None:
 
 
 def test_rank_ten_does_not_alias_into_the_next_head() -> None:
-    """With the released code's flat index, ten ranks a head, (10,) is the best token of head 2; here it is a node of its own."""
+    """With the released code's flat index, ten ranks a head, (10,) is the best token of head 2; here it is a
+    node of its own.
+    """
     tree = DraftTree.from_paths([(0,), (10,), (0, 0), (10, 11)])
     assert tree.num_nodes == 5
     assert tree.num_ranks == (11, 12)
@@ -111,7 +119,17 @@ def test_bad_paths_are_refused_by_name(paths: list[RankPath], message: str) -> N
 
 
 @pytest.mark.parametrize(
-    "paths", [(), ((0,),), ((), (1,), (0,)), ((), (0,), (0,)), ((), (0, 0)), ((), (-1,)), ((), (True,)), ((), (0, 0), (0,))]
+    "paths",
+    [
+        (),
+        ((0,),),
+        ((), (1,), (0,)),
+        ((), (0,), (0,)),
+        ((), (0, 0)),
+        ((), (-1,)),
+        ((), (True,)),
+        ((), (0, 0), (0,)),
+    ],
 )
 def test_the_constructor_takes_canonical_paths_only(paths: tuple[RankPath, ...]) -> None:
     with pytest.raises(UserError):
@@ -179,7 +197,11 @@ def test_draw_shows_what_the_module_docstring_shows() -> None:
 @given(widths=st.lists(st.integers(1, 4), max_size=4))
 def test_cartesian_has_every_combination(widths: list[int]) -> None:
     tree = DraftTree.cartesian(widths)
-    expected = {path for depth in range(len(widths) + 1) for path in product(*(range(width) for width in widths[:depth]))}
+    expected = {
+        path
+        for depth in range(len(widths) + 1)
+        for path in product(*(range(width) for width in widths[:depth]))
+    }
     assert set(tree.paths) == expected
     assert tree.num_nodes == cartesian_num_nodes(widths) == len(expected)
     assert tree == DraftTree.from_paths(expected)
@@ -218,9 +240,23 @@ def test_largest_cartesian_by_value() -> None:
     def value(widths: tuple[int, ...]) -> float:
         return -abs(sum(widths) - 7) - 0.1 * len(widths)
 
-    assert largest_cartesian(3, 30, value=value) == max(_all_widths(3, 30), key=lambda v: (value(v), cartesian_num_nodes(v)))
-    assert largest_cartesian(5, 64) == (7, 2, 1, 1, 1)  # 1 + 7 + 14 + 14 + 14 + 14 = 64: five levels and not a node to spare
-    assert largest_cartesian(3, 64) == (7, 4, 1)  # (9, 2, 2), (9, 3, 1) and (21, 1, 1) fill 64 nodes on three levels as well
+    assert largest_cartesian(3, 30, value=value) == max(
+        _all_widths(3, 30), key=lambda v: (value(v), cartesian_num_nodes(v))
+    )
+    # 1 + 7 + 14 + 14 + 14 + 14 = 64: five levels and not a node to spare
+    assert largest_cartesian(5, 64) == (
+        7,
+        2,
+        1,
+        1,
+        1,
+    )
+    # (9, 2, 2), (9, 3, 1) and (21, 1, 1) fill 64 nodes on three levels as well
+    assert largest_cartesian(3, 64) == (
+        7,
+        4,
+        1,
+    )
     with pytest.raises(UserError):
         largest_cartesian(5, 0)
 
@@ -241,6 +277,9 @@ def test_pruning_keeps_the_nodes_above(paths: list[RankPath], max_depth: int) ->
 
 
 def test_the_pure_half_does_not_load_torch() -> None:
-    code = "import sys, harness.compose.replay, medusa_impl.tree, medusa_impl.tree_search; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, harness.compose.replay, medusa_impl.tree, medusa_impl.tree_search; "
+        "sys.exit('torch' in sys.modules)"
+    )
     root = Path(tree_module.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

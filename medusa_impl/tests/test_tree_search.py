@@ -1,4 +1,6 @@
-"""Tree search: growth against brute force over every tree, expected acceptance lengths, size choice, random dense trees."""
+"""Tree search: growth against brute force over every tree, expected acceptance lengths, size choice, random
+dense trees.
+"""
 
 from __future__ import annotations
 
@@ -52,15 +54,26 @@ def rank_tables(draw: st.DrawFn) -> Table:
 
 
 @settings(max_examples=25)
-@given(st.lists(st.lists(st.integers(0, 4), min_size=NUM_RANKS, max_size=NUM_RANKS), min_size=NUM_HEADS, max_size=NUM_HEADS))
+@given(
+    st.lists(
+        st.lists(st.integers(0, 4), min_size=NUM_RANKS, max_size=NUM_RANKS),
+        min_size=NUM_HEADS,
+        max_size=NUM_HEADS,
+    )
+)
 def test_growth_by_marginals_is_best_at_every_size(weights: list[list[int]]) -> None:
     accuracy = np.array(weights) / 16
     grown = grow_by_marginals(accuracy, num_nodes=8)
-    values = {path: float(accuracy[0, path[0]] * accuracy[1, path[1]]) for path in product(range(NUM_RANKS), repeat=2)}
+    values = {
+        path: float(accuracy[0, path[0]] * accuracy[1, path[1]])
+        for path in product(range(NUM_RANKS), repeat=2)
+    }
     values |= {(rank,): float(accuracy[0, rank]) for rank in range(NUM_RANKS)} | {(): 1.0}
     for size in range(1, 9):
         assert grown.expected_acceptance_length(size) == pytest.approx(_best(values, size))
-        assert sum(values[path] for path in grown.nested(size).paths) == pytest.approx(grown.expected_acceptance_length(size))
+        assert sum(values[path] for path in grown.nested(size).paths) == pytest.approx(
+            grown.expected_acceptance_length(size)
+        )
 
 
 @settings(max_examples=25)
@@ -69,14 +82,18 @@ def test_growth_by_joint_hits_is_best_at_every_size(seed: int) -> None:
     rows = np.random.default_rng(seed).integers(0, NUM_RANKS + 1, (20, NUM_HEADS))
     grown = grow_by_joint_hits(rows, num_nodes=8, max_rank=NUM_RANKS)
     prefixes = [path for depth in (0, 1, 2) for path in product(range(NUM_RANKS), repeat=depth)]
-    values = {path: float(np.mean([tuple(row[: len(path)]) == path for row in rows.tolist()])) for path in prefixes}
+    values = {
+        path: float(np.mean([tuple(row[: len(path)]) == path for row in rows.tolist()])) for path in prefixes
+    }
     for size in range(1, 9):
         assert grown.expected_acceptance_length(size) == pytest.approx(_best(values, size))
 
 
 @given(ranks=rank_tables(), num_nodes=st.integers(1, 5))
 def test_joint_expectation_is_the_mean_over_positions(ranks: Table, num_nodes: int) -> None:
-    """Exactly what the grown tree yields on the positions it was grown on, those with nothing after them left out."""
+    """Exactly what the grown tree yields on the positions it was grown on, those with nothing after them left
+    out.
+    """
     grown = grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=6)
     rows = [row for row in ranks.tolist() if row[0] >= 0]
     for size in range(1, num_nodes + 1):
@@ -85,9 +102,13 @@ def test_joint_expectation_is_the_mean_over_positions(ranks: Table, num_nodes: i
 
 
 def test_both_growths_agree_where_heads_are_independent() -> None:
-    """Rows that hold every combination as often as the product of the shares says make the joint law that product."""
+    """Rows that hold every combination as often as the product of the shares says make the joint law that
+    product.
+    """
     shares = [(5, 3, 2), (7, 2, 1)]
-    rows = [pair for pair in product(range(3), repeat=2) for _ in range(shares[0][pair[0]] * shares[1][pair[1]])]
+    rows = [
+        pair for pair in product(range(3), repeat=2) for _ in range(shares[0][pair[0]] * shares[1][pair[1]])
+    ]
     by_joint = grow_by_joint_hits(np.array(rows), num_nodes=12, max_rank=3)
     by_marginals = grow_by_marginals(marginal_accuracies(np.array(rows), max_rank=3), num_nodes=12)
     assert by_joint.growth == by_marginals.growth
@@ -95,7 +116,9 @@ def test_both_growths_agree_where_heads_are_independent() -> None:
 
 
 def test_joint_growth_sees_what_marginals_cannot() -> None:
-    """Head 2 is right exactly when head 1 is; the product undervalues (0, 0) and prefers (1,), which is worth less."""
+    """Head 2 is right exactly when head 1 is; the product undervalues (0, 0) and prefers (1,), which is worth
+    less.
+    """
     rows = np.array([[0, 0]] * 4 + [[1, 3]] * 3 + [[2, 3]] * 3)
     by_marginals = grow_by_marginals(marginal_accuracies(rows, max_rank=3), num_nodes=3)
     by_joint = grow_by_joint_hits(rows, num_nodes=3, max_rank=3)
@@ -119,7 +142,9 @@ def test_growth_is_nested_and_its_values_never_rise(ranks: Table) -> None:
         assert list(grown.values) == sorted(grown.values, reverse=True)
         assert grown.tree == grown.nested(6)
         for size in range(2, 7):
-            assert set(grown.nested(size).paths) - set(grown.nested(size - 1).paths) == {grown.growth[size - 1]}
+            assert set(grown.nested(size).paths) - set(grown.nested(size - 1).paths) == {
+                grown.growth[size - 1]
+            }
 
 
 def test_a_smaller_search_is_a_prefix_of_a_larger_one() -> None:
@@ -135,7 +160,9 @@ def test_ties_go_to_the_shallower_node_then_the_smaller_path() -> None:
 
 
 def test_ranks_of_an_unordered_head_may_leave_gaps() -> None:
-    """Measured accuracies need not fall with the rank; a better rank is taken though its better-ranked sibling is not."""
+    """Measured accuracies need not fall with the rank; a better rank is taken though its better-ranked
+    sibling is not.
+    """
     grown = grow_by_marginals([[0.1, 0.0, 0.7]], num_nodes=3)
     assert grown.growth == ((), (2,), (0,))
 
@@ -158,7 +185,8 @@ def test_marginals_count_only_where_a_head_could_be_right(ranks: Table) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "num_nodes"), [([[0.5]], 3), ([[0.5]], 0), ([[1.5]], 2), ([[float("nan")]], 2), ([[-0.1]], 2), ([0.5], 2)]
+    ("accuracy", "num_nodes"),
+    [([[0.5]], 3), ([[0.5]], 0), ([[1.5]], 2), ([[float("nan")]], 2), ([[-0.1]], 2), ([0.5], 2)],
 )
 def test_bad_marginals_are_refused(accuracy: list[list[float]], num_nodes: int) -> None:
     with pytest.raises(UserError):
@@ -189,14 +217,21 @@ def test_the_size_with_most_tokens_per_cost_wins() -> None:
 
     choice = best_size_for_cost(grown, tokens, cost=lambda num_nodes: 1 + num_nodes / 8, sizes=(4, 1, 2))
     assert [point.tree.num_nodes for point in choice.points] == [1, 2, 4]
-    assert [point.tokens_per_cost for point in choice.points] == pytest.approx([1 / 1.125, 1.5 / 1.25, 1.9 / 1.5])
+    assert [point.tokens_per_cost for point in choice.points] == pytest.approx(
+        [1 / 1.125, 1.5 / 1.25, 1.9 / 1.5]
+    )
     assert choice.best is choice.points[2]
     dear = best_size_for_cost(grown, tokens, cost=float, sizes=range(1, 5))
     assert dear.best.tree == DraftTree.root_only()
 
 
 def test_equal_worth_goes_to_the_smaller_tree() -> None:
-    assert best_size_for_cost(_grown(), lambda tree: float(tree.num_nodes), cost=float, sizes=(4, 2)).best.tree.num_nodes == 2
+    assert (
+        best_size_for_cost(
+            _grown(), lambda tree: float(tree.num_nodes), cost=float, sizes=(4, 2)
+        ).best.tree.num_nodes
+        == 2
+    )
 
 
 def test_bad_sizes_and_costs_are_refused() -> None:
@@ -214,13 +249,16 @@ def test_random_dense_trees_are_cartesian_and_close_from_below(num_nodes: int, n
         assert tree == DraftTree.cartesian(tree.num_ranks)
         assert min(tree.num_ranks) >= 2
         assert tree.depth <= num_heads
-        assert 0.95 * num_nodes <= tree.num_nodes <= num_nodes  # the single level of num_nodes - 1 always comes this close
+        # the single level of num_nodes - 1 always comes this close
+        assert 0.95 * num_nodes <= tree.num_nodes <= num_nodes
         assert tree.num_nodes == cartesian_num_nodes(tree.num_ranks)
 
 
 def test_random_dense_follows_its_seed_and_reaches_several_shapes() -> None:
     shapes = [random_dense(256, num_heads=5, rng=np.random.default_rng(seed)).num_ranks for seed in range(20)]
-    assert shapes == [random_dense(256, num_heads=5, rng=np.random.default_rng(seed)).num_ranks for seed in range(20)]
+    assert shapes == [
+        random_dense(256, num_heads=5, rng=np.random.default_rng(seed)).num_ranks for seed in range(20)
+    ]
     assert len(set(shapes)) > 5
     with pytest.raises(UserError):
         random_dense(2, num_heads=5, rng=np.random.default_rng(0))

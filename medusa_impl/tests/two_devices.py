@@ -30,13 +30,19 @@ def is_on_device(tensor: Tensor) -> bool:
 
 
 class HostAndDevice(TorchFunctionMode):
-    """Raises where a tensor on the device meets one, scalars aside, that is not; what an operation on the device makes stays there.
+    """Raises where a tensor on the device meets one, scalars aside, that is not; what an operation on the
+    device makes stays there.
 
-    A tensor that is made without naming a device is on the host, one that is made with `device=` or moved by `to` on the device.
+    A tensor that is made without naming a device is on the host, one that is made with `device=` or moved by
+    `to` on the device.
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation and follow where its tensors lie."""
         named = kwargs or {}
@@ -47,7 +53,10 @@ class HostAndDevice(TorchFunctionMode):
         result = func(*args, **named)
         if isinstance(result, Tensor | tuple | list):
             if on_device and left_behind:
-                raise RuntimeError(f"{getattr(func, '__name__', func)}: tensors {left_behind} of the host meet tensors of the device")
+                raise RuntimeError(
+                    f"{getattr(func, '__name__', func)}: tensors {left_behind} of the host meet tensors of "
+                    "the device"
+                )
             if on_device or any(isinstance(leaf, torch.device) for leaf in leaves):
                 put_on_device(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
         return result

@@ -1,7 +1,9 @@
-"""Self-distillation corpora: prompts answered by the backbone itself, kept in resumable shards with the states that produced them.
+"""Self-distillation corpora: prompts answered by the backbone itself, kept in resumable shards with the
+states that produced them.
 
-Paper: Section 2.3.2 (answers of the model itself, temperature 0.3 or greedy). One state a token is all that Medusa-1 needs of the
-frozen backbone, and decoding has it at hand: keeping it here saves a second pass over the corpus.
+Paper: Section 2.3.2 (answers of the model itself, temperature 0.3 or greedy). One state a token is all that
+Medusa-1 needs of the frozen backbone, and decoding has it at hand: keeping it here saves a second pass over
+the corpus.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class CorpusSample:
 
 
 class CorpusStore:
-    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at most one shard.
+    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at
+    most one shard.
 
     Several processes may write to one folder, each under its own `writer` name.
     """
@@ -74,7 +77,9 @@ class CorpusStore:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of all answers on disk."""
-        return {json.loads(line)["key"] for shard in self.shard_files() for line in shard.read_text().splitlines()}
+        return {
+            json.loads(line)["key"] for shard in self.shard_files() for line in shard.read_text().splitlines()
+        }
 
     def add(self, sample: CorpusSample) -> None:
         """Take one answer; a full shard is written at once."""
@@ -87,7 +92,9 @@ class CorpusStore:
         if not self._pending:
             return
         index = f"{self.writer}-{len(list(self.folder.glob(f'corpus-{self.writer}-*.jsonl'))):05d}"
-        states = {str(row): sample.states for row, sample in enumerate(self._pending) if sample.states is not None}
+        states = {
+            str(row): sample.states for row, sample in enumerate(self._pending) if sample.states is not None
+        }
         if states:
             _replace(self.folder / f"states-{index}.safetensors", lambda path: save_file(states, path))
         lines = [json.dumps(_row(sample), separators=(",", ":")) for sample in self._pending]
@@ -100,7 +107,9 @@ class CorpusStore:
         Raises: UserError for a shard that cannot be read or has another schema version.
         """
         for shard in self.shard_files():
-            states_file = shard.with_name(shard.name.replace("corpus-", "states-")).with_suffix(".safetensors")
+            states_file = shard.with_name(shard.name.replace("corpus-", "states-")).with_suffix(
+                ".safetensors"
+            )
             states = load_file(states_file) if with_states and states_file.exists() else {}
             for index, line in enumerate(shard.read_text().splitlines()):
                 yield _sample(line, states.get(str(index)), where=f"{shard.name}:{index + 1}")
@@ -118,22 +127,33 @@ def generate_corpus(
     stop: Callable[[], bool] | None = None,
     keep_states: bool = True,
 ) -> None:
-    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and, where wanted, states.
+    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and, where
+    wanted, states.
 
-    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early: finished answers are kept,
-    those under way are dropped. At most two key-value caches are held at a time, the one in use and the shorter one that it replaced.
-    Raises: UserError before anything is generated, where the model has too few positions for a prompt and its answer.
+    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early:
+    finished answers are kept, those under way are dropped. At most two key-value caches are held at a time,
+    the one in use and the shorter one that it replaced.
+    Raises: UserError before anything is generated, where the model has too few positions for a prompt and its
+    answer.
     """
     finished = store.finished_keys()
     by_key = {prompt.key: prompt for prompt in prompts if prompt.key not in finished}
     check_answers_fit(backbone, by_key.values(), max_new_tokens=max_new_tokens)
     longest = 0
-    gc.collect()  # a cache and its layers name each other: that of an earlier call would stay until Python looks for such rings
+    # a cache and its layers name each other: that of an earlier call would stay until Python looks for such
+    # rings
+    gc.collect()
     requests: Iterable[StreamRequest] = (
-        StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed) for p in by_key.values()
+        StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed)
+        for p in by_key.values()
     )
     for completion in decode_stream(
-        backbone, requests, num_rows=num_rows, max_new_tokens=max_new_tokens, eos_ids=eos_ids, keep_states=keep_states
+        backbone,
+        requests,
+        num_rows=num_rows,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        keep_states=keep_states,
     ):
         prompt = by_key[completion.key]
         if len(prompt.prompt_ids) > longest:  # perhaps it had the cache replaced
@@ -164,10 +184,15 @@ def check_answers_fit(backbone: Backbone, prompts: Iterable[CorpusPrompt], *, ma
     """
     for prompt in prompts:
         try:
-            backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=0)
+            backbone.check_positions(
+                prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=0
+            )
         except UserError as error:
             raise UserError(
-                found=error.found, need=error.need, where="the corpus", do="lower max_prompt_tokens or max_new_tokens"
+                found=error.found,
+                need=error.need,
+                where="the corpus",
+                do="lower max_prompt_tokens or max_new_tokens",
             ) from error
 
 
@@ -201,9 +226,15 @@ def _sample(line: str, states: Tensor | None, *, where: str) -> CorpusSample:
         row["prompt_ids"], row["token_ids"] = tuple(row["prompt_ids"]), tuple(row["token_ids"])
         sample = CorpusSample(**row, states=states)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(found=f"an unreadable answer ({error})", need="one JSON object a line, schema 1", where=where) from error
+        raise UserError(
+            found=f"an unreadable answer ({error})", need="one JSON object a line, schema 1", where=where
+        ) from error
     if states is not None and states.shape[0] != len(sample.token_ids):
-        raise UserError(found=f"{states.shape[0]} states for {len(sample.token_ids)} tokens", need="one state a token", where=where)
+        raise UserError(
+            found=f"{states.shape[0]} states for {len(sample.token_ids)} tokens",
+            need="one state a token",
+            where=where,
+        )
     return sample
 
 
@@ -219,24 +250,34 @@ def pack_corpus(samples: Iterable[CorpusSample], path: Path, *, backbone_sha256:
     """Write the text of many answers as one safetensors file, a few bytes a token and no states, by rename.
 
     `backbone_sha256` is of the model whose answers they are, where it is known.
-    Shapes: `prompt_ids` and `token_ids` flat int32, `prompt_lengths` and `lengths` `[samples]` int32; the rest is JSON in the metadata.
+    Shapes: `prompt_ids` and `token_ids` flat int32, `prompt_lengths` and `lengths` `[samples]` int32; the
+    rest is JSON in the metadata.
     """
     kept = list(samples)
     tensors = {
-        "prompt_ids": torch.tensor([token for sample in kept for token in sample.prompt_ids], dtype=torch.int32),
+        "prompt_ids": torch.tensor(
+            [token for sample in kept for token in sample.prompt_ids], dtype=torch.int32
+        ),
         "prompt_lengths": torch.tensor([len(sample.prompt_ids) for sample in kept], dtype=torch.int32),
-        "token_ids": torch.tensor([token for sample in kept for token in sample.token_ids], dtype=torch.int32),
+        "token_ids": torch.tensor(
+            [token for sample in kept for token in sample.token_ids], dtype=torch.int32
+        ),
         "lengths": torch.tensor([len(sample.token_ids) for sample in kept], dtype=torch.int32),
     }
-    rows = [{name: value for name, value in _row(sample).items() if name not in ("prompt_ids", "token_ids")} for sample in kept]
+    rows = [
+        {name: value for name, value in _row(sample).items() if name not in ("prompt_ids", "token_ids")}
+        for sample in kept
+    ]
     metadata = {_METADATA_KEY: json.dumps(rows, separators=(",", ":")), _BACKBONE_KEY: backbone_sha256 or ""}
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[CorpusSample]:
-    """Yield the answers of a file that `pack_corpus` wrote; `backbone_sha256` is of the model that is to learn from them, None for any.
+    """Yield the answers of a file that `pack_corpus` wrote; `backbone_sha256` is of the model that is to
+    learn from them, None for any.
 
-    Raises: UserError for a file that cannot be read, or that says that it holds another model's answers: its token ids may be other words.
+    Raises: UserError for a file that cannot be read, or that says that it holds another model's answers: its
+    token ids may be other words.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -244,7 +285,9 @@ def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[Corpus
             rows, theirs = json.loads(metadata[_METADATA_KEY]), metadata.get(_BACKBONE_KEY, "")
             tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(found=f"an unreadable corpus ({error})", need="a packed corpus", where=path.name) from error
+        raise UserError(
+            found=f"an unreadable corpus ({error})", need="a packed corpus", where=path.name
+        ) from error
     if backbone_sha256 is not None and theirs and theirs != backbone_sha256:
         raise UserError(
             found=f"the answers of a model with tensors {theirs[:16]}",
@@ -255,6 +298,10 @@ def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[Corpus
     prompt_start = start = 0
     for index, row in enumerate(rows):
         prompt_end, end = prompt_start + tensors["prompt_lengths"][index], start + tensors["lengths"][index]
-        whole = {**row, "prompt_ids": tensors["prompt_ids"][prompt_start:prompt_end], "token_ids": tensors["token_ids"][start:end]}
+        whole = {
+            **row,
+            "prompt_ids": tensors["prompt_ids"][prompt_start:prompt_end],
+            "token_ids": tensors["token_ids"][start:end],
+        }
         yield _sample(json.dumps(whole), None, where=f"{path.name}:{index}")
         prompt_start, start = prompt_end, end

@@ -1,6 +1,7 @@
 """Training data of the heads: the frozen backbone's states and the tokens that follow, flat in memory.
 
-State i of an answer produced y_i; head k reads it and is asked for y_{i+k}. The backbone never runs again once its states are kept.
+State i of an answer produced y_i; head k reads it and is asked for y_{i+k}. The backbone never runs again
+once its states are kept.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from medusa_impl.training.losses import NO_TARGET
 class FeatureSet:
     """States and targets of all positions that have at least a target for head 1.
 
-    Shapes: states `[S, H]` float16; targets `[S, K]` int32, `NO_TARGET` beyond the end of the answer; sample_index `[S]` int32, the
-    answer a row belongs to; held_out `[answers]` bool. num_tokens counts the answers' tokens, the last ones included.
+    Shapes: states `[S, H]` float16; targets `[S, K]` int32, `NO_TARGET` beyond the end of the answer;
+    sample_index `[S]` int32, the answer a row belongs to; held_out `[answers]` bool. num_tokens counts the
+    answers' tokens, the last ones included.
     """
 
     states: Tensor
@@ -58,25 +60,40 @@ class FeatureSet:
     def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the answers, their order, their split or their states."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
-        for tensor in (self.targets, self.sample_index, self.held_out, self.states[:: max(1, len(self.states) // 4096)]):
-            digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor in (
+            self.targets,
+            self.sample_index,
+            self.held_out,
+            self.states[:: max(1, len(self.states) // 4096)],
+        ):
+            digest.update(
+                str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()
 
 
 def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 0.03) -> FeatureSet:
-    """Return the features of every answer in the store; answers of one token have nothing to predict and are left out.
+    """Return the features of every answer in the store; answers of one token have nothing to predict and are
+    left out.
 
-    The split is by the prompt's tokens, so that all answers to one prompt lie on one side, and no later answer moves an earlier one.
+    The split is by the prompt's tokens, so that all answers to one prompt lie on one side, and no later
+    answer moves an earlier one.
     Raises: UserError for an empty store, an answer without states, or a state that is not finite.
     """
     samples = [sample for sample in store.samples(with_states=False) if len(sample.token_ids) > 1]
     if not samples:
-        raise UserError(found="no answer of two tokens or more", need="a corpus", where=store.folder.name, do="generate it first")
+        raise UserError(
+            found="no answer of two tokens or more",
+            need="a corpus",
+            where=store.folder.name,
+            do="generate it first",
+        )
     num_rows = sum(len(sample.token_ids) - 1 for sample in samples)
     targets = torch.full((num_rows, num_heads), NO_TARGET, dtype=torch.int32)
     states: Tensor | None = None
     start = 0
-    wanted = {sample.key for sample in samples}  # the store may grow, in the middle too, between the two passes
+    # the store may grow, in the middle too, between the two passes
+    wanted = {sample.key for sample in samples}
     for sample in store.samples():
         if sample.key not in wanted:
             continue
@@ -126,7 +143,8 @@ def add_states(
     backbone_sha256: str,
     on_sample: Callable[[CorpusSample], None] | None = None,
 ) -> CorpusStore:
-    """Return a store of the same answers with this backbone's states, kept in a folder of `cache_folder` named by its hash.
+    """Return a store of the same answers with this backbone's states, kept in a folder of `cache_folder`
+    named by its hash.
 
     Answers that the cache holds already are not computed again, so a killed run goes on where it stopped.
     """
@@ -152,7 +170,11 @@ def _finite_states(sample: CorpusSample) -> Tensor:
             do="compute them with add_states",
         )
     if not torch.isfinite(sample.states).all():
-        raise UserError(found=f"a state that is not finite in the answer {sample.key!r}", need="finite float16 states", where="the corpus")
+        raise UserError(
+            found=f"a state that is not finite in the answer {sample.key!r}",
+            need="finite float16 states",
+            where="the corpus",
+        )
     return sample.states
 
 

@@ -28,9 +28,9 @@ _CACHE_BYTES = 2 * 2**20  # of float32 logits that are worked on at once on a CP
 class Medusa1Loss:
     """Eq. 1 of one batch, with the sums behind it.
 
-    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted) and num_targets `[K]`; rank_hits `[K, NUM_RANKS]`, the targets that
-    r = 0, 1, .. other tokens' logits exceed, so that equal logits count for the target. num_outside: targets left out because they are not
-    in the token subset.
+    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted) and num_targets `[K]`; rank_hits `[K,
+    NUM_RANKS]`, the targets that r = 0, 1, .. other tokens' logits exceed, so that equal logits count for the
+    target. num_outside: targets left out because they are not in the token subset.
     """
 
     loss: Tensor
@@ -68,7 +68,9 @@ class TokenSubset:
         return TokenSubset(token_ids=token_ids, local_ids=local_ids)
 
     def localise(self, targets: Tensor) -> Tensor:
-        """Return targets as rows of the subset; `NO_TARGET` stays, a token outside becomes `OUTSIDE_SUBSET`."""
+        """Return targets as rows of the subset; `NO_TARGET` stays, a token outside becomes
+        `OUTSIDE_SUBSET`.
+        """
         return torch.where(targets >= 0, self.local_ids[targets.clamp_min(0).long()], targets)
 
     def to(self, device: torch.device) -> TokenSubset:
@@ -79,7 +81,8 @@ class TokenSubset:
 def head_weights(*, num_heads: int, lambda_base: float) -> tuple[float, ...]:
     """Return lambda_k = `lambda_base` ** k for k = 1..K.
 
-    Paper: Section 2.2.1, base 0.8. Departs: some released recipes count k from 0, which scales every weight by 1 / 0.8.
+    Paper: Section 2.2.1, base 0.8. Departs: some released recipes count k from 0, which scales every weight
+    by 1 / 0.8.
     """
     return tuple(lambda_base**k for k in range(1, num_heads + 1))
 
@@ -95,18 +98,22 @@ def medusa1_loss(
     num_positions: int | None = None,
     max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
 ) -> Medusa1Loss:
-    """Return Eq. 1 over a batch of positions: the weighted sum over all targets, divided by the number of positions.
+    """Return Eq. 1 over a batch of positions: the weighted sum over all targets, divided by the number of
+    positions.
 
-    One normaliser for all heads: the positions that have a target for head 1, in the subset or not (or `num_positions`, for a batch
-    given in parts). Padding rows, all `NO_TARGET`, change nothing. The products with a shared unembedding run in `lm_head_weight`'s
-    dtype, the softmax in float32. All tensors lie on one device, the subset's too.
-    Shapes: states `[T, H]`; targets `[T, K]` token ids, rows of the subset where one is given, `NO_TARGET` where there is none;
-    lm_head_weight `[V', H]`, already restricted to the subset (unused by `own` unembeddings).
+    One normaliser for all heads: the positions that have a target for head 1, in the subset or not (or
+    `num_positions`, for a batch given in parts). Padding rows, all `NO_TARGET`, change nothing. The products
+    with a shared unembedding run in `lm_head_weight`'s dtype, the softmax in float32. All tensors lie on one
+    device, the subset's too.
+    Shapes: states `[T, H]`; targets `[T, K]` token ids, rows of the subset where one is given, `NO_TARGET`
+    where there is none; lm_head_weight `[V', H]`, already restricted to the subset (unused by `own`
+    unembeddings).
     Paper: Section 2.2.1, Eq. 1.
     """
     if targets.shape != (states.shape[0], heads.num_heads) or len(lambdas) != heads.num_heads:
         raise UserError(
-            found=f"targets of shape {tuple(targets.shape)} and {len(lambdas)} weights for {states.shape[0]} states",
+            found=f"targets of shape {tuple(targets.shape)} and {len(lambdas)} weights for "
+            f"{states.shape[0]} states",
             need=f"one row a state and one column and one weight for each of {heads.num_heads} heads",
             where="the heads' loss",
         )
@@ -115,13 +122,19 @@ def medusa1_loss(
     head_states = heads.states(states)
     scales = torch.tensor(lambdas, dtype=torch.float32, device=states.device) / max(num_positions, 1)
     if heads.architecture == "shared":
-        loss, row_losses, row_ranks, row_heads = _shared_loss(head_states, targets, lm_head_weight, scales, max_logits_bytes)
+        loss, row_losses, row_ranks, row_heads = _shared_loss(
+            head_states, targets, lm_head_weight, scales, max_logits_bytes
+        )
     else:
-        loss, row_losses, row_ranks, row_heads = _own_loss(head_states, targets, heads, scales, subset, max_logits_bytes)
+        loss, row_losses, row_ranks, row_heads = _own_loss(
+            head_states, targets, heads, scales, subset, max_logits_bytes
+        )
     num_heads = heads.num_heads
     return Medusa1Loss(
         loss=loss,
-        loss_sums=torch.zeros(num_heads, dtype=torch.float64, device=states.device).index_add_(0, row_heads, row_losses.double()),
+        loss_sums=torch.zeros(num_heads, dtype=torch.float64, device=states.device).index_add_(
+            0, row_heads, row_losses.double()
+        ),
         num_targets=torch.bincount(row_heads, minlength=num_heads),
         rank_hits=rank_counts(row_ranks, row_heads, num_heads=num_heads),
         num_positions=num_positions,
@@ -135,7 +148,9 @@ def rank_counts(ranks: Tensor, groups: Tensor, *, num_heads: int) -> Tensor:
     Shapes: ranks and groups (the head, from 0) `[R]`; result `[K, NUM_RANKS]`.
     """
     near = ranks < NUM_RANKS
-    return torch.bincount(groups[near] * NUM_RANKS + ranks[near], minlength=num_heads * NUM_RANKS).reshape(num_heads, NUM_RANKS)
+    return torch.bincount(groups[near] * NUM_RANKS + ranks[near], minlength=num_heads * NUM_RANKS).reshape(
+        num_heads, NUM_RANKS
+    )
 
 
 def _shared_loss(
@@ -143,7 +158,10 @@ def _shared_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if weight.requires_grad:
         raise UserError(
-            found="an unembedding that asks for gradients", need="a frozen one", where="the heads' loss", do="detach the LM head's weight"
+            found="an unembedding that asks for gradients",
+            need="a frozen one",
+            where="the heads' loss",
+            do="detach the LM head's weight",
         )
     num_heads = head_states.shape[1]
     flat_targets = targets.reshape(-1)
@@ -151,28 +169,43 @@ def _shared_loss(
     row_heads = rows % num_heads
     chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
     loss, row_losses, row_ranks = _FrozenUnembeddingLoss.apply(  # type: ignore[no-untyped-call]
-        head_states.reshape(-1, head_states.shape[-1]), weight, rows, flat_targets[rows].long(), scales[row_heads], chunk_rows
+        head_states.reshape(-1, head_states.shape[-1]),
+        weight,
+        rows,
+        flat_targets[rows].long(),
+        scales[row_heads],
+        chunk_rows,
     )
     return loss, row_losses, row_ranks, row_heads
 
 
 class _FrozenUnembeddingLoss(torch.autograd.Function):
-    """Weighted cross-entropy behind a frozen unembedding, whose gradient is known before the logits are dropped.
+    """Weighted cross-entropy behind a frozen unembedding, whose gradient is known before the logits are
+    dropped.
 
-    With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass, chunk by chunk, so that
-    neither pass holds more than one chunk of logits and no logit is computed twice. On a CPU what lies between the two products goes
-    block by block through the cache and ends where the logits were: whole chunks of float32 cost more time than the products do. One
-    exponential a logit serves loss and gradient.
+    With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass,
+    chunk by chunk, so that neither pass holds more than one chunk of logits and no logit is computed twice.
+    On a CPU what lies between the two products goes block by block through the cache and ends where the
+    logits were: whole chunks of float32 cost more time than the products do. One exponential a logit serves
+    loss and gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, scales: Tensor, chunk_rows: int
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        chunk_rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         row_losses = states.new_empty(len(rows), dtype=torch.float32)
         row_ranks = torch.empty(len(rows), dtype=torch.long, device=states.device)
-        block_rows = max(1, _CACHE_BYTES // (4 * weight.shape[0])) if states.device.type == "cpu" else chunk_rows
+        block_rows = (
+            max(1, _CACHE_BYTES // (4 * weight.shape[0])) if states.device.type == "cpu" else chunk_rows
+        )
         for start in range(0, len(rows), chunk_rows):
             part = slice(start, start + chunk_rows)
             logits = linear(states[rows[part]].to(weight.dtype), weight)
@@ -181,11 +214,14 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
             for block, wanted, block_losses, block_ranks in blocks:
                 wide, chosen = block.float(), wanted[:, None]
                 probabilities, target_logits = torch.softmax(wide, dim=-1), wide.gather(1, chosen)
-                normaliser = wide.amax(1) - probabilities.amax(1).log()  # of the largest, which never underflows
+                # of the largest, which never underflows
+                normaliser = wide.amax(1) - probabilities.amax(1).log()
                 block_losses.copy_(normaliser - target_logits.squeeze(1))
                 block_ranks.copy_((wide > target_logits).sum(1))
                 if gradient is not None:
-                    probabilities.scatter_add_(1, chosen, probabilities.new_full((1, 1), -1.0).expand_as(chosen))
+                    probabilities.scatter_add_(
+                        1, chosen, probabilities.new_full((1, 1), -1.0).expand_as(chosen)
+                    )
                     block.copy_(probabilities)
             if gradient is not None:
                 gradient[rows[part]] = (logits @ weight).to(gradient.dtype) * scales[part, None]
@@ -201,7 +237,12 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
 
 
 def _own_loss(
-    head_states: Tensor, targets: Tensor, heads: MedusaHeads, scales: Tensor, subset: TokenSubset | None, max_logits_bytes: int
+    head_states: Tensor,
+    targets: Tensor,
+    heads: MedusaHeads,
+    scales: Tensor,
+    subset: TokenSubset | None,
+    max_logits_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     loss = head_states.sum() * 0.0
     losses, ranks, row_heads = [], [], []
@@ -211,7 +252,9 @@ def _own_loss(
         weight = weight if subset is None else weight.index_select(0, subset.token_ids)
         chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
         for part in torch.split(rows, chunk_rows):
-            row_loss, row_rank = checkpoint(_chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False)
+            row_loss, row_rank = checkpoint(
+                _chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False
+            )
             loss = loss + scales[head] * row_loss.sum()
             losses.append(row_loss.detach())
             ranks.append(row_rank)

@@ -1,6 +1,7 @@
 """Medusa-1: training the heads on the frozen backbone's states.
 
-Paper: Section 2.2.1 and Appendix B. Nothing here runs the backbone: it reads a `FeatureSet` and the LM head's weight.
+Paper: Section 2.2.1 and Appendix B. Nothing here runs the backbone: it reads a `FeatureSet` and the LM head's
+weight.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe, steps_per_epoch
 from medusa_impl.training.features import FeatureSet
-from medusa_impl.training.losses import DEFAULT_LOGITS_BYTES, Medusa1Loss, TokenSubset, head_weights, medusa1_loss
+from medusa_impl.training.losses import (
+    DEFAULT_LOGITS_BYTES,
+    Medusa1Loss,
+    TokenSubset,
+    head_weights,
+    medusa1_loss,
+)
 from medusa_impl.training_log import HeadEvaluation, TrainingFigures, TrainingStep
 
 STATE_SCHEMA_VERSION = 1
@@ -30,7 +37,8 @@ _STATE_FILE, _LOG_FILE = "training-state.pt", "training-log.jsonl"
 
 
 def epoch_order(num_rows: int, *, epoch: int, seed: int) -> Tensor:
-    """Return the order of an epoch, a function of seed and epoch alone, so that a resumed run sees what an unbroken one sees.
+    """Return the order of an epoch, a function of seed and epoch alone, so that a resumed run sees what an
+    unbroken one sees.
 
     Shapes: `[num_rows]`, a permutation.
     """
@@ -52,11 +60,12 @@ def train_medusa1(
 ) -> TrainingFigures:
     """Train the heads in place and return what the run saw; the backbone's LM head is read only.
 
-    State (heads, optimiser, counts) is kept in `checkpoint_dir` by rename every `save_every_steps`; with `resume`, a run that was cut
-    off goes on from there and yields the same heads. `training-log.jsonl` beside it gets one `TrainingStep` a line.
+    State (heads, optimiser, counts) is kept in `checkpoint_dir` by rename every `save_every_steps`; with
+    `resume`, a run that was cut off goes on from there and yields the same heads. `training-log.jsonl` beside
+    it gets one `TrainingStep` a line.
     Shapes: lm_head_weight `[V, H]`.
-    Raises: UserError if the kept state is of another recipe or other features, if heads and recipe differ, or if a loss or a gradient
-    is not finite (the last good state stays on disk).
+    Raises: UserError if the kept state is of another recipe or other features, if heads and recipe differ, or
+    if a loss or a gradient is not finite (the last good state stays on disk).
     Paper: Section 2.2.1, Eq. 1.
     """
     _check_heads(heads, features, recipe)
@@ -69,7 +78,11 @@ def train_medusa1(
         loss, gradient_norm = run.take_step()
         window.add(loss)
         last = run.step == run.num_steps
-        if run.step % log_every_steps == 0 or last or run.vocabulary(run.step) != run.vocabulary(run.step - 1):
+        if (
+            run.step % log_every_steps == 0
+            or last
+            or run.vocabulary(run.step) != run.vocabulary(run.step - 1)
+        ):
             now = clock()
             record = window.record(run, gradient_norm=gradient_norm, elapsed_s=now - started)
             run.log(record)
@@ -108,28 +121,50 @@ def evaluate_heads(
             logits = linear(head_states[kept, head], weight.float())  # type: ignore[arg-type]
             chosen = targets[kept, None]
             target_logits = logits.gather(1, chosen)
-            loss_sums[head] += float((torch.logsumexp(logits, 1, keepdim=True) - target_logits).double().sum())
+            loss_sums[head] += float(
+                (torch.logsumexp(logits, 1, keepdim=True) - target_logits).double().sum()
+            )
             ranks = ((logits > target_logits) | ((logits == target_logits) & (token_ids < chosen))).sum(1)
-            rank_hits[head] += torch.bincount(ranks.clamp_max(NUM_TOP_RANKS), minlength=NUM_TOP_RANKS + 1)[:NUM_TOP_RANKS]
+            rank_hits[head] += torch.bincount(ranks.clamp_max(NUM_TOP_RANKS), minlength=NUM_TOP_RANKS + 1)[
+                :NUM_TOP_RANKS
+            ]
             num_targets[head] += int(kept.sum())
     return HeadEvaluation(
-        loss_sums=tuple(loss_sums), num_targets=tuple(num_targets), rank_hits=tuple(tuple(row) for row in rank_hits.tolist())
+        loss_sums=tuple(loss_sums),
+        num_targets=tuple(num_targets),
+        rank_hits=tuple(tuple(row) for row in rank_hits.tolist()),
     )
 
 
 class _Run:
     """The mutable state of one training run."""
 
-    def __init__(self, features: FeatureSet, heads: MedusaHeads, lm_head_weight: Tensor, *, recipe: Medusa1Recipe, folder: Path) -> None:
+    def __init__(
+        self,
+        features: FeatureSet,
+        heads: MedusaHeads,
+        lm_head_weight: Tensor,
+        *,
+        recipe: Medusa1Recipe,
+        folder: Path,
+    ) -> None:
         self.features, self.heads, self.recipe, self.folder = features, heads, recipe, folder
         self.full_weight = lm_head_weight.detach()
         self.rows = features.train_rows()
         if len(self.rows) == 0:
-            raise UserError(found="no training rows", need="at least one answer that is not held out", where="the features")
+            raise UserError(
+                found="no training rows",
+                need="at least one answer that is not held out",
+                where="the features",
+            )
         self.num_steps = recipe.steps_for(len(self.rows))
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
         self.subset = self._subset()
-        self.num_subset_steps = 0 if self.subset is None else self.num_steps - math.ceil(self.num_steps * recipe.full_vocabulary_rate)
+        self.num_subset_steps = (
+            0
+            if self.subset is None
+            else self.num_steps - math.ceil(self.num_steps * recipe.full_vocabulary_rate)
+        )
         dtype = torch.bfloat16 if recipe.matmul_dtype == "bfloat16" else torch.float32
         self._weights = {"full": self.full_weight.to(dtype)}
         if self.subset is not None:
@@ -139,7 +174,11 @@ class _Run:
         )
         self.step = self.num_positions_seen = self.num_targets_outside = 0
         self.last_loss = math.nan
-        self._identity = {"schema_version": STATE_SCHEMA_VERSION, "recipe": recipe.model_dump_json(), "features": features.fingerprint()}
+        self._identity = {
+            "schema_version": STATE_SCHEMA_VERSION,
+            "recipe": recipe.model_dump_json(),
+            "features": features.fingerprint(),
+        }
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -147,7 +186,9 @@ class _Run:
         size = self.recipe.subset_size
         if size is None or size >= self.heads.vocab_size:
             return None
-        return TokenSubset.most_frequent(self.features.token_counts(vocab_size=self.heads.vocab_size), size=size)
+        return TokenSubset.most_frequent(
+            self.features.token_counts(vocab_size=self.heads.vocab_size), size=size
+        )
 
     def vocabulary(self, step: int) -> Literal["subset", "full"]:
         return "subset" if step < self.num_subset_steps else "full"
@@ -168,14 +209,18 @@ class _Run:
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.loss.backward()  # type: ignore[no-untyped-call]
-        gradient_norm = float(nn.utils.clip_grad_norm_(self.heads.parameters(), self.recipe.max_gradient_norm))
+        gradient_norm = float(
+            nn.utils.clip_grad_norm_(self.heads.parameters(), self.recipe.max_gradient_norm)
+        )
         self.last_loss = float(loss.loss.detach())
         if not (math.isfinite(self.last_loss) and math.isfinite(gradient_norm)):
             raise UserError(
-                found=f"a loss of {self.last_loss} and a gradient norm of {gradient_norm} at step {self.step}",
+                found=f"a loss of {self.last_loss} and a gradient norm of {gradient_norm} at step "
+                f"{self.step}",
                 need="finite ones",
                 where="the training of the heads",
-                do="lower the learning rate, or look for states that are not finite; the last good state is kept",
+                do="lower the learning rate, or look for states that are not finite; the last good state "
+                "is kept",
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step, num_steps=self.num_steps)
@@ -234,7 +279,10 @@ class _Run:
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.last_loss = int(state["step"]), float(state["last_loss"])
-        self.num_positions_seen, self.num_targets_outside = int(state["num_positions_seen"]), int(state["num_targets_outside"])
+        self.num_positions_seen, self.num_targets_outside = (
+            int(state["num_positions_seen"]),
+            int(state["num_targets_outside"]),
+        )
 
     def trim_log(self) -> None:
         """Drop the log's lines behind the restored step, a torn last line included."""
@@ -254,7 +302,9 @@ class _Run:
 
     def figures(self) -> TrainingFigures:
         held_out_rows = self.features.held_out_rows()
-        held_out = evaluate_heads(self.features, held_out_rows, heads=self.heads, lm_head_weight=self.full_weight)
+        held_out = evaluate_heads(
+            self.features, held_out_rows, heads=self.heads, lm_head_weight=self.full_weight
+        )
         num_held_out_answers = int(self.features.held_out.sum())
         return TrainingFigures(
             num_steps=self.step,
@@ -305,7 +355,9 @@ class _Window:
 
 
 def _rates(totals: Tensor, counts: Tensor) -> tuple[float | None, ...]:
-    return tuple(float(total) / int(count) if count else None for total, count in zip(totals, counts, strict=True))
+    return tuple(
+        float(total) / int(count) if count else None for total, count in zip(totals, counts, strict=True)
+    )
 
 
 def _check_heads(heads: MedusaHeads, features: FeatureSet, recipe: Medusa1Recipe) -> None:

@@ -1,7 +1,8 @@
 """Medusa-2: heads and backbone trained together, with the heads warmed up first.
 
-Paper: Sections 2.2.2 and 2.3.2, Appendix B. L = L_LM + lambda_0 L1; L_LM is cross-entropy on the tokens, or, under self-distillation, the
-KL divergence from the original model, which is the same model with its adapter switched off.
+Paper: Sections 2.2.2 and 2.3.2, Appendix B. L = L_LM + lambda_0 L1; L_LM is cross-entropy on the tokens, or,
+under self-distillation, the KL divergence from the original model, which is the same model with its adapter
+switched off.
 """
 
 from __future__ import annotations
@@ -21,32 +22,55 @@ from medusa_impl.checkpoints.adapter import add_adapter
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa2Recipe
-from medusa_impl.training.losses import DEFAULT_LOGITS_BYTES, NO_TARGET, TokenSubset, head_weights, medusa1_loss, rank_counts
+from medusa_impl.training.losses import (
+    DEFAULT_LOGITS_BYTES,
+    NO_TARGET,
+    TokenSubset,
+    head_weights,
+    medusa1_loss,
+    rank_counts,
+)
 from medusa_impl.training.sequences import answer_targets
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Have each layer of a model in training keep its input alone, and run again for its gradients with the same dropout."""
+    """Have each layer of a model in training keep its input alone, and run again for its gradients with the
+    same dropout.
+    """
     # transformers renames the method; the old name goes with its version 6
-    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+    name = (
+        "activation_checkpointing_enable"
+        if hasattr(model, "activation_checkpointing_enable")
+        else "gradient_checkpointing_enable"
+    )
     getattr(model, name)({"use_reentrant": False})
 
 
 class MedusaTrainingModel(nn.Module):
     """Backbone and heads under one loss, as a trainer takes them.
 
-    `forward` returns the loss of a batch with the sums behind it. The teacher is the original model: the same weights with the adapter
-    off, or, under full fine-tuning, a frozen copy.
-    Raises: UserError for a model whose logits are not its LM head on its last hidden states (soft-capping, scaling).
+    `forward` returns the loss of a batch with the sums behind it. The teacher is the original model: the same
+    weights with the adapter off, or, under full fine-tuning, a frozen copy.
+    Raises: UserError for a model whose logits are not its LM head on its last hidden states (soft-capping,
+    scaling).
     """
 
-    def __init__(self, model: PreTrainedModel, heads: MedusaHeads, *, recipe: Medusa2Recipe, subset: TokenSubset | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        heads: MedusaHeads,
+        *,
+        recipe: Medusa2Recipe,
+        subset: TokenSubset | None = None,
+    ) -> None:
         super().__init__()
         check_plain_lm_head(model)
         self.recipe = recipe
         self.heads = heads.float()
         model.requires_grad_(recipe.backbone == "full")
-        needs_copy = recipe.backbone == "full" and (recipe.target == "original" or recipe.heads_lm_head == "original")
+        needs_copy = recipe.backbone == "full" and (
+            recipe.target == "original" or recipe.heads_lm_head == "original"
+        )
         self.original_model: Any = copy.deepcopy(model).requires_grad_(False) if needs_copy else None
         self.backbone: Any = add_adapter(model, recipe.lora) if recipe.backbone == "lora" else model
         if recipe.gradient_checkpointing:
@@ -55,21 +79,30 @@ class MedusaTrainingModel(nn.Module):
             subset = subset.to(self.original_lm_head.weight.device)
             self.register_buffer("_subset_token_ids", subset.token_ids, persistent=False)
             self.register_buffer("_subset_local_ids", subset.local_ids, persistent=False)
-            self.register_buffer("_subset_weight", self.original_lm_head.weight.detach()[subset.token_ids], persistent=False)
+            self.register_buffer(
+                "_subset_weight", self.original_lm_head.weight.detach()[subset.token_ids], persistent=False
+            )
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
         layers = {type(module).__name__ for module in model.modules()}
-        self._no_split_modules = sorted(layers & set(model._no_split_modules or ()))  # what FSDP takes for one unit
+        # what FSDP takes for one unit
+        self._no_split_modules = sorted(layers & set(model._no_split_modules or ()))
 
     @property
     def model(self) -> PreTrainedModel:
         """The backbone itself, adapter layers within it."""
-        base: PreTrainedModel = self.backbone.get_base_model() if self.recipe.backbone == "lora" else self.backbone
+        base: PreTrainedModel = (
+            self.backbone.get_base_model() if self.recipe.backbone == "lora" else self.backbone
+        )
         return base
 
     @property
     def original_lm_head(self) -> Any:
-        """The LM head of the original model, a linear layer: under an adapter's, of the copy, or the frozen backbone's own."""
-        lm_head: Any = (self.model if self.original_model is None else self.original_model).get_output_embeddings()
+        """The LM head of the original model, a linear layer: under an adapter's, of the copy, or the frozen
+        backbone's own.
+        """
+        lm_head: Any = (
+            self.model if self.original_model is None else self.original_model
+        ).get_output_embeddings()
         return getattr(lm_head, "base_layer", lm_head)
 
     @property
@@ -80,7 +113,9 @@ class MedusaTrainingModel(nn.Module):
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return all parameters of the heads, biases included, and all of the backbone's that learn."""
-        return list(self.heads.parameters()), [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
+        return list(self.heads.parameters()), [
+            parameter for parameter in self.backbone.parameters() if parameter.requires_grad
+        ]
 
     def forward(
         self,
@@ -92,14 +127,18 @@ class MedusaTrainingModel(nn.Module):
         heads_weight: float,
         num_items: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and sums for the log.
+        """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and
+        sums for the log.
 
-        `num_items` is that count where a batch comes in parts. Without a weight L_LM is left out, and the backbone runs without gradients;
-        L1 is always there, weighted or not, for the log. The recipe's autocast is put on here, so that no launcher decides what it covers.
-        Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar, head_losses `[K]`,
-        head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
+        `num_items` is that count where a batch comes in parts. Without a weight L_LM is left out, and the
+        backbone runs without gradients; L1 is always there, weighted or not, for the log. The recipe's
+        autocast is put on here, so that no launcher decides what it covers.
+        Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar,
+        head_losses `[K]`, head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
         """
-        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast is not None):
+        with torch.autocast(
+            input_ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast is not None
+        ):
             targets = answer_targets(labels, num_heads=self.heads.num_heads).flatten(0, 1)
             rows = (targets[:, 0] != NO_TARGET).nonzero().squeeze(1)
             targets = targets[rows]
@@ -109,13 +148,17 @@ class MedusaTrainingModel(nn.Module):
             loss = states.new_zeros(())
             sums: dict[str, Tensor] = {"positions": torch.tensor(len(rows), device=states.device)}
             if backbone_weight:
-                backbone_sum, agreements = self._backbone_loss(states, targets[:, 0], input_ids, attention_mask, rows)
+                backbone_sum, agreements = self._backbone_loss(
+                    states, targets[:, 0], input_ids, attention_mask, rows
+                )
                 loss = loss + backbone_weight * backbone_sum / count
                 sums |= {"backbone_loss": backbone_sum.detach(), "agreements": agreements}
             heads = self._heads_loss(states.float(), targets[:, 1:], count)
             return {"loss": loss + heads_weight * heads.pop("loss"), **sums, **heads}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load what learns; the frozen rest is the original model's, is there already, and may be missing."""
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -125,7 +168,9 @@ class MedusaTrainingModel(nn.Module):
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[PreTrainedModel]:
-        """Lend the original model: adapter off, no dropout, no gradients; everything is restored, `requires_grad` included."""
+        """Lend the original model: adapter off, no dropout, no gradients; everything is restored,
+        `requires_grad` included.
+        """
         if self.recipe.backbone == "full":
             with torch.no_grad():
                 yield self.original_model.eval()
@@ -143,13 +188,16 @@ class MedusaTrainingModel(nn.Module):
                 parameter.requires_grad_(learning[name])
 
     def _hidden(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states: Tensor = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        states: Tensor = model.get_decoder()(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         return states
 
     def _backbone_loss(
         self, states: Tensor, targets: Tensor, input_ids: Tensor, attention_mask: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed backbone term and the number of positions at which the model's first choice is the target's.
+        """Return the summed backbone term and the number of positions at which the model's first choice is
+        the target's.
 
         The target's first choice is the teacher's under self-distillation, else the token.
         """
@@ -161,8 +209,13 @@ class MedusaTrainingModel(nn.Module):
             unembedding, loss_of = self.original_lm_head, _divergence
         else:
             asked, unembedding, loss_of = targets.long(), None, _cross_entropy
-        total, agreements = states.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.long, device=states.device)
-        for part, wanted in zip(torch.split(states, self._chunk_rows()), torch.split(asked, self._chunk_rows()), strict=True):
+        total, agreements = (
+            states.new_zeros((), dtype=torch.float32),
+            torch.zeros((), dtype=torch.long, device=states.device),
+        )
+        for part, wanted in zip(
+            torch.split(states, self._chunk_rows()), torch.split(asked, self._chunk_rows()), strict=True
+        ):
             part_sum, ranks = checkpoint(loss_of, lm_head, part, wanted, unembedding, use_reentrant=False)
             total, agreements = total + part_sum, agreements + (ranks == 0).sum()
         return total, agreements
@@ -176,15 +229,24 @@ class MedusaTrainingModel(nn.Module):
             states,
             targets if subset is None else subset.localise(targets),
             heads=self.heads,
-            lm_head_weight=self.original_lm_head.weight.detach() if subset is None else self.get_buffer("_subset_weight"),
+            lm_head_weight=self.original_lm_head.weight.detach()
+            if subset is None
+            else self.get_buffer("_subset_weight"),
             lambdas=self.lambdas,
             subset=subset,
             num_positions=int(count),
         )
-        return {"loss": result.loss, "head_losses": result.loss_sums, "head_targets": result.num_targets, "head_ranks": result.rank_hits}
+        return {
+            "loss": result.loss,
+            "head_losses": result.loss_sums,
+            "head_targets": result.num_targets,
+            "head_ranks": result.rank_hits,
+        }
 
     def _adapted_heads_loss(self, states: Tensor, targets: Tensor, count: Tensor | int) -> dict[str, Tensor]:
-        """Eq. 1 through the LM head that is itself being trained: its adapter gets the heads' gradients too."""
+        """Eq. 1 through the LM head that is itself being trained: its adapter gets the heads' gradients
+        too.
+        """
         lm_head: Any = self.model.get_output_embeddings()
         head_states = self.heads.states(states)
         loss, size = states.new_zeros(()), self._chunk_rows()
@@ -192,8 +254,14 @@ class MedusaTrainingModel(nn.Module):
         for head, weight in enumerate(self.lambdas):
             kept = targets[:, head] != NO_TARGET
             head_sum, head_ranks = states.new_zeros(()), []
-            for part, wanted in zip(torch.split(head_states[kept, head], size), torch.split(targets[kept, head].long(), size), strict=True):
-                part_sum, part_ranks = checkpoint(_cross_entropy, lm_head, part, wanted, None, use_reentrant=False)
+            for part, wanted in zip(
+                torch.split(head_states[kept, head], size),
+                torch.split(targets[kept, head].long(), size),
+                strict=True,
+            ):
+                part_sum, part_ranks = checkpoint(
+                    _cross_entropy, lm_head, part, wanted, None, use_reentrant=False
+                )
                 head_sum = head_sum + part_sum
                 head_ranks.append(part_ranks)
             loss = loss + weight * head_sum / count
@@ -217,8 +285,11 @@ def _cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor, _: None)
     return cross_entropy(logits, targets, reduction="sum"), _ranks(logits, targets)
 
 
-def _divergence(lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the summed KL from the original's law at states `[R, H]`, and how many logits exceed that of its best token.
+def _divergence(
+    lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Return the summed KL from the original's law at states `[R, H]`, and how many logits exceed that of its
+    best token.
 
     Both laws are formed here, behind a checkpoint, so that no more than one chunk of either is kept.
     """
@@ -240,14 +311,19 @@ def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def check_plain_lm_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its last hidden states: the losses here would be of other logits.
+    """Refuse a model whose logits are more than its LM head on its last hidden states: the losses here would
+    be of other logits.
 
     Raises: UserError for soft-capped or scaled logits.
     """
     config: Any = model.config
     scaled: Sequence[str] = [
         name
-        for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0))
+        for name, neutral in (
+            ("final_logit_softcapping", None),
+            ("logit_scale", 1.0),
+            ("logits_scaling", 1.0),
+        )
         if getattr(config, name, neutral) not in (None, neutral)
     ]
     if scaled:

@@ -1,6 +1,8 @@
-"""What joint training needs to know of its launcher: which settings it takes, and tensors of which each process holds a part.
+"""What joint training needs to know of its launcher: which settings it takes, and tensors of which each
+process holds a part.
 
-Under FSDP (version 2) what is written is whole, so that a run may go on under another number of processes, or under another launcher.
+Under FSDP (version 2) what is written is whole, so that a run may go on under another number of processes, or
+under another launcher.
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ def under_fsdp() -> bool:
 
 
 def check_launcher(state: PartialState) -> None:
-    """Refuse settings of accelerate's launcher under which this model would be trained on other weights, or not as they say.
+    """Refuse settings of accelerate's launcher under which this model would be trained on other weights, or
+    not as they say.
 
-    Raises: UserError for an autocast beside the recipe's, for DeepSpeed that is not installed, for FSDP without GPUs, and for any of FSDP's
-    settings but those of `suites/recipes/fsdp.yaml`.
+    Raises: UserError for an autocast beside the recipe's, for DeepSpeed that is not installed, for FSDP
+    without GPUs, and for any of FSDP's settings but those of `suites/recipes/fsdp.yaml`.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            found="no deepspeed", need="it for this launcher", where="accelerate's settings", do="install medusa-repro[deepspeed]"
+            found="no deepspeed",
+            need="it for this launcher",
+            where="accelerate's settings",
+            do="install medusa-repro[deepspeed]",
         )
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
         raise _refused(f"mixed_precision {precision}", need="no other autocast than the recipe's")
@@ -57,24 +63,38 @@ def check_launcher(state: PartialState) -> None:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise _refused(f"fsdp_version {version}", need="fsdp_version 2, which cuts parameter by parameter")
     if (policy := os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")) != "TRANSFORMER_BASED_WRAP":
-        raise _refused(f"fsdp_auto_wrap_policy {policy}", need="TRANSFORMER_BASED_WRAP: else all layers are gathered at once")
+        raise _refused(
+            f"fsdp_auto_wrap_policy {policy}",
+            need="TRANSFORMER_BASED_WRAP: else all layers are gathered at once",
+        )
     for name, need in _REFUSED_SETTINGS.items():
         if _is_set(name):
             raise _refused(name.lower(), need=need)
 
 
 def check_deepspeed(plugin: Any) -> None:
-    """Refuse settings of DeepSpeed under which a process holds a part of the weights, or which lower dtypes beside the recipe.
+    """Refuse settings of DeepSpeed under which a process holds a part of the weights, or which lower dtypes
+    beside the recipe.
 
     Raises: UserError for any stage of ZeRO but the second, for offloading, and for fp16 or bf16.
     """
     config = plugin.deepspeed_config
     zero = config.get("zero_optimization", {})
     if plugin.zero_stage != 2:
-        raise _refused(f"ZeRO stage {plugin.zero_stage}", need="stage 2, or FSDP, which cuts the weights too", settings="deepspeed")
+        raise _refused(
+            f"ZeRO stage {plugin.zero_stage}",
+            need="stage 2, or FSDP, which cuts the weights too",
+            settings="deepspeed",
+        )
     if lowered := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]:
-        raise _refused(f"{lowered[0]} of DeepSpeed", need="no other autocast than the recipe's", settings="deepspeed")
-    if moved := [name for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device", "none") not in (None, "none")]:
+        raise _refused(
+            f"{lowered[0]} of DeepSpeed", need="no other autocast than the recipe's", settings="deepspeed"
+        )
+    if moved := [
+        name
+        for name in ("offload_optimizer", "offload_param")
+        if zero.get(name, {}).get("device", "none") not in (None, "none")
+    ]:
         raise _refused(moved[0], need="an optimiser that stays on its GPUs", settings="deepspeed")
 
 
@@ -92,7 +112,9 @@ def _refused(found: str, *, need: str, settings: Literal["fsdp", "deepspeed"] = 
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor of which each process may hold a part, whole; all processes must ask for it together."""
+    """Return a tensor of which each process may hold a part, whole; all processes must ask for it
+    together.
+    """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
@@ -100,18 +122,23 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor, cut as the parameter is; all processes must ask for it together."""
+    """Return this process's part of a whole tensor, cut as the parameter is; all processes must ask for it
+    together.
+    """
     if not isinstance(parameter, DTensor):
         return tensor
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Return an optimiser's state with whole tensors on the host; without `keep` they are gathered, for others to keep, and let go.
+    """Return an optimiser's state with whole tensors on the host; without `keep` they are gathered, for
+    others to keep, and let go.
 
     One tensor at a time is gathered, so that no more than one is whole on the device.
     """
-    state: dict[str, Any] = tree_map(lambda one: on_host(one, keep=keep) if isinstance(one, Tensor) else one, optimizer.state_dict())
+    state: dict[str, Any] = tree_map(
+        lambda one: on_host(one, keep=keep) if isinstance(one, Tensor) else one, optimizer.state_dict()
+    )
     return state
 
 
@@ -126,27 +153,35 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
 
 
-def make_whole(root: nn.Module, parts: Iterable[nn.Module], *, wanted: Callable[[nn.Parameter], bool], keep: bool) -> None:
-    """Put the wanted parameters of some parts of a sharded model, whole and on the host, in the place of this process's shares of them.
+def make_whole(
+    root: nn.Module, parts: Iterable[nn.Module], *, wanted: Callable[[nn.Parameter], bool], keep: bool
+) -> None:
+    """Put the wanted parameters of some parts of a sharded model, whole and on the host, in the place of this
+    process's shares of them.
 
-    The model is not run any more after this. Without `keep` they are gathered, for others to keep, and let go. All processes must do it
-    together.
+    The model is not run any more after this. Without `keep` they are gathered, for others to keep, and let
+    go. All processes must do it together.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # what a last pass left whole would be cut again later, over the weights put here
+            # what a last pass left whole would be cut again later, over the weights put here
+            module.reshard()
     made = dict[int, nn.Parameter]()
     for module in (module for part in parts for module in part.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(parameter, DTensor) or not wanted(parameter):
                 continue
             if id(parameter) not in made:  # tied weights stay tied
-                made[id(parameter)] = nn.Parameter(on_host(parameter, keep=keep), requires_grad=parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(
+                    on_host(parameter, keep=keep), requires_grad=parameter.requires_grad
+                )
             if keep:
                 module.register_parameter(name, made[id(parameter)])
 
 
 def on_host(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor of which each process may hold a part, whole and on the host; without `keep`, gathered for others, nothing of it."""
+    """Return a tensor of which each process may hold a part, whole and on the host; without `keep`, gathered
+    for others, nothing of it.
+    """
     full = whole(tensor)
     return full.cpu() if keep else torch.empty(0)

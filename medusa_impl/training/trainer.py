@@ -1,6 +1,8 @@
-"""Joint training on transformers' Trainer, which brings resuming, data parallel, FSDP and DeepSpeed through accelerate.
+"""Joint training on transformers' Trainer, which brings resuming, data parallel, FSDP and DeepSpeed through
+accelerate.
 
-What is Medusa's own stands here: one loss, two learning rates, a weight that rises, a log of every step, and checkpoints of what learns.
+What is Medusa's own stands here: one loss, two learning rates, a weight that rises, a log of every step, and
+checkpoints of what learns.
 """
 
 from __future__ import annotations
@@ -41,20 +43,27 @@ from medusa_impl.training_log import STEP_LOG, JointStep
 
 
 def process_state() -> PartialState:
-    """Return which of how many processes this is; without a GPU each would take itself for the only one if not told so."""
+    """Return which of how many processes this is; without a GPU each would take itself for the only one if
+    not told so.
+    """
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def end_processes() -> None:
-    """Take leave of the other processes, after the last thing that all do together; left to Python's exit, their threads may abort it."""
+    """Take leave of the other processes, after the last thing that all do together; left to Python's exit,
+    their threads may abort it.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool) -> TrainingArguments:
+def training_arguments(
+    recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool
+) -> TrainingArguments:
     """Return the Trainer's arguments that a recipe amounts to; learning rates are the recipe's own schedule.
 
-    Raises: UserError for a batch that does not divide among the processes, or several GPUs without a launcher.
+    Raises: UserError for a batch that does not divide among the processes, or several GPUs without a
+    launcher.
     """
     batch_sequences, accumulation_steps = shared_batch(recipe, num_processes=process_state().num_processes)
     arguments = TrainingArguments(
@@ -78,7 +87,8 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
         average_tokens_across_devices=True,
         # FSDP keeps whole gradients of all layers from part to part of a batch unless they are cut after each
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": under_fsdp()}},
-        train_sampling_strategy="group_by_length",  # by our own sampler: the Trainer's would begin with the longest
+        # by our own sampler: the Trainer's would begin with the longest
+        train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=recipe.warmup == "two_stage" and recipe.backbone != "frozen",
         ddp_broadcast_buffers=False,  # no buffer changes while training
     )
@@ -87,13 +97,15 @@ def training_arguments(recipe: Medusa2Recipe, *, folder: Path, save_steps: int, 
             found=f"{arguments.n_gpu} GPUs in one process",
             need="one process a GPU",
             where="joint training",
-            do="start it with `accelerate launch -m harness train ..`, or show it one GPU by CUDA_VISIBLE_DEVICES",
+            do="start it with `accelerate launch -m harness train ..`, or show it one GPU by "
+            "CUDA_VISIBLE_DEVICES",
         )
     return arguments
 
 
 def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int]:
-    """Return each process's sequences at once, and how many times it takes them a step: the step's batch stays the recipe's.
+    """Return each process's sequences at once, and how many times it takes them a step: the step's batch
+    stays the recipe's.
 
     Raises: UserError for a batch that does not divide.
     """
@@ -102,7 +114,8 @@ def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int
     if recipe.accumulation_steps % num_processes == 0:
         return recipe.batch_sequences, recipe.accumulation_steps // num_processes
     raise UserError(
-        found=f"{recipe.accumulation_steps} times {recipe.batch_sequences} sequences for {num_processes} processes",
+        found=f"{recipe.accumulation_steps} times {recipe.batch_sequences} sequences for {num_processes} "
+        "processes",
         need="batch_sequences or accumulation_steps that the processes divide",
         where="the recipe",
     )
@@ -111,8 +124,8 @@ def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int
 class MedusaTrainer(Trainer):
     """transformers' Trainer with the loss of Eq. 2, two learning rates and the heads' warm-up of one recipe.
 
-    Raises: UserError where the recipe asks for an optimiser that is not installed, DeepSpeed's settings are not those of
-    `suites/recipes/deepspeed.yaml`, or a loss is not finite.
+    Raises: UserError where the recipe asks for an optimiser that is not installed, DeepSpeed's settings are
+    not those of `suites/recipes/deepspeed.yaml`, or a loss is not finite.
     """
 
     def __init__(
@@ -134,14 +147,22 @@ class MedusaTrainer(Trainer):
         self._rates: list[float] = []
         self._on_step, self._clock, self._mark = on_step, clock, clock()
         super().__init__(
-            model=model, args=arguments, train_dataset=SequenceDataset(sequences), data_collator=collate, callbacks=[_StepLog(self)]
+            model=model,
+            args=arguments,
+            train_dataset=SequenceDataset(sequences),
+            data_collator=collate,
+            callbacks=[_StepLog(self)],
         )
         if self.is_deepspeed_enabled:
             check_deepspeed(self.accelerator.state.deepspeed_plugin)
-        self.model_accepts_loss_kwargs = True  # the Trainer then counts the targets of all parts of a batch, on all processes
+        self.model_accepts_loss_kwargs = (
+            True  # the Trainer then counts the targets of all parts of a batch, on all processes
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order of the sequences; a batch of like lengths is what all processes see in one step."""
+        """Return the order of the sequences; a batch of like lengths is what all processes see in one
+        step.
+        """
         arguments = self.args
         if arguments.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -154,7 +175,9 @@ class MedusaTrainer(Trainer):
         if self.optimizer is None:
             heads, backbone = self._training_model.parameter_groups()
             groups = [{"params": heads, "lr": 1.0}, *([{"params": backbone, "lr": 1.0}] if backbone else [])]
-            self.optimizer = _optimizer_class(self.recipe)(groups, lr=1.0, weight_decay=self.recipe.weight_decay)
+            self.optimizer = _optimizer_class(self.recipe)(
+                groups, lr=1.0, weight_decay=self.recipe.weight_decay
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -170,11 +193,19 @@ class MedusaTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor | Any], return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+        self,
+        model: Any,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss of one part of a batch, weighted as the recipe weights this step."""
-        backbone_weight, heads_weight = self.recipe.loss_weights(self.state.global_step, num_steps=self.state.max_steps)
-        result = model(**inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch)
+        backbone_weight, heads_weight = self.recipe.loss_weights(
+            self.state.global_step, num_steps=self.state.max_steps
+        )
+        result = model(
+            **inputs, backbone_weight=backbone_weight, heads_weight=heads_weight, num_items=num_items_in_batch
+        )
         loss = result.pop("loss")
         if not bool(torch.isfinite(loss.detach())):
             raise UserError(
@@ -185,7 +216,8 @@ class MedusaTrainer(Trainer):
             )
         for name, value in {**result, "loss": loss.detach()}.items():
             self._window[name] = self._window[name] + value if name in self._window else value
-        return loss * self.accelerator.num_processes  # gradients are averaged over processes, and the count is that of all of them
+        # gradients are averaged over processes, and the count is that of all of them
+        return loss * self.accelerator.num_processes
 
     @property
     def log_file(self) -> Path:
@@ -194,7 +226,10 @@ class MedusaTrainer(Trainer):
 
     def take_step_record(self) -> JointStep | None:
         """Return the log line of the step just taken, summed over all processes, on the first of them."""
-        sums: dict[str, Tensor] = {name: self.accelerator.reduce(value, reduction="sum") for name, value in sorted(self._window.items())}
+        sums: dict[str, Tensor] = {
+            name: self.accelerator.reduce(value, reduction="sum")
+            for name, value in sorted(self._window.items())
+        }
         self._window = {}
         if not self.is_world_process_zero():
             return None
@@ -210,9 +245,13 @@ class MedusaTrainer(Trainer):
             loss=float(sums["loss"]),
             backbone_loss=float(sums["backbone_loss"]) / positions if "backbone_loss" in sums else None,
             agreement_rate=float(sums["agreements"]) / positions if "agreements" in sums else None,
-            head_losses=tuple(total / n if n else None for total, n in zip(sums["head_losses"].tolist(), targets, strict=True)),
+            head_losses=tuple(
+                total / n if n else None
+                for total, n in zip(sums["head_losses"].tolist(), targets, strict=True)
+            ),
             head_accuracies=tuple(
-                tuple(row[rank] / n if n else None for rank in range(NUM_RANKS)) for row, n in zip(hits, targets, strict=True)
+                tuple(row[rank] / n if n else None for rank in range(NUM_RANKS))
+                for row, n in zip(hits, targets, strict=True)
             ),
             backbone_weight=backbone_weight,
             lambda_0=heads_weight,
@@ -236,24 +275,32 @@ class MedusaTrainer(Trainer):
         return norm
 
     def begin_step(self) -> None:
-        """Note the rates of the step that begins; where the second of two stages begins anew, so does the optimiser."""
+        """Note the rates of the step that begins; where the second of two stages begins anew, so does the
+        optimiser.
+        """
         step, recipe = self.state.global_step, self.recipe
         optimizer: Any = self.optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        if recipe.schedule == "each_stage" and step and step == recipe.first_backbone_step(self.state.max_steps):
+        if (
+            recipe.schedule == "each_stage"
+            and step
+            and step == recipe.first_backbone_step(self.state.max_steps)
+        ):
             getattr(optimizer, "optimizer", optimizer).state.clear()  # accelerate wraps the optimiser
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train, or go on from a checkpoint.
 
-        Raises: UserError for a checkpoint whose optimiser this launcher cannot read: it would begin anew without a word.
+        Raises: UserError for a checkpoint whose optimiser this launcher cannot read: it would begin anew
+        without a word.
         """
         if isinstance(resume_from_checkpoint, str):
             parts = len(list(Path(resume_from_checkpoint).glob("global_step*/zero_pp_rank_*")))
             ours = self.args.world_size if self.is_deepspeed_enabled else 0
             if parts != ours:
                 found, need = (
-                    f"of DeepSpeed on {count} processes" if count else "of another launcher than DeepSpeed" for count in (parts, ours)
+                    f"of DeepSpeed on {count} processes" if count else "of another launcher than DeepSpeed"
+                    for count in (parts, ours)
                 )
                 raise UserError(
                     found=f"a checkpoint {found}",
@@ -264,14 +311,21 @@ class MedusaTrainer(Trainer):
         return super().train(resume_from_checkpoint, *arguments, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what learns, whole, nothing else: the frozen rest is the original model's, and its tensors may share memory."""
+        """Save what learns, whole, nothing else: the frozen rest is the original model's, and its tensors may
+        share memory.
+        """
         keep = self.args.should_save
-        learning = {name: on_host(parameter, keep=keep).contiguous() for name, parameter in self._learning().items()}  # on all processes
+        # on all processes
+        learning = {
+            name: on_host(parameter, keep=keep).contiguous() for name, parameter in self._learning().items()
+        }
         if keep:
             self._save(output_dir, state_dict=learning)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimiser's state whole, so that a run may go on under another number of processes; DeepSpeed saves its own parts."""
+        """Save the optimiser's state whole, so that a run may go on under another number of processes;
+        DeepSpeed saves its own parts.
+        """
         if self.is_deepspeed_enabled:
             engine: Any = self.model_wrapped
             engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
@@ -292,7 +346,9 @@ class MedusaTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(
+            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
+        )
         load_optimizer_state(self.optimizer, state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
@@ -302,7 +358,9 @@ class MedusaTrainer(Trainer):
         try:
             state = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise UserError(found=f"no readable checkpoint ({error})", need="a whole one", where=file.parent.name) from error
+            raise UserError(
+                found=f"no readable checkpoint ({error})", need="a whole one", where=file.parent.name
+            ) from error
         learning = self._learning()
         if state.keys() != learning.keys():
             raise UserError(
@@ -322,9 +380,11 @@ class MedusaTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
 
     def make_whole(self) -> None:
-        """Give the first process whole weights, on the host, where each process held a part of them; the model is not run any more.
+        """Give the first process whole weights, on the host, where each process held a part of them; the
+        model is not run any more.
 
-        Under an adapter these are the weights that learn: the rest is the original's, and files hold none of it.
+        Under an adapter these are the weights that learn: the rest is the original's, and files hold none of
+        it.
         """
         if self.is_fsdp_enabled:
             model, every = self._training_model, self.recipe.backbone != "lora"
@@ -336,7 +396,11 @@ class MedusaTrainer(Trainer):
             )
 
     def _learning(self) -> dict[str, torch.nn.Parameter]:
-        return {name: parameter for name, parameter in self._training_model.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter
+            for name, parameter in self._training_model.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 class _StepLog(TrainerCallback):
@@ -345,26 +409,39 @@ class _StepLog(TrainerCallback):
     def __init__(self, trainer: MedusaTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             path = self._trainer.log_file
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            kept = [
+                line
+                for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= state.global_step
+            ]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             temporary.replace(path)
         self._trainer._mark = self._trainer._clock()
         reset_peak_memory(args.device)  # of loading
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._trainer._sampler is not None:
-            self._trainer._sampler.set_epoch(int(state.epoch or 0))  # accelerate does not reach it in a resumed run of several processes
+            # accelerate does not reach it in a resumed run of several processes
+            self._trainer._sampler.set_epoch(int(state.epoch or 0))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._trainer.begin_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         record = self._trainer.take_step_record()
         if record is not None:
             with self._trainer.log_file.open("a") as file:
@@ -380,6 +457,9 @@ def _optimizer_class(recipe: Medusa2Recipe) -> Any:
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
     except ImportError as error:
         raise UserError(
-            found="no bitsandbytes", need="it for the 8-bit optimiser", where="the recipe", do="install it, or set optimizer = 'adamw'"
+            found="no bitsandbytes",
+            need="it for the 8-bit optimiser",
+            where="the recipe",
+            do="install it, or set optimizer = 'adamw'",
         ) from error
     return AdamW8bit

@@ -1,4 +1,6 @@
-"""Transfer forms about training, judged on an ablation's record: pure functions of the record and the form's bounds."""
+"""Transfer forms about training, judged on an ablation's record: pure functions of the record and the form's
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from harness.judge.ablation import Columns, TextKind, best_rate_columns, change_columns, kl_of, rate_columns, repetition_columns
+from harness.judge.ablation import (
+    Columns,
+    TextKind,
+    best_rate_columns,
+    change_columns,
+    kl_of,
+    rate_columns,
+    repetition_columns,
+)
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
-from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, equivalence, holds, percent, shown
+from harness.judge.claims.findings import (
+    Finding,
+    NotTestable,
+    above,
+    below,
+    combined,
+    equivalence,
+    holds,
+    percent,
+    shown,
+)
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord, TextChange
 from harness.specs.claim_forms import (
@@ -35,21 +55,30 @@ def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tu
     return tuple(_verdict(claim, record) for claim in claims if claim.training is not None)
 
 
-def decided_elsewhere(claims: Sequence[ClaimSpec], record: AblationRecord, others: Sequence[AblationRecord]) -> dict[str, str]:
-    """Return, for each claim that a finished record of a larger budget tests too, the name of that record's suite: it decides the claim.
+def decided_elsewhere(
+    claims: Sequence[ClaimSpec], record: AblationRecord, others: Sequence[AblationRecord]
+) -> dict[str, str]:
+    """Return, for each claim that a finished record of a larger budget tests too, the name of that record's
+    suite: it decides the claim.
 
-    Only records of the same model and the same heads at the start are looked at. A claim is decided once, by the largest budget.
+    Only records of the same model and the same heads at the start are looked at. A claim is decided once, by
+    the largest budget.
     """
     ours = record.environment
     larger = [
         other
         for other in others
         if other.spec.answer_tokens > record.spec.answer_tokens
-        and (other.environment.backbone_sha256, other.environment.heads_sha256) == (ours.backbone_sha256, ours.heads_sha256)
+        and (other.environment.backbone_sha256, other.environment.heads_sha256)
+        == (ours.backbone_sha256, ours.heads_sha256)
     ]
     found: dict[str, str] = {}
     for other in sorted(larger, key=lambda one: one.spec.answer_tokens):
-        tested = [verdict for verdict in training_verdicts(claims, other) if verdict.kind is not VerdictKind.NOT_TESTED]
+        tested = [
+            verdict
+            for verdict in training_verdicts(claims, other)
+            if verdict.kind is not VerdictKind.NOT_TESTED
+        ]
         found |= {verdict.claim_id: other.spec.name for verdict in tested}
     return found
 
@@ -67,7 +96,10 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
     finding: Finding | None = None
     try:
         if not record.spec.decides_claims:
-            raise NotTestable(f"{record.spec.name} shows signs and orders only: {record.spec.answer_tokens:,} tokens an arm are too few")
+            raise NotTestable(
+                f"{record.spec.name} shows signs and orders only: {record.spec.answer_tokens:,} tokens an "
+                "arm are too few"
+            )
         if record.manifest is None:
             raise NotTestable("the record is unfinished: some arms or seeds are missing")
         finding = judge_training(claim.training, record)
@@ -89,31 +121,62 @@ def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
     _check_step_cost(record, form.arm, form.over)
     columns = rate_columns if form.trees == "fixed" else best_rate_columns
-    where = f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
+    where = (
+        f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
+    )
     both = combined(_gain_parts(record, form.arm, over=form.over, bound=form.bound, columns=columns))
-    repeated = [repetition_columns(record, arm).interval(record.spec.interval).estimate for arm in (form.arm, form.over)]
-    prefix = f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, a step costing both the same"
-    repetition = f"4-grams repeated within an answer: {repeated[0]:.1%} against {repeated[1]:.1%}".replace("%", " %")
+    repeated = [
+        repetition_columns(record, arm).interval(record.spec.interval).estimate
+        for arm in (form.arm, form.over)
+    ]
+    prefix = (
+        f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, a step "
+        "costing both the same"
+    )
+    repetition = f"4-grams repeated within an answer: {repeated[0]:.1%} against {repeated[1]:.1%}".replace(
+        "%", " %"
+    )
     return replace(both, reason=f"{prefix}: {both.reason}; {repetition}")
 
 
-def _gain_parts(record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]) -> list[Finding]:
-    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which both read."""
-    texts: tuple[tuple[TextKind, str], ...] = (("own", "on the text of each"), ("original", "on the original's"))
+def _gain_parts(
+    record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]
+) -> list[Finding]:
+    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which
+    both read.
+    """
+    texts: tuple[tuple[TextKind, str], ...] = (
+        ("own", "on the text of each"),
+        ("original", "on the original's"),
+    )
     parts = []
     for text, words in texts:
         ours, theirs = (columns(record, name, text=text) for name in (arm, over))
-        gain, seeds = ours.over(theirs, spec=record.spec.interval), _by_seed(ours, theirs, record, arm, over, lambda a, b: a / b)
+        gain, seeds = (
+            ours.over(theirs, spec=record.spec.interval),
+            _by_seed(ours, theirs, record, arm, over, lambda a, b: a / b),
+        )
         kind = _agreed(above(gain, bound), [seed > bound for seed in seeds])
         reason = f"{words} {holds(kind)} ({_listed(seeds, 3)})"
-        parts.append(Finding(kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"))
+        parts.append(
+            Finding(
+                kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"
+            )
+        )
     return parts
 
 
 def _by_seed(
-    ours: Columns, theirs: Columns, record: AblationRecord, arm: str, over: str, relation: Callable[[float, float], float]
+    ours: Columns,
+    theirs: Columns,
+    record: AblationRecord,
+    arm: str,
+    over: str,
+    relation: Callable[[float, float], float],
 ) -> list[float]:
-    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands for all."""
+    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands
+    for all.
+    """
     seeds = [[result.seed for result in record.of(name)] for name in (arm, over)]
     if None not in seeds[1] and seeds[0] != seeds[1]:
         raise NotTestable(f"{arm} was trained on the seeds {seeds[0]}, {over} on {seeds[1]}")
@@ -122,7 +185,9 @@ def _by_seed(
 
 
 def _agreed(kind: VerdictKind, seeds_hold: Sequence[bool]) -> VerdictKind:
-    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is open."""
+    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is
+    open.
+    """
     against = {VerdictKind.REPRODUCED: not all(seeds_hold), VerdictKind.NOT_REPRODUCED: any(seeds_hold)}
     return VerdictKind.INCONCLUSIVE if against.get(kind, False) else kind
 
@@ -136,11 +201,15 @@ def _check_step_cost(record: AblationRecord, arm: str, over: str) -> None:
     recipes = [_recipe(record, name) for name in (arm, over)]
     for name in ("num_heads", "num_layers", "architecture"):
         if recipes[0].get(name) != recipes[1].get(name):
-            raise NotTestable(f"the heads of {arm} and {over} differ in {name}: a step does not cost both the same")
+            raise NotTestable(
+                f"the heads of {arm} and {over} differ in {name}: a step does not cost both the same"
+            )
     for name, recipe in zip((arm, over), recipes, strict=True):
         adapted = recipe.get("backbone") == "lora" and recipe.get("lora", {}).get("lm_head")
         if adapted and recipe.get("architecture") == "shared" and recipe.get("heads_lm_head") == "original":
-            raise NotTestable(f"a step of {name} reads two LM heads, the adapted and the original: it costs more")
+            raise NotTestable(
+                f"a step of {name} reads two LM heads, the adapted and the original: it costs more"
+            )
 
 
 def _recipe(record: AblationRecord, arm: str) -> dict[str, Any]:
@@ -155,7 +224,12 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     for arm in form.arms:
         gains = _gain_parts(record, arm, over=form.over, bound=1.0, columns=rate_columns)
         named = [
-            replace(gain, ours=f"{arm} {gain.ours}", reason=f"{arm}: more tokens/step than {form.over} {gain.reason}") for gain in gains
+            replace(
+                gain,
+                ours=f"{arm} {gain.ours}",
+                reason=f"{arm}: more tokens/step than {form.over} {gain.reason}",
+            )
+            for gain in gains
         ]
         divergence = _divergence_part(arm, record, max_kl=form.max_kl)
         if form.gain == "judged":
@@ -163,17 +237,29 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
             continue
         gained = combined(named)
         if gained.kind is VerdictKind.NOT_REPRODUCED:
-            raise NotTestable(f"{arm} yields no more tokens/step than {form.over} ({gained.ours}): its quality paid for nothing")
+            raise NotTestable(
+                f"{arm} yields no more tokens/step than {form.over} ({gained.ours}): its quality paid for "
+                "nothing"
+            )
         if gained.kind is VerdictKind.INCONCLUSIVE:
             open_reason = f"{divergence.reason}; counted only where tokens/step rose, and {gained.reason}"
-            divergence = replace(divergence, kind=VerdictKind.INCONCLUSIVE, ours=f"{divergence.ours}; {gained.ours}", reason=open_reason)
+            divergence = replace(
+                divergence,
+                kind=VerdictKind.INCONCLUSIVE,
+                ours=f"{divergence.ours}; {gained.ours}",
+                reason=open_reason,
+            )
         parts.append(divergence)
     found = combined(parts)
     if form.control is None or not record.of(form.control):
         return found
     control = _gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)
     control.append(_divergence_part(form.control, record, max_kl=form.max_kl))
-    return replace(found, reason=f"{found.reason}; beside them, not judged, {form.control}: {'; '.join(part.ours for part in control)}")
+    return replace(
+        found,
+        reason=f"{found.reason}; beside them, not judged, {form.control}: "
+        f"{'; '.join(part.ours for part in control)}",
+    )
 
 
 def _unchanged(form: UnchangedForm, record: AblationRecord) -> Finding:
@@ -183,43 +269,90 @@ def _unchanged(form: UnchangedForm, record: AblationRecord) -> Finding:
         raise NotTestable(f"the record does not say what training {form.arm} did to the backbone's tensors")
     changed = sum(before != after for before, after in pairs)
     kind = VerdictKind.NOT_REPRODUCED if changed else VerdictKind.REPRODUCED
-    reason = f"the backbone of {form.arm} hashed before and behind its training, where it was trained: one and the same {holds(kind)}"
-    return Finding(kind=kind, ours=f"{changed} of {len(pairs)} trainings changed a tensor", reason=reason, figure_kind="measured")
+    reason = (
+        f"the backbone of {form.arm} hashed before and behind its training, where it was trained: "
+        f"one and the same {holds(kind)}"
+    )
+    return Finding(
+        kind=kind,
+        ours=f"{changed} of {len(pairs)} trainings changed a tensor",
+        reason=reason,
+        figure_kind="measured",
+    )
 
 
 def _divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Finding:
     columns = change_columns(record, arm, kl_of)
     kl = columns.interval(record.spec.interval)
-    kind = _agreed(VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl), [seed <= max_kl for seed in columns.seeds])
-    reason = f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} ({_listed(columns.seeds, 4)})"
-    return Finding(kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured")
+    kind = _agreed(
+        VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl),
+        [seed <= max_kl for seed in columns.seeds],
+    )
+    reason = (
+        f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} "
+        f"({_listed(columns.seeds, 4)})"
+    )
+    return Finding(
+        kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured"
+    )
 
 
 def _hurts_more(form: HurtsMoreForm, record: AblationRecord) -> Finding:
     if form.differ is not None:
         ours, theirs = (_recipe(record, name) for name in (form.arm, form.over))
-        if unlike := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name) and name not in form.differ):
-            raise NotTestable(f"{form.arm} and {form.over} differ in {', '.join(unlike)}, the claim is about {', '.join(form.differ)}")
-    parts = [_worse_part(form, record, kl_of, bound=form.bound, words="further from the original", references=False)]
+        if unlike := sorted(
+            name
+            for name in ours.keys() | theirs.keys()
+            if ours.get(name) != theirs.get(name) and name not in form.differ
+        ):
+            raise NotTestable(
+                f"{form.arm} and {form.over} differ in {', '.join(unlike)}, the claim is about "
+                f"{', '.join(form.differ)}"
+            )
+    parts = [
+        _worse_part(
+            form, record, kl_of, bound=form.bound, words="further from the original", references=False
+        )
+    ]
     if form.on_references:
         words = "less fit to predict texts of another hand"
-        parts.append(_worse_part(form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True))
+        parts.append(
+            _worse_part(
+                form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True
+            )
+        )
     if form.max_kl is not None:
         parts.append(_divergence_part(form.over, record, max_kl=form.max_kl))
     return combined(parts)
 
 
 def _worse_part(
-    form: HurtsMoreForm, record: AblationRecord, total: Callable[[TextChange], float], *, bound: float, words: str, references: bool
+    form: HurtsMoreForm,
+    record: AblationRecord,
+    total: Callable[[TextChange], float],
+    *,
+    bound: float,
+    words: str,
+    references: bool,
 ) -> Finding:
-    ours, theirs = (change_columns(record, arm, total, references=references) for arm in (form.arm, form.over))
+    ours, theirs = (
+        change_columns(record, arm, total, references=references) for arm in (form.arm, form.over)
+    )
     difference, seeds = (
         ours.less(theirs, spec=record.spec.interval),
         _by_seed(ours, theirs, record, form.arm, form.over, lambda a, b: a - b),
     )
     kind = _agreed(above(difference, bound), [seed > bound for seed in seeds])
-    reason = f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} ({_listed(seeds, 4)})"
-    return Finding(kind=kind, ours=f"{words}: {shown(difference, ' nats', digits=4)} more", reason=reason, figure_kind="measured")
+    reason = (
+        f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} "
+        f"({_listed(seeds, 4)})"
+    )
+    return Finding(
+        kind=kind,
+        ours=f"{words}: {shown(difference, ' nats', digits=4)} more",
+        reason=reason,
+        figure_kind="measured",
+    )
 
 
 def _little_memory(form: LittleMemoryForm, record: AblationRecord) -> Finding:
@@ -233,10 +366,13 @@ def _little_memory(form: LittleMemoryForm, record: AblationRecord) -> Finding:
     share = mean[0] / mean[1] - 1
     kind = VerdictKind.REPRODUCED if share <= form.margin else VerdictKind.NOT_REPRODUCED
     reason = (
-        f"{form.arm} holds {mean[0] / 1e6:,.0f} MB at most, {form.over} {mean[1] / 1e6:,.0f} MB; up to {form.margin:.0%} more "
+        f"{form.arm} holds {mean[0] / 1e6:,.0f} MB at most, {form.over} {mean[1] / 1e6:,.0f} MB; up to "
+        f"{form.margin:.0%} more "
         f"{holds(kind)} ({record.environment.device.kind}, mean over seeds)"
     )
-    return Finding(kind=kind, ours=f"{share:+.1%} memory".replace("%", " %"), reason=reason, figure_kind="measured")
+    return Finding(
+        kind=kind, ours=f"{share:+.1%} memory".replace("%", " %"), reason=reason, figure_kind="measured"
+    )
 
 
 def _head_order(form: HeadOrderForm, record: AblationRecord) -> Finding:
@@ -252,30 +388,50 @@ def _head_order(form: HeadOrderForm, record: AblationRecord) -> Finding:
             losses.setdefault(prompt.key, []).append(prompt.nll.astype(np.float64))
     num_heads = next(iter(losses.values()))[0].shape[1]
     for head in range(1, num_heads):
-        rises = [np.concatenate([loss[:, head] - loss[:, head - 1] for loss in rows]) for rows in losses.values()]
-        sums, counts = (np.array([float(f(rise)) for rise in rises]) for f in (np.nansum, lambda rise: np.isfinite(rise).sum()))
+        rises = [
+            np.concatenate([loss[:, head] - loss[:, head - 1] for loss in rows]) for rows in losses.values()
+        ]
+        sums, counts = (
+            np.array([float(f(rise)) for rise in rises])
+            for f in (np.nansum, lambda rise: np.isfinite(rise).sum())
+        )
         if not counts.sum():
             raise NotTestable(f"no position has a target for head {head + 1}")
         interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
         kind = above(interval, form.bound)
-        parts.append(Finding(kind=kind, ours=shown(interval), reason=f"head {head} to {head + 1} {holds(kind)}", figure_kind="measured"))
+        parts.append(
+            Finding(
+                kind=kind,
+                ours=shown(interval),
+                reason=f"head {head} to {head + 1} {holds(kind)}",
+                figure_kind="measured",
+            )
+        )
     both = combined(parts)
     prefix = f"each rise in mean loss of {form.arm} against {form.bound:g} nats"
     return replace(both, ours=f"+nats a head: {both.ours}", reason=f"{prefix}: {both.reason}")
 
 
 def _spare_head(form: SpareHeadForm, record: AblationRecord) -> Finding:
-    if (traced := min((record.trace(result).num_heads for result in record.of(form.arm)), default=0)) < form.with_heads:
-        raise NotTestable(f"the traces of {form.arm} have {traced} heads, the claim is about {form.with_heads}")
+    if (
+        traced := min((record.trace(result).num_heads for result in record.of(form.arm)), default=0)
+    ) < form.with_heads:
+        raise NotTestable(
+            f"the traces of {form.arm} have {traced} heads, the claim is about {form.with_heads}"
+        )
     more, fewer = (
-        best_rate_columns(record, form.arm, num_nodes=form.num_nodes, max_depth=heads) for heads in (form.with_heads, form.without_heads)
+        best_rate_columns(record, form.arm, num_nodes=form.num_nodes, max_depth=heads)
+        for heads in (form.with_heads, form.without_heads)
     )
     spec = record.spec.interval.model_copy(update={"level": EQUIVALENCE_LEVEL})
     gain = more.over(fewer, spec=spec)
-    relative = gain.model_copy(update={"estimate": gain.estimate - 1, "low": gain.low - 1, "high": gain.high - 1})
+    relative = gain.model_copy(
+        update={"estimate": gain.estimate - 1, "low": gain.low - 1, "high": gain.high - 1}
+    )
     kind = equivalence(relative, form.margin)
     reason = (
-        f"{form.arm} with {form.with_heads} heads against {form.without_heads}, {form.num_nodes} nodes each, trees grown on other text; "
+        f"{form.arm} with {form.with_heads} heads against {form.without_heads}, {form.num_nodes} nodes "
+        "each, trees grown on other text; "
         f"the 90 % interval of the gain against +-{form.margin:.0%} {holds(kind)}"
     )
     return Finding(kind=kind, ours=percent(relative), reason=reason, figure_kind="replayed")

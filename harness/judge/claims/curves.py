@@ -1,4 +1,6 @@
-"""Transfer forms about curves over the number of nodes: tokens/step by replay, speed by composing it with measured step times."""
+"""Transfer forms about curves over the number of nodes: tokens/step by replay, speed by composing it with
+measured step times.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from statistics import median
 
 import numpy as np
 
-from harness.judge.claims.evidence import Evidence, Floats, ratio_of_rates, replay_counts, replays, search_split
+from harness.judge.claims.evidence import (
+    Evidence,
+    Floats,
+    ratio_of_rates,
+    replay_counts,
+    replays,
+    search_split,
+)
 from harness.judge.claims.findings import Finding, NotTestable, above, combined, holds, shown
 from harness.judge.judgement import VerdictKind
 from harness.specs.claim_forms import LogGrowthForm, SpeedPeaksForm
@@ -22,12 +31,16 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     """
     split = search_split(evidence)
     grown = split.grow(max(form.sizes), max_rank=form.max_rank)
-    counts = [replay_counts(one) for one in replays(split.held_out, [grown.nested(size) for size in form.sizes])]
+    counts = [
+        replay_counts(one) for one in replays(split.held_out, [grown.nested(size) for size in form.sizes])
+    ]
     spec = evidence.record.suite.interval
     columns = [column for tokens, steps in counts for column in (tokens, steps)]
 
     def interval(statistic: Callable[[Sequence[Floats]], Floats]) -> Interval:
-        return bootstrap_totals(lambda *totals: statistic(totals), *columns, spec=spec, rng=np.random.default_rng(spec.seed))
+        return bootstrap_totals(
+            lambda *totals: statistic(totals), *columns, spec=spec, rng=np.random.default_rng(spec.seed)
+        )
 
     slope = interval(lambda totals: log_fit(totals, form.sizes)[1])
     slowing = interval(lambda totals: early_less_late_gain(totals, form.sizes))
@@ -37,7 +50,11 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     parts = [
         _part(above(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"rising ({ends})"),
         _part(above(slowing, 0.0), "", name="ever more slowly"),
-        _part(above(fit, form.min_r_squared), f"R^2 {shown(fit, digits=3)}", name=f"R^2 of {form.min_r_squared:g}"),
+        _part(
+            above(fit, form.min_r_squared),
+            f"R^2 {shown(fit, digits=3)}",
+            name=f"R^2 of {form.min_r_squared:g}",
+        ),
     ]
     both = combined(parts)
     return replace(both, ours=f"{parts[0].ours}, {parts[2].ours}", reason=f"{both.reason} ({split.origin})")
@@ -48,7 +65,8 @@ def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
 
 
 def early_less_late_gain(totals: Sequence[Floats], sizes: Sequence[int]) -> Floats:
-    """Return the gain a node over the first half of the sizes less that over the second: above 0 for a curve that bends down.
+    """Return the gain a node over the first half of the sizes less that over the second: above 0 for a curve
+    that bends down.
 
     Shapes: as in `log_fit`.
     """
@@ -61,22 +79,27 @@ def early_less_late_gain(totals: Sequence[Floats], sizes: Sequence[int]) -> Floa
 def log_fit(totals: Sequence[Floats], sizes: Sequence[int]) -> tuple[Floats, Floats, Floats]:
     """Return intercept, slope and R^2 of rates against ln n, by least squares.
 
-    Shapes: `totals` are numerator and denominator for each size in turn, arrays of one shape; so are the three results.
+    Shapes: `totals` are numerator and denominator for each size in turn, arrays of one shape; so are the
+    three results.
     """
-    rates = np.stack([np.asarray(top / bottom) for top, bottom in zip(totals[::2], totals[1::2], strict=True)], axis=-1)
+    rates = np.stack(
+        [np.asarray(top / bottom) for top, bottom in zip(totals[::2], totals[1::2], strict=True)], axis=-1
+    )
     logs = np.log(np.asarray(sizes, dtype=np.float64))
     centred = logs - logs.mean()
     mean = rates.mean(axis=-1)
     slope = rates @ centred / (centred @ centred)
     residuals = rates - mean[..., None] - slope[..., None] * centred
     spread = ((rates - mean[..., None]) ** 2).sum(axis=-1)
-    fit = 1 - (residuals**2).sum(axis=-1) / np.where(spread > 0, spread, np.inf)  # a flat curve: nothing for the line to explain
+    # a flat curve: nothing for the line to explain
+    fit = 1 - (residuals**2).sum(axis=-1) / np.where(spread > 0, spread, np.inf)
     fit = np.where(spread > 0, fit, 0.0)
     return np.asarray(mean - slope * logs.mean()), np.asarray(slope), np.asarray(fit)
 
 
 def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
-    """Judge whether speed, composed of replayed tokens/step and measured step times, peaks and falls while tokens/step still rises.
+    """Judge whether speed, composed of replayed tokens/step and measured step times, peaks and falls while
+    tokens/step still rises.
 
     Raises: NotTestable without speed, a trace, or step times at three of the sizes.
     """
@@ -85,23 +108,43 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
     cost_s = _step_seconds(evidence)
     sizes = [size for size in form.sizes if size in cost_s]
     if len(sizes) < 3:
-        raise NotTestable(f"step times at {len(sizes)} of the sizes {list(form.sizes)}, three are needed to see a peak")
+        raise NotTestable(
+            f"step times at {len(sizes)} of the sizes {list(form.sizes)}, three are needed to see a peak"
+        )
     grown = split.grow(max(sizes), max_rank=form.max_rank)
     trees = [grown.nested(size) for size in sizes]
-    predicted = [one.tokens_per_step / cost_s[size] for one, size in zip(replays(split.growth, trees), sizes, strict=True)]
+    predicted = [
+        one.tokens_per_step / cost_s[size]
+        for one, size in zip(replays(split.growth, trees), sizes, strict=True)
+    ]
     best, last = int(np.argmax(predicted)), len(sizes) - 1
     if best == last:
-        reason = f"speed still rises at {sizes[last]} nodes, the largest timed: the device has arithmetic to spare there ({split.origin})"
-        return Finding(kind=VerdictKind.INCONCLUSIVE, ours=f"no peak up to {sizes[last]} nodes", reason=reason, figure_kind="composed")
+        reason = (
+            f"speed still rises at {sizes[last]} nodes, the largest timed: the device has "
+            f"arithmetic to spare there ({split.origin})"
+        )
+        return Finding(
+            kind=VerdictKind.INCONCLUSIVE,
+            ours=f"no peak up to {sizes[last]} nodes",
+            reason=reason,
+            figure_kind="composed",
+        )
     peak, end = (replay_counts(one) for one in replays(split.held_out, [trees[best], trees[last]]))
     spec = evidence.record.suite.interval
-    falls = ratio_of_rates((peak[0], peak[1] * cost_s[sizes[best]]), over=(end[0], end[1] * cost_s[sizes[last]]), spec=spec)
+    falls = ratio_of_rates(
+        (peak[0], peak[1] * cost_s[sizes[best]]), over=(end[0], end[1] * cost_s[sizes[last]]), spec=spec
+    )
     rises = ratio_of_rates(end, over=peak, spec=spec)
     parts = []
-    for name, interval in ((f"speed at {sizes[best]} over {sizes[last]} nodes", falls), ("tokens/step the other way", rises)):
+    for name, interval in (
+        (f"speed at {sizes[best]} over {sizes[last]} nodes", falls),
+        ("tokens/step the other way", rises),
+    ):
         kind = above(interval, form.bound)
         reason = f"{name}: {holds(kind)}"
-        parts.append(Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="composed"))
+        parts.append(
+            Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="composed")
+        )
     return combined(parts)
 
 
@@ -110,4 +153,6 @@ def _step_seconds(evidence: Evidence) -> dict[int, float]:
     costs = evidence.record.step_costs
     if costs is None:
         raise NotTestable("the record has no separately timed steps")
-    return {cost.num_nodes: median(cost.step_s or cost.backbone_s) for cost in costs.costs if cost.arm is None}
+    return {
+        cost.num_nodes: median(cost.step_s or cost.backbone_s) for cost in costs.costs if cost.arm is None
+    }

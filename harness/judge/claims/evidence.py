@@ -26,7 +26,9 @@ EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 %
 
 @dataclass(frozen=True)
 class Evidence:
-    """One record and what was derived from it; `calibration` is the trace that its trees were grown on, where it is at hand."""
+    """One record and what was derived from it; `calibration` is the trace that its trees were grown on, where
+    it is at hand.
+    """
 
     record: RunRecord
     arms: tuple[ArmMetrics, ...]
@@ -81,7 +83,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """Two arms' decoded tokens, steps and seconds over the prompts that both have, the first arm first: [prompts] each."""
+    """Two arms' decoded tokens, steps and seconds over the prompts that both have, the first arm first:
+    [prompts] each.
+    """
 
     tokens: tuple[Floats, Floats]
     steps: tuple[Floats, Floats]
@@ -101,7 +105,9 @@ def paired_counts(evidence: Evidence, arm: str, *, over: str, timed: bool) -> Pa
         raise NotTestable(f"arms {arm} and {over} share no {'timed ' if timed else ''}generation")
 
     def columns(name: str) -> tuple[Floats, Floats]:
-        first, second = (np.array([getattr(pair[side], name) for pair in pairs], dtype=np.float64) for side in (0, 1))
+        first, second = (
+            np.array([getattr(pair[side], name) for pair in pairs], dtype=np.float64) for side in (0, 1)
+        )
         return first, second
 
     return PairedCounts(tokens=columns("decode_tokens"), steps=columns("steps"), seconds=columns("decode_s"))
@@ -118,13 +124,16 @@ class SearchSplit:
     def grow(self, num_nodes: int, *, max_rank: int, max_depth: int | None = None) -> GrownTree:
         """Return the best trees up to `num_nodes` nodes on the text for growth."""
         try:
-            return grow_by_joint_hits(self.growth.ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth)
+            return grow_by_joint_hits(
+                self.growth.ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth
+            )
         except UserError as error:
             raise NotTestable(f"no tree of {num_nodes} nodes can be grown ({error})") from error
 
 
 def search_split(evidence: Evidence) -> SearchSplit:
-    """Split: the calibration trace for growth where it is at hand, else every other prompt of the record's own trace.
+    """Split: the calibration trace for growth where it is at hand, else every other prompt of the record's
+    own trace.
 
     Raises: NotTestable without a trace, with a calibration of other heads, or with too few prompts to halve.
     """
@@ -132,11 +141,19 @@ def search_split(evidence: Evidence) -> SearchSplit:
     if evidence.calibration is not None:
         if evidence.calibration.provenance.heads_hash != trace.provenance.heads_hash:
             raise NotTestable("the calibration trace is of other heads than the record's")
-        return SearchSplit(growth=evidence.calibration, held_out=trace, origin="trees grown on calibration text")
+        return SearchSplit(
+            growth=evidence.calibration, held_out=trace, origin="trees grown on calibration text"
+        )
     if len(trace.prompts) < 4:
-        raise NotTestable(f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other")
-    growth, held_out = (Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1))
-    return SearchSplit(growth=growth, held_out=held_out, origin="trees grown on every other prompt, judged on the rest")
+        raise NotTestable(
+            f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other"
+        )
+    growth, held_out = (
+        Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1)
+    )
+    return SearchSplit(
+        growth=growth, held_out=held_out, origin="trees grown on every other prompt, judged on the rest"
+    )
 
 
 def replays(trace: Trace, trees: Iterable[DraftTree]) -> list[Replay]:
@@ -156,13 +173,21 @@ def replay_counts(replay: Replay) -> tuple[Floats, Floats]:
     return (replay.num_kept_tokens - 1).astype(np.float64), replay.num_steps.astype(np.float64)
 
 
-def ratio_of_rates(rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec) -> Interval:
-    """Return one rate over another, each from totals (numerator, denominator) of the same prompts, with its interval."""
+def ratio_of_rates(
+    rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec
+) -> Interval:
+    """Return one rate over another, each from totals (numerator, denominator) of the same prompts, with its
+    interval.
+    """
     rng = np.random.default_rng(spec.seed)
-    return bootstrap_ratio_of_ratios(rate[0], rate[1], base_numerator=over[0], base_denominator=over[1], spec=spec, rng=rng)
+    return bootstrap_ratio_of_ratios(
+        rate[0], rate[1], base_numerator=over[0], base_denominator=over[1], spec=spec, rng=rng
+    )
 
 
-def relative_gain(rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec, scale: float = 1.0) -> Interval:
+def relative_gain(
+    rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec, scale: float = 1.0
+) -> Interval:
     """Return scale x rate / other rate - 1 with its 90 % interval, as an equivalence test takes it."""
     return bootstrap_totals(
         lambda a, b, c, d: scale * (a / b) / (c / d) - 1,

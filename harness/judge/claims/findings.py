@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from harness.judge.judgement import VerdictKind
 from harness.stats import FigureKind, Interval
 
-_WORST_FIRST = (VerdictKind.NOT_TESTED, VerdictKind.NOT_REPRODUCED, VerdictKind.INCONCLUSIVE, VerdictKind.REPRODUCED)
+_WORST_FIRST = (
+    VerdictKind.NOT_TESTED,
+    VerdictKind.NOT_REPRODUCED,
+    VerdictKind.INCONCLUSIVE,
+    VerdictKind.REPRODUCED,
+)
 
 
 class NotTestable(Exception):
@@ -27,7 +32,9 @@ class Finding:
 
 
 def worst(kinds: Sequence[VerdictKind]) -> VerdictKind:
-    """The word for a claim of several parts: a part that is not tested leaves the claim untested, then the worst part decides."""
+    """The word for a claim of several parts: a part that is not tested leaves the claim untested, then the
+    worst part decides.
+    """
     return min(kinds, key=_WORST_FIRST.index)
 
 
@@ -48,14 +55,18 @@ def shown(interval: Interval, unit: str = "", *, digits: int = 2) -> str:
 
 def percent(interval: Interval) -> str:
     """A relative difference as text, such as +1.2 % [-0.3, 2.8]."""
-    return f"{interval.estimate:+.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]".replace("%", " %")
+    return f"{interval.estimate:+.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]".replace(
+        "%", " %"
+    )
 
 
 def holds(kind: VerdictKind) -> str:
     """How a part of a claim came out, in one word for a sentence."""
-    return {VerdictKind.REPRODUCED: "holds", VerdictKind.NOT_REPRODUCED: "fails", VerdictKind.INCONCLUSIVE: "is open"}.get(
-        kind, "is untested"
-    )
+    return {
+        VerdictKind.REPRODUCED: "holds",
+        VerdictKind.NOT_REPRODUCED: "fails",
+        VerdictKind.INCONCLUSIVE: "is open",
+    }.get(kind, "is untested")
 
 
 def equivalence(interval90: Interval, margin: float) -> VerdictKind:
@@ -65,7 +76,9 @@ def equivalence(interval90: Interval, margin: float) -> VerdictKind:
     Raises: ValueError if the margin is not positive or the interval is of another level.
     """
     if margin <= 0 or not math.isclose(interval90.level, 0.9):
-        raise ValueError(f"found margin {margin} and level {interval90.level}, need a positive margin and a 90 % interval")
+        raise ValueError(
+            f"found margin {margin} and level {interval90.level}, need a positive margin and a 90 % interval"
+        )
     if -margin < interval90.low and interval90.high < margin:
         return VerdictKind.REPRODUCED
     if interval90.low > margin or interval90.high < -margin:
@@ -74,14 +87,18 @@ def equivalence(interval90: Interval, margin: float) -> VerdictKind:
 
 
 def above(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none,
+    else inconclusive.
+    """
     if interval.low > bound:
         return VerdictKind.REPRODUCED
     return VerdictKind.NOT_REPRODUCED if interval.high <= bound else VerdictKind.INCONCLUSIVE
 
 
 def below(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none, else inconclusive."""
+    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none,
+    else inconclusive.
+    """
     if interval.high < bound:
         return VerdictKind.REPRODUCED
     return VerdictKind.NOT_REPRODUCED if interval.low >= bound else VerdictKind.INCONCLUSIVE

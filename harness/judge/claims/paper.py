@@ -1,4 +1,6 @@
-"""Paper-only forms: arithmetic on the paper's own figures, taken from the registry, and the roofline of Appendix G."""
+"""Paper-only forms: arithmetic on the paper's own figures, taken from the registry, and the roofline of
+Appendix G.
+"""
 
 from __future__ import annotations
 
@@ -87,10 +89,17 @@ def _bound_missed(claim: ClaimSpec, form: BoundMissedForm, figures: Figures) -> 
 
 
 def _quotients(claim: ClaimSpec, form: QuotientsForm, figures: Figures) -> Finding:
-    quotients = {model: figures.number(f"{model}-acc") / figures.number(f"{model}-ovh") for model in form.models}
+    quotients = {
+        model: figures.number(f"{model}-acc") / figures.number(f"{model}-ovh") for model in form.models
+    }
     errors = [abs(quotient / figures.number(f"{model}-S") - 1) for model, quotient in quotients.items()]
-    reason = f"the quotients differ from the printed speedups by at most {max(errors):.2%}, allowed {form.tolerance:.0%}"
-    return _exact(max(errors) <= form.tolerance, ours=", ".join(f"{q:.3f}" for q in quotients.values()), reason=reason)
+    reason = (
+        f"the quotients differ from the printed speedups by at most {max(errors):.2%}, allowed "
+        f"{form.tolerance:.0%}"
+    )
+    return _exact(
+        max(errors) <= form.tolerance, ours=", ".join(f"{q:.3f}" for q in quotients.values()), reason=reason
+    )
 
 
 def _implied_overheads(claim: ClaimSpec, form: ImpliedOverheadsForm, figures: Figures) -> Finding:
@@ -104,15 +113,22 @@ def _implied_overheads(claim: ClaimSpec, form: ImpliedOverheadsForm, figures: Fi
         if high < printed - half or low > printed + half:
             apart.append(other)
     reason = (
-        f"{len(apart)} of {len(form.pairs)} lie outside the printed overhead beyond rounding ({', '.join(apart)}), needed {form.min_apart}"
+        f"{len(apart)} of {len(form.pairs)} lie outside the printed overhead beyond rounding "
+        f"({', '.join(apart)}), needed {form.min_apart}"
     )
-    return _exact(len(apart) >= form.min_apart, ours=", ".join(f"{value:.3f}" for value in implied), reason=reason)
+    return _exact(
+        len(apart) >= form.min_apart, ours=", ".join(f"{value:.3f}" for value in implied), reason=reason
+    )
 
 
 def _statements_differ(claim: ClaimSpec, form: StatementsDifferForm, figures: Figures) -> Finding:
     said = {statement.says for statement in form.statements}
     ours = "; ".join(f"{statement.place}: {statement.says}" for statement in form.statements)
-    return _exact(len(said) > 1, ours=ours, reason=f"on {form.about} {len(form.statements)} places say {len(said)} different things")
+    return _exact(
+        len(said) > 1,
+        ours=ours,
+        reason=f"on {form.about} {len(form.statements)} places say {len(said)} different things",
+    )
 
 
 def _category_means(claim: ClaimSpec, form: CategoryMeansForm, figures: Figures) -> Finding:
@@ -123,9 +139,12 @@ def _category_means(claim: ClaimSpec, form: CategoryMeansForm, figures: Figures)
     means = fmean(values), harmonic_mean(values)
     apart = min(abs(mean - overall) for mean in means)
     reason = (
-        f"the nearer mean of {len(values)} categories is {apart:.3f} from the overall {overall:g}; rounding explains {form.half_unit:g}"
+        f"the nearer mean of {len(values)} categories is {apart:.3f} from the overall {overall:g}; "
+        f"rounding explains {form.half_unit:g}"
     )
-    return _exact(apart > form.half_unit, ours=f"{means[0]:.3f} arithmetic, {means[1]:.3f} harmonic", reason=reason)
+    return _exact(
+        apart > form.half_unit, ours=f"{means[0]:.3f} arithmetic, {means[1]:.3f} harmonic", reason=reason
+    )
 
 
 def _closed_forms(claim: ClaimSpec, form: ClosedFormsForm, figures: Figures) -> Finding:
@@ -133,21 +152,29 @@ def _closed_forms(claim: ClaimSpec, form: ClosedFormsForm, figures: Figures) -> 
     worst = max(errors)
     count = claim.value
     complete = not isinstance(count, int | float) or len(errors) == count
-    reason = f"largest error {worst:.4f} flop/byte over {len(errors)} printed figures, allowed {form.tolerance:g}"
-    holds = complete and worst <= form.tolerance + 1e-9  # a printed figure may lie exactly half a unit away, in binary
+    reason = (
+        f"largest error {worst:.4f} flop/byte over {len(errors)} printed figures, allowed {form.tolerance:g}"
+    )
+    # a printed figure may lie exactly half a unit away, in binary
+    holds = complete and worst <= form.tolerance + 1e-9
     return _exact(holds, ours=f"{len(errors)} figures within {worst:.4f}", reason=reason)
 
 
 def _intensity_errors(form: ClosedFormsForm, figures: Figures) -> Iterator[float]:
     closed: dict[str, Callable[[int, int], float]] = {
         form.by_length: lambda row, nodes: attention_intensity(nodes, context_tokens=row),
-        form.by_batch: lambda row, nodes: attention_intensity(nodes, context_tokens=form.table_context_tokens),
+        form.by_batch: lambda row, nodes: attention_intensity(
+            nodes, context_tokens=form.table_context_tokens
+        ),
         form.linear: lambda row, nodes: linear_intensity(nodes, batch=row),
     }
     for claim_id, intensity in closed.items():
         table = figures.table(claim_id)
         for row, printed in zip(table.rows, table.intensity, strict=True):
-            yield from (abs(intensity(row, nodes) - value) for nodes, value in zip(table.columns, printed, strict=True))
+            yield from (
+                abs(intensity(row, nodes) - value)
+                for nodes, value in zip(table.columns, printed, strict=True)
+            )
 
 
 def _table_ratios(claim: ClaimSpec, form: TableRatiosForm, figures: Figures) -> Finding:
@@ -158,7 +185,10 @@ def _table_ratios(claim: ClaimSpec, form: TableRatiosForm, figures: Figures) -> 
     ratios = [grid[row][many] / grid[row][one] for grid in (table.tflop_per_s, table.intensity)]
     stated = [figures.part(claim.id, key) for key in ("throughput", "intensity")]
     holds = all(round(ratio) == value for ratio, value in zip(ratios, stated, strict=True))
-    reason = f"the quotients of {form.table} {'round' if holds else 'do not round'} to the stated {stated[0]:g}x and {stated[1]:g}x"
+    reason = (
+        f"the quotients of {form.table} {'round' if holds else 'do not round'} to the stated "
+        f"{stated[0]:g}x and {stated[1]:g}x"
+    )
     return _exact(holds, ours=f"{ratios[0]:.1f}x, {ratios[1]:.1f}x", reason=reason)
 
 
@@ -178,23 +208,31 @@ def _log_constant(claim: ClaimSpec, form: LogConstantForm, figures: Figures) -> 
     rate = figures.number(form.rate)
     fitted = [form.slope * math.log(form.num_nodes, base) for base in form.bases]
     best = min(fitted, key=lambda value: abs(value - rate))
-    reason = f"the nearest, {best:.2f}, is {abs(best / rate - 1):.0%} from {rate:g} of {form.rate}, allowed {form.tolerance:.0%}"
+    reason = (
+        f"the nearest, {best:.2f}, is {abs(best / rate - 1):.0%} from {rate:g} of {form.rate}, "
+        f"allowed {form.tolerance:.0%}"
+    )
     ours = ", ".join(f"base {base:.3g}: {value:.2f}" for base, value in zip(form.bases, fitted, strict=True))
-    return _exact(abs(best / rate - 1) <= form.tolerance, ours=f"{ours} at {form.num_nodes} nodes", reason=reason)
+    return _exact(
+        abs(best / rate - 1) <= form.tolerance, ours=f"{ours} at {form.num_nodes} nodes", reason=reason
+    )
 
 
 def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
     devices = load_hardware()
     if form.device not in devices:
         raise NotTestable(f"hardware.toml has no device {form.device}")
-    return Simulation(shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base)
+    return Simulation(
+        shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base
+    )
 
 
 def _simulated_peak(claim: ClaimSpec, form: SimulatedPeakForm, figures: Figures) -> Finding:
     best, speedup = _simulation(form).best(context_tokens=form.context_tokens, batch=form.batch)
     holds = abs(best / form.num_nodes - 1) <= form.tolerance
     reason = (
-        f"on the ideal roofline the speedup peaks at {best} candidates, where the linear layers reach the ridge; "
+        f"on the ideal roofline the speedup peaks at {best} candidates, where the linear layers reach the "
+        "ridge; "
         f"stated {form.num_nodes}, allowed {form.tolerance:.0%} off"
     )
     return _exact(holds, ours=f"peak {speedup:.2f}x at {best} candidates", reason=reason, predicted=True)
@@ -219,8 +257,14 @@ def _simulated_length(claim: ClaimSpec, form: SimulatedLengthForm, figures: Figu
     same = max(sizes) / min(sizes) - 1 <= form.tolerance
     falls = all(more < less for less, more in pairwise(speedups))
     trend = "falls" if falls else "does not fall"
-    reason = f"best sizes {min(sizes)} to {max(sizes)}, allowed {form.tolerance:.0%} apart; the speedup {trend} with length"
-    ours = f"{speedups[0]:.2f}x at {form.context_tokens[0]} to {speedups[-1]:.2f}x at {form.context_tokens[-1]} tokens"
+    reason = (
+        f"best sizes {min(sizes)} to {max(sizes)}, allowed {form.tolerance:.0%} apart; the speedup "
+        f"{trend} with length"
+    )
+    ours = (
+        f"{speedups[0]:.2f}x at {form.context_tokens[0]} to {speedups[-1]:.2f}x at "
+        f"{form.context_tokens[-1]} tokens"
+    )
     return _exact(same and falls, ours=ours, reason=reason, predicted=True)
 
 

@@ -1,4 +1,6 @@
-"""Transfer forms: a claim's shape tested on one record, as pure functions of the record and the form's bounds."""
+"""Transfer forms: a claim's shape tested on one record, as pure functions of the record and the form's
+bounds.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,25 @@ from dataclasses import replace
 import numpy as np
 
 from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
-from harness.judge.claims.evidence import Evidence, paired_counts, ratio_of_rates, relative_gain, replay_counts, replays, search_split
-from harness.judge.claims.findings import Finding, NotTestable, above, combined, equivalence, holds, percent, shown
+from harness.judge.claims.evidence import (
+    Evidence,
+    paired_counts,
+    ratio_of_rates,
+    relative_gain,
+    replay_counts,
+    replays,
+    search_split,
+)
+from harness.judge.claims.findings import (
+    Finding,
+    NotTestable,
+    above,
+    combined,
+    equivalence,
+    holds,
+    percent,
+    shown,
+)
 from harness.judge.judgement import Divergence, VerdictKind
 from harness.records.run import Generation
 from harness.specs.claim_forms import (
@@ -40,7 +59,10 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     _require_known_rounding(evidence)
-    medusa = [arm for arm in evidence.record.suite.arms if arm.method == "medusa" and arm.backbone == "original"]  # a frozen backbone
+    # a frozen backbone
+    medusa = [
+        arm for arm in evidence.record.suite.arms if arm.method == "medusa" and arm.backbone == "original"
+    ]
     greedy = {arm.name for arm in medusa if not arm.stochastic}
     decoded = [generation for generation in evidence.record.generations if generation.trial.arm in greedy]
     if not decoded or not evidence.parity.num_compared:
@@ -53,30 +75,44 @@ def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     if bugs:
         first = bugs[0]
         gap = "no known gap" if first.gap is None else f"a gap of {first.gap:.2g}"
-        kind, reason = VerdictKind.NOT_REPRODUCED, f"{first.arm} leaves vanilla at token {first.position} of {first.prompt_key}, {gap}"
+        kind, reason = (
+            VerdictKind.NOT_REPRODUCED,
+            f"{first.arm} leaves vanilla at token {first.position} of {first.prompt_key}, {gap}",
+        )
     elif evidence.parity.rounding is not None:
         kind, reason = VerdictKind.REPRODUCED, _up_to_ties(evidence, decoded, divergences)
     elif num_ties > allowed:
-        kind, reason = VerdictKind.INCONCLUSIVE, f"{num_ties} ties in {num_tokens} tokens, where rounding explains {allowed}"
+        kind, reason = (
+            VerdictKind.INCONCLUSIVE,
+            f"{num_ties} ties in {num_tokens} tokens, where rounding explains {allowed}",
+        )
     else:
-        kind, reason = VerdictKind.REPRODUCED, f"all equal vanilla but {num_ties} shown ties, {allowed} allowed in {num_tokens} tokens"
+        kind, reason = (
+            VerdictKind.REPRODUCED,
+            f"all equal vanilla but {num_ties} shown ties, {allowed} allowed in {num_tokens} tokens",
+        )
     ours = f"{len(decoded)} generations of {len(greedy)} arms, {num_ties} ties, {len(bugs)} other divergences"
     return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
 
 
 def _require_known_rounding(evidence: Evidence) -> None:
     if (dtype := evidence.record.environment.dtype) != "float32" and evidence.parity.rounding is None:
-        raise NotTestable(f"parity is exact in float32 only, and this run is in {dtype}, whose rounding was not measured")
+        raise NotTestable(
+            f"parity is exact in float32 only, and this run is in {dtype}, whose rounding was not measured"
+        )
 
 
 def _up_to_ties(evidence: Evidence, decoded: Sequence[Generation], divergences: Sequence[Divergence]) -> str:
-    """Say how far texts of half precision are equal: a tie ends what can be compared of a text, so tokens are counted up to there."""
+    """Say how far texts of half precision are equal: a tie ends what can be compared of a text, so tokens are
+    counted up to there.
+    """
     assert evidence.parity.rounding is not None
     parted = {(row.arm, row.prompt_key): row.position for row in divergences}
     equal = sum(parted.get((one.trial.arm, one.trial.prompt_key), one.num_tokens) for one in decoded)
     margin, dtype = evidence.parity.rounding.tie_margin, evidence.parity.rounding.dtype
     return (
-        f"equal to vanilla up to {len(divergences)} ties in {equal} tokens; a tie is a gap below {margin:.2g}, by measured {dtype} rounding"
+        f"equal to vanilla up to {len(divergences)} ties in {equal} tokens; a tie is a gap below "
+        f"{margin:.2g}, by measured {dtype} rounding"
     )
 
 
@@ -92,7 +128,10 @@ def _faster(form: FasterForm, evidence: Evidence) -> Finding:
         raise NotTestable(f"no output of {form.arm} was compared with vanilla, so its quality is open")
     lossless, reason = "lossless", f"{len(bugs) or 'no'} outputs part from vanilla's but at a tie"
     if evidence.parity.rounding is not None and not bugs:
-        lossless, reason = "lossless up to ties", _up_to_ties(evidence, evidence.generations(form.arm), divergences)
+        lossless, reason = (
+            "lossless up to ties",
+            _up_to_ties(evidence, evidence.generations(form.arm), divergences),
+        )
     quality = Finding(
         kind=VerdictKind.NOT_REPRODUCED if bugs else VerdictKind.REPRODUCED,
         ours="not lossless" if bugs else lossless,
@@ -103,26 +142,37 @@ def _faster(form: FasterForm, evidence: Evidence) -> Finding:
 
 
 def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
-    sizes = {name: evidence.tree(name).num_nodes for name in (form.arm, form.over) if name in evidence.record.trees}
+    sizes = {
+        name: evidence.tree(name).num_nodes for name in (form.arm, form.over) if name in evidence.record.trees
+    }
     if form.arm not in sizes:
         raise NotTestable(f"the record has no tree of arm {form.arm}")
     if form.max_nodes is not None and max(sizes.values()) > form.max_nodes:
-        raise NotTestable(f"a tree of {max(sizes.values())} nodes stands where the rung allows {form.max_nodes}")
+        raise NotTestable(
+            f"a tree of {max(sizes.values())} nodes stands where the rung allows {form.max_nodes}"
+        )
     spec = evidence.record.suite.interval
     counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
-    rate = ratio_of_rates((counts.tokens[0], counts.steps[0]), over=(counts.tokens[1], counts.steps[1]), spec=spec)
+    rate = ratio_of_rates(
+        (counts.tokens[0], counts.steps[0]), over=(counts.tokens[1], counts.steps[1]), spec=spec
+    )
     if not evidence.record.suite.reports_speed:
         raise NotTestable(
-            f"suite {evidence.record.suite.name} reports no speed; tokens/step alone, {shown(rate, 'x')}, does not decide the rung"
+            f"suite {evidence.record.suite.name} reports no speed; tokens/step alone, {shown(rate, 'x')}, "
+            "does not decide the rung"
         )
     timed = paired_counts(evidence, form.arm, over=form.over, timed=True)
-    speed = ratio_of_rates((timed.tokens[0], timed.seconds[0]), over=(timed.tokens[1], timed.seconds[1]), spec=spec)
+    speed = ratio_of_rates(
+        (timed.tokens[0], timed.seconds[0]), over=(timed.tokens[1], timed.seconds[1]), spec=spec
+    )
     nodes = " to ".join(str(sizes.get(name, 1)) for name in (form.over, form.arm))
     parts = []
     for name, interval in (("tokens/step", rate), ("speed", speed)):
         kind = above(interval, form.bound)
         reason = f"{form.arm} over {form.over} in {name} {holds(kind)}"
-        parts.append(Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="measured"))
+        parts.append(
+            Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="measured")
+        )
     both = combined(parts)
     return replace(both, reason=f"{both.reason} (bound {form.bound:g}, {nodes} nodes)")
 
@@ -133,31 +183,48 @@ def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Findi
         raise NotTestable(f"the sparse tree has {sparse_tree.num_nodes} nodes, allowed {form.max_nodes}")
     trace = evidence.trace()
     rng = np.random.default_rng(form.seed)
-    dense_trees = [random_dense(form.dense_nodes, num_heads=trace.num_heads, rng=rng) for _ in range(form.num_dense)]
+    dense_trees = [
+        random_dense(form.dense_nodes, num_heads=trace.num_heads, rng=rng) for _ in range(form.num_dense)
+    ]
     sparse, *dense = replays(trace, [sparse_tree, *dense_trees])
     tokens, steps = (np.sum(columns, axis=0) for columns in zip(*map(replay_counts, dense), strict=True))
-    interval = ratio_of_rates(replay_counts(sparse), over=(tokens, steps), spec=evidence.record.suite.interval)
+    interval = ratio_of_rates(
+        replay_counts(sparse), over=(tokens, steps), spec=evidence.record.suite.interval
+    )
     kind = above(interval, form.bound)
     num_below = sum(one.tokens_per_step < sparse.tokens_per_step for one in dense)
     reason = (
-        f"{sparse_tree.num_nodes} sparse nodes yield {sparse.tokens_per_step:.2f} tokens/step, {len(dense)} random dense trees of about "
-        f"{form.dense_nodes} pooled {float(tokens.sum() / steps.sum()):.2f}: the order {holds(kind)}; {num_below} lie below"
+        f"{sparse_tree.num_nodes} sparse nodes yield {sparse.tokens_per_step:.2f} tokens/step, "
+        f"{len(dense)} random dense trees of about "
+        f"{form.dense_nodes} pooled {float(tokens.sum() / steps.sum()):.2f}: the order {holds(kind)}; "
+        f"{num_below} lie below"
     )
     return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="replayed")
 
 
 def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
     tree = evidence.tree(form.tree)
-    if evidence.record.suite.arm(form.tree).tree is None or evidence.record.trees[form.tree].origin.startswith("file "):
+    if evidence.record.suite.arm(form.tree).tree is None or evidence.record.trees[
+        form.tree
+    ].origin.startswith("file "):
         raise NotTestable(f"the tree of arm {form.tree} came from a file, not from the search")
     if tree.num_nodes != form.num_nodes:
-        raise NotTestable(f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}")
+        raise NotTestable(
+            f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}"
+        )
     if (num_heads := evidence.trace().num_heads) <= form.max_depth:
-        raise NotTestable(f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice")
+        raise NotTestable(
+            f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice"
+        )
     kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
     levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
-    reason = f"with {num_heads} heads the search went to depth {tree.depth}, at most {form.max_depth} claimed; nodes a level {levels}"
-    return Finding(kind=kind, ours=f"{tree.num_nodes} nodes, depth {tree.depth}", reason=reason, figure_kind="computed")
+    reason = (
+        f"with {num_heads} heads the search went to depth {tree.depth}, at most {form.max_depth} "
+        f"claimed; nodes a level {levels}"
+    )
+    return Finding(
+        kind=kind, ours=f"{tree.num_nodes} nodes, depth {tree.depth}", reason=reason, figure_kind="computed"
+    )
 
 
 def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
@@ -168,8 +235,12 @@ def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
     spec = evidence.record.suite.interval
     parts = []
     for head in range(1, trace.num_heads):
-        rises = [loss[:, head] - loss[:, head - 1] for loss in losses]  # nan where the later head has no target
-        sums, counts = (np.array([float(f(rise)) for rise in rises]) for f in (np.nansum, lambda rise: np.isfinite(rise).sum()))
+        # nan where the later head has no target
+        rises = [loss[:, head] - loss[:, head - 1] for loss in losses]
+        sums, counts = (
+            np.array([float(f(rise)) for rise in rises])
+            for f in (np.nansum, lambda rise: np.isfinite(rise).sum())
+        )
         if not counts.sum():
             raise NotTestable(f"no position has a target for head {head + 1}")
         interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
@@ -177,21 +248,32 @@ def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
         reason = f"head {head} to {head + 1} {holds(kind)}"
         parts.append(Finding(kind=kind, ours=shown(interval), reason=reason, figure_kind="measured"))
     both = combined(parts)
-    return replace(both, ours=f"+nats a head: {both.ours}", reason=f"each rise in mean loss against {form.bound:g} nats: {both.reason}")
+    return replace(
+        both,
+        ours=f"+nats a head: {both.ours}",
+        reason=f"each rise in mean loss against {form.bound:g} nats: {both.reason}",
+    )
 
 
 def _extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:
     split = search_split(evidence)
     if split.held_out.num_heads < form.with_heads:
-        raise NotTestable(f"the trace has {split.held_out.num_heads} heads, the claim is about {form.with_heads}")
-    trees = [split.grow(form.num_nodes, max_rank=form.max_rank, max_depth=heads).tree for heads in (form.with_heads, form.without_heads)]
+        raise NotTestable(
+            f"the trace has {split.held_out.num_heads} heads, the claim is about {form.with_heads}"
+        )
+    trees = [
+        split.grow(form.num_nodes, max_rank=form.max_rank, max_depth=heads).tree
+        for heads in (form.with_heads, form.without_heads)
+    ]
     more, fewer = replays(split.held_out, trees)
     spec = evidence.record.suite.interval
     gain = relative_gain(replay_counts(more), over=replay_counts(fewer), spec=spec)
     kind = equivalence(gain, form.margin)
     reason = (
-        f"{more.tokens_per_step:.3f} tokens/step with {form.with_heads} heads, {fewer.tokens_per_step:.3f} with {form.without_heads}, "
-        f"{form.num_nodes} nodes each; the 90 % interval of the gain against +-{form.margin:.0%} {holds(kind)} ({split.origin})"
+        f"{more.tokens_per_step:.3f} tokens/step with {form.with_heads} heads, {fewer.tokens_per_step:.3f} "
+        f"with {form.without_heads}, "
+        f"{form.num_nodes} nodes each; the 90 % interval of the gain against +-{form.margin:.0%} "
+        f"{holds(kind)} ({split.origin})"
     )
     return Finding(kind=kind, ours=percent(gain), reason=reason, figure_kind="replayed")
 

@@ -1,6 +1,7 @@
 """Verdicts on what a sweep ran: thresholds, rules and temperatures, as pure functions of its sampled cells.
 
-Every figure is paired by prompt: the bootstrap draws prompts whole, with all settings and seeds of a prompt together.
+Every figure is paired by prompt: the bootstrap draws prompts whole, with all settings and seeds of a prompt
+together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from harness.judge.claims.findings import Finding, NotTestable, above, below, co
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.sweep import SampledCell, SweepRecord
-from harness.specs.claim_forms import SweepForm, TemperatureTrendForm, ThresholdTrendForm, TypicalBeatsRejectionForm
+from harness.specs.claim_forms import (
+    SweepForm,
+    TemperatureTrendForm,
+    ThresholdTrendForm,
+    TypicalBeatsRejectionForm,
+)
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 
@@ -24,7 +30,8 @@ Floats = NDArray[np.float64]
 
 
 def sampled_counts(cell: SampledCell, *, prompts: Sequence[str]) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return a cell's decoded tokens, steps, all tokens and summed log-likelihood by prompt, all seeds of a prompt together.
+    """Return a cell's decoded tokens, steps, all tokens and summed log-likelihood by prompt, all seeds of a
+    prompt together.
 
     Shapes: [prompts] each; decoded tokens leave out each text's first, which the prefill made.
     """
@@ -45,17 +52,27 @@ def shared_prompts(cells: Sequence[SampledCell]) -> tuple[str, ...]:
     common = set.intersection(*keys) if keys else set()
     if not common:
         raise NotTestable("the settings share no prompt on which each took a step")
-    return tuple(row.prompt_key for row in cells[0].rows if row.prompt_key in common and row.seed == cells[0].rows[0].seed)
+    return tuple(
+        row.prompt_key
+        for row in cells[0].rows
+        if row.prompt_key in common and row.seed == cells[0].rows[0].seed
+    )
 
 
 def slope(values: Sequence[Floats], at: Sequence[float]) -> Floats:
-    """Return the least-squares slope of values over `at`. Shapes: one array a place, all alike; the result is like them."""
+    """Return the least-squares slope of values over `at`. Shapes: one array a place, all alike; the result is
+    like them.
+    """
     places = np.asarray(at, dtype=np.float64)
     centred = places - places.mean()
-    return np.asarray(sum(weight * value for weight, value in zip(centred / (centred @ centred), values, strict=True)))
+    return np.asarray(
+        sum(weight * value for weight, value in zip(centred / (centred @ centred), values, strict=True))
+    )
 
 
-def evaluate_sweep(record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None) -> tuple[ClaimVerdict, ...]:
+def evaluate_sweep(
+    record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None
+) -> tuple[ClaimVerdict, ...]:
     """Return one verdict for each claim that has a form for sweeps, in the order of the registry."""
     registry = claims if claims is not None else load_claims()
     return tuple(_judge(claim, claim.sweep, record) for claim in registry if claim.sweep is not None)
@@ -82,18 +99,27 @@ def _judge(claim: ClaimSpec, form: SweepForm, record: SweepRecord) -> ClaimVerdi
 def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
     cells = [cell for cell in threshold_cells(record) if cell.setting.temperature == form.temperature]
     if len(cells) < form.min_epsilons:
-        raise NotTestable(f"{len(cells)} thresholds with delta = sqrt(epsilon) at T {form.temperature:g}, {form.min_epsilons} are needed")
+        raise NotTestable(
+            f"{len(cells)} thresholds with delta = sqrt(epsilon) at T {form.temperature:g}, "
+            f"{form.min_epsilons} are needed"
+        )
     at = [_epsilon(cell) for cell in cells]
     rate, likelihood = _trends(record, cells, at)
     parts = [
         _part(below(rate, 0.0), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls"),
-        _part(above(likelihood, 0.0), f"likelihood {shown(likelihood)} nats a unit", name="likelihood under the backbone rises"),
+        _part(
+            above(likelihood, 0.0),
+            f"likelihood {shown(likelihood)} nats a unit",
+            name="likelihood under the backbone rises",
+        ),
     ]
     return combined(parts)
 
 
 def threshold_cells(record: SweepRecord) -> list[SampledCell]:
-    """Return the typical cells whose delta is the square root of epsilon, in order of temperature and epsilon."""
+    """Return the typical cells whose delta is the square root of epsilon, in order of temperature and
+    epsilon.
+    """
     cells = [
         cell
         for cell in record.sampled
@@ -110,21 +136,42 @@ def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecor
     prompts, spec = shared_prompts([typical, rejection]), record.spec.interval
     ours, theirs = (sampled_counts(cell, prompts=prompts) for cell in (typical, rejection))
     rate = bootstrap_ratio_of_ratios(
-        ours[0], ours[1], base_numerator=theirs[0], base_denominator=theirs[1], spec=spec, rng=np.random.default_rng(spec.seed)
+        ours[0],
+        ours[1],
+        base_numerator=theirs[0],
+        base_denominator=theirs[1],
+        spec=spec,
+        rng=np.random.default_rng(spec.seed),
     )
     gain = bootstrap_totals(
-        lambda a, b, c, d: a / b - c / d, ours[3], ours[2], theirs[3], theirs[2], spec=spec, rng=np.random.default_rng(spec.seed)
+        lambda a, b, c, d: a / b - c / d,
+        ours[3],
+        ours[2],
+        theirs[3],
+        theirs[2],
+        spec=spec,
+        rng=np.random.default_rng(spec.seed),
     )
     parts = [
-        _part(above(rate, form.bound), f"tokens/step {shown(rate, 'x')}", name="typical over rejection in tokens/step"),
-        _part(above(gain, -form.margin), f"likelihood {shown(gain)} nats a token", name=f"no less likely by more than {form.margin:g}"),
+        _part(
+            above(rate, form.bound),
+            f"tokens/step {shown(rate, 'x')}",
+            name="typical over rejection in tokens/step",
+        ),
+        _part(
+            above(gain, -form.margin),
+            f"likelihood {shown(gain)} nats a token",
+            name=f"no less likely by more than {form.margin:g}",
+        ),
     ]
     return combined(parts)
 
 
 def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Finding:
     parts = []
-    wanted: tuple[tuple[str, float | None, float | None, Callable[[Interval, float], VerdictKind], str], ...] = (
+    wanted: tuple[
+        tuple[str, float | None, float | None, Callable[[Interval, float], VerdictKind], str], ...
+    ] = (
         ("typical", form.epsilon, form.delta, above, "typical rises with T"),
         ("rejection", None, None, below, "rejection falls with T"),
     )
@@ -132,7 +179,8 @@ def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Findi
         cells = [
             cell
             for cell in record.sampled
-            if (cell.setting.rule, cell.setting.epsilon, cell.setting.delta) == (rule, epsilon, delta) and cell.setting.temperature > 0
+            if (cell.setting.rule, cell.setting.epsilon, cell.setting.delta) == (rule, epsilon, delta)
+            and cell.setting.temperature > 0
         ]
         cells.sort(key=lambda cell: cell.setting.temperature)
         if len(cells) < form.min_temperatures:
@@ -142,8 +190,12 @@ def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Findi
     return combined(parts)
 
 
-def _trends(record: SweepRecord, cells: Sequence[SampledCell], at: Sequence[float]) -> tuple[Interval, Interval]:
-    """Return the slopes of tokens/step and of mean log-likelihood over the cells, with intervals over prompts."""
+def _trends(
+    record: SweepRecord, cells: Sequence[SampledCell], at: Sequence[float]
+) -> tuple[Interval, Interval]:
+    """Return the slopes of tokens/step and of mean log-likelihood over the cells, with intervals over
+    prompts.
+    """
     prompts, spec = shared_prompts(cells), record.spec.interval
     counts = [sampled_counts(cell, prompts=prompts) for cell in cells]
 
@@ -151,20 +203,35 @@ def _trends(record: SweepRecord, cells: Sequence[SampledCell], at: Sequence[floa
         columns = [column for count in counts for column in (count[top], count[bottom])]
 
         def statistic(*totals: Floats) -> Floats:
-            return slope([numerator / denominator for numerator, denominator in zip(totals[::2], totals[1::2], strict=True)], at)
+            return slope(
+                [
+                    numerator / denominator
+                    for numerator, denominator in zip(totals[::2], totals[1::2], strict=True)
+                ],
+                at,
+            )
 
         return bootstrap_totals(statistic, *columns, spec=spec, rng=np.random.default_rng(spec.seed))
 
     return trend(0, 1), trend(3, 2)
 
 
-def _find(record: SweepRecord, rule: str, temperature: float, *, epsilon: float | None = None, delta: float | None = None) -> SampledCell:
+def _find(
+    record: SweepRecord,
+    rule: str,
+    temperature: float,
+    *,
+    epsilon: float | None = None,
+    delta: float | None = None,
+) -> SampledCell:
     wanted = (rule, temperature, epsilon, delta)
     for cell in record.sampled:
         setting = cell.setting
         if (setting.rule, setting.temperature, setting.epsilon, setting.delta) == wanted:
             return cell
-    thresholds = f", epsilon {epsilon:g}, delta {delta:g}" if epsilon is not None and delta is not None else ""
+    thresholds = (
+        f", epsilon {epsilon:g}, delta {delta:g}" if epsilon is not None and delta is not None else ""
+    )
     raise NotTestable(f"the sweep has no {rule} at T {temperature:g}{thresholds}")
 
 

@@ -1,7 +1,8 @@
 """Verdicts: every claim of a registry judged on one record, as a pure function of both.
 
-A claim is judged by its transfer form where the record allows it, else by its paper-only form; where neither decides, the verdict is
-`not tested` and says what it would take. Literal forms are data so far: no suite of this project runs the published weights yet.
+A claim is judged by its transfer form where the record allows it, else by its paper-only form; where neither
+decides, the verdict is `not tested` and says what it would take. Literal forms are data so far: no suite of
+this project runs the published weights yet.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def train_arm(job: ArmJob) -> None:
     spec = job.spec
     loaded = load_model(spec.model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
     recipe = once_over(arm_recipe(spec, job.arm, beside=beside), seed=job.seed)
-    samples = list(unpack_corpus(resolve_path(spec.packed_corpus, beside=beside), backbone_sha256=loaded.sha256))
+    samples = list(
+        unpack_corpus(resolve_path(spec.packed_corpus, beside=beside), backbone_sha256=loaded.sha256)
+    )
     text = corpus_text(samples, max_length=recipe.max_length)
     train = budgeted(text.train, answer_tokens=spec.answer_tokens, seed=job.seed)
     start = None if spec.arm(job.arm).fresh_heads else resolve_path(spec.start_heads, beside=beside)
@@ -65,8 +67,11 @@ def once_over(recipe: Medusa2Recipe, *, seed: int) -> Medusa2Recipe:
     return recipe.model_copy(update={"num_epochs": 1.0, "num_steps": None, "seed": seed})
 
 
-def budgeted(sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed: int) -> tuple[TrainingSequence, ...]:
-    """Return sequences drawn by a seed until their answers hold the budget: the same for every arm, each seen once.
+def budgeted(
+    sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed: int
+) -> tuple[TrainingSequence, ...]:
+    """Return sequences drawn by a seed until their answers hold the budget: the same for every arm, each seen
+    once.
 
     Raises: UserError for a corpus that holds less.
     """
@@ -80,7 +85,10 @@ def budgeted(sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed:
         held += sequences[index].num_targets
     if held < answer_tokens:
         raise UserError(
-            found=f"{held} answer tokens", need=f"{answer_tokens}, the suite's budget", where="the corpus", do="lower answer_tokens"
+            found=f"{held} answer tokens",
+            need=f"{answer_tokens}, the suite's budget",
+            where="the corpus",
+            do="lower answer_tokens",
         )
     return tuple(taken)
 
@@ -88,16 +96,23 @@ def budgeted(sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed:
 def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2Recipe:
     """Return an arm's recipe from its file, a shipped recipe's name or a path.
 
-    Raises: UserError for a recipe of heads alone (a frozen backbone in a joint recipe sees the same batches as the other arms), of a
-    4-bit backbone, or of one trained in full: arms are measured as adapters on the suite's own model.
+    Raises: UserError for a recipe of heads alone (a frozen backbone in a joint recipe sees the same batches
+    as the other arms), of a 4-bit backbone, or of one trained in full: arms are measured as adapters on the
+    suite's own model.
     """
     name = spec.arm(arm).recipe
     own = shipped("recipes", f"{name}.toml")
     path = own if own.is_file() else resolve_path(name, beside=beside)
     found = load_training_suite(path)
     if not isinstance(found, JointSuite):
-        raise UserError(found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name)
+        raise UserError(
+            found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name
+        )
     if found.recipe.backbone == "full" or found.recipe.quantisation is not None:
         what = "a backbone trained in full" if found.recipe.backbone == "full" else "a 4-bit backbone"
-        raise UserError(found=f"the recipe {found.name!r} of {what}", need="an adapter, or a frozen backbone", where=path.name)
+        raise UserError(
+            found=f"the recipe {found.name!r} of {what}",
+            need="an adapter, or a frozen backbone",
+            where=path.name,
+        )
     return found.recipe

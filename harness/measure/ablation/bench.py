@@ -1,4 +1,6 @@
-"""What every arm of an ablation is measured on, and measuring one: its files as they load from disk, beside the original model."""
+"""What every arm of an ablation is measured on, and measuring one: its files as they load from disk, beside
+the original model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from harness.device.engine import Engine, LoadedModel, best_device, heads_for, l
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.measure.ablation.arm import ArmJob, once_over
-from harness.measure.ablation.backbone_change import MeasuredText, Reading, greedy_text, head_text, read_text, text_change
+from harness.measure.ablation.backbone_change import (
+    MeasuredText,
+    Reading,
+    greedy_text,
+    head_text,
+    read_text,
+    text_change,
+)
 from harness.paths import cache_dir
 from harness.records.ablation import ArmResult
 from harness.records.trace import Trace
@@ -40,25 +49,44 @@ _RANDOM_PROMPT_TOKENS = 12
 _TEXT_ROWS = 32
 
 
-def held_out_prompts(spec: AblationSpec, loaded: LoadedModel, *, left_out: set[str]) -> tuple[CorpusPrompt, ...]:
-    """Return the prompts that are answered to measure on; those that the tree was grown on, or recipes chosen on, are left out."""
+def held_out_prompts(
+    spec: AblationSpec, loaded: LoadedModel, *, left_out: set[str]
+) -> tuple[CorpusPrompt, ...]:
+    """Return the prompts that are answered to measure on; those that the tree was grown on, or recipes chosen
+    on, are left out.
+    """
     wanted = spec.held_out
     if wanted.source == "random":
         vocab_size = int(loaded.model.config.vocab_size)
         source = random.Random(wanted.seed)
-        rows = [tuple(source.randrange(vocab_size) for _ in range(_RANDOM_PROMPT_TOKENS)) for _ in range(wanted.num_prompts)]
-        return tuple(CorpusPrompt(f"random-{index}", f"random-{index % 2}", ids, 0.0, 0) for index, ids in enumerate(rows))
+        rows = [
+            tuple(source.randrange(vocab_size) for _ in range(_RANDOM_PROMPT_TOKENS))
+            for _ in range(wanted.num_prompts)
+        ]
+        return tuple(
+            CorpusPrompt(f"random-{index}", f"random-{index % 2}", ids, 0.0, 0)
+            for index, ids in enumerate(rows)
+        )
     if loaded.tokenizer is None:
-        raise UserError(found="prompts of text for a tiny random model", need="held_out.source = 'random'", where=f"suite {spec.name!r}")
+        raise UserError(
+            found="prompts of text for a tiny random model",
+            need="held_out.source = 'random'",
+            where=f"suite {spec.name!r}",
+        )
     corpus = _greedy_corpus(spec)
     for draw in wanted.left_out:
-        left_out = left_out | {prompt.key for prompt in training_prompts(num_prompts=draw.num_prompts, seed=draw.seed, split="held_out")}
+        left_out = left_out | {
+            prompt.key
+            for prompt in training_prompts(num_prompts=draw.num_prompts, seed=draw.seed, split="held_out")
+        }
     drawn = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts + len(left_out))
     return tuple(prompt for prompt in drawn if prompt.key not in left_out)[: wanted.num_prompts]
 
 
 def reference_texts(spec: AblationSpec, loaded: LoadedModel, *, allow_hub: bool) -> tuple[MeasuredText, ...]:
-    """Return MT-Bench's conversations with their reference answers, both turns as one text; none where the suite wants none."""
+    """Return MT-Bench's conversations with their reference answers, both turns as one text; none where the
+    suite wants none.
+    """
     if spec.references is None:
         return ()
     paths = fetch_asset(load_asset_specs()["mt-bench"], cache_dir=cache_dir(), allow_hub=allow_hub).paths
@@ -74,7 +102,9 @@ def reference_texts(spec: AblationSpec, loaded: LoadedModel, *, allow_hub: bool)
 
 @dataclass(frozen=True)
 class MeasuredArm:
-    """An arm's line, the trace of the text that it wrote, and, where its backbone was tuned, that of the original's text as it reads it."""
+    """An arm's line, the trace of the text that it wrote, and, where its backbone was tuned, that of the
+    original's text as it reads it.
+    """
 
     result: ArmResult
     trace: Trace
@@ -82,7 +112,9 @@ class MeasuredArm:
 
 
 class ArmBench:
-    """What every arm is measured on, made once: prompts, the original's greedy answers, texts of another hand."""
+    """What every arm is measured on, made once: prompts, the original's greedy answers, texts of another
+    hand.
+    """
 
     def __init__(
         self,
@@ -114,11 +146,19 @@ class ArmBench:
         return self._result(self.engine, self.answers, began=time.monotonic(), job=None, recipe=None)
 
     def measure(self, job: ArmJob, recipe: Medusa2Recipe) -> MeasuredArm:
-        """Return what an arm's files are, loaded from disk as a user would; a frozen backbone is the original itself."""
+        """Return what an arm's files are, loaded from disk as a user would; a frozen backbone is the original
+        itself.
+        """
         began = time.monotonic()
-        adapter, beside = job.target / "adapter", job.suite_file.parent if job.suite_file is not None else None
+        adapter, beside = (
+            job.target / "adapter",
+            job.suite_file.parent if job.suite_file is not None else None,
+        )
         if recipe.backbone == "frozen":
-            engine, answers = engine_with(self.engine.loaded, job.target / "heads.safetensors", mode="eager"), self.answers
+            engine, answers = (
+                engine_with(self.engine.loaded, job.target / "heads.safetensors", mode="eager"),
+                self.answers,
+            )
         else:
             model = self.spec.model.model_copy(update={"adapter": str(adapter)})
             tuned = load_model(model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
@@ -130,16 +170,28 @@ class ArmBench:
         return found
 
     def _reading(self, text: MeasuredText) -> Reading:
-        """Return a text's states under the original model, kept from the first time on: every arm is compared with them."""
+        """Return a text's states under the original model, kept from the first time on: every arm is compared
+        with them.
+        """
         if text.key not in self._readings:
             self._readings[text.key] = read_text(self.engine.runner.backbone, text)
         return self._readings[text.key]
 
     def _answer(self, engine: Engine, folder: Path) -> tuple[CorpusSample, ...]:
-        """Return the engine's greedy answers to all prompts, in their order; what is on disk is not generated again."""
+        """Return the engine's greedy answers to all prompts, in their order; what is on disk is not generated
+        again.
+        """
         store = CorpusStore(folder)
         spec, eos_ids = _greedy_corpus(self.spec), engine.loaded.eos_ids
-        make_corpus(engine.runner.backbone, self.prompts, store=store, spec=spec, eos_ids=eos_ids, console=self.console, keep_states=False)
+        make_corpus(
+            engine.runner.backbone,
+            self.prompts,
+            store=store,
+            spec=spec,
+            eos_ids=eos_ids,
+            console=self.console,
+            keep_states=False,
+        )
         by_key = {sample.key: sample for sample in store.samples(with_states=False)}
         return tuple(by_key[prompt.key] for prompt in self.prompts)
 
@@ -157,7 +209,8 @@ class ArmBench:
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(
-                "measuring", total=len(self.held_out) + len(self.references) + len(answers) * (1 if is_original else 2)
+                "measuring",
+                total=len(self.held_out) + len(self.references) + len(answers) * (1 if is_original else 2),
             )
 
             def advance() -> None:
@@ -174,16 +227,29 @@ class ArmBench:
                     held_out.append(change)
                     heads.append(head_text(text, engine.heads, after))
                 advance()
-            extra = {"prompts": f"held-out prompts, {self.spec.held_out.source}, seed {self.spec.held_out.seed}", "arm": arm}
+            extra = {
+                "prompts": f"held-out prompts, {self.spec.held_out.source}, seed {self.spec.held_out.seed}",
+                "arm": arm,
+            }
 
             def traced(samples: Sequence[CorpusSample]) -> Trace:
-                texts = [KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by) for one in samples]
-                return record_trace(engine, texts, max_new_tokens=self.spec.held_out.max_new_tokens, extra=extra, on_text=advance)
+                texts = [
+                    KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by)
+                    for one in samples
+                ]
+                return record_trace(
+                    engine,
+                    texts,
+                    max_new_tokens=self.spec.held_out.max_new_tokens,
+                    extra=extra,
+                    on_text=advance,
+                )
 
             trace = traced(answers)
             original_text = None if is_original else traced(self.answers)
         greedy = tuple(
-            greedy_text(ours.key, ours.token_ids, original=theirs.token_ids) for ours, theirs in zip(answers, self.answers, strict=True)
+            greedy_text(ours.key, ours.token_ids, original=theirs.token_ids)
+            for ours, theirs in zip(answers, self.answers, strict=True)
         )
         steps = read_step_log(job.target / STEP_LOG) if job is not None else ()
         result = ArmResult(
@@ -216,7 +282,9 @@ def engine_with(loaded: LoadedModel, heads_file: Path, *, mode: Literal["auto", 
     heads, provenance = heads_for(loaded, heads_file)
     digest = backbone_sha256(heads)
     runner = StepRunner(loaded.model, heads, mode=mode)
-    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json"))
+    return Engine(
+        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json")
+    )
 
 
 def _trained_backbone(engine: Engine) -> tuple[str, str] | None:

@@ -1,7 +1,9 @@
-"""`medusa-repro ablate`: train every arm at one token budget, then measure what became of its backbone and its heads.
+"""`medusa-repro ablate`: train every arm at one token budget, then measure what became of its backbone and
+its heads.
 
-Each arm is trained in a process of its own, so that its memory and its random numbers are its own; it is measured here, as its files load
-from disk. One arm after another: a run that was cut off goes on with the arm, and within it with the last checkpoint.
+Each arm is trained in a process of its own, so that its memory and its random numbers are its own; it is
+measured here, as its files load from disk. One arm after another: a run that was cut off goes on with the
+arm, and within it with the last checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ from medusa_impl.tree import DraftTree
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """What the command line may say about an ablation, besides the suite; `own_process` trains each arm in a process of its own."""
+    """What the command line may say about an ablation, besides the suite; `own_process` trains each arm in a
+    process of its own.
+    """
 
     results: Path
     work: Path | None = None
@@ -62,7 +66,9 @@ class AblateOptions:
     own_process: bool = True
 
 
-def run_ablation(spec: AblationSpec, *, suite_file: Path | None, options: AblateOptions, console: Console) -> Path:
+def run_ablation(
+    spec: AblationSpec, *, suite_file: Path | None, options: AblateOptions, console: Console
+) -> Path:
     """Run an ablation, or resume it, and return the folder of its sealed record.
 
     Raises: UserError for input that cannot be run, an arm whose training fails, or a resume of another run.
@@ -74,14 +80,23 @@ def run_ablation(spec: AblationSpec, *, suite_file: Path | None, options: Ablate
     recipes = {arm.name: arm_recipe(spec, arm.name, beside=beside) for arm in spec.arms}
     for recipe in recipes.values():
         check_runnable(recipe)
-    console.print(f"[bold]{spec.name}[/bold]: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} answer tokens each")
+    console.print(
+        f"[bold]{spec.name}[/bold]: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
+        "answer tokens each"
+    )
     loaded = load_model(spec.model, device=best_device(), allow_hub=options.allow_hub, beside=beside)
     engine = engine_with(loaded, resolve_path(spec.start_heads, beside=beside))
     calibration = _calibration(spec, engine, beside=beside)
-    prompts = held_out_prompts(spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set())
+    prompts = held_out_prompts(
+        spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set()
+    )
     references = reference_texts(spec, loaded, allow_hub=options.allow_hub)
-    environment = _describe(engine, spec=spec, prompts=prompts, references=references, command=options.command)
-    store = Store.open(options.results, kind=ABLATION, spec=spec, provenance=environment, resume=options.resume)
+    environment = _describe(
+        engine, spec=spec, prompts=prompts, references=references, command=options.command
+    )
+    store = Store.open(
+        options.results, kind=ABLATION, spec=spec, provenance=environment, resume=options.resume
+    )
     work = (options.work or cache_dir() / "ablation") / spec.name / store.folder.name
     with folder_held(store.folder):
         write_json(store.folder / TREE_FILE, fixed_tree(spec, calibration, num_heads=engine.heads.num_heads))
@@ -98,14 +113,33 @@ def run_ablation(spec: AblationSpec, *, suite_file: Path | None, options: Ablate
             console.print(f"[bold]{arm}[/bold], seed {seed}")
             _train(job, own_process=options.own_process)
             found = bench.measure(job, recipes[arm])
-            _keep(store, found.result, trace=found.trace, original_text=found.original_text, step_log=job.target / STEP_LOG)
+            _keep(
+                store,
+                found.result,
+                trace=found.trace,
+                original_text=found.original_text,
+                step_log=job.target / STEP_LOG,
+            )
         num_arms = len(AblationRecord(store.folder).results)
         elapsed_s = time.monotonic() - started
-        store.seal(AblationManifest, suite=spec.name, num_planned=len(spec.plan()), num_arms=num_arms, elapsed_s=elapsed_s)
+        store.seal(
+            AblationManifest,
+            suite=spec.name,
+            num_planned=len(spec.plan()),
+            num_arms=num_arms,
+            elapsed_s=elapsed_s,
+        )
     return store.folder
 
 
-def _keep(store: Store[ArmResult], result: ArmResult, *, trace: Trace, original_text: Trace | None = None, step_log: Path | None) -> None:
+def _keep(
+    store: Store[ArmResult],
+    result: ArmResult,
+    *,
+    trace: Trace,
+    original_text: Trace | None = None,
+    step_log: Path | None,
+) -> None:
     """Write an arm's files, its line last: without the line the arm counts as not done."""
     trace.save(store.folder / trace_file(result.label))
     if original_text is not None:
@@ -121,15 +155,20 @@ def fixed_tree(spec: AblationSpec, calibration: Trace | None, *, num_heads: int)
     """Return the one tree that all arms are compared at."""
     if isinstance(spec.tree, SearchedTree):
         assert calibration is not None
-        tree = grow(calibration, num_nodes=spec.tree.num_nodes, values=spec.tree.values, num_heads=num_heads).tree
-        return ArmTree(paths=tree.paths, origin=f"{spec.tree.values} growth on the calibration trace of the first heads")
+        tree = grow(
+            calibration, num_nodes=spec.tree.num_nodes, values=spec.tree.values, num_heads=num_heads
+        ).tree
+        return ArmTree(
+            paths=tree.paths, origin=f"{spec.tree.values} growth on the calibration trace of the first heads"
+        )
     return ArmTree(paths=DraftTree.chain(spec.tree.depth).paths, origin=f"chain of {spec.tree.depth}")
 
 
 def print_ablation_plan(spec: AblationSpec, *, results: Path, console: Console) -> float:
     """Print what is run and how long each arm should take, and return the minutes in all.
 
-    The rates are those of this machine's newest record of an ablation of the same model, else the suite's own word for training.
+    The rates are those of this machine's newest record of an ablation of the same model, else the suite's own
+    word for training.
     """
     train_s, evaluate_s, origin = _known_rates(spec, results=results)
     table = Table("arm", "recipe", "seeds", "answer tokens", "minutes a seed")
@@ -138,7 +177,10 @@ def print_ablation_plan(spec: AblationSpec, *, results: Path, console: Console) 
         table.add_row(arm.name, arm.recipe, str(len(spec.seeds)), str(spec.answer_tokens), f"{minutes:.0f}")
     console.print(table)
     total = minutes * len(spec.arms) * len(spec.seeds)
-    console.print(f"about {total:.0f} minutes, from {origin}; arms are kept as they finish, and a run resumes", highlight=False)
+    console.print(
+        f"about {total:.0f} minutes, from {origin}; arms are kept as they finish, and a run resumes",
+        highlight=False,
+    )
     return total
 
 
@@ -146,7 +188,9 @@ def _known_rates(spec: AblationSpec, *, results: Path) -> tuple[float, float, st
     """Return seconds a trained token, seconds of measuring an arm, and where they come from."""
     slug = machine_slug(device_info(best_device()))
     texts = spec.held_out.num_prompts
-    for path in sorted(results.glob(f"*/{slug}/*/arms.jsonl"), key=lambda path: path.parent.name, reverse=True):
+    for path in sorted(
+        results.glob(f"*/{slug}/*/arms.jsonl"), key=lambda path: path.parent.name, reverse=True
+    ):
         record = AblationRecord(path.parent)
         try:
             trained = [result for result in record.results if result.num_answer_tokens]
@@ -155,7 +199,11 @@ def _known_rates(spec: AblationSpec, *, results: Path) -> tuple[float, float, st
         except UserError:
             continue
         tokens = sum(result.num_answer_tokens for result in trained)
-        scale = texts * spec.held_out.max_new_tokens / (record.spec.held_out.num_prompts * record.spec.held_out.max_new_tokens)
+        scale = (
+            texts
+            * spec.held_out.max_new_tokens
+            / (record.spec.held_out.num_prompts * record.spec.held_out.max_new_tokens)
+        )
         measured = sum(result.evaluate_s for result in trained) / len(trained) * scale
         return sum(result.train_s for result in trained) / tokens, measured, f"record {path.parent.name}"
     rate = 1 / spec.expected_tokens_per_s
@@ -192,7 +240,10 @@ def _calibration(spec: AblationSpec, engine: Engine, *, beside: Path | None) -> 
     if spec.calibration_trace is None:
         return None
     trace = Trace.load(resolve_path(spec.calibration_trace, beside=beside))
-    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
+    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (
+        engine.loaded.sha256,
+        engine.heads_sha256,
+    ):
         raise UserError(
             found="a calibration trace of another model or other heads",
             need="one of the heads that the arms start from",
@@ -203,8 +254,16 @@ def _calibration(spec: AblationSpec, engine: Engine, *, beside: Path | None) -> 
 
 
 def _describe(
-    engine: Engine, *, spec: AblationSpec, prompts: Sequence[CorpusPrompt], references: Sequence[MeasuredText], command: str
+    engine: Engine,
+    *,
+    spec: AblationSpec,
+    prompts: Sequence[CorpusPrompt],
+    references: Sequence[MeasuredText],
+    command: str,
 ) -> Environment:
-    measured = [*((prompt.key, prompt.prompt_ids) for prompt in prompts), *((text.key, text.sequence.token_ids) for text in references)]
+    measured = [
+        *((prompt.key, prompt.prompt_ids) for prompt in prompts),
+        *((text.key, text.sequence.token_ids) for text in references),
+    ]
     texts = [[key, list(ids)] for key, ids in measured]
     return describe_engine(engine, dtype=spec.model.dtype, texts=texts, command=command)

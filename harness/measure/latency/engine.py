@@ -1,4 +1,6 @@
-"""From a latency spec to an engine to time, and to the facts about its model that arithmetic on the times needs."""
+"""From a latency spec to an engine to time, and to the facts about its model that arithmetic on the times
+needs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from harness.device.engine import Engine, LoadedModel, describe_engine, embedding_weights, heads_for, load_model
+from harness.device.engine import (
+    Engine,
+    LoadedModel,
+    describe_engine,
+    embedding_weights,
+    heads_for,
+    load_model,
+)
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
@@ -31,48 +40,72 @@ _SEED = 0
 
 
 def chosen_modes(spec: LatencySpec, available: Sequence[ModeName]) -> tuple[ModeName, ...]:
-    """Return the spec's modes; `auto` is what the device offers but `compiled`, whose first steps take minutes."""
+    """Return the spec's modes; `auto` is what the device offers but `compiled`, whose first steps take
+    minutes.
+    """
     return tuple(mode for mode in available if mode != "compiled") if spec.modes == "auto" else spec.modes
 
 
 def packs_weights(spec: LatencySpec, *, dtype: DtypeName, device: torch.device) -> bool:
-    """Whether a run of the spec holds prepacked copies of the weights, and so needs their bytes twice, whatever mode is timed."""
+    """Whether a run of the spec holds prepacked copies of the weights, and so needs their bytes twice,
+    whatever mode is timed.
+    """
     asked = spec.modes == "auto" or "packed" in spec.modes
     return asked and device.type == "cpu" and packing_available(getattr(torch, dtype))
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Return what is free on the device now."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else int(psutil.virtual_memory().available)
+    return (
+        int(torch.cuda.mem_get_info(device)[0])
+        if device.type == "cuda"
+        else int(psutil.virtual_memory().available)
+    )
 
 
-def load_latency_engine(spec: LatencySpec, *, dtype: DtypeName, device: torch.device, beside: Path | None, allow_hub: bool) -> Engine:
+def load_latency_engine(
+    spec: LatencySpec, *, dtype: DtypeName, device: torch.device, beside: Path | None, allow_hub: bool
+) -> Engine:
     """Load the spec's model in one dtype, or make one of the spec's shape, and put heads on it.
 
-    Raises: UserError for an unknown shape, a model or heads that do not load, or fewer heads than the grids ask for.
+    Raises: UserError for an unknown shape, a model or heads that do not load, or fewer heads than the grids
+    ask for.
     """
     if spec.shape is not None:
         shape = known_shape(spec.shape)
         model = random_model(shape, dtype=getattr(torch, dtype), device=device, seed=_SEED)
         digest = canonical_sha256({"shape": shape.model_dump(mode="json"), "seed": _SEED})
-        loaded = LoadedModel(model=model, tokenizer=None, name=shape.name, sha256=digest, eos_ids=frozenset(), assets={})
+        loaded = LoadedModel(
+            model=model, tokenizer=None, name=shape.name, sha256=digest, eos_ids=frozenset(), assets={}
+        )
     else:
         assert spec.model is not None
-        loaded = load_model(spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub, beside=beside)
-    mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"  # which copies nothing
+        loaded = load_model(
+            spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub, beside=beside
+        )
+    # which copies nothing
+    mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"
     if spec.heads.path is None:
         runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded), mode=mode)
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
     heads, stored = heads_for(loaded, resolve_path(spec.heads.path, beside=beside))
     asked = max(count for grid in spec.grids for count in grid.num_heads)
     if asked > heads.num_heads:
-        raise UserError(found=f"grids with {asked} heads", need=f"at most {heads.num_heads}, as the checkpoint has", where=spec.name)
+        raise UserError(
+            found=f"grids with {asked} heads",
+            need=f"at most {heads.num_heads}, as the checkpoint has",
+            where=spec.name,
+        )
     digest = backbone_sha256(heads)
     runner = StepRunner(loaded.model, heads, mode=mode)
-    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json"))
+    return Engine(
+        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
+    )
 
 
-def facts_of_model(model: PreTrainedModel, *, name: str, random_weights: bool, heads: LatencyHeads) -> ModelFacts:
+def facts_of_model(
+    model: PreTrainedModel, *, name: str, random_weights: bool, heads: LatencyHeads
+) -> ModelFacts:
     """Return the facts of a model, which may stand on the meta device, under heads of a form."""
     config: Any = model.config
     embedding, lm_head = embedding_weights(model)
@@ -100,15 +133,21 @@ def facts_of_model(model: PreTrainedModel, *, name: str, random_weights: bool, h
 
 def facts_of_engine(engine: Engine) -> ModelFacts:
     """Return the facts of what an engine runs; a model without a tokenizer has random weights."""
-    form = LatencyHeads(num_heads=engine.heads.num_heads, num_layers=engine.heads.num_layers, architecture=engine.heads.architecture)
+    form = LatencyHeads(
+        num_heads=engine.heads.num_heads,
+        num_layers=engine.heads.num_layers,
+        architecture=engine.heads.architecture,
+    )
     loaded = engine.loaded
     return facts_of_model(loaded.model, name=loaded.name, random_weights=loaded.tokenizer is None, heads=form)
 
 
 def planned_facts(spec: LatencySpec) -> ModelFacts:
-    """Return the facts of a spec's model without loading a weight: from the published shape, or from the folder's configuration.
+    """Return the facts of a spec's model without loading a weight: from the published shape, or from the
+    folder's configuration.
 
-    Raises: UserError for an unknown shape, an asset whose shape is not published, or a folder without a configuration.
+    Raises: UserError for an unknown shape, an asset whose shape is not published, or a folder without a
+    configuration.
     """
     if spec.model is None or spec.model.asset is not None:
         shape = known_shape(spec.shape or (spec.model.asset if spec.model and spec.model.asset else ""))
@@ -118,11 +157,15 @@ def planned_facts(spec: LatencySpec) -> ModelFacts:
     folder = Path(spec.model.path or "")
     try:
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True
+            )
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            found=f"no readable configuration ({str(error).splitlines()[0]})", need="a model's folder", where=folder.name
+            found=f"no readable configuration ({str(error).splitlines()[0]})",
+            need="a model's folder",
+            where=folder.name,
         ) from error
     return facts_of_model(model, name=folder.name, random_weights=False, heads=spec.heads)
 
@@ -134,12 +177,20 @@ def known_shape(name: str) -> ShapeSpec:
     """
     shapes = load_shapes()
     if name not in shapes:
-        raise UserError(found=f"shape {name!r}", need=f"one of {sorted(shapes)}, or a model's folder", where="the spec or --shape")
+        raise UserError(
+            found=f"shape {name!r}",
+            need=f"one of {sorted(shapes)}, or a model's folder",
+            where="the spec or --shape",
+        )
     return shapes[name]
 
 
-def describe_latency(engine: Engine, *, spec: LatencySpec, prompts: Sequence[LatencyPrompt], command: str) -> Environment:
-    """Return where the record will come from; `engine` and `dtype` name all modes and dtypes, bytes are those of the first dtype."""
+def describe_latency(
+    engine: Engine, *, spec: LatencySpec, prompts: Sequence[LatencyPrompt], command: str
+) -> Environment:
+    """Return where the record will come from; `engine` and `dtype` name all modes and dtypes, bytes are those
+    of the first dtype.
+    """
     texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
     modes = ", ".join(chosen_modes(spec, engine.runner.available_modes()))
     return describe_engine(engine, modes=modes, dtype=", ".join(spec.dtypes), texts=texts, command=command)
@@ -172,7 +223,9 @@ def _tiny_shape(tiny: TinyModelSpec) -> ShapeSpec:
 
 
 def _random_heads(form: LatencyHeads, loaded: LoadedModel) -> MedusaHeads:
-    """Return heads with random weights; zeros, as fresh heads have, would let some devices run cooler and faster."""
+    """Return heads with random weights; zeros, as fresh heads have, would let some devices run cooler and
+    faster.
+    """
     model = loaded.model
     _, lm_head = embedding_weights(model)
     vocab_size, hidden_size = lm_head.shape

@@ -1,4 +1,6 @@
-"""Measure the table of modes and the speed against batch: real decoding, everything that is compared taking turns on the same texts."""
+"""Measure the table of modes and the speed against batch: real decoding, everything that is compared taking
+turns on the same texts.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,11 @@ from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.tree import DraftTree
 
-_SHAPE_BOUND_MODES = ("compiled", "cuda_graph")  # each new size of the attention view costs them a compilation or a capture
+# each new size of the attention view costs them a compilation or a capture
+_SHAPE_BOUND_MODES = (
+    "compiled",
+    "cuda_graph",
+)
 _WARMUP_TOKENS, _SEED = 12, "latency"
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
 _STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
@@ -43,12 +49,16 @@ class LatencyPrompt(Frozen):
 
 
 def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
-    """Return as many prompts as the spec's tables need, first turns in the model's chat template or random token ids.
+    """Return as many prompts as the spec's tables need, first turns in the model's chat template or random
+    token ids.
 
     Raises: UserError where there are too few, or one leaves too few positions for its answer.
     """
     tables = (spec.modes_table, spec.batch_table)
-    count = max(spec.modes_table.num_prompts if spec.modes_table else 0, spec.batch_table.num_texts if spec.batch_table else 0)
+    count = max(
+        spec.modes_table.num_prompts if spec.modes_table else 0,
+        spec.batch_table.num_texts if spec.batch_table else 0,
+    )
     if not count:
         return ()
     if spec.prompts.source == "random":
@@ -56,10 +66,16 @@ def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tupl
     else:
         prompts = _benchmark_prompts(spec, engine, count=count, allow_hub=allow_hub)
     if len(prompts) < count:
-        raise UserError(found=f"{len(prompts)} prompts", need=f"{count} for the tables", where=f"prompts.source {spec.prompts.source!r}")
+        raise UserError(
+            found=f"{len(prompts)} prompts",
+            need=f"{count} for the tables",
+            where=f"prompts.source {spec.prompts.source!r}",
+        )
     budget = max(table.max_new_tokens for table in tables if table is not None)
     for prompt in prompts:
-        engine.runner.backbone.check_positions(prompt_tokens=len(prompt.prompt_ids), max_new_tokens=budget, depth=engine.heads.num_heads)
+        engine.runner.backbone.check_positions(
+            prompt_tokens=len(prompt.prompt_ids), max_new_tokens=budget, depth=engine.heads.num_heads
+        )
     return prompts
 
 
@@ -73,7 +89,9 @@ def measure_modes(
     clock: Clock,
     held: Held = contextlib.nullcontext,
 ) -> tuple[ModeTrial, ...]:
-    """Decode each prompt greedily in every mode and by Hugging Face `generate`, one after the other, each prompt beginning with another."""
+    """Decode each prompt greedily in every mode and by Hugging Face `generate`, one after the other, each
+    prompt beginning with another.
+    """
     names: list[str] = [STOCK, *modes]
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     runners = {
@@ -123,9 +141,11 @@ def measure_batches(
     held: Held = contextlib.nullcontext,
     beside: Path | None = None,
 ) -> BatchTrials:
-    """Decode the same texts with vanilla and with Medusa, B at a time for each batch B, in the engine's present mode.
+    """Decode the same texts with vanilla and with Medusa, B at a time for each batch B, in the engine's
+    present mode.
 
-    Every batch decodes all prompts, in as many groups as it takes; within a group the two take turns in being first.
+    Every batch decodes all prompts, in as many groups as it takes; within a group the two take turns in being
+    first.
     """
     table = spec.batch_table
     assert table is not None
@@ -136,7 +156,13 @@ def measure_batches(
         for batch in table.batches:
             others = _random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])
             for drafted in (None, tree.tree()):
-                _decode_together(engine, drafted, others, max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens), clock=clock)
+                _decode_together(
+                    engine,
+                    drafted,
+                    others,
+                    max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens),
+                    clock=clock,
+                )
     trials: list[BatchTrial] = []
     for number in range(table.rounds):
         for batch in table.batches:
@@ -146,7 +172,9 @@ def measure_batches(
                 with held():
                     for method in turns:
                         drafted = tree.tree() if method == "medusa" else None
-                        tokens, steps, seconds = _decode_together(engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock)
+                        tokens, steps, seconds = _decode_together(
+                            engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock
+                        )
                         trials.append(
                             BatchTrial(
                                 method="medusa" if drafted is not None else "vanilla",
@@ -162,31 +190,52 @@ def measure_batches(
 
 
 def batch_tree(
-    spec: LatencySpec, engine: Engine, points: Sequence[LatencyPoint], *, mode: ModeName, dtype: DtypeName, beside: Path | None
+    spec: LatencySpec,
+    engine: Engine,
+    points: Sequence[LatencyPoint],
+    *,
+    mode: ModeName,
+    dtype: DtypeName,
+    beside: Path | None,
 ) -> ArmTree:
-    """Return the tree that the batch table decodes with, resolved as a suite's is; `fastest` takes this run's own whole steps at batch 1.
+    """Return the tree that the batch table decodes with, resolved as a suite's is; `fastest` takes this run's
+    own whole steps at batch 1.
 
-    Raises: UserError where the calibration trace is of another model or other heads, or a tree is deeper than the heads.
+    Raises: UserError where the calibration trace is of another model or other heads, or a tree is deeper than
+    the heads.
     """
     assert spec.batch_table is not None
     calibration = None
     if spec.calibration_trace is not None:
         calibration = Trace.load(resolve_path(spec.calibration_trace, beside=beside))
-        if (calibration.provenance.model_hash, calibration.provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
+        if (calibration.provenance.model_hash, calibration.provenance.heads_hash) != (
+            engine.loaded.sha256,
+            engine.heads_sha256,
+        ):
             raise UserError(
                 found="a calibration trace of another model or other heads",
                 need="one of the spec's own",
                 where="calibration_trace",
                 do="record it again with medusa-repro trace",
             )
-    costs = _whole_steps([point for point in points if (point.dtype, point.mode, point.batch) == (dtype, mode, 1) and point.step_s])
+    costs = _whole_steps(
+        [
+            point
+            for point in points
+            if (point.dtype, point.mode, point.batch) == (dtype, mode, 1) and point.step_s
+        ]
+    )
     suite = _suite_of_one_tree(spec, spec.batch_table.tree)
-    trees = resolve_trees(suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside)
+    trees = resolve_trees(
+        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside
+    )
     return trees["medusa"]
 
 
 def _whole_steps(points: Sequence[LatencyPoint]) -> tuple[StepCost, ...]:
-    """Return what a step costs at each measured size of the shortest context, with as many heads as were measured and a tree can use."""
+    """Return what a step costs at each measured size of the shortest context, with as many heads as were
+    measured and a tree can use.
+    """
     if not points:
         return ()
     curve, context_tokens = LatencyCurve(points), min(point.context_tokens for point in points)
@@ -208,7 +257,9 @@ def _whole_steps(points: Sequence[LatencyPoint]) -> tuple[StepCost, ...]:
 
 def _suite_of_one_tree(spec: LatencySpec, tree: TreeSpec) -> SuiteSpec:
     assert spec.model is not None  # only real heads have a batch table
-    arm = ArmSpec(name="medusa", method="medusa", baseline="vanilla", tree=tree, acceptance=GreedyAcceptance())
+    arm = ArmSpec(
+        name="medusa", method="medusa", baseline="vanilla", tree=tree, acceptance=GreedyAcceptance()
+    )
     return SuiteSpec(
         schema_version=1,
         name=spec.name,
@@ -222,10 +273,19 @@ def _suite_of_one_tree(spec: LatencySpec, tree: TreeSpec) -> SuiteSpec:
 
 
 def _decode_together(
-    engine: Engine, tree: DraftTree | None, prompts: Sequence[LatencyPrompt], *, max_new_tokens: int, clock: Clock
+    engine: Engine,
+    tree: DraftTree | None,
+    prompts: Sequence[LatencyPrompt],
+    *,
+    max_new_tokens: int,
+    clock: Clock,
 ) -> tuple[int, int, float]:
     """Return tokens, steps and seconds behind the first token of every row."""
-    backbone, eos_ids, texts = engine.runner.backbone, engine.loaded.eos_ids, [prompt.prompt_ids for prompt in prompts]
+    backbone, eos_ids, texts = (
+        engine.runner.backbone,
+        engine.loaded.eos_ids,
+        [prompt.prompt_ids for prompt in prompts],
+    )
     num_nodes, depth = (tree.num_nodes, tree.depth) if tree is not None else (1, 0)
     # a row that ends within a path keeps the rest of it, and still takes part in the others' steps
     longest = max(map(len, texts)) + max_new_tokens + depth + num_nodes
@@ -233,9 +293,20 @@ def _decode_together(
     rule = GreedyRule()
     steps: Iterator[DecodingStep]
     if tree is None:
-        steps = decode_vanilla(backbone, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache)
+        steps = decode_vanilla(
+            backbone, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache
+        )
     else:
-        steps = decode_medusa(backbone, engine.heads, tree, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache)
+        steps = decode_medusa(
+            backbone,
+            engine.heads,
+            tree,
+            texts,
+            rule=rule,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            cache=cache,
+        )
     next(steps)
     started = clock()
     num_tokens, num_steps = 0, 0
@@ -246,7 +317,9 @@ def _decode_together(
 
 
 def _warm_up(engine: Engine, runners: dict[str, ArmRunner], prompts: Sequence[LatencyPrompt]) -> None:
-    """Decode other texts first: a few tokens, or, where each size of a step has to be prepared, all the sizes that will be timed."""
+    """Decode other texts first: a few tokens, or, where each size of a step has to be prepared, all the sizes
+    that will be timed.
+    """
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     for name, runner in runners.items():
         _in_mode(engine, name, runner)
@@ -255,7 +328,12 @@ def _warm_up(engine: Engine, runners: dict[str, ArmRunner], prompts: Sequence[La
                 runner.generate(other.prompt_ids, seed=None)
         else:
             few = ArmRunner(
-                engine, runner.arm, tree=None, max_new_tokens=_WARMUP_TOKENS, max_prompt_tokens=max(lengths), clock=runner.clock
+                engine,
+                runner.arm,
+                tree=None,
+                max_new_tokens=_WARMUP_TOKENS,
+                max_prompt_tokens=max(lengths),
+                clock=runner.clock,
             )
             (other,) = _random_prompts(engine, [max(lengths)])
             few.generate(other.prompt_ids, seed=None)
@@ -271,18 +349,31 @@ def _in_mode(engine: Engine, name: str, runner: ArmRunner) -> ArmRunner:
 def _random_prompts(engine: Engine, lengths: Sequence[int]) -> tuple[LatencyPrompt, ...]:
     source, vocab_size = random.Random(_SEED), engine.runner.backbone.vocab_size
     return tuple(
-        LatencyPrompt(key=f"random-{number}", prompt_ids=tuple(source.randrange(vocab_size) for _ in range(length)))
+        LatencyPrompt(
+            key=f"random-{number}", prompt_ids=tuple(source.randrange(vocab_size) for _ in range(length))
+        )
         for number, length in enumerate(lengths)
     )
 
 
-def _benchmark_prompts(spec: LatencySpec, engine: Engine, *, count: int, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
+def _benchmark_prompts(
+    spec: LatencySpec, engine: Engine, *, count: int, allow_hub: bool
+) -> tuple[LatencyPrompt, ...]:
     tokenizer = engine.loaded.tokenizer
     if tokenizer is None:
-        raise UserError(found="prompts of text for random weights", need="prompts.source = 'random'", where=f"the spec {spec.name!r}")
+        raise UserError(
+            found="prompts of text for random weights",
+            need="prompts.source = 'random'",
+            where=f"the spec {spec.name!r}",
+        )
     asset = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.prompts.source]
     paths = fetch_asset(load_asset_specs()[asset], cache_dir=cache_dir(), allow_hub=allow_hub).paths
-    texts = load_mt_bench(paths["questions"]) if asset == "mt-bench" else load_human_eval(next(iter(paths.values())))
+    texts = (
+        load_mt_bench(paths["questions"])
+        if asset == "mt-bench"
+        else load_human_eval(next(iter(paths.values())))
+    )
     return tuple(
-        LatencyPrompt(key=text.key, prompt_ids=render_chat(tokenizer, text.turns[0])) for text in select_prompts(texts, limit=count)
+        LatencyPrompt(key=text.key, prompt_ids=render_chat(tokenizer, text.turns[0]))
+        for text in select_prompts(texts, limit=count)
     )

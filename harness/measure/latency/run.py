@@ -1,7 +1,9 @@
-"""Record a latency run: time backbone, heads and whole steps of every size on the device, then the tables of modes and of batches.
+"""Record a latency run: time backbone, heads and whole steps of every size on the device, then the tables of
+modes and of batches.
 
-All sizes behind one context share a cache and are timed in turn. Its keys and values come from a real prefill of random tokens, in
-chunks, once a group; a timed step is dropped by forgetting it, so that every repeat sees the same context.
+All sizes behind one context share a cache and are timed in turn. Its keys and values come from a real prefill
+of random tokens, in chunks, once a group; a timed step is dropped by forgetting it, so that every repeat sees
+the same context.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ class LatencyOptions:
     command: str = ""
 
 
-def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOptions, console: Console) -> Path:
+def run_latency(
+    spec: LatencySpec, *, spec_file: Path | None, options: LatencyOptions, console: Console
+) -> Path:
     """Run a latency spec, or resume it, and return the folder of its sealed record.
 
     Raises: UserError for input that cannot be run, or a resume of another run.
@@ -74,11 +78,18 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
     if foreign := foreign_gpu_processes():
-        raise UserError(found=f"{foreign} other processes on the GPU", need="a GPU of our own", where="this machine", do="stop them")
+        raise UserError(
+            found=f"{foreign} other processes on the GPU",
+            need="a GPU of our own",
+            where="this machine",
+            do="stop them",
+        )
     clock = device_clock(device)
 
     def held() -> contextlib.AbstractContextManager[None]:
-        return device_held(device, on_wait=lambda: console.print("another run holds the device: waiting for its turn"))
+        return device_held(
+            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
+        )
 
     first = spec.dtypes[0]
     console.print(f"[bold]{spec.name}[/bold]: loading {model_words(spec)} in {first}")
@@ -88,7 +99,9 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
     engine = load_latency_engine(spec, dtype=first, device=device, beside=beside, allow_hub=options.allow_hub)
     prompts = table_prompts(spec, engine, allow_hub=options.allow_hub)
     environment = describe_latency(engine, spec=spec, prompts=prompts, command=options.command)
-    store = Store.open(options.results, kind=LATENCY, spec=spec, provenance=environment, resume=options.resume)
+    store = Store.open(
+        options.results, kind=LATENCY, spec=spec, provenance=environment, resume=options.resume
+    )
     with folder_held(store.folder):
         write_json(store.folder / MODEL_FILE, facts_of_engine(engine))
         done, num_planned, peak = {point.key for point in store.lines()}, 0, 0
@@ -97,7 +110,9 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
                 release(device)
                 free_bytes = free_memory_bytes(device)
                 console.print(f"loading {model_words(spec)} in {dtype}")
-                engine = load_latency_engine(spec, dtype=dtype, device=device, beside=beside, allow_hub=options.allow_hub)
+                engine = load_latency_engine(
+                    spec, dtype=dtype, device=device, beside=beside, allow_hub=options.allow_hub
+                )
             session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes)
             num_planned += len(session.plan)
             peak = max(peak, session.measure(prompts, done=done, beside=beside))
@@ -117,7 +132,8 @@ def run_latency(spec: LatencySpec, *, spec_file: Path | None, options: LatencyOp
 
 
 def print_latency_plan(spec: LatencySpec, *, console: Console) -> dict[str, int]:
-    """Print every point with the memory that it needs and why it would be skipped; return how many there are and how many are skipped.
+    """Print every point with the memory that it needs and why it would be skipped; return how many there are
+    and how many are skipped.
 
     Nothing is loaded. Whether a mode is on offer shows only when the model is; `auto` is shown as `eager`.
     """
@@ -128,19 +144,33 @@ def print_latency_plan(spec: LatencySpec, *, console: Console) -> dict[str, int]
     for dtype in spec.dtypes:
         packs = packs_weights(spec, dtype=dtype, device=device)
         for key in spec.points(dtype, chosen_modes(spec, ("eager",))):
-            reason = skip_reason(key, facts, packs=packs, free_bytes=free_bytes, memory_share=spec.memory_share)
+            reason = skip_reason(
+                key, facts, packs=packs, free_bytes=free_bytes, memory_share=spec.memory_share
+            )
             sizes = (key.batch, key.context_tokens, key.num_nodes, key.num_heads)
-            table.add_row(dtype, key.mode, *map(str, sizes), f"{facts.needed_bytes(key, packs=packs) / 1e9:.2f}", reason or "")
+            table.add_row(
+                dtype,
+                key.mode,
+                *map(str, sizes),
+                f"{facts.needed_bytes(key, packs=packs) / 1e9:.2f}",
+                reason or "",
+            )
             counts = {"points": counts["points"] + 1, "skipped": counts["skipped"] + (reason is not None)}
     console.print(table)
-    console.print(f"{facts.name}: {counts['points']} points, {counts['skipped']} skipped; {free_bytes / 1e9:.2f} GB free", highlight=False)
+    console.print(
+        f"{facts.name}: {counts['points']} points, {counts['skipped']} skipped; {free_bytes / 1e9:.2f} GB "
+        "free",
+        highlight=False,
+    )
     return counts
 
 
 def check_fits(spec: LatencySpec, *, dtype: DtypeName, free_bytes: int) -> None:
     """Refuse, before random weights are made, a shape of which no point fits into memory."""
     facts = planned_facts(spec)
-    needed = min(facts.needed_bytes(key, packs=False) for key in spec.points(dtype, chosen_modes(spec, ("eager",))))
+    needed = min(
+        facts.needed_bytes(key, packs=False) for key in spec.points(dtype, chosen_modes(spec, ("eager",)))
+    )
     if needed > spec.memory_share * free_bytes:
         raise UserError(
             found=f"{facts.name} in {dtype}, which needs {needed / 1e9:.1f} GB at its smallest size",
@@ -194,9 +224,18 @@ class _Session:
         for (dtype, mode, context_tokens, batch), members in groupby(self.plan, key=lambda key: key.group):
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
-            self.store.append(*(LatencyPoint(**dict(key), skipped=reason) for key, reason in reasons.items() if reason is not None))
+            self.store.append(
+                *(
+                    LatencyPoint(**dict(key), skipped=reason)
+                    for key, reason in reasons.items()
+                    if reason is not None
+                )
+            )
             if runnable := [key for key in todo if reasons[key] is None]:
-                self.console.print(f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes", highlight=False)
+                self.console.print(
+                    f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes",
+                    highlight=False,
+                )
                 with self.held():
                     points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
                 self.store.append(*points)
@@ -224,25 +263,42 @@ class _Session:
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
 
-    def _measure_batches(self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, beside: Path | None) -> None:
+    def _measure_batches(
+        self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, beside: Path | None
+    ) -> None:
         path = self.store.folder / BATCHES_FILE
         if self.spec.batch_table is None or path.exists():
             return
-        self.console.print(f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False)
+        self.console.print(
+            f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False
+        )
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
         write_json(
             path,
-            measure_batches(self.engine, self.spec, points, prompts, dtype=self.dtype, clock=self.clock, held=self.held, beside=beside),
+            measure_batches(
+                self.engine,
+                self.spec,
+                points,
+                prompts,
+                dtype=self.dtype,
+                clock=self.clock,
+                held=self.held,
+                beside=beside,
+            ),
         )
 
     def _reason(self, key: PointKey, facts: ModelFacts, *, packs: bool) -> str | None:
         if key.mode not in self.available:
             return f"mode {key.mode} is not available on this device in {key.dtype}"
-        return skip_reason(key, facts, packs=packs, free_bytes=self.free_bytes, memory_share=self.spec.memory_share)
+        return skip_reason(
+            key, facts, packs=packs, free_bytes=self.free_bytes, memory_share=self.spec.memory_share
+        )
 
 
-def skip_reason(key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: int, memory_share: float) -> str | None:
+def skip_reason(
+    key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: int, memory_share: float
+) -> str | None:
     """Return why a point must not be tried, or None: too many positions for real weights, or too much memory.
 
     Random weights have learned no positions, so that they are timed at any length.

@@ -26,14 +26,18 @@ _ENDLESS_TOKENS = 1 << 30  # a budget that no timed loop uses up
 _BACKBONE_DEPTH = 5  # of trees that are timed without heads
 
 
-def measure_group(engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock) -> tuple[LatencyPoint, ...]:
-    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits beginning somewhere else.
+def measure_group(
+    engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock
+) -> tuple[LatencyPoint, ...]:
+    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits
+    beginning somewhere else.
 
-    So what disturbs the machine for a moment meets a size in one round only, and with three rounds or more its median stands.
+    So what disturbs the machine for a moment meets a size in one round only, and with three rounds or more
+    its median stands.
 
-    Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator, which no step of a decoding
-    does (on a CPU in eager mode it takes half as long again).
-    A point that runs out of memory is recorded as skipped, and the others go on.
+    Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator,
+    which no step of a decoding does (on a CPU in eager mode it takes half as long again). A point that runs
+    out of memory is recorded as skipped, and the others go on.
     """
     device = engine.runner.backbone.device
     engine.runner.use(keys[0].mode)
@@ -42,7 +46,12 @@ def measure_group(engine: Engine, keys: Sequence[PointKey], *, repeats: int, clo
     timers: dict[PointKey, _PointTimer] = {}
     with _noting_out_of_memory(skipped, keys, device):  # of the context; points note their own
         room_tokens = max(key.num_nodes for key in keys) + 1
-        cache = filled_cache(engine.runner.backbone, context_tokens=keys[0].context_tokens, batch=keys[0].batch, room_tokens=room_tokens)
+        cache = filled_cache(
+            engine.runner.backbone,
+            context_tokens=keys[0].context_tokens,
+            batch=keys[0].batch,
+            room_tokens=room_tokens,
+        )
         rounds = (0, *_visits(repeats))  # the first warms kernels and allocator up
         for number, num_times in enumerate(rounds):
             first = number * len(keys) // len(rounds)
@@ -75,15 +84,23 @@ def _visits(repeats: int) -> list[int]:
 
 
 class _PointTimer:
-    """Times one size behind the shared context: the backbone's pass, the heads, and a step of the decoding loop itself."""
+    """Times one size behind the shared context: the backbone's pass, the heads, and a step of the decoding
+    loop itself.
+    """
 
     def __init__(self, engine: Engine, key: PointKey, cache: TreeCache, *, clock: Clock) -> None:
         backbone = engine.runner.backbone
         self._engine, self._key, self._cache, self._clock = engine, key, cache, clock
         self._tree = comb_tree(key.num_nodes, depth=key.num_heads or _BACKBONE_DEPTH)
         self._buffers = tree_buffers(self._tree, device=backbone.device)
-        self._tokens = torch.arange(key.num_nodes, device=backbone.device).remainder(backbone.vocab_size).repeat(key.batch, 1)
-        self._states = torch.ones(key.batch, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        self._tokens = (
+            torch.arange(key.num_nodes, device=backbone.device)
+            .remainder(backbone.vocab_size)
+            .repeat(key.batch, 1)
+        )
+        self._states = torch.ones(
+            key.batch, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device
+        )
         self._steps = self._decoding() if key.num_heads or key.num_nodes == 1 else None
         self.backbone_s: list[float] = []
         self.heads_s: list[float] = []
@@ -107,11 +124,15 @@ class _PointTimer:
 
     @torch.inference_mode()
     def _backbone_pass(self) -> None:
-        self._engine.runner.backbone.forward(self._tokens, depths=self._buffers.depths, visible=self._buffers.visible, cache=self._cache)
+        self._engine.runner.backbone.forward(
+            self._tokens, depths=self._buffers.depths, visible=self._buffers.visible, cache=self._cache
+        )
 
     @torch.inference_mode()
     def _heads_pass(self) -> None:
-        self._engine.heads(self._states, lm_head=self._engine.runner.backbone.lm_head, num_heads=self._key.num_heads)
+        self._engine.heads(
+            self._states, lm_head=self._engine.runner.backbone.lm_head, num_heads=self._key.num_heads
+        )
 
     def _step(self) -> None:
         assert self._steps is not None
@@ -123,7 +144,14 @@ class _PointTimer:
         rewind(self._cache, context_tokens=self._key.context_tokens)
         backbone, cache, no_end = self._engine.runner.backbone, self._cache, frozenset[int]()
         if self._key.num_nodes == 1:
-            steps = decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=_ENDLESS_TOKENS, eos_ids=no_end, cache=cache)
+            steps = decode_vanilla(
+                backbone,
+                prompts,
+                rule=GreedyRule(),
+                max_new_tokens=_ENDLESS_TOKENS,
+                eos_ids=no_end,
+                cache=cache,
+            )
         else:
             steps = decode_medusa(
                 backbone,
@@ -140,9 +168,13 @@ class _PointTimer:
 
 
 def filled_cache(backbone: Backbone, *, context_tokens: int, batch: int, room_tokens: int) -> TreeCache:
-    """Return a cache whose rows hold `context_tokens` random tokens each, read in chunks, with room for some more."""
+    """Return a cache whose rows hold `context_tokens` random tokens each, read in chunks, with room for some
+    more.
+    """
     cache = backbone.new_cache(batch_size=batch, max_length=context_tokens + room_tokens)
-    texts = torch.randint(backbone.vocab_size, (batch, context_tokens), generator=torch.Generator().manual_seed(_SEED))
+    texts = torch.randint(
+        backbone.vocab_size, (batch, context_tokens), generator=torch.Generator().manual_seed(_SEED)
+    )
     for row in range(batch):
         for start in range(0, context_tokens, _CHUNK_TOKENS):
             backbone.prefill(texts[row, start : start + _CHUNK_TOKENS], cache=cache, row=row)
@@ -157,9 +189,11 @@ def rewind(cache: TreeCache, *, context_tokens: int) -> None:
 
 
 def comb_tree(num_nodes: int, *, depth: int) -> DraftTree:
-    """Return a tree of that many nodes: the best path of `depth` levels, then the next best tokens of each level beside it in turn.
+    """Return a tree of that many nodes: the best path of `depth` levels, then the next best tokens of each
+    level beside it in turn.
 
-    A step's cost depends on its number of nodes and on how many of a head's tokens it sorts, not on where the nodes hang.
+    A step's cost depends on its number of nodes and on how many of a head's tokens it sorts, not on where the
+    nodes hang.
     """
     depth = min(depth, num_nodes - 1)
     teeth = ((0,) * level + (rank,) for rank in range(num_nodes) for level in range(depth))
@@ -174,7 +208,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _noting_out_of_memory(skipped: dict[PointKey, str], keys: Sequence[PointKey], device: torch.device) -> Iterator[None]:
+def _noting_out_of_memory(
+    skipped: dict[PointKey, str], keys: Sequence[PointKey], device: torch.device
+) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,6 @@
-"""Run one cell of a sweep on this machine's device: a setting whose text a replay cannot give, or a tree decoded for real as a check."""
+"""Run one cell of a sweep on this machine's device: a setting whose text a replay cannot give, or a tree
+decoded for real as a check.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class SampledTask:
 
 @dataclass(frozen=True)
 class DecodedTask:
-    """One tree to decode for real where its curve is from: on this machine, or on a cluster's node of that accelerator type."""
+    """One tree to decode for real where its curve is from: on this machine, or on a cluster's node of that
+    accelerator type.
+    """
 
     tree: DraftTree
     place: int
@@ -92,7 +96,9 @@ RunTask = SampledTask | DecodedTask
 
 @dataclass(frozen=True)
 class CellInputs:
-    """What all run cells of a sweep share, whichever machine runs them; `beside` is the folder of the suite file."""
+    """What all run cells of a sweep share, whichever machine runs them; `beside` is the folder of the suite
+    file.
+    """
 
     spec: SweepSpec
     suite: SuiteSpec
@@ -105,7 +111,8 @@ class CellInputs:
 class CellRunner:
     """Runs the cells of one sweep on this machine's device, on an engine that is loaded once.
 
-    Raises: UserError where the suite's model or heads are not those of the trace, or its prompts do not suit the sweep.
+    Raises: UserError where the suite's model or heads are not those of the trace, or its prompts do not suit
+    the sweep.
     """
 
     def __init__(self, inputs: CellInputs) -> None:
@@ -123,7 +130,9 @@ class CellRunner:
         self._clock, self._first_mode = device_clock(device), self._engine.runner.mode
 
     def run(self, task: RunTask) -> AnyCell:
-        """Return the cell of a task; what goes wrong becomes a failed cell with no figure, and the others go on."""
+        """Return the cell of a task; what goes wrong becomes a failed cell with no figure, and the others go
+        on.
+        """
         try:
             return self._run(task)
         except Exception as error:
@@ -132,13 +141,21 @@ class CellRunner:
     def _run(self, task: RunTask) -> AnyCell:
         if isinstance(task, SampledTask):
             self._engine.runner.use(self._first_mode)
-            return run_sampled(self._inputs, self._engine, task, self._sampled_prompts, clock=self._clock, held=self._held)
+            return run_sampled(
+                self._inputs, self._engine, task, self._sampled_prompts, clock=self._clock, held=self._held
+            )
         name, label = device_info(self._device).name, task.curve.label
         if (match_device(name) or name) != label.device:
-            raise UserError(found=f"a {name}", need=f"{label.device}, whose curve the point is composed with", where="this node")
+            raise UserError(
+                found=f"a {name}",
+                need=f"{label.device}, whose curve the point is composed with",
+                where="this node",
+            )
         if label.mode is not None:
             self._engine.runner.use(label.mode)  # what the curve was timed in
-        return decode_point(self._inputs, self._engine, task, self._traced, self._warm_ups, clock=self._clock, held=self._held)
+        return decode_point(
+            self._inputs, self._engine, task, self._traced, self._warm_ups, clock=self._clock, held=self._held
+        )
 
     def _held(self) -> contextlib.AbstractContextManager[None]:
         return device_held(self._device)
@@ -146,7 +163,9 @@ class CellRunner:
 
 def failed_cell(task: RunTask, *, error_type: str, message: str) -> FailedCell:
     """Return the cell of a task that could not be run."""
-    return FailedCell(key=task.key, words=task.words, error_type=error_type, message=without_paths(message)[:500])
+    return FailedCell(
+        key=task.key, words=task.words, error_type=error_type, message=without_paths(message)[:500]
+    )
 
 
 def check_engine(engine: Engine, trace: Trace) -> None:
@@ -155,7 +174,8 @@ def check_engine(engine: Engine, trace: Trace) -> None:
     if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
         raise UserError(
             found="a trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads {(engine.heads_sha256 or 'none')[:12]}",
+            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
+            f"{(engine.heads_sha256 or 'none')[:12]}",
             where="trace",
             do="record it again with medusa-repro trace",
         )
@@ -186,10 +206,19 @@ def arm_of(setting: SampledSetting, seeds: Sequence[int]) -> ArmSpec:
         acceptance = RejectionAcceptance(rule="rejection", temperature=setting.temperature)
     elif setting.rule == "typical":
         assert setting.epsilon is not None and setting.delta is not None
-        acceptance = TypicalAcceptance(rule="typical", temperature=setting.temperature, epsilon=setting.epsilon, delta=setting.delta)
+        acceptance = TypicalAcceptance(
+            rule="typical", temperature=setting.temperature, epsilon=setting.epsilon, delta=setting.delta
+        )
     drawn = tuple(seeds) if setting.rule != "greedy" else ()
     return ArmSpec.model_validate(
-        {"name": name, "method": "medusa", "baseline": "vanilla", "tree": _TREE, "acceptance": acceptance, "seeds": drawn}
+        {
+            "name": name,
+            "method": "medusa",
+            "baseline": "vanilla",
+            "tree": _TREE,
+            "acceptance": acceptance,
+            "seeds": drawn,
+        }
     )
 
 
@@ -204,14 +233,22 @@ def run_sampled(
 ) -> SampledCell:
     """Run one setting on every prompt and seed, and score its texts under the backbone.
 
-    Nothing is timed; the device is held all the same, text by text, so as not to disturb what another run times.
+    Nothing is timed; the device is held all the same, text by text, so as not to disturb what another run
+    times.
     """
     wanted = inputs.spec.sampled
     assert wanted is not None
     started = clock()
     arm = arm_of(task.setting, wanted.seeds)
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
-    runner = ArmRunner(engine, arm, tree=task.tree, max_new_tokens=wanted.max_new_tokens, max_prompt_tokens=longest, clock=clock)
+    runner = ArmRunner(
+        engine,
+        arm,
+        tree=task.tree,
+        max_new_tokens=wanted.max_new_tokens,
+        max_prompt_tokens=longest,
+        clock=clock,
+    )
     rows = []
     for prompt in prompts:
         for seed in arm.seeds or (None,):
@@ -221,7 +258,9 @@ def run_sampled(
     return SampledCell(setting=task.setting, tree=task.place, rows=tuple(rows), elapsed_s=clock() - started)
 
 
-def _sampled_row(engine: Engine, prompt: SuitePrompt, result: TimedGeneration, *, seed: int | None) -> SampledRow:
+def _sampled_row(
+    engine: Engine, prompt: SuitePrompt, result: TimedGeneration, *, seed: int | None
+) -> SampledRow:
     text = KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
     return SampledRow(
         prompt_key=prompt.key,
@@ -236,7 +275,9 @@ def _sampled_row(engine: Engine, prompt: SuitePrompt, result: TimedGeneration, *
     )
 
 
-def traced_prompts(inputs: CellInputs, prompts: Sequence[SuitePrompt]) -> tuple[tuple[SuitePrompt, PromptTrace], ...]:
+def traced_prompts(
+    inputs: CellInputs, prompts: Sequence[SuitePrompt]
+) -> tuple[tuple[SuitePrompt, PromptTrace], ...]:
     """Return the prompts to decode with their traces, spread evenly over the trace.
 
     Raises: UserError where the suite's prompts are not those of the trace.
@@ -250,7 +291,9 @@ def traced_prompts(inputs: CellInputs, prompts: Sequence[SuitePrompt]) -> tuple[
     ]
     if len(pairs) < min(wanted.num_prompts, len(traced)):
         raise UserError(
-            found=f"{len(pairs)} prompts of the suite in the trace", need="the suite that the trace was recorded with", where="suite"
+            found=f"{len(pairs)} prompts of the suite in the trace",
+            need="the suite that the trace was recorded with",
+            where="suite",
         )
     places = np.linspace(0, len(pairs) - 1, min(wanted.num_prompts, len(pairs))).round().astype(int)
     return tuple(pairs[place] for place in dict.fromkeys(places.tolist()))
@@ -266,12 +309,24 @@ def decode_point(
     clock: Clock,
     held: Held = contextlib.nullcontext,
 ) -> DecodedCell:
-    """Decode prompts with vanilla and with one tree in turn, timed, and set steps and times beside replay and composition."""
+    """Decode prompts with vanilla and with one tree in turn, timed, and set steps and times beside replay and
+    composition.
+    """
     started, tree, curve, trace = clock(), task.tree, task.curve, inputs.trace
     longest = max(len(prompt.prompt_ids) for prompt in (*(prompt for prompt, _ in pairs), *warm_ups))
     vanilla, medusa = (
-        ArmRunner(engine, arm, tree=drafted, max_new_tokens=trace.provenance.max_new_tokens, max_prompt_tokens=longest, clock=clock)
-        for arm, drafted in ((ArmSpec(name="vanilla", method="vanilla"), None), (arm_of(SampledSetting(rule="greedy"), ()), tree))
+        ArmRunner(
+            engine,
+            arm,
+            tree=drafted,
+            max_new_tokens=trace.provenance.max_new_tokens,
+            max_prompt_tokens=longest,
+            clock=clock,
+        )
+        for arm, drafted in (
+            (ArmSpec(name="vanilla", method="vanilla"), None),
+            (arm_of(SampledSetting(rule="greedy"), ()), tree),
+        )
     )
     with held():
         for runner in (vanilla, medusa):
@@ -293,7 +348,9 @@ def decode_point(
     for number, (prompt, traced) in enumerate(pairs):
         with held():
             turns = [vanilla.generate, medusa.generate]
-            results = [turn(prompt.prompt_ids, seed=None) for turn in (turns if number % 2 == 0 else turns[::-1])]
+            results = [
+                turn(prompt.prompt_ids, seed=None) for turn in (turns if number % 2 == 0 else turns[::-1])
+            ]
         plain, drafted_result = results if number % 2 == 0 else results[::-1]
         rows.append(
             DecodedRow(
@@ -306,10 +363,18 @@ def decode_point(
                 composed_medusa_s=composed["medusa"][number],
             )
         )
-        difference = step_difference(traced, drafted_result, tree, replayed=replay.hops(number).tolist(), trace=trace)
+        difference = step_difference(
+            traced, drafted_result, tree, replayed=replay.hops(number).tolist(), trace=trace
+        )
         if difference is not None:
             differences.append(difference)
-    return DecodedCell(curve=curve.label, tree=task.place, rows=tuple(rows), differences=tuple(differences), elapsed_s=clock() - started)
+    return DecodedCell(
+        curve=curve.label,
+        tree=task.place,
+        rows=tuple(rows),
+        differences=tuple(differences),
+        elapsed_s=clock() - started,
+    )
 
 
 def _warm_up(runner: ArmRunner, warm_ups: Sequence[SuitePrompt], *, clock: Clock) -> None:
@@ -327,11 +392,19 @@ def _warm_up(runner: ArmRunner, warm_ups: Sequence[SuitePrompt], *, clock: Clock
 def step_difference(
     traced: PromptTrace, result: TimedGeneration, tree: DraftTree, *, replayed: Sequence[int], trace: Trace
 ) -> StepDifference | None:
-    """Return where decoding first took another step than the replay, and whether rounding explains it; None where all steps agree."""
-    found = decoded_difference(trace, traced, tree, token_ids=result.token_ids, step_tokens=result.step_tokens, replayed=replayed)
+    """Return where decoding first took another step than the replay, and whether rounding explains it; None
+    where all steps agree.
+    """
+    found = decoded_difference(
+        trace, traced, tree, token_ids=result.token_ids, step_tokens=result.step_tokens, replayed=replayed
+    )
     if found is None:
         return None
     position, kind = found
     return StepDifference(
-        prompt_key=traced.key, position=position, decoded_steps=len(result.step_tokens), replayed_steps=len(replayed), kind=kind
+        prompt_key=traced.key,
+        position=position,
+        decoded_steps=len(result.step_tokens),
+        replayed_steps=len(replayed),
+        kind=kind,
     )

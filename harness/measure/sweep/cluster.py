@@ -1,8 +1,9 @@
-"""Run a sweep's cells, and measure the curves that it lacks, as tasks of a Ray cluster; the driver composes and keeps the one store.
+"""Run a sweep's cells, and measure the curves that it lacks, as tasks of a Ray cluster; the driver composes
+and keeps the one store.
 
-Ray ships the code, places tasks, and runs again what a lost worker or node took with it. A task brings all it needs but model assets,
-which every node takes from its own cache, and gives its cell back; the driver appends cells as they come, so that a task that Ray runs
-twice is still counted once.
+Ray ships the code, places tasks, and runs again what a lost worker or node took with it. A task brings all it
+needs but model assets, which every node takes from its own cache, and gives its cell back; the driver appends
+cells as they come, so that a task that Ray runs twice is still counted once.
 
     driver: measure missing curves -> compose -> tasks ---> nodes: load once a worker, run a cell
             sweep's folder <- append, one by one <--------- cell, or why there is none
@@ -63,9 +64,10 @@ class _Lost(Exception):
 class RayExecutor:
     """A Ray cluster, connected to for as long as the `with` statement lasts.
 
-    `address` is `auto` (a cluster of this machine, or RAY_ADDRESS), `local` (one of this machine alone, started now), or HOST:PORT.
-    A worker keeps its engine between cells, except where a node offers several places with GPUs: there each cell has its own process,
-    as is Ray's rule, since a process cannot move to the next GPU and would keep memory on the last.
+    `address` is `auto` (a cluster of this machine, or RAY_ADDRESS), `local` (one of this machine alone,
+    started now), or HOST:PORT. A worker keeps its engine between cells, except where a node offers several
+    places with GPUs: there each cell has its own process, as is Ray's rule, since a process cannot move to
+    the next GPU and would keep memory on the last.
     Raises: UserError where Ray is not installed, or no cluster answers.
     """
 
@@ -87,7 +89,13 @@ class RayExecutor:
         with code_to_ship() as folder:
             environment = {"working_dir": str(folder), "env_vars": variables}
             try:
-                self._ray.init(address=self._address, runtime_env=environment, log_to_driver=False, logging_level="WARNING", **local)
+                self._ray.init(
+                    address=self._address,
+                    runtime_env=environment,
+                    log_to_driver=False,
+                    logging_level="WARNING",
+                    **local,
+                )
             except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
                 found = f"no Ray cluster that takes this program ({str(error).splitlines()[0]})"
                 raise _no_cluster(found, address=self._address) from error
@@ -96,8 +104,11 @@ class RayExecutor:
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def ready(self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console) -> Mapping[str | None, str]:
-        """Return the device of each accelerator type, once every curve is there that `cluster.latency` asks for.
+    def ready(
+        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+    ) -> Mapping[str | None, str]:
+        """Return the device of each accelerator type, once every curve is there that `cluster.latency` asks
+        for.
 
         Raises: UserError where no node has a wanted type with room for a cell, or a curve cannot be measured.
         """
@@ -117,13 +128,18 @@ class RayExecutor:
                     nodes[kind] = self._value(ref)
                 except _Lost as lost:
                     need = "nodes with the packages that this project depends on: Ray ships its code alone"
-                    raise UserError(found=f"a node that cannot begin ({lost.kind}: {lost})", need=need, where="cluster") from lost
+                    raise UserError(
+                        found=f"a node that cannot begin ({lost.kind}: {lost})", need=need, where="cluster"
+                    ) from lost
         if latency is not None:
             self._measure(latency, nodes, beside=beside, options=options, console=console)
         return {kind: nodes[kind].device.name for kind in self._types}
 
-    def run(self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]) -> Generator[AnyCell]:
-        """Yield cells as they arrive: sampled settings are dealt out over the types, as many as each has places for cells.
+    def run(
+        self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
+    ) -> Generator[AnyCell]:
+        """Yield cells as they arrive: sampled settings are dealt out over the types, as many as each has
+        places for cells.
 
         Raises: UserError where a node cannot load the engine, or a type's last node is gone and none comes.
         """
@@ -158,7 +174,9 @@ class RayExecutor:
         for node in self._ray.nodes():
             has: Mapping[str, float] = node["Resources"]
             if node["Alive"] and (accelerator_type is None or f"accelerator_type:{accelerator_type}" in has):
-                found.append(min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in wants.items() if amount))
+                found.append(
+                    min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in wants.items() if amount)
+                )
         return [room for room in found if room]
 
     def _no_node(self, accelerator_type: str | None) -> UserError:
@@ -169,17 +187,24 @@ class RayExecutor:
             for name in node["Resources"]
             if name.startswith("accelerator_type:")
         )
-        there = ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds.items())) or "no accelerator type"
+        there = (
+            ", ".join(f"{kind} x {number}" for kind, number in sorted(kinds.items())) or "no accelerator type"
+        )
         room = f"{self._cluster.num_gpus:g} GPUs and {self._cluster.num_cpus} CPUs"
         return UserError(
             found=f"a cluster with {there}",
-            need=f"a node{f' with {accelerator_type}' if accelerator_type is not None else ''} that has {room} for a cell",
+            need=f"a node{f' with {accelerator_type}' if accelerator_type is not None else ''} that has "
+            f"{room} for a cell",
             where="cluster",
             do="start such a node, or change accelerator_types, num_gpus or num_cpus",
         )
 
-    def _task(self, function: Callable[..., Any], accelerator_type: str | None, *, keeps_worker: bool = False) -> Any:
-        """Return a function as a Ray task for a node of a type; without GPUs the worker outlives the task anyway."""
+    def _task(
+        self, function: Callable[..., Any], accelerator_type: str | None, *, keeps_worker: bool = False
+    ) -> Any:
+        """Return a function as a Ray task for a node of a type; without GPUs the worker outlives the task
+        anyway.
+        """
         options: dict[str, Any] = {
             "num_gpus": self._cluster.num_gpus,
             "num_cpus": self._cluster.num_cpus,
@@ -193,7 +218,8 @@ class RayExecutor:
         return self._ray.remote(**options)(function)
 
     def _each(self, sent: Mapping[Name, Sent]) -> Generator[tuple[Name, Any]]:
-        """Yield tasks as they end; what is left when it is closed is cancelled, so close it while there is a connection.
+        """Yield tasks as they end; what is left when it is closed is cancelled, so close it while there is a
+        connection.
 
         Raises: UserError where tasks wait for a node that has been gone for minutes.
         """
@@ -224,8 +250,15 @@ class RayExecutor:
             value = self._ray.get(ref)
         except errors.RayTaskError as error:
             raise _Lost(type(error.cause).__name__, str(error.cause)) from error
-        except (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
-            raise _Lost(type(error).__name__, f"worker or node lost, with max_retries = {self._cluster.max_retries}") from error
+        except (
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.OutOfMemoryError,
+            errors.ObjectLostError,
+        ) as error:
+            raise _Lost(
+                type(error).__name__, f"worker or node lost, with max_retries = {self._cluster.max_retries}"
+            ) from error
         except errors.RayError as error:
             found = f"{type(error).__name__} ({str(error).splitlines()[0]})"
             raise UserError(found=found, need="a cluster that can run the task", where="Ray") from error
@@ -244,18 +277,34 @@ class RayExecutor:
         return latency
 
     def _measure(
-        self, latency: LatencySpec, nodes: Mapping[str | None, RanOn], *, beside: Path | None, options: SweepOptions, console: Console
+        self,
+        latency: LatencySpec,
+        nodes: Mapping[str | None, RanOn],
+        *,
+        beside: Path | None,
+        options: SweepOptions,
+        console: Console,
     ) -> None:
-        """Measure a latency spec once on every device that has no sealed record of it; each record is kept as it comes."""
+        """Measure a latency spec once on every device that has no sealed record of it; each record is kept as
+        it comes.
+        """
         known = set(measured_devices(options.results, name=latency.name))
         missing = {node.device.name: kind for kind, node in nodes.items() if node.device.name not in known}
         if not missing:
             return
         console.print(f"Ray: measuring {latency.name} on {', '.join(sorted(missing))}", highlight=False)
-        data, files = packed(latency.model_dump(mode="json", exclude_none=True), beside=_folder_of(self._cluster.latency, beside=beside))
+        data, files = packed(
+            latency.model_dump(mode="json", exclude_none=True),
+            beside=_folder_of(self._cluster.latency, beside=beside),
+        )
         spec, shipped = LatencySpec.model_validate(data), self._ray.put(files)
         sent = {
-            device: Sent(kind, self._task(measure_curve, kind).remote(spec, shipped, allow_hub=options.allow_hub, command=options.command))
+            device: Sent(
+                kind,
+                self._task(measure_curve, kind).remote(
+                    spec, shipped, allow_hub=options.allow_hub, command=options.command
+                ),
+            )
             for device, kind in missing.items()
         }
         failures = list[UserError]()
@@ -268,7 +317,13 @@ class RayExecutor:
                 except UserError as error:
                     failures.append(error)
                 except _Lost as lost:
-                    failures.append(UserError(found=f"no curve of {device} ({lost.kind}: {lost})", need="one", where=latency.name))
+                    failures.append(
+                        UserError(
+                            found=f"no curve of {device} ({lost.kind}: {lost})",
+                            need="one",
+                            where=latency.name,
+                        )
+                    )
         if failures:
             raise failures[0]
 
@@ -283,7 +338,9 @@ def _import_ray() -> Any:
         return importlib.import_module("ray")
     except ImportError as error:
         do = "pip install 'medusa-repro[ray]'"
-        raise UserError(found="no ray", need="it for --executor ray", where="this environment", do=do) from error
+        raise UserError(
+            found="no ray", need="it for --executor ray", where="this environment", do=do
+        ) from error
 
 
 def _check_answers(address: str) -> None:
@@ -292,7 +349,9 @@ def _check_answers(address: str) -> None:
     if address in ("auto", "local"):
         return
     if not colon or not port.isdigit():
-        raise UserError(found=f"--address {address}", need="auto, local or HOST:PORT", where="the command line")
+        raise UserError(
+            found=f"--address {address}", need="auto, local or HOST:PORT", where="the command line"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
@@ -301,4 +360,9 @@ def _check_answers(address: str) -> None:
 
 def _no_cluster(found: str, *, address: str) -> UserError:
     do = "start one with ray start --head" if address != "local" else "look at Ray's own logs"
-    return UserError(found=found, need="a running Ray cluster with this Python and this version of Ray", where="--address", do=do)
+    return UserError(
+        found=found,
+        need="a running Ray cluster with this Python and this version of Ray",
+        where="--address",
+        do=do,
+    )

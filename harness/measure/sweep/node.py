@@ -76,12 +76,16 @@ def _loaded(shipment: Shipment) -> CellRunner:
         return CellRunner(replace(shipment.inputs, suite=suite, beside=folder))
 
 
-def measure_curve(spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str) -> dict[str, bytes] | Refusal:
+def measure_curve(
+    spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str
+) -> dict[str, bytes] | Refusal:
     """Measure a latency spec on this node and return the files of the sealed record."""
     with unpacked(files) as folder:
         options = LatencyOptions(results=folder / "results", allow_hub=allow_hub, command=command)
         try:
-            record = run_latency(spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True))
+            record = run_latency(
+                spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True)
+            )
         except UserError as error:
             return Refusal.of(error)
         return {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}

@@ -1,4 +1,6 @@
-"""Run a sweep: compose what a replay gives, then decode what it cannot, on the device; every cell is on disk as soon as it is done."""
+"""Run a sweep: compose what a replay gives, then decode what it cannot, on the device; every cell is on disk
+as soon as it is done.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from typing import Literal, Protocol
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from harness.compose.cells import compose
 from harness.compose.composer import KnotPrices
@@ -48,7 +58,9 @@ from harness.specs.sweep import SweepSpec
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What the command line may say about a sweep, besides the spec; `replay_only` leaves out all that the device would have to run."""
+    """What the command line may say about a sweep, besides the spec; `replay_only` leaves out all that the
+    device would have to run.
+    """
 
     results: Path
     resume: Path | None = None
@@ -63,11 +75,17 @@ class Executor(Protocol):
 
     @property
     def name(self) -> Literal["local", "ray"]: ...
-    def ready(self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console) -> Mapping[str | None, str]:
-        """Return the device's name by accelerator type, None for a machine that has no need of one, when all is there to begin."""
+    def ready(
+        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+    ) -> Mapping[str | None, str]:
+        """Return the device's name by accelerator type, None for a machine that has no need of one, when all
+        is there to begin.
+        """
         ...
 
-    def run(self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]) -> Generator[AnyCell]:
+    def run(
+        self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
+    ) -> Generator[AnyCell]:
         """Yield the cell of every task as it is done; closing it early gives up the others."""
         ...
 
@@ -77,11 +95,15 @@ class LocalExecutor:
 
     name: Literal["local"] = "local"
 
-    def ready(self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console) -> Mapping[str | None, str]:
+    def ready(
+        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+    ) -> Mapping[str | None, str]:
         """Return this machine's device."""
         return {None: device_info(best_device()).name}
 
-    def run(self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]) -> Generator[AnyCell]:
+    def run(
+        self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
+    ) -> Generator[AnyCell]:
         """Yield the cells in the order of their tasks."""
         if not tasks:
             return
@@ -93,7 +115,12 @@ class LocalExecutor:
 
 
 def run_sweep(
-    spec: SweepSpec, *, spec_file: Path | None, options: SweepOptions, console: Console, executor: Executor | None = None
+    spec: SweepSpec,
+    *,
+    spec_file: Path | None,
+    options: SweepOptions,
+    console: Console,
+    executor: Executor | None = None,
 ) -> Path:
     """Run a sweep, or resume it, and return the folder of its sealed record.
 
@@ -115,7 +142,13 @@ def run_sweep(
         tasks, without_curve = plan_runs(plan, devices=devices, beside=beside)
         runs = [one.key for one in (*tasks, *without_curve)]
         num_planned = len(plan.cells) + len(plan.refused) + len(runs)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as progress:
             composing = progress.add_task("composed", total=len(plan.cells) + len(plan.refused))
             kept = {key for key in done if key.split()[0] in ("composed", "curve")}
@@ -124,10 +157,14 @@ def run_sweep(
                 store.append(cell)
                 progress.advance(composing)
             if any(key not in done for key in runs):
-                running = progress.add_task("run", total=len(runs), completed=sum(key in done for key in runs))
+                running = progress.add_task(
+                    "run", total=len(runs), completed=sum(key in done for key in runs)
+                )
                 todo = [task for task in tasks if task.key not in done]
                 inputs = cell_inputs(plan, beside=beside, allow_hub=options.allow_hub)
-                with contextlib.closing(executor.run(inputs, todo, on_start=_shower(progress, running))) as run:
+                with contextlib.closing(
+                    executor.run(inputs, todo, on_start=_shower(progress, running))
+                ) as run:
                     for cell in chain(run, (failed for failed in without_curve if failed.key not in done)):
                         store.append(cell)
                         progress.advance(running)
@@ -151,14 +188,17 @@ def _take_up(store: Store[AnyCell], trees: SweepTrees) -> frozenset[str]:
     """
     done = frozenset(cell.key for cell in store.lines())
     if not (store.folder / TREES_FILE).exists():
-        write_bytes(store.folder / TREES_FILE, (trees.model_dump_json() + "\n").encode())  # one line: it holds a thousand paths
+        # one line: it holds a thousand paths
+        write_bytes(store.folder / TREES_FILE, (trees.model_dump_json() + "\n").encode())
     elif SweepRecord(store.folder).trees.trees != trees.trees:
         need = "those that the sweep began with"
         raise UserError(found="other trees", need=need, where=store.folder.name, do="start a new sweep")
     return done
 
 
-def describe_sweep(plan: SweepPlan, *, command: str, executor: Literal["local", "ray"] = "local") -> SweepOrigin:
+def describe_sweep(
+    plan: SweepPlan, *, command: str, executor: Literal["local", "ray"] = "local"
+) -> SweepOrigin:
     """Return where the record will come from."""
     commit, dirty = git_state(code_folder())
     return SweepOrigin(
@@ -196,7 +236,8 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[str], None]:
 def plan_runs(
     plan: SweepPlan, *, devices: Mapping[str | None, str], beside: Path | None
 ) -> tuple[tuple[RunTask, ...], tuple[FailedCell, ...]]:
-    """Return what is run, in order, and a failed cell for each device that has no measured curve to check a composition with.
+    """Return what is run, in order, and a failed cell for each device that has no measured curve to check a
+    composition with.
 
     Every device decodes points that are drawn on its own curve; `devices` gives names by accelerator type.
     """
@@ -210,12 +251,19 @@ def plan_runs(
     for accelerator_type, device in devices.items():
         curve = own_curve(plan, dtype=dtype, device=device)
         if curve is not None:
-            tasks += [DecodedTask(plan.drafts[place], place, curve, accelerator_type) for place in drawn_points(plan, curve)]
+            tasks += [
+                DecodedTask(plan.drafts[place], place, curve, accelerator_type)
+                for place in drawn_points(plan, curve)
+            ]
             continue
         where = f"of {accelerator_type} nodes" if accelerator_type is not None else "of this device"
-        message = f"no latency record {where} for {spec.shape} in {dtype}: nothing to check a composition with"
+        message = (
+            f"no latency record {where} for {spec.shape} in {dtype}: nothing to check a composition with"
+        )
         key = decoded_key("none", accelerator_type=accelerator_type)
-        without_curve.append(FailedCell(key=key, words="points decoded for real", error_type="UserError", message=message))
+        without_curve.append(
+            FailedCell(key=key, words="points decoded for real", error_type="UserError", message=message)
+        )
     return tuple(tasks), tuple(without_curve)
 
 
@@ -243,10 +291,18 @@ def own_curve(plan: SweepPlan, *, dtype: str, device: str) -> StepTimes | None:
 
 
 def drawn_points(plan: SweepPlan, curve: StepTimes) -> tuple[int, ...]:
-    """Return the trees to decode, drawn by the spec's seed from all that the curve covers, root alone left out."""
+    """Return the trees to decode, drawn by the spec's seed from all that the curve covers, root alone left
+    out.
+    """
     wanted = plan.spec.decoded
     assert wanted is not None
     prices = KnotPrices(curve, knots=plan.composer.knots, context="trace", batch=1)
-    offered = [place for place, tree in enumerate(plan.drafts) if tree.depth and prices.step(tree.num_nodes, tree.depth) is not None]
+    offered = [
+        place
+        for place, tree in enumerate(plan.drafts)
+        if tree.depth and prices.step(tree.num_nodes, tree.depth) is not None
+    ]
     rng = np.random.default_rng(wanted.seed)
-    return tuple(sorted(rng.choice(offered, size=min(wanted.num_points, len(offered)), replace=False).tolist()))
+    return tuple(
+        sorted(rng.choice(offered, size=min(wanted.num_points, len(offered)), replace=False).tolist())
+    )

@@ -24,19 +24,29 @@ from harness.specs.suite import SuiteSpec
 
 _PACKAGES = ("harness", "medusa_impl", "suites")
 _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
-_FILE_KEYS = ("path", "adapter", "calibration_trace", "heads_path")  # what suites and latency specs call files by
+# what suites and latency specs call files by
+_FILE_KEYS = (
+    "path",
+    "adapter",
+    "calibration_trace",
+    "heads_path",
+)
 
 
 @contextmanager
 def code_to_ship() -> Iterator[Path]:
     """Give a temporary folder with the project's packages and their data, for Ray to copy to the nodes.
 
-    As a working directory it comes first there; beside modules alone Ray would put this process's own folder before them, and a node
-    that has something else at that place would run that.
+    As a working directory it comes first there; beside modules alone Ray would put this process's own folder
+    before them, and a node that has something else at that place would run that.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for name in _PACKAGES:
-            shutil.copytree(str(resources.files(name)), Path(temporary) / name, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
+            shutil.copytree(
+                str(resources.files(name)),
+                Path(temporary) / name,
+                ignore=shutil.ignore_patterns(*_NOT_SHIPPED),
+            )
         yield Path(temporary)
 
 
@@ -58,9 +68,13 @@ def packed(data: Mapping[str, Any], *, beside: Path | None) -> tuple[dict[str, A
 
     def place(text: str) -> str:
         found, given = resolve_path(text, beside=beside), Path(text)
-        name = f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
+        name = (
+            f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
+        )
         members = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
-        files.update({(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members})
+        files.update(
+            {(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members}
+        )
         return name
 
     def pack(value: Any, *, of: str = "") -> Any:
@@ -81,10 +95,14 @@ def measured_devices(results: Path, *, name: str) -> Iterator[str]:
         yield LatencyRecord(manifest.parent).environment.device.name
 
 
-def keep_record(results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]) -> Path:
-    """Write the files of a latency record that a node measured to its place, whole or not at all, and return its folder.
+def keep_record(
+    results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]
+) -> Path:
+    """Write the files of a latency record that a node measured to its place, whole or not at all, and return
+    its folder.
 
-    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files differed from it.
+    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files
+    differed from it.
     Raises: UserError where the record is not sealed, or not as it was sealed.
     """
     home = results / "latency"
@@ -99,11 +117,19 @@ def keep_record(results: Path, files: Mapping[str, bytes], *, checkout: tuple[st
         arrived.check_seal()
         manifest = arrived.manifest
         assert manifest is not None  # it is sealed
-        write_json(part / "environment.json", arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}))
+        write_json(
+            part / "environment.json",
+            arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}),
+        )
         write_json(part / "manifest.json", manifest.model_copy(update={"sha256": hashes(part)}))
         record = LatencyRecord(part)
         began = record.environment.started_utc.replace("-", "").replace(":", "")
-        folder = home / record.spec.name / machine_slug(record.environment.device) / f"{began}-{(commit or 'nocommit')[:8]}"
+        folder = (
+            home
+            / record.spec.name
+            / machine_slug(record.environment.device)
+            / f"{began}-{(commit or 'nocommit')[:8]}"
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         part.rename(folder)
     return folder
