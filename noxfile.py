@@ -101,7 +101,7 @@ def bench(session: nox.Session) -> None:
     `-- --benchmark-storage=FOLDER --benchmark-save=NAME` saves; `-- --benchmark-storage=FOLDER
     --benchmark-compare=0001` compares.
     """
-    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/tests/test_bench_*.py"))
+    files = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/tests/**/test_bench_*.py"))
     run_module(session, "pytest", "--benchmark-only", *files)
 
 

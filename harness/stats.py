@@ -3,7 +3,7 @@
 A plain percentile interval is too narrow for few prompts, as a standard deviation with divisor n is. Moving
 its tails from Phi(-z) to Phi(-sqrt(n / (n - 1)) * t) makes up for the divisor and for the normal quantile.
 Rates at which a nominal 95 % interval of a speedup covered the truth (log-normal prompts, 2,000 records each;
-`tests/test_intervals.py` measures the last column on 400):
+`harness/tests/test_stats.py` measures the last column on 400):
 
     n     percentile   BCa     widened percentile (used)
     8     0.881        0.882   0.938

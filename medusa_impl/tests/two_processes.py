@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from medusa_impl.tests.test_medusa2_trainer import SHARE, WEIGHTS, learning, make_case
+from medusa_impl.tests.training.test_trainer import SHARE, WEIGHTS, learning, make_case
 from medusa_impl.training.trainer import MedusaTrainer, end_processes
 
 

@@ -34,12 +34,12 @@ from harness.training.joint import (
 )
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import load_heads
-from medusa_impl.tests.test_medusa2_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
+from medusa_impl.tests.training.test_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
 from medusa_impl.training.trainer import MedusaTrainer
 from medusa_impl.training_log import JointFigures, JointStep, read_step_log
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import shipped
 from harness.specs.recipe import CorpusSpec
-from harness.tests.test_conversations import ChatTokenizer, sample
+from harness.tests.training.test_conversations import ChatTokenizer, sample
 from harness.training.conversations import (
     conversation_and_turn,
     follow_up_ids,

@@ -36,7 +36,7 @@ from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
 from medusa_impl.tree import DraftTree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "sweep").glob("*/*/*/manifest.json"))
 PAGE = "# Title\n\n<!-- sweep:begin -->\nstale\n<!-- sweep:end -->\n\nRest.\n"
 

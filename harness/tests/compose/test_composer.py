@@ -52,7 +52,7 @@ from harness.tests.fake_latency import SHAPE, step_s
 from harness.tests.fake_sweep import MODEL, is_sqrt, made_up_plan, made_up_spec, made_up_trace, write_sweep
 from medusa_impl.tree import DraftTree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ROOT / "suites" / "sweep_embedded.toml"
 TREE = DraftTree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 

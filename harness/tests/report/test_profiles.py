@@ -12,7 +12,7 @@ from harness.report.profiles import MARKER, committed_profiles, render_readme_tr
 from harness.report.readme import update_between_markers, update_training
 from harness.tests.tiny_suite import command
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_readme_shows_the_committed_profiles() -> None:

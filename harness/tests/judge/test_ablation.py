@@ -36,7 +36,7 @@ from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from medusa_impl.tree import DraftTree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(
     path.parent
     for path in (ROOT / "results").glob("*/*/*/arms.jsonl")

@@ -17,7 +17,7 @@ from harness.device.prompts import suite_prompts, warmup_prompts
 from harness.device.trace import KeptText
 from harness.measure import probes
 from harness.records.run import Failure
-from harness.tests.test_record_trace import texts_of
+from harness.tests.device.test_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads

@@ -23,7 +23,7 @@ from medusa_impl.engine.runner import StepRunner
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
 from medusa_impl.tests.conftest import tiny_llama
-from medusa_impl.tests.test_medusa2 import make_heads
+from medusa_impl.tests.training.test_medusa2 import make_heads
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training_log import JointFigures
 from medusa_impl.tree import DraftTree

@@ -30,7 +30,7 @@ from harness.records.store import Store
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SLOW_START_S = 240.0
 
 

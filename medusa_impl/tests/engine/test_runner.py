@@ -26,7 +26,7 @@ from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
-from medusa_impl.tests.test_backbone import FAMILIES, build
+from medusa_impl.tests.engine.test_backbone import FAMILIES, build
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers
 

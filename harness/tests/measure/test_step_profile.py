@@ -26,7 +26,7 @@ from harness.records.run import ArmTree
 from harness.records.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.records.trace import Trace
 from harness.report.profiles import profile_headline, render_step_profile
-from harness.tests.test_record_trace import texts_of
+from harness.tests.device.test_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, command, micro_data, smoke_suite, write_suite
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree

@@ -30,7 +30,7 @@ from harness.tests.tiny_suite import (
 )
 from medusa_impl.tree import DraftTree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMANDS: dict[str, Any] = dict(getattr(typer.main.get_command(app), "commands"))  # noqa: B009
 
 

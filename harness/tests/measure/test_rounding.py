@@ -22,7 +22,7 @@ from harness.measure.rounding import measure_rounding
 from harness.records.run import RunRecord
 from harness.report.run import render_report
 from harness.specs.suite import ArmSpec
-from harness.tests.test_record_trace import texts_of
+from harness.tests.device.test_trace import texts_of
 from harness.tests.tiny_suite import (
     CHAIN,
     SAMPLED,

@@ -236,4 +236,4 @@ def test_without_the_drivers_library_nothing_is_known_of_other_processes(monkeyp
 
 
 def test_results_go_to_the_checkout(tmp_path: Path) -> None:
-    assert default_results() == Path(__file__).resolve().parents[2] / "results"
+    assert default_results() == Path(__file__).resolve().parents[3] / "results"

@@ -135,7 +135,7 @@ def same_mode_afterwards(engine: Engine) -> Iterator[None]:
 def calibrated(engine: Engine, heads_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The tiny spec with a calibration trace of its own model and heads."""
     from harness.device.trace import record_trace
-    from harness.tests.test_record_trace import texts_of
+    from harness.tests.device.test_trace import texts_of
 
     file = tmp_path_factory.mktemp("trace") / "calibration.npz"
     record_trace(engine, texts_of(engine, budget=24), max_new_tokens=24, extra={}).save(file)

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
-from medusa_impl.tests.test_medusa2 import LORA, make_heads, tied_llama
+from medusa_impl.tests.training.test_medusa2 import LORA, make_heads, tied_llama
 from medusa_impl.training.losses import NUM_RANKS
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sequences import TrainingSequence
@@ -32,7 +32,7 @@ from medusa_impl.training.sharding import check_deepspeed, check_launcher
 from medusa_impl.training.trainer import MedusaTrainer, shared_batch, training_arguments
 from medusa_impl.training_log import STEP_LOG, JointStep, read_step_log
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHARE, WEIGHTS = "share.json", "weights.pt"
 SHARDED = [
     "-m",

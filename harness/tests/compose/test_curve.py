@@ -52,7 +52,7 @@ from harness.tests.fake_latency import (
     write_fake_latency,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))
 PAGE = (
     "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\n<!-- modes:begin -->\nold\n<!-- "
