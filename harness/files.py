@@ -1,4 +1,4 @@
-"""Files of records: written whole or not at all, read line by line, hashed. No torch."""
+"""Frozen models and the files they live in: TOML, JSON, lines, hashes, atomic writes. No torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import hashlib
 import json
 import os
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema, to_jsonable_python
 
 from harness.errors import UserError
 
 Line = TypeVar("Line")
+Location = tuple[int | str, ...]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+# what recipes called themselves before 0.2.0, and what to write instead
+_OLD_KINDS = {
+    "joint": 'write kind = "recipe" and trains = "heads_and_backbone"',
+    "heads": 'write kind = "recipe" and trains = "heads"',
+}
 
 
 class Frozen(BaseModel):
@@ -23,11 +32,116 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
+class DataPath(str):
+    """A path that a data file names: relative to that file's folder, absolute, or of shipped data.
+
+    What follows from the type: a record keeps an absolute one without its folders, which name a machine or a
+    user, and a cluster's nodes get the file.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+class ModelFolder(DataPath):
+    """The folder of a model: too much to send, so it has to lie at the same place on every node."""
+
+
 class DataFile(Frozen):
-    """What every data file of a suite, latency run, sweep or ablation says of itself."""
+    """What every data file that a command runs says of itself; its `kind` says which command that is."""
 
     schema_version: Literal[1]
+    kind: str
     name: str = Field(pattern=r"^[a-z0-9_]+$")
+
+
+def with_paths(spec: BaseModel, change: Callable[[DataPath], str]) -> dict[str, Any]:
+    """Return a spec's data as JSON knows them, without absent values, each of its paths changed."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, DataPath):
+            return change(value)
+        if isinstance(value, dict):
+            return {key: walk(inner) for key, inner in value.items()}
+        return [walk(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    data: dict[str, Any] = to_jsonable_python(walk(spec.model_dump(exclude_none=True)))
+    return data
+
+
+def read_toml(
+    path: Path,
+    model: type[ModelT],
+    *,
+    noun: str,
+    kind: str | None = None,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    key_of: Callable[[dict[str, Any], Location], str] | None = None,
+) -> ModelT:
+    """Return a data file of the user's or of ours, validated.
+
+    `noun` is what messages call it, with its article; `kind` is what the file has to say of itself; `prepare`
+    changes the data before they are validated; `key_of` names the key at a location of them, for messages.
+    Raises: UserError for a file that cannot be read, is no TOML, is of another kind, or has a key or value
+    that its schema does not know; the first fault is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(found=f"no readable file ({why})", need=f"{noun} in TOML", where=path.name) from error
+    data = _toml(text, noun=noun, where=path.name)
+    if kind is not None:
+        _check_kind(data, kind, where=path.name)
+    return _validated(
+        data if prepare is None else prepare(data), model, noun=noun, where=path.name, key_of=key_of
+    )
+
+
+def parse_toml(text: str, model: type[ModelT], *, noun: str, where: str) -> ModelT:
+    """Return the spec that a record keeps, validated; records of before 0.2.0 do not say its kind.
+
+    Raises: UserError as `read_toml` does.
+    """
+    return _validated(_toml(text, noun=noun, where=where), model, noun=noun, where=where)
+
+
+def _toml(text: str, *, noun: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(found=f"invalid TOML ({error})", need=f"{noun} in TOML", where=where) from error
+
+
+def _check_kind(data: dict[str, Any], kind: str, *, where: str) -> None:
+    if data.get("kind") == kind:
+        return
+    need = f'kind = "{kind}"'
+    if "kind" not in data:
+        raise UserError(
+            found="a file that does not say its kind", need=need, where=where, do=f"add the line {need}"
+        )
+    do = _OLD_KINDS.get(
+        str(data["kind"]), f"give it to the command for a {data['kind']}, or name another file"
+    )
+    raise UserError(found=f'kind = "{data["kind"]}"', need=need, where=where, do=do)
+
+
+def _validated(
+    data: dict[str, Any],
+    model: type[ModelT],
+    *,
+    noun: str,
+    where: str,
+    key_of: Callable[[dict[str, Any], Location], str] | None = None,
+) -> ModelT:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        fault = first_fault(error) if key_of is None else f"{key_of(data, first['loc'])}: {first['msg']}"
+        raise UserError(found=fault, need=f"a key and value that {noun} knows", where=where) from error
 
 
 def first_fault(error: ValidationError) -> str:

@@ -7,15 +7,14 @@ from __future__ import annotations
 import hashlib
 import random
 import string
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 from harness.specs.recipe import Split
 
@@ -73,16 +72,12 @@ def load_catalogue(folder: Path | None = None) -> tuple[CategoryCatalogue, ...]:
     Raises: UserError naming file and fault.
     """
     root = folder if folder is not None else shipped("prompts")
-    catalogues = []
-    for path in sorted(root.glob("*.toml")):
-        try:
-            catalogues.append(CategoryCatalogue.model_validate(tomllib.loads(path.read_text())))
-        except (tomllib.TOMLDecodeError, ValidationError, ValueError) as error:
-            fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise UserError(found=fault, need="a prompt catalogue, schema 1", where=path.name) from error
+    catalogues = tuple(
+        read_toml(path, CategoryCatalogue, noun="a prompt catalogue") for path in sorted(root.glob("*.toml"))
+    )
     if not catalogues:
         raise UserError(found="no *.toml file", need="prompt catalogues", where=root.name)
-    return tuple(catalogues)
+    return catalogues
 
 
 def training_prompts(

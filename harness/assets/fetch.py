@@ -20,10 +20,11 @@ from harness.assets.files import Progress, disk_errors
 from harness.assets.hashes import content_sha256s, pinned_sha256s, require_pinned
 from harness.assets.wheels import SourceUnavailable, WheelDownloader, locked_fill, pip_download
 from harness.errors import UserError
-from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource, Sha256
+from harness.files import Frozen
+from harness.specs.assets import AssetSpec, HubSource, LocalSource, Sha256
 
 
-class FetchedAsset(FrozenModel):
+class FetchedAsset(Frozen):
     """An asset on this machine: its files by role and what they are; `paths` is left out of every dump, so no
     record holds them.
     """

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from harness.assets.fetch import hub_paths, local_paths
 from harness.assets.wheels import SourceUnavailable, wheel_paths
-from harness.specs.assets import AssetSpec, FrozenModel, HubSource, LocalSource, PypiWheelSource
+from harness.files import Frozen
+from harness.specs.assets import AssetSpec, HubSource, LocalSource, PypiWheelSource
 
 
-class AssetRow(FrozenModel):
+class AssetRow(Frozen):
     """One line of the assets table; `size_bytes` is what lies on disk, or else what would be downloaded,
     where known.
     """

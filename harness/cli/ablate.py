@@ -27,9 +27,6 @@ def ablate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="write this record's report again instead of training")
-    ] = None,
     readme: Annotated[Path | None, typer.Option(help="write the table between this file's markers")] = None,
     hub: HubOption = False,
 ) -> None:
@@ -37,13 +34,10 @@ def ablate(
     claims about training.
     """
     registry = load_claims(claims)
-    if report is not None:
-        finish_ablation(report, claims=registry, readme=readme)
-        return
     from harness.measure.ablation.run import AblateOptions, print_ablation_plan, run_ablation
     from harness.specs.ablation import load_ablation
 
-    file = find_data(suite, folder=None, kind="ablation")
+    file = find_data(suite, kind="ablation")
     spec = load_ablation(file)
     place = results or default_results()
     if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Literal
 
@@ -9,56 +10,75 @@ from harness.errors import UserError
 from harness.paths import default_results, shipped
 from harness.specs.suite import SuiteSpec, load_suite
 
-_NOT_SUITES = ("assets", "claims", "hardware", "quoted", "shapes")  # other data that lies beside the suites
-LATENCY, SWEEP = "latency_", "sweep_"  # what the names of latency specs and of sweeps begin with
-_ABLATION = "_training"  # what the names of ablations hold
+Kind = Literal["suite", "latency", "sweep", "ablation", "recipe"]
+# A kind is a folder of suites/; suites themselves lie at its top, together with the registries.
+_FOLDERS: dict[Kind, str] = {
+    "suite": "",
+    "latency": "latency",
+    "sweep": "sweeps",
+    "ablation": "ablations",
+    "recipe": "recipes",
+}
+_OLD_PREFIXES = {"latency_": "latency", "sweep_": "sweeps"}  # of file names in suites/ before 0.2.0
 
 
 def find_suite(text: str) -> tuple[SuiteSpec, Path]:
     """Return a suite and its file, by path or by the name of a shipped one."""
-    path = find_data(text, folder=None)
+    path = find_data(text, kind="suite")
     return load_suite(path), path
 
 
 def find_record(text: str) -> Path:
-    """Return a record folder: as given, or the newest sealed one of a suite in the results folder."""
-    if Path(text).is_dir():
+    """Return a record: the path as given, or the newest sealed one of a name in the results folder.
+
+    `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records.
+    """
+    if Path(text).exists():
         return Path(text)
     sealed = sorted((default_results() / text).glob("*/*/manifest.json"), key=lambda path: path.parent.name)
     if not sealed:
         raise UserError(
             found=f"no record {text!r}",
-            need="a record folder or a suite with a finished run",
+            need="a record's folder, or a name under results/ with a finished run",
             where="results",
+            do="name a folder, or one of embedded, latency/embedded, sweep/embedded, ..",
         )
     return sealed[-1].parent
 
 
-def find_data(
-    text: str, *, folder: str | None, prefix: str = "", kind: Literal["suite", "ablation"] = "suite"
-) -> Path:
-    """Return a data file by path or by name; names in the suites' own folder leave out `prefix`, which tells
-    kinds of data apart.
-
-    Ablations are told by `_training` in their names.
-    """
+def find_data(text: str, *, kind: Kind) -> Path:
+    """Return a data file by path, or by the name of a shipped one of that kind."""
+    home = shipped(_FOLDERS[kind])
     if Path(text).suffix == ".toml":
         if Path(text).is_file():
             return Path(text)
-        raise UserError(found=f"no file {text}", need="a TOML file", where="the command line")
-    suites = shipped()
-    home = suites / folder if folder else suites
-    stems = [found.stem for found in home.glob("*.toml") if found.stem not in _NOT_SUITES]
-    if folder is None:
-        stems = [
-            stem
-            for stem in stems
-            if next((other for other in (LATENCY, SWEEP) if stem.startswith(other)), "") == prefix
-        ]
-        stems = [stem for stem in stems if (_ABLATION in stem) == (kind == "ablation")]
-    names = sorted(stem.removeprefix(prefix) for stem in stems)
+        moved = _moved(Path(text))
+        do = f"it is {moved} now" if moved is not None else None
+        raise UserError(found=f"no file {text}", need="a TOML file", where="the command line", do=do)
+    names = sorted(path.stem for path in home.glob("*.toml") if _says(path, kind))
     if text not in names:
-        raise UserError(
-            found=f"no {text!r}", need=f"one of {names} or a TOML file", where=f"the shipped {home.name}"
-        )
-    return home / f"{prefix}{text}.toml"
+        found, need = f"no {kind} {text!r}", f"one of {names} or a TOML file"
+        raise UserError(found=found, need=need, where=f"the shipped {home.name}")
+    return home / f"{text}.toml"
+
+
+def _says(path: Path, kind: Kind) -> bool:
+    with path.open("rb") as file:
+        return tomllib.load(file).get("kind") == kind
+
+
+def _moved(path: Path) -> Path | None:
+    """Return where a file that lay in suites/ before 0.2.0 lies now; None for any other."""
+    folder = next((folder for prefix, folder in _OLD_PREFIXES.items() if path.stem.startswith(prefix)), None)
+    name = path.name.partition("_")[2] if folder is not None else path.name
+    candidate = Path(folder or "ablations", name)
+    return path.parent / candidate if shipped(candidate.as_posix()).is_file() else None
+
+
+def kind_of(folder: Path) -> str:
+    """temporary"""
+    if (folder / "arms.jsonl").exists():
+        return "ablation"
+    if (folder / "sweep.toml").exists():
+        return "sweep"
+    return "latency" if (folder / "spec.toml").exists() else "suite"

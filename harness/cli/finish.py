@@ -9,19 +9,42 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from harness.cli.find import kind_of
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
-from harness.judge.judgement import Judgement
+from harness.judge.run import judge
+from harness.paths import default_results
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
+from harness.records.step_profile import StepProfile, read_step_profile
+from harness.records.training_profile import TrainingProfile, read_training_profile
 from harness.report.readme import update_readme
 from harness.report.run import headline, print_verdicts, render_report
 from harness.specs.claims import ClaimSpec
 
 
-def finish_run(record: RunRecord, judgement: Judgement, *, readme: Path | None) -> None:
+def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
+    """Tell of a record of any kind: its folder, or the file of a profile.
+
+    Raises: UserError for a folder or file that holds no record.
+    """
+    if record.is_file():
+        finish_profile(record, readme=readme)
+    elif (kind := kind_of(record)) == "latency":
+        finish_latency(record, readme=readme)
+    elif kind == "sweep":
+        finish_sweep(record, claims=claims, readme=readme)
+    elif kind == "ablation":
+        finish_ablation(record, claims=claims, readme=readme)
+    else:
+        finish_run(record, claims=claims, readme=readme)
+
+
+def finish_run(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
     """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
+    record = RunRecord(folder)
+    judgement = judge(record, claims=claims)
     write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
     print_verdicts(Console(), judgement)
     print(json.dumps(headline(judgement, record), allow_nan=False))
@@ -50,6 +73,42 @@ def write_latency_report(folder: Path) -> LatencyRecord:
     record = LatencyRecord(folder)
     write_bytes(folder / "report.md", render_latency_report(record).encode())
     return record
+
+
+def finish_profile(file: Path, *, readme: Path | None) -> None:
+    """Print a profile of decoding or training steps as its command did, and end with its JSON line."""
+    if _is_training_profile(file):
+        finish_training_profile(read_training_profile(file), readme=readme)
+    else:
+        finish_step_profile(read_step_profile(file))
+
+
+def _is_training_profile(file: Path) -> bool:
+    try:
+        return "stages" in json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        need = "a profile's file or a record's folder"
+        raise UserError(found="no JSON", need=need, where=file.name) from error
+
+
+def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> None:
+    """Print where the time of decoding steps goes, and end with one JSON line."""
+    from harness.report.profiles import profile_headline, render_step_profile
+
+    if not only_json:
+        print(render_step_profile(profile))
+    print(json.dumps(profile_headline(profile), allow_nan=False))
+
+
+def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) -> None:
+    """Print where the time of training steps goes, write the README's table, end with one JSON line."""
+    from harness.report.profiles import committed_profiles, print_training_profile, training_headline
+    from harness.report.readme import update_training
+
+    print_training_profile(Console(), profile)
+    if readme is not None:
+        update_training(readme, committed_profiles(default_results()))
+    print(json.dumps(training_headline(profile), allow_nan=False))
 
 
 def draw_steps(log: Path) -> Path | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harness.cli.find import LATENCY, find_data
+from harness.cli.find import find_data
 from harness.cli.finish import finish_latency
 from harness.cli.options import HubOption, command_line, console
 from harness.paths import default_results
@@ -33,9 +33,6 @@ def latency(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the points and their memory, run nothing")
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="write this record's report again instead of measuring")
-    ] = None,
     readme: Annotated[
         Path | None, typer.Option(help="write the table of modes between this file's markers")
     ] = None,
@@ -44,15 +41,10 @@ def latency(
     """Time a step against nodes, heads, context and batch; compare the engine's modes and the speed against
     batch.
     """
-    if report is not None:
-        finish_latency(report, readme=readme)
-        return
     from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
     from harness.specs.latency import load_latency_spec, overridden
 
-    file = find_data(
-        spec if spec.endswith(".toml") else spec.removeprefix(LATENCY), folder=None, prefix=LATENCY
-    )
+    file = find_data(spec, kind="latency")
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}
     wanted = overridden(load_latency_spec(file), shape=shape, dtypes=dtype, modes=modes, **changes)
     if dry_run:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli.find import find_data, find_suite
+from harness.cli.finish import finish_step_profile, finish_training_profile
 from harness.cli.options import HubOption, SuiteArgument, command_line, console
 from harness.files import write_json
 from harness.paths import default_results
@@ -27,7 +26,6 @@ def profile(
     """Say where the time of a step goes, for vanilla and for trees of growing size."""
     from harness.measure.step_profile import profile_suite
     from harness.records.step_profile import parse_sizes
-    from harness.report.profiles import profile_headline, render_step_profile
 
     sizes = parse_sizes(nodes)
     spec, file = find_suite(suite)
@@ -43,9 +41,7 @@ def profile(
     )
     if out is not None:
         write_json(out, profiled)
-    if not as_json:
-        print(render_step_profile(profiled))
-    print(json.dumps(profile_headline(profiled), allow_nan=False))
+    finish_step_profile(profiled, only_json=as_json)
 
 
 def profile_training_command(
@@ -56,9 +52,6 @@ def profile_training_command(
     output: Annotated[
         Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")
     ] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="measure nothing: only write the table of all committed profiles")
-    ] = False,
     readme: Annotated[
         Path | None,
         typer.Option(help="write the table of all committed profiles between this file's markers"),
@@ -68,30 +61,14 @@ def profile_training_command(
     """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their
     time goes.
     """
-    if not report:
-        _profile_training(recipe, steps=steps, output=output, hub=hub)
-    if report or readme is not None:
-        from harness.report.profiles import committed_profiles, render_readme_training
-        from harness.report.readme import update_training
-
-        paths = committed_profiles(default_results())
-        if readme is not None:
-            update_training(readme, paths)
-        else:
-            print(render_readme_training(paths, base=default_results().parent))
-
-
-def _profile_training(recipe: str, *, steps: int, output: Path | None, hub: bool) -> None:
     from harness.measure.training_profile import profile_training
     from harness.records.provenance import machine_slug
-    from harness.report.profiles import print_training_profile, training_headline
     from harness.specs.recipe import load_training_suite
 
-    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    spec = load_training_suite(find_data(recipe, kind="recipe"))
     profiled = profile_training(spec, num_steps=steps, allow_hub=hub, command=command_line(), console=console)
     name = f"training-{spec.name}-{machine_slug(profiled.environment.device)}.json"
     target = output or default_results() / "profile" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, profiled)
-    print_training_profile(Console(), profiled)
-    print(json.dumps(training_headline(profiled), allow_nan=False))
+    finish_training_profile(profiled, readme=readme)

@@ -9,11 +9,9 @@ import typer
 from rich.console import Console
 
 from harness.cli.find import find_record, find_suite
-from harness.cli.finish import finish_ablation, finish_run
+from harness.cli.finish import finish, finish_run
 from harness.cli.options import HubOption, SuiteArgument, command_line, console
-from harness.judge.run import judge
 from harness.paths import default_results
-from harness.records.run import RunRecord
 from harness.specs.claims import load_claims
 
 
@@ -61,21 +59,19 @@ def reproduce(
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
-    record = RunRecord(folder)
-    finish_run(record, judge(record, claims=registry), readme=readme)
+    finish_run(folder, claims=registry, readme=readme)
 
 
 def report(
     record: Annotated[
-        str, typer.Argument(help="a record folder, or a suite's name for its newest record")
+        str,
+        typer.Argument(
+            help="a record's folder, a profile's file, or a name under results/ for its newest record: "
+            "embedded, latency/embedded, sweep/embedded, .."
+        ),
     ] = "embedded",
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
     readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
 ) -> None:
-    """Judge a record again and write its report; needs no device."""
-    folder = find_record(record)
-    if (folder / "arms.jsonl").exists():
-        finish_ablation(folder, claims=load_claims(claims), readme=readme)
-        return
-    found = RunRecord(folder)
-    finish_run(found, judge(found, claims=load_claims(claims)), readme=readme)
+    """Judge a record of any kind again and write its report; needs no device."""
+    finish(find_record(record), claims=load_claims(claims), readme=readme)

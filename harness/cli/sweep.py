@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harness.cli.find import SWEEP, find_data
+from harness.cli.find import find_data
 from harness.cli.finish import finish_sweep, write_latency_report
 from harness.cli.options import HubOption, command_line, console
 from harness.errors import UserError
@@ -25,9 +25,6 @@ def sweep(
         Path | None, typer.Option(help="where records go, and latency records are found")
     ] = None,
     claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="write this record's report and figures again instead of sweeping")
-    ] = None,
     readme: Annotated[
         Path | None, typer.Option(help="write the table of devices between this file's markers")
     ] = None,
@@ -46,15 +43,10 @@ def sweep(
             found=found, need="local, or ray with or without an address", where="the command line"
         )
     registry = load_claims(claims)
-    if report is not None:
-        finish_sweep(report, claims=registry, readme=readme)
-        return
     from harness.measure.sweep.run import SweepOptions, run_sweep
     from harness.specs.sweep import load_sweep
 
-    file = find_data(
-        suite if suite.endswith(".toml") else suite.removeprefix(SWEEP), folder=None, prefix=SWEEP
-    )
+    file = find_data(suite, kind="sweep")
     options = SweepOptions(
         results=results or default_results(),
         resume=resume,

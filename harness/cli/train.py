@@ -35,7 +35,7 @@ def train(
     from harness.training.workers import announce
     from medusa_impl.training.trainer import end_processes, process_state
 
-    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    spec = load_training_suite(find_data(recipe, kind="recipe"))
     place = work or cache_dir() / "training" / spec.name
     if isinstance(spec, JointSuite):
         check_runnable(spec.recipe)
@@ -87,9 +87,13 @@ def calibrate(
     from harness.specs.recipe import JointSuite, load_training_suite
     from harness.training.calibration import calibrate_folder
 
-    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    spec = load_training_suite(find_data(recipe, kind="recipe"))
     if not isinstance(spec, JointSuite):
-        raise UserError(found=f"the recipe {spec.name!r} of heads alone", need="kind = 'joint'", where=recipe)
+        raise UserError(
+            found=f"the recipe {spec.name!r} of heads alone",
+            need='trains = "heads_and_backbone"',
+            where=recipe,
+        )
     file = calibrate_folder(
         spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub
     )
@@ -108,7 +112,7 @@ def distill(
     from harness.specs.recipe import load_training_suite
     from harness.training.workers import announce, distill_suite
 
-    spec = load_training_suite(find_data(recipe, folder="recipes"))
+    spec = load_training_suite(find_data(recipe, kind="recipe"))
     place = work or cache_dir() / "training" / spec.name
     announce(spec, work=place, from_scratch=True, console=console, allow_hub=hub)
     made = distill_suite(spec, work=place, target=out or place / "out", console=console, allow_hub=hub)

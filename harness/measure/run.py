@@ -27,7 +27,7 @@ from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import HEAD_TIE_MARGIN, KeptText, record_trace
 from harness.errors import InvalidMeasurement, UserError
-from harness.files import write_json
+from harness.files import DataPath, write_json
 from harness.measure import probes
 from harness.measure.plan import make_plan
 from harness.measure.rounding import measure_rounding
@@ -81,7 +81,7 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     prompts, arms = suite.prompts, suite.arms
     if options.tree_file is not None:
         DraftTree.from_json(options.tree_file)
-        given = FileTree(kind="file", path=str(options.tree_file))
+        given = FileTree(kind="file", path=DataPath(options.tree_file))
         arms = tuple(
             arm.model_copy(update={"tree": given})
             if isinstance(arm.tree, SearchedTree | FastestTree)
@@ -96,7 +96,7 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
             )
     if options.prompts_file is not None:
         prompts = prompts.model_copy(
-            update={"source": "file", "path": options.prompts_file.name, "per_category": None}
+            update={"source": "file", "path": DataPath(options.prompts_file.name), "per_category": None}
         )
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})

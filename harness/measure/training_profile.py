@@ -118,7 +118,7 @@ def profile_training(
     counted = {dtype for stage in stages for dtype in stage.flops}
     return TrainingProfile(
         recipe=spec.name,
-        kind=spec.kind,
+        kind="heads" if isinstance(spec, TrainingSuite) else "joint",
         environment=bench.environment,
         throughput=tuple(
             MatrixThroughput(

@@ -16,21 +16,10 @@ import tomli_w
 from pydantic import BaseModel
 
 from harness.errors import UserError
-from harness.files import DataFile, file_sha256, write_bytes, write_json
+from harness.files import DataFile, file_sha256, with_paths, write_bytes, write_json
 from harness.records.provenance import Provenance, machine_slug
 
 MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
-_PATH_KEYS = (
-    "path",
-    "adapter",
-    "calibration_trace",
-    "packed_corpus",
-    "start_heads",
-    "heads_path",
-    "suite",
-    "trace",
-    "latency",
-)
 
 LineT = TypeVar("LineT", bound=BaseModel)
 ReadT = TypeVar("ReadT", bound=BaseModel, covariant=True)
@@ -161,24 +150,8 @@ class Store(Generic[LineT]):
 
 
 def portable(spec: BaseModel) -> dict[str, Any]:
-    """Return a spec as a record keeps it: absolute paths, which name a machine or a user, cut to their last
-    part.
-    """
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {
-                key: Path(inner).name if _is_absolute_path(key, inner) else cut(inner)
-                for key, inner in value.items()
-            }
-        return [cut(inner) for inner in value] if isinstance(value, list) else value
-
-    data: dict[str, Any] = cut(spec.model_dump(mode="json", exclude_none=True))
-    return data
-
-
-def _is_absolute_path(key: str, value: Any) -> bool:
-    return key in _PATH_KEYS and isinstance(value, str) and Path(value).is_absolute()
+    """Return a spec as a record keeps it: absolute paths cut to their last part, so that none names a user."""
+    return with_paths(spec, lambda path: Path(path).name if Path(path).is_absolute() else str(path))
 
 
 def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FILE)) -> dict[str, str]:

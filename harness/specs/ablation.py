@@ -4,14 +4,12 @@ torch.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from harness.errors import UserError
-from harness.files import DataFile, Frozen
+from harness.files import DataFile, DataPath, Frozen, parse_toml, read_toml
 from harness.specs.suite import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
@@ -53,7 +51,7 @@ class AblationArm(Frozen):
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
-    recipe: str
+    recipe: DataPath
     fresh_heads: bool = False
 
 
@@ -66,13 +64,14 @@ class AblationSpec(DataFile):
     `expected_tokens_per_s` serves the estimate where no record is at hand.
     """
 
+    kind: Literal["ablation"] = "ablation"
     description: str
     decides_claims: bool
     answer_tokens: int = Field(ge=1)
     seeds: tuple[int, ...] = Field(min_length=1)
-    packed_corpus: str
-    start_heads: str
-    calibration_trace: str | None = None
+    packed_corpus: DataPath
+    start_heads: DataPath
+    calibration_trace: DataPath | None = None
     expected_tokens_per_s: float = Field(gt=0)
     best_tree_nodes: int = Field(default=64, ge=2)
     model: ModelSpec
@@ -105,28 +104,10 @@ class AblationSpec(DataFile):
 
 
 def load_ablation(path: Path) -> AblationSpec:
-    """Read and validate an ablation's file.
-
-    Raises: UserError naming the key at fault.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name
-        ) from error
-    return parse_ablation(text, where=path.name)
+    """Return the ablation in a file. Raises: UserError as `read_toml` does."""
+    return read_toml(path, AblationSpec, noun="an ablation", kind="ablation")
 
 
 def parse_ablation(text: str, *, where: str) -> AblationSpec:
-    """Validate the text of an ablation's file; `where` names it in errors."""
-    try:
-        return AblationSpec.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(found=f"invalid TOML ({error})", need="a TOML suite", where=where) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="a key and value that an ablation knows", where=where
-        ) from error
+    """Return the ablation that a record keeps. Raises: UserError as `parse_toml` does."""
+    return parse_toml(text, AblationSpec, noun="an ablation", where=where)

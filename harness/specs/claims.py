@@ -4,15 +4,14 @@ say.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 from harness.specs.claim_forms import LiteralForm, SweepForm, TrainingForm, TransferForm
 from harness.specs.paper_forms import PaperOnlyForm
@@ -101,33 +100,13 @@ def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = N
     twice.
     """
     path = CLAIMS_FILE if path is None else path
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable claims file ({error})", need="a TOML registry of claims", where=path.name
-        ) from error
-    return parse_claims(text, where=path.name, roles=roles)
 
+    def prepare(data: dict[str, Any]) -> dict[str, Any]:
+        if roles is not None:
+            data = {**data, "roles": _overridden(data.get("roles", {}), roles, where=path.name)}
+        return _filled(data, where=path.name)
 
-def parse_claims(text: str, *, where: str, roles: Mapping[str, str] | None = None) -> tuple[ClaimSpec, ...]:
-    """Validate the text of a registry; `where` names it in errors, `roles` is as in `load_claims`."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(
-            found=f"invalid TOML ({error})", need="a TOML registry of claims", where=where
-        ) from error
-    if roles is not None:
-        data["roles"] = _overridden(data.get("roles", {}), roles, where=where)
-    try:
-        return ClaimsFile.model_validate(_filled(data, where=where)).claims
-    except ValidationError as error:
-        first = error.errors()[0]
-        need = "a key and value that the schema of claims knows"
-        raise UserError(
-            found=f"{_key(data, first['loc'])}: {first['msg']}", need=need, where=where
-        ) from error
+    return read_toml(path, ClaimsFile, noun="a claims file", prepare=prepare, key_of=_key).claims
 
 
 def _overridden(given: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> dict[str, str]:

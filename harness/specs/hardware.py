@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 
 HARDWARE_FILE = shipped("hardware.toml")
@@ -60,19 +59,7 @@ def load_hardware(path: Path | None = None) -> dict[str, DeviceSpec]:
 
     Raises: UserError for an unreadable file, an unknown key or a figure that is none.
     """
-    path = HARDWARE_FILE if path is None else path
-    try:
-        return dict(_HardwareFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).devices)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="devices as the schema knows them", where=path.name
-        ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            found=f"no readable hardware file ({error})", need="a TOML file of devices", where=path.name
-        ) from error
+    return dict(read_toml(path or HARDWARE_FILE, _HardwareFile, noun="a hardware file").devices)
 
 
 def match_device(name: str, devices: Mapping[str, DeviceSpec] | None = None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from harness.errors import UserError
-from harness.files import DataFile, Frozen, first_fault
+from harness.files import DataFile, DataPath, Frozen, first_fault, parse_toml, read_toml
 from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 
 # the modes of medusa_impl.engine.runner, which needs torch
@@ -34,7 +33,7 @@ class LatencyGrid(Frozen):
 class LatencyHeads(Frozen):
     """The draft heads: a checkpoint, else random ones of this form, which cost the same."""
 
-    path: str | None = None
+    path: DataPath | None = None
     num_heads: int = Field(default=5, ge=1)
     num_layers: int = Field(default=1, ge=1)
     architecture: Literal["own", "shared"] = "own"
@@ -113,6 +112,7 @@ class LatencySpec(DataFile):
     point is skipped where its weights, cache and logits would need more than `memory_share` of what is free.
     """
 
+    kind: Literal["latency"] = "latency"
     description: str
     model: ModelSpec | None = None
     shape: str | None = None
@@ -122,7 +122,7 @@ class LatencySpec(DataFile):
     grids: Annotated[tuple[LatencyGrid, ...], Field(min_length=1)]
     repeats: int = Field(default=5, ge=1)
     memory_share: float = Field(default=0.8, gt=0, le=1)
-    calibration_trace: str | None = None
+    calibration_trace: DataPath | None = None
     prompts: LatencyPrompts = LatencyPrompts()
     modes_table: ModesTable | None = None
     batch_table: BatchTable | None = None
@@ -187,29 +187,13 @@ class LatencySpec(DataFile):
 
 
 def load_latency_spec(path: Path) -> LatencySpec:
-    """Read and validate a latency spec.
-
-    Raises: UserError naming the key at fault.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable file ({type(error).__name__})", need="a TOML latency spec", where=path.name
-        ) from error
-    return parse_latency_spec(text, where=path.name)
+    """Return the latency spec in a file. Raises: UserError as `read_toml` does."""
+    return read_toml(path, LatencySpec, noun="a latency spec", kind="latency")
 
 
 def parse_latency_spec(text: str, *, where: str) -> LatencySpec:
-    """Validate the text of a latency spec; `where` names it in errors."""
-    try:
-        return LatencySpec.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(found=f"invalid TOML ({error})", need="a TOML latency spec", where=where) from error
-    except ValidationError as error:
-        raise UserError(
-            found=first_fault(error), need="a key and value that the latency schema knows", where=where
-        ) from error
+    """Return the latency spec that a record keeps. Raises: UserError as `parse_toml` does."""
+    return parse_toml(text, LatencySpec, noun="a latency spec", where=where)
 
 
 def overridden(

@@ -4,14 +4,12 @@ our figures, never mixed in.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from harness.errors import UserError
-from harness.files import Frozen, first_fault
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 
 QUOTED_FILE = shipped("quoted.toml")
@@ -51,14 +49,4 @@ def load_quoted(path: Path | None = None) -> tuple[QuotedRow, ...]:
 
     Raises: UserError for an unreadable file, an unknown key or a figure that is none.
     """
-    path = QUOTED_FILE if path is None else path
-    try:
-        return _QuotedFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).quoted
-    except ValidationError as error:
-        raise UserError(
-            found=first_fault(error), need="figures as the schema knows them", where=path.name
-        ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            found=f"no readable file of quoted figures ({error})", need="a TOML file", where=path.name
-        ) from error
+    return read_toml(path or QUOTED_FILE, _QuotedFile, noun="a file of quoted figures").quoted

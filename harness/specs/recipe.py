@@ -4,14 +4,13 @@ from joint training.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, RootModel, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import DataFile, DataPath, Frozen, read_toml
 from harness.specs.suite import ModelSpec
 from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
 
@@ -28,14 +27,13 @@ class CalibrationSpec(Frozen):
     seed: int = 3
 
 
-class _Recipe(Frozen):
-    schema_version: Literal[1]
-    name: str
+class _Recipe(DataFile):
+    kind: Literal["recipe"] = "recipe"
     description: str
     model: ModelSpec
     calibration: CalibrationSpec = CalibrationSpec()
     num_workers: int | None = None
-    packed_corpus: str | None = None
+    packed_corpus: DataPath | None = None
 
 
 class CorpusSpec(Frozen):
@@ -58,7 +56,7 @@ class CorpusSpec(Frozen):
     num_rows: int = 48
     seed: int = 1
     split: Split = "train"
-    prompts_file: str | None = None
+    prompts_file: DataPath | None = None
     second_turn_share: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -91,7 +89,7 @@ class TrainingSuite(_Recipe):
     that spares making it.
     """
 
-    kind: Literal["heads"] = "heads"
+    trains: Literal["heads"] = "heads"
     corpus: CorpusSpec
     recipe: Medusa1Recipe
 
@@ -104,10 +102,10 @@ class JointSuite(_Recipe):
     head.
     """
 
-    kind: Literal["joint"]
+    trains: Literal["heads_and_backbone"]
     corpus: CorpusSpec | None = None
-    conversations: str | None = None
-    start_heads: str | None = None
+    conversations: DataPath | None = None
+    start_heads: DataPath | None = None
     recipe: Medusa2Recipe
 
     @model_validator(mode="after")
@@ -122,36 +120,23 @@ class JointSuite(_Recipe):
 AnySuite = TrainingSuite | JointSuite
 
 
+class _AnyRecipe(RootModel[Annotated[AnySuite, Field(discriminator="trains")]]):
+    """A recipe of either form."""
+
+
 def load_training_suite(path: Path) -> AnySuite:
-    """Read and validate a recipe file.
-
-    Raises: UserError naming the key at fault.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable recipe ({type(error).__name__})", need="a TOML recipe", where=path.name
-        ) from error
-    return parse_training_suite(text, where=path.name)
-
-
-def parse_training_suite(text: str, *, where: str) -> AnySuite:
-    """Validate the text of a recipe file; `where` names it in errors."""
-    try:
-        return training_suite_of(tomllib.loads(text))
-    except (ValidationError, tomllib.TOMLDecodeError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        raise UserError(
-            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}", need="a training recipe", where=where
-        ) from error
+    """Return the recipe in a file. Raises: UserError as `read_toml` does."""
+    return read_toml(path, _AnyRecipe, noun="a recipe", kind="recipe", prepare=_of_heads).root
 
 
 def training_suite_of(data: dict[str, object]) -> AnySuite:
-    """Return the suite that data of either kind describe."""
-    return (
-        JointSuite.model_validate(data) if data.get("kind") == "joint" else TrainingSuite.model_validate(data)
-    )
+    """Return the recipe that data of either form describe."""
+    return _AnyRecipe.model_validate(_of_heads(data)).root
+
+
+def _of_heads(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data of a recipe; one that does not say what it trains is for heads alone."""
+    return {"trains": "heads", **data}
 
 
 def needed_corpus(spec: AnySuite) -> CorpusSpec:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, read_toml
 from harness.paths import shipped
 
 SHAPES_FILE = shipped("shapes.toml")
@@ -117,19 +115,7 @@ def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
 
     Raises: UserError for an unreadable file, an unknown key or a size that is none.
     """
-    path = SHAPES_FILE if path is None else path
-    try:
-        return dict(_ShapesFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).shapes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="shapes as the schema knows them", where=path.name
-        ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(
-            found=f"no readable shapes file ({error})", need="a TOML file of shapes", where=path.name
-        ) from error
+    return dict(read_toml(path or SHAPES_FILE, _ShapesFile, noun="a shapes file").shapes)
 
 
 @dataclass(frozen=True)

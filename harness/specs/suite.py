@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from harness.errors import UserError
-from harness.files import DataFile, Frozen
+from harness.files import DataFile, DataPath, Frozen, ModelFolder, parse_toml, read_toml
 
 SUITE_SCHEMA_VERSION = 1
 
@@ -37,12 +35,12 @@ class ModelSpec(Frozen):
     """
 
     asset: str | None = None
-    path: str | None = None
+    path: ModelFolder | None = None
     tiny: TinyModelSpec | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     trust_remote_code: bool = False
-    adapter: str | None = None
-    chat_template: str | None = None
+    adapter: DataPath | None = None
+    chat_template: DataPath | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
@@ -54,7 +52,7 @@ class ModelSpec(Frozen):
 class HeadsSpec(Frozen):
     """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only)."""
 
-    path: str | None = None
+    path: DataPath | None = None
     train_steps: int | None = None
     num_heads: int = Field(default=5, ge=1)
 
@@ -70,16 +68,16 @@ class TunedSpec(Frozen):
     Medusa-2 beside Medusa-1.
     """
 
-    adapter: str
-    heads_path: str
-    calibration_trace: str | None = None
+    adapter: DataPath
+    heads_path: DataPath
+    calibration_trace: DataPath | None = None
 
 
 class PromptSpec(Frozen):
     """Which prompts are decoded; `path` names a file of the user's own, `source` a known set."""
 
     source: Literal["mt_bench", "human_eval", "random", "file"]
-    path: str | None = None
+    path: DataPath | None = None
     per_category: int | None = Field(default=None, ge=1)
     limit: int | None = Field(default=None, ge=1)
 
@@ -111,7 +109,7 @@ class FileTree(Frozen):
     """A tree from a JSON file."""
 
     kind: Literal["file"]
-    path: str
+    path: DataPath
 
 
 class SearchedTree(Frozen):
@@ -238,6 +236,7 @@ class ProbeSpec(Frozen):
 class SuiteSpec(DataFile):
     """One suite: model, heads, prompts, arms, and how they are measured."""
 
+    kind: Literal["suite"] = "suite"
     description: str
     reports_speed: bool = True
     max_new_tokens: int = Field(ge=2)
@@ -305,31 +304,13 @@ class SuiteSpec(DataFile):
 
 
 def load_suite(path: Path) -> SuiteSpec:
-    """Read and validate a suite file.
-
-    Raises: UserError naming the key at fault.
-    """
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable suite file ({type(error).__name__})", need="a TOML suite", where=path.name
-        ) from error
-    return parse_suite(text, where=path.name)
+    """Return the suite in a file. Raises: UserError as `read_toml` does."""
+    return read_toml(path, SuiteSpec, noun="a suite", kind="suite")
 
 
 def parse_suite(text: str, *, where: str) -> SuiteSpec:
-    """Validate the text of a suite file; `where` names it in errors."""
-    try:
-        return SuiteSpec.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(found=f"invalid TOML ({error})", need="a TOML suite", where=where) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="a key and value that the suite schema knows", where=where
-        ) from error
+    """Return the suite that a record keeps. Raises: UserError as `parse_toml` does."""
+    return parse_toml(text, SuiteSpec, noun="a suite", where=where)
 
 
 def is_deterministic(arm: ArmSpec) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from harness.errors import UserError
-from harness.files import DataFile, Frozen, first_fault
+from harness.files import DataFile, DataPath, Frozen, parse_toml, read_toml
 from harness.specs.latency import Counts, LatencyHeads
 from harness.specs.suite import IntervalSpec
 
@@ -201,7 +199,7 @@ class ClusterSpec(Frozen):
     num_gpus: float = Field(default=1, ge=0)
     num_cpus: int = Field(default=1, ge=1)
     max_retries: int = Field(default=3, ge=0)
-    latency: str | None = None
+    latency: DataPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ClusterSpec:
@@ -222,11 +220,12 @@ class SweepSpec(DataFile):
     executor `ray`.
     """
 
+    kind: Literal["sweep"] = "sweep"
     description: str
-    suite: str
+    suite: DataPath
     shape: str
-    trace: str
-    calibration_trace: str
+    trace: DataPath
+    calibration_trace: DataPath
     num_heads: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     trees: Annotated[tuple[TreeFamily, ...], Field(min_length=1)]
     search: CostAwareSearch = CostAwareSearch()
@@ -260,26 +259,10 @@ class SweepSpec(DataFile):
 
 
 def load_sweep(path: Path) -> SweepSpec:
-    """Read and validate a sweep's suite file.
-
-    Raises: UserError naming the key at fault.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable file ({type(error).__name__})", need="a TOML sweep", where=path.name
-        ) from error
-    return parse_sweep(text, where=path.name)
+    """Return the sweep in a file. Raises: UserError as `read_toml` does."""
+    return read_toml(path, SweepSpec, noun="a sweep", kind="sweep")
 
 
 def parse_sweep(text: str, *, where: str) -> SweepSpec:
-    """Validate the text of a sweep's suite file; `where` names it in errors."""
-    try:
-        return SweepSpec.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(found=f"invalid TOML ({error})", need="a TOML sweep", where=where) from error
-    except ValidationError as error:
-        raise UserError(
-            found=first_fault(error), need="a key and value that the sweep schema knows", where=where
-        ) from error
+    """Return the sweep that a record keeps. Raises: UserError as `parse_toml` does."""
+    return parse_toml(text, SweepSpec, noun="a sweep", where=where)

@@ -70,6 +70,7 @@ def spec_data(**changes: Any) -> dict[str, Any]:
     """A suite of all arms but the start, two seeds."""
     data = {
         "schema_version": 1,
+        "kind": "ablation",
         "name": "fake_training",
         "description": "A made-up ablation with known right answers.",
         "decides_claims": True,

@@ -59,6 +59,7 @@ def spec_data(**changes: Any) -> dict[str, Any]:
     """A spec of two modes, two contexts and two batches; a change to None leaves a key out."""
     data = {
         "schema_version": 1,
+        "kind": "latency",
         "name": "fake",
         "description": "A made-up run with known right answers.",
         "model": {"asset": SHAPE},

@@ -68,6 +68,7 @@ VANILLA_BANDWIDTH_SHARE = 0.8
 WEIGHT_BYTES = 540_000_000
 HEADS_BYTES = 6_600_000
 SUITE_TOML = """schema_version = 1
+kind = "suite"
 name = "fake"
 description = "A made-up run with known right answers."
 reports_speed = {reports_speed}

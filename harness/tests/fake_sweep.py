@@ -72,6 +72,7 @@ def sweep_data(**changes: Any) -> dict[str, Any]:
     """A sweep of few trees on one measured and two predicted devices; a change to None leaves a key out."""
     data = {
         "schema_version": 1,
+        "kind": "sweep",
         "name": "fake",
         "description": "A made-up sweep with known right answers.",
         "suite": "suite.toml",

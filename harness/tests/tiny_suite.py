@@ -170,6 +170,7 @@ def micro_data(
     smoke = smoke_suite().model_dump(mode="json", exclude_none=True)
     return {
         "schema_version": 1,
+        "kind": "suite",
         "name": "micro",
         "description": "for tests",
         "reports_speed": False,

@@ -50,7 +50,8 @@ def recipe_data(folder: Path, *, name: str = "tiny", **recipe: Any) -> dict[str,
     }
     return {
         "schema_version": 1,
-        "kind": "joint",
+        "kind": "recipe",
+        "trains": "heads_and_backbone",
         "name": name,
         "description": "for tests",
         "packed_corpus": str(folder / "corpus.safetensors"),
@@ -74,6 +75,7 @@ def ablation_data(folder: Path, heads_file: Path, **changes: Any) -> dict[str, A
     model = smoke_suite().model_dump(mode="json", exclude_none=True)["model"]
     return {
         "schema_version": 1,
+        "kind": "ablation",
         "name": "tiny_training",
         "description": "For tests.",
         "decides_claims": True,

@@ -106,7 +106,9 @@ def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2R
     found = load_training_suite(path)
     if not isinstance(found, JointSuite):
         raise UserError(
-            found=f"the recipe {found.name!r} of heads alone", need="kind = 'joint'", where=path.name
+            found=f"the recipe {found.name!r} of heads alone",
+            need='trains = "heads_and_backbone"',
+            where=path.name,
         )
     if found.recipe.backbone == "full" or found.recipe.quantisation is not None:
         what = "a backbone trained in full" if found.recipe.backbone == "full" else "a 4-bit backbone"

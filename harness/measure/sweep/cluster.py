@@ -294,7 +294,7 @@ class RayExecutor:
             return
         console.print(f"Ray: measuring {latency.name} on {', '.join(sorted(missing))}", highlight=False)
         data, files = packed(
-            latency.model_dump(mode="json", exclude_none=True),
+            latency,
             beside=_folder_of(self._cluster.latency, beside=beside),
         )
         spec, shipped = LatencySpec.model_validate(data), self._ray.put(files)

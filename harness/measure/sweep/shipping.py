@@ -13,7 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from harness.files import write_json
+from pydantic import BaseModel
+
+from harness.files import DataPath, ModelFolder, with_paths, write_json
 from harness.measure.sweep.cells import CellInputs
 from harness.measure.sweep.node import Shipment
 from harness.paths import resolve_path
@@ -24,13 +26,6 @@ from harness.specs.suite import SuiteSpec
 
 _PACKAGES = ("harness", "medusa_impl", "suites")
 _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
-# what suites and latency specs call files by
-_FILE_KEYS = (
-    "path",
-    "adapter",
-    "calibration_trace",
-    "heads_path",
-)
 
 
 @contextmanager
@@ -52,41 +47,32 @@ def code_to_ship() -> Iterator[Path]:
 
 def ship(inputs: CellInputs) -> Shipment:
     """Return what nodes need of a sweep, with the files that its suite names."""
-    data, files = packed(inputs.suite.model_dump(mode="json", exclude_none=True), beside=inputs.beside)
+    data, files = packed(inputs.suite, beside=inputs.beside)
     inputs = replace(inputs, suite=SuiteSpec.model_validate(data), beside=Path())
     digest = hashlib.sha256(pickle.dumps((inputs, files))).hexdigest()
     return Shipment(digest=digest, inputs=inputs, files=files)
 
 
-def packed(data: Mapping[str, Any], *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return a suite's data with names of files in a folder of their own, and these files by name.
+def packed(spec: BaseModel, *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return a spec's data with its paths in a folder of their own, and these files by name.
 
-    A model's folder is too much to ship: it has to lie at the same place on every node.
+    A model's folder is not packed: it has to lie at the same place on every node.
     Raises: UserError where a file is missing.
     """
     files: dict[str, bytes] = {}
 
-    def place(text: str) -> str:
-        found, given = resolve_path(text, beside=beside), Path(text)
+    def place(path: DataPath) -> str:
+        if isinstance(path, ModelFolder):
+            return str(Path(path).absolute())
+        found, given = resolve_path(path, beside=beside), Path(path)
         name = (
             f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
         )
-        members = [found] if found.is_file() else sorted(path for path in found.rglob("*") if path.is_file())
-        files.update(
-            {(Path(name) / path.relative_to(found)).as_posix(): path.read_bytes() for path in members}
-        )
+        members = [found] if found.is_file() else sorted(one for one in found.rglob("*") if one.is_file())
+        files.update({(Path(name) / one.relative_to(found)).as_posix(): one.read_bytes() for one in members})
         return name
 
-    def pack(value: Any, *, of: str = "") -> Any:
-        if isinstance(value, Mapping):
-            return {key: pack(inner, of=f"{of}.{key}") for key, inner in value.items()}
-        if isinstance(value, list):
-            return [pack(inner, of=of) for inner in value]
-        if not isinstance(value, str) or of.rpartition(".")[2] not in _FILE_KEYS:
-            return value
-        return str(Path(value).absolute()) if of == ".model.path" else place(value)
-
-    return pack(data), files
+    return with_paths(spec, place), files
 
 
 def measured_devices(results: Path, *, name: str) -> Iterator[str]:

@@ -53,7 +53,7 @@ from harness.tests.fake_sweep import MODEL, is_sqrt, made_up_plan, made_up_spec,
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = ROOT / "suites" / "sweep_embedded.toml"
+SHIPPED = ROOT / "suites" / "sweeps" / "embedded.toml"
 TREE = DraftTree.from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 
 

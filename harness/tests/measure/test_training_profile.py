@@ -372,7 +372,7 @@ def test_stages_are_those_of_the_recipe(
         == stages
     )
     frozen = training_suite_of(recipe_data(folder, backbone="frozen"))
-    assert frozen.kind == "joint" and joint_stages(frozen) == {"heads": 1.0}
+    assert frozen.trains == "heads_and_backbone" and joint_stages(frozen) == {"heads": 1.0}
 
 
 def test_a_batch_is_drawn_by_the_seed() -> None:

@@ -35,7 +35,8 @@ def test_every_stage_has_a_row_and_its_parts() -> None:
 def test_the_command_writes_it_between_markers_alone(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("# T\n\n<!-- begin:training -->\nold\n<!-- end:training -->\n\nRest.\n")
-    assert command("profile-training", "--report", "--readme", readme).code == ExitCode.OK
+    record = committed_profiles(ROOT / "results")[0]
+    assert command("report", record, "--readme", readme).code == ExitCode.OK
     assert (
         "old" not in readme.read_text()
         and readme.read_text().endswith("Rest.\n")

@@ -13,7 +13,7 @@ from harness.errors import ExitCode, UserError
 from harness.measure.ablation.arm import arm_recipe
 from harness.paths import shipped
 from harness.specs.ablation import load_ablation, parse_ablation
-from harness.specs.recipe import JointSuite, TrainingSuite, load_training_suite, parse_training_suite
+from harness.specs.recipe import JointSuite, TrainingSuite, load_training_suite
 from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training.corpus import catalogue_prompts
@@ -22,7 +22,7 @@ from medusa_impl.recipes import Medusa2Recipe
 
 SUITES = shipped()
 RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
-ABLATIONS = sorted(SUITES.glob("embedded_training*.toml"))
+ABLATIONS = sorted((SUITES / "ablations").glob("*.toml"))
 
 
 def joint(name: str) -> JointSuite:
@@ -218,14 +218,17 @@ def test_every_shipped_ablation_is_among_them_and_none_repeats_a_seed() -> None:
 
 
 def test_a_quarter_of_the_quick_budget_is_not_a_claim() -> None:
-    quick = load_ablation(SUITES / "embedded_training_quick.toml")
+    quick = load_ablation(SUITES / "ablations" / "embedded_training_quick.toml")
     assert quick.plan()[0] == ("start", None) and len(quick.plan()) == 1 + 2 * len(quick.arms)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
-        ('kind = "joint"', 'kind = "both"', "kind"),
+        ('trains = "heads_and_backbone"', 'trains = "both"', "trains"),
+        ('kind = "recipe"', 'kind = "suite"', 'found kind = "suite"; need kind = "recipe"'),
+        ('kind = "recipe"', 'kind = "joint"', 'write kind = "recipe" and trains = "heads_and_backbone"'),
+        ('kind = "recipe"', "", 'add the line kind = "recipe"'),
         ('packed_corpus = "embedded/corpus.safetensors"', "", "give packed_corpus, corpus or conversations"),
         ("num_steps = 96", "num_steps = 96\nnum_epochs = 1.0", "exactly one of num_epochs and num_steps"),
         ("rank = 8", "rank = 0", r"recipe\.lora\.rank"),
@@ -233,11 +236,12 @@ def test_a_quarter_of_the_quick_budget_is_not_a_claim() -> None:
         ("seed = 0", "sead = 0", r"recipe\.sead"),
     ],
 )
-def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str) -> None:
+def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str, tmp_path: Path) -> None:
     text = (SUITES / "recipes" / "embedded_medusa2_ramped.toml").read_text()
     assert old in text
+    (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=found):
-        parse_training_suite(text.replace(old, new, 1), where="mine.toml")
+        load_training_suite(tmp_path / "mine.toml")
 
 
 @pytest.mark.parametrize(
@@ -245,13 +249,13 @@ def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str) 
     [
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must be distinct"),
         ('name = "direct"', 'name = "start"', "arm names"),
-        ('calibration_trace = "embedded/calibration.npz"\n', "", "needs a calibration_trace"),
+        ('calibration_trace = "../embedded/calibration.npz"\n', "", "needs a calibration_trace"),
         ("answer_tokens = 10000", "answer_tokens = 0", "answer_tokens"),
         ("schema_version = 1", "schema_version = ", "invalid TOML"),
     ],
 )
 def test_bad_ablations_are_refused_with_their_key(old: str, new: str, found: str) -> None:
-    text = (SUITES / "embedded_training_quick.toml").read_text()
+    text = (SUITES / "ablations" / "embedded_training_quick.toml").read_text()
     assert old in text
     with pytest.raises(UserError, match=found):
         parse_ablation(text.replace(old, new, 1), where="mine.toml")
@@ -294,7 +298,7 @@ def test_an_ablation_refuses_arms_that_it_cannot_measure(tmp_path: Path, changes
     if "adapted" in changes:
         text = text.replace('heads_lm_head = "original"\nsubset_size = 8192\n', "")
     (tmp_path / "mine.toml").write_text(text)
-    spec = load_ablation(SUITES / "embedded_training.toml")
+    spec = load_ablation(SUITES / "ablations" / "embedded_training.toml")
     arm = spec.arms[1].model_copy(update={"recipe": "mine.toml"})
     with pytest.raises(UserError, match=found):
         arm_recipe(spec.model_copy(update={"arms": (arm,)}), arm.name, beside=tmp_path)

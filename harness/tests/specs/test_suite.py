@@ -28,6 +28,7 @@ TYPICAL: dict[str, Any] = {"rule": "typical", "temperature": 0.7, "epsilon": 0.1
 def suite(*arms: dict[str, Any], **changes: Any) -> dict[str, Any]:
     plain = {
         "schema_version": 1,
+        "kind": "suite",
         "name": "one",
         "description": "",
         "max_new_tokens": 4,
@@ -131,5 +132,5 @@ def test_a_greedy_root_makes_typical_acceptance_deterministic() -> None:
 
 
 def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no readable suite file"):
+    with pytest.raises(UserError, match="no readable file"):
         load_suite(tmp_path / "none.toml")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.assets.listing import find_cached
 from harness.errors import UserError
+from harness.files import DataPath
 from harness.paths import cache_dir, shipped
 from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
@@ -300,7 +301,7 @@ def test_conversations_without_a_template_are_refused() -> None:
 def test_the_second_question_of_a_file_is_its_own(tmp_path: Path) -> None:
     rows = [{"key": "k1", "turns": ["first", "second"]}, {"key": "k2", "turns": ["alone"]}]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    spec = CorpusSpec(num_samples=2, prompts_file=str(tmp_path / "own.jsonl"), second_turn_share=1.0)
+    spec = CorpusSpec(num_samples=2, prompts_file=DataPath(tmp_path / "own.jsonl"), second_turn_share=1.0)
     firsts = [sample("k1", (1,), (2, 0)), sample("k2", (1,), (2, 0))]
     (prompt,) = second_turns(firsts, spec=spec)
     assert prompt.prompt_ids == (1, 2, 0, *follow_up_ids(ChatTokenizer(), "second"))

@@ -65,7 +65,7 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
     """The thin slice: file to heads, adapter and step log, and back to a model that decodes."""
     path = write_recipe(folder, "cli")
     path.write_text(
-        path.read_text().replace('kind = "joint"', f'kind = "joint"\nstart_heads = "{heads_file}"')
+        path.read_text().replace('kind = "recipe"', f'kind = "recipe"\nstart_heads = "{heads_file}"')
     )
     ran = command("train", path, "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert ran.code == ExitCode.OK, ran.err

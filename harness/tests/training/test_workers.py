@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from harness.device.engine import best_device, load_model, model_sha256
 from harness.errors import ExitCode, UserError
+from harness.files import ModelFolder
 from harness.specs.recipe import JointSuite
 from harness.specs.suite import ModelSpec
 from harness.tests.tiny_suite import QUIET, command
@@ -72,7 +73,8 @@ def suite(model_folder: Path, **changes: Any) -> JointSuite:
     corpus |= changes
     data = {
         "schema_version": 1,
-        "kind": "joint",
+        "kind": "recipe",
+        "trains": "heads_and_backbone",
         "name": "tiny",
         "description": "-",
         "model": {"path": str(model_folder)},
@@ -101,7 +103,7 @@ def test_conversations_of_two_turns_are_made_resumed_and_read(model_folder: Path
             "the end of the answer stands once, then the next turn"
         )
 
-    loaded = load_model(ModelSpec(path=str(model_folder)), device=best_device())
+    loaded = load_model(ModelSpec(path=ModelFolder(model_folder)), device=best_device())
     assert corpus_backbone(CorpusStore(tmp_path / "corpus")) == loaded.sha256
     text = read_text(spec, loaded, work=tmp_path)
     sequences = (*text.train, *text.held_out)
@@ -300,7 +302,7 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
     changed = tiny_llama(scale=0.1)
     torch.nn.init.normal_(changed.lm_head.weight)
     changed.save_pretrained(str(other))
-    elsewhere = spec.model_copy(update={"model": ModelSpec(path=str(other))})
+    elsewhere = spec.model_copy(update={"model": ModelSpec(path=ModelFolder(other))})
     loaded = load_model(elsewhere.model, device=best_device())
     assert model_sha256(elsewhere.model) == loaded.sha256 != corpus_backbone(CorpusStore(tmp_path / "corpus"))
     for use in (
@@ -326,7 +328,7 @@ def test_distill_answers_packs_and_goes_on_from_the_command_line(model_folder: P
             ran = command("distill", recipe, "--work", tmp_path / "work", "--out", tmp_path / "out")
             assert ran.code == ExitCode.OK, ran.err
             told.append(json.loads(ran.out.splitlines()[-1]))
-    loaded = load_model(ModelSpec(path=str(model_folder)), device=best_device())
+    loaded = load_model(ModelSpec(path=ModelFolder(model_folder)), device=best_device())
     made = list(unpack_corpus(tmp_path / "out" / "corpus.safetensors", backbone_sha256=loaded.sha256))
     assert told[0] == told[1] and told[0]["answers"] == len(made) >= 40 and told[0]["second_turns"] > 0
     assert told[0]["tokens"] == sum(len(sample.token_ids) for sample in made)
@@ -336,7 +338,7 @@ def test_distill_answers_packs_and_goes_on_from_the_command_line(model_folder: P
 
 
 def test_labels_are_where_the_templates_own_mask_is(model_folder: Path) -> None:
-    tokenizer: Any = load_model(ModelSpec(path=str(model_folder)), device=best_device()).tokenizer
+    tokenizer: Any = load_model(ModelSpec(path=ModelFolder(model_folder)), device=best_device()).tokenizer
     turns = [("word5 word6", "word7 word8 word9"), ("word10", "word11")]
     messages = [
         message

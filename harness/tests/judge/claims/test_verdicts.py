@@ -14,7 +14,7 @@ from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ParityReport, VerdictKind
 from harness.specs.claim_forms import LadderStepForm, SpeedIdentityForm
-from harness.specs.claims import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims, parse_claims
+from harness.specs.claims import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims
 from harness.tests.fake_record import write_fake_record
 
 NUM_CLAIMS = 233  # entries of the collection of the paper's figures that the registry was written from
@@ -115,8 +115,14 @@ def test_roles_are_filled_in_and_can_be_renamed() -> None:
     assert identity.arms == ("line", "cartesian", "optimised", "fastest")
 
 
-def test_shared_texts_are_filled_in() -> None:
-    (claim,) = parse_claims(SMALL, where="own.toml")
+def registry(text: str, folder: Path) -> tuple[ClaimSpec, ...]:
+    path = folder / "own.toml"
+    path.write_text(text)
+    return load_claims(path)
+
+
+def test_shared_texts_are_filled_in(tmp_path: Path) -> None:
+    (claim,) = registry(SMALL, tmp_path)
     assert claim.needs == "a later suite"
     assert claim.literal is not None and claim.literal.backbone == "b"
 
@@ -145,15 +151,15 @@ def test_shared_texts_are_filled_in() -> None:
         ("[[claims]]", "[[claims", "invalid TOML"),
     ],
 )
-def test_a_bad_registry_is_refused_with_its_place(old: str, new: str, message: str) -> None:
+def test_a_bad_registry_is_refused_with_its_key(old: str, new: str, message: str, tmp_path: Path) -> None:
     assert old in SMALL
     with pytest.raises(UserError, match=message):
-        parse_claims(SMALL.replace(old, new), where="own.toml")
+        registry(SMALL.replace(old, new), tmp_path)
 
 
-def test_an_id_that_stands_twice_is_refused() -> None:
+def test_an_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'X' stands twice"):
-        parse_claims(SMALL + "[[claims]]" + SMALL.split("[[claims]]")[1], where="own.toml")
+        registry(SMALL + "[[claims]]" + SMALL.split("[[claims]]")[1], tmp_path)
 
 
 def test_an_unknown_role_is_refused() -> None:

@@ -111,7 +111,7 @@ def test_figures_and_report_follow_from_the_record_alone(record: AblationRecord,
     moved = shutil.copytree(record.folder, tmp_path / "moved")
     readme = tmp_path / "README.md"
     readme.write_text("# T\n\n<!-- begin:tiny_training -->\n<!-- end:tiny_training -->\n")
-    ran = command("ablate", "--report", moved, "--readme", readme)
+    ran = command("report", moved, "--readme", readme)
     assert ran.code == ExitCode.OK, ran.err
     headline = json.loads(ran.out.splitlines()[-1])
     rows = ablation_rows(record)

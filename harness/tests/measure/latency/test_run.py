@@ -87,6 +87,7 @@ def tiny_spec(heads_file: Path | None, **changes: Any) -> dict[str, Any]:
     """A spec of the smoke model that is run in about a second."""
     data = {
         "schema_version": 1,
+        "kind": "latency",
         "name": "tiny",
         "description": "for tests",
         "model": smoke_suite().model_dump(mode="json", exclude_none=True)["model"],
@@ -509,7 +510,7 @@ def test_report_is_written_again_without_a_device(
     page = tmp_path / "PAGE.md"
     page.write_text("Title\n<!-- modes:begin -->\n<!-- modes:end -->\nrest\n")
     monkeypatch.setattr(harness.measure.latency.run, "run_latency", _never)
-    done = command("latency", "--report", folder, "--readme", page)
+    done = command("report", folder, "--readme", page)
     assert done.code == ExitCode.OK and (folder / "report.md").read_text() == before
     assert "against `generate`" in page.read_text() and page.read_text().endswith("rest\n")
 
@@ -664,7 +665,7 @@ def test_wrong_names_are_user_errors(tmp_path: Path) -> None:
     assert "latency" not in command("reproduce", "none").error_line
     unknown = command("latency", "gpu", "--shape", "no-such-shape", "--dry-run")
     assert unknown.code == ExitCode.USER_ERROR and "no-such-shape" in unknown.error_line
-    assert command("latency", "--report", tmp_path / "nothing").code == ExitCode.USER_ERROR
+    assert command("report", tmp_path / "nothing").code == ExitCode.USER_ERROR
 
 
 def test_grids_need_no_more_heads_than_the_checkpoint_has(heads_file: Path, engine: Engine) -> None:

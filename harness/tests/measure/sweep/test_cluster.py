@@ -43,7 +43,7 @@ from harness.records.latency import LatencyRecord
 from harness.records.store import Store, portable
 from harness.records.sweep import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
 from harness.records.trace import Trace
-from harness.specs.suite import parse_suite
+from harness.specs.suite import SuiteSpec, parse_suite
 from harness.specs.sweep import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
@@ -78,6 +78,7 @@ def latency_data(heads_file: Path) -> dict[str, Any]:
     """A latency spec of the tiny model that takes about a second."""
     return {
         "schema_version": 1,
+        "kind": "latency",
         "name": "tiny_nodes",
         "description": "for tests",
         "model": smoke_suite().model_dump(mode="json", exclude_none=True)["model"],
@@ -544,20 +545,39 @@ def test_commands_that_reach_no_cluster(home: Path, tmp_path: Path, monkeypatch:
 
 
 def test_files_that_a_suite_names_travel_with_it(tmp_path: Path) -> None:
-    for name in ("own/heads.bin", "tuned/adapter/a.json", "tuned/adapter/deep/b.bin", "there.npz"):
+    """What is a path follows from its type: a list of keys lacked `chat_template`, and so did the nodes."""
+    for name in (
+        "own/heads.bin",
+        "tuned/adapter/a.json",
+        "tuned/adapter/deep/b.bin",
+        "there.npz",
+        "chat.jinja",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "suite").mkdir()
-    data = {
+    template, tree = str(tmp_path / "chat.jinja"), {"kind": "file", "path": str(tmp_path / "there.npz")}
+    vanilla = {"name": "vanilla", "method": "vanilla"}
+    medusa = {
         "name": "path",
-        "model": {"path": "models/big", "adapter": "../tuned/adapter"},
-        "heads": {"path": "own/heads.bin"},
-        "arms": [{"tree": {"kind": "file", "path": str(tmp_path / "there.npz")}}],
+        "method": "medusa",
+        "baseline": "vanilla",
+        "tree": tree,
+        "acceptance": {"rule": "greedy"},
     }
+    suite = SuiteSpec.model_validate(
+        micro_data(tmp_path / "unused")
+        | {
+            "name": "path",
+            "model": {"path": "models/big", "adapter": "../tuned/adapter", "chat_template": template},
+            "heads": {"path": "own/heads.bin"},
+            "arms": [vanilla, medusa],
+        }
+    )
     with pytest.raises(UserError, match=r"found no file 'own/heads.bin'"):
-        packed(data, beside=tmp_path / "suite")
+        packed(suite, beside=tmp_path / "suite")
     shutil.copytree(tmp_path / "own", tmp_path / "suite" / "own")
-    named, files = packed(data, beside=tmp_path / "suite")
+    named, files = packed(suite, beside=tmp_path / "suite")
     assert (
         Path(named["model"]["path"]).is_absolute()
         and named["heads"]["path"] == "own/heads.bin"
@@ -569,7 +589,8 @@ def test_files_that_a_suite_names_travel_with_it(tmp_path: Path) -> None:
             folder / named["model"]["adapter"] / "deep" / "b.bin"
         ).read_bytes() == b"tuned/adapter/deep/b.bin"
         assert (folder / named["heads"]["path"]).read_bytes() == b"own/heads.bin"
-        assert (folder / named["arms"][0]["tree"]["path"]).read_bytes() == b"there.npz"
+        assert (folder / named["model"]["chat_template"]).read_bytes() == b"chat.jinja"
+        assert (folder / named["arms"][1]["tree"]["path"]).read_bytes() == b"there.npz"
     assert not folder.exists()
 
 

@@ -318,7 +318,7 @@ def test_the_command(
     assert command("validate", folder).code == ExitCode.OK
     assert list((tmp_path / "cache" / "trees").iterdir())
     before = (folder / "report.md").read_text()
-    again = command("sweep", "--report", folder)
+    again = command("report", folder)
     assert again.code == ExitCode.OK and (folder / "report.md").read_text() == before
     wrong = command("sweep", "no-such-sweep")
     assert wrong.code == ExitCode.USER_ERROR and "need one of ['embedded']" in wrong.error_line
