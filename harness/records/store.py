@@ -150,7 +150,7 @@ class Store(Generic[LineT]):
 
 
 def portable(spec: BaseModel) -> dict[str, Any]:
-    """Return a spec as a record keeps it: absolute paths cut to their last part, so that none names a user."""
+    """Return a spec as a record keeps it: absolute paths cut to their last part, so none names a user."""
     return with_paths(spec, lambda path: Path(path).name if Path(path).is_absolute() else str(path))
 
 
