@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 if "--hub" not in sys.argv:  # before huggingface_hub is imported, which reads it once
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no command hangs on a hub that is not there
@@ -26,12 +29,11 @@ from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.errors import ExitCode, InvalidMeasurement, UserError
+from harness.paths import code_folder
 
-app = typer.Typer(
-    help="Do the Medusa paper's claims hold, on this model and this machine?",
-    no_args_is_help=True,
-    add_completion=False,
-)
+DISTRIBUTION = "medusa-repro"
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(assets)
 app.command()(reproduce)
 app.command()(report)
@@ -49,6 +51,40 @@ app.command()(doctor)
 app.command()(validate)
 app.command("export")(export_command)
 app.command()(schemas)
+
+
+def code_version(code: Path) -> str:
+    """Return the version of the code in a folder: its checkout's, or the installed one outside a checkout.
+
+    The checkout goes first, since the environment may hold another version of the same project.
+    """
+    try:
+        project = tomllib.loads((code.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        if project["name"] == DISTRIBUTION:
+            return str(project["version"])
+    except (OSError, KeyError, tomllib.TOMLDecodeError):
+        pass  # not a checkout of this project
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:  # the packages were copied without either
+        return "of unknown version"
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and end, where that was asked for."""
+    if asked:
+        print(f"{DISTRIBUTION} {code_version(code_folder())}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version and end", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Do the Medusa paper's claims hold, on this model and this machine?"""
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import typer.main
 from pytest import MonkeyPatch
 
 import harness.measure.run
-from harness.cli.app import app
+from harness.cli.app import app, code_version
 from harness.cli.options import command_line
 from harness.errors import ExitCode
 from harness.records.run import RunRecord
@@ -31,12 +33,13 @@ from harness.tests.tiny_suite import (
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMANDS: dict[str, Any] = dict(getattr(typer.main.get_command(app), "commands"))  # noqa: B009
+APPLICATION: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(APPLICATION.commands)
 
 
 def documented_commands() -> set[str]:
     text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"medusa-repro ([a-z-]+)", text))
+    named = set(re.findall(r"medusa-repro ([a-z][a-z-]+)", text))
     row = next(line for line in text.splitlines() if line.startswith("| `medusa-repro assets`"))
     return named | set(re.findall(r"`([a-z-]+)`", row.split("|")[1]))
 
@@ -48,7 +51,10 @@ def test_every_command_of_the_readme_exists_and_every_command_is_in_the_readme()
 def test_every_option_of_the_readme_exists() -> None:
     text = re.sub(r"`accelerate launch [^`]*`", "", (ROOT / "README.md").read_text())  # another program's
     options = {
-        option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts
+        option
+        for command in (APPLICATION, *COMMANDS.values())
+        for parameter in command.params
+        for option in parameter.opts
     }
     assert (
         {"--dry-run", "--limit", "--time-budget", "--from-scratch"}
@@ -67,6 +73,29 @@ def test_help_tells_what_a_command_does(name: str) -> None:
         assert parameter.name in ("help", "hub") or getattr(parameter, "help", None), (
             f"{name} {parameter.name} has no help"
         )
+
+
+def test_a_checkout_says_its_version_and_code_elsewhere_that_of_the_environment(tmp_path: Path) -> None:
+    """An environment can hold another version than the checkout that runs; a folder around the code can be
+    another project's.
+    """
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    ran = command("--version")
+    assert (ran.code, ran.out) == (ExitCode.OK, f"medusa-repro {version}\n")
+
+    installed = metadata.version("medusa-repro")
+    assert code_version(tmp_path / "harness") == installed
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "9.9"\n')
+    assert code_version(tmp_path / "harness") == installed
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "medusa-repro"\nversion = "9.9"\n')
+    assert code_version(tmp_path / "harness") == "9.9"
+
+
+def test_code_that_was_copied_says_that_its_version_is_unknown(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.cli.app.DISTRIBUTION", "medusa-repro-that-nobody-installed")
+    assert code_version(tmp_path / "harness") == "of unknown version"
 
 
 def test_files_named_by_the_readme_exist() -> None:
