@@ -1,5 +1,5 @@
-"""Rules for every test of the project: no hub is asked for anything, GPU tests skip where there is no GPU,
-and saved micro-benchmarks say which device they come from and are compared on that device only.
+"""Rules for every test of the project: no hub is asked, tests whose needs are not met skip with a reason, and
+saved micro-benchmarks say which device they come from and are compared on that device only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks `gpu` tests as skipped when torch sees no CUDA device; torch is imported only if such a test was
-    collected.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--wheel`, which lets the tests of the built wheel run."""
+    parser.addoption("--wheel", action="store_true", help="build the wheel and test it (nox -s wheel)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests as skipped whose needs are not met: `wheel` without `--wheel`, `gpu` without a CUDA device.
+
+    Torch is imported only if a `gpu` test was collected.
     """
+    if not config.getoption("--wheel"):
+        for item in items:
+            if item.get_closest_marker("wheel") is not None:
+                item.add_marker(pytest.mark.skip(reason="builds the wheel: run by nox -s wheel"))
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not gpu_items:
         return

@@ -95,6 +95,12 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it into an environment of its own, and run it there."""
+    run_module(session, "pytest", "--wheel", "harness/tests/test_wheel.py")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time the project's own code (pytest-benchmark, whose options follow --).
 
