@@ -98,6 +98,15 @@ def test_code_that_was_copied_says_that_its_version_is_unknown(
     assert code_version(tmp_path / "harness") == "of unknown version"
 
 
+def test_files_named_by_the_map_of_the_harness_exist() -> None:
+    text = (ROOT / "harness" / "README.md").read_text()
+    names = set(re.findall(r"`((?:[a-z_]+/)+(?:[a-z_]+\.(?:py|toml))?)`", text))
+    assert len(names) > 15
+    assert [
+        name for name in sorted(names) if not any((base / name).exists() for base in (ROOT, ROOT / "harness"))
+    ] == []
+
+
 def test_files_named_by_the_readme_exist() -> None:
     links = re.findall(
         r"\]\(((?:suites|harness|medusa_impl|results)/[^)#]*)\)", (ROOT / "README.md").read_text()
