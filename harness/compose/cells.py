@@ -12,7 +12,7 @@ from harness.compose.composer import Composer, Floats, KnotPrices, figure_kind
 from harness.compose.devices import StepTimes
 from harness.compose.plan import SweepPlan
 from harness.errors import UserError
-from harness.records.sweep import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
+from harness.records.sweep_cells import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
 from medusa_impl.tree import DraftTree
 
 _DIGITS = 6  # of a figure in a record: far more than its interval allows

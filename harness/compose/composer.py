@@ -22,7 +22,7 @@ from harness.compose.devices import StepTimes
 from harness.compose.replay import Replay, ReplayIndex
 from harness.compose.search import Price
 from harness.errors import UserError
-from harness.records.sweep import Context
+from harness.records.sweep_cells import Context
 from harness.records.trace import Trace
 from harness.specs.suite import IntervalSpec
 from harness.stats import FigureKind, Interval, Resamples

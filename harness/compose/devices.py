@@ -19,7 +19,8 @@ from harness.compose.roofline import Prediction, heads_seconds, prediction_error
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, facts_of_shape
-from harness.records.sweep import CurveLabel, RooflineError
+from harness.records.sweep import RooflineError
+from harness.records.sweep_cells import CurveLabel
 from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_device
 from harness.specs.latency import DtypeName, LatencyHeads, ModeName, PointKey
 from harness.specs.shapes import ShapeSpec, load_shapes

@@ -24,17 +24,8 @@ from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
-from harness.records.sweep import (
-    CHOSEN,
-    JOINT,
-    Context,
-    FailedCell,
-    RooflineError,
-    SweepTree,
-    SweepTrees,
-    TreeRate,
-    composed_key,
-)
+from harness.records.sweep import CHOSEN, JOINT, RooflineError, SweepTree, SweepTrees, TreeRate
+from harness.records.sweep_cells import Context, FailedCell, composed_key
 from harness.records.trace import Trace
 from harness.specs.hardware import HARDWARE_FILE, load_hardware
 from harness.specs.shapes import SHAPES_FILE, load_shapes

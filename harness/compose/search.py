@@ -30,7 +30,7 @@ from harness.compose.replay import ReplayIndex
 from harness.compose.trees import MAX_RANK
 from harness.errors import UserError
 from harness.files import Frozen, canonical_sha256, write_json
-from harness.records.sweep import Method
+from harness.records.sweep_cells import Method
 from medusa_impl.tree import DraftTree, RankPath
 from medusa_impl.tree_search import grow_by_joint_hits, marginal_accuracies
 

@@ -10,16 +10,8 @@ from math import fsum
 
 import numpy as np
 
-from harness.records.sweep import (
-    DENSE,
-    JOINT,
-    MARGINALS,
-    ChosenTree,
-    ComposedCell,
-    DecodedCell,
-    SweepRecord,
-    SweepTree,
-)
+from harness.records.sweep import DENSE, JOINT, MARGINALS, SweepRecord, SweepTree
+from harness.records.sweep_cells import ChosenTree, ComposedCell, DecodedCell
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
 

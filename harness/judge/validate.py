@@ -48,14 +48,13 @@ from harness.records.sweep import (
     CELLS_FILE,
     ORIGIN_FILE,
     TREES_FILE,
-    ComposedCell,
-    SweepCell,
     SweepManifest,
     SweepOrigin,
     SweepRecord,
     SweepTrees,
 )
 from harness.records.sweep import SPEC_FILE as SWEEP_FILE
+from harness.records.sweep_cells import ComposedCell, SweepCell
 from harness.specs.ablation import START_ARM, AblationSpec
 from harness.specs.latency import LatencySpec
 from harness.specs.suite import BackboneName, SuiteSpec

@@ -24,7 +24,8 @@ from harness.judge.sweep import (
     searches_compared,
     sparse_points,
 )
-from harness.records.sweep import ComposedCell, RooflineError, SampledCell, SweepRecord
+from harness.records.sweep import RooflineError, SweepRecord
+from harness.records.sweep_cells import ComposedCell, SampledCell
 from harness.report.formatting import (
     ABSENT,
     cell,

@@ -20,7 +20,8 @@ from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold_cells
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
-from harness.records.sweep import ComposedCell, SampledCell, SweepRecord
+from harness.records.sweep import SweepRecord
+from harness.records.sweep_cells import ComposedCell, SampledCell
 from harness.specs.hardware import load_hardware
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio

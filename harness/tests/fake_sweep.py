@@ -21,6 +21,12 @@ from harness.records.sweep import (
     ORIGIN_FILE,
     SPEC_FILE,
     TREES_FILE,
+    SweepManifest,
+    SweepOrigin,
+    SweepRecord,
+    TraceFacts,
+)
+from harness.records.sweep_cells import (
     AnyCell,
     DecodedCell,
     DecodedRow,
@@ -28,10 +34,6 @@ from harness.records.sweep import (
     SampledCell,
     SampledRow,
     StepDifference,
-    SweepManifest,
-    SweepOrigin,
-    SweepRecord,
-    TraceFacts,
 )
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep

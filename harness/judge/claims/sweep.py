@@ -16,7 +16,8 @@ from harness.compose.appendix_g import VERDICTS
 from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, holds, shown
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.judgement import ClaimVerdict, VerdictKind
-from harness.records.sweep import SampledCell, SweepRecord
+from harness.records.sweep import SweepRecord
+from harness.records.sweep_cells import SampledCell
 from harness.specs.claim_forms import (
     SweepForm,
     TemperatureTrendForm,

@@ -26,7 +26,7 @@ from harness.device.trace import KeptText
 from harness.errors import UserError
 from harness.measure import probes
 from harness.paths import without_paths
-from harness.records.sweep import (
+from harness.records.sweep_cells import (
     AnyCell,
     DecodedCell,
     DecodedRow,

@@ -32,7 +32,7 @@ from harness.measure.sweep.node import Refusal, describe_node, measure_curve, ru
 from harness.measure.sweep.run import SweepOptions
 from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
-from harness.records.sweep import AnyCell, RanOn
+from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec, load_latency_spec
 from harness.specs.sweep import ClusterSpec, SweepSpec
 

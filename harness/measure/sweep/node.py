@@ -18,7 +18,7 @@ from harness.device.machine import device_info, package_versions, python_version
 from harness.errors import UserError
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
-from harness.records.sweep import AnyCell, RanOn
+from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec
 
 _NODE_ID_DIGITS = 12

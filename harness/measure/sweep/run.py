@@ -41,15 +41,13 @@ from harness.records.store import Store
 from harness.records.sweep import (
     SWEEP,
     TREES_FILE,
-    AnyCell,
-    FailedCell,
     SweepManifest,
     SweepOrigin,
     SweepRecord,
     SweepTrees,
     TraceFacts,
-    decoded_key,
 )
+from harness.records.sweep_cells import AnyCell, FailedCell, decoded_key
 from harness.records.trace import Trace
 from harness.specs.hardware import match_device
 from harness.specs.suite import load_suite

@@ -18,7 +18,7 @@ from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, with_chosen
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import SearchSpace
-from harness.records.sweep import ComposedCell
+from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
 from harness.specs.hardware import load_hardware
 from harness.specs.latency import LatencyHeads

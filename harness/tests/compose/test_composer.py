@@ -33,17 +33,8 @@ from harness.compose.replay import ReplayIndex
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells, hypothetical_cells
 from harness.records.latency import LatencyRecord
-from harness.records.sweep import (
-    CARTESIAN,
-    CELLS_FILE,
-    CHOSEN,
-    DENSE,
-    JOINT,
-    ComposedCell,
-    FailedCell,
-    SweepRecord,
-    read_cells,
-)
+from harness.records.sweep import CARTESIAN, CELLS_FILE, CHOSEN, DENSE, JOINT, SweepRecord
+from harness.records.sweep_cells import ComposedCell, FailedCell, read_cells
 from harness.records.trace import PromptTrace, Trace
 from harness.specs.suite import IntervalSpec
 from harness.specs.sweep import SampledSetting, load_sweep

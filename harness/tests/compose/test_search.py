@@ -24,7 +24,7 @@ from harness.compose.search import (
     search_sizes,
 )
 from harness.errors import UserError
-from harness.records.sweep import Method
+from harness.records.sweep_cells import Method
 from harness.tests.fake_sweep import made_up_trace
 from medusa_impl.tree import DraftTree, RankPath
 from medusa_impl.tree_search import grow_by_marginals

@@ -24,7 +24,8 @@ from harness.judge.sweep import (
     searches_compared,
     sparse_points,
 )
-from harness.records.sweep import SampledCell, SweepRecord
+from harness.records.sweep import SweepRecord
+from harness.records.sweep_cells import SampledCell
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.sweep import SampledSetting
 from harness.tests.fake_sweep import made_up_plan, made_up_spec, sampled_cells, write_sweep

@@ -41,7 +41,8 @@ from harness.measure.sweep.shipping import keep_record, packed
 from harness.measure.trace import trace_suite
 from harness.records.latency import LatencyRecord
 from harness.records.store import Store, portable
-from harness.records.sweep import CELLS_FILE, AnyCell, DecodedCell, FailedCell, SampledCell, SweepRecord
+from harness.records.sweep import CELLS_FILE, SweepRecord
+from harness.records.sweep_cells import AnyCell, DecodedCell, FailedCell, SampledCell
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec, parse_suite
 from harness.specs.sweep import ClusterSpec, SampledSetting, SweepSpec, parse_sweep

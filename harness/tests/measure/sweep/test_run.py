@@ -32,7 +32,8 @@ from harness.measure.sweep.run import SweepOptions, run_sweep
 from harness.measure.trace import trace_suite
 from harness.records.provenance import Environment
 from harness.records.store import Store
-from harness.records.sweep import CELLS_FILE, AnyCell, FailedCell, SweepRecord
+from harness.records.sweep import CELLS_FILE, SweepRecord
+from harness.records.sweep_cells import AnyCell, FailedCell
 from harness.records.trace import Trace
 from harness.specs.suite import parse_suite
 from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep
