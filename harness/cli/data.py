@@ -17,7 +17,8 @@ from harness.assets.listing import asset_rows
 from harness.cli.find import find_record
 from harness.cli.options import HubOption, console
 from harness.errors import ExitCode, UserError
-from harness.judge.validate import validate_record, write_schemas
+from harness.judge.schemas import write_schemas
+from harness.judge.validate import validate_record
 from harness.paths import cache_dir
 from harness.records.export import export
 from harness.records.run import RunRecord
@@ -75,6 +76,6 @@ def export_command(
 
 
 def schemas(folder: Annotated[Path, typer.Argument(help="where to write them")]) -> None:
-    """Write the JSON schemas of all record files."""
+    """Write the JSON schemas of all record files: what each field holds, with its unit."""
     for path in write_schemas(folder):
         console.print(path.name)

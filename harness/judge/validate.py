@@ -1,90 +1,41 @@
-"""Whether a record folder is whole: every file loads, agrees with the others and with the seal; and the
-schemas of those files.
-"""
+"""Whether a record folder is whole: every file loads, agrees with the others and with the seal."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from harness.errors import UserError
-from harness.files import file_sha256, write_bytes
-from harness.judge.judgement import Judgement
+from harness.files import file_sha256
 from harness.paths import holds_absolute_path
-from harness.records.ablation import ARMS_FILE, AblationManifest, AblationRecord, ArmResult
+from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import file_of
 from harness.records.latency import (
     POINTS_FILE,
-    BatchTrials,
-    LatencyManifest,
-    LatencyPoint,
     LatencyRecord,
-    ModelFacts,
-    ModeTrials,
 )
-from harness.records.provenance import Environment
 from harness.records.run import (
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
     TRACE_FILE,
-    ArmTrees,
-    DeviceLimits,
     Generation,
-    HeadsControl,
-    Likelihoods,
-    Manifest,
-    Profile,
-    Rounding,
     RunRecord,
-    StepCosts,
-    TrialOutcome,
 )
 from harness.records.sweep import (
     CELLS_FILE,
     ORIGIN_FILE,
     TREES_FILE,
-    SweepManifest,
-    SweepOrigin,
     SweepRecord,
-    SweepTrees,
 )
 from harness.records.sweep import SPEC_FILE as SWEEP_FILE
-from harness.records.sweep_cells import ComposedCell, SweepCell
-from harness.specs.ablation import START_ARM, AblationSpec
-from harness.specs.latency import LatencySpec
-from harness.specs.suite import BackboneName, SuiteSpec
-from harness.specs.sweep import SweepSpec
+from harness.records.sweep_cells import ComposedCell
+from harness.specs.ablation import START_ARM
+from harness.specs.suite import BackboneName
 
-_MODELS: dict[str, type[BaseModel]] = {
-    "environment": Environment,
-    "trees": ArmTrees,
-    "step_costs": StepCosts,
-    "profile": Profile,
-    "device_limits": DeviceLimits,
-    "heads_control": HeadsControl,
-    "rounding": Rounding,
-    "likelihoods": Likelihoods,
-    "manifest": Manifest,
-    "judgement": Judgement,
-    "ablation_spec": AblationSpec,
-    "ablation_arm": ArmResult,
-    "ablation_manifest": AblationManifest,
-    "latency_spec": LatencySpec,
-    "latency_model": ModelFacts,
-    "latency_point": LatencyPoint,
-    "latency_modes": ModeTrials,
-    "latency_batches": BatchTrials,
-    "latency_manifest": LatencyManifest,
-    "sweep_spec": SweepSpec,
-    "sweep_origin": SweepOrigin,
-    "sweep_trees": SweepTrees,
-    "sweep_manifest": SweepManifest,
-}
 _OF_BACKBONES = tuple(
     file_of(name, backbone)
     for name in (TRACE_FILE, HEADS_CONTROL_FILE, ROUNDING_FILE)
@@ -95,12 +46,11 @@ _SEALED = ("suite.toml", "environment.json", "trees.json", "generations.jsonl", 
 
 
 def validate_record(folder: Path) -> tuple[str, ...]:
-    """Return every fault of a record folder, of a run, of latencies or of a sweep, as one line each; none for
-    a whole record.
+    """Return every fault of a record folder of any kind, as one line each; none for a whole record.
 
     Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite,
     each generation's sums, each Medusa arm's tree, the trace against the vanilla text, and that nothing names
-    a place on one machine.
+    a folder of one machine.
     Raises: UserError if there is no such folder.
     """
     if (folder / "spec.toml").exists():
@@ -109,6 +59,10 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         return _sweep_faults(folder)
     if (folder / ARMS_FILE).exists():
         return _ablation_faults(folder)
+    return _run_faults(folder)
+
+
+def _run_faults(folder: Path) -> tuple[str, ...]:
     record = RunRecord(folder)
     loaders: dict[str, Callable[[], object]] = {
         "suite.toml": lambda: record.suite,
@@ -210,11 +164,13 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
     if record.manifest is not None and record.manifest.num_arms != len(done):
         faults.append(f"{ARMS_FILE}: found {len(done)} arms, need as many as in manifest.json")
     for result in record.results:
-        if (fault := _fault_of(lambda result=result: record.trace(result))) is not None:  # type: ignore[misc]
+        if (fault := _fault_of(partial(record.trace, result))) is not None:
             faults.append(f"trace of {result.label}: {fault}")
-        if (fault := _fault_of(lambda result=result: record.original_text_trace(result))) is not None:  # type: ignore[misc]
+        if (fault := _fault_of(partial(record.original_text_trace, result))) is not None:
             faults.append(f"trace of the original's text by {result.label}: {fault}")
-        if result.arm != START_ARM and len(record.steps(result)) != result.num_steps:
+        if (fault := _fault_of(partial(record.steps, result))) is not None:
+            faults.append(f"steps of {result.label}: {fault}")
+        elif result.arm != START_ARM and len(record.steps(result)) != result.num_steps:
             faults.append(
                 f"steps of {result.label}: found {len(record.steps(result))}, need {result.num_steps}"
             )
@@ -255,40 +211,6 @@ def _sweep_faults(folder: Path) -> tuple[str, ...]:
                 f"{len(record.trees.trees)}"
             )
     return (*faults, *_place_faults(record))
-
-
-def json_schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON schema of every file of a record, and of a judgement, by name; `generation` is one line
-    of generations.jsonl.
-    """
-    schemas = {name: model.model_json_schema() for name, model in _MODELS.items()}
-    schemas["suite"] = SuiteSpec.model_json_schema()
-    outcome: TypeAdapter[Any] = TypeAdapter(TrialOutcome)
-    schemas["generation"] = {"title": "TrialOutcome", **outcome.json_schema()}
-    cell: TypeAdapter[Any] = TypeAdapter(SweepCell)
-    schemas["sweep_cell"] = {"title": "SweepCell", **cell.json_schema()}
-    return {
-        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schemas[name]}
-        for name in sorted(schemas)
-    }
-
-
-def write_schemas(folder: Path) -> tuple[Path, ...]:
-    """Write each schema as `NAME.schema.json` and return the files.
-
-    Raises: UserError if the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for name, schema in json_schemas().items():
-            paths.append(folder / f"{name}.schema.json")
-            write_bytes(paths[-1], (json.dumps(schema, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            found=f"a failed write ({error.strerror})", need="room and permission", where=folder.name
-        ) from error
-    return tuple(paths)
 
 
 def _fault_of(load: Callable[[], object]) -> str | None:

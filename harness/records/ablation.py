@@ -1,134 +1,141 @@
-"""The record of an ablation: what every arm did, by text, in sums; no torch, no clock, no device.
+"""The record of an ablation: what every arm did, by text, in sums.
 
 A record folder holds `suite.toml`, `environment.json`, `tree.json`, `arms.jsonl` (one line an arm and seed,
 appended when it is done), for each line a trace `trace-ARM-SEED.npz` of the arm's own greedy text, for a
 tuned backbone `trace-original-text-ARM-SEED.npz` of the original model's text, and, but for the start, the
 log `steps-ARM-SEED.jsonl`, and, last, `manifest.json`, which seals it with the SHA-256 of every other file.
-Ratios are formed in `ablation_figures.py`, each time anew.
+Ratios are formed in `judge/ablation.py`, each time anew. No torch, clock or device is needed to read one.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from harness.errors import UserError
-from harness.files import Frozen, read_lines
-from harness.records.folder import RecordFolder
+from harness.files import Frozen
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
 from harness.records.trace import Trace
+from harness.records.versions import VERSION, ReadFrom, Versioned, read_versioned_lines
 from harness.specs.ablation import AblationSpec, parse_ablation
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 
 
 class TextChange(Frozen):
-    """One text under the original and the tuned model: sums over the positions that its answers' tokens were
-    read at.
+    """One text under the original and the tuned model: sums over the tokens of its answers."""
 
-    Units: nats. `kl_sum` is KL(original || tuned); the likelihoods are of the text's own tokens;
-    `num_agreements` counts equal first choices.
-    """
-
-    key: str
-    category: str | None
-    num_positions: int
-    kl_sum: float
-    original_nll_sum: float
-    tuned_nll_sum: float
-    num_agreements: int
+    key: str = Field(description="which text")
+    category: str | None = Field(description="category of its prompt; null where it has none")
+    num_positions: int = Field(description="tokens of the text's answers, which the sums run over")
+    kl_sum: float = Field(description="summed KL(original || tuned) of the next token, nats")
+    original_nll_sum: float = Field(
+        description="summed negative log-likelihood of the text's tokens under the original model, nats"
+    )
+    tuned_nll_sum: float = Field(
+        description="summed negative log-likelihood of the text's tokens under the tuned model, nats"
+    )
+    num_agreements: int = Field(description="positions at which both models have the same first choice")
 
 
 class GreedyText(Frozen):
-    """One prompt's greedy answers: lengths, and how many tokens they share before they part (all of them
-    where they are equal).
-    """
+    """One prompt's greedy answers by the tuned and by the original model."""
 
-    key: str
-    num_tokens: int
-    num_original_tokens: int
-    num_shared: int
+    key: str = Field(description="which prompt")
+    num_tokens: int = Field(description="tokens of the tuned model's answer")
+    num_original_tokens: int = Field(description="tokens of the original model's answer")
+    num_shared: int = Field(description="tokens before the answers part; all of them where they are equal")
 
     @property
     def is_equal(self) -> bool:
-        """Whether the two answers are the same."""
+        """Return whether the two answers are the same."""
         return self.num_tokens == self.num_original_tokens == self.num_shared
 
 
 class HeadText(Frozen):
-    """The heads on one held-out text, whole vocabulary: sums over their targets.
+    """The heads on one held-out text, over the whole vocabulary: sums over their targets."""
 
-    Shapes: loss_sums (nats) and num_targets `[K]`; rank_hits `[K, 10]`, targets at rank 0..9 of each head.
-    """
+    key: str = Field(description="which text")
+    loss_sums: tuple[float, ...] = Field(
+        description="summed negative log-likelihood of its targets, nats, one entry a head"
+    )
+    num_targets: tuple[int, ...] = Field(description="targets of each head")
+    rank_hits: tuple[tuple[int, ...], ...] = Field(
+        description="of each head, the number of targets that it ranks at 0, 1, .., 9"
+    )
 
-    key: str
-    loss_sums: tuple[float, ...]
-    num_targets: tuple[int, ...]
-    rank_hits: tuple[tuple[int, ...], ...]
 
+class ArmResult(Versioned):
+    """One arm with one seed: what it trained on, and what came of backbone and heads."""
 
-class ArmResult(Frozen):
-    """One arm with one seed: what it trained on, and what came of backbone and heads.
-
-    `recipe` is the [recipe] table as it ran, None for the start. `held_out` are the original model's own
-    greedy answers, `references` texts of another hand. `memory_bytes` is the most that a step of training
-    held (on a CPU: of its process). `backbone_sha256s` are the hashes of a frozen backbone's tensors in
-    memory before and behind its training.
-    """
-
-    schema_version: Literal[1] = 1
-    arm: str
-    seed: int | None
-    recipe_name: str | None
-    recipe: dict[str, Any] | None
-    num_steps: int
-    num_sequences: int
-    num_answer_tokens: int
-    train_s: float
-    evaluate_s: float
-    memory_bytes: int | None
-    backbone_sha256s: tuple[str, str] | None = None
-    heads_sha256: str
-    adapter_sha256: str | None
-    held_out: tuple[TextChange, ...]
-    references: tuple[TextChange, ...]
-    greedy: tuple[GreedyText, ...]
-    heads: tuple[HeadText, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    arm: str = Field(description="name that the suite gives the arm; start is the untouched model")
+    seed: int | None = Field(description="seed of its training; null for the start")
+    recipe_name: str | None = Field(description="name of its recipe; null for the start")
+    recipe: dict[str, Any] | None = Field(description="the [recipe] table as it ran; null for the start")
+    num_steps: int = Field(description="optimiser steps")
+    num_sequences: int = Field(description="sequences that it trained on")
+    num_answer_tokens: int = Field(description="answer tokens that it learned from")
+    train_s: float = Field(description="seconds of its training steps")
+    evaluate_s: float = Field(description="seconds that its measurement took")
+    memory_bytes: int | None = Field(
+        description="most bytes that a step of training held (on a CPU: resident); null for the start"
+    )
+    backbone_sha256s: tuple[str, str] | None = Field(
+        default=None,
+        description="hashes of a frozen backbone's tensors in memory, before and after training; null for a "
+        "tuned one",
+    )
+    heads_sha256: str = Field(description="SHA-256 of the heads' tensors")
+    adapter_sha256: str | None = Field(
+        description="SHA-256 of the adapter's tensors; null where the backbone is the original"
+    )
+    held_out: tuple[TextChange, ...] = Field(description="the original model's own greedy answers")
+    references: tuple[TextChange, ...] = Field(description="texts of another hand")
+    greedy: tuple[GreedyText, ...] = Field(description="one entry a held-out prompt")
+    heads: tuple[HeadText, ...] = Field(description="one entry a held-out text")
 
     @property
     def label(self) -> str:
-        """What the arm's files are called."""
+        """Return what the arm's files are called."""
         return self.arm if self.seed is None else f"{self.arm}-{self.seed}"
 
 
-class StepPoint(BaseModel):
+class StepPoint(Versioned):
     """What the curves show of one training step; the log holds more."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(extra="ignore")
 
-    step: int
-    loss: float
-    backbone_loss: float | None
-    head_losses: tuple[float | None, ...]
-    lambda_0: float
-    memory_bytes: int
+    step: int = Field(description="optimiser step, from 1")
+    loss: float = Field(description="the training's loss, nats a position")
+    backbone_loss: float | None = Field(
+        description="mean loss of the backbone, nats; null where it did not learn"
+    )
+    head_losses: tuple[float | None, ...] = Field(
+        description="mean loss of each head over its own targets, nats; null where it had none"
+    )
+    lambda_0: float = Field(description="weight of the heads' losses in the whole loss")
+    memory_bytes: int = Field(
+        description="most bytes held since training began: of the GPU's allocator, else resident in memory"
+    )
 
 
-class AblationManifest(Frozen):
+class AblationManifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
-    schema_version: Literal[1] = 1
-    suite: str
-    num_planned: int
-    num_arms: int
-    finished_utc: str
-    elapsed_s: float
-    sha256: dict[str, str]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    suite: str = Field(description="name of the ablation")
+    num_planned: int = Field(description="arms times seeds that were to be run, the start included")
+    num_arms: int = Field(description="arms times seeds that are done")
+    finished_utc: Annotated[str, FINISHED_UTC]
+    elapsed_s: Annotated[float, ELAPSED_S]
+    sha256: Annotated[dict[str, str], FILE_HASHES]
 
 
 class AblationRecord(RecordFolder):
@@ -139,7 +146,7 @@ class AblationRecord(RecordFolder):
 
     @cached_property
     def spec(self) -> AblationSpec:
-        return parse_ablation(self._text("suite.toml"), where="suite.toml")
+        return self._spec("suite.toml", AblationSpec, parse_ablation)
 
     @cached_property
     def environment(self) -> Environment:
@@ -147,15 +154,11 @@ class AblationRecord(RecordFolder):
 
     @cached_property
     def manifest(self) -> AblationManifest | None:
-        return (
-            self._read("manifest.json", AblationManifest)
-            if (self.folder / "manifest.json").exists()
-            else None
-        )
+        return self._optional("manifest.json", AblationManifest)
 
     @cached_property
     def tree(self) -> ArmTree:
-        """The one tree that all arms are compared at."""
+        """Return the one tree that all arms are compared at."""
         return self._read(TREE_FILE, ArmTree)
 
     @cached_property
@@ -171,10 +174,9 @@ class AblationRecord(RecordFolder):
         return Trace.load(self.folder / trace_file(result.label))
 
     def original_text_trace(self, result: ArmResult) -> Trace | None:
-        """Return the trace of the original model's greedy answers as this arm reads them; a frozen backbone's
-        own text is that text.
+        """Return the trace of the original model's greedy answers as this arm reads them.
 
-        None in a record from before it was taken.
+        A frozen backbone's own text is that text. None in a record from before it was taken.
         """
         if result.adapter_sha256 is None:
             return self.trace(result)
@@ -185,11 +187,9 @@ class AblationRecord(RecordFolder):
         """Return the training steps of an arm; none for the start."""
         path = self.folder / steps_file(result.label)
         try:
-            return (
-                tuple(StepPoint.model_validate_json(line) for line in path.read_text().splitlines())
-                if path.exists()
-                else ()
-            )
+            lines = path.read_text().splitlines() if path.exists() else []
+            context = ReadFrom(path.name)
+            return tuple(StepPoint.model_validate_json(line, context=context) for line in lines)
         except (OSError, ValidationError) as error:
             raise UserError(
                 found="an unreadable step log", need="one step a line", where=path.name
@@ -221,8 +221,10 @@ def steps_file(label: str) -> str:
 
 
 def read_results(path: Path, *, allow_torn_tail: bool = False) -> tuple[ArmResult, ...]:
-    """Read an `arms.jsonl` as `files.read_lines` does."""
-    return read_lines(path, ArmResult.model_validate_json, holds="one arm", allow_torn_tail=allow_torn_tail)
+    """Return the arms of an `arms.jsonl`, read as `files.read_lines` does."""
+    return read_versioned_lines(
+        path, ArmResult.model_validate_json, holds="one arm", allow_torn_tail=allow_torn_tail
+    )
 
 
 ABLATION = StoreKind(

@@ -1,5 +1,6 @@
-"""A record as flat tables for pandas, CSV and Parquet: raw counts and seconds, so that a reader forms ratios
-from totals.
+"""A record as flat tables for pandas, CSV and Parquet.
+
+They hold raw counts and seconds, so that a reader forms ratios from totals.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TRIAL_COLUMNS: Mapping[str, str] = {
 GENERATION_COLUMNS: Mapping[str, str] = {
     **TRIAL_COLUMNS,
     "status": "generation, or failure (then every measurement is empty)",
-    "order": "place in the order of the run, from 0",
+    "order": "index in the order of the run, from 0",
     "attempt": "0 for the first try, one more for each repeat",
     "category": "category of the prompt; empty where it has none",
     "prompt_tokens": "tokens of the prompt",
@@ -46,7 +47,7 @@ GENERATION_COLUMNS: Mapping[str, str] = {
     "timing_valid": "false where the block was cut by a kill and its times may not be used",
     "peak_memory_bytes": "peak memory during the trial",
     "cache_bytes": "size of the key-value cache",
-    "load_average": "load of the machine when the trial began",
+    "load_average": "one-minute load average of the machine when the trial ended",
     "error_type": "type of the exception of a failure",
     "message": "message of the exception of a failure",
 }
@@ -73,8 +74,9 @@ _WORDS = ("commit", "category", "ended_by", "error_type", "message")
 
 
 def generations_frame(record: RunRecord) -> pd.DataFrame:
-    """Return one row a trial, in the order of the run, failures included; the columns are those of
-    `GENERATION_COLUMNS`.
+    """Return one row a trial, in the order of the run, failures included.
+
+    The columns are those of `GENERATION_COLUMNS`.
     """
     outcomes: list[Generation | Failure] = [*record.generations, *_last_failures(record)]
     outcomes.sort(key=lambda outcome: outcome.order)

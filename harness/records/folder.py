@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import tomllib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from harness.errors import UserError
 from harness.files import file_sha256, first_fault
+from harness.records.versions import ReadFrom, check_version
 from harness.specs.suite import BackboneName
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+# what every manifest says of itself
+FINISHED_UTC = Field(description="time at which the record was sealed, ISO 8601, in UTC")
+ELAPSED_S = Field(description="seconds of the session that sealed the record; earlier sessions do not count")
+FILE_HASHES = Field(description="SHA-256 of each sealed file in hexadecimal, by the file's name")
 
 
 class SealedFiles(Protocol):
@@ -23,23 +32,23 @@ class SealedFiles(Protocol):
 
 
 class RecordFolder(ABC):
-    """The folder of a record of any kind, read lazily and validated; `kind`, `finished` and `again` are its
-    words in errors.
+    """The folder of a record, read lazily and validated.
 
+    `noun`, `finished` and `again` are how errors speak of it.
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
-    kind, finished, again = "a record folder", "a finished run", "run the suite again"
+    noun, finished, again = "a record folder", "a finished run", "run the suite again"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise UserError(found="no such folder", need=self.kind, where=folder.name)
+            raise UserError(found="no such folder", need=self.noun, where=folder.name)
 
     @property
     @abstractmethod
     def manifest(self) -> SealedFiles | None:
-        """What seals the folder; None for an unfinished run."""
+        """Return what seals the folder; None for an unfinished run."""
 
     def check_seal(self) -> None:
         """Refuse a record whose files differ from what its manifest says."""
@@ -64,11 +73,11 @@ class RecordFolder(ABC):
         try:
             return (self.folder / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(found=f"no readable {name}", need=self.kind, where=self.folder.name) from error
+            raise UserError(found=f"no readable {name}", need=self.noun, where=self.folder.name) from error
 
     def _read(self, name: str, model: type[ModelT]) -> ModelT:
         try:
-            return model.model_validate_json(self._text(name))
+            return model.model_validate_json(self._text(name), context=ReadFrom(name))
         except ValidationError as error:
             raise UserError(
                 found=first_fault(error), need=f"a {model.__name__} record", where=name
@@ -76,6 +85,13 @@ class RecordFolder(ABC):
 
     def _optional(self, name: str, model: type[ModelT]) -> ModelT | None:
         return self._read(name, model) if (self.folder / name).exists() else None
+
+    def _spec(self, name: str, model: type[ModelT], parse: Callable[..., ModelT]) -> ModelT:
+        """Return what the record was asked for; a spec of a newer version is refused as other files are."""
+        text = self._text(name)
+        with contextlib.suppress(tomllib.TOMLDecodeError):  # which `parse` tells of
+            check_version(tomllib.loads(text), model, where=name)
+        return parse(text, where=name)
 
 
 def file_of(name: str, backbone: BackboneName) -> str:

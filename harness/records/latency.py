@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from harness.files import Frozen, read_lines
-from harness.records.folder import RecordFolder
+from pydantic import Field
+
+from harness.files import Frozen
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree, DeviceLimits
 from harness.records.store import LineFile, StoreKind
+from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
 
@@ -22,73 +25,81 @@ STOCK = "hf_generate"
 POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json", "modes.json", "batches.json"
 
 
-class LatencyPoint(PointKey):
-    """Raw times of one combination, or why it was skipped.
+class LatencyPoint(Versioned, PointKey):
+    """Raw times of one combination, or why it was skipped."""
 
-    `backbone_s` is one forward pass over the nodes of every row; `heads_s` the heads at one state a row;
-    `step_s` a whole step of the decoding loop: heads, candidates, backbone, acceptance, compaction (a vanilla
-    step for one node; none for nodes without heads). `peak_memory_bytes` is that of the point's group.
-    """
-
-    schema_version: Literal[1] = 1
-    backbone_s: tuple[float, ...] = ()
-    heads_s: tuple[float, ...] = ()
-    step_s: tuple[float, ...] = ()
-    peak_memory_bytes: int | None = None
-    skipped: str | None = None
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    backbone_s: tuple[float, ...] = Field(
+        default=(), description="seconds of each forward pass over the nodes of every row"
+    )
+    heads_s: tuple[float, ...] = Field(
+        default=(), description="seconds of each call of the heads at one state a row; empty without heads"
+    )
+    step_s: tuple[float, ...] = Field(
+        default=(),
+        description="seconds of each whole step of the decoding loop: heads, candidates, backbone, "
+        "acceptance, compaction; a vanilla step for one node; empty for more nodes without heads",
+    )
+    peak_memory_bytes: int | None = Field(
+        default=None,
+        description="most bytes allocated while the points of the same dtype, mode, context and batch were "
+        "timed (on a CPU: resident in memory)",
+    )
+    skipped: str | None = Field(default=None, description="why nothing was timed; null where it was")
 
     @property
     def key(self) -> PointKey:
-        """The combination alone."""
+        """Return the combination alone."""
         return PointKey.model_validate({name: getattr(self, name) for name in PointKey.model_fields})
 
 
-class ModelFacts(Frozen):
-    """What the timed model is, as far as arithmetic on its times needs it.
+class ModelFacts(Versioned):
+    """What the timed model is, as far as arithmetic on its times needs it; sizes count numbers, not bytes."""
 
-    Units: counts of numbers, whatever their dtype; `step_parameters` are those that one decoding step reads.
-    """
-
-    schema_version: Literal[1] = 1
-    name: str
-    random_weights: bool
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_size: int
-    intermediate_size: int
-    vocab_size: int
-    num_parameters: int
-    step_parameters: int
-    max_positions: int | None
-    num_heads: int
-    num_head_layers: int
-    head_architecture: Literal["own", "shared"]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    name: str = Field(description="name of the model or of the published shape")
+    random_weights: bool = Field(description="whether the weights were drawn instead of loaded")
+    num_layers: int = Field(description="decoder layers of the backbone")
+    hidden_size: int = Field(description="numbers of one hidden state")
+    num_attention_heads: int = Field(description="heads of attention that queries have")
+    num_key_value_heads: int = Field(description="heads of attention that keys and values have")
+    head_size: int = Field(description="numbers of one key of one head")
+    intermediate_size: int = Field(description="numbers between the two layers of a feed-forward block")
+    vocab_size: int = Field(description="tokens of the vocabulary")
+    num_parameters: int = Field(description="numbers that the backbone owns")
+    step_parameters: int = Field(description="numbers of the backbone that one decoding step reads")
+    max_positions: int | None = Field(description="most tokens that a text may have; null where unbounded")
+    num_heads: int = Field(description="draft heads")
+    num_head_layers: int = Field(description="residual blocks of a draft head")
+    head_architecture: Literal["own", "shared"] = Field(
+        description="own: each draft head has its unembedding; shared: all use the backbone's LM head"
+    )
 
     @property
     def roofline_shape(self) -> ModelShape:
-        """The sizes that decide what a step costs."""
+        """Return the sizes that decide what a step costs."""
         return ModelShape(**{name: getattr(self, name) for name in ModelShape.__dataclass_fields__})
 
     @property
     def head_parameters(self) -> int:
-        """Numbers that the heads own."""
+        """Return how many numbers the draft heads own."""
         block = self.hidden_size * (self.hidden_size + 1)
         own = self.hidden_size * self.vocab_size if self.head_architecture == "own" else 0
         return self.num_heads * (self.num_head_layers * block + own)
 
     def step_bytes(self, dtype: str) -> int:
-        """Bytes of weights that one decoding step reads."""
+        """Return the bytes of weights that one decoding step reads."""
         return self.step_parameters * DTYPE_BYTES[dtype]
 
     def cache_bytes(self, tokens: int, *, dtype: str) -> int:
-        """Bytes of keys and values of so many tokens."""
+        """Return the bytes of keys and values of so many tokens."""
         return 2 * self.num_layers * self.num_key_value_heads * self.head_size * tokens * DTYPE_BYTES[dtype]
 
     def needed_bytes(self, key: PointKey, *, packs: bool) -> int:
-        """Bytes that a point needs: weights, their packed copies where a run `packs` any, cache, and logits
-        once as they are and once as float32.
+        """Return the bytes that a point needs.
+
+        They are weights, their packed copies where a run `packs` any, cache, and logits once as they are and
+        once as float32.
         """
         weights = self.num_parameters + self.head_parameters
         copies = self.step_parameters + self.head_parameters if packs else 0
@@ -114,60 +125,60 @@ def facts_of_shape(shape: ShapeSpec, *, heads: LatencyHeads, random_weights: boo
 
 
 class ModeTrial(Frozen):
-    """One prompt decoded greedily in one mode, or by Hugging Face `generate`; steps leave out the prefill."""
+    """One prompt decoded greedily in one mode of the engine, or by Hugging Face `generate`."""
 
-    dtype: DtypeName
-    mode: ModeName | Literal["hf_generate"]
-    prompt_key: str
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    step_tokens: tuple[int, ...]
-    step_times_s: tuple[float, ...]
-    prefill_s: float
+    dtype: DtypeName = Field(description="dtype of the model")
+    mode: ModeName | Literal["hf_generate"] = Field(description="mode of the engine, or hf_generate")
+    prompt_key: str = Field(description="which prompt; pairs the modes")
+    prompt_tokens: int = Field(description="tokens of the prompt")
+    token_ids: tuple[int, ...] = Field(description="ids of the kept tokens, the prefill's first")
+    step_tokens: tuple[int, ...] = Field(description="kept tokens of each decoding step after the prefill")
+    step_times_s: tuple[float, ...] = Field(description="seconds of each of these steps")
+    prefill_s: float = Field(description="seconds until the first token is on the host")
 
 
-class ModeTrials(Frozen):
+class ModeTrials(Versioned):
     """All trials of the table of modes, and the mode that `auto` takes in each dtype."""
 
-    schema_version: Literal[1] = 1
-    auto: dict[DtypeName, ModeName]
-    trials: tuple[ModeTrial, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    auto: dict[DtypeName, ModeName] = Field(description="mode that `auto` takes, by dtype")
+    trials: tuple[ModeTrial, ...] = Field(description="one entry a dtype, mode and prompt")
 
 
 class BatchTrial(Frozen):
-    """Some prompts decoded together: tokens behind the first of each, and the seconds that they took."""
+    """Some prompts decoded together."""
 
-    method: Literal["vanilla", "medusa"]
-    batch: int
-    round: int
-    prompt_keys: tuple[str, ...]
-    num_tokens: int
-    num_steps: int
-    decode_s: float
+    method: Literal["vanilla", "medusa"] = Field(description="plain decoding, or with the record's tree")
+    batch: int = Field(description="prompts that were decoded together")
+    round: int = Field(description="which pass over all batches, from 0")
+    prompt_keys: tuple[str, ...] = Field(description="the prompts of the batch")
+    num_tokens: int = Field(description="tokens after the first of each prompt, of all prompts together")
+    num_steps: int = Field(description="decoding steps, the prefill left out")
+    decode_s: float = Field(description="seconds that these steps took together")
 
 
-class BatchTrials(Frozen):
+class BatchTrials(Versioned):
     """All trials of the batch table, in one dtype and mode."""
 
-    schema_version: Literal[1] = 1
-    dtype: DtypeName
-    mode: ModeName
-    tree: ArmTree
-    trials: tuple[BatchTrial, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    dtype: DtypeName = Field(description="dtype of the model")
+    mode: ModeName = Field(description="mode of the engine")
+    tree: ArmTree = Field(description="the tree that Medusa decodes with")
+    trials: tuple[BatchTrial, ...] = Field(description="one entry a method, group of prompts and round")
 
 
-class LatencyManifest(Frozen):
+class LatencyManifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
-    schema_version: Literal[1] = 1
-    spec: str
-    num_planned: int
-    num_measured: int
-    num_skipped: int
-    finished_utc: str
-    elapsed_s: float
-    peak_memory_bytes: int
-    sha256: dict[str, str]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    spec: str = Field(description="name of the latency spec")
+    num_planned: int = Field(description="points that were to be timed, those to be skipped among them")
+    num_measured: int = Field(description="points that were timed")
+    num_skipped: int = Field(description="points that were skipped, with a reason")
+    finished_utc: Annotated[str, FINISHED_UTC]
+    elapsed_s: Annotated[float, ELAPSED_S]
+    peak_memory_bytes: int = Field(description="most bytes allocated in that session (on a CPU: resident)")
+    sha256: Annotated[dict[str, str], FILE_HASHES]
 
 
 class LatencyRecord(RecordFolder):
@@ -176,11 +187,11 @@ class LatencyRecord(RecordFolder):
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
-    kind, again = "a latency record", "measure again"
+    noun, again = "a latency record", "measure again"
 
     @cached_property
     def spec(self) -> LatencySpec:
-        return parse_latency_spec(self._text("spec.toml"), where="spec.toml")
+        return self._spec("spec.toml", LatencySpec, parse_latency_spec)
 
     @cached_property
     def environment(self) -> Environment:
@@ -207,15 +218,17 @@ class LatencyRecord(RecordFolder):
         return self._optional("manifest.json", LatencyManifest)
 
     def limits(self, dtype: str) -> DeviceLimits | None:
-        """What the device could do in that dtype."""
+        """Return what the device could do in that dtype."""
         return self._optional(limits_file(dtype, first=self.spec.dtypes[0]), DeviceLimits)
 
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Up to which batch drafting pays: the largest measured batch with a speedup above 1 (None: at none), and
-    the batch at which the speedup crosses 1, linear in log2 of the batch between that one and the next (None
-    where it does not).
+    """Up to which batch drafting pays.
+
+    `largest_batch` is the largest measured batch with a speedup above 1, None where none has one. `crossing`
+    is the batch at which the speedup falls to 1, linear in log2 of the batch between that one and the next,
+    None where it does not.
     """
 
     largest_batch: int | None
@@ -224,7 +237,7 @@ class BreakEven:
 
     @property
     def words(self) -> str:
-        """The break-even point as a sentence would put it."""
+        """Return the break-even point as a sentence would put it."""
         if self.largest_batch is None:
             return f"none: no speedup at any measured batch ({', '.join(map(str, self.measured))})"
         if self.crossing is None:
@@ -233,7 +246,7 @@ class BreakEven:
 
 
 def break_even(speedups: Mapping[int, float]) -> BreakEven:
-    """Return up to which batch a speedup above 1 was measured, and where behind it the speedup falls to 1."""
+    """Return up to which batch a speedup above 1 was measured, and where after it the speedup falls to 1."""
     batches = sorted(speedups)
     paying = [batch for batch in batches if speedups[batch] > 1]
     if not paying or paying[-1] == batches[-1]:
@@ -245,16 +258,14 @@ def break_even(speedups: Mapping[int, float]) -> BreakEven:
 
 
 def read_points(path: Path, *, allow_torn_tail: bool = False) -> tuple[LatencyPoint, ...]:
-    """Read a `points.jsonl` as `files.read_lines` does."""
-    return read_lines(
+    """Return the points of a `points.jsonl`, read as `files.read_lines` does."""
+    return read_versioned_lines(
         path, LatencyPoint.model_validate_json, holds="one point", allow_torn_tail=allow_torn_tail
     )
 
 
 def limits_file(dtype: str, *, first: str) -> str:
-    """Return the file that holds the device's limits in a dtype: the spec's first dtype has the plain
-    name.
-    """
+    """Return the file of the device's limits in a dtype; the spec's first dtype has the plain name."""
     return "device_limits.json" if dtype == first else f"device_limits_{dtype}.json"
 
 

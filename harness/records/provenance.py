@@ -3,66 +3,81 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from harness.files import Frozen
+from harness.records.versions import VERSION, Versioned
 
 
 class DeviceInfo(Frozen):
     """The device under test; no host name, no user name."""
 
-    kind: Literal["cpu", "cuda"]
-    name: str
-    num_cores: int
-    num_threads: int
-    memory_bytes: int
-    details: dict[str, str] = {}
+    kind: Literal["cpu", "cuda"] = Field(description="which backend of PyTorch runs it")
+    name: str = Field(description="its own name, such as NVIDIA A100-SXM4-80GB")
+    num_cores: int = Field(description="logical cores of the host's CPU")
+    num_threads: int = Field(description="threads that PyTorch uses on the CPU")
+    memory_bytes: int = Field(description="bytes of memory: of the GPU, else of the host")
+    details: dict[str, str] = Field(
+        default={}, description="instruction set or compute capability, CUDA version"
+    )
 
 
 class TunedOrigin(Frozen):
-    """The tuned backbone of a run: `backbone_sha256` stands for model and adapter together."""
+    """The tuned backbone of a run."""
 
-    backbone_sha256: str
-    adapter_sha256: str
-    heads_sha256: str
-    heads_provenance: dict[str, Any] = {}
-    weight_bytes: int
-    packed_bytes: int
-    heads_bytes: int
+    backbone_sha256: str = Field(description="SHA-256 that stands for model and adapter together")
+    adapter_sha256: str = Field(description="SHA-256 of the adapter's tensors")
+    heads_sha256: str = Field(description="SHA-256 of the heads' tensors")
+    heads_provenance: dict[str, Any] = Field(
+        default={}, description="what the heads' file says of their training"
+    )
+    weight_bytes: int = Field(description="bytes of the backbone's weights that one decoding step reads")
+    packed_bytes: int = Field(description="bytes of packed copies of weights that the engine keeps as well")
+    heads_bytes: int = Field(description="bytes that one call of all heads reads")
 
 
-class Provenance(Frozen):
-    """Where a record comes from, whatever its kind. `commit` is None outside a git checkout, and the report
-    says so.
-    """
+class Provenance(Versioned):
+    """Where a record comes from, whatever its kind."""
 
-    schema_version: Literal[1] = 1
-    commit: str | None
-    dirty: bool | None
-    command: str
-    python: str
-    packages: dict[str, str]
-    device: DeviceInfo
-    started_utc: str
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    commit: str | None = Field(description="commit of the code; null outside a git checkout")
+    dirty: bool | None = Field(
+        description="whether tracked files differed from the commit; null where unknown"
+    )
+    command: str = Field(description="command line, without paths")
+    python: str = Field(description="version of Python")
+    packages: dict[str, str] = Field(description="versions of the packages that can move a figure, by name")
+    device: DeviceInfo = Field(description="the machine that measured or, for a sweep, composed")
+    started_utc: str = Field(description="time at which the record was begun, ISO 8601, in UTC")
 
 
 class Environment(Provenance):
     """Where a record comes from that a loaded model made."""
 
-    engine: str
-    dtype: str
-    blas: str
-    variables: dict[str, str]
-    backbone_sha256: str
-    heads_sha256: str | None
-    prompts_sha256: str
-    model_name: str
-    weight_bytes: int
-    packed_bytes: int = 0
-    heads_bytes: int
-    heads_provenance: dict[str, Any] = {}
-    tuned: TunedOrigin | None = None
-    assets: dict[str, str] = {}
+    engine: str = Field(description="mode of the engine, or the modes that the record compares")
+    dtype: str = Field(description="dtype of the backbone, or the dtypes that the record compares")
+    blas: str = Field(description="libraries and vector instructions that PyTorch was built with")
+    variables: dict[str, str] = Field(
+        description="environment variables that change threads or kernels, where set"
+    )
+    backbone_sha256: str = Field(description="SHA-256 of the backbone's stored tensors")
+    heads_sha256: str | None = Field(description="SHA-256 of the heads' tensors; null without heads")
+    prompts_sha256: str = Field(description="SHA-256 of keys and token ids of all texts that were read")
+    model_name: str = Field(description="name of the backbone")
+    weight_bytes: int = Field(description="bytes of the backbone's weights that one decoding step reads")
+    packed_bytes: int = Field(
+        default=0, description="bytes of packed copies of weights that the engine keeps"
+    )
+    heads_bytes: int = Field(description="bytes that one call of all heads reads; 0 without heads")
+    heads_provenance: dict[str, Any] = Field(
+        default={}, description="what the heads' file says of their training"
+    )
+    tuned: TunedOrigin | None = Field(
+        default=None, description="the suite's tuned backbone; null without one"
+    )
+    assets: dict[str, str] = Field(default={}, description="source and SHA-256 of each asset, by name")
 
 
 ENGINE_IDENTITY = (

@@ -1,10 +1,10 @@
 """What a run leaves on disk: versioned, validated records; everything after them is a function of them.
 
 A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by
-line), the probes (`step_costs.json`, `profile.json`, `device_limits.json`, `heads_control.json`, in half
-precision `rounding.json`), `trace.npz`, and, last, `manifest.json`, which seals it with the SHA-256 of every
-other file. What a suite's tuned backbone has of its own has `-tuned` in its name (`file_of`). No clock,
-device or torch is needed to read one.
+line), what is measured apart from the trials (`step_costs.json`, `profile.json`, `device_limits.json`,
+`heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last, `manifest.json`, which seals
+it with the SHA-256 of every other file. What a suite's tuned backbone has of its own has `-tuned` in its name
+(`file_of`). No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.files import Frozen, read_lines
-from harness.records.folder import RecordFolder, file_of
+from harness.files import Frozen
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder, file_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
+from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.suite import BackboneName, SuiteSpec, parse_suite
 from medusa_impl.tree import DraftTree
 
-RECORD_SCHEMA_VERSION = 1
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 
@@ -36,241 +36,242 @@ TIE_SHIFTS = 2.0
 class TrialKey(Frozen):
     """One arm on one prompt in one round with one seed: the unit that is run once."""
 
-    arm: str
-    prompt_key: str
-    round: int
-    seed: int | None = None
+    arm: str = Field(description="name that the suite gives the arm")
+    prompt_key: str = Field(description="prompt, such as mt_bench-81; pairs the arms")
+    round: int = Field(description="which pass over all arms and prompts, from 0")
+    seed: int | None = Field(default=None, description="seed of the draws; null where nothing is drawn")
 
 
-class Generation(Frozen):
-    """One finished trial: raw token ids, raw per-step counts and times.
+class Generation(Versioned):
+    """One finished trial: raw token ids, raw counts and times of its steps."""
 
-    `token_ids` are y_1..y_n after the shared cut (end-of-sequence or budget). `step_tokens[s]` counts the
-    kept tokens of decoding step s and sums to n - 1, since the prefill yields y_1; `step_times_s` are aligned
-    with it. The decode clock starts when y_1 is on the host.
-    """
-
-    schema_version: Literal[1] = 1
-    kind: Literal["generation"] = "generation"
-    trial: TrialKey
-    order: int
-    attempt: int = 0
-    category: str | None
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    ended_by: Literal["eos", "budget"]
-    step_tokens: tuple[int, ...]
-    step_times_s: tuple[float, ...]
-    prefill_s: float
-    timing_valid: bool = True
-    peak_memory_bytes: int | None = None
-    cache_bytes: int | None = None
-    load_average: float | None = None
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Literal["generation"] = Field(default="generation", description="tells it from a failure")
+    trial: TrialKey = Field(description="what was run")
+    order: int = Field(description="index in the order in which the run takes its trials, from 0")
+    attempt: int = Field(default=0, description="0 for the first try, one more for each repeat")
+    category: str | None = Field(description="category of the prompt; null where it has none")
+    prompt_tokens: int = Field(description="number of tokens of the prompt")
+    token_ids: tuple[int, ...] = Field(
+        description="ids of the kept tokens y_1..y_n, cut after the end of sequence or at the budget"
+    )
+    ended_by: Literal["eos", "budget"] = Field(description="end of sequence, or the budget of tokens")
+    step_tokens: tuple[int, ...] = Field(
+        description="kept tokens of each decoding step; their sum is n - 1, since the prefill yields y_1"
+    )
+    step_times_s: tuple[float, ...] = Field(description="seconds of each decoding step, as in step_tokens")
+    prefill_s: float = Field(description="seconds until y_1 is on the host; then the decode clock starts")
+    timing_valid: bool = Field(default=True, description="false where a kill cut its block of trials")
+    peak_memory_bytes: int | None = Field(
+        default=None, description="most bytes allocated during the trial (on a CPU: resident in memory)"
+    )
+    cache_bytes: int | None = Field(default=None, description="bytes of the key-value cache")
+    load_average: float | None = Field(default=None, description="one-minute load average at its end")
 
     @property
     def num_tokens(self) -> int:
-        """Kept tokens, y_1 included."""
+        """Return the number of kept tokens, y_1 included."""
         return len(self.token_ids)
 
     @property
     def num_steps(self) -> int:
-        """Decoding steps after the prefill."""
+        """Return the number of decoding steps after the prefill."""
         return len(self.step_tokens)
 
     @property
     def decode_s(self) -> float:
-        """Seconds on the decode clock."""
+        """Return the seconds on the decode clock."""
         return sum(self.step_times_s)
 
     @property
     def wall_s(self) -> float:
-        """Seconds with the prefill."""
+        """Return the seconds with the prefill."""
         return self.prefill_s + self.decode_s
 
 
-class Failure(Frozen):
+class Failure(Versioned):
     """A trial that raised: no metric, never a data point."""
 
-    schema_version: Literal[1] = 1
-    kind: Literal["failure"] = "failure"
-    trial: TrialKey
-    order: int
-    attempt: int = 0
-    error_type: str
-    message: str
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Literal["failure"] = Field(default="failure", description="tells it from a generation")
+    trial: TrialKey = Field(description="what was run")
+    order: int = Field(description="index in the order in which the run takes its trials, from 0")
+    attempt: int = Field(default=0, description="0 for the first try, one more for each repeat")
+    error_type: str = Field(description="class of the exception")
+    message: str = Field(description="what the exception said, without paths, at most 500 characters")
 
 
 TrialOutcome = Annotated[Generation | Failure, Field(discriminator="kind")]
 _OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
 
 
-class StepCost(Frozen):
-    """Separately timed steps of one shape: backbone alone, and the whole step with heads, candidates,
-    acceptance and compaction.
-    """
+class StepCost(Versioned):
+    """Separately timed steps of one shape."""
 
-    arm: str | None = None
-    num_nodes: int
-    num_heads: int
-    context_tokens: int
-    backbone_s: tuple[float, ...]
-    step_s: tuple[float, ...] = ()
+    arm: str | None = Field(default=None, description="arm whose steps they are; null for a shape alone")
+    num_nodes: int = Field(description="nodes of the tree, root included; 1 is vanilla")
+    num_heads: int = Field(description="draft heads that the tree reads")
+    context_tokens: int = Field(description="tokens in the cache before the steps")
+    backbone_s: tuple[float, ...] = Field(description="seconds of the backbone in each step")
+    step_s: tuple[float, ...] = Field(
+        default=(),
+        description="seconds of each whole step, with heads, candidates, acceptance and compaction; empty "
+        "where only the backbone was timed",
+    )
 
 
-class StepCosts(Frozen):
-    """All separately timed steps of a run; shapes are interleaved within it."""
+class StepCosts(Versioned):
+    """All separately timed steps of a run."""
 
-    schema_version: Literal[1] = 1
-    costs: tuple[StepCost, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    costs: tuple[StepCost, ...] = Field(description="one entry a shape; shapes were timed in turn")
 
 
 class ProfileRow(Frozen):
-    """Where one arm's step time goes, from a profiling run apart from the timed ones (seconds summed over its
-    steps).
+    """Where one arm's step time goes, in a profiling run apart from the timed ones."""
 
-    `backbone_s` and `heads_s` are the calls of the modules themselves; `candidates_s` includes positions and
-    mask."""
-
-    arm: str
-    num_steps: int
-    step_s: float
-    backbone_s: float
-    heads_s: float
-    candidates_s: float
-    acceptance_s: float
-    cache_s: float
+    arm: str = Field(description="name that the suite gives the arm")
+    num_steps: int = Field(description="decoding steps that were timed")
+    step_s: float = Field(description="seconds of all steps together")
+    backbone_s: float = Field(description="seconds in calls of the backbone, over all steps")
+    heads_s: float = Field(description="seconds in calls of the draft heads, over all steps")
+    candidates_s: float = Field(description="seconds for candidates, positions and mask, over all steps")
+    acceptance_s: float = Field(description="seconds for acceptance, over all steps")
+    cache_s: float = Field(description="seconds for compaction of the cache, over all steps")
 
     @property
     def own_code_share(self) -> float:
-        """1 - (backbone + heads) / step: what our own code costs."""
+        """Return 1 - (backbone + heads) / step: what our own code costs."""
         return 1 - (self.backbone_s + self.heads_s) / self.step_s
 
 
-class Profile(Frozen):
+class Profile(Versioned):
     """The profiling run."""
 
-    schema_version: Literal[1] = 1
-    rows: tuple[ProfileRow, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    rows: tuple[ProfileRow, ...] = Field(description="one entry an arm")
 
 
-class DeviceLimits(Frozen):
-    """What this device can do, measured in the same run: best of several repeats of a read-only and a matrix
-    product benchmark.
-    """
+class DeviceLimits(Versioned):
+    """What this device can do, measured in the same run."""
 
-    schema_version: Literal[1] = 1
-    read_bandwidth_bytes_per_s: float
-    matmul_flop_per_s: float
-    method: str
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    read_bandwidth_bytes_per_s: float = Field(description="bytes read a second, the best of several repeats")
+    matmul_flop_per_s: float = Field(
+        description="floating-point operations of a matrix product a second, the best of several repeats"
+    )
+    method: str = Field(description="sizes and repeats of the two measurements, in words")
 
 
-class HeadsControl(Frozen):
-    """Trained heads against freshly initialised and randomly weighted ones, before any timing is kept
-    (held-out top-1 share per head).
-    """
+class HeadsControl(Versioned):
+    """Trained heads against useless ones on held-out text, before any timing is kept."""
 
-    schema_version: Literal[1] = 1
-    num_positions: int
-    trained_top1: tuple[float, ...]
-    random_top1: tuple[float, ...]
-    identity_top1: tuple[float, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    num_positions: int = Field(description="positions at which the first head was read")
+    trained_top1: tuple[float, ...] = Field(
+        description="share of positions, one entry a head, at which the trained head's best token is right"
+    )
+    random_top1: tuple[float, ...] = Field(description="the same share, of heads with random weights")
+    identity_top1: tuple[float, ...] = Field(description="the same share, of heads before any training")
 
 
 class ShapeShift(Frozen):
-    """How far the steps of some arms, all of `num_nodes` tokens, move a figure away from what the trace's
-    pass gives at the same positions.
+    """How far steps of one shape move a figure from what the trace's pass gives at the same positions.
 
-    One value a position, the largest of it: the nodes that hold the position, or the heads read there.
-    Units: `p50`, `p90`, `p99` and `largest` are absolute differences of logits.
+    A position's value is the largest of the nodes that hold it, or of the heads read there.
     """
 
-    arms: tuple[str, ...]
-    num_nodes: int
-    num_positions: int
-    p50: float
-    p90: float
-    p99: float
-    largest: float
+    arms: tuple[str, ...] = Field(description="arms that decode in steps of this shape")
+    num_nodes: int = Field(description="tokens of a step: nodes of the tree, root included")
+    num_positions: int = Field(description="positions that were compared")
+    p50: float = Field(description="median of the absolute differences of logits")
+    p90: float = Field(description="90th percentile of the absolute differences of logits")
+    p99: float = Field(description="99th percentile of the absolute differences of logits")
+    largest: float = Field(description="largest of the absolute differences of logits")
 
 
-class Rounding(Frozen):
-    """How far this dtype's rounding moves logits between the shapes in which a run computes one position, on
-    text of no benchmark prompt.
+class Rounding(Versioned):
+    """How far this dtype's rounding moves logits between the shapes in which a run computes one position."""
 
-    `gaps`: the difference of the two tokens that the trace's pass finds best; with `generate` of
-    transformers, where an arm uses it.
-    `heads`: the difference of any two of a draft head's best candidates, of those ranks that a tree may name.
-    """
-
-    schema_version: Literal[1] = 1
-    dtype: str
-    num_texts: int
-    num_candidates: int
-    gaps: tuple[ShapeShift, ...] = Field(min_length=1)
-    heads: tuple[ShapeShift, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    dtype: str = Field(description="dtype of the steps, such as bfloat16")
+    num_texts: int = Field(description="texts that were compared, of no benchmark prompt")
+    num_candidates: int = Field(description="ranks of a head that were compared: those a tree may name")
+    gaps: tuple[ShapeShift, ...] = Field(
+        min_length=1,
+        description="shifts of the difference of the two tokens that the trace's pass finds best; also with "
+        "generate of transformers, where an arm uses it",
+    )
+    heads: tuple[ShapeShift, ...] = Field(
+        description="shifts of the difference of any two of a draft head's best candidates"
+    )
 
     @property
     def largest_gap_shift(self) -> float:
-        """The largest of all shapes."""
+        """Return the largest shift of a gap in any shape."""
         return max(shape.largest for shape in self.gaps)
 
     @property
     def largest_head_shift(self) -> float:
-        """The largest of all shapes; 0 where no arm reads a head."""
+        """Return the largest shift of a head in any shape; 0 where no arm reads a head."""
         return max((shape.largest for shape in self.heads), default=0.0)
 
 
-class ArmTree(Frozen):
+class ArmTree(Versioned):
     """The tree an arm decoded with, and where it came from."""
 
-    paths: tuple[tuple[int, ...], ...]
-    origin: str
-    predicted_tokens_per_step: float | None = None
+    paths: tuple[tuple[int, ...], ...] = Field(
+        description="each node's ranks from the root on, counted from 0; the root is the empty path"
+    )
+    origin: str = Field(description="how the tree was chosen, in words")
+    predicted_tokens_per_step: float | None = Field(
+        default=None, description="tokens a step in a replay of the calibration trace; null without one"
+    )
 
     def tree(self) -> DraftTree:
         """Return the validated tree."""
         return DraftTree.from_paths(self.paths)
 
 
-class ArmTrees(Frozen):
-    """The resolved trees by arm."""
+class ArmTrees(Versioned):
+    """The resolved trees of a run's Medusa arms."""
 
-    schema_version: Literal[1] = 1
-    trees: dict[str, ArmTree]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    trees: dict[str, ArmTree] = Field(description="each arm's tree, by the arm's name")
 
 
 class Likelihood(Frozen):
-    """Mean log-likelihood of one sampled generation under the original backbone at temperature 1 (nats a
-    token).
-    """
+    """How likely the original backbone finds one sampled generation, at temperature 1."""
 
-    trial: TrialKey
-    mean_log_likelihood: float
+    trial: TrialKey = Field(description="the trial that was scored")
+    mean_log_likelihood: float = Field(description="mean log-likelihood, nats a token")
 
 
-class Likelihoods(Frozen):
+class Likelihoods(Versioned):
     """Likelihoods of all sampled generations, scored after the timed part."""
 
-    schema_version: Literal[1] = 1
-    rows: tuple[Likelihood, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    rows: tuple[Likelihood, ...] = Field(description="one entry a sampled generation")
 
 
-class Manifest(Frozen):
+class Manifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
-    schema_version: Literal[1] = 1
-    suite: str
-    num_planned: int
-    num_generations: int
-    num_failures: int
-    finished_utc: str
-    elapsed_s: float
-    peak_memory_bytes: int
-    sha256: dict[str, str]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    suite: str = Field(description="name of the suite")
+    num_planned: int = Field(description="trials that were to be run")
+    num_generations: int = Field(description="trials that finished")
+    num_failures: int = Field(description="trials that failed and were not repeated with success")
+    finished_utc: Annotated[str, FINISHED_UTC]
+    elapsed_s: Annotated[float, ELAPSED_S]
+    peak_memory_bytes: int = Field(
+        description="most bytes allocated in that session (on a CPU: resident in memory)"
+    )
+    sha256: Annotated[dict[str, str], FILE_HASHES]
 
     @property
     def complete(self) -> bool:
-        """Whether every planned trial has an outcome."""
+        """Return whether every planned trial has an outcome."""
         return self.num_generations + self.num_failures >= self.num_planned
 
 
@@ -282,7 +283,7 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def suite(self) -> SuiteSpec:
-        return parse_suite(self._text("suite.toml"), where="suite.toml")
+        return self._spec("suite.toml", SuiteSpec, parse_suite)
 
     @cached_property
     def environment(self) -> Environment:
@@ -290,7 +291,7 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def manifest(self) -> Manifest | None:
-        return self._read("manifest.json", Manifest) if (self.folder / "manifest.json").exists() else None
+        return self._optional("manifest.json", Manifest)
 
     @cached_property
     def outcomes(self) -> tuple[Generation | Failure, ...]:
@@ -298,7 +299,7 @@ class RunRecord(RecordFolder):
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Trials that failed and were not repeated with success."""
+        """Return the trials that failed and were not repeated with success."""
         done = {outcome.trial for outcome in self.outcomes if isinstance(outcome, Generation)}
         return tuple(
             outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done
@@ -306,7 +307,7 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:
-        """One generation a trial: the last whose timing is valid, else the last."""
+        """Return one generation a trial: the last whose timing is valid, else the last."""
         chosen: dict[TrialKey, Generation] = {}
         for outcome in self.outcomes:
             if isinstance(outcome, Generation):
@@ -336,16 +337,16 @@ class RunRecord(RecordFolder):
         return self.heads_control_of("original")
 
     def heads_control_of(self, backbone: BackboneName) -> HeadsControl | None:
-        """The control of one backbone's heads."""
+        """Return the control of one backbone's heads."""
         return self._optional(file_of(HEADS_CONTROL_FILE, backbone), HeadsControl)
 
     @cached_property
     def rounding(self) -> Rounding | None:
-        """None in float32, and in records from before it was measured."""
+        """Return the original backbone's rounding; None in float32, and in records older than the measure."""
         return self.rounding_of("original")
 
     def rounding_of(self, backbone: BackboneName) -> Rounding | None:
-        """What this precision's rounding does to one backbone."""
+        """Return what this precision's rounding does to one backbone."""
         return self._optional(file_of(ROUNDING_FILE, backbone), Rounding)
 
     @cached_property
@@ -354,13 +355,11 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def trace(self) -> Trace | None:
-        """The trace of the original backbone's greedy vanilla generations, with the backbone's top-two gaps
-        and the heads' losses.
-        """
+        """Return the trace of the original backbone's greedy vanilla generations."""
         return self.trace_of("original")
 
     def trace_of(self, backbone: BackboneName) -> Trace | None:
-        """The trace of one backbone's greedy vanilla generations; read once."""
+        """Return the trace of one backbone's greedy vanilla generations; it is read once."""
         if backbone not in self._traces:
             path = self.folder / file_of(TRACE_FILE, backbone)
             self._traces[backbone] = Trace.load(path) if path.exists() else None
@@ -372,15 +371,15 @@ class RunRecord(RecordFolder):
 
 
 def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
-    """Read a `generations.jsonl` as `read_lines` does."""
-    return read_lines(
+    """Return the trial outcomes of a `generations.jsonl`, read as `read_lines` does."""
+    return read_versioned_lines(
         path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail
     )
 
 
 def read_arm_steps(path: Path, *, allow_torn_tail: bool = False) -> tuple[StepCost, ...]:
-    """Read an `arm_steps.jsonl` as `read_lines` does."""
-    return read_lines(
+    """Return the separately timed steps of an `arm_steps.jsonl`, read as `read_lines` does."""
+    return read_versioned_lines(
         path, StepCost.model_validate_json, holds="one arm's separate steps", allow_torn_tail=allow_torn_tail
     )
 

@@ -1,13 +1,12 @@
-"""Where the time of a step goes, for vanilla and for trees of growing size: the record of a profiling run,
-and what follows from it.
+"""Where the time of a decoding step goes, for vanilla and for trees of growing size.
 
 A step of N nodes is cut into parts; what no part covers is the host's:
 
     mask | backbone | heads | candidates | acceptance | cache | host
            the calls of the modules      everything else is our own code
 
-Step cost is the backbone's share of that story, overhead the whole of it: a tree pays where it yields more
-tokens a step than its overhead.
+Step cost compares the backbone's part alone, overhead the whole step: a tree pays where it yields more tokens
+a step than its overhead.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import Environment
 from harness.records.run import ArmTree
+from harness.records.versions import VERSION, Versioned, read_versioned_file
 
 Part = Literal["mask", "backbone", "heads", "candidates", "acceptance", "cache"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -34,17 +34,21 @@ class SizeProfile(Frozen):
     """The timed steps of one tree; the root alone is vanilla decoding.
 
     Steps are timed in turn with and without marks around their parts. A mark makes the host wait for the
-    device, so `parts_s` and `step_s`, aligned step by step, tell where the time goes, and `unmarked_step_s`
-    how long a step takes. `kept_tokens` are those of all timed steps in order. `device_busy_s` is the summed
-    time of kernels a step, None on a CPU.
+    device, so the marked steps tell where the time goes, and the others how long a step takes.
     """
 
-    tree: ArmTree
-    parts_s: dict[Part, tuple[float, ...]]
-    step_s: tuple[float, ...] = Field(min_length=1)
-    unmarked_step_s: tuple[float, ...] = Field(min_length=1)
-    kept_tokens: tuple[int, ...]
-    device_busy_s: float | None = Field(default=None, ge=0)
+    tree: ArmTree = Field(description="the tree, with what the calibration trace predicts for it")
+    parts_s: dict[Part, tuple[float, ...]] = Field(
+        description="seconds of each part in every marked step, aligned with step_s"
+    )
+    step_s: tuple[float, ...] = Field(min_length=1, description="seconds of every marked step")
+    unmarked_step_s: tuple[float, ...] = Field(
+        min_length=1, description="seconds of every step without marks"
+    )
+    kept_tokens: tuple[int, ...] = Field(description="tokens that each timed step kept, in order")
+    device_busy_s: float | None = Field(
+        default=None, ge=0, description="summed seconds of the kernels of a step; null on a CPU"
+    )
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -59,40 +63,41 @@ class SizeProfile(Frozen):
 
     @property
     def num_nodes(self) -> int:
-        """Nodes of the tree, root included."""
+        """Return the nodes of the tree, root included."""
         return len(self.tree.paths)
 
     @property
     def depth(self) -> int:
-        """Draft levels of the tree, which is the number of heads that it reads."""
+        """Return the draft levels of the tree, which is the number of heads that it reads."""
         return max(len(path) for path in self.tree.paths)
 
     @property
     def host_s(self) -> tuple[float, ...]:
-        """What is left of each marked step's wall time."""
+        """Return the seconds of each marked step that no part covers."""
         return tuple(
             step - sum(parts) for step, *parts in zip(self.step_s, *self.parts_s.values(), strict=True)
         )
 
     @property
     def seconds(self) -> dict[str, tuple[float, ...]]:
-        """The marked steps' parts in order, the host's last."""
+        """Return the seconds of the marked steps' parts in order, the host's last."""
         return {**{part: self.parts_s[part] for part in PARTS}, "host": self.host_s}
 
     @property
     def own_code_share(self) -> float:
-        """1 - (backbone + heads) / step: what our own code costs."""
+        """Return 1 - (backbone + heads) / step: what our own code costs."""
         return 1 - (sum(self.parts_s["backbone"]) + sum(self.parts_s["heads"])) / sum(self.step_s)
 
     @property
     def mean_step_s(self) -> float:
-        """Mean latency of a step without marks."""
+        """Return the mean seconds of a step without marks."""
         return fmean(self.unmarked_step_s)
 
     @property
     def idle_share(self) -> float | None:
-        """Share of an unmarked step in which the device ran no kernel; None on a CPU. Kernels that overlap
-        count twice, so 0 at least.
+        """Return the share of an unmarked step in which the device ran no kernel; None on a CPU.
+
+        Kernels that overlap count twice, so the share is cut at 0.
         """
         return None if self.device_busy_s is None else max(0.0, 1 - self.device_busy_s / self.mean_step_s)
 
@@ -116,20 +121,22 @@ class SizeFactors:
 
     @property
     def predicted_speedup(self) -> float:
-        """Predicted tokens a step over overhead."""
+        """Return the predicted tokens a step over the overhead."""
         return self.predicted_tokens_per_step / self.overhead
 
 
-class StepProfile(Frozen):
-    """A profiling run: steps of every size behind the same kept texts, sizes in turn. `context_tokens` are
-    these texts' lengths.
-    """
+class StepProfile(Versioned):
+    """A profiling run: steps of every size after the same kept texts, sizes in turn."""
 
-    schema_version: Literal[1] = 1
-    suite: str
-    environment: Environment
-    context_tokens: tuple[int, ...] = Field(min_length=1)
-    sizes: tuple[SizeProfile, ...] = Field(min_length=1)
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    suite: str = Field(description="name of the suite whose model and heads were profiled")
+    environment: Environment = Field(description="where the profile comes from")
+    context_tokens: tuple[int, ...] = Field(
+        min_length=1, description="tokens of each kept text that steps were timed after"
+    )
+    sizes: tuple[SizeProfile, ...] = Field(
+        min_length=1, description="one entry a tree, vanilla's single node first, then larger ones"
+    )
 
     @model_validator(mode="after")
     def _vanilla_first(self) -> Self:
@@ -140,7 +147,7 @@ class StepProfile(Frozen):
 
     @cached_property
     def factors(self) -> tuple[SizeFactors, ...]:
-        """Every size against vanilla; step costs are ratios of medians, overheads of means."""
+        """Return every size against vanilla; step costs are ratios of medians, overheads of means."""
         vanilla = self.sizes[0]
         return tuple(
             SizeFactors(
@@ -157,22 +164,11 @@ class StepProfile(Frozen):
 
 
 def read_step_profile(path: Path) -> StepProfile:
-    """Read a profile record.
+    """Return a step profile.
 
     Raises: UserError for a missing or unreadable file, or one of another schema.
     """
-    try:
-        return StepProfile.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="a StepProfile record", where=path.name
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable {path.name}", need="a profile record", where="the command line"
-        ) from error
+    return read_versioned_file(path, StepProfile, noun="a profile record")
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

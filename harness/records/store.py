@@ -1,6 +1,4 @@
-"""A record under way: open or resume, append, seal. There is one store; what differs between kinds of records
-is a `StoreKind`.
-"""
+"""A record under way: open or resume, append, seal; what differs between kinds is a `StoreKind`."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ class ReadsLines(Protocol[ReadT]):
 
 @dataclass(frozen=True)
 class LineFile(Generic[LineT]):
-    """A file of a record that grows by whole lines, each flushed to disk; a kill leaves at most half a last
-    one.
+    """A file of a record that grows by whole lines.
+
+    Each is flushed to disk, so that a kill leaves at most half a last one.
     """
 
     name: str
@@ -43,8 +42,9 @@ class LineFile(Generic[LineT]):
     leaves_out_absent: bool = False
 
     def done(self, folder: Path) -> tuple[LineT, ...]:
-        """Return the lines that are there; half a last one is dropped from the file, so that the next is not
-        appended to it.
+        """Return the lines that are there.
+
+        Half a last line is dropped from the file, so that the next is not appended to it.
         """
         if not (folder / self.name).exists():
             return ()
@@ -71,9 +71,9 @@ class LineFile(Generic[LineT]):
 class StoreKind(Generic[LineT]):
     """How a record of one kind lies on disk while it is under way, and what makes a folder another run's.
 
-    `home` are the folders under the results before the spec's name; `begun` reads what a folder was begun
-    with; `identity` names the fields of its provenance that a resume must find again; `unsealed` are files
-    that can be made from the others again.
+    The nouns go into errors. `home` are the folders under the results before the spec's name; `begun`
+    reads what a folder was begun with; `identity` names the fields of its provenance that a resume must
+    find again; `unsealed` are files that can be made from the others again.
     """
 
     noun: str
@@ -102,9 +102,9 @@ class Store(Generic[LineT]):
         provenance: Provenance,
         resume: Path | None = None,
     ) -> Store[LineT]:
-        """Return the store to write to: `resume`, else the newest unfinished run of the same spec and
-        identity, else a new folder.
+        """Return the store to write to.
 
+        It is `resume`, else the newest unfinished run of the same spec and identity, else a new folder.
         Raises: UserError where `resume` names a run that is finished or that was begun with something else.
         """
         home = results.joinpath(*kind.home, spec.name, machine_slug(provenance.device))
@@ -123,8 +123,9 @@ class Store(Generic[LineT]):
         write_bytes(self.folder / self.kind.spec_file, tomli_w.dumps(portable(spec)).encode())
 
     def lines(self) -> tuple[LineT, ...]:
-        """Return the lines that are done; what a kill left, half a last line and temporary files, is dropped
-        first.
+        """Return the lines that are done.
+
+        What a kill left, half a last line and temporary files, is dropped first.
         """
         for left_over in self.folder.glob("*.tmp"):
             left_over.unlink()
@@ -139,11 +140,11 @@ class Store(Generic[LineT]):
         self.kind.lines.append(self.folder, *lines)
 
     def seal(self, manifest: type[ManifestT], **counts: Any) -> ManifestT:
-        """Write the manifest, last of all, and return it; `counts` are its fields but for the time and the
-        hashes.
-        """
+        """Write the manifest, last of all, and return it; `counts` are what the store cannot know."""
         sealed = manifest(
-            finished_utc=utc_now(), sha256=hashes(self.folder, unsealed=self.kind.unsealed), **counts
+            finished_utc=utc_now(),
+            sha256=hashes(self.folder, unsealed=self.kind.unsealed),
+            **counts,
         )
         write_json(self.folder / MANIFEST_FILE, sealed)
         return sealed
@@ -155,8 +156,9 @@ def portable(spec: BaseModel) -> dict[str, Any]:
 
 
 def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FILE)) -> dict[str, str]:
-    """Return the SHA-256 of every file that a manifest seals: all but itself and what can be made from the
-    others again.
+    """Return the SHA-256 of every file that a manifest seals, by name.
+
+    It seals all but itself and what can be made from the others again.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in unsealed)
     return {name: file_sha256(folder / name) for name in names if not name.endswith(".tmp")}
@@ -170,8 +172,9 @@ def utc_now() -> str:
 def _unfinished(
     home: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance, resume: Path | None
 ) -> Path | None:
-    """Return the folder to go on in: the one to `resume`, or the newest unfinished one of the same run; None
-    where there is none.
+    """Return the folder to go on in; None where there is none.
+
+    It is the one to `resume`, or the newest unfinished one of the same run.
     """
     if resume is not None:
         if (resume / MANIFEST_FILE).exists():
@@ -185,9 +188,8 @@ def _unfinished(
     for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
         if (folder / MANIFEST_FILE).exists():
             continue
-        with contextlib.suppress(
-            UserError
-        ):  # what another version or a damaged disk left must not stop a new run
+        # what another version or a damaged disk left must not stop a new run
+        with contextlib.suppress(UserError):
             if _difference(folder, kind=kind, spec=spec, provenance=provenance) is None:
                 return folder
     return None
@@ -196,9 +198,7 @@ def _unfinished(
 def _difference(
     folder: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance
 ) -> str | None:
-    """Return the first thing in which what a folder was begun with differs from this run; None where nothing
-    does.
-    """
+    """Return the first thing in which what a folder was begun with differs from this run, or None."""
     begun, then = kind.begun(folder)
     if begun != type(spec).model_validate(portable(spec)):
         return kind.spec_noun

@@ -1,21 +1,19 @@
-"""What a sweep leaves on disk: versioned, validated records; tables, figures and verdicts are functions of
-them. No torch, no device.
+"""What a sweep leaves on disk: versioned, validated records, without torch or a device.
 
 A record folder holds `sweep.toml`, `origin.json`, `trees.json`, `cells.jsonl` (one line a finished cell,
-appended as it ends) and, last, `manifest.json`, which seals it with the SHA-256 of every other file. A cell
-is what is computed or run at once and never in part: all trees on one curve, one sampled setting, or one
-decoded tree; a cell that could not be had says why.
+appended as it ends) and, last, `manifest.json`, which seals it with the SHA-256 of every other file. Tables,
+figures and verdicts are functions of them.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from harness.files import Frozen
-from harness.records.folder import RecordFolder
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
 from harness.records.provenance import Provenance
 from harness.records.store import LineFile, StoreKind
 from harness.records.sweep_cells import (
@@ -26,6 +24,7 @@ from harness.records.sweep_cells import (
     SampledCell,
     read_cells,
 )
+from harness.records.versions import VERSION, Versioned
 from harness.specs.sweep import SweepSpec, parse_sweep
 from harness.stats import Interval
 from medusa_impl.tree import DraftTree, RankPath
@@ -43,78 +42,80 @@ CHAIN, CARTESIAN, DENSE, MARGINALS, JOINT, CHOSEN = (
 
 
 class TraceFacts(Frozen):
-    """What a trace is of: one of the two texts behind every composed figure."""
+    """What a trace is of: one of the two texts that every composed figure rests on."""
 
-    model_sha256: str
-    heads_sha256: str
-    dtype: str
-    max_new_tokens: int
-    num_prompts: int
-    num_positions: int
-    num_heads: int
+    model_sha256: str = Field(description="SHA-256 of the backbone's tensors")
+    heads_sha256: str = Field(description="SHA-256 of the heads' tensors")
+    dtype: str = Field(description="dtype of the pass that ranked the text")
+    max_new_tokens: int = Field(description="most tokens that an answer may have")
+    num_prompts: int = Field(description="prompts whose answers it holds")
+    num_positions: int = Field(description="tokens of all answers together")
+    num_heads: int = Field(description="draft heads that were ranked")
 
 
 class PredictionError(Frozen):
-    """How far predictions are off: absolute relative errors, as shares of the measured time.
+    """How far predictions are off."""
 
-    `median_ratio` is measured over predicted: what a prediction has to be multiplied by to be right half of
-    the time.
-    """
-
-    num_points: int = Field(ge=1)
-    median_error: float = Field(ge=0)
-    worst_error: float = Field(ge=0)
-    median_ratio: float = Field(gt=0)
+    num_points: int = Field(ge=1, description="predictions that were compared with a measurement")
+    median_error: float = Field(
+        ge=0, description="median of |predicted - measured| / measured, a share of the measured time"
+    )
+    worst_error: float = Field(ge=0, description="largest |predicted - measured| / measured")
+    median_ratio: float = Field(
+        gt=0, description="median of measured / predicted: times this, half of the predictions are too short"
+    )
 
 
 class RooflineError(Frozen):
-    """How far the roofline was off on measured devices: for the backbone's seconds, and for its step cost, in
-    which a constant factor cancels; `limits` says whose limits it was given there.
-    """
+    """How far the roofline was off on measured devices."""
 
-    devices: tuple[str, ...]
-    limits: tuple[Literal["measured", "data sheet"], ...]
-    seconds: PredictionError
-    step_cost: PredictionError | None
+    devices: tuple[str, ...] = Field(description="devices that were measured")
+    limits: tuple[Literal["measured", "data sheet"], ...] = Field(
+        description="whose limits the roofline was given, one entry a device"
+    )
+    seconds: PredictionError = Field(description="error of the backbone's seconds")
+    step_cost: PredictionError | None = Field(
+        description="error of its step cost, in which a constant factor cancels; null without points"
+    )
 
 
 class SweepOrigin(Provenance):
-    """Where a sweep comes from. `inputs` gives every file behind it by name and SHA-256; `device` is the
-    machine that composed.
+    """Where a sweep comes from; `device` is the machine that composed."""
 
-    The executor `local` ran the run cells there too; with `ray` each run cell says where it ran. `commit` is
-    None outside a git checkout, and the report says so.
-    """
-
-    executor: Literal["local", "ray"] = "local"
-    inputs: dict[str, str]
-    trace: TraceFacts
-    calibration: TraceFacts
-    roofline_error: RooflineError | None
+    executor: Literal["local", "ray"] = Field(
+        default="local",
+        description="local: the composing machine ran the run cells; ray: each run cell says where it ran",
+    )
+    inputs: dict[str, str] = Field(description="SHA-256 of every file that the sweep read, by name")
+    trace: TraceFacts = Field(description="the text that all trees are replayed on")
+    calibration: TraceFacts = Field(description="the text that trees were grown and searched on")
+    roofline_error: RooflineError | None = Field(
+        description="how far predictions were off; null where no latency record tells"
+    )
 
 
 class TreeRate(Frozen):
-    """Replayed tokens/step of one tree: rows decoded alone, or in batches where a batch takes as many steps
-    as its slowest row.
-    """
+    """Replayed tokens/step of one tree."""
 
-    batch: int
-    tree: int
-    tokens_per_step: Interval
+    batch: int = Field(
+        description="rows that decode together, where a batch takes as many steps as its slowest row"
+    )
+    tree: int = Field(description="index of the tree in the file's trees")
+    tokens_per_step: Interval = Field(description="kept tokens a step and row, with its interval")
 
 
 class SweepTree(Frozen):
-    """One tree of a sweep: how many heads it was allowed, and every family that came up with it, the first
-    one first.
-    """
+    """One tree of a sweep."""
 
-    paths: tuple[RankPath, ...]
-    num_heads: int
-    families: tuple[str, ...]
+    paths: tuple[RankPath, ...] = Field(
+        description="each node's ranks from the root on, counted from 0; the root is the empty path"
+    )
+    num_heads: int = Field(description="draft heads that it was allowed")
+    families: tuple[str, ...] = Field(description="every family that came up with it, the first one first")
 
     @property
     def family(self) -> str:
-        """The first family that came up with it."""
+        """Return the first family that came up with it."""
         return self.families[0]
 
     def tree(self) -> DraftTree:
@@ -122,33 +123,33 @@ class SweepTree(Frozen):
         return DraftTree.from_paths(self.paths)
 
 
-class SweepTrees(Frozen):
-    """The trees of a sweep and what they yield on its trace; cells name trees by their place here."""
+class SweepTrees(Versioned):
+    """The trees of a sweep and what they yield on its trace; cells name trees by their index here."""
 
-    schema_version: Literal[1] = 1
-    trees: tuple[SweepTree, ...]
-    calibrated: tuple[float, ...]
-    rates: tuple[TreeRate, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    trees: tuple[SweepTree, ...] = Field(description="each tree once")
+    calibrated: tuple[float, ...] = Field(
+        description="replayed tokens a step on the calibration trace, one entry a tree"
+    )
+    rates: tuple[TreeRate, ...] = Field(description="tokens a step on the sweep's trace, by tree and batch")
 
     def rate(self, tree: int, *, batch: int = 1) -> Interval:
         """Return a tree's tokens/step at a batch."""
         return next(rate.tokens_per_step for rate in self.rates if (rate.batch, rate.tree) == (batch, tree))
 
 
-class SweepManifest(Frozen):
-    """Written last: a folder without it is an unfinished sweep. `num_planned` counts what was asked for, run
-    cells included.
-    """
+class SweepManifest(Versioned):
+    """Written last: a folder without it is an unfinished sweep."""
 
-    schema_version: Literal[1] = 1
-    sweep: str
-    num_planned: int
-    num_done: int
-    num_failed: int
-    num_points: int
-    finished_utc: str
-    elapsed_s: float
-    sha256: dict[str, str]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    sweep: str = Field(description="name of the sweep")
+    num_planned: int = Field(description="cells that were asked for, run cells included")
+    num_done: int = Field(description="cells that hold figures")
+    num_failed: int = Field(description="cells that hold a reason instead")
+    num_points: int = Field(description="figures of a tree on a curve at a context and a batch")
+    finished_utc: Annotated[str, FINISHED_UTC]
+    elapsed_s: Annotated[float, ELAPSED_S]
+    sha256: Annotated[dict[str, str], FILE_HASHES]
 
 
 class SweepRecord(RecordFolder):
@@ -157,11 +158,11 @@ class SweepRecord(RecordFolder):
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
-    kind, finished, again = "a sweep's record", "a finished sweep", "sweep again"
+    noun, finished, again = "a sweep's record", "a finished sweep", "sweep again"
 
     @cached_property
     def spec(self) -> SweepSpec:
-        return parse_sweep(self._text(SPEC_FILE), where=SPEC_FILE)
+        return self._spec(SPEC_FILE, SweepSpec, parse_sweep)
 
     @cached_property
     def origin(self) -> SweepOrigin:
@@ -177,40 +178,38 @@ class SweepRecord(RecordFolder):
 
     @cached_property
     def manifest(self) -> SweepManifest | None:
-        return (
-            self._read("manifest.json", SweepManifest) if (self.folder / "manifest.json").exists() else None
-        )
+        return self._optional("manifest.json", SweepManifest)
 
     @property
     def composed(self) -> tuple[ComposedCell, ...]:
-        """The composed cells."""
+        """Return the composed cells."""
         return tuple(cell for cell in self.cells if isinstance(cell, ComposedCell))
 
     @property
     def sampled(self) -> tuple[SampledCell, ...]:
-        """The sampled cells."""
+        """Return the sampled cells."""
         return tuple(cell for cell in self.cells if isinstance(cell, SampledCell))
 
     @property
     def decoded(self) -> tuple[DecodedCell, ...]:
-        """The decoded cells."""
+        """Return the decoded cells."""
         return tuple(cell for cell in self.cells if isinstance(cell, DecodedCell))
 
     @property
     def failed(self) -> tuple[FailedCell, ...]:
-        """The cells that could not be had."""
+        """Return the cells that could not be had."""
         return tuple(cell for cell in self.cells if isinstance(cell, FailedCell))
 
     @property
     def run_devices(self) -> tuple[str, ...]:
-        """The devices that ran the run cells, each once, such as `NVIDIA A100-SXM4-80GB (cuda)`."""
+        """Return the devices that ran the run cells, each once, such as `NVIDIA A100-SXM4-80GB (cuda)`."""
         ran_on = [cell.ran_on for cell in self.sampled] + [cell.ran_on for cell in self.decoded]
         devices = [one.device if one is not None else self.origin.device for one in ran_on]
         return tuple(dict.fromkeys(f"{device.name} ({device.kind})" for device in devices))
 
     @property
     def num_points(self) -> int:
-        """Figures of a tree on a curve at a context and a batch."""
+        """Return how many figures of a tree on a curve at a context and a batch there are."""
         return sum(len(cell.trees) for cell in self.composed)
 
 

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from harness.files import Frozen, read_lines
+from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
+from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.latency import DtypeName, ModeName
 from harness.specs.sweep import SampledSetting
 from harness.stats import FigureKind, Interval
@@ -21,198 +22,191 @@ from harness.stats import FigureKind, Interval
 Context = Literal["trace"] | int
 Method = Literal["independent", "joint"]
 
+RAN_ON = Field(description="node of the cluster that ran the cell; null on the record's own machine")
+
 
 class ChosenTree(Frozen):
-    """What one search chose for a cell, and what that tree yields on the trace.
+    """What one search chose for a cell, and what that tree yields on the trace."""
 
-    `promised` is the tokens/step that the search believed in. `step_cost` is the backbone alone against one
-    node at the median context; `overhead` the mean step against vanilla's; `speedups` the speedup by batch,
-    where the cell was asked for it.
-    """
-
-    method: Method
-    tree: int
-    promised: float
-    step_cost: float | None
-    overhead: float
-    tokens_per_s: Interval
-    speedup: Interval
-    speedups: dict[int, float] = {}
+    method: Method = Field(description="the search: by independent marginals, or by joint hits")
+    tree: int = Field(description="index of the tree in trees.json")
+    promised: float = Field(description="tokens a step that the search believed in")
+    step_cost: float | None = Field(
+        description="the backbone's seconds over those for one node, at the median context; null where the "
+        "curve does not tell them"
+    )
+    overhead: float = Field(description="seconds of a mean step over those of vanilla's mean step")
+    tokens_per_s: Interval = Field(description="tokens a second, with its interval")
+    speedup: Interval = Field(description="tokens a second over vanilla's, with its interval")
+    speedups: dict[int, float] = Field(
+        default={}, description="speedup by batch; empty where the cell was not asked for it"
+    )
 
     @property
     def break_even(self) -> BreakEven | None:
-        """Up to which batch the tree pays."""
+        """Return up to which batch the tree pays; None where the cell was not asked for it."""
         return break_even(self.speedups) if self.speedups else None
 
 
 class CurveLabel(Frozen):
-    """Which device, model shape, dtype and mode a curve is of, where it comes from, and what it is worth.
+    """Which device, model shape, dtype and mode a curve is of, and where it comes from."""
 
-    `device` is the key in `hardware.toml` where there is one, else the device's own name. `fingerprint`
-    changes with any figure behind the curve. `weights_sha256` is that of the model that was timed, None for
-    random weights and predictions.
-    """
-
-    device: str
-    shape: str
-    dtype: DtypeName
-    mode: ModeName | None
-    kind: Literal["measured", "predicted"]
-    source: str
-    fingerprint: str
-    weights_sha256: str | None = None
+    device: str = Field(description="key in hardware.toml where there is one, else the device's own name")
+    shape: str = Field(description="name of the model or of the published shape")
+    dtype: DtypeName = Field(description="dtype of the model")
+    mode: ModeName | None = Field(description="mode of the engine; null for a prediction")
+    kind: Literal["measured", "predicted"] = Field(description="timed on the device, or computed for it")
+    source: str = Field(description="latency record or device figures that the curve is made of")
+    fingerprint: str = Field(description="hash that changes with any figure of the curve")
+    weights_sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of the timed model's tensors; null for random weights and predictions",
+    )
 
     @property
     def words(self) -> str:
-        """The curve in a few words."""
+        """Return the curve in a few words."""
         mode = f", {self.mode}" if self.mode is not None else ""
         return f"{self.device}, {self.shape}, {self.dtype}{mode} ({self.kind})"
 
 
-class ComposedCell(Frozen):
-    """All trees on one curve at one batch: columns of figures, one entry a tree that the curve covers.
+class ComposedCell(Versioned):
+    """All trees on one curve at one batch: columns of figures, one entry a tree that the curve covers."""
 
-    `context` is "trace" where each step is priced at the length that its text had. `kind` is that of speedups
-    and tokens/s; tokens/step are replayed whatever it says, step times are `curve.kind`. `beyond_share` is
-    the share of vanilla steps at lengths that the curve does not cover, priced at the nearest one that it
-    does. Units: `step_s` seconds, the mean over the replayed steps.
-    """
-
-    schema_version: Literal[1] = 1
-    cell: Literal["composed"] = "composed"
-    curve: CurveLabel
-    context: Context
-    batch: int
-    kind: FigureKind
-    beyond_share: float
-    vanilla_step_s: float
-    vanilla_tokens_per_s: float
-    trees: tuple[int, ...]
-    step_s: tuple[float, ...]
-    tokens_per_s: tuple[float, ...]
-    speedup: tuple[float, ...]
-    speedup_low: tuple[float, ...]
-    speedup_high: tuple[float, ...]
-    num_uncovered: int
-    chosen: tuple[ChosenTree, ...]
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    cell: Literal["composed"] = Field(default="composed", description="tells the kinds of cells apart")
+    curve: CurveLabel = Field(description="the curve that prices the steps")
+    context: Context = Field(
+        description="tokens before every step; trace where each step is priced at the length its text had"
+    )
+    batch: int = Field(description="rows that decode together")
+    kind: FigureKind = Field(
+        description="kind of figure that speedups and tokens/s are; tokens/step are replayed in any case, "
+        "and step times are of the curve's kind"
+    )
+    beyond_share: float = Field(
+        description="share of vanilla steps at lengths that the curve does not cover, priced at the nearest "
+        "one that it does"
+    )
+    vanilla_step_s: float = Field(description="seconds of vanilla's mean step")
+    vanilla_tokens_per_s: float = Field(description="vanilla's tokens a second")
+    trees: tuple[int, ...] = Field(description="indices in trees.json of the trees that the curve covers")
+    step_s: tuple[float, ...] = Field(description="seconds of a mean replayed step, one entry a tree")
+    tokens_per_s: tuple[float, ...] = Field(description="tokens a second, one entry a tree")
+    speedup: tuple[float, ...] = Field(description="tokens a second over vanilla's, one entry a tree")
+    speedup_low: tuple[float, ...] = Field(description="lower bounds of the speedups, one entry a tree")
+    speedup_high: tuple[float, ...] = Field(description="upper bounds of the speedups, one entry a tree")
+    num_uncovered: int = Field(description="trees of the sweep that the curve does not cover")
+    chosen: tuple[ChosenTree, ...] = Field(description="what the searches chose for this cell")
 
     @property
     def key(self) -> str:
-        """What makes the cell this one."""
+        """Return what makes the cell this one."""
         return composed_key(self.curve, context=self.context, batch=self.batch)
 
     @property
     def best(self) -> ChosenTree:
-        """The tree that the search on joint hits chose."""
+        """Return the tree that the search on joint hits chose."""
         return next(chosen for chosen in self.chosen if chosen.method == "joint")
 
 
 class RanOn(Frozen):
-    """Which node of a cluster ran a cell: the start of the random id that Ray gave it (no host name, no
-    address), and what it is.
-    """
+    """Which node of a cluster ran a cell, and what it is; no host name, no address."""
 
-    node: str
-    accelerator_type: str | None
-    device: DeviceInfo
-    python: str
-    packages: dict[str, str]
+    node: str = Field(description="start of the random id that Ray gave the node")
+    accelerator_type: str | None = Field(description="Ray's name of its GPU; null without one")
+    device: DeviceInfo = Field(description="the device that ran the cell")
+    python: str = Field(description="version of Python there")
+    packages: dict[str, str] = Field(description="versions of the packages there, by name")
 
 
 class SampledRow(Frozen):
-    """One text: counts and, in nats, the summed log-likelihood of its tokens under the original backbone at
-    temperature 1.
+    """One text of a sampled setting: counts, and how likely the original backbone finds it."""
 
-    `step_tokens` sums to `num_tokens` - 1, since the prefill yields the first token.
-    """
+    prompt_key: str = Field(description="which prompt; pairs the settings")
+    category: str | None = Field(description="category of the prompt; null where it has none")
+    seed: int | None = Field(description="seed of the draws; null where nothing is drawn")
+    prompt_tokens: int = Field(description="tokens of the prompt")
+    num_tokens: int = Field(description="kept tokens of the answer, the prefill's included")
+    ended_by: Literal["eos", "budget"] = Field(description="end of sequence, or the budget of tokens")
+    step_tokens: tuple[int, ...] = Field(
+        description="kept tokens of each decoding step; their sum is num_tokens - 1"
+    )
+    log_likelihood: float = Field(
+        description="summed log-likelihood of the tokens under the original backbone at temperature 1, nats"
+    )
+    text_sha256: str = Field(description="start of the SHA-256 of the token ids")
 
-    prompt_key: str
-    category: str | None
-    seed: int | None
-    prompt_tokens: int
-    num_tokens: int
-    ended_by: Literal["eos", "budget"]
-    step_tokens: tuple[int, ...]
-    log_likelihood: float
-    text_sha256: str
 
+class SampledCell(Versioned):
+    """One setting whose text a replay cannot give, run on every prompt and seed."""
 
-class SampledCell(Frozen):
-    """One setting whose text a replay cannot give, run on every prompt and seed; vanilla has no tree.
-
-    `ran_on`, here as in other cells, is None on the record's own machine.
-    """
-
-    schema_version: Literal[1] = 1
-    cell: Literal["sampled"] = "sampled"
-    setting: SampledSetting
-    tree: int | None
-    rows: tuple[SampledRow, ...]
-    elapsed_s: float
-    ran_on: RanOn | None = None
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    cell: Literal["sampled"] = Field(default="sampled", description="tells the kinds of cells apart")
+    setting: SampledSetting = Field(description="rule of acceptance and temperature")
+    tree: int | None = Field(description="index of the tree in trees.json; null for vanilla")
+    rows: tuple[SampledRow, ...] = Field(description="one entry a prompt and seed")
+    elapsed_s: float = Field(description="seconds that the whole cell took")
+    ran_on: Annotated[RanOn | None, RAN_ON] = None
 
     @property
     def key(self) -> str:
-        """What makes the cell this one."""
+        """Return what makes the cell this one."""
         return sampled_key(self.setting)
 
 
 class StepDifference(Frozen):
-    """The first step at which decoding took another path than the replay; a `tie` lies within rounding,
-    anything else is a `bug`.
-    """
+    """The first step at which decoding took another path than the replay."""
 
-    prompt_key: str
-    position: int
-    decoded_steps: int
-    replayed_steps: int
-    kind: Literal["tie", "bug"]
+    prompt_key: str = Field(description="the prompt whose answer it is")
+    position: int = Field(description="index in the answer of the last step start that both share, in tokens")
+    decoded_steps: int = Field(description="decoding steps of the answer")
+    replayed_steps: int = Field(description="steps of its replay")
+    kind: Literal["tie", "bug"] = Field(description="tie: within rounding; bug: anything else")
 
 
 class DecodedRow(Frozen):
-    """One prompt decoded for real, by vanilla and with the tree in turn, on the decode clock; composed times
-    are of the same steps.
-    """
+    """One prompt decoded by vanilla and with the tree in turn, and what was composed for the same steps."""
 
-    prompt_key: str
-    num_tokens: int
-    vanilla_s: float
-    medusa_s: float
-    medusa_steps: int
-    composed_vanilla_s: float
-    composed_medusa_s: float
+    prompt_key: str = Field(description="which prompt")
+    num_tokens: int = Field(description="kept tokens of the answer with the tree, the prefill's included")
+    vanilla_s: float = Field(description="seconds of vanilla on the decode clock")
+    medusa_s: float = Field(description="seconds with the tree on the decode clock")
+    medusa_steps: int = Field(description="decoding steps with the tree")
+    composed_vanilla_s: float = Field(description="seconds that were composed for vanilla")
+    composed_medusa_s: float = Field(description="seconds that were composed for the tree")
 
 
-class DecodedCell(Frozen):
+class DecodedCell(Versioned):
     """One greedy point decoded for real: the check of the composition."""
 
-    schema_version: Literal[1] = 1
-    cell: Literal["decoded"] = "decoded"
-    curve: CurveLabel
-    tree: int
-    rows: tuple[DecodedRow, ...]
-    differences: tuple[StepDifference, ...]
-    elapsed_s: float
-    ran_on: RanOn | None = None
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    cell: Literal["decoded"] = Field(default="decoded", description="tells the kinds of cells apart")
+    curve: CurveLabel = Field(description="the curve that the point was composed with")
+    tree: int = Field(description="index of the tree in trees.json")
+    rows: tuple[DecodedRow, ...] = Field(description="one entry a prompt")
+    differences: tuple[StepDifference, ...] = Field(description="where decoding left its replay, by prompt")
+    elapsed_s: float = Field(description="seconds that the whole cell took")
+    ran_on: Annotated[RanOn | None, RAN_ON] = None
 
     @property
     def key(self) -> str:
-        """What makes the cell this one."""
+        """Return what makes the cell this one."""
         return decoded_key(
             self.tree, accelerator_type=self.ran_on.accelerator_type if self.ran_on is not None else None
         )
 
 
-class FailedCell(Frozen):
+class FailedCell(Versioned):
     """A cell that could not be had: no figure, only the reason."""
 
-    schema_version: Literal[1] = 1
-    cell: Literal["failed"] = "failed"
-    key: str
-    words: str
-    error_type: str
-    message: str
-    ran_on: RanOn | None = None
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    cell: Literal["failed"] = Field(default="failed", description="tells the kinds of cells apart")
+    key: str = Field(description="key of the cell that it was to be")
+    words: str = Field(description="that cell in one line, for people")
+    error_type: str = Field(description="class of the exception")
+    message: str = Field(description="what the exception said")
+    ran_on: Annotated[RanOn | None, RAN_ON] = None
 
 
 SweepCell = Annotated[ComposedCell | SampledCell | DecodedCell | FailedCell, Field(discriminator="cell")]
@@ -231,12 +225,13 @@ def sampled_key(setting: SampledSetting) -> str:
 
 
 def decoded_key(tree: int | Literal["none"], *, accelerator_type: str | None = None) -> str:
-    """Return the key of a decoded cell; on a cluster every accelerator type has its own. `none` is where
-    there is no curve to check.
+    """Return the key of a decoded cell; on a cluster every accelerator type has its own.
+
+    The tree is `none` where there is no curve to check.
     """
     return f"decoded {tree}" + (f" on {accelerator_type}" if accelerator_type is not None else "")
 
 
 def read_cells(path: Path, *, allow_torn_tail: bool = False) -> tuple[AnyCell, ...]:
-    """Read a `cells.jsonl` as `files.read_lines` does."""
-    return read_lines(path, _CELL.validate_json, holds="one cell", allow_torn_tail=allow_torn_tail)
+    """Return the cells of a `cells.jsonl`, read as `files.read_lines` does."""
+    return read_versioned_lines(path, _CELL.validate_json, holds="one cell", allow_torn_tail=allow_torn_tail)

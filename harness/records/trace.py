@@ -10,55 +10,54 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from harness.errors import UserError
-from harness.files import write_bytes
+from harness.files import Frozen, write_bytes
+from harness.records.versions import VERSION, ReadFrom, Versioned
 
 SCHEMA_VERSION = 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
 
 
-class TraceProvenance(BaseModel):
-    """What a trace was recorded from: enough to refuse another model's heads and to say where a figure comes
-    from.
-    """
+class TraceProvenance(Frozen):
+    """What a trace was recorded from: enough to refuse another model's heads."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model_hash: str = Field(description="hash of the backbone's tensors")
-    heads_hash: str = Field(description="hash of the draft heads' tensors")
+    model_hash: str = Field(description="SHA-256 of the backbone's tensors")
+    heads_hash: str = Field(description="SHA-256 of the draft heads' tensors")
     dtype: str = Field(description="dtype of the forward pass, such as float32")
     max_new_tokens: int = Field(
-        ge=1, description="token budget of every prompt, first token and end-of-sequence counted"
+        ge=1, description="most tokens of every answer, the first and the end of sequence counted"
     )
-    versions: Mapping[str, str] = Field(default_factory=dict, description="library to version")
+    versions: Mapping[str, str] = Field(
+        default_factory=dict, description="versions of the libraries, by name"
+    )
     extra: Mapping[str, JsonValue] = Field(
         default_factory=dict, description="anything else worth keeping: commit, device, prompt set"
     )
 
 
-class _PromptHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class PromptHeader(Frozen):
+    """What a trace's header says of one prompt; its rows of the arrays come in the order of the prompts."""
 
-    key: str
-    category: str | None
-    prompt_tokens: int
-    ended_by: EndedBy
-    num_kept_tokens: int = Field(ge=1)
+    key: str = Field(description="which prompt, such as mt_bench-81")
+    category: str | None = Field(description="category of the prompt; null where it has none")
+    prompt_tokens: int = Field(description="number of tokens of the prompt")
+    ended_by: EndedBy = Field(description="end of sequence, or the budget of tokens")
+    num_kept_tokens: int = Field(ge=1, description="kept tokens of its answer: its rows of the arrays")
 
 
-class _TraceHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class TraceHeader(Versioned):
+    """The JSON header of a trace's .npz file; the arrays are tokens, ranks and perhaps gaps and nll."""
 
-    schema_version: Literal[1]
-    provenance: TraceProvenance
-    prompts: tuple[_PromptHeader, ...]
+    schema_version: Annotated[Literal[1], VERSION]
+    provenance: TraceProvenance = Field(description="what the trace was recorded from")
+    prompts: tuple[PromptHeader, ...] = Field(description="one entry a prompt, in the order of the arrays")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +120,12 @@ class PromptTrace:
 
     @property
     def num_kept_tokens(self) -> int:
-        """n: the tokens kept, end-of-sequence included."""
+        """Return n: the tokens kept, end of sequence included."""
         return len(self.tokens)
 
     @property
     def num_heads(self) -> int:
-        """K: the draft heads that were read."""
+        """Return K: the draft heads that were read."""
         return int(self.ranks.shape[1])
 
     def _refuse(self, found: str, need: str) -> None:
@@ -175,30 +174,30 @@ class Trace:
 
     @property
     def num_heads(self) -> int:
-        """K: the draft heads that were read."""
+        """Return K: the draft heads that were read."""
         return self.prompts[0].num_heads
 
     @property
     def num_positions(self) -> int:
-        """The kept tokens of all prompts, the first of each included."""
+        """Return the number of kept tokens of all prompts, the first of each included."""
         return sum(prompt.num_kept_tokens for prompt in self.prompts)
 
     @cached_property
     def ranks(self) -> NDArray[np.int32]:
-        """The rank rows of all prompts in order, [positions, K], as the tree search takes them."""
+        """Return the rank rows of all prompts in order, [positions, K], as the tree search takes them."""
         return np.concatenate([prompt.ranks for prompt in self.prompts])
 
     def save(self, path: str | Path) -> None:
-        """Write one .npz with a JSON header, first to a temporary file beside it.
+        """Write one .npz with a JSON header, first to a temporary file in the same folder.
 
         Raises: UserError if the file cannot be written; an older file of that name is then untouched.
         """
         prompts = self.prompts
-        header = _TraceHeader(
+        header = TraceHeader(
             schema_version=1,
             provenance=self.provenance,
             prompts=tuple(
-                _PromptHeader(
+                PromptHeader(
                     key=prompt.key,
                     category=prompt.category,
                     prompt_tokens=prompt.prompt_tokens,
@@ -230,7 +229,7 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """The trace of a file that `save` wrote.
+        """Return the trace of a file that `save` wrote.
 
         Raises: UserError if the file is missing, truncated, corrupt, of another version, or breaks the rules
         of a trace.
@@ -238,7 +237,9 @@ class Trace:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            header = _TraceHeader.model_validate(json.loads(arrays.pop("header").tobytes()))
+            header = TraceHeader.model_validate(
+                json.loads(arrays.pop("header").tobytes()), context=ReadFrom(str(path))
+            )
             return cls(provenance=header.provenance, prompts=tuple(_split(header.prompts, arrays)))
         except ValidationError as error:
             first = error.errors()[0]
@@ -247,7 +248,7 @@ class Trace:
                 found=found, need=f"a trace of schema version {SCHEMA_VERSION}", where=str(path)
             ) from error
         except UserError as error:
-            raise UserError(found=error.found, need=error.need, where=str(path)) from error
+            raise UserError(found=error.found, need=error.need, where=str(path), do=error.do) from error
         except (
             OSError,
             EOFError,
@@ -264,7 +265,7 @@ class Trace:
             ) from error
 
 
-def _split(headers: Iterable[_PromptHeader], arrays: Mapping[str, NDArray[Any]]) -> list[PromptTrace]:
+def _split(headers: Iterable[PromptHeader], arrays: Mapping[str, NDArray[Any]]) -> list[PromptTrace]:
     if unknown := sorted(set(arrays) - {"tokens", "ranks", "gaps", "nll"}):
         raise UserError(found=f"unknown array {unknown[0]!r}", need="tokens, ranks and perhaps gaps and nll")
     prompts, start = [], 0

@@ -1,9 +1,8 @@
-"""Which share of the matrix throughput training steps reach, and where the rest of their time goes: records,
-headline and table. Pure.
+"""Which share of the matrix throughput training steps reach, and where the rest of their time goes.
 
     share = sum over dtypes (counted operations / matrix throughput) / seconds of a step
 
-How a profile is taken stands in `record_training_profile`.
+How a profile is taken stands in `measure/training_profile.py`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import Environment
+from harness.records.versions import VERSION, Versioned, read_versioned_file
 
 HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states are to reach
 
@@ -26,42 +25,40 @@ HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states
 class MatrixThroughput(Frozen):
     """Matrix throughput in one dtype, measured in the same run before the steps and after them."""
 
-    dtype: str
-    before_flop_per_s: float = Field(gt=0)
-    after_flop_per_s: float = Field(gt=0)
-    method: str
+    dtype: str = Field(description="dtype of the factors")
+    before_flop_per_s: float = Field(gt=0, description="floating-point operations a second, before the steps")
+    after_flop_per_s: float = Field(gt=0, description="floating-point operations a second, after the steps")
+    method: str = Field(description="sizes and repeats of the measurement, in words")
 
     @property
     def flop_per_s(self) -> float:
-        """The better of both: a limit is the most that the device was seen to do, so a share of it can only
-        come out too small.
+        """Return the better of both, in operations a second.
+
+        A limit is the most that the device was seen to do, so a share of it can only come out too small.
         """
         return max(self.before_flop_per_s, self.after_flop_per_s)
 
 
 class PartProfile(Frozen):
-    """One part of a stage's steps: its seconds in every marked step, and the operations of its products by
-    dtype.
-    """
+    """One part of a stage's steps."""
 
-    name: str
-    seconds: tuple[float, ...] = Field(min_length=1)
-    flops: dict[str, int]
+    name: str = Field(description="the part, such as backward; other is what no part covers")
+    seconds: tuple[float, ...] = Field(min_length=1, description="seconds of the part in every marked step")
+    flops: dict[str, int] = Field(
+        description="floating-point operations of its matrix products in one step, by dtype of the factors"
+    )
 
 
 class StageProfile(Frozen):
-    """The timed steps of one stage: `step_s` untouched, the parts' from marked steps; `other` is what no part
-    covers.
+    """The timed steps of one stage."""
 
-    `step_rate` is the stage's share of the recipe's steps; `num_positions` are the positions that one step
-    learns from.
-    """
-
-    name: str
-    step_rate: float = Field(gt=0, le=1)
-    num_positions: int = Field(ge=1)
-    step_s: tuple[float, ...] = Field(min_length=1)
-    parts: tuple[PartProfile, ...] = Field(min_length=1)
+    name: str = Field(description="the stage of the training")
+    step_rate: float = Field(gt=0, le=1, description="share of the recipe's steps that are of this stage")
+    num_positions: int = Field(ge=1, description="positions that one step learns from")
+    step_s: tuple[float, ...] = Field(min_length=1, description="seconds of every step that nothing touched")
+    parts: tuple[PartProfile, ...] = Field(
+        min_length=1, description="the parts of marked steps, which took turns with the untouched ones"
+    )
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
@@ -71,7 +68,7 @@ class StageProfile(Frozen):
 
     @property
     def flops(self) -> dict[str, int]:
-        """Operations of the whole step by dtype."""
+        """Return the operations of the whole step by dtype."""
         summed: dict[str, int] = defaultdict(int)
         for part in self.parts:
             for dtype, count in part.flops.items():
@@ -80,23 +77,25 @@ class StageProfile(Frozen):
 
     @property
     def median_step_s(self) -> float:
-        """Median of the steps that nothing touched."""
+        """Return the median seconds of the steps that nothing touched."""
         return median(self.step_s)
 
 
-class TrainingProfile(Frozen):
-    """A profile of a recipe's training steps.
+class TrainingProfile(Versioned):
+    """A profile of a recipe's training steps."""
 
-    Products that checkpointing computes again count as often as they run, and masked attention counts in
-    full.
-    """
-
-    schema_version: Literal[1] = 1
-    recipe: str
-    kind: Literal["heads", "joint"]
-    environment: Environment
-    throughput: tuple[MatrixThroughput, ...] = Field(min_length=1)
-    stages: tuple[StageProfile, ...] = Field(min_length=1)
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    recipe: str = Field(description="name of the recipe")
+    kind: Literal["heads", "joint"] = Field(description="heads alone, or heads and backbone")
+    environment: Environment = Field(description="where the profile comes from")
+    throughput: tuple[MatrixThroughput, ...] = Field(
+        min_length=1, description="one entry a dtype that products were counted in"
+    )
+    stages: tuple[StageProfile, ...] = Field(
+        min_length=1,
+        description="one entry a stage; products that checkpointing computes again count as often as they "
+        "run, and masked attention counts in full",
+    )
 
     @model_validator(mode="after")
     def _throughput_of_every_dtype(self) -> Self:
@@ -120,25 +119,14 @@ class TrainingProfile(Frozen):
 
     @property
     def share(self) -> float:
-        """The share over a whole run of the recipe: stages weighted by their shares of its steps."""
+        """Return the share over a whole run of the recipe: stages weighted by their shares of its steps."""
         least_s = sum(stage.step_rate * self.least_s(stage.flops) for stage in self.stages)
         return least_s / sum(stage.step_rate * stage.median_step_s for stage in self.stages)
 
 
 def read_training_profile(path: Path) -> TrainingProfile:
-    """Read a training profile.
+    """Return a training profile.
 
     Raises: UserError for a missing or unreadable file, or one of another schema.
     """
-    try:
-        return TrainingProfile.model_validate_json(path.read_text())
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "file"
-        raise UserError(
-            found=f"{key}: {first['msg']}", need="a TrainingProfile record", where=path.name
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable {path.name}", need="a training profile", where="the command line"
-        ) from error
+    return read_versioned_file(path, TrainingProfile, noun="a training profile")

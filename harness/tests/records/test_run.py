@@ -140,7 +140,9 @@ def test_an_unknown_key_in_a_trial_is_refused(record: RunRecord) -> None:
 )
 def test_another_schema_version_is_refused(name: str, record: RunRecord) -> None:
     change_json(record.folder / name, schema_version=2)
-    with pytest.raises(UserError, match=rf"schema_version.*{name}"):
+    with pytest.raises(
+        UserError, match=rf"schema_version 2; need at most 1; in {name}; .*update medusa-repro"
+    ):
         getattr(RunRecord(record.folder), name.removesuffix(".json"))
 
 

@@ -25,8 +25,9 @@ from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
+from harness.judge.schemas import json_schemas
 from harness.judge.sweep import decoded_checks
-from harness.judge.validate import json_schemas, validate_record
+from harness.judge.validate import validate_record
 from harness.measure.sweep.cells import arm_of, step_difference
 from harness.measure.sweep.run import SweepOptions, run_sweep
 from harness.measure.trace import trace_suite
