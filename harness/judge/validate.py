@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.files import file_sha256
 from harness.paths import holds_absolute_path
 from harness.records.ablation import ARMS_FILE, AblationRecord
-from harness.records.folder import file_of
+from harness.records.folder import RecordKind, file_of, kind_of
 from harness.records.latency import (
     POINTS_FILE,
     LatencyRecord,
@@ -51,15 +51,15 @@ def validate_record(folder: Path) -> tuple[str, ...]:
     Looked at: each file's schema and version, the seal, the manifest's counts, each trial against the suite,
     each generation's sums, each Medusa arm's tree, the trace against the vanilla text, and that nothing names
     a folder of one machine.
-    Raises: UserError if there is no such folder.
+    Raises: UserError if there is no such folder, or no record in it.
     """
-    if (folder / "spec.toml").exists():
-        return _latency_faults(folder)
-    if (folder / SWEEP_FILE).exists():
-        return _sweep_faults(folder)
-    if (folder / ARMS_FILE).exists():
-        return _ablation_faults(folder)
-    return _run_faults(folder)
+    faults: Mapping[RecordKind, Callable[[Path], tuple[str, ...]]] = {
+        "suite": _run_faults,
+        "latency": _latency_faults,
+        "sweep": _sweep_faults,
+        "ablation": _ablation_faults,
+    }
+    return faults[kind_of(folder)](folder)
 
 
 def _run_faults(folder: Path) -> tuple[str, ...]:

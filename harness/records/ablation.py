@@ -9,6 +9,7 @@ Ratios are formed in `judge/ablation.py`, each time anew. No torch, clock or dev
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder, kind_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
@@ -130,6 +131,7 @@ class AblationManifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
     schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Annotated[Literal["ablation"] | None, KIND] = None
     suite: str = Field(description="name of the ablation")
     num_planned: int = Field(description="arms times seeds that were to be run, the start included")
     num_arms: int = Field(description="arms times seeds that are done")
@@ -200,8 +202,9 @@ def newest_ablations(results: Path) -> tuple[AblationRecord, ...]:
     """Return the newest finished record of every ablation in a folder of results."""
     newest: dict[str, Path] = {}
     for manifest in sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name):
-        if (manifest.parent / ARMS_FILE).exists():
-            newest[manifest.parents[2].name] = manifest.parent
+        with contextlib.suppress(UserError):  # a folder of something else, or of a kind yet to come
+            if kind_of(manifest.parent) == "ablation":
+                newest[manifest.parents[2].name] = manifest.parent
     return tuple(AblationRecord(newest[suite]) for suite in sorted(newest))
 
 
@@ -228,6 +231,7 @@ def read_results(path: Path, *, allow_torn_tail: bool = False) -> tuple[ArmResul
 
 
 ABLATION = StoreKind(
+    record_kind="ablation",
     noun="run",
     spec_noun="suite",
     spec_file="suite.toml",

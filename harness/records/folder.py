@@ -1,13 +1,14 @@
-"""A record's folder: read lazily, sealed, refused where it was altered."""
+"""A record's folder: told by its kind, read lazily, sealed, refused where it was altered."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -18,7 +19,19 @@ from harness.specs.suite import BackboneName
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
+RecordKind = Literal["suite", "latency", "sweep", "ablation"]
+
+# Files that only a record of one kind holds, asked for in this order; a run comes last, since an ablation's
+# spec is a suite.toml too.
+_FILES_OF: Mapping[RecordKind, tuple[str, ...]] = {
+    "latency": ("spec.toml", "points.jsonl"),
+    "sweep": ("sweep.toml", "cells.jsonl"),
+    "ablation": ("arms.jsonl", "tree.json"),
+    "suite": ("suite.toml", "generations.jsonl"),
+}
+
 # what every manifest says of itself
+KIND = Field(description="kind of the record; null in records from before kinds were written")
 FINISHED_UTC = Field(description="time at which the record was sealed, ISO 8601, in UTC")
 ELAPSED_S = Field(description="seconds of the session that sealed the record; earlier sessions do not count")
 FILE_HASHES = Field(description="SHA-256 of each sealed file in hexadecimal, by the file's name")
@@ -92,6 +105,43 @@ class RecordFolder(ABC):
         with contextlib.suppress(tomllib.TOMLDecodeError):  # which `parse` tells of
             check_version(tomllib.loads(text), model, where=name)
         return parse(text, where=name)
+
+
+def kind_of(folder: Path) -> RecordKind:
+    """Return the kind of a record: what its manifest says, else what the files that it holds tell.
+
+    Raises: UserError for a folder that is none, that holds no record, or whose kind this version does not
+    know.
+    """
+    if not folder.is_dir():
+        raise UserError(found="no such folder", need="a record folder", where=folder.name)
+    said = _said_kind(folder)
+    if said is None:
+        said = next(
+            (kind for kind, names in _FILES_OF.items() if any((folder / name).exists() for name in names)),
+            None,
+        )
+        if said is None:
+            first = ", ".join(names[0] for names in _FILES_OF.values())
+            raise UserError(found="no record", need=f"a folder with one of {first}", where=folder.name)
+    for kind in _FILES_OF:
+        if kind == said:
+            return kind
+    raise UserError(
+        found=f"a record of kind {said!r}",
+        need=f"one of {', '.join(_FILES_OF)}",
+        where=f"{folder.name}/manifest.json",
+        do="update medusa-repro",
+    )
+
+
+def _said_kind(folder: Path) -> object:
+    """Return what a manifest gives as kind; None without one, or where it is unreadable."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
 def file_of(name: str, backbone: BackboneName) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from harness.files import Frozen
-from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree, DeviceLimits
 from harness.records.store import LineFile, StoreKind
@@ -171,6 +171,7 @@ class LatencyManifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
     schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Annotated[Literal["latency"] | None, KIND] = None
     spec: str = Field(description="name of the latency spec")
     num_planned: int = Field(description="points that were to be timed, those to be skipped among them")
     num_measured: int = Field(description="points that were timed")
@@ -270,6 +271,7 @@ def limits_file(dtype: str, *, first: str) -> str:
 
 
 LATENCY = StoreKind(
+    record_kind="latency",
     noun="run",
     spec_noun="spec",
     spec_file="spec.toml",

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from harness.files import Frozen
-from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder, file_of
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder, file_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
@@ -258,6 +258,7 @@ class Manifest(Versioned):
     """Written last: a folder without it is an unfinished run."""
 
     schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Annotated[Literal["suite"] | None, KIND] = None
     suite: str = Field(description="name of the suite")
     num_planned: int = Field(description="trials that were to be run")
     num_generations: int = Field(description="trials that finished")
@@ -385,6 +386,7 @@ def read_arm_steps(path: Path, *, allow_torn_tail: bool = False) -> tuple[StepCo
 
 
 RUN = StoreKind(
+    record_kind="suite",
     noun="run",
     spec_noun="suite",
     spec_file="suite.toml",

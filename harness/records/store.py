@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from harness.errors import UserError
 from harness.files import DataFile, file_sha256, with_paths, write_bytes, write_json
+from harness.records.folder import RecordKind
 from harness.records.provenance import Provenance, machine_slug
 
 MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
@@ -71,11 +72,12 @@ class LineFile(Generic[LineT]):
 class StoreKind(Generic[LineT]):
     """How a record of one kind lies on disk while it is under way, and what makes a folder another run's.
 
-    The nouns go into errors. `home` are the folders under the results before the spec's name; `begun`
-    reads what a folder was begun with; `identity` names the fields of its provenance that a resume must
-    find again; `unsealed` are files that can be made from the others again.
+    `record_kind` goes into the manifest, the nouns into errors. `home` are the folders under the results
+    before the spec's name; `begun` reads what a folder was begun with; `identity` names the fields of its
+    provenance that a resume must find again; `unsealed` are files that can be made from the others again.
     """
 
+    record_kind: RecordKind
     noun: str
     spec_noun: str
     spec_file: str
@@ -142,6 +144,7 @@ class Store(Generic[LineT]):
     def seal(self, manifest: type[ManifestT], **counts: Any) -> ManifestT:
         """Write the manifest, last of all, and return it; `counts` are what the store cannot know."""
         sealed = manifest(
+            kind=self.kind.record_kind,
             finished_utc=utc_now(),
             sha256=hashes(self.folder, unsealed=self.kind.unsealed),
             **counts,

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from harness.files import Frozen
-from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, RecordFolder
+from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
 from harness.records.provenance import Provenance
 from harness.records.store import LineFile, StoreKind
 from harness.records.sweep_cells import (
@@ -142,6 +142,7 @@ class SweepManifest(Versioned):
     """Written last: a folder without it is an unfinished sweep."""
 
     schema_version: Annotated[Literal[1], VERSION] = 1
+    kind: Annotated[Literal["sweep"] | None, KIND] = None
     sweep: str = Field(description="name of the sweep")
     num_planned: int = Field(description="cells that were asked for, run cells included")
     num_done: int = Field(description="cells that hold figures")
@@ -214,6 +215,7 @@ class SweepRecord(RecordFolder):
 
 
 SWEEP = StoreKind(
+    record_kind="sweep",
     noun="sweep",
     spec_noun="spec",
     spec_file=SPEC_FILE,
