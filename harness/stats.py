@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from scipy import stats
 
 from harness.files import Frozen
@@ -110,13 +111,13 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 class Interval(Frozen):
-    """An estimate with its bootstrap interval over prompts; `num_prompts` is what was resampled."""
+    """An estimate with its bootstrap interval, in the estimate's unit."""
 
-    estimate: float
-    low: float
-    high: float
-    level: float
-    num_prompts: int
+    estimate: float = Field(description="the figure, formed from totals")
+    low: float = Field(description="lower bound; -inf where a single unit bounds nothing")
+    high: float = Field(description="upper bound; inf where a single unit bounds nothing")
+    level: float = Field(description="nominal coverage, a share")
+    num_prompts: int = Field(description="units that were resampled: prompts, or batches of prompts")
 
 
 class Resamples:

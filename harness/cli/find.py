@@ -73,12 +73,3 @@ def _moved(path: Path) -> Path | None:
     name = path.name.partition("_")[2] if folder is not None else path.name
     candidate = Path(folder or "ablations", name)
     return path.parent / candidate if shipped(candidate.as_posix()).is_file() else None
-
-
-def kind_of(folder: Path) -> str:
-    """temporary"""
-    if (folder / "arms.jsonl").exists():
-        return "ablation"
-    if (folder / "sweep.toml").exists():
-        return "sweep"
-    return "latency" if (folder / "spec.toml").exists() else "suite"

@@ -9,12 +9,12 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from harness.cli.find import kind_of
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
 from harness.judge.run import judge
 from harness.paths import default_results
+from harness.records.folder import kind_of
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.step_profile import StepProfile, read_step_profile

@@ -91,12 +91,12 @@ class BatchTable(Frozen):
 class PointKey(Frozen):
     """One combination that is timed."""
 
-    dtype: DtypeName
-    mode: ModeName
-    num_nodes: int
-    num_heads: int
-    context_tokens: int
-    batch: int
+    dtype: DtypeName = Field(description="dtype of the model")
+    mode: ModeName = Field(description="mode of the engine")
+    num_nodes: int = Field(description="nodes of the tree, root included; 1 is vanilla")
+    num_heads: int = Field(description="draft heads that a step reads; 0 where only the backbone is timed")
+    context_tokens: int = Field(description="tokens of each row in the cache before the step")
+    batch: int = Field(description="rows that are computed together")
 
     @property
     def group(self) -> tuple[str, str, int, int]:

@@ -94,16 +94,18 @@ class PredictedDevices(Frozen):
 
 
 class SampledSetting(Frozen):
-    """One way to decode whose text a replay cannot give: a rule at a temperature; `epsilon` and `delta` are
-    those of typical acceptance.
+    """One way to decode whose text a replay cannot give: a rule at a temperature."""
 
-    `greedy` is the tree at temperature 0 and `vanilla` no tree at all, both for comparison.
-    """
-
-    rule: SampledRule
-    temperature: float = Field(default=0.0, ge=0)
-    epsilon: float | None = Field(default=None, gt=0, lt=1)
-    delta: float | None = Field(default=None, gt=0)
+    rule: SampledRule = Field(
+        description="rule of acceptance; for comparison greedy, at temperature 0, and vanilla, without a tree"
+    )
+    temperature: float = Field(default=0.0, ge=0, description="what logits are divided by; 0 is greedy")
+    epsilon: float | None = Field(
+        default=None, gt=0, lt=1, description="hard threshold of typical acceptance, a probability"
+    )
+    delta: float | None = Field(
+        default=None, gt=0, description="factor of typical acceptance's threshold delta * exp(-entropy)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SampledSetting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -58,16 +57,10 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from models_in(inner)
 
 
-def definer(model: type[BaseModel], name: str) -> str:
-    """Return the module of the class that a field of a model stands in."""
-    return next(base.__module__ for base in model.__mro__ if name in inspect.get_annotations(base))
-
-
 FIELDS = {
     f"{model.__name__}.{name}": (name, field)
     for model in record_models()
     for name, field in model.model_fields.items()
-    if definer(model, name).startswith("harness.records.")
 }
 
 
