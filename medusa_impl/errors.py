@@ -1,12 +1,13 @@
-"""The one exception type for mistakes a user can mend, raised by every layer and rendered once at the command
-line.
+"""The one exception for mistakes that a user can correct.
+
+Every layer raises it; the command line prints it once, without a traceback.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in input or configuration, told as what was found, what is needed, where, and what to do."""
+    """A mistake in input or configuration: what was found, what is needed, where, and what to do."""
 
     def __init__(self, *, found: str, need: str, where: str | None = None, do: str | None = None) -> None:
         self.found = found

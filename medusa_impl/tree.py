@@ -1,4 +1,4 @@
-"""The draft tree as data: rank paths, checked before any device sees them; needs neither torch nor numpy.
+"""The draft tree as data: every node is a path of ranks, checked before any device sees it.
 
 The tree {(), (0), (1), (0,0), (0,1), (1,0), (0,0,0)}, as `draw` prints it (rank, then node index):
 
@@ -10,16 +10,19 @@ The tree {(), (0), (1), (0,0), (0,1), (1,0), (0,0,0)}, as `draw` prints it (rank
     `- 1  #2
        `- 0  #5
 
-Node #4 is the path (0, 1): the best token of head 1, then the second-best token of head 2. Nodes are numbered
-by depth, then by path, so a parent precedes its children, the children of a node are neighbours, and siblings
-stand in the order of their ranks.
+Node #4 is the path (0, 1): the best token of head 1, then the second-best token of head 2. The root is the
+token that the backbone itself has chosen; no head proposes it. Nodes are numbered by depth, then by path.
+So a parent comes before its children, the children of a node have consecutive indices, and siblings follow
+the order of their ranks.
+
+This module needs neither torch nor numpy.
+
+Paper: Section 2.1.2, tree attention; Section 2.3.3, sparse trees.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from medusa_impl.errors import UserError
+from medusa_impl.tree_text import paths_to_json, read_paths
 
 RankPath = tuple[int, ...]
 
-SCHEMA_VERSION = 1
-# a guard against widths that would exhaust memory; hundreds of times what one verification can use
+# Guards against widths that would exhaust memory. One verification uses a few hundred nodes at the most.
 MAX_NODES = 65_536
 _ROOT: RankPath = ()
 
@@ -48,9 +51,9 @@ class DraftTree:
 
     Units: `num_nodes` counts the root; `depth` counts draft levels, 0 for the root alone.
     Raises: UserError if the paths are not a tree in canonical order (`from_paths` sorts and adds the root).
-    Paper: section 2.1.2, and 2.3.3 for sparse trees.
-    Departs: the released code flattens ranks with a fixed ten per head, so that rank 10 of one head is rank 0
-    of the next; paths stay tuples here and cannot alias.
+    Paper: Section 2.1.2, and Section 2.3.3 for sparse trees.
+    Departs: the released code numbers candidates as 10 * head + rank, so that rank 10 of one head is taken
+    for rank 0 of the next. Here a path stays a tuple, and no two paths can be confused.
     """
 
     paths: tuple[RankPath, ...]
@@ -60,23 +63,24 @@ class DraftTree:
 
     @classmethod
     def root_only(cls) -> DraftTree:
-        """The tree of vanilla decoding: one token a step, nothing drafted."""
+        """Return the tree of vanilla decoding: one token a step, nothing drafted."""
         return cls(paths=(_ROOT,))
 
     @classmethod
     def chain(cls, depth: int) -> DraftTree:
-        """The best token of each of the first `depth` heads in a single line."""
+        """Return a tree without branches: the best token of each of the first `depth` heads."""
         if depth < 0:
             raise UserError(found=f"a chain of depth {depth}", need="0 or more")
         return cls.cartesian((1,) * depth)
 
     @classmethod
     def cartesian(cls, widths: Sequence[int]) -> DraftTree:
-        """The tree in which every node of depth k - 1 has the `widths[k - 1]` best tokens of head k as
-        children.
+        """Return the tree in which every combination of the heads' best tokens is a candidate.
+
+        Every node of depth k - 1 has the `widths[k - 1]` best tokens of head k as children.
 
         Raises: UserError on a width below 1 or on more than MAX_NODES nodes.
-        Paper: section 2.1.2.
+        Paper: Section 2.1.2, where `widths[k - 1]` is s_k.
         """
         for level, width in enumerate(widths, start=1):
             if _as_int(width) is None or width < 1:
@@ -91,15 +95,16 @@ class DraftTree:
                 need=f"at most {MAX_NODES}",
                 do="lower a width",
             )
+        # `product` counts its last factor fastest, which is the canonical order within a level.
         levels = (product(*(range(width) for width in widths[:depth])) for depth in range(len(widths) + 1))
         return cls(paths=tuple(path for level in levels for path in level))
 
     @classmethod
     def from_paths(cls, paths: Iterable[Iterable[int]], *, where: str | None = None) -> DraftTree:
-        """The tree of these rank paths, given in any order, with or without the root.
+        """Return the tree of these rank paths, which may be in any order, with or without the root.
 
-        Raises: UserError that names the path which is a duplicate, lacks its parent, or holds a negative or
-        non-integer rank; or if there is no path at all.
+        Raises: UserError if there is no path, or if a path occurs twice, lacks its parent, or holds a rank
+        that is negative or not an integer. The message names the path.
         """
         nodes = [_as_path(path, where=where) for path in paths]
         if not nodes:
@@ -117,63 +122,64 @@ class DraftTree:
 
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> DraftTree:
-        """The tree of a JSON file, or of text: what `to_json` writes, a bare JSON list of lists, or a Python
-        literal of tuples.
+        """Return the tree of a JSON file, or of the text itself.
 
-        Raises: UserError on anything else; on an unknown key or version; and as `from_paths` does.
+        The text is what `to_json` writes, a plain JSON list of lists, or a Python literal of tuples, which is
+        how the authors publish their trees.
+
+        Raises: UserError on anything else, on an unknown key or version, and as `from_paths` does.
         """
-        text, where = _read_text(text_or_path)
-        paths = _parse(text, where=where)
+        paths, where = read_paths(text_or_path)
         if isinstance(paths, str) or not isinstance(paths, Iterable):
             raise UserError(found=f"paths = {paths!r}", need="a list of rank paths", where=where)
         return cls.from_paths(paths, where=where)
 
     def to_json(self, *, provenance: Mapping[str, Any] | None = None) -> str:
-        """One line of canonical JSON; the root is written only where it is the only node."""
-        nodes = self.paths[1:] or (_ROOT,)
-        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "paths": nodes}
-        if provenance is not None:
-            data["provenance"] = dict(provenance)
-        return json.dumps(data, sort_keys=True, separators=(",", ":"))
+        """Return the tree as one line of canonical JSON.
+
+        The root is left out, as in published trees, unless it is the only node.
+        """
+        return paths_to_json(self.paths[1:] or (_ROOT,), provenance=provenance)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that name this tree: the start of the SHA-256 of its canonical JSON."""
+        """Return the first twelve digits of the SHA-256 of the canonical JSON, a short name of the tree."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     @property
     def num_nodes(self) -> int:
-        """How many tokens one verification scores, root counted."""
+        """Return the number of tokens that one verification scores, the root included."""
         return len(self.paths)
 
     @property
     def depth(self) -> int:
-        """The number of draft heads in use; 0 for the root alone."""
+        """Return the number of draft heads in use; 0 for the root alone."""
+        # In canonical order the last path is one of the longest.
         return len(self.paths[-1])
 
     @cached_property
     def index(self) -> Mapping[RankPath, int]:
-        """The node index of every path."""
+        """Return the node index of every path."""
         return {path: node for node, path in enumerate(self.paths)}
 
     @cached_property
     def parents(self) -> tuple[int, ...]:
-        """The node index of every node's parent; -1 for the root."""
+        """Return the node index of every node's parent; -1 for the root."""
         return (-1, *(self.index[path[:-1]] for path in self.paths[1:]))
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """Every node's distance from the root."""
+        """Return every node's distance from the root."""
         return tuple(len(path) for path in self.paths)
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Every node's rank in the head of its depth; 0 for the root, which no head proposes."""
+        """Return every node's rank in the head of its depth; 0 for the root, which no head proposes."""
         return tuple(path[-1] if path else 0 for path in self.paths)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """The node indices of every node's children, best rank first."""
+        """Return the node indices of every node's children, best rank first."""
         lists: list[list[int]] = [[] for _ in self.paths]
         for node, parent in enumerate(self.parents[1:], start=1):
             lists[parent].append(node)
@@ -181,12 +187,12 @@ class DraftTree:
 
     @cached_property
     def leaves(self) -> tuple[int, ...]:
-        """The nodes without children, in order of their index."""
-        return tuple(node for node, below in enumerate(self.children) if not below)
+        """Return the nodes without children, in order of their index."""
+        return tuple(node for node, children in enumerate(self.children) if not children)
 
     @cached_property
     def candidates(self) -> tuple[tuple[int, ...], ...]:
-        """For every leaf the node indices from the root down to it, root first."""
+        """Return for every leaf the node indices of its path, from the root to the leaf."""
         return tuple(
             tuple(self.index[self.paths[leaf][:depth]] for depth in range(self.depths[leaf] + 1))
             for leaf in self.leaves
@@ -194,8 +200,9 @@ class DraftTree:
 
     @cached_property
     def num_ranks(self) -> tuple[int, ...]:
-        """For depth 1, 2, .. how many of that head's best tokens the tree needs: one more than its greatest
-        rank there.
+        """Return for depth 1, 2, .. how many of that head's best tokens the tree needs.
+
+        This is one more than the greatest rank at that depth.
         """
         needed = [0] * self.depth
         for path in self.paths[1:]:
@@ -203,7 +210,7 @@ class DraftTree:
         return tuple(needed)
 
     def pruned(self, max_depth: int) -> DraftTree:
-        """The nodes down to `max_depth`: what is left of the tree when only so many heads are at hand."""
+        """Return the nodes down to `max_depth`: the part of the tree that so many heads can fill."""
         if max_depth < 0:
             raise UserError(found=f"depth {max_depth}", need="0 or more")
         return (
@@ -213,9 +220,10 @@ class DraftTree:
         )
 
     def check_fits(self, *, num_heads: int, vocab_size: int) -> None:
-        """Refuse a tree that is deeper than the heads or asks a head for more tokens than the vocabulary has.
+        """Refuse a tree that these heads cannot fill.
 
-        Raises: UserError that names the first node out of bounds.
+        Raises: UserError if the tree is deeper than there are heads, or asks a head for more tokens than the
+        vocabulary has. The message names the first such node.
         """
         for path in self.paths:
             if len(path) > num_heads:
@@ -234,21 +242,25 @@ class DraftTree:
                 )
 
     def draw(self) -> str:
-        """The tree in ASCII, one node a line: its rank, then its index."""
+        """Return a drawing of the tree in ASCII, one node a line: its rank, then its index."""
         lines = ["root  #0"]
+        # An explicit stack, because a long chain would exceed Python's recursion limit.
         stack = [(child, "") for child in reversed(self.children[0])]
         while stack:
             node, indent = stack.pop()
             is_last = node == self.children[self.parents[node]][-1]
             lines.append(f"{indent}{'`-' if is_last else '|-'} {self.ranks[node]}  #{node}")
-            below = indent + ("   " if is_last else "|  ")
-            stack.extend((child, below) for child in reversed(self.children[node]))
+            deeper = indent + ("   " if is_last else "|  ")
+            stack.extend((child, deeper) for child in reversed(self.children[node]))
         return "\n".join(lines)
 
 
 def cartesian_num_nodes(widths: Iterable[int]) -> int:
-    """How many nodes, root counted, the Cartesian tree of these widths has: 1 + s_1 + s_1 s_2 + .. (section
-    2.1.2).
+    """Return how many nodes the Cartesian tree of these widths has: 1 + s_1 + s_1 s_2 + ..
+
+    The root is counted.
+
+    Paper: Section 2.1.2, whose sum leaves the root out.
     """
     total = level = 1
     for width in widths:
@@ -260,11 +272,13 @@ def cartesian_num_nodes(widths: Iterable[int]) -> int:
 def largest_cartesian(
     num_heads: int, max_nodes: int, *, value: Callable[[tuple[int, ...]], float] | None = None
 ) -> tuple[int, ...]:
-    """The widths of the best Cartesian tree of at most `max_nodes` nodes, root counted.
+    """Return the widths of the best Cartesian tree of at most `max_nodes` nodes, root included.
 
-    All non-increasing widths of length 0 to `num_heads` that fit are compared, because later heads are worse
-    and deserve no more branches than earlier ones. The greatest `value(widths)` wins where one is given, for
-    instance the tokens/step replayed; then the most nodes; then the deepest; then the narrowest first level.
+    The search compares all non-increasing widths of length 0 to `num_heads` that fit: later heads are less
+    accurate, and deserve no more branches than earlier ones. Where `value` is given, for instance the tokens
+    per step in a replay, the greatest `value(widths)` wins. Ties go to the most nodes, then to the deepest
+    tree, then to the narrowest first level.
+
     Raises: UserError if `max_nodes` is below 1 or `num_heads` below 0.
     """
     if max_nodes < 1 or num_heads < 0:
@@ -281,12 +295,13 @@ def largest_cartesian(
 
 
 def _non_increasing_widths(num_heads: int, max_nodes: int) -> Iterator[tuple[int, ...]]:
-    # widths, nodes of the last level, nodes in all
+    # Each entry: widths, number of nodes of the last level, number of nodes in all.
     stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]
     while stack:
         widths, level, total = stack.pop()
         yield widths
         if len(widths) < num_heads:
+            # One more level of width w adds `level * w` nodes.
             widest = (max_nodes - total) // level
             widest = min(widest, widths[-1]) if widths else widest
             stack.extend(
@@ -306,6 +321,7 @@ def _check(paths: Sequence[RankPath], *, where: str | None = None) -> None:
             raise UserError(
                 found=f"node {path} twice", need="every node once", where=where, do="remove the duplicate"
             )
+        # Not isinstance: True is an int, and would be written to JSON as `true`.
         if any(type(rank) is not int or rank < 0 for rank in path):
             raise UserError(found=f"node {path}", need="ranks that are whole numbers from 0 up", where=where)
         if path[:-1] not in seen:
@@ -323,10 +339,11 @@ def _check(paths: Sequence[RankPath], *, where: str | None = None) -> None:
 
 
 def _as_int(rank: object) -> int | None:
+    """Return a whole number of any type (also numpy's) as an `int`, or None for anything else."""
     if isinstance(rank, bool):
         return None
     try:
-        return operator.index(rank)  # type: ignore[arg-type]  # the TypeError is the test
+        return operator.index(rank)  # type: ignore[arg-type]  # what is not a number raises
     except TypeError:
         return None
 
@@ -341,38 +358,3 @@ def _as_path(path: object, *, where: str | None) -> RankPath:
     if len(ranks) != len(given):
         raise UserError(found=f"node {given!r}", need="ranks that are whole numbers from 0 up", where=where)
     return ranks
-
-
-def _read_text(text_or_path: str | Path) -> tuple[str, str]:
-    if isinstance(text_or_path, str) and text_or_path.lstrip()[:1] in ("{", "[", "("):
-        return text_or_path, "tree given as text"
-    where = str(text_or_path)
-    try:
-        return Path(text_or_path).read_text(encoding="utf-8"), where
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(
-            found=f"no readable tree ({error})", need="a JSON file of rank paths", where=where
-        ) from error
-
-
-def _parse(text: str, *, where: str) -> object:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            data = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            need = "JSON, or a Python list of tuples such as [(0,), (0, 1)]"
-            raise UserError(found=f"text that cannot be read ({error})", need=need, where=where) from error
-    if not isinstance(data, dict):
-        return data
-    if unknown := sorted(map(str, set(data) - {"schema_version", "paths", "provenance"})):
-        raise UserError(
-            found=f"unknown key {unknown[0]!r}",
-            need="schema_version, paths and perhaps provenance",
-            where=where,
-        )
-    if data.get("schema_version") != SCHEMA_VERSION or "paths" not in data:
-        found = f"schema_version {data.get('schema_version')!r}" if "paths" in data else "no paths"
-        raise UserError(found=found, need=f"schema_version {SCHEMA_VERSION} and paths", where=where)
-    return data["paths"]

@@ -1,8 +1,8 @@
-"""Which tree to verify: grown node by node from what the heads get right, then cut where a device makes it
-fastest; torch-free.
+"""The search for a good tree: grow it node by node from the heads' accuracies, then choose its size.
 
-Growing the canonical tree from a_1 = (0.6, 0.2) and a_2 = (0.5, 0.1); the number in brackets is the order of
-addition:
+Example: head 1 is right with its best token in 60 % of all positions and with its second-best in 20 %, so
+a_1 = (0.6, 0.2); likewise a_2 = (0.5, 0.1). Each node shows its rank, its value, which is the product of the
+accuracies along its path, and in brackets the order in which it is added:
 
     root (1)
     |- 0  0.60 (2)
@@ -11,8 +11,12 @@ addition:
     `- 1  0.20 (4)
        `- 0  0.10 (5)
 
-A node is worth at most as much as its parent, so taking the best node whose parent is in gives, at every
-size, the best tree of that size.
+A node is never worth more than its parent. So adding, again and again, the best node whose parent is in the
+tree gives the best tree of every size.
+
+This module needs no torch.
+
+Paper: Section 2.3.3.
 """
 
 from __future__ import annotations
@@ -28,14 +32,15 @@ from numpy.typing import ArrayLike, NDArray
 from medusa_impl.errors import UserError
 from medusa_impl.tree import DraftTree, RankPath, cartesian_num_nodes
 
-DENSE_SLACK = 0.05  # random_dense may stay below the node count asked for by this share
+DENSE_SLACK = 0.05  # `random_dense` may have fewer nodes than asked for, by up to this share
 
 
 @dataclass(frozen=True)
 class GrownTree:
-    """A tree and the order in which it grew, so that every prefix is the best tree of its size.
+    """A tree together with the order in which it grew: every prefix is the best tree of its size.
 
-    `growth` starts at the root; `values[i]` is the chance that the path `growth[i]` is right, 1 for the root.
+    `growth` starts with the root. `values[i]` is the probability that all tokens of the path `growth[i]` are
+    right, which is 1 for the root.
     """
 
     growth: tuple[RankPath, ...]
@@ -43,25 +48,28 @@ class GrownTree:
 
     @cached_property
     def tree(self) -> DraftTree:
-        """The tree with every node that was grown."""
+        """Return the tree with every node that was grown."""
         return self.nested(len(self.growth))
 
     def nested(self, num_nodes: int) -> DraftTree:
-        """The best tree of `num_nodes` nodes, root counted: the first so many that grew."""
+        """Return the best tree of `num_nodes` nodes, root included: the first ones that grew."""
         self._check_size(num_nodes)
         return DraftTree.from_paths(self.growth[:num_nodes])
 
     @cached_property
     def expected_acceptance_lengths(self) -> tuple[float, ...]:
-        """The expected acceptance length of `nested(1)`, `nested(2)`, ..: sums of the values.
+        """Return the expected acceptance length of `nested(1)`, `nested(2)`, ..
 
-        Departs: positions count equally here, whereas decoding starts its steps more often after a miss and
-        stops at the last token: a replay gives what is realised.
+        The acceptance length counts every accepted node once, so its expectation is the sum of the values.
+
+        Units: tokens per step, the root included.
+        Departs: every position of the text counts equally here. Decoding starts its steps more often after a
+        wrong token, and stops at the last token; only a replay gives the length that decoding reaches.
         """
         return tuple(float(total) for total in np.cumsum(self.values))
 
     def expected_acceptance_length(self, num_nodes: int) -> float:
-        """The expected acceptance length of `nested(num_nodes)`."""
+        """Return the expected acceptance length of `nested(num_nodes)`."""
         self._check_size(num_nodes)
         return self.expected_acceptance_lengths[num_nodes - 1]
 
@@ -69,19 +77,21 @@ class GrownTree:
         if not 1 <= num_nodes <= len(self.growth):
             raise UserError(
                 found=f"a tree of {num_nodes} nodes",
-                need=f"1 to {len(self.growth)} nodes, as many as were grown",
+                need=f"1 to {len(self.growth)} nodes, the number that was grown",
             )
 
 
 def marginal_accuracies(ranks: ArrayLike, *, max_rank: int) -> NDArray[np.float64]:
-    """How often each rank of each head was the true token, counted over the positions that head could be
-    right at.
+    """Return a_k^(i): how often the token of rank i of head k was the true token.
 
-    Shapes: `ranks` [n, K], -1 beyond the end of the text -> [K, max_rank]; ranks 0 .. max_rank - 1 are
-    counted. A head that was never tried gets zeros.
-    Paper: a_k^(i) of section 2.3.3.
-    Departs: the released script divides by one fixed number of positions for all heads, though later heads
-    have fewer.
+    The share is taken over the positions at which head k has a true token. A head without such a position
+    gets zeros.
+
+    Shapes: ranks `[n, K]`, the rank of the true token in each head, -1 after the end of the text; result
+    `[K, max_rank]`, for ranks 0 .. max_rank - 1.
+    Paper: Section 2.3.3.
+    Departs: the released script divides by one number of positions for all heads, though later heads have
+    fewer.
     """
     table = _as_ranks(ranks)
     _check_max_rank(max_rank)
@@ -91,13 +101,14 @@ def marginal_accuracies(ranks: ArrayLike, *, max_rank: int) -> NDArray[np.float6
 
 
 def grow_by_marginals(accuracy: ArrayLike, *, num_nodes: int, max_depth: int | None = None) -> GrownTree:
-    """The tree that the paper grows: a node's value is the product of its ranks' accuracies, as if the heads
-    erred independently.
+    """Return the paper's tree: a node's value is the product of the accuracies along its path.
 
-    Equal values go to the shallower node, then to the smaller path.
-    Shapes: `accuracy` [K, R], row k - 1 the accuracies a_k^(0..R-1).
-    Raises: UserError if an accuracy is no probability, or fewer than `num_nodes` nodes exist.
-    Paper: section 2.3.3.
+    This treats the errors of different heads as independent. Of equal values the shallower node is added
+    first, then the smaller path.
+
+    Shapes: accuracy `[K, R]`, row k - 1 the accuracies a_k^(0 .. R - 1).
+    Raises: UserError if an accuracy is not between 0 and 1, or fewer than `num_nodes` nodes exist.
+    Paper: Section 2.3.3.
     """
     table = np.asarray(accuracy, dtype=np.float64)
     if table.ndim != 2 or not ((table >= 0) & (table <= 1)).all():
@@ -117,23 +128,25 @@ def grow_by_marginals(accuracy: ArrayLike, *, num_nodes: int, max_depth: int | N
 def grow_by_joint_hits(
     ranks: ArrayLike, *, num_nodes: int, max_rank: int, max_depth: int | None = None
 ) -> GrownTree:
-    """The tree that the trace itself prefers: a node's value is the share of positions whose true tokens
-    start with its path.
+    """Return the tree in which a node's value is the share of positions at which its whole path is right.
 
-    Unlike the product of marginals this sees that heads are right and wrong together. Counts fall along a
-    path, so best-first growth is optimal on the positions given. Positions with nothing after them (first
-    rank -1) start no step and are left out. Equal counts, zero included, go to the shallower node, then to
-    the smaller path.
-    Shapes: `ranks` [n, K], -1 beyond the end of the text; ranks 0 .. max_rank - 1 may enter the tree.
+    Unlike a product of accuracies, this share sees that heads tend to be right together and wrong together.
+    It never rises along a path, so best-first growth gives the best tree for the positions given. A position
+    at the end of the text (first rank -1) starts no step, and is left out. Of equal shares, also of 0, the
+    shallower node is added first, then the smaller path.
+
+    Shapes: ranks `[n, K]`, -1 after the end of the text; ranks 0 .. max_rank - 1 may enter the tree.
     Raises: UserError if no position is left, or fewer than `num_nodes` nodes exist.
-    Departs: from section 2.3.3, which multiplies marginals.
+    Departs: Section 2.3.3 multiplies the accuracies of single heads.
     """
     table = _as_ranks(ranks)
     _check_max_rank(max_rank)
     table = table[table[:, 0] >= 0, : _depth_limit(max_depth, table.shape[1])]
     if not len(table):
-        raise UserError(found="no position with a token after it", need="a trace of at least two tokens")
-    reaching: dict[RankPath, NDArray[np.int64]] = {}  # the rows that start with a path of the tree
+        raise UserError(found="no position that a token follows", need="a trace of at least two tokens")
+    # For each path of the tree, the rows whose ranks start with it. A node's rows are found among its
+    # parent's, so that the whole table is searched only once, for the root.
+    reaching: dict[RankPath, NDArray[np.int64]] = {}
 
     def expand(path: RankPath, _value: float) -> Iterator[tuple[float, int]]:
         rows = reaching[path[:-1]][reaching[path[:-1]][:, len(path) - 1] == path[-1]] if path else table
@@ -146,11 +159,13 @@ def grow_by_joint_hits(
 
 
 def _grow(expand: Callable[[RankPath, float], Iterable[tuple[float, int]]], *, num_nodes: int) -> GrownTree:
-    """Best-first growth; `expand(path, value)` yields (value, rank) of the children and is called once, when
-    the path is taken.
+    """Return the tree that best-first growth gives.
+
+    `expand(path, value)` yields (value, rank) of each child. It is called once, when the path is added.
     """
     if num_nodes < 1:
         raise UserError(found=f"a tree of {num_nodes} nodes", need="at least 1: the root")
+    # `heapq` pops the smallest entry: so values are negative, and ties go by depth, then by path.
     heap: list[tuple[float, int, RankPath]] = [(-1.0, 0, ())]
     growth: list[RankPath] = []
     values: list[float] = []
@@ -161,14 +176,14 @@ def _grow(expand: Callable[[RankPath, float], Iterable[tuple[float, int]]], *, n
         for value, rank in expand(path, -negative):
             heapq.heappush(heap, (-value, depth + 1, (*path, rank)))
     if len(growth) < num_nodes:
-        need = f"at most {len(growth)}: heads and ranks allow no more"
+        need = f"at most {len(growth)} nodes, which is all that these heads and ranks allow"
         raise UserError(found=f"a tree of {num_nodes} nodes", need=need, do="raise the number of ranks")
     return GrownTree(growth=tuple(growth), values=tuple(values))
 
 
 @dataclass(frozen=True)
 class SizePoint:
-    """One nested tree with what it yields and what it costs, in the unit of the caller's `cost`."""
+    """One nested tree, its tokens per step, and the cost of a step in the unit of the caller's `cost`."""
 
     tree: DraftTree
     tokens_per_step: float
@@ -176,13 +191,13 @@ class SizePoint:
 
     @property
     def tokens_per_cost(self) -> float:
-        """What the search maximises."""
+        """Return tokens per unit of cost, which the search maximises."""
         return self.tokens_per_step / self.cost
 
 
 @dataclass(frozen=True)
 class SizeChoice:
-    """The best point of a search over sizes, and all that were compared, in order of size."""
+    """The best point of a search over sizes, and all points that were compared, in order of size."""
 
     best: SizePoint
     points: tuple[SizePoint, ...]
@@ -195,8 +210,9 @@ def best_size_for_cost(
     cost: Callable[[int], float],
     sizes: Iterable[int],
 ) -> SizeChoice:
-    """The nested tree with the most tokens per unit of cost, where `cost(num_nodes)` is the cost of one step;
-    ties go to the smaller.
+    """Return the nested tree with the most tokens per unit of cost.
+
+    `cost(num_nodes)` is the cost of one step. Ties go to the smaller tree.
 
     Raises: UserError if there is no size, a size was not grown, or a cost is not positive.
     """
@@ -212,14 +228,15 @@ def best_size_for_cost(
 
 
 def random_dense(num_nodes: int, *, num_heads: int, rng: np.random.Generator) -> DraftTree:
-    """A random dense tree of about `num_nodes` nodes, the control of the sparse one.
+    """Return a random dense tree of about `num_nodes` nodes, with which sparse trees are compared.
 
-    Dense means Cartesian, with at least two children at every node above the last level. All width vectors of
-    one to `num_heads` levels, in any order of widths, whose tree has at most `num_nodes` nodes and at most 5
-    % fewer are equally likely; where there is none, those that come closest from below.
+    Dense means Cartesian, with at least two children at every node above the last level. The widths may have
+    any order and one to `num_heads` levels. All trees with at most `num_nodes` nodes and at most 5 % fewer
+    are equally likely. Where there is no such tree, the largest ones below `num_nodes` are.
+
     Raises: UserError if `num_nodes` is below 3, the smallest dense tree, or there is no head.
-    Paper: section 3.3.1, Fig. 4.
-    Departs: the paper samples dense trees without saying how.
+    Paper: Section 3.3.1, Figure 4.
+    Departs: the paper does not say how it samples dense trees.
     """
     if num_nodes < 3 or num_heads < 1:
         raise UserError(
@@ -235,7 +252,7 @@ def random_dense(num_nodes: int, *, num_heads: int, rng: np.random.Generator) ->
 
 def _dense_widths(max_nodes: int, *, num_heads: int) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
-    # widths, nodes of the last level, nodes in all
+    # Each entry: widths, number of nodes of the last level, number of nodes in all.
     stack: list[tuple[tuple[int, ...], int, int]] = [((), 1, 1)]
     while stack:
         widths, level, total = stack.pop()
@@ -257,7 +274,7 @@ def _as_ranks(ranks: ArrayLike) -> NDArray[np.int64]:
     ):
         raise UserError(
             found=f"ranks of shape {table.shape} and type {table.dtype}",
-            need="whole numbers [positions, heads] from -1 up",
+            need="whole numbers from -1 up, of shape [positions, heads]",
         )
     return table.astype(np.int64, copy=False)
 

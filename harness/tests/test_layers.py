@@ -21,6 +21,7 @@ PURE_METHOD = (
     "medusa_impl.errors",
     "medusa_impl.tree",
     "medusa_impl.tree_search",
+    "medusa_impl.tree_text",
     "medusa_impl.recipes",
     "medusa_impl.training_log",
 )
@@ -35,6 +36,7 @@ TOP = (
     "tree",
     "tree_buffers",
     "tree_search",
+    "tree_text",
 )
 TOP_OF_METHOD = tuple(f"medusa_impl.{name}" for name in TOP)
 

@@ -1,0 +1,73 @@
+"""Draft trees as text: our canonical JSON, and the Python lists of tuples that the authors publish."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medusa_impl.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+def paths_to_json(paths: tuple[tuple[int, ...], ...], *, provenance: Mapping[str, Any] | None) -> str:
+    """Return these rank paths as one line of canonical JSON: sorted keys, no spaces.
+
+    A tree's fingerprint is a hash of this text, so the text must never vary for one tree.
+    """
+    data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "paths": paths}
+    if provenance is not None:
+        data["provenance"] = dict(provenance)
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def read_paths(text_or_path: str | Path) -> tuple[object, str]:
+    """Return what a file, or the text itself, gives as paths, and a name of the source for messages.
+
+    What is returned as paths is not checked.
+
+    Raises: UserError if there is no such file, or the text is neither JSON nor a Python literal, or a JSON
+    object has an unknown key or version.
+    """
+    text, where = _read_text(text_or_path)
+    return _parse(text, where=where), where
+
+
+def _read_text(text_or_path: str | Path) -> tuple[str, str]:
+    # A tree begins with a bracket, which no sensible path of a file does.
+    if isinstance(text_or_path, str) and text_or_path.lstrip()[:1] in ("{", "[", "("):
+        return text_or_path, "tree given as text"
+    where = str(text_or_path)
+    try:
+        return Path(text_or_path).read_text(encoding="utf-8"), where
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(
+            found=f"no readable tree ({error})", need="a JSON file of rank paths", where=where
+        ) from error
+
+
+def _parse(text: str, *, where: str) -> object:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        # Published trees are Python lists of tuples. `literal_eval` reads these and runs no code.
+        try:
+            data = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            need = "JSON, or a Python list of tuples such as [(0,), (0, 1)]"
+            raise UserError(found=f"text that cannot be read ({error})", need=need, where=where) from error
+    if not isinstance(data, dict):
+        return data
+    if unknown := sorted(map(str, set(data) - {"schema_version", "paths", "provenance"})):
+        raise UserError(
+            found=f"unknown key {unknown[0]!r}",
+            need="only schema_version, paths and provenance",
+            where=where,
+        )
+    if data.get("schema_version") != SCHEMA_VERSION or "paths" not in data:
+        found = f"schema_version {data.get('schema_version')!r}" if "paths" in data else "no paths"
+        raise UserError(found=found, need=f"schema_version {SCHEMA_VERSION} and paths", where=where)
+    return data["paths"]
