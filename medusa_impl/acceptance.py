@@ -1,8 +1,16 @@
-"""Which path of a draft tree is kept, and which token comes next: greedy, typical and rejection acceptance.
+"""Acceptance rules: which path of a draft tree is kept, and which token comes next.
 
-Paper: Section 2.3.1. Every rule has two parts: `root` draws a token from one row of logits (after the
-prefill, and as the bonus token of each verification), `verify` picks the path. All rules act on nodes, never
-on whole candidates, so that a shared node is judged once.
+The backbone has scored every node of the tree. From its logits at node n it predicts the token that follows
+n, so the logits at a node judge the tokens of its children. Every rule has two methods:
+
+    root    draws one token from the logits of one position: after the prefill, and after the kept path,
+            where it is the bonus token and becomes the root of the next tree
+    verify  chooses the path to keep, then the next root
+
+All rules judge nodes, never whole candidates: a node that several candidates share is judged once. The root
+is always kept, since `root` drew it.
+
+Paper: Section 2.3.1. Lossless rules: greedy (at temperature 0) and rejection. Lossy rule: typical.
 """
 
 from __future__ import annotations
@@ -16,16 +24,19 @@ from torch import Tensor
 
 from medusa_impl.tree_buffers import TreeBuffers
 
-_BLOCK_TOKENS, _LEAST_BLOCK_TOKENS = 256, 32
+_BLOCK_TOKENS, _LEAST_BLOCK_TOKENS = 256, 32  # of the vocabulary, in `first_choice`
 
 
 @dataclass(frozen=True)
 class Acceptance:
     """The outcome of one verification.
 
-    Shapes: nodes `[B, D]`, the kept path from the root on, valid up to `num_kept[b]`; num_kept `[B]`, the
-    acceptance length (root included, >= 1); last_node `[B]`, the deepest kept node; next_token `[B]`, the
-    root of the next step.
+    nodes: the kept path from the root on; in row b the first `num_kept[b]` entries count.
+    num_kept: the acceptance length, root included, at least 1.
+    last_node: the deepest kept node, from whose state the next tree is drafted.
+    next_token: the bonus token, which is the root of the next step.
+
+    Shapes: nodes `[B, D]`; num_kept, last_node and next_token `[B]`.
     """
 
     nodes: Tensor
@@ -35,24 +46,30 @@ class Acceptance:
 
 
 class AcceptanceRule(Protocol):
-    """A sampling law together with its way to verify a tree."""
+    """A law to sample tokens from, together with a way to verify a tree under it."""
 
     def root(self, logits: Tensor) -> Tensor:
-        """Draw one token a row. Shapes: logits `[B, V]`, result `[B]`."""
+        """Return one token a row.
+
+        Shapes: logits `[B, V]`, result `[B]`.
+        """
         ...
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
-        """Pick the kept path and the next root. Shapes: logits `[B, N, V]`, tokens `[B, N]`."""
+        """Return the kept path and the next root.
+
+        Shapes: logits `[B, N, V]`, tokens `[B, N]`.
+        """
         ...
 
 
 def first_choice(logits: Tensor) -> Tensor:
-    """Return the id of the greatest logit, the lowest of equals.
+    """Return the id of the greatest logit; of equal logits, the lowest id.
 
-    On a CPU `argmax` looks at one number at a time and `amax` at a register full: the greatest block is found
-    first, then the place in it.
     Shapes: logits `[.., V]`, result `[..]`.
     """
+    # On a CPU PyTorch's `argmax` is not vectorised, but `amax` is. So `amax` finds the block of the
+    # vocabulary that holds the greatest logit, and `argmax` searches this block only.
     size = math.gcd(logits.shape[-1], _BLOCK_TOKENS)
     if logits.device.type != "cpu" or size < _LEAST_BLOCK_TOKENS:
         return logits.argmax(-1)
@@ -64,16 +81,19 @@ def first_choice(logits: Tensor) -> Tensor:
 
 
 class GreedyRule:
-    """Keep the longest path whose every token is the backbone's argmax; lossless at temperature 0.
+    """Keep the longest path whose every token is the backbone's argmax.
 
-    Departs: compares argmax ids, not softmax values, so that ties cannot break differently from vanilla
-    decoding.
+    Lossless at temperature 0: the output is that of vanilla decoding. The rule compares ids and not
+    probabilities, so that it decides between equal logits as vanilla decoding does.
+
+    Paper: Section 2.3.1.
     """
 
     def root(self, logits: Tensor) -> Tensor:
         return first_choice(logits)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
+        # The token that the backbone wants after each node. A node passes if its parent wants its token.
         predicted = first_choice(logits)
         accepted = tokens == predicted[:, buffers.parents]
         nodes, num_kept = _longest_path(accepted, buffers)
@@ -87,13 +107,18 @@ class GreedyRule:
 
 
 class RejectionRule:
-    """Rejection sampling on a tree of point-mass proposals: the output follows the backbone's law at
-    `temperature` exactly.
+    """Rejection sampling on the tree; the output follows the backbone's law at `temperature` exactly.
 
-    At a node with law p, trying its children one after another against the residual of p is the same as
-    drawing y ~ p once and descending if some child is y; where none is, y is the bonus token.
-    Paper: Section 2.3.1 (the lossless alternative). Departs: proposals are the tokens themselves, not the
-    heads' softmax, under which the rule would not be lossless for top-k candidates.
+    The tree proposes the heads' top tokens, which are not sampled: each proposal is a point mass. At a node
+    where the backbone's law is p, rejection sampling accepts child x with probability p(x), else removes x
+    from p, renormalises, and tries the next child. If no child is left, the bonus token is drawn from what
+    remains of p. The same law results, with one draw, from
+
+        y ~ p;  if some child has the token y: keep it and go on from there;  else: y is the bonus token
+
+    Paper: Section 2.3.1, the lossless alternative to typical acceptance.
+    Departs: the rule of Leviathan et al. (2023) divides by the proposal's probability. The heads' softmax is
+    not that probability here: with it, the output would not follow the backbone's law.
     """
 
     def __init__(self, *, temperature: float, generator: torch.Generator) -> None:
@@ -108,12 +133,13 @@ class RejectionRule:
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
         num_rows = tokens.shape[0]
         rows = torch.arange(num_rows, device=tokens.device)
-        # padding takes an id that cannot be drawn
+        # `children` is padded with N. The token at index N is -1, which is never drawn.
         known = torch.cat([tokens, tokens.new_full((num_rows, 1), -1)], dim=1)
         node = torch.zeros(num_rows, dtype=torch.long, device=tokens.device)
-        going = torch.ones(num_rows, dtype=torch.bool, device=tokens.device)
+        going = torch.ones(num_rows, dtype=torch.bool, device=tokens.device)  # rows that still descend
         num_kept, next_token = torch.ones_like(node), torch.zeros_like(node)
         nodes = [node]
+        # One round for each depth, and one more for the bonus token of a row that reached a deepest leaf.
         for _ in range(buffers.tree.depth + 1):
             drawn = self.root(logits[rows, node])
             next_token = torch.where(going, drawn, next_token)
@@ -123,24 +149,31 @@ class RejectionRule:
             node = torch.where(going, children.gather(1, hit.int().argmax(1, keepdim=True)).squeeze(1), node)
             num_kept = num_kept + going
             nodes.append(node)
-            if going.device.type == "cpu" and not bool(
-                going.any()
-            ):  # elsewhere asking costs more than a needless level
+            # Only on a CPU: the host would have to wait for a GPU's answer, which costs more than it saves.
+            if going.device.type == "cpu" and not bool(going.any()):
                 break
+        # After an early end the last node fills up; entries from `num_kept` on do not count.
         width = buffers.tree.depth + 1
         stacked = torch.stack([*nodes, *[node] * width][:width], dim=1)
         return Acceptance(nodes=stacked, num_kept=num_kept, last_node=node, next_token=next_token)
 
 
 class TypicalRule:
-    """Keep x where p(x) > min(epsilon, delta * exp(-H(p))), with p the backbone's law at `temperature` and H
-    its entropy in nats.
+    """Keep token x if p(x) > min(epsilon, delta * exp(-H(p))).
 
-    The longest accepted path wins, ties go to the higher summed log-probability. The next root comes from p
-    restricted to the tokens that pass and renormalised (`sampled`), or is its argmax (`greedy`); where
-    nothing passes (possible for delta >= 1) it is the argmax.
+    Here p is the backbone's law at `temperature` and H its entropy: where the backbone is uncertain, less
+    likely tokens pass. The longest accepted path wins; ties go to the higher sum of log-probabilities.
+
+    The next root is drawn from p restricted to the tokens that pass, renormalised (`sampled`), or is the
+    argmax (`greedy`). With delta < 1 the argmax always passes, because p(argmax) >= exp(-H). With
+    delta >= 1 it can happen that no token passes; the argmax is the next root then.
+
     Lossy: the output does not follow the backbone's law.
-    Paper: Section 2.3.1. Departs: entropy from a float32 log-softmax without an added constant.
+
+    Units: H in nats.
+    Paper: Section 2.3.1; the released code has epsilon 0.09 and delta 0.3.
+    Departs: the released code takes the entropy of log(p + 1e-5) in half precision. Here it is taken from a
+    log-softmax in float32, with nothing added.
     """
 
     def __init__(
@@ -157,7 +190,11 @@ class TypicalRule:
         self.generator = generator
 
     def thresholds(self, log_probs: Tensor) -> Tensor:
-        """Return min(epsilon, delta * exp(-H)) of each law. Shapes: log_probs `[.., V]`, result `[..]`."""
+        """Return min(epsilon, delta * exp(-H)) of each law.
+
+        Shapes: log_probs `[.., V]`, result `[..]`.
+        """
+        # A token of probability 0 adds nothing to the entropy, but 0 * -inf is NaN.
         entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
         return (self.delta * torch.exp(-entropy)).clamp_max(self.epsilon)
 
@@ -167,6 +204,7 @@ class TypicalRule:
         log_probs = torch.log_softmax(logits.float() / self.temperature, -1)
         probs = log_probs.exp()
         passing = probs > self.thresholds(log_probs)[..., None]
+        # Let the argmax pass too where nothing else does, so that there is something to draw.
         passing.scatter_(
             -1,
             logits.argmax(-1, keepdim=True),
@@ -175,7 +213,9 @@ class TypicalRule:
         return torch.multinomial(probs * passing, 1, generator=self.generator).squeeze(1)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
+        # Leaves judge nothing, and they are most of the nodes: only inner nodes need a softmax.
         log_probs = torch.log_softmax(logits[:, buffers.inner].float() / self.temperature, -1)
+        # For every node, the row of `log_probs` that judges it: its parent's.
         law = buffers.inner_position[buffers.parents]
         thresholds = self.thresholds(log_probs)[:, law]
         token_log_probs = log_probs[
@@ -191,18 +231,26 @@ class TypicalRule:
 def _longest_path(
     accepted: Tensor, buffers: TreeBuffers, *, log_probs: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the candidate with the longest accepted prefix and that prefix's length, root included.
+    """Return the candidate with the longest accepted prefix, and the length of this prefix, root included.
 
-    `accepted[b, n]` says whether node n passes given its parent. The root always does and is not counted
-    along the paths, where it stands for padding: so padding never passes, whatever its token.
-    Shapes: accepted `[B, N]`, overwritten at the root, and log_probs `[B, N]`; result `[B, D]` and `[B]`.
+    `accepted[b, n]` says whether node n passes given its parent. Without `log_probs` the first of several
+    longest candidates wins, else the one whose accepted nodes have the highest sum of `log_probs`.
+
+        path          root  a  b  c      a path of the tree
+        accepted         -  1  0  1      c is right, but follows a wrong token
+        cumprod          -  1  0  0      so the accepted prefix is root, a: its length is 2
+
+    Shapes: accepted `[B, N]`, whose column 0 is overwritten; log_probs `[B, N]`; results `[B, D]` and `[B]`.
     """
+    # Short paths are padded with the root. Marked as not accepted, the padding ends a prefix whatever its
+    # token; the root itself is counted at the end.
     accepted[:, 0] = False
     edges = buffers.paths[:, 1:]
     prefix = accepted[:, edges].cumprod(-1)
     lengths = prefix.sum(-1)
     longest, chosen = lengths.max(-1)
     if log_probs is not None:
+        # Minus infinity times the prefix's 0 would be NaN, so a very low finite number replaces it.
         summed = (log_probs[:, edges].nan_to_num(neginf=-1e30) * prefix).sum(-1)
         chosen = summed.masked_fill(lengths < longest[:, None], -torch.inf).argmax(-1)
     return buffers.paths[chosen], longest + 1
