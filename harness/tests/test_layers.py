@@ -31,6 +31,7 @@ TOP = (
     "errors",
     "heads",
     "recipes",
+    "rows",
     "stream",
     "training_log",
     "tree",

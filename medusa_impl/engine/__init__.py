@@ -1,1 +1,1 @@
-"""One step of the backbone, fast: cache, kernels, captured graphs."""
+"""One forward pass of the backbone, made fast: cache, masks, packed weights, captured graphs."""

@@ -1,74 +1,50 @@
 """Any causal language model of transformers as a Medusa backbone, through its public interface only.
 
-One forward pass takes N new tokens a row, with explicit positions and a 4-D additive mask, and returns the
-logits and the last hidden states of all of them: a prompt, a single token and a draft tree differ in the mask
-alone.
+One forward pass takes N new tokens a row, with their positions and a 4-D attention mask, and returns the
+logits and the last hidden states of all of them. To this pass a prompt, a single token and a draft tree are
+the same thing: they differ in positions and mask alone.
+
+    a prompt              chain of N nodes          each token sees all tokens before it
+    vanilla decoding      one node                  it sees the prefix and itself
+    Medusa decoding       tree of N nodes           each node sees the prefix, its ancestors and itself
+
+Paper: Section 2.1.2, tree attention.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from medusa_impl.engine.attention import GROUPED_ATTENTION
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.sections import Section, no_section
+from medusa_impl.engine.tree_mask import TreeMask
 from medusa_impl.errors import UserError
+from medusa_impl.tree import DraftTree
 
-_ALIBI_MODEL_TYPES = {"bloom", "mpt"}  # MPT would be silently wrong
-_SLOT_MASK_MODEL_TYPES = {"gpt_neo"}  # masks by cache slot behind the mask that it is given: silently wrong
+# Models that take their position biases, or an own mask, from the order of the cache's slots. In a tree this
+# order is not that of the positions. MPT and GPT-Neo would give wrong logits without any error.
+_ALIBI_MODEL_TYPES = {"bloom", "mpt"}
+_SLOT_MASK_MODEL_TYPES = {"gpt_neo"}
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _NEEDED_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-GROUPED_ATTENTION = "medusa_grouped_sdpa"
-
-
-def grouped_sdpa_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Masked attention that reads each key-value head once: the query heads of a group are stacked as further
-    query rows.
-
-    Stock transformers repeats keys and values for every query head as soon as a step has more than one token
-    and a mask.
-    Shapes: query `[B, Hq, N, d]`, key and value `[B, Hkv, T, d]`, mask `[B, 1, N, T]`; returns `[B, N, Hq,
-    d]`.
-    """
-    batch, num_heads, num_new, _ = query.shape
-    groups = num_heads // key.shape[1]
-    rows = query.reshape(batch, key.shape[1], groups * num_new, query.shape[-1])
-    mask = attention_mask
-    if mask is not None and groups > 1:
-        mask = (
-            mask[:, :, None]
-            .expand(-1, -1, groups, -1, -1)
-            .reshape(mask.shape[0], 1, groups * num_new, mask.shape[-1])
-        )
-    mixed = scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
-    return mixed.reshape(batch, num_heads, num_new, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED_ATTENTION, grouped_sdpa_attention)
 
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """What one forward pass yields; valid until the next one, which may write into the same memory.
+    """The result of one forward pass.
 
-    Shapes: logits `[B, N, V]` (or of the last tokens only), hidden `[B, N, H]`, the states that the LM head
+    It is valid until the next pass, which may write into the same memory.
+
+    Shapes: logits `[B, N, V]`, or of the last tokens only; hidden `[B, N, H]`, the states that the LM head
     reads.
     """
 
@@ -78,9 +54,9 @@ class BackboneOutput:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What the model's own call reads besides the cache.
+    """The inputs of the model's own call, without the cache.
 
-    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one for each type of layer.
+    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one mask a layer type.
     """
 
     token_ids: Tensor
@@ -93,8 +69,9 @@ ModelCall = Callable[[StepInputs, TreeCache], BackboneOutput]
 
 
 class _HiddenTap:
-    """A forward hook that holds the decoder's last output, once for a model however many backbones stand on
-    it.
+    """A forward hook that holds the decoder's last hidden states.
+
+    The model's own output holds either no hidden states or those of all layers, which is far too much.
     """
 
     hidden: Tensor
@@ -104,6 +81,7 @@ class _HiddenTap:
 
     @staticmethod
     def on(decoder: nn.Module) -> _HiddenTap:
+        """Return the tap of a decoder: one for the model, however many `Backbone`s share it."""
         for hook in decoder._forward_hooks.values():
             if isinstance(hook, _HiddenTap):
                 return hook
@@ -113,10 +91,10 @@ class _HiddenTap:
 
 
 class Backbone:
-    """A causal LM in evaluation mode that scores N new tokens a row on top of a `TreeCache`.
+    """A causal LM in evaluation mode that scores N new tokens a row after those that a `TreeCache` keeps.
 
-    Raises: UserError for architectures that cannot follow a tree through the public interface: ALiBi,
-    recurrent layers.
+    Raises: UserError for architectures that cannot follow a tree through the public interface, such as
+    position biases by ALiBi or recurrent layers.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -125,8 +103,9 @@ class Backbone:
         model.eval()
         self.model = model
         implementation = config._attn_implementation
-        # ours from an earlier Backbone
+        # A model that another Backbone has wrapped before has our attention already.
         self._stock_attention: str = "sdpa" if implementation == GROUPED_ATTENTION else implementation
+        # SDPA, ours included, would ignore a cap on the attention logits; eager attention applies it.
         if getattr(config, "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")
         elif implementation == "sdpa":
@@ -136,42 +115,52 @@ class Backbone:
         self.hidden_size = int(self.lm_head.get_parameter("weight").shape[1])
         self.vocab_size = int(config.vocab_size)
         self.max_positions = int(getattr(config, "max_position_embeddings", 0)) or None
-        window, layer_types = (
-            getattr(config, "sliding_window", None),
-            set(getattr(config, "layer_types", None) or ()),
-        )
-        if "full_attention" in layer_types and len(layer_types) == 1:
-            window = None
-        self.sliding_window: int | None = window
-        self._mixed_layers = len(layer_types) > 1
-        # the base model but for OPT, whose LM goes past its base model to the decoder inside
-        decoder = model.get_decoder()
-        self._tap = _HiddenTap.on(decoder)
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        # Some configurations name a window although none of their layers uses it.
+        window = None if layer_types == {"full_attention"} else getattr(config, "sliding_window", None)
+        self._mask = TreeMask(sliding_window=window, mixed_layers=len(layer_types) > 1)
+        # Not `base_model`: OPT's LM calls the decoder inside its base model, and a hook on the base model
+        # would never run.
+        self._tap = _HiddenTap.on(model.get_decoder())
         self.step_call: ModelCall = self.call_model
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating-point type of the weights."""
+        """Return the floating-point type of the weights."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """Return the device of the weights."""
         device: torch.device = self.model.device
         return device
 
     def new_cache(self, *, batch_size: int, max_length: int) -> TreeCache:
-        """Return an empty cache for `batch_size` rows of at most `max_length` tokens, draft nodes
-        included.
-        """
+        """Return an empty cache for rows of at most `max_length` tokens, draft nodes included."""
         return TreeCache(
             num_layers=self.num_layers, batch_size=batch_size, max_length=max_length, device=self.device
         )
 
+    def cache_for(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, tree: DraftTree
+    ) -> TreeCache:
+        """Return an empty cache that is long enough for these prompts, their new tokens and a draft tree.
+
+        Raises: UserError if the model has too few positions for them.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        self.check_positions(prompt_tokens=longest, max_new_tokens=max_new_tokens, depth=tree.depth)
+        # A row may end in the middle of a path. Then it has kept up to `depth` tokens more than its budget,
+        # and while other rows go on, the tree is still written after them.
+        max_length = longest + max_new_tokens + tree.depth + tree.num_nodes
+        return self.new_cache(batch_size=len(prompts), max_length=max_length)
+
     def check_positions(self, *, prompt_tokens: int, max_new_tokens: int, depth: int) -> None:
-        """Refuse a generation whose last draft node would lie beyond the positions that the model knows."""
+        """Refuse a generation whose last draft node needs a position that the model does not have.
+
+        Raises: UserError that names both numbers.
+        """
         needed = prompt_tokens + max_new_tokens + depth
         if self.max_positions is not None and needed > self.max_positions:
             raise UserError(
@@ -193,13 +182,16 @@ class Backbone:
         num_logits: int = 0,
         section: Section = no_section,
     ) -> BackboneOutput:
-        """Score N new tokens in every row and write their keys and values behind the kept prefix (nothing is
-        kept yet).
+        """Return the logits and states of N new tokens in every row.
 
-        This is the step that both arms take; `step_call` is the model's call in the engine's mode.
-        Shapes: token_ids `[B, N]`; depths `[N]`, position minus kept length; visible `[N, N]` boolean,
-        whether node n sees node m (itself included). The logits are those of the last `num_logits` tokens, of
-        all by default. `section` sees the model's own call as `backbone`, what is prepared for it as `mask`.
+        Their keys and values are written after the kept prefix; which of them stay is decided by
+        `TreeCache.keep`. Vanilla and Medusa decoding both take their steps here. `step_call` is the model's
+        call in the engine's mode. The sections `mask` and `backbone` are the preparation and this call. The
+        logits are those of the last `num_logits` tokens, by default of all.
+
+        Shapes: token_ids `[B, N]`; depths `[N]`, a node's position minus the kept length; visible `[N, N]`
+        boolean, whether node n sees node m.
+        Raises: UserError if the tokens do not fit into the cache.
         Paper: Section 2.1.2, tree attention.
         """
         with section("mask"):
@@ -213,12 +205,14 @@ class Backbone:
     def read(
         self, token_ids: Tensor, *, cache: TreeCache, row: int = 0, num_logits: int = 1
     ) -> BackboneOutput:
-        """Run a text behind what one row has kept, keeping nothing of it; logits are those of its last
-        `num_logits` tokens.
+        """Return logits and states of a text that follows the kept tokens of one row; keep nothing of it.
 
-        A text's length is its own, so no fixed-shape mode applies.
+        The logits are those of its last `num_logits` tokens.
+
         Shapes: token_ids `[T]`; logits `[1, num_logits, V]`, hidden `[1, T, H]`.
         """
+        # Texts have many lengths, so no mode that prepares for a fixed shape is used: the model is called
+        # as it is.
         positions = torch.arange(token_ids.shape[0], device=self.device)
         visible = positions[:, None] >= positions[None, :]
         rows = slice(row, row + 1)
@@ -228,8 +222,7 @@ class Backbone:
         return self.call_model(inputs, cache)
 
     def prefill(self, token_ids: Tensor, *, cache: TreeCache, row: int = 0) -> BackboneOutput:
-        """Run one row's prompt and keep all of it; logits are those of its last token, hidden those of every
-        token.
+        """Return the last token's logits and every token's state of one row's prompt; keep all of it.
 
         Shapes: token_ids `[T]`; logits `[1, 1, V]`, hidden `[1, T, H]`.
         """
@@ -237,8 +230,21 @@ class Backbone:
         cache.keep_all(row=row, count=token_ids.shape[0])
         return output
 
+    def prefill_rows(self, prompts: Sequence[Sequence[int]], *, cache: TreeCache) -> tuple[Tensor, Tensor]:
+        """Return the last logits of every prompt and the states that they come from; keep all prompts.
+
+        Prompts differ in length, so each is read on its own, and no padding is needed.
+
+        Shapes: results `[B, V]` and `[B, H]`.
+        """
+        outputs = [
+            self.prefill(torch.tensor(prompt), cache=cache, row=row) for row, prompt in enumerate(prompts)
+        ]
+        logits = torch.cat([output.logits[:, -1] for output in outputs])
+        return logits, torch.cat([output.hidden[:, -1] for output in outputs])
+
     def call_model(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
-        """Call the model as it is, kernel by kernel."""
+        """Return the output of the model as it is, called kernel by kernel."""
         output = self.model(
             input_ids=inputs.token_ids,
             attention_mask=inputs.mask,
@@ -264,62 +270,13 @@ class Backbone:
         return StepInputs(
             token_ids=token_ids,
             position_ids=lengths[:, None] + depths,
-            mask=self._mask(lengths, depths, visible, cache.slots[:view_length]),
+            mask=self._mask(lengths, depths, visible, slots=cache.slots[:view_length], dtype=self.dtype),
             num_logits=num_logits,
         )
 
-    def _mask(
-        self, lengths: Tensor, depths: Tensor, visible: Tensor, slots: Tensor
-    ) -> Tensor | dict[str, Tensor]:
-        """Additive 4-D mask `[B, 1, N, slots]`: 0 over the kept prefix and the visible nodes, the dtype's
-        minimum elsewhere.
-
-        A row with 3 kept tokens, a root r with children a and b, and one unused slot:
-
-              k0 k1 k2  r  a  b  -
-          r    0  0  0  0  .  .  .
-          a    0  0  0  0  0  .  .
-          b    0  0  0  0  .  0  .
-
-        A sliding window of W hides, from kept tokens and from nodes (a long prompt is a chain of them), what
-        lies W or more positions back.
-        """
-        column = (slots - (lengths[:, None] - 1)).clamp_(0, visible.shape[0] + 1)
-        mask = self._node_table("full", visible, visible)[:, column].transpose(0, 1).unsqueeze(1)
-        if self.sliding_window is None:
-            return mask
-        near = depths[:, None] - depths[None, :] < self.sliding_window
-        windowed = (
-            self._node_table("sliding", visible, visible & near)[:, column].transpose(0, 1).unsqueeze(1)
-        )
-        distance = (lengths[:, None] + depths[None, :])[:, None, :, None] - slots
-        kept = (slots[None, :] < lengths[:, None])[:, None, None, :]
-        windowed = windowed.masked_fill(kept & (distance >= self.sliding_window), self._hiding)
-        return {"full_attention": mask, "sliding_attention": windowed} if self._mixed_layers else windowed
-
-    @property
-    def _hiding(self) -> float:
-        return torch.finfo(self.dtype).min
-
-    def _node_table(self, name: str, tree: Tensor, visible: Tensor) -> Tensor:
-        """Additive columns `[N, N + 2]`: that of any kept token first, those of the nodes, that of any unused
-        slot last.
-
-        The table of the last `tree` is held: all steps of a generation share it.
-        """
-        if name not in self._tables or self._tables[name][0] is not tree:
-            nodes = torch.zeros(visible.shape, dtype=self.dtype, device=self.device).masked_fill_(
-                ~visible, self._hiding
-            )
-            table = torch.cat(
-                [nodes.new_zeros(len(nodes), 1), nodes, nodes.new_full((len(nodes), 1), self._hiding)], dim=1
-            )
-            self._tables[name] = (tree, table)
-        return self._tables[name][1]
-
     @contextlib.contextmanager
     def stock_attention(self) -> Iterator[None]:
-        """Give the model its stock attention back for the length of a block."""
+        """Give the model its stock attention back until the block ends."""
         ours = self.model.config._attn_implementation
         self.model.set_attn_implementation(self._stock_attention)
         try:

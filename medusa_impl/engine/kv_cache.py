@@ -1,9 +1,15 @@
-"""A preallocated key-value cache that takes all nodes of a draft tree and keeps one root-to-leaf path of
-them.
+"""A preallocated key-value cache that takes all nodes of a draft tree and keeps one path of them.
 
-It stands behind the public `Cache` interface of transformers, so that any causal LM writes into it unchanged.
-Slots of a row are positions: the kept prefix fills slots `0 .. length - 1`, the N nodes of a step lie in the
-N slots behind it.
+The cache implements the public `Cache` interface of transformers, so any causal LM writes into it unchanged.
+One row of one layer, before and after `keep` for the path of the nodes 0, 2, 5:
+
+    slot        0 1 2 3 | 4 5 6 7 8 9 | ..
+    written     k k k k | 0 1 2 3 4 5 |         the kept prefix, then the N nodes of the step
+    kept        k k k k   0 2 5 | ..            the path joins the prefix, the other nodes are dropped
+
+So the slot of a kept token is its position in the text.
+
+Paper: Section 2.1.2.
 """
 
 from __future__ import annotations
@@ -17,15 +23,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from medusa_impl.errors import UserError
 
-BUCKET_TOKENS = (
-    64  # attention reads the filled part of the cache rounded up to this, so that few shapes occur
-)
+# Attention reads the filled part of the cache, rounded up to this many slots. So its shape changes rarely: a
+# mode that compiles or captures a step does so once for each shape.
+BUCKET_TOKENS = 64
 
 
 class _WritePlan:
-    """Where the forward pass under way writes and how far attention may read; shared by all layers of a
-    cache.
-    """
+    """Where the present forward pass writes, and how far its attention reads; the same for all layers."""
 
     def __init__(self) -> None:
         self.rows = slice(0, 0)
@@ -34,7 +38,10 @@ class _WritePlan:
 
 
 class TreeCacheLayer(CacheLayerMixin):
-    """One layer's keys and values: a window into the storage that all layers share."""
+    """The keys and values of one layer, a part of the storage that all layers share.
+
+    transformers calls these methods; their names and arguments are its own.
+    """
 
     is_sliding = False
 
@@ -51,9 +58,10 @@ class TreeCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new rows and return keys and values over the filled part of the cache.
+        """Return keys and values of the filled part of the cache, after the new ones were written to it.
 
-        Shapes: states `[B', Hkv, N, d]`, returned views `[B', Hkv, view_length, d]`.
+        Shapes: states `[B', Hkv, N, d]`, results `[B', Hkv, view_length, d]`, views of the storage.
+        Raises: UserError if this layer's shape is not that of the first layer.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -69,6 +77,7 @@ class TreeCacheLayer(CacheLayerMixin):
                     where="the backbone",
                     do="use a model whose layers have equal key-value heads",
                 )
+            # One write for all rows, though each row's kept prefix has its own length.
             storage.flatten(0, 1).index_copy_(0, plan.flat_slots, states.transpose(1, 2).flatten(0, 1))
             views.append(storage[plan.rows, : plan.view_length].transpose(1, 2))
         return views[0], views[1]
@@ -93,12 +102,12 @@ class TreeCacheLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """Keys and values of `batch_size` rows, each with its own kept length.
 
-    The kept lengths stand twice: `lengths` on the host, which decides what fits and how far attention reads,
-    and `device_lengths` `[B]` on the device, from which slots, positions and masks are formed without asking
-    the host.
-    Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated with zeros (uninitialised memory may hold
-    NaN, which survives masking) on the first forward pass.
-    Raises: UserError where a step does not fit into `max_length`.
+    The kept lengths exist twice. The host's `lengths` decide what fits and how far attention reads. From
+    `device_lengths` `[B]` the device computes slots, positions and masks. Neither side waits for the other.
+
+    Shapes: storage `[layers, 2, B, max_length, Hkv, d]`, allocated in the first forward pass.
+    Raises: UserError if a step does not fit into `max_length`.
+    Paper: Section 2.1.2.
     """
 
     def __init__(
@@ -109,7 +118,7 @@ class TreeCache(Cache):
         self.lengths: list[int] = [0] * batch_size
         self.device_lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.plan = _WritePlan()
-        # 0, 1, .., for whoever forms positions: no step makes its own
+        # 0, 1, .., max_length - 1. Slots and positions are parts of it, so that no step allocates its own.
         self.slots = torch.arange(max_length, device=device)
         self._row_starts = torch.arange(batch_size, device=device) * max_length
         self._storage: Tensor | None = None
@@ -117,11 +126,14 @@ class TreeCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated for keys and values; 0 before the first forward pass."""
+        """Return the bytes allocated for keys and values; 0 before the first forward pass."""
         return 0 if self._storage is None else self._storage.numel() * self._storage.element_size()
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the storage of all layers in the shape of the first layer's states."""
+        """Allocate the storage of all layers, if it is not there yet, in the shape of these states.
+
+        Raises: UserError if keys and values differ in size.
+        """
         if self._storage is not None:
             return
         if key_states.shape[-1] != value_states.shape[-1]:
@@ -138,18 +150,24 @@ class TreeCache(Cache):
             key_states.shape[1],
             key_states.shape[3],
         )
+        # Zeros, because uninitialised memory may hold NaN: masked attention multiplies unused values by 0,
+        # and 0 * NaN is NaN.
         self._storage = torch.zeros(shape, dtype=key_states.dtype, device=key_states.device)
 
     def layer_storage(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one layer, `[B, max_length, Hkv, d]` each, as views of the shared
-        storage.
+        """Return the keys and values of one layer, as views of the shared storage.
+
+        Shapes: `[B, max_length, Hkv, d]` each.
         """
         assert self._storage is not None
         return self._storage[layer_index, 0], self._storage[layer_index, 1]
 
     def begin_step(self, *, num_new: int, rows: slice | None = None) -> int:
-        """Plan to write `num_new` slots behind the kept prefix of `rows`; return how many slots attention
-        will read.
+        """Return how many slots attention will read; plan to write `num_new` tokens after the kept prefix.
+
+        All rows by default.
+
+        Raises: UserError if the new tokens do not fit.
         """
         rows = rows if rows is not None else slice(0, self.num_rows)
         longest = max(self.lengths[rows])
@@ -168,22 +186,24 @@ class TreeCache(Cache):
 
     @torch.inference_mode()  # the storage is an inference tensor: it was allocated in a forward pass
     def keep(self, nodes: Tensor, num_kept: Tensor, *, counts: Sequence[int] | None = None) -> None:
-        """Keep the first `num_kept[b]` of `nodes[b]` of the step just written, in that order, and drop the
-        others; all on the device.
+        """Keep the first `num_kept[b]` of `nodes[b]` of the step just written, and drop the other nodes.
 
-        A row with `num_kept` 0 stays as it was. `counts` are the same numbers where the host knows them
-        already; without them it waits for the device.
-        Shapes: nodes `[B, D]` node indices (the root first), num_kept `[B]`.
+        The kept nodes follow the prefix in this order. A row with `num_kept` 0 stays as it was. `counts` are
+        the numbers of `num_kept` on the host; without them the host waits for the device.
+
+        Shapes: nodes `[B, D]` node indices, the root first; num_kept `[B]`.
         """
         counts = num_kept.tolist() if counts is None else counts
-        if max(counts) > 1:  # lone roots lie in their places
+        if max(counts) > 1:  # a root alone is in the right slot already
             steps = self.slots[: nodes.shape[1]]
             starts = (self._row_starts + self.device_lengths)[:, None]
             target = starts + steps
-            # what is dropped is copied onto itself
+            # Entries from `num_kept` on copy a slot onto itself, so that the shapes do not depend on how many
+            # nodes each row keeps.
             source = torch.where(steps < num_kept[:, None], starts + nodes, target)
             assert self._storage is not None
             flat = self._storage.flatten(0, 1).flatten(1, 2)
+            # `index_select` makes a copy first: a node may move into a slot whose node has not moved yet.
             flat.index_copy_(1, target.flatten(), flat.index_select(1, source.flatten()))
         self.device_lengths += num_kept
         for row, count in enumerate(counts):
@@ -191,7 +211,7 @@ class TreeCache(Cache):
 
     @torch.inference_mode()
     def keep_all(self, *, row: int, count: int) -> None:
-        """Keep the first `count` tokens of the pass just made over one row: a prompt."""
+        """Keep the first `count` tokens of the pass just made over one row, which was a prompt."""
         self.device_lengths[row] += count
         self.lengths[row] += count
 

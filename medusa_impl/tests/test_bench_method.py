@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from medusa_impl.acceptance import Acceptance, AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.decode import draft_tokens
-from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.tree_mask import TreeMask
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.tests.conftest import tiny_llama
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers
 from medusa_impl.tree_search import grow_by_marginals
@@ -88,11 +87,13 @@ def test_bench_tree_buffers(benchmark: BenchmarkFixture) -> None:
 
 
 def test_bench_mask(benchmark: BenchmarkFixture) -> None:
-    model: Any = tiny_llama()
-    backbone = Backbone(model.to(DEVICE))
+    tree_mask = TreeMask(sliding_window=None, mixed_layers=False)
     lengths, view_length = torch.tensor([CONTEXT], device=DEVICE), CONTEXT + NUM_NODES
     slots = torch.arange(view_length, device=DEVICE)
-    mask = timed(benchmark, lambda: backbone._mask(lengths, buffers().depths, buffers().visible, slots))
+    depths, visible = buffers().depths, buffers().visible
+    mask: Any = timed(
+        benchmark, lambda: tree_mask(lengths, depths, visible, slots=slots, dtype=torch.float32)
+    )
     assert mask.shape == (1, 1, NUM_NODES, view_length)
     assert int((mask == 0).sum()) == NUM_NODES * CONTEXT + int(buffers().visible.sum())
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import decode_medusa, decode_vanilla
-from medusa_impl.engine.backbone import GROUPED_ATTENTION, Backbone, grouped_sdpa_attention
+from medusa_impl.engine.attention import GROUPED_ATTENTION, grouped_sdpa_attention
+from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama

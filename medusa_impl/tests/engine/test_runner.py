@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import decode_medusa, decode_vanilla
 from medusa_impl.engine import packed_linear, runner
-from medusa_impl.engine.backbone import GROUPED_ATTENTION, BackboneOutput, StepInputs
+from medusa_impl.engine.attention import GROUPED_ATTENTION
+from medusa_impl.engine.backbone import BackboneOutput, StepInputs
 from medusa_impl.engine.captured_step import CapturedSteps
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.runner import Mode, StepRunner
