@@ -1,4 +1,7 @@
-"""An adapter of the backbone: added, saved, merged."""
+"""LoRA adapters of the backbone: how they are added, saved and merged.
+
+Paper: Appendix B.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def untie_lm_head(model: PreTrainedModel) -> None:
-    """Give a model whose LM head is its embedding a copy of its own.
+    """Give the LM head its own copy of the weight, if it shares that of the embedding.
 
-    An adapter on a tied LM head is merged into the embedding too, with a warning at most: every logit would
-    be wrong.
+    peft merges an adapter of a tied LM head into the embedding as well, with no more than a warning. Every
+    logit would be wrong.
     """
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = lm_head.get_parameter("weight")
@@ -31,12 +34,14 @@ def untie_lm_head(model: PreTrainedModel) -> None:
 
 
 def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
-    """Return the model with a LoRA adapter whose matrices alone learn; an LM head that is to be adapted is
-    untied first.
+    """Return the model with a LoRA adapter; only the adapter's matrices learn.
 
-    Raises: UserError where a target is not the name of a linear layer.
+    If the LM head is adapted, it is untied from the embedding first.
+
+    Raises: UserError if a target is not the name of a linear layer.
+    Paper: Appendix B.
     """
-    from peft import LoraConfig, get_peft_model  # here, since it takes seconds to import
+    from peft import LoraConfig, get_peft_model  # imported here because it takes seconds
 
     lm_head = model.get_output_embeddings()
     names = {
@@ -49,7 +54,7 @@ def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
     if unknown := sorted(set(targets) - names):
         raise UserError(
             found=f"adapter targets {unknown}",
-            need=f"some of {sorted(names)}",
+            need=f"names from {sorted(names)}",
             where="the recipe's lora.targets",
         )
     if recipe.lm_head:
@@ -68,15 +73,16 @@ def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
 def adapter_sha256(folder: Path) -> str:
     """Return the hash of an adapter's tensors.
 
-    Raises: UserError where the folder holds no readable adapter.
+    Raises: UserError if the folder holds no readable adapter.
     """
     return tensors_sha256(read_safetensors(folder / ADAPTER_FILE)[0])
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model with an adapter merged into it; `original_lm_head` is the LM head it had before, where the
-    adapter changed it.
+    """A model with an adapter merged into it.
+
+    `original_lm_head` is the LM head before the merge, or None if the adapter did not change it.
     """
 
     model: PreTrainedModel
@@ -85,30 +91,34 @@ class TunedModel:
 
 
 def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Write a peft model's adapter, no embeddings and no place on this machine in it, and return its hash."""
+    """Return the hash of a peft model's adapter after writing it to a folder.
+
+    The files hold no embeddings and no path of this machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
         if "lora_" in name
     }
-    model.peft_config[
-        "default"
-    ].base_model_name_or_path = ""  # peft would write the folder that the model was loaded from
+    # peft would write the folder that the model was loaded from, which is a path of this machine.
+    model.peft_config["default"].base_model_name_or_path = ""
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card, to be filled in by hand
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form
     return adapter_sha256(folder)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
-    """Merge an adapter into a model, in place, and return it ready for decoding; an LM head that the adapter
-    changes is untied first.
+    """Return the model with an adapter merged into it, ready for decoding; the given model is changed.
 
-    Raises: UserError where the folder holds no adapter, or it does not fit the model.
+    If the adapter changes the LM head, it is untied from the embedding first.
+
+    Raises: UserError if the folder holds no adapter, or one that does not fit the model.
     """
-    from peft import PeftConfig, PeftModel  # here, since it takes seconds to import
+    from peft import PeftConfig, PeftModel  # imported here because it takes seconds
 
-    digest = adapter_sha256(folder)  # before peft, which would ask a hub for a folder that is not there
+    # First, so that a folder that does not exist is refused: peft would look for it on the Hugging Face hub.
+    digest = adapter_sha256(folder)
     lm_head: Any = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is lm_head)
     original: nn.Module | None = None

@@ -1,10 +1,7 @@
-"""Checkpoints of Medusa heads and of the adapters that they were trained with: our own files, and the layouts
-that others published.
-"""
+"""Our file format of trained heads: safetensors, with the heads' shape and origin in the metadata."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -14,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medusa_impl.checkpoints.tensors import read_safetensors, some, tensors_sha256
+from medusa_impl.checkpoints.tensors import read_safetensors, some, tensors_sha256, write_by_rename
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, HeadsLmHead, Medusa1Recipe, Medusa2Recipe
@@ -24,13 +21,14 @@ _METADATA_KEY = "medusa_repro"
 
 
 class HeadsProvenance(BaseModel):
-    """Where trained heads come from; travels inside their file.
+    """The origin of trained heads, stored in their file.
 
-    backbone_sha256 is the hash of the backbone's tensors (`backbone_sha256`), without which the heads mean
-    nothing; adapter_sha256 that of the adapter they were trained with, on top of it. `lm_head_read` says
-    whether shared heads read the original LM head or the adapted one; `lm_head_adapted`, whether the two
-    differ at all. corpus_sha256 is the features' or the sequences' fingerprint; commit is None outside a git
-    checkout, dirty says that files differed from it.
+    backbone_sha256: the hash of the backbone's tensors. With another backbone the heads are useless.
+    adapter_sha256: the hash of the adapter that the backbone had in training, or None.
+    lm_head_read: which LM head shared heads read, the original or the adapted one.
+    lm_head_adapted: whether the two LM heads differ.
+    corpus_sha256: the fingerprint of the features or sequences that the heads were trained on.
+    commit, dirty: the git commit of the code, None outside a checkout; whether files differed from it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,10 +62,10 @@ class _FileHeader(BaseModel):
 def save_heads(
     path: Path, heads: MedusaHeads, *, provenance: HeadsProvenance, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the heads and their provenance as one safetensors file, by rename.
+    """Write the heads and their provenance as one safetensors file.
 
-    Tensor names are those of released heads: `{head}.{layer}.linear.weight`, `.bias`, and `{head}.{L}.weight`
-    for `own` unembeddings.
+    The tensors have the names of the authors' files: `{head}.{layer}.linear.weight`, `.bias`, and
+    `{head}.{L}.weight` for `own` unembeddings. The file appears only when it is complete.
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous().clone()
@@ -84,41 +82,24 @@ def save_heads(
         provenance=provenance,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    # one key: more are written in no set order
-    save_file(tensors, temporary, metadata={_METADATA_KEY: header.model_dump_json()})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    # All in one key, because safetensors writes several keys in no fixed order.
+    metadata = {_METADATA_KEY: header.model_dump_json()}
+    write_by_rename(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_heads(
     path: Path, *, backbone_sha256: str | None, adapter_sha256: str | None = None
 ) -> tuple[MedusaHeads, HeadsProvenance]:
-    """Return the heads of a file that `save_heads` wrote, in float32 and evaluation mode, and where they come
-    from.
+    """Return the heads of a file that `save_heads` wrote, and their provenance.
 
-    `backbone_sha256` None skips the comparison, for looking at a file without its backbone.
-    Raises: UserError for a file that is missing, cut short, altered, of another schema, or trained on another
-    backbone or adapter.
+    The heads are in float32 and evaluation mode. With `backbone_sha256` None neither backbone nor adapter is
+    compared: for looking at a file without its backbone.
+
+    Raises: UserError for a file that is missing, cut short, altered or of another schema, or for heads that
+    were trained on another backbone or adapter.
     """
     tensors, metadata = read_safetensors(path)
-    try:
-        header = _FileHeader.model_validate_json(metadata[_METADATA_KEY])
-    except KeyError as error:
-        raise UserError(
-            found="a safetensors file without this project's metadata",
-            need="heads written by this project",
-            where=path.name,
-            do="read published heads with load_released_heads",
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            found=f"metadata that does not fit schema 1 ({'.'.join(map(str, first['loc']))}: {first['msg']})",
-            need="schema version 1",
-            where=path.name,
-        ) from error
+    header = _read_header(metadata, where=path.name)
     if tensors_sha256(tensors) != header.tensors_sha256:
         raise UserError(
             found="tensors that differ from their own hash",
@@ -126,23 +107,8 @@ def load_heads(
             where=path.name,
             do="fetch it again",
         )
-    theirs = header.provenance.backbone_sha256
-    if backbone_sha256 is not None and backbone_sha256 != theirs:
-        raise UserError(
-            found=f"heads trained on {header.provenance.backbone_name} with tensors {theirs[:16]}",
-            need=f"heads for the backbone with tensors {backbone_sha256[:16]}",
-            where=path.name,
-            do="use the backbone that the heads were trained on, or train heads for this one",
-        )
-    adapter = header.provenance.adapter_sha256
-    if backbone_sha256 is not None and adapter != adapter_sha256:
-        raise UserError(
-            found=f"heads trained {_with_adapter(adapter)}",
-            need=f"heads trained {_with_adapter(adapter_sha256)}, as the backbone is",
-            where=path.name,
-            do="name the adapter that the heads were trained with beside them, or none for heads of the "
-            "bare backbone",
-        )
+    if backbone_sha256 is not None:
+        _check_made_for(header.provenance, backbone_sha256, adapter_sha256, where=path.name)
     heads = MedusaHeads(
         num_heads=header.num_heads,
         num_layers=header.num_layers,
@@ -154,11 +120,52 @@ def load_heads(
     return heads.eval(), header.provenance
 
 
+def _read_header(metadata: Mapping[str, str], *, where: str) -> _FileHeader:
+    try:
+        return _FileHeader.model_validate_json(metadata[_METADATA_KEY])
+    except KeyError as error:
+        raise UserError(
+            found="a safetensors file without this project's metadata",
+            need="heads written by this project",
+            where=where,
+            do="read published heads with load_released_heads",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            found=f"metadata that does not fit schema 1 ({'.'.join(map(str, first['loc']))}: {first['msg']})",
+            need="schema version 1",
+            where=where,
+        ) from error
+
+
+def _check_made_for(
+    provenance: HeadsProvenance, backbone_sha256: str, adapter_sha256: str | None, *, where: str
+) -> None:
+    theirs = provenance.backbone_sha256
+    if backbone_sha256 != theirs:
+        raise UserError(
+            found=f"heads trained on {provenance.backbone_name} with tensors {theirs[:16]}",
+            need=f"heads for the backbone with tensors {backbone_sha256[:16]}",
+            where=where,
+            do="use the backbone that the heads were trained on, or train heads for this one",
+        )
+    if provenance.adapter_sha256 != adapter_sha256:
+        raise UserError(
+            found=f"heads trained {_with_adapter(provenance.adapter_sha256)}",
+            need=f"heads trained {_with_adapter(adapter_sha256)}, as the backbone is",
+            where=where,
+            do="name the adapter that the heads were trained with, or no adapter for heads of the bare "
+            "backbone",
+        )
+
+
 def bind_heads(
     heads: MedusaHeads, provenance: HeadsProvenance, *, original_lm_head: nn.Module | None
 ) -> None:
-    """Have shared heads read the LM head that they were trained to read: the original one, where the model's
-    own was changed since.
+    """Have shared heads read the LM head that they were trained to read.
+
+    This is the original one, if the heads read it in training and an adapter has changed the model's own.
     """
     if heads.architecture == "shared" and provenance.lm_head_read == "original":
         heads.lm_head = original_lm_head
@@ -169,6 +176,7 @@ def _with_adapter(digest: str | None) -> str:
 
 
 def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
+    """Return the heads' tensors under the names that files have; the tensors themselves, not copies."""
     tensors = {
         f"{head}.{name}": tensor
         for head, blocks in enumerate(heads.blocks)
@@ -180,7 +188,9 @@ def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
 
 
 def fill(heads: MedusaHeads, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy tensors into the heads; every name and shape must fit, none may be left over, every value must be
+    """Copy tensors into the heads.
+
+    Raises: UserError if a tensor is missing or left over, has another shape, or holds a value that is not
     finite.
     """
     own = _named_tensors(heads)

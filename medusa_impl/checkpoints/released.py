@@ -1,4 +1,4 @@
-"""Heads as the authors published them."""
+"""Reading heads in the file layouts that the authors and others published."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _RELEASED_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 @dataclass(frozen=True)
 class ReleasedHeads:
-    """Heads read from a published file: what was inferred, and what is odd about them.
+    """Heads read from a published file, and what is unusual about the file.
 
-    repeated_blocks lists (head, layer) of blocks that equal the head's first one bit by bit: a sign of one
-    module saved L times.
+    configured_num_heads: the number of heads that the configuration next to the file names, or None.
+    repeated_blocks: (head, layer) of every block that equals the head's first block bit by bit. This is how
+    one module that was saved L times looks.
     """
 
     heads: MedusaHeads
@@ -38,14 +39,15 @@ class ReleasedHeads:
 def load_released_heads(
     path: Path, *, vocab_size: int | None = None, num_heads: int | None = None
 ) -> ReleasedHeads:
-    """Return published heads: a `.pt` or `.safetensors` file, or a folder that holds one or a whole model
-    with its heads.
+    """Return the heads of a published file, which is a `.pt` or `.safetensors` file, or of a folder.
 
-    The numbers of heads and layers come from names and shapes. `vocab_size` is needed for heads without an
-    unembedding of their own, whose files do not tell it. `num_heads` keeps the first so many and stands above
-    a wrong `medusa_num_heads` in the configuration.
-    Raises: UserError for unreadable files, missing or unknown names, wrong shapes, or a configuration that
-    names another number of heads.
+    The folder holds such a file, or a whole model with its heads. The numbers of heads and layers come from
+    the names and shapes of the tensors. Heads without unembeddings do not show the size of the vocabulary, so
+    they need `vocab_size`. `num_heads` keeps only the first heads; with it, the `medusa_num_heads` of the
+    configuration is ignored.
+
+    Raises: UserError for files that cannot be read, missing or unknown names, wrong shapes, or a
+    configuration that names another number of heads.
     """
     where = path.name
     tensors, config_file = _read_released(path)
@@ -59,7 +61,9 @@ def load_released_heads(
             do=f"pass num_heads={found_heads} if the file is right (published configurations often are not)",
         )
     if num_heads is not None and not 1 <= num_heads <= found_heads:
-        raise UserError(found=f"{found_heads} heads", need=f"at least the {num_heads} asked for", where=where)
+        raise UserError(
+            found=f"{found_heads} heads", need=f"at least the {num_heads} that were asked for", where=where
+        )
     hidden_size = tensors["0.0.linear.weight"].shape[0]
     if architecture == "own":
         vocab_size = tensors[f"0.{num_layers}.weight"].shape[0]
@@ -85,7 +89,7 @@ def load_released_heads(
 
 
 def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """Return the heads' tensors under plain names, and where their configuration would be."""
+    """Return the heads' tensors, named from the head's number on, and the path of their configuration."""
     if path.is_dir():
         for name in _RELEASED_FILES:
             if (path / name).is_file():
@@ -102,7 +106,8 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
         return tensors, path / "config.json"
     config_file = path.with_name("config.json")
     if path.suffix == ".safetensors":
-        return read_safetensors(path)[0] if not (part := _read_model_shard(path)) else part, config_file
+        # A file of a whole model has the heads under a prefix; a file of heads alone has no such names.
+        return _read_model_shard(path) or read_safetensors(path)[0], config_file
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and unpickling errors share no base class
@@ -114,7 +119,7 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise UserError(
-            found="something else than a dictionary of tensors",
+            found="no dictionary of tensors",
             need="the heads' state dictionary",
             where=path.name,
         )
@@ -122,7 +127,7 @@ def _read_released(path: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def _read_model_shard(shard: Path) -> dict[str, Tensor]:
-    """Return a full model's `medusa_head.` tensors without that prefix; the backbone's are never read."""
+    """Return the `medusa_head.` tensors of a whole model, without this prefix; others are not read."""
     try:
         with safe_open(shard, framework="pt") as file:
             names = [name for name in file.keys() if name.startswith("medusa_head.")]  # noqa: SIM118
@@ -130,13 +135,14 @@ def _read_model_shard(shard: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(
             found=f"no readable safetensors file ({error})",
-            need="a whole one",
+            need="a complete file",
             where=shard.name,
             do="fetch it again",
         ) from error
 
 
 def _infer_shape(tensors: Mapping[str, Tensor], *, where: str) -> tuple[int, int, HeadArchitecture]:
+    """Return the number of heads, of layers, and the architecture, read off the tensors' names."""
     unknown = sorted(name for name in tensors if not _HEAD_NAME.match(name))
     if unknown or not tensors:
         raise UserError(
@@ -154,7 +160,7 @@ def _infer_shape(tensors: Mapping[str, Tensor], *, where: str) -> tuple[int, int
     if own and f"0.{num_layers}.weight" not in tensors:
         raise UserError(
             found=f"no tensor 0.{num_layers}.weight",
-            need="an unembedding behind the last block of head 0",
+            need="an unembedding after the last block of head 0",
             where=where,
         )
     return num_heads, num_layers, "own" if own else "shared"

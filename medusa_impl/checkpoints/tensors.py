@@ -1,11 +1,13 @@
-"""What tensors hash to, and safe reading of files of tensors."""
+"""Hashes of tensors, and safe reading and writing of their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,11 +31,11 @@ _DTYPE_NAMES = {
 
 
 def backbone_sha256(model: nn.Module) -> str:
-    """Return the hash of a model's tensors as loaded; of tensors that share memory, the first name alone
-    counts, as on disk.
+    """Return the hash of a model's tensors as they are in memory.
 
-    It equals the hash of the folder that the model was loaded from if the dtype is the file's own: a model
-    that was cast on loading has other bytes, and is known by the hash of its folder.
+    Tensors that share memory count once, under their first name, as in a file. If the model was loaded in the
+    dtype of its files, the result is the hash of its folder. A model that was cast while loading has other
+    bytes; it is identified by the hash of its folder instead.
     """
     kept: dict[str, Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
@@ -49,7 +51,7 @@ def backbone_sha256(model: nn.Module) -> str:
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over named tensors: names in sorted order, each with its dtype, shape and bytes.
 
-    The same bytes are hashed as by the assets' hash of a model folder.
+    `harness.assets.hashes` hashes a model folder over the same bytes, so the two can be compared.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -62,17 +64,35 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def some(names: list[str]) -> str:
+    """Return the first four names and the number of the others, for a message."""
     return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "none"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises: UserError if it cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
             found=f"no readable safetensors file ({error})",
-            need="a whole one",
+            need="a complete file",
             where=path.name,
             do="fetch or make it again",
         ) from error
+
+
+def write_by_rename(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it appears complete or not at all, whenever the process is killed.
+
+    `write` gets the path of a temporary file, which is renamed at the end.
+    """
+    temporary = target.with_name(target.name + ".tmp")
+    write(temporary)
+    # On disk before it gets its name: else a power failure could leave the name with an empty file.
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)

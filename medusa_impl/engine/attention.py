@@ -35,6 +35,7 @@ def grouped_sdpa_attention(
     """
     batch, num_heads, num_new, _ = query.shape
     groups = num_heads // key.shape[1]
+    # Query heads of one group are neighbours in `query`, so a reshape stacks them.
     rows = query.reshape(batch, key.shape[1], groups * num_new, query.shape[-1])
     mask = attention_mask
     if mask is not None and groups > 1:

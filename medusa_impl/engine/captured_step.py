@@ -1,8 +1,7 @@
-"""One step of a fixed shape, recorded once as a CUDA graph and replayed: no kernel is launched from Python
-again.
+"""A step of a fixed shape, recorded once as a CUDA graph and replayed.
 
-A step at batch 1 is hundreds of kernels of a few microseconds each; launched one by one they leave the device
-waiting for the host.
+At batch size 1 a step is hundreds of kernels of a few microseconds each. When Python launches them one by
+one, the device waits for the host. A replay launches all of them at once.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ from torch import Tensor
 from medusa_impl.engine.backbone import BackboneOutput, ModelCall, StepInputs
 from medusa_impl.engine.kv_cache import TreeCache
 
-_WARMUP_CALLS = 3  # PyTorch's own advice before a capture: kernels choose their algorithms and workspaces
+# As PyTorch's documentation advises: in the first calls kernels choose their algorithms and workspaces, which
+# a capture cannot record.
+_WARMUP_CALLS = 3
 
 
 class CapturedSteps:
-    """The model's call by CUDA graphs, one for each shape and cache; captures a shape when it first occurs.
+    """The model's call by CUDA graphs, one for each shape and cache; a new shape is captured when it occurs.
 
-    The graphs of one cache share a memory pool, since only the output of the last replay is ever read, and go
-    together with the cache. PyTorch gives up a pool with its last graph, and a capture into it fails from
-    then on: so a pool is taken from a live graph only.
+    The graphs of one cache share a memory pool, since only the output of the last replay is ever read. They
+    are freed together with the cache.
     """
 
     def __init__(self, call: ModelCall) -> None:
@@ -34,19 +34,20 @@ class CapturedSteps:
         )
 
     def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
-        """Replay the step of this shape on these inputs.
-
-        Shapes: those of the inputs; the output is overwritten by the next replay.
-        """
+        """Return the output of the step of this shape on these inputs; the next replay overwrites it."""
         graphs = self._graphs.setdefault(cache, {})
         key = (tuple(inputs.token_ids.shape), cache.plan.view_length, inputs.num_logits)
         if key not in graphs:
-            pool = next(iter(graphs.values())).pool if graphs else None  # None: a pool of its own
+            # PyTorch frees a pool with its last graph, and a capture into a freed pool fails. So the pool
+            # comes from a graph that is alive, or is a new one (None).
+            pool = next(iter(graphs.values())).pool if graphs else None
             graphs[key] = _CapturedStep(self._call, inputs, cache, pool=pool)
         return graphs[key].replay(inputs, cache)
 
 
 class _CapturedStep:
+    """One graph with the memory that it reads: a replay first copies its inputs there."""
+
     def __init__(self, call: ModelCall, inputs: StepInputs, cache: TreeCache, *, pool: Any) -> None:
         assert cache.plan.flat_slots is not None
         self._slots = cache.plan.flat_slots.clone()
@@ -58,11 +59,12 @@ class _CapturedStep:
             else inputs.mask.clone(),
             num_logits=inputs.num_logits,
         )
-        cache.plan.flat_slots = self._slots
+        cache.plan.flat_slots = self._slots  # so that the recorded write reads the slots from here
+        # PyTorch requires that these calls run on another stream than the default one.
         warming = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         warming.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warming):
-            for _ in range(_WARMUP_CALLS):  # writes the same keys and values into the same slots each time
+            for _ in range(_WARMUP_CALLS):  # each call writes the same keys and values into the same slots
                 call(self._inputs, cache)
         torch.cuda.current_stream().wait_stream(warming)
         self._graph = torch.cuda.CUDAGraph()
@@ -71,10 +73,11 @@ class _CapturedStep:
 
     @property
     def pool(self) -> Any:
-        """The handle of the memory pool that this graph keeps alive."""
+        """Return the handle of the memory pool that this graph keeps alive."""
         return self._graph.pool()
 
     def replay(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        """Return the recorded step's output on new inputs, in the same memory as before."""
         assert cache.plan.flat_slots is not None
         self._slots.copy_(cache.plan.flat_slots)
         for held, given in zip(_tensors(self._inputs), _tensors(inputs), strict=True):

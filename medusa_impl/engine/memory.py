@@ -1,4 +1,4 @@
-"""Peak memory of this process and of its GPU, resettable per trial where the platform allows it."""
+"""Peak memory of this process or of its GPU, counted from a point that the caller sets."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 import psutil
 import torch
 
+# Linux: writing 5 to clear_refs resets the peak, which status then reports as VmHWM.
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak: of the GPU's allocator, or of the resident set where Linux lets a process reset
-    it.
+    """Start a new peak.
+
+    On a GPU this is the peak of PyTorch's allocator, else that of the resident set, which only Linux resets.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -24,8 +26,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak since the last reset (GPU bytes allocated, or resident bytes); elsewhere the current
-    resident set.
+    """Return the peak since the last reset.
+
+    Where the system reports no peak, this is the present resident set.
+
+    Units: bytes, allocated on the GPU or resident in memory.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))

@@ -1,9 +1,11 @@
-"""Linear layers with weights prepacked for oneDNN, so that few-row products on a CPU do not fall off a cliff.
+"""Linear layers with weights packed for oneDNN, which makes products of few rows fast on a CPU.
 
-Stock `nn.Linear` reorders its weight on every call with more than one row. Packing once costs a second copy
-of the weights and gives the same products. Layers that read the same tensor (query, key and value; gate and
-up; the first layers of all draft heads) are packed as one, so that a small product is not several smaller
-ones. The operators are private to PyTorch: they are probed, and where they are missing nothing is packed.
+PyTorch's `nn.Linear` packs its weight on every call with more than one row, and a draft tree is such a call.
+Packing once costs a second copy of the weights and gives the same products. Layers that read the same tensor
+(query, key and value; gate and up; the first layers of all draft heads) are packed as one, because one
+product is faster than several small ones.
+
+The operators are private to PyTorch, so a probe looks for them. Where they are missing, nothing is packed.
 """
 
 from __future__ import annotations
@@ -17,11 +19,9 @@ from torch import Tensor, nn
 
 @functools.cache
 def packing_available(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch packs and multiplies weights of `dtype` on this CPU with the result of a stock
-    linear layer.
-    """
+    """Return whether packed products of this dtype work here and equal those of a stock linear layer."""
     try:
-        # no draw: a probe must not move the random numbers
+        # Not random: a probe that draws would change the random numbers of all that follows.
         weight = torch.linspace(-1, 1, 32 * 16).sin().reshape(32, 16).to(dtype)
         rows = torch.linspace(-2, 2, 3 * 16).cos().reshape(3, 16).to(dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
@@ -36,10 +36,10 @@ def packing_available(dtype: torch.dtype) -> bool:
 
 
 def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[list[nn.Linear]]:
-    """Return the groups of linear layers under `modules` that read one and the same tensor, one right after
-    the other, while `run` runs.
+    """Return the groups of linear layers that read the same tensor directly one after another.
 
-    A layer that runs more than once, or whose siblings have a bias where it has none, belongs to no group.
+    `run` calls the modules once, and hooks on their layers record what each layer reads. A layer that runs
+    more than once belongs to no group. Layers with a bias and layers without one are never grouped together.
     """
     calls: list[tuple[nn.Linear, Tensor]] = []
     layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
@@ -55,6 +55,7 @@ def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object])
     groups: list[list[nn.Linear]] = []
     last: Tensor | None = None
     for layer, rows in calls:
+        # The same tensor object, not an equal one: only then one product serves both layers.
         if rows is last and (layer.bias is None) == (groups[-1][0].bias is None):
             groups[-1].append(layer)
         else:
@@ -69,10 +70,11 @@ def layers_of_one_input(modules: Iterable[nn.Module], run: Callable[[], object])
 
 
 class PackedLinears:
-    """Packed copies of every CPU linear layer under some modules, attached and detached at will.
+    """Packed copies of every CPU linear layer in some modules, which can be attached and detached.
 
-    `groups` names layers that read the same tensor: each group is one product. The parameters stay where they
-    are (hashing and saving see them unchanged); nothing may train while packed copies are attached.
+    `groups` are layers that read the same tensor; each group becomes one product. The modules keep their
+    parameters, so that hashing and saving see them unchanged. Nothing may train while packed copies are
+    attached: the copies would not follow.
     """
 
     def __init__(
@@ -93,12 +95,13 @@ class PackedLinears:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the packed copies."""
+        """Return the bytes of the packed copies."""
         return sum(module.weight.numel() * module.weight.element_size() for module in self._forwards)
 
     def attach(self) -> None:
         """Route the layers through their packed copies."""
         for module, forward in self._forwards.items():
+            # On the instance: it hides the class's method until it is removed again.
             module.forward = forward  # type: ignore[method-assign, assignment]
 
     def detach(self) -> None:
@@ -108,11 +111,11 @@ class PackedLinears:
 
 
 class _JointProduct:
-    """Several linear layers of one input as one product: whichever is called first makes it, the others take
-    their columns.
+    """Several linear layers of one input as one product.
 
-    Who brings another tensor than the one just multiplied gets a product of its own, so that a model that
-    feeds its layers otherwise than it did when they were grouped is slower, not wrong.
+    The layer that is called first computes the product, the others take their columns of it. A layer that is
+    called with another tensor computes the product again. So a model that uses its layers in another way than
+    it did when they were grouped becomes slower, but not wrong.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], *, rows_hint: int) -> None:
@@ -131,15 +134,15 @@ class _JointProduct:
         return {layer: functools.partial(self._product, index) for index, layer in enumerate(self._layers)}
 
     def _product(self, index: int, rows: Tensor) -> Tensor:
-        if rows is not self._rows or self._taken & (
-            1 << index
-        ):  # a layer never takes twice from one product: the tensor may have changed
+        # A layer never takes its columns of one product twice: the tensor may hold new values by then.
+        if rows is not self._rows or self._taken & (1 << index):
             self._rows, self._taken = rows, 0
             self._products = torch.split(
                 _packed_forward(self._packed, self._bias, rows), self._widths, dim=-1
             )
-        self._taken |= 1 << index
+        self._taken |= 1 << index  # a set of layers, as bits
         product = self._products[index]
+        # All columns are taken: let go of the product, and of the tensor that it was made from.
         if self._taken == (1 << len(self._widths)) - 1:
             self._rows, self._products, self._taken = None, (), 0
         return product

@@ -1,16 +1,13 @@
-"""The engine that both arms share: a backbone, its heads, and the mode that steps run in.
+"""The engine that vanilla and Medusa decoding share: a backbone, its heads, and the mode of their steps.
 
-| mode         | a step is
-|
-|--------------|----------------------------------------------------------------------------------------------------------|
-| `eager`      | stock PyTorch kernels, one after another
-| | `packed`     | the same with linear weights prepacked for oneDNN, and layers of one input as one product
-(CPU)          | | `compiled`   | the model's call through torch.compile: fused kernels, a minute or more of
-compiling for a first shape   | | `cuda_graph` | the model's call recorded once for each shape and replayed:
-no launches from Python (CUDA)               |
+mode          what a step runs
+eager         PyTorch's own kernels, one after another
+packed        the same, with weights packed for oneDNN once, and layers of one input as one product (CPU)
+compiled      the model through torch.compile: fused kernels; compiling a new shape takes a minute or more
+cuda_graph    the model recorded once for each shape and replayed, with no launches from Python (GPU)
 
-Whatever the mode, vanilla and Medusa go through the same code with the same weights, so that a speedup never
-compares two engines.
+In every mode both decoding loops run the same code with the same weights. So a speedup never compares two
+different engines.
 """
 
 from __future__ import annotations
@@ -33,14 +30,18 @@ from medusa_impl.engine.packed_linear import PackedLinears, layers_of_one_input,
 from medusa_impl.heads import MedusaHeads
 
 Mode = Literal["eager", "packed", "compiled", "cuda_graph"]
-_PACKING_ROWS = 16  # the row count that packed layouts are chosen for: between one node and a large tree
+# oneDNN packs for an expected number of rows. This one is between a single node and a large tree.
+_PACKING_ROWS = 16
 
 
 class StepRunner:
-    """A backbone and its heads in one mode; `mode` says which was taken and `note` why.
+    """A backbone and its heads in one mode.
 
-    With `auto` the fastest mode is taken that costs no waiting: `cuda_graph` on a GPU, `packed` on a CPU that
-    has the operators, `eager` elsewhere. A mode that is not available gives `eager` and a note.
+    `auto` takes the fastest mode that needs no compiling: `cuda_graph` on a GPU, `packed` on a CPU where
+    PyTorch has the operators, else `eager`. A mode that is not available here becomes `eager`. `mode` is the
+    mode in use; `note` says so if it is not the one asked for.
+
+    Raises: UserError if the heads do not fit the backbone.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class StepRunner:
         self.use(self.available_modes()[0] if mode == "auto" else mode)
 
     def available_modes(self) -> tuple[Mode, ...]:
-        """Return the modes that this device, dtype and PyTorch offer, the one that `auto` takes first."""
+        """Return the modes that this device, dtype and PyTorch offer; `auto` takes the first."""
         device = self.backbone.device
         modes: list[Mode] = ["eager"]
         if device.type == "cuda":
@@ -67,13 +68,15 @@ class StepRunner:
         return (*modes, "compiled") if compiling_available(device.type) else tuple(modes)
 
     def use(self, mode: Mode) -> None:
-        """Switch to a mode; what a mode needs once (packing, compiling, capturing) it keeps, so that
-        switching back is cheap.
+        """Switch to a mode, or to `eager` if it is not available.
+
+        Packed weights, compiled code and captured graphs are kept, so that switching back is cheap.
         """
         self.note = ""
         if mode not in self.available_modes():
             self.note = f"{mode} mode is not available here: fell back to eager"
             mode = "eager"
+        # Packed layers exist for one mode only; the others call the stock ones.
         if self.mode == "packed" and self._packed is not None:
             self._packed.detach()
         self.mode = mode
@@ -86,14 +89,12 @@ class StepRunner:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of prepacked weight copies; 0 where none were made."""
+        """Return the bytes of packed copies of weights; 0 if there are none."""
         return self._packed.num_bytes if self._packed is not None else 0
 
     @contextlib.contextmanager
     def stock(self) -> Iterator[PreTrainedModel]:
-        """Lend the model as transformers ships it: stock linear layers and stock attention, for
-        `generate`.
-        """
+        """Lend the model with the linear layers and the attention of transformers, for its `generate`."""
         packed = self._packed if self.mode == "packed" else None
         if packed is not None:
             packed.detach()
@@ -113,7 +114,7 @@ class StepRunner:
 
     @torch.inference_mode()
     def _pack(self) -> PackedLinears:
-        """Pack backbone and heads; which layers share an input is seen in one short pass of each."""
+        """Return backbone and heads packed; one short pass of each shows which layers share an input."""
         model: Any = self.backbone.model
         heads = self.heads
 
@@ -128,15 +129,16 @@ class StepRunner:
 
 @functools.cache
 def compiling_available(device_type: str) -> bool:
-    """Whether torch.compile finds what it generates code with: a C++ compiler for a CPU, Triton for a GPU."""
+    """Return whether torch.compile can build code: it needs a C++ compiler for a CPU, Triton for a GPU."""
     if device_type == "cpu":
         return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++"))
     return importlib.util.find_spec("triton") is not None
 
 
 class _CompiledCall:
-    """The model's call through torch.compile; attention's growing view is the one size that may vary within a
-    compiled shape.
+    """The model's call through torch.compile.
+
+    The part of the cache that attention reads grows; it is the only size that varies within a compiled shape.
     """
 
     def __init__(self, backbone: Backbone) -> None:

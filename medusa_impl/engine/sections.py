@@ -1,4 +1,7 @@
-"""Named parts of a step, for a profiler that passes its own; the method itself never reads a clock."""
+"""Named parts of a decoding step, which a profiler can time.
+
+The method itself never reads a clock. A profiler passes its own `Section`, a context manager for each part.
+"""
 
 from __future__ import annotations
 
@@ -9,5 +12,5 @@ Section = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
 def no_section(name: str) -> contextlib.AbstractContextManager[None]:
-    """Mark a part of a step for nobody."""
+    """Return a context that does nothing, for runs without a profiler."""
     return contextlib.nullcontext()
