@@ -1,4 +1,7 @@
-"""What a training is told: its settings, as frozen data. No torch."""
+"""The settings of a training, as frozen data. This module needs no torch.
+
+Paper: Section 2.2 and Appendix B. The defaults are those of this project; the shipped recipes set their own.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ HeadArchitecture = Literal["own", "shared"]
 
 
 class Frozen(BaseModel):
-    """Base of recipes and logs: no change after validation, no unknown key, no infinity."""
+    """The base of recipes and logs: validated once, never changed, no unknown key, no infinite number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def cosine_share(step: int, *, num_steps: int, warmup_steps: int, ramp_steps: int) -> float:
-    """Return the share of its peak that a learning rate has at step 0..num_steps - 1: a linear ramp, then
-    half a cosine down to 0.
+    """Return the share of its peak that a learning rate has at step 0 .. num_steps - 1.
 
-    `ramp_steps` is where the ramp would reach 1: with `warmup_steps` the last step of the warm-up has the
-    whole rate (Medusa-1), with one more the first step after it (Medusa-2).
+    The rate rises linearly in the warm-up, then falls along half a cosine to 0. The warm-up has
+    `warmup_steps` steps, and step i of it has the share (i + 1) / ramp_steps. With ramp_steps = warmup_steps
+    its last step has the whole rate (Medusa-1); with one more, the first step after it (Medusa-2).
     """
     if step < warmup_steps:
         return (step + 1) / ramp_steps
@@ -31,21 +34,23 @@ def cosine_share(step: int, *, num_steps: int, warmup_steps: int, ramp_steps: in
 
 
 class Medusa1Recipe(Frozen):
-    """Everything that decides what Medusa-1 training yields, given the features.
+    """All settings that decide the result of Medusa-1 training, given the features.
 
-    Exactly one of `num_epochs` and `num_steps` is set. `subset_size` tokens serve as vocabulary until the
-    last `full_vocabulary_rate` of the steps, which use all of it; None means all of it throughout.
-    `matmul_dtype` is that of the two products with the shared unembedding; weights, softmax and optimiser
-    stay float32.
-    Paper: Appendix B trains with AdamW, cosine schedule and warm-up. Departs: a step is a number of
-    positions, not of conversations, and the rate is set for `shared` heads of the embedded model, from one
-    short trial a rate; it was not tried on `own` ones.
+    num_epochs, num_steps: the length of the training; exactly one of the two is set.
+    subset_size: most steps compute the loss over this many frequent tokens, which is cheaper. The last
+    `full_vocabulary_rate` of the steps use the whole vocabulary. None uses it in all steps.
+    matmul_dtype: the type of the two products with the shared unembedding. Weights, softmax and optimiser
+    stay in float32.
+
+    Paper: Section 2.2.1; Appendix B has AdamW, a cosine schedule and a warm-up.
+    Departs: a step has a number of positions, not of conversations. The default rate is for `shared` heads on
+    the embedded model, found by one short trial for each of a few rates; it was not tried on `own` heads.
     """
 
     num_heads: int = Field(default=5, ge=1)
     num_layers: int = Field(default=1, ge=1)
     architecture: HeadArchitecture = "shared"
-    lambda_base: float = Field(default=0.8, gt=0)
+    lambda_base: float = Field(default=0.8, gt=0)  # lambda_k = 0.8^k in Section 2.2.1
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -53,7 +58,7 @@ class Medusa1Recipe(Frozen):
     batch_positions: int = Field(default=1024, ge=1)
     num_epochs: float | None = Field(default=6.0, gt=0)
     num_steps: int | None = Field(default=None, ge=1)
-    warmup_steps: int = Field(default=40, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)  # Appendix B, 7B and 13B
     subset_size: int | None = Field(default=8192, ge=1)
     full_vocabulary_rate: float = Field(default=0.1, ge=0, le=1)
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -75,9 +80,7 @@ class Medusa1Recipe(Frozen):
         )
 
     def learning_rate_at(self, step: int, *, num_steps: int) -> float:
-        """Return the rate of step 0..num_steps - 1: linear warm-up, then half a cosine down to 0 after the
-        last step.
-        """
+        """Return the learning rate of step 0 .. num_steps - 1."""
         share = cosine_share(
             step, num_steps=num_steps, warmup_steps=self.warmup_steps, ramp_steps=self.warmup_steps
         )
@@ -85,17 +88,20 @@ class Medusa1Recipe(Frozen):
 
 
 def steps_per_epoch(num_rows: int, *, batch_positions: int) -> int:
-    """Return the number of whole batches in `num_rows`; the remainder, another one each epoch, is left
-    out.
+    """Return the number of whole batches in `num_rows`, at least 1.
+
+    The rows left over are not used in an epoch. They are other rows in each epoch, since the order changes.
     """
     return max(1, num_rows // batch_positions)
 
 
 class LoraRecipe(Frozen):
-    """The backbone's adapter. `targets` are names of linear layers, or all but the LM head; `lm_head` says
-    whether that one is adapted.
+    """The settings of the backbone's LoRA adapter.
 
-    Paper: Appendix B, rank 32, alpha 16, dropout 0.05 on every linear layer and the LM head.
+    targets: the names of the linear layers to adapt, or all of them but the LM head.
+    lm_head: whether the LM head is adapted too.
+
+    Paper: Appendix B: rank 32, alpha 16, dropout 0.05, on every linear layer and the LM head.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -106,22 +112,26 @@ class LoraRecipe(Frozen):
 
 
 class Medusa2Recipe(Frozen):
-    """Everything that decides what joint training yields, given model, heads and sequences.
+    """All settings that decide the result of joint training, given model, heads and sequences.
 
-    `backbone`: what of it learns. `target`: what its own loss asks for, the corpus' tokens or the original
-    model's law (KL).
-    `warmup`: `two_stage` trains the heads alone for the first `stage_rate` of the steps; `ramped` lets
-    lambda_0 rise from 0 along `ramp` over the first `ramp_rate` of them; `none` with lambda_0 = 1 and one
-    learning rate is direct fine-tuning, the control of Table 2.
-    `schedule`: one cosine over the `whole` run, or, for runs of two stages that the paper starts apart, one
-    over `each_stage`, the second with an optimiser that knows nothing of the first. `batch_sequences` x
-    `accumulation_steps` sequences make a step, however many processes share them.
-    `heads_lm_head`: which LM head shared heads read, while training and ever after. `subset_size` restricts
-    the heads' vocabulary to the most frequent tokens. `gradient_checkpointing` keeps each layer's input alone
-    and runs the layer again for its gradients: less memory, more time, the same result. Exactly one of
-    `num_epochs` and `num_steps` is set.
-    Paper: Section 2.2.2, Appendix B. The sentence that has the backbone trained first is an erratum: the
-    heads are.
+    backbone: which part of the backbone learns.
+    target: what the backbone's own loss compares it with, the corpus' tokens or the original model (by KL).
+    heads_lm_head: which LM head shared heads read, in training and in every later use.
+    warmup: `two_stage` trains the heads alone for the first `stage_rate` of the steps. `ramped` raises
+    lambda_0 from 0 along `ramp`, over the first `ramp_rate` of the steps. `none`, with lambda_0 = 1 and one
+    learning rate, is direct fine-tuning, the control of Table 2.
+    schedule: one cosine over the `whole` run, or over `each_stage`, as the paper's two stages are separate
+    trainings. The second stage then also starts with a new optimiser.
+    batch_sequences, accumulation_steps: their product is the number of sequences of a step, however many
+    processes share them.
+    subset_size: restricts the heads' loss to the most frequent tokens.
+    gradient_checkpointing: keeps only each layer's input, and runs the layer again for its gradients. This
+    takes less memory and more time, and gives the same result.
+    num_epochs, num_steps: the length of the training; exactly one of the two is set.
+
+    Paper: Section 2.2.2, Appendix B.
+    Departs: the paper says that the backbone is trained first. This is an error, as its first author
+    confirmed (FasterDecoding/Medusa, issue 74): the heads are.
     """
 
     num_heads: int = Field(default=5, ge=1)
@@ -135,12 +145,12 @@ class Medusa2Recipe(Frozen):
     stage_rate: float = Field(default=0.5, gt=0, lt=1)
     ramp: Literal["sine", "linear", "constant"] = "sine"
     ramp_rate: float = Field(default=1.0, gt=0, le=1)
-    lambda_0: float = Field(default=0.2, gt=0)
-    lambda_base: float = Field(default=0.8, gt=0)
-    heads_learning_rate: float = Field(default=2e-3, gt=0)
+    lambda_0: float = Field(default=0.2, gt=0)  # Appendix B, 7B and 13B; 0.01 for 33B
+    lambda_base: float = Field(default=0.8, gt=0)  # lambda_k = 0.8^k in Section 2.2.1
+    heads_learning_rate: float = Field(default=2e-3, gt=0)  # Appendix B: 4 times the backbone's
     backbone_learning_rate: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=40, ge=0)
+    warmup_steps: int = Field(default=40, ge=0)  # Appendix B, 7B and 13B
     schedule: Literal["whole", "each_stage"] = "whole"
     max_gradient_norm: float = Field(default=1.0, gt=0)
     batch_sequences: int = Field(default=8, ge=1)
@@ -168,9 +178,12 @@ class Medusa2Recipe(Frozen):
         return self
 
     def loss_weights(self, step: int, *, num_steps: int) -> tuple[float, float]:
-        """Return the weights of L_LM and of L1 at step 0..num_steps - 1.
+        """Return the weights of L_LM and of L1 at step 0 .. num_steps - 1.
 
-        Paper: Section 2.2.2; the sine ramp is a quarter of a period, 0 to lambda_0.
+        While only the heads learn, these are 0 and 1; later 1 and lambda_0. The sine ramp is a quarter of a
+        period, from 0 to lambda_0.
+
+        Paper: Section 2.2.2, where the loss is L_LM + lambda_0 L1.
         """
         if self.backbone == "frozen" or step < self.first_backbone_step(num_steps):
             return 0.0, 1.0
@@ -180,10 +193,10 @@ class Medusa2Recipe(Frozen):
         return 1.0, self.lambda_0
 
     def learning_rates(self, step: int, *, num_steps: int) -> tuple[float, float]:
-        """Return the rates of heads and backbone at step 0..num_steps - 1: linear warm-up, then half a cosine
-        down to 0.
+        """Return the learning rates of heads and backbone at step 0 .. num_steps - 1.
 
-        The backbone's begins where its own training does.
+        Each rises in a warm-up and falls along half a cosine. That of the backbone begins with its own first
+        step.
         """
         start = self.first_backbone_step(num_steps)
         first, last = 0, num_steps
@@ -202,5 +215,5 @@ class Medusa2Recipe(Frozen):
 
     def first_backbone_step(self, num_steps: int) -> int:
         """Return the first step in which the backbone learns."""
-        # 0.28 x 100 is 28, not a hair more
+        # In floating point 0.28 * 100 is slightly more than 28; unrounded, it would become 29.
         return math.ceil(round(self.stage_rate * num_steps, 6)) if self.warmup == "two_stage" else 0

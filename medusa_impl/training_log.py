@@ -1,11 +1,12 @@
-"""What a training writes down while it runs and at its end. No torch."""
+"""The records that a training writes: one for each logged step, and one at its end.
+
+This module needs no torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import Frozen
@@ -14,10 +15,14 @@ STEP_LOG = "steps.jsonl"
 
 
 class TrainingStep(Frozen):
-    """One line of the training log: means since the line before.
+    """One line of the log of Medusa-1 training: means over the steps since the previous line.
 
-    loss is Eq. 1 per position; head_losses (nats) and head_hit_rates are per head over its own targets,
-    within `vocabulary`; num_positions_seen and num_targets_outside count from the first step.
+    loss: Eq. 1 per position.
+    head_losses, head_hit_rates: for each head, its mean loss and the share of its targets that are its first
+    choice, over its own targets and within `vocabulary`.
+    num_positions_seen, num_targets_outside: counted from the first step.
+
+    Units: losses in nats.
     """
 
     step: int
@@ -36,9 +41,11 @@ class TrainingStep(Frozen):
 class HeadEvaluation(Frozen):
     """How well the heads predict text, over the full vocabulary in float32.
 
-    loss_sums (nats) and num_targets are per head; rank_hits[k][r] counts the targets of head k + 1 at rank r
-    = 0..9, where the rank of a token is the number of tokens with a greater logit, or an equal one and a
-    lower id.
+    loss_sums and num_targets are given for each head. rank_hits[k][r] is the number of targets of head k + 1
+    that have rank r = 0 .. 9. The rank of a token is the number of tokens with a greater logit, or with an
+    equal logit and a lower id; decoding orders candidates in the same way.
+
+    Units: loss_sums in nats.
     """
 
     loss_sums: tuple[float, ...]
@@ -52,7 +59,7 @@ class HeadEvaluation(Frozen):
         )
 
     def top_accuracies(self) -> tuple[tuple[float | None, ...], ...]:
-        """Return, per head, the share of targets among its 1, 2, .., 10 best tokens."""
+        """Return, for each head, the share of targets that are among its 1, 2, .., 10 best tokens."""
         return tuple(
             tuple(sum(hits[: rank + 1]) / n if n else None for rank in range(len(hits)))
             for hits, n in zip(self.rank_hits, self.num_targets, strict=True)
@@ -60,7 +67,7 @@ class HeadEvaluation(Frozen):
 
 
 class TrainingFigures(Frozen):
-    """What a finished training run saw and reached; `held_out` is None where nothing was held out."""
+    """The counts and results of a finished Medusa-1 training; `held_out` is None if nothing was held out."""
 
     num_steps: int
     num_subset_steps: int
@@ -77,16 +84,20 @@ class TrainingFigures(Frozen):
 
 
 class JointStep(Frozen):
-    """One line of the step log: sums over the step's positions on all processes, and the settings that it ran
-    under.
+    """One step of joint training: means over its positions on all processes, and its settings.
 
-    `backbone_loss` is the mean nats of L_LM and `agreement_rate` how often the first choices of model and
-    target agree (under self-distillation with the teacher's, else with the token), both None where the
-    backbone did not learn; head_losses are mean nats; head_accuracies[k][r] is the share of head k + 1's
-    targets among its r + 1 best. Equal logits count for the target, and under bfloat16 many are equal: these
-    shares run a little high. Learning rates are those that the optimiser held, gradient_norm is that before
-    clipping; memory_bytes is the peak since training began: of the GPU's allocator, or of the process's
-    resident set.
+    backbone_loss: the mean of L_LM; None if the backbone did not learn.
+    agreement_rate: how often the backbone's first choice is the target, which is the teacher's first choice
+    under self-distillation and else the token; None if the backbone did not learn.
+    head_losses: each head's mean loss.
+    head_accuracies: entry [k][r] is the share of head k + 1's targets among its r + 1 best tokens. Logits
+    equal to the target's do not count against it. In bfloat16 many are equal, so these shares are a little
+    too high.
+    backbone_weight, lambda_0: the weights of L_LM and L1.
+    gradient_norm: before clipping.
+    memory_bytes: the peak since training began, of the GPU's allocator or of the process's resident set.
+
+    Units: losses in nats.
     """
 
     step: int
@@ -109,26 +120,29 @@ class JointStep(Frozen):
 def read_step_log(path: Path) -> tuple[JointStep, ...]:
     """Return the steps of a log.
 
-    Raises: UserError for a line that is none.
+    Raises: UserError for a file that cannot be read, or a line that is no step.
     """
     try:
         return tuple(JointStep.model_validate_json(line) for line in path.read_text().splitlines())
     except (OSError, ValueError) as error:
         raise UserError(
-            found=f"an unreadable step log ({error})", need="one step a line", where=path.name
+            found=f"an unreadable step log ({error})",
+            need="one step a line",
+            where=path.name,
         ) from error
 
 
-class JointHeldOut(BaseModel):
-    """What a jointly trained model does on answers that training never saw, by its own loss: sums, nats.
+class JointHeldOut(Frozen):
+    """Sums of the losses of a jointly trained model over answers that were held out of its training.
 
-    backbone_loss_sum is the KL from the original or the tokens' cross-entropy, as the recipe's target; None
-    for a frozen backbone.
-    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`, within the vocabulary that the heads
-    were trained in.
+    backbone_loss_sum: the KL from the original model, or the tokens' cross-entropy, whichever the recipe
+    trains with; None for a frozen backbone.
+    num_agreements: how often the backbone's first choice is the target; None for a frozen backbone.
+    head_loss_sums, head_targets, rank_hits: for each head, within the vocabulary that it was trained with.
+
+    Shapes: head_loss_sums and head_targets `[K]`, rank_hits `[K, 10]`.
+    Units: losses in nats.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_positions: int
     backbone_loss_sum: float | None
@@ -138,14 +152,12 @@ class JointHeldOut(BaseModel):
     rank_hits: tuple[tuple[int, ...], ...]
 
 
-class JointFigures(BaseModel):
-    """What a finished joint training saw and reached; `held_out` is None where nothing was held out.
+class JointFigures(Frozen):
+    """The counts and results of a finished joint training; `held_out` is None if nothing was held out.
 
-    `backbone_sha256s` are the hashes of a frozen backbone's tensors in memory before and behind the training:
-    one and the same.
+    backbone_sha256s: the hashes of a frozen backbone's tensors before and after the training. They show that
+    the training has not changed it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     num_steps: int
     num_sequences: int

@@ -1,16 +1,15 @@
-"""Self-distillation corpora: prompts answered by the backbone itself, kept in resumable shards with the
-states that produced them.
+"""Self-distillation corpora: prompts that the backbone itself has answered, and the states of its answers.
 
-Paper: Section 2.3.2 (answers of the model itself, temperature 0.3 or greedy). One state a token is all that
-Medusa-1 needs of the frozen backbone, and decoding has it at hand: keeping it here saves a second pass over
-the corpus.
+Medusa-1 needs one state of the frozen backbone for each token. Decoding computes these states anyway, so they
+are kept here, which saves a second pass over the corpus.
+
+Paper: Section 2.3.2: answers of the model itself, at temperature 0.3 or greedy.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa_impl.checkpoints.tensors import write_by_rename
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.stream import StreamRequest, decode_stream
@@ -31,7 +31,7 @@ _METADATA_KEY, _BACKBONE_KEY = "medusa_repro_corpus", "backbone_sha256"
 
 @dataclass(frozen=True)
 class CorpusPrompt:
-    """One prompt to answer: its identity, its rendered tokens and how to sample (temperature 0 is greedy)."""
+    """One prompt to answer: its key, its tokens, and how to sample; temperature 0 is greedy."""
 
     key: str
     category: str
@@ -42,9 +42,9 @@ class CorpusPrompt:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """One answer: tokens y_1..y_n and, where kept, states whose row i - 1 is the state that produced y_i.
+    """One answer: its tokens y_1 .. y_n and, if they were kept, the states from which they were predicted.
 
-    Shapes: token_ids n integers; states `[n, H]` float16 or None.
+    Shapes: token_ids n integers; states `[n, H]` float16, row i - 1 for y_i, or None.
     """
 
     key: str
@@ -58,10 +58,10 @@ class CorpusSample:
 
 
 class CorpusStore:
-    """Shards of finished answers in one folder; a shard appears whole or not at all, so a killed run loses at
-    most one shard.
+    """Finished answers in one folder, in files of `shard_samples` answers each, called shards.
 
-    Several processes may write to one folder, each under its own `writer` name.
+    A shard appears complete or not at all, so a run that is killed loses one shard at the most. Several
+    processes may write to one folder, each with its own `writer` name.
     """
 
     def __init__(self, folder: Path, *, writer: str = "0", shard_samples: int = 256) -> None:
@@ -88,7 +88,7 @@ class CorpusStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as a shard of its own."""
+        """Write the answers that no shard holds yet as one more shard."""
         if not self._pending:
             return
         index = f"{self.writer}-{len(list(self.folder.glob(f'corpus-{self.writer}-*.jsonl'))):05d}"
@@ -96,9 +96,11 @@ class CorpusStore:
             str(row): sample.states for row, sample in enumerate(self._pending) if sample.states is not None
         }
         if states:
-            _replace(self.folder / f"states-{index}.safetensors", lambda path: save_file(states, path))
+            # The states first: a text shard without states would count as an answer that has none.
+            write_by_rename(self.folder / f"states-{index}.safetensors", lambda path: save_file(states, path))
         lines = [json.dumps(_row(sample), separators=(",", ":")) for sample in self._pending]
-        _replace(self.folder / f"corpus-{index}.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        text = "\n".join(lines) + "\n"
+        write_by_rename(self.folder / f"corpus-{index}.jsonl", lambda path: path.write_text(text))
         self._pending = []
 
     def samples(self, *, with_states: bool = True) -> Iterator[CorpusSample]:
@@ -127,21 +129,21 @@ def generate_corpus(
     stop: Callable[[], bool] | None = None,
     keep_states: bool = True,
 ) -> None:
-    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and keep text and, where
-    wanted, states.
+    """Answer every prompt that the store does not hold yet, `num_rows` at a time, and store the answers.
 
-    `on_sample` sees each answer as it finishes (progress); `stop` is asked after each and ends the run early:
-    finished answers are kept, those under way are dropped. At most two key-value caches are held at a time,
-    the one in use and the shorter one that it replaced.
-    Raises: UserError before anything is generated, where the model has too few positions for a prompt and its
+    `on_sample` gets each answer when it is finished. `stop` is called after each answer; if it returns true,
+    the finished answers are stored and those in progress are dropped. At most two key-value caches exist at a
+    time: the one in use, and the shorter one that it replaced.
+
+    Raises: UserError, before anything is generated, if the model has too few positions for a prompt and its
     answer.
     """
     finished = store.finished_keys()
     by_key = {prompt.key: prompt for prompt in prompts if prompt.key not in finished}
     check_answers_fit(backbone, by_key.values(), max_new_tokens=max_new_tokens)
     longest = 0
-    # a cache and its layers name each other: that of an earlier call would stay until Python looks for such
-    # rings
+    # A cache and its layers refer to each other. Python frees such a ring only when it collects garbage, and
+    # until then the cache of an earlier call would take up memory.
     gc.collect()
     requests: Iterable[StreamRequest] = (
         StreamRequest(key=p.key, prompt_ids=p.prompt_ids, temperature=p.temperature, seed=p.seed)
@@ -156,7 +158,7 @@ def generate_corpus(
         keep_states=keep_states,
     ):
         prompt = by_key[completion.key]
-        if len(prompt.prompt_ids) > longest:  # perhaps it had the cache replaced
+        if len(prompt.prompt_ids) > longest:  # a longer cache may have replaced the one before
             longest = len(prompt.prompt_ids)
             gc.collect()
         sample = CorpusSample(
@@ -178,9 +180,9 @@ def generate_corpus(
 
 
 def check_answers_fit(backbone: Backbone, prompts: Iterable[CorpusPrompt], *, max_new_tokens: int) -> None:
-    """Refuse prompts of which one leaves too few of the model's positions for an answer of `max_new_tokens`.
+    """Refuse prompts if the model has too few positions for one of them and an answer of `max_new_tokens`.
 
-    Raises: UserError.
+    Raises: UserError that names both numbers.
     """
     for prompt in prompts:
         try:
@@ -197,7 +199,7 @@ def check_answers_fit(backbone: Backbone, prompts: Iterable[CorpusPrompt], *, ma
 
 
 def answer_fits(backbone: Backbone, *, prompt_tokens: int, max_new_tokens: int) -> bool:
-    """Return whether the model has positions enough for a prompt and an answer of `max_new_tokens`."""
+    """Return whether the model has enough positions for a prompt and an answer of `max_new_tokens`."""
     try:
         backbone.check_positions(prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens, depth=0)
     except UserError:
@@ -232,26 +234,20 @@ def _sample(line: str, states: Tensor | None, *, where: str) -> CorpusSample:
     if states is not None and states.shape[0] != len(sample.token_ids):
         raise UserError(
             found=f"{states.shape[0]} states for {len(sample.token_ids)} tokens",
-            need="one state a token",
+            need="one state for each token",
             where=where,
         )
     return sample
 
 
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(target)
-
-
 def pack_corpus(samples: Iterable[CorpusSample], path: Path, *, backbone_sha256: str | None) -> None:
-    """Write the text of many answers as one safetensors file, a few bytes a token and no states, by rename.
+    """Write the text of many answers, without states, as one safetensors file of a few bytes a token.
 
-    `backbone_sha256` is of the model whose answers they are, where it is known.
-    Shapes: `prompt_ids` and `token_ids` flat int32, `prompt_lengths` and `lengths` `[samples]` int32; the
-    rest is JSON in the metadata.
+    `backbone_sha256` is the hash of the model whose answers they are, or None if it is not known. The file
+    holds the token ids of all prompts in one tensor and their lengths in another, the same for the answers,
+    and the rest as JSON in its metadata.
+
+    Shapes: prompt_ids and token_ids flat int32; prompt_lengths and lengths `[samples]` int32.
     """
     kept = list(samples)
     tensors = {
@@ -269,15 +265,16 @@ def pack_corpus(samples: Iterable[CorpusSample], path: Path, *, backbone_sha256:
         for sample in kept
     ]
     metadata = {_METADATA_KEY: json.dumps(rows, separators=(",", ":")), _BACKBONE_KEY: backbone_sha256 or ""}
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_by_rename(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[CorpusSample]:
-    """Yield the answers of a file that `pack_corpus` wrote; `backbone_sha256` is of the model that is to
-    learn from them, None for any.
+    """Yield the answers of a file that `pack_corpus` wrote.
 
-    Raises: UserError for a file that cannot be read, or that says that it holds another model's answers: its
-    token ids may be other words.
+    `backbone_sha256` is the hash of the model that will learn from them; None accepts any model's answers.
+
+    Raises: UserError for a file that cannot be read, or that holds the answers of another model, whose token
+    ids may mean other tokens.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -286,14 +283,14 @@ def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[Corpus
             tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            found=f"an unreadable corpus ({error})", need="a packed corpus", where=path.name
+            found=f"an unreadable corpus ({error})", need="a file of pack_corpus", where=path.name
         ) from error
     if backbone_sha256 is not None and theirs and theirs != backbone_sha256:
         raise UserError(
             found=f"the answers of a model with tensors {theirs[:16]}",
             need=f"those of the model with tensors {backbone_sha256[:16]}",
             where=path.name,
-            do="make this model's own with medusa-repro distill",
+            do="make this model's own answers with medusa-repro distill",
         )
     prompt_start = start = 0
     for index, row in enumerate(rows):

@@ -1,7 +1,15 @@
-"""Training data of the heads: the frozen backbone's states and the tokens that follow, flat in memory.
+"""Training data of Medusa-1: the frozen backbone's states, and the tokens that each head must predict.
 
-State i of an answer produced y_i; head k reads it and is asked for y_{i+k}. The backbone never runs again
-once its states are kept.
+The state in row i is the one from which the LM head predicted y_i. For an answer of five tokens and K = 3:
+
+    state of        y_1   y_2   y_3   y_4   (y_5: nothing follows, no row)
+    head 1          y_2   y_3   y_4   y_5
+    head 2          y_3   y_4   y_5    .
+    head 3          y_4   y_5    .     .
+
+Once the states are kept, the backbone never runs again.
+
+Paper: Section 2.2.1.
 """
 
 from __future__ import annotations
@@ -22,11 +30,15 @@ from medusa_impl.training.losses import NO_TARGET
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """States and targets of all positions that have at least a target for head 1.
+    """States and targets of all positions that have a target for head 1, of all answers in one table.
 
-    Shapes: states `[S, H]` float16; targets `[S, K]` int32, `NO_TARGET` beyond the end of the answer;
-    sample_index `[S]` int32, the answer a row belongs to; held_out `[answers]` bool. num_tokens counts the
-    answers' tokens, the last ones included.
+    targets: token ids, `NO_TARGET` after the end of the answer.
+    sample_index: the answer that a row belongs to.
+    held_out: whether an answer is kept out of training.
+    num_tokens: the tokens of all answers, the last ones included.
+
+    Shapes: states `[S, H]` float16; targets `[S, K]` int32; sample_index `[S]` int32; held_out `[answers]`
+    boolean.
     """
 
     states: Tensor
@@ -35,11 +47,10 @@ class FeatureSet:
     held_out: Tensor
     keys: tuple[str, ...]
     num_tokens: int
-    num_train_tokens: int
 
     @property
     def num_heads(self) -> int:
-        """K, the number of heads that the targets serve."""
+        """Return K, the number of heads that there are targets for."""
         return int(self.targets.shape[1])
 
     def train_rows(self) -> Tensor:
@@ -51,14 +62,17 @@ class FeatureSet:
         return self.held_out[self.sample_index.long()].nonzero().squeeze(1)
 
     def token_counts(self, *, vocab_size: int) -> Tensor:
-        """Return how often each token is head 1's target in the training rows.
+        """Return how often each token is a target of head 1 in the training rows.
 
         Shapes: `[V]` int64.
         """
         return torch.bincount(self.targets[self.train_rows(), 0].long(), minlength=vocab_size)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that changes with the answers, their order, their split or their states."""
+        """Return a SHA-256 that changes with the answers, their order, their split or their states.
+
+        Of the states only some 4,096 rows are hashed: they are many gigabytes.
+        """
         digest = hashlib.sha256("\n".join(self.keys).encode())
         for tensor in (
             self.targets,
@@ -73,11 +87,12 @@ class FeatureSet:
 
 
 def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 0.03) -> FeatureSet:
-    """Return the features of every answer in the store; answers of one token have nothing to predict and are
-    left out.
+    """Return the features of every answer in the store.
 
-    The split is by the prompt's tokens, so that all answers to one prompt lie on one side, and no later
-    answer moves an earlier one.
+    Answers of one token are left out, since no token follows. Whether an answer is held out depends on its
+    prompt's tokens only. So all answers to one prompt are on one side of the split, and answers that are
+    added later move none of the others.
+
     Raises: UserError for an empty store, an answer without states, or a state that is not finite.
     """
     samples = [sample for sample in store.samples(with_states=False) if len(sample.token_ids) > 1]
@@ -92,7 +107,8 @@ def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 
     targets = torch.full((num_rows, num_heads), NO_TARGET, dtype=torch.int32)
     states: Tensor | None = None
     start = 0
-    # the store may grow, in the middle too, between the two passes
+    # The first pass counted rows, this one fills them. Another process may add answers in between, not only
+    # at the end, so the second pass takes only those that the first has seen.
     wanted = {sample.key for sample in samples}
     for sample in store.samples():
         if sample.key not in wanted:
@@ -114,20 +130,21 @@ def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 
         held_out=held_out,
         keys=tuple(sample.key for sample in samples),
         num_tokens=int(lengths.sum()) + len(samples),
-        num_train_tokens=int((lengths + 1)[~held_out].sum()),
     )
 
 
 def is_held_out(prompt_ids: Iterable[int], *, rate: float) -> bool:
-    """Return whether a prompt belongs to the held-out share: a fixed function of its tokens."""
+    """Return whether a prompt belongs to the held-out share, which is a fixed function of its tokens."""
+    # The first 8 bytes of a hash are a uniform number below 2^64.
     digest = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).digest()
     return int.from_bytes(digest[:8], "big") < rate * 2**64
 
 
 def compute_states(backbone: Backbone, sample: CorpusSample) -> Tensor:
-    """Return the states that produced y_1..y_n, by one forward pass over prompt and answer.
+    """Return the states from which y_1 .. y_n were predicted, by one forward pass over prompt and answer.
 
-    Shapes: `[n, H]` float16; row i - 1 is the state at position len(prompt) + i - 2, which produced y_i.
+    Shapes: `[n, H]` float16; row i - 1 belongs to y_i. It is the state of the token before y_i, which for
+    y_1 is the prompt's last token.
     """
     tokens = torch.tensor(sample.prompt_ids + sample.token_ids[:-1])
     cache = backbone.new_cache(batch_size=1, max_length=len(tokens))
@@ -143,10 +160,10 @@ def add_states(
     backbone_sha256: str,
     on_sample: Callable[[CorpusSample], None] | None = None,
 ) -> CorpusStore:
-    """Return a store of the same answers with this backbone's states, kept in a folder of `cache_folder`
-    named by its hash.
+    """Return a store of the same answers with this backbone's states.
 
-    Answers that the cache holds already are not computed again, so a killed run goes on where it stopped.
+    It is in a folder of `cache_folder` whose name has the backbone's hash. Answers that it holds already are
+    not computed again, so a run that was killed continues where it stopped.
     """
     cached = CorpusStore(cache_folder / f"states-of-{backbone_sha256[:16]}")
     finished = cached.finished_keys()
@@ -165,7 +182,7 @@ def _finite_states(sample: CorpusSample) -> Tensor:
     if sample.states is None:
         raise UserError(
             found=f"no states for the answer {sample.key!r}",
-            need="one state a token",
+            need="one state for each token",
             where="the corpus",
             do="compute them with add_states",
         )
@@ -179,6 +196,10 @@ def _finite_states(sample: CorpusSample) -> Tensor:
 
 
 def _fill_targets(rows: Tensor, token_ids: tuple[int, ...]) -> None:
+    """Write the targets of one answer's rows, as the drawing at the top shows.
+
+    Shapes: rows `[n - 1, K]`, filled with `NO_TARGET` so far.
+    """
     tokens = torch.tensor(token_ids, dtype=torch.int32)
     for head in range(min(rows.shape[1], len(rows))):
         rows[: len(rows) - head, head] = tokens[head + 1 :]

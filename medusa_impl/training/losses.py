@@ -1,6 +1,12 @@
-"""The heads' loss, Eq. 1, over a bounded slice of logits at a time.
+"""The heads' loss, computed a few positions at a time so that logits never fill the memory.
 
-Paper: Section 2.2.1. L1 = sum over k of lambda_k CE(head k, y_{i+k}), lambda_k = 0.8^k.
+    L1 = sum over k of lambda_k CE(head k, y_{i+k}),  lambda_k = 0.8^k
+
+The state from which the LM head predicts y_i is the one that head k reads to predict y_{i+k}. A batch of T
+positions has T x K x V logits, far more than anything else in training. So the positions are split into
+chunks, and of each chunk only the loss and the gradient of the states are kept.
+
+Paper: Section 2.2.1, Eq. 1.
 """
 
 from __future__ import annotations
@@ -17,20 +23,25 @@ from torch.utils.checkpoint import checkpoint
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 
-NO_TARGET = -1
-OUTSIDE_SUBSET = -2
+NO_TARGET = -1  # of a head that would look past the end of the answer
+OUTSIDE_SUBSET = -2  # of a target that the restricted vocabulary does not have
 NUM_RANKS = 10  # accuracies are counted among a head's 1, 2, .., 10 best tokens
 DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this size are alive at once
-_CACHE_BYTES = 2 * 2**20  # of float32 logits that are worked on at once on a CPU
+_CACHE_BYTES = 2 * 2**20  # float32 logits worked on at once on a CPU: what its cache holds
 
 
 @dataclass(frozen=True)
 class Medusa1Loss:
-    """Eq. 1 of one batch, with the sums behind it.
+    """Eq. 1 of one batch, and the sums that a log needs.
 
-    Shapes: loss scalar, differentiable; loss_sums (nats, unweighted) and num_targets `[K]`; rank_hits `[K,
-    NUM_RANKS]`, the targets that r = 0, 1, .. other tokens' logits exceed, so that equal logits count for the
-    target. num_outside: targets left out because they are not in the token subset.
+    loss: Eq. 1, differentiable.
+    loss_sums: each head's cross-entropy, without its weight, summed over its targets.
+    rank_hits: entry [k, r] counts the targets of head k + 1 with exactly r greater logits; logits equal to
+    the target's do not count against it.
+    num_outside: the targets that were left out because they are not in the token subset.
+
+    Shapes: loss scalar; loss_sums and num_targets `[K]`; rank_hits `[K, NUM_RANKS]`.
+    Units: losses in nats.
     """
 
     loss: Tensor
@@ -42,15 +53,18 @@ class Medusa1Loss:
 
     @property
     def num_hits(self) -> Tensor:
-        """Targets that no other token's logit exceeds, `[K]`."""
+        """Return how many targets of each head have no logit above theirs.
+
+        Shapes: `[K]`.
+        """
         return self.rank_hits[:, 0]
 
 
 @dataclass(frozen=True)
 class TokenSubset:
-    """The tokens that a restricted vocabulary keeps.
+    """A restricted vocabulary: the tokens that it keeps, and where each is among them.
 
-    Shapes: token_ids `[V']` ascending; local_ids `[V]`, a token's row in the subset or `OUTSIDE_SUBSET`.
+    Shapes: token_ids `[V']` ascending; local_ids `[V]`, a token's index in the subset or `OUTSIDE_SUBSET`.
     """
 
     token_ids: Tensor
@@ -58,9 +72,9 @@ class TokenSubset:
 
     @staticmethod
     def most_frequent(counts: Tensor, *, size: int) -> TokenSubset:
-        """Return the `size` most frequent tokens (of equal counts, the lower id).
+        """Return the `size` most frequent tokens; of equally frequent ones, those with the lower ids.
 
-        Shapes: counts `[V]`, occurrences of each token.
+        Shapes: counts `[V]`, how often each token occurs.
         """
         token_ids = counts.argsort(descending=True, stable=True)[:size].sort().values
         local_ids = torch.full(counts.shape, OUTSIDE_SUBSET, dtype=torch.int32)
@@ -68,8 +82,9 @@ class TokenSubset:
         return TokenSubset(token_ids=token_ids, local_ids=local_ids)
 
     def localise(self, targets: Tensor) -> Tensor:
-        """Return targets as rows of the subset; `NO_TARGET` stays, a token outside becomes
-        `OUTSIDE_SUBSET`.
+        """Return targets as indices of the subset.
+
+        A token that the subset does not have becomes `OUTSIDE_SUBSET`. `NO_TARGET` stays as it is.
         """
         return torch.where(targets >= 0, self.local_ids[targets.clamp_min(0).long()], targets)
 
@@ -79,10 +94,10 @@ class TokenSubset:
 
 
 def head_weights(*, num_heads: int, lambda_base: float) -> tuple[float, ...]:
-    """Return lambda_k = `lambda_base` ** k for k = 1..K.
+    """Return lambda_k = `lambda_base` ** k for k = 1 .. K: later heads are less certain and weigh less.
 
-    Paper: Section 2.2.1, base 0.8. Departs: some released recipes count k from 0, which scales every weight
-    by 1 / 0.8.
+    Paper: Section 2.2.1, with the base 0.8.
+    Departs: some released recipes count k from 0, which makes every weight 1 / 0.8 times as large.
     """
     return tuple(lambda_base**k for k in range(1, num_heads + 1))
 
@@ -98,23 +113,24 @@ def medusa1_loss(
     num_positions: int | None = None,
     max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
 ) -> Medusa1Loss:
-    """Return Eq. 1 over a batch of positions: the weighted sum over all targets, divided by the number of
-    positions.
+    """Return Eq. 1 of a batch: the weighted sum over all targets, divided by the number of positions.
 
-    One normaliser for all heads: the positions that have a target for head 1, in the subset or not (or
-    `num_positions`, for a batch given in parts). Padding rows, all `NO_TARGET`, change nothing. The products
-    with a shared unembedding run in `lm_head_weight`'s dtype, the softmax in float32. All tensors lie on one
-    device, the subset's too.
-    Shapes: states `[T, H]`; targets `[T, K]` token ids, rows of the subset where one is given, `NO_TARGET`
-    where there is none; lm_head_weight `[V', H]`, already restricted to the subset (unused by `own`
-    unembeddings).
+    All heads are divided by the same number: that of the positions with a target for head 1, in the subset or
+    not. For one part of a batch it is given as `num_positions`. Rows without any target change nothing, so a
+    batch may be padded. The products with a shared unembedding run in the dtype of `lm_head_weight`, the
+    softmax in float32. All tensors are on one device, also those of the subset.
+
+    Shapes: states `[T, H]`; targets `[T, K]` token ids, or indices of the subset if there is one, and
+    `NO_TARGET` where there is none; lm_head_weight `[V', H]`, already restricted to the subset, and not used
+    by `own` unembeddings.
+    Raises: UserError if shapes do not fit, or a shared unembedding asks for gradients.
     Paper: Section 2.2.1, Eq. 1.
     """
     if targets.shape != (states.shape[0], heads.num_heads) or len(lambdas) != heads.num_heads:
         raise UserError(
             found=f"targets of shape {tuple(targets.shape)} and {len(lambdas)} weights for "
             f"{states.shape[0]} states",
-            need=f"one row a state and one column and one weight for each of {heads.num_heads} heads",
+            need=f"one row for each state, one column and one weight for each of {heads.num_heads} heads",
             where="the heads' loss",
         )
     if num_positions is None:
@@ -143,9 +159,10 @@ def medusa1_loss(
 
 
 def rank_counts(ranks: Tensor, groups: Tensor, *, num_heads: int) -> Tensor:
-    """Return how many targets of each head stand at rank 0..NUM_RANKS - 1.
+    """Return how many targets of each head have rank 0 .. NUM_RANKS - 1.
 
-    Shapes: ranks and groups (the head, from 0) `[R]`; result `[K, NUM_RANKS]`.
+    Shapes: ranks and groups `[R]`, the rank of each target and its head, counted from 0; result
+    `[K, NUM_RANKS]`.
     """
     near = ranks < NUM_RANKS
     return torch.bincount(groups[near] * NUM_RANKS + ranks[near], minlength=num_heads * NUM_RANKS).reshape(
@@ -164,6 +181,7 @@ def _shared_loss(
             do="detach the LM head's weight",
         )
     num_heads = head_states.shape[1]
+    # All heads share one product: row t * K + k of the flat states belongs to position t and head k + 1.
     flat_targets = targets.reshape(-1)
     rows = (flat_targets >= 0).nonzero().squeeze(1)
     row_heads = rows % num_heads
@@ -180,14 +198,15 @@ def _shared_loss(
 
 
 class _FrozenUnembeddingLoss(torch.autograd.Function):
-    """Weighted cross-entropy behind a frozen unembedding, whose gradient is known before the logits are
-    dropped.
+    """Weighted cross-entropy after a frozen unembedding, with its gradient computed in the forward pass.
 
-    With p = softmax(x W^T) the gradient of a row's loss is (p - onehot) W: it is formed in the forward pass,
-    chunk by chunk, so that neither pass holds more than one chunk of logits and no logit is computed twice.
-    On a CPU what lies between the two products goes block by block through the cache and ends where the
-    logits were: whole chunks of float32 cost more time than the products do. One exponential a logit serves
-    loss and gradient.
+    For one row x with the target y
+
+        loss = -log softmax(x W^T)[y],     d loss / d x = (softmax(x W^T) - onehot(y)) W
+
+    W is frozen, so this is the only gradient that is needed, and it is known as soon as the logits are. The
+    forward pass computes both, chunk by chunk. So no more than one chunk of logits is ever in memory, and no
+    logit is computed twice.
     """
 
     @staticmethod
@@ -203,6 +222,8 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
         gradient = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         row_losses = states.new_empty(len(rows), dtype=torch.float32)
         row_ranks = torch.empty(len(rows), dtype=torch.long, device=states.device)
+        # On a CPU the work between the two products goes through smaller blocks, which stay in the cache:
+        # on whole chunks it would take more time than the products.
         block_rows = (
             max(1, _CACHE_BYTES // (4 * weight.shape[0])) if states.device.type == "cpu" else chunk_rows
         )
@@ -214,11 +235,13 @@ class _FrozenUnembeddingLoss(torch.autograd.Function):
             for block, wanted, block_losses, block_ranks in blocks:
                 wide, chosen = block.float(), wanted[:, None]
                 probabilities, target_logits = torch.softmax(wide, dim=-1), wide.gather(1, chosen)
-                # of the largest, which never underflows
+                # The log of the softmax's denominator, from the largest logit, whose probability is never 0.
+                # So one exponential a logit serves loss and gradient.
                 normaliser = wide.amax(1) - probabilities.amax(1).log()
                 block_losses.copy_(normaliser - target_logits.squeeze(1))
                 block_ranks.copy_((wide > target_logits).sum(1))
                 if gradient is not None:
+                    # softmax - onehot, written over the logits, which are no longer needed.
                     probabilities.scatter_add_(
                         1, chosen, probabilities.new_full((1, 1), -1.0).expand_as(chosen)
                     )
@@ -244,6 +267,7 @@ def _own_loss(
     subset: TokenSubset | None,
     max_logits_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Zero, but connected to the blocks: a batch without any target can still call backward.
     loss = head_states.sum() * 0.0
     losses, ranks, row_heads = [], [], []
     for head, unembedding in enumerate(heads.unembeddings):
@@ -252,6 +276,8 @@ def _own_loss(
         weight = weight if subset is None else weight.index_select(0, subset.token_ids)
         chunk_rows = max(1, max_logits_bytes // (4 * weight.shape[0]))
         for part in torch.split(rows, chunk_rows):
+            # These unembeddings learn, so autograd is needed. The checkpoint drops the logits after the
+            # forward pass and computes them again in the backward pass.
             row_loss, row_rank = checkpoint(
                 _chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False
             )

@@ -1,14 +1,13 @@
-"""Medusa-1: training the heads on the frozen backbone's states.
+"""Medusa-1: training the heads alone, on states of the frozen backbone.
 
-Paper: Section 2.2.1 and Appendix B. Nothing here runs the backbone: it reads a `FeatureSet` and the LM head's
-weight.
+The backbone's states were computed once and kept (`features.py`), so the backbone itself never runs here.
+
+Paper: Section 2.2.1 and Appendix B.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from medusa_impl.checkpoints.tensors import write_by_rename
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Recipe, steps_per_epoch
+from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import (
     DEFAULT_LOGITS_BYTES,
@@ -29,19 +29,21 @@ from medusa_impl.training.losses import (
     head_weights,
     medusa1_loss,
 )
-from medusa_impl.training_log import HeadEvaluation, TrainingFigures, TrainingStep
+from medusa_impl.training.step_log import append_line, trim_log
+from medusa_impl.training_log import TrainingFigures, TrainingStep
 
 STATE_SCHEMA_VERSION = 1
-NUM_TOP_RANKS = 10
 _STATE_FILE, _LOG_FILE = "training-state.pt", "training-log.jsonl"
 
 
 def epoch_order(num_rows: int, *, epoch: int, seed: int) -> Tensor:
-    """Return the order of an epoch, a function of seed and epoch alone, so that a resumed run sees what an
-    unbroken one sees.
+    """Return the order of the rows in an epoch.
+
+    It depends on seed and epoch only, so a resumed run sees the same batches as one that was never cut off.
 
     Shapes: `[num_rows]`, a permutation.
     """
+    # The factor exceeds any number of epochs, so no two pairs of seed and epoch have the same generator.
     return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -58,26 +60,28 @@ def train_medusa1(
     save_every_steps: int = 100,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainingFigures:
-    """Train the heads in place and return what the run saw; the backbone's LM head is read only.
+    """Return the counts and results of a training; the given heads are trained.
 
-    State (heads, optimiser, counts) is kept in `checkpoint_dir` by rename every `save_every_steps`; with
-    `resume`, a run that was cut off goes on from there and yields the same heads. `training-log.jsonl` beside
-    it gets one `TrainingStep` a line.
+    Every `save_every_steps` the state of the run (heads, optimiser, counts) is saved in `checkpoint_dir`.
+    With `resume`, a run that was cut off continues from there and gives the same heads.
+    `training-log.jsonl` in the same folder gets one `TrainingStep` a line. The LM head is only read.
+
     Shapes: lm_head_weight `[V, H]`.
-    Raises: UserError if the kept state is of another recipe or other features, if heads and recipe differ, or
-    if a loss or a gradient is not finite (the last good state stays on disk).
+    Raises: UserError if the saved state belongs to another recipe or other features, if heads and recipe
+    differ, or if a loss or a gradient is not finite; the last good state stays on disk then.
     Paper: Section 2.2.1, Eq. 1.
     """
     _check_heads(heads, features, recipe)
     run = _Run(features, heads, lm_head_weight, recipe=recipe, folder=checkpoint_dir)
     if resume:
         run.restore()
-    run.trim_log()
+    trim_log(run.log_file, last_step=run.step)
     window, started = _Window(heads.num_heads), clock()
     while run.step < run.num_steps:
         loss, gradient_norm = run.take_step()
         window.add(loss)
         last = run.step == run.num_steps
+        # No line of the log mixes losses of both vocabularies: they are not comparable.
         if (
             run.step % log_every_steps == 0
             or last
@@ -85,7 +89,7 @@ def train_medusa1(
         ):
             now = clock()
             record = window.record(run, gradient_norm=gradient_norm, elapsed_s=now - started)
-            run.log(record)
+            append_line(run.log_file, record.model_dump_json())
             window, started = _Window(heads.num_heads), now
             if on_step is not None:
                 on_step(record)
@@ -94,50 +98,8 @@ def train_medusa1(
     return run.figures()
 
 
-@torch.no_grad()
-def evaluate_heads(
-    features: FeatureSet,
-    rows: Tensor,
-    *,
-    heads: MedusaHeads,
-    lm_head_weight: Tensor,
-    max_logits_bytes: int = 64 * 2**20,
-) -> HeadEvaluation:
-    """Return losses and rank counts of the heads over the given rows, full vocabulary, float32.
-
-    Shapes: rows `[R]` row numbers of the features; lm_head_weight `[V, H]` (unused by `own` unembeddings).
-    """
-    loss_sums = [0.0] * heads.num_heads
-    num_targets = [0] * heads.num_heads
-    rank_hits = torch.zeros(heads.num_heads, NUM_TOP_RANKS, dtype=torch.long)
-    chunk_rows = max(1, max_logits_bytes // (4 * heads.vocab_size))
-    token_ids = torch.arange(heads.vocab_size)
-    for part in torch.split(rows, chunk_rows):
-        head_states = heads.states(features.states[part].float())
-        for head in range(heads.num_heads):
-            targets = features.targets[part, head].long()
-            kept = targets >= 0
-            weight = lm_head_weight if heads.architecture == "shared" else heads.unembeddings[head].weight
-            logits = linear(head_states[kept, head], weight.float())  # type: ignore[arg-type]
-            chosen = targets[kept, None]
-            target_logits = logits.gather(1, chosen)
-            loss_sums[head] += float(
-                (torch.logsumexp(logits, 1, keepdim=True) - target_logits).double().sum()
-            )
-            ranks = ((logits > target_logits) | ((logits == target_logits) & (token_ids < chosen))).sum(1)
-            rank_hits[head] += torch.bincount(ranks.clamp_max(NUM_TOP_RANKS), minlength=NUM_TOP_RANKS + 1)[
-                :NUM_TOP_RANKS
-            ]
-            num_targets[head] += int(kept.sum())
-    return HeadEvaluation(
-        loss_sums=tuple(loss_sums),
-        num_targets=tuple(num_targets),
-        rank_hits=tuple(tuple(row) for row in rank_hits.tolist()),
-    )
-
-
 class _Run:
-    """The mutable state of one training run."""
+    """The state of one training run, which changes with every step."""
 
     def __init__(
         self,
@@ -148,7 +110,8 @@ class _Run:
         recipe: Medusa1Recipe,
         folder: Path,
     ) -> None:
-        self.features, self.heads, self.recipe, self.folder = features, heads, recipe, folder
+        self.features, self.heads, self.recipe = features, heads, recipe
+        self.state_file, self.log_file = folder / _STATE_FILE, folder / _LOG_FILE
         self.full_weight = lm_head_weight.detach()
         self.rows = features.train_rows()
         if len(self.rows) == 0:
@@ -165,6 +128,7 @@ class _Run:
             if self.subset is None
             else self.num_steps - math.ceil(self.num_steps * recipe.full_vocabulary_rate)
         )
+        # Cast and cut once for the whole run.
         dtype = torch.bfloat16 if recipe.matmul_dtype == "bfloat16" else torch.float32
         self._weights = {"full": self.full_weight.to(dtype)}
         if self.subset is not None:
@@ -174,6 +138,7 @@ class _Run:
         )
         self.step = self.num_positions_seen = self.num_targets_outside = 0
         self.last_loss = math.nan
+        # A saved state is only taken up by a run that agrees in all of these.
         self._identity = {
             "schema_version": STATE_SCHEMA_VERSION,
             "recipe": recipe.model_dump_json(),
@@ -191,9 +156,14 @@ class _Run:
         )
 
     def vocabulary(self, step: int) -> Literal["subset", "full"]:
+        """Return which vocabulary a step computes its loss over."""
         return "subset" if step < self.num_subset_steps else "full"
 
     def take_step(self) -> tuple[Medusa1Loss, float]:
+        """Return the loss of the next batch and the norm of its gradient, after learning from it.
+
+        Raises: UserError if either is not finite.
+        """
         batch = self._batch()
         vocabulary = self.vocabulary(self.step)
         subset = self.subset if vocabulary == "subset" else None
@@ -222,6 +192,7 @@ class _Run:
                 do="lower the learning rate, or look for states that are not finite; the last good state "
                 "is kept",
             )
+        # Checked before the step, so that neither heads nor optimiser take up a bad number.
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate_at(self.step, num_steps=self.num_steps)
         self.optimizer.step()
@@ -231,6 +202,7 @@ class _Run:
         return loss, gradient_norm
 
     def _batch(self) -> Tensor:
+        """Return the rows of the next batch."""
         size = self.recipe.batch_positions
         epoch, index = divmod(self.step, steps_per_epoch(len(self.rows), batch_positions=size))
         if epoch != self._epoch:
@@ -238,6 +210,7 @@ class _Run:
         return self.rows[self._order[index * size : (index + 1) * size]]
 
     def save(self) -> None:
+        """Write everything that the next step depends on."""
         state = {
             **self._identity,
             "step": self.step,
@@ -247,15 +220,14 @@ class _Run:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = self.folder / (_STATE_FILE + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / _STATE_FILE)
+        write_by_rename(self.state_file, lambda temporary: torch.save(state, temporary))
 
     def restore(self) -> None:
-        path = self.folder / _STATE_FILE
+        """Take up the state that an earlier run saved, if there is one.
+
+        Raises: UserError if it cannot be read, or belongs to another recipe or other features.
+        """
+        path = self.state_file
         if not path.exists():
             return
         try:
@@ -266,7 +238,7 @@ class _Run:
                 found=f"an unreadable training state ({type(error).__name__})",
                 need="one that this program wrote",
                 where=path.name,
-                do="remove it to start afresh",
+                do="remove it to start from the beginning",
             ) from error
         for key, ours in self._identity.items():
             if identity[key] != ours:
@@ -274,7 +246,8 @@ class _Run:
                     found=f"a training state with another {key.replace('_', ' ')}",
                     need="the one of this run",
                     where=path.name,
-                    do="resume with the recipe and corpus that it began with, or remove it to start afresh",
+                    do="resume with the recipe and corpus that it began with, or remove it to start from the "
+                    "beginning",
                 )
         self.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -284,23 +257,8 @@ class _Run:
             int(state["num_targets_outside"]),
         )
 
-    def trim_log(self) -> None:
-        """Drop the log's lines behind the restored step, a torn last line included."""
-        path = self.folder / _LOG_FILE
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        path.write_text("".join(kept))
-
-    def log(self, record: TrainingStep) -> None:
-        with (self.folder / _LOG_FILE).open("a") as file:
-            file.write(record.model_dump_json() + "\n")
-
     def figures(self) -> TrainingFigures:
+        """Return the run's counts, and its heads' evaluation on what was held out."""
         held_out_rows = self.features.held_out_rows()
         held_out = evaluate_heads(
             self.features, held_out_rows, heads=self.heads, lm_head_weight=self.full_weight
@@ -323,7 +281,7 @@ class _Run:
 
 
 class _Window:
-    """Sums since the last line of the log."""
+    """Sums over the steps since the last line of the log."""
 
     def __init__(self, num_heads: int) -> None:
         self.loss_sum, self.num_positions = 0.0, 0
@@ -339,6 +297,7 @@ class _Window:
         self.num_hits += loss.num_hits
 
     def record(self, run: _Run, *, gradient_norm: float, elapsed_s: float) -> TrainingStep:
+        """Return the line of the log for these steps, of which the last has just been taken."""
         return TrainingStep(
             step=run.step,
             num_steps=run.num_steps,

@@ -1,8 +1,16 @@
-"""Medusa-2: heads and backbone trained together, with the heads warmed up first.
+"""Medusa-2: heads and backbone trained together, after the heads have been warmed up.
 
-Paper: Sections 2.2.2 and 2.3.2, Appendix B. L = L_LM + lambda_0 L1; L_LM is cross-entropy on the tokens, or,
-under self-distillation, the KL divergence from the original model, which is the same model with its adapter
-switched off.
+    L = L_LM + lambda_0 L1
+
+L1 is the heads' loss of Medusa-1. L_LM keeps the backbone as good as it was. It is the cross-entropy on the
+tokens, or, under self-distillation, KL(original || trained): the divergence from the original model. The
+original is the same model with its adapter switched off.
+
+    tokens --> backbone with adapter --> states --> LM head ------> L_LM <-- original's logits, or tokens
+                                           |
+                                           `------> heads --------> L1       gradients reach the backbone
+
+Paper: Sections 2.2.2 and 2.3.2, Appendix B.
 """
 
 from __future__ import annotations
@@ -34,10 +42,11 @@ from medusa_impl.training.sequences import answer_targets
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Have each layer of a model in training keep its input alone, and run again for its gradients with the
-    same dropout.
+    """Have each layer keep only its input in training, and run again when its gradients are computed.
+
+    The second run draws the same dropout masks as the first.
     """
-    # transformers renames the method; the old name goes with its version 6
+    # transformers has renamed the method; the old name disappears with version 6.
     name = (
         "activation_checkpointing_enable"
         if hasattr(model, "activation_checkpointing_enable")
@@ -47,12 +56,15 @@ def checkpoint_layers(model: Any) -> None:
 
 
 class MedusaTrainingModel(nn.Module):
-    """Backbone and heads under one loss, as a trainer takes them.
+    """Backbone and heads as one module with one loss, which a trainer can train.
 
-    `forward` returns the loss of a batch with the sums behind it. The teacher is the original model: the same
-    weights with the adapter off, or, under full fine-tuning, a frozen copy.
-    Raises: UserError for a model whose logits are not its LM head on its last hidden states (soft-capping,
-    scaling).
+    `forward` returns the loss of a batch, and sums for the log. The teacher of self-distillation is the
+    original model: the same weights with the adapter off, or, if the whole backbone is trained, a frozen
+    copy.
+
+    Raises: UserError for a model whose logits are not those of its LM head on its last hidden states, because
+    they are soft-capped or scaled.
+    Paper: Section 2.2.2.
     """
 
     def __init__(
@@ -66,8 +78,9 @@ class MedusaTrainingModel(nn.Module):
         super().__init__()
         check_plain_lm_head(model)
         self.recipe = recipe
-        self.heads = heads.float()
+        self.heads = heads.float()  # small updates of new weights would be lost in half precision
         model.requires_grad_(recipe.backbone == "full")
+        # An adapter can be switched off; weights that are trained themselves cannot.
         needs_copy = recipe.backbone == "full" and (
             recipe.target == "original" or recipe.heads_lm_head == "original"
         )
@@ -75,7 +88,7 @@ class MedusaTrainingModel(nn.Module):
         self.backbone: Any = add_adapter(model, recipe.lora) if recipe.backbone == "lora" else model
         if recipe.gradient_checkpointing:
             checkpoint_layers(model)
-        if subset is not None:  # as buffers, so that they go where the model goes
+        if subset is not None:  # buffers move together with the model when it changes its device
             subset = subset.to(self.original_lm_head.weight.device)
             self.register_buffer("_subset_token_ids", subset.token_ids, persistent=False)
             self.register_buffer("_subset_local_ids", subset.local_ids, persistent=False)
@@ -84,12 +97,12 @@ class MedusaTrainingModel(nn.Module):
             )
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
         layers = {type(module).__name__ for module in model.modules()}
-        # what FSDP takes for one unit
+        # The layers that FSDP shards and gathers as one unit.
         self._no_split_modules = sorted(layers & set(model._no_split_modules or ()))
 
     @property
     def model(self) -> PreTrainedModel:
-        """The backbone itself, adapter layers within it."""
+        """Return the backbone itself, which contains the layers of the adapter."""
         base: PreTrainedModel = (
             self.backbone.get_base_model() if self.recipe.backbone == "lora" else self.backbone
         )
@@ -97,8 +110,10 @@ class MedusaTrainingModel(nn.Module):
 
     @property
     def original_lm_head(self) -> Any:
-        """The LM head of the original model, a linear layer: under an adapter's, of the copy, or the frozen
-        backbone's own.
+        """Return the LM head of the original model, a linear layer.
+
+        With an adapter it is the layer that the adapter wraps. If the backbone is trained in full it belongs
+        to the copy, if it is frozen to the backbone itself.
         """
         lm_head: Any = (
             self.model if self.original_model is None else self.original_model
@@ -107,12 +122,12 @@ class MedusaTrainingModel(nn.Module):
 
     @property
     def subset(self) -> TokenSubset | None:
-        """The vocabulary that the heads are restricted to, on the model's device."""
+        """Return the vocabulary that the heads are restricted to, on the model's device, or None."""
         buffers = dict(self.named_buffers(recurse=False))
         return TokenSubset(buffers["_subset_token_ids"], buffers["_subset_local_ids"]) if buffers else None
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return all parameters of the heads, biases included, and all of the backbone's that learn."""
+        """Return all parameters of the heads, and all those of the backbone that learn."""
         return list(self.heads.parameters()), [
             parameter for parameter in self.backbone.parameters() if parameter.requires_grad
         ]
@@ -127,19 +142,22 @@ class MedusaTrainingModel(nn.Module):
         heads_weight: float,
         num_items: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Return `loss` = backbone_weight L_LM + heads_weight L1, both divided by one count of positions, and
-        sums for the log.
+        """Return `loss` = backbone_weight L_LM + heads_weight L1, and sums for the log.
 
-        `num_items` is that count where a batch comes in parts. Without a weight L_LM is left out, and the
-        backbone runs without gradients; L1 is always there, weighted or not, for the log. The recipe's
-        autocast is put on here, so that no launcher decides what it covers.
-        Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss and agreements scalar,
-        head_losses `[K]`, head_targets `[K]`, head_ranks `[K, R]`, positions scalar.
+        Both terms are divided by the same number of positions, which is `num_items` if this is one part of a
+        batch. If `backbone_weight` is 0, L_LM is not computed, and the backbone runs without gradients. L1 is
+        always computed, for the log.
+
+        Shapes: input_ids, attention_mask and labels `[B, T]`; sums: backbone_loss, agreements and positions
+        scalar, head_losses and head_targets `[K]`, head_ranks `[K, R]`.
+        Paper: Section 2.2.2.
         """
+        # Autocast is switched on here and not by the launcher, since accelerate leaves it out under FSDP.
         with torch.autocast(
             input_ids.device.type, dtype=torch.bfloat16, enabled=self.recipe.autocast is not None
         ):
             targets = answer_targets(labels, num_heads=self.heads.num_heads).flatten(0, 1)
+            # Only positions with a target go on: prompts and padding cost no logits.
             rows = (targets[:, 0] != NO_TARGET).nonzero().squeeze(1)
             targets = targets[rows]
             count = len(rows) if num_items is None else num_items
@@ -159,7 +177,10 @@ class MedusaTrainingModel(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load what learns; the frozen rest is the original model's, is there already, and may be missing."""
+        """Load the parameters that learn; the frozen ones are the original model's and may be missing.
+
+        Raises: RuntimeError if a parameter that learns is missing, or a tensor is unknown.
+        """
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if strict and (wrong := sorted(learning & set(found.missing_keys)) + found.unexpected_keys):
@@ -168,13 +189,15 @@ class MedusaTrainingModel(nn.Module):
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[PreTrainedModel]:
-        """Lend the original model: adapter off, no dropout, no gradients; everything is restored,
-        `requires_grad` included.
+        """Lend the original model, with its adapter off, without dropout and without gradients.
+
+        Afterwards everything is as it was.
         """
         if self.recipe.backbone == "full":
             with torch.no_grad():
                 yield self.original_model.eval()
             return
+        # peft switches gradients on for the whole adapter when it is enabled again, so remember which learnt.
         learning = {name: parameter.requires_grad for name, parameter in self.backbone.named_parameters()}
         training = self.backbone.training
         off = self.backbone.disable_adapter() if self.recipe.backbone == "lora" else contextlib.nullcontext()
@@ -196,10 +219,11 @@ class MedusaTrainingModel(nn.Module):
     def _backbone_loss(
         self, states: Tensor, targets: Tensor, input_ids: Tensor, attention_mask: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed backbone term and the number of positions at which the model's first choice is
-        the target's.
+        """Return the sum of L_LM over the positions, and at how many of them the first choices agree.
 
-        The target's first choice is the teacher's under self-distillation, else the token.
+        The model's first choice is compared with the teacher's under self-distillation, else with the token.
+
+        Shapes: states `[R, H]`, targets and rows `[R]`; results scalar.
         """
         lm_head: Any = self.model.get_output_embeddings()
         loss_of: Callable[..., tuple[Tensor, Tensor]]
@@ -221,6 +245,10 @@ class MedusaTrainingModel(nn.Module):
         return total, agreements
 
     def _heads_loss(self, states: Tensor, targets: Tensor, count: Tensor | int) -> dict[str, Tensor]:
+        """Return Eq. 1 as `loss`, and the sums for the log.
+
+        Shapes: states `[R, H]`, targets `[R, K]`.
+        """
         shared_and_adapted = self.heads.architecture == "shared" and self.recipe.heads_lm_head == "adapted"
         if shared_and_adapted:
             return self._adapted_heads_loss(states, targets, count)
@@ -244,8 +272,10 @@ class MedusaTrainingModel(nn.Module):
         }
 
     def _adapted_heads_loss(self, states: Tensor, targets: Tensor, count: Tensor | int) -> dict[str, Tensor]:
-        """Eq. 1 through the LM head that is itself being trained: its adapter gets the heads' gradients
-        too.
+        """Return the same for shared heads that read the LM head in training.
+
+        The LM head's adapter gets the heads' gradients too, so its weight is not frozen, and `medusa1_loss`
+        does not apply.
         """
         lm_head: Any = self.model.get_output_embeddings()
         head_states = self.heads.states(states)
@@ -280,7 +310,10 @@ class MedusaTrainingModel(nn.Module):
 
 
 def _cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor, _: None) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy on token ids `[R]`, and how many logits exceed each target's."""
+    """Return the summed cross-entropy on token ids, and the rank of each: how many logits exceed its own.
+
+    Shapes: states `[R, H]`, targets `[R]`; results scalar and `[R]`.
+    """
     logits = _logits(lm_head, states)
     return cross_entropy(logits, targets, reduction="sum"), _ranks(logits, targets)
 
@@ -288,10 +321,12 @@ def _cross_entropy(lm_head: nn.Module, states: Tensor, targets: Tensor, _: None)
 def _divergence(
     lm_head: nn.Module, states: Tensor, original_states: Tensor, original_lm_head: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed KL from the original's law at states `[R, H]`, and how many logits exceed that of its
-    best token.
+    """Return the summed KL(original || trained), and the rank of the original's first choice.
 
-    Both laws are formed here, behind a checkpoint, so that no more than one chunk of either is kept.
+    The rank is the number of the trained model's logits that exceed that of this token. The original's logits
+    are computed here, within the checkpoint, so no more than one chunk of either model's is ever in memory.
+
+    Shapes: states and original_states `[R, H]`; results scalar and `[R]`.
     """
     logits = _logits(lm_head, states)
     with torch.no_grad():
@@ -311,8 +346,9 @@ def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def check_plain_lm_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its last hidden states: the losses here would
-    be of other logits.
+    """Refuse a model whose logits are not simply its LM head on its last hidden states.
+
+    The losses here compute logits in this way, and would train on wrong ones.
 
     Raises: UserError for soft-capped or scaled logits.
     """
@@ -329,7 +365,7 @@ def check_plain_lm_head(model: PreTrainedModel) -> None:
     if scaled:
         raise UserError(
             found=f"model type {config.model_type!r} with {', '.join(scaled)}",
-            need="logits that are the LM head on the last hidden states",
+            need="logits that are the LM head's output on the last hidden states",
             where="Medusa-2 training",
             do="train Medusa-1 heads on it, or choose another model",
         )

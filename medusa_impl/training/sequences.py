@@ -1,14 +1,13 @@
-"""Training text of Medusa-2: whole sequences, the tokens in them that the model is asked for, and batches
-padded on the right.
+"""Training data of Medusa-2: whole sequences, which of their tokens are targets, and padded batches.
 
-What is asked for is said by spans of token positions, never by token values: a padding id that equals the
-end-of-sequence id, or an answer that quotes the prompt, changes nothing.
+Targets are given by spans of token positions, never by token values. So it does no harm if the padding has
+the id of end-of-sequence, or if an answer quotes the prompt.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +15,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from medusa_impl.errors import UserError
-from medusa_impl.training.distill import CorpusSample
 from medusa_impl.training.losses import NO_TARGET
 
 IGNORED = -100  # the label that transformers' Trainer leaves out when it counts the targets of a batch
-# sequences are sorted by length within as many batches: less padding, and batches still differ from epoch to
-# epoch
+# Sequences are sorted by length within windows of this many batches. Larger windows mean less padding,
+# smaller ones batches that differ more from epoch to epoch.
 WINDOW_BATCHES = 16
 
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """Token ids and the half-open spans of them that are the assistant's answers, one a turn."""
+    """Token ids, and the spans of them that are the assistant's answers: one a turn, end excluded.
+
+    Raises: UserError if the spans are empty, out of order or outside the sequence, or the first starts at 0.
+    """
 
     token_ids: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
@@ -44,21 +45,22 @@ class TrainingSequence:
                 need="spans of at least one token, in order, within the sequence",
                 where="a training sequence",
             )
+        # Every target is predicted from the token before it.
         if self.answers and self.answers[0][0] == 0:
             raise UserError(
-                found="an answer to nothing",
+                found="an answer at the start of the sequence",
                 need="a token before the first answer",
                 where="a training sequence",
             )
 
     @property
     def num_targets(self) -> int:
-        """Answer tokens, each the target of one position."""
+        """Return the number of answer tokens, each of which is the target of one position."""
         return sum(end - start for start, end in self.answers)
 
 
 class SequenceDataset(Dataset[dict[str, list[int]]]):
-    """Sequences as what the collator takes: ids, and labels that are `IGNORED` outside of the answers."""
+    """Sequences as token ids and labels, which are `IGNORED` outside of the answers."""
 
     def __init__(self, sequences: Sequence[TrainingSequence]) -> None:
         self.sequences = sequences
@@ -75,12 +77,11 @@ class SequenceDataset(Dataset[dict[str, list[int]]]):
 
 
 class LikeLengthSampler(Sampler[int]):
-    """A random order in which the sequences of a batch are of like length, so that little of a batch is
-    padding.
+    """A random order in which the sequences of a batch have similar lengths, which saves padding.
 
-    Sequences are shuffled, sorted by length within windows of `WINDOW_BATCHES` batches, and the whole batches
-    shuffled once more: no batch comes early for being long. A batch that is not full comes last. Seed and
-    epoch decide the order, so a resumed run sees the same one.
+    Sequences are shuffled, then sorted by length within windows of `WINDOW_BATCHES` batches, then cut into
+    batches, and the batches are shuffled again, so that long ones do not come first. A batch that is not full
+    comes last. The order depends on seed and epoch only, so a resumed run sees the same one.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
@@ -107,30 +108,17 @@ class LikeLengthSampler(Sampler[int]):
         return iter([index for batch in (*batches, rest) for index in batch])
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch, as the Trainer asks before each."""
+        """Take the order of another epoch; the Trainer calls this before each epoch."""
         self.epoch = epoch
 
     def _length(self, index: int) -> int:
         return self.lengths[index]
 
 
-def sequences_of(samples: Iterable[CorpusSample], *, max_length: int) -> tuple[TrainingSequence, ...]:
-    """Return prompts and answers of a corpus as sequences, cut at `max_length`; what is left without an
-    answer token is left out.
-    """
-    sequences = []
-    for sample in samples:
-        token_ids = (*sample.prompt_ids, *sample.token_ids)[:max_length]
-        if len(token_ids) > len(sample.prompt_ids):
-            sequences.append(
-                TrainingSequence(token_ids=token_ids, answers=((len(sample.prompt_ids), len(token_ids)),))
-            )
-    return tuple(sequences)
-
-
 def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Return a batch padded on the right; the padding's id is 0 and of no consequence, since masks come from
-    the lengths.
+    """Return a batch of sequences, padded on the right.
+
+    The padding has the id 0, which may also be a token: masks come from the lengths, not from ids.
 
     Shapes: input_ids, attention_mask and labels `[B, T]`.
     """
@@ -148,11 +136,11 @@ def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def answer_targets(labels: Tensor, *, num_heads: int) -> Tensor:
-    """Return what each position is asked for: column 0 the next token, column k the token k places after it,
-    `NO_TARGET` where none.
+    """Return the targets of each position: column 0 is the LM head's, column k is that of head k.
 
-    A position counts where its next token belongs to an answer; its further targets end with that answer, so
-    that no head is asked to look across a turn. With p the prompt and a the answer, K = 2:
+    The LM head's target is the next token, if it belongs to an answer. Head k's is k tokens later, if the
+    same answer reaches so far: no head has to predict across a turn. For the rest there is `NO_TARGET`.
+    With p a prompt's token, a an answer's, and K = 2:
 
         tokens     p0 p1 a0 a1 a2 p2
         column 0    .  a0 a1 a2 .  .
@@ -166,5 +154,6 @@ def answer_targets(labels: Tensor, *, num_heads: int) -> Tensor:
     columns = torch.stack(
         [padded[:, 1 + offset : 1 + offset + length] for offset in range(num_heads + 1)], dim=-1
     )
+    # A target counts only if all targets before it do, so that none skips from one answer to the next.
     unbroken = (columns != IGNORED).int().cumprod(-1).bool()
     return torch.where(unbroken, columns, NO_TARGET)

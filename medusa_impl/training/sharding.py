@@ -1,8 +1,7 @@
-"""What joint training needs to know of its launcher: which settings it takes, and tensors of which each
-process holds a part.
+"""Training on several processes: which settings of the launcher are accepted, and sharded tensors.
 
-Under FSDP (version 2) what is written is whole, so that a run may go on under another number of processes, or
-under another launcher.
+Under FSDP each process holds a part of every weight. What is written to disk is always whole, so that a
+training can go on with another number of processes, or under another launcher.
 """
 
 from __future__ import annotations
@@ -23,49 +22,51 @@ from torch.utils._pytree import tree_map
 
 from medusa_impl.errors import UserError
 
+# Settings of accelerate, and what is needed instead of each.
 _REFUSED_SETTINGS = {
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, whose hash all of them check",
-    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's own, under which dropout draws the same masks again",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process to read the model, because all of them check its hash",
+    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's gradient_checkpointing, which repeats the dropout masks",
     "FSDP_OFFLOAD_PARAMS": "weights that stay on their GPUs",
 }
 
 
 def under_fsdp() -> bool:
-    """Return whether accelerate's launcher asked for FSDP."""
+    """Return whether accelerate's launcher asks for FSDP."""
     return _is_set("ACCELERATE_USE_FSDP")
 
 
 def check_launcher(state: PartialState) -> None:
-    """Refuse settings of accelerate's launcher under which this model would be trained on other weights, or
-    not as they say.
+    """Refuse settings of accelerate's launcher that this training would not follow correctly.
 
-    Raises: UserError for an autocast beside the recipe's, for DeepSpeed that is not installed, for FSDP
-    without GPUs, and for any of FSDP's settings but those of `suites/recipes/fsdp.yaml`.
+    Raises: UserError for an autocast besides the recipe's, for DeepSpeed if it is not installed, for FSDP
+    without GPUs, and for settings of FSDP that differ from those of `suites/recipes/fsdp.yaml`.
     """
     if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             found="no deepspeed",
-            need="it for this launcher",
+            need="it, because this launcher uses it",
             where="accelerate's settings",
             do="install medusa-repro[deepspeed]",
         )
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
-        raise _refused(f"mixed_precision {precision}", need="no other autocast than the recipe's")
+        raise _refused(f"mixed_precision {precision}", need="no autocast but the recipe's")
     if not under_fsdp():
         return
     if state.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            found="FSDP on CPUs, where accelerate leaves it out",
+            found="FSDP on CPUs, which accelerate ignores",
             need="GPUs, or data parallel",
             where="accelerate's settings",
             do="start it with `python -m torch.distributed.run --nproc_per_node N -m harness train ..`",
         )
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise _refused(f"fsdp_version {version}", need="fsdp_version 2, which cuts parameter by parameter")
+        raise _refused(
+            f"fsdp_version {version}", need="fsdp_version 2, which shards each parameter on its own"
+        )
     if (policy := os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP")) != "TRANSFORMER_BASED_WRAP":
         raise _refused(
             f"fsdp_auto_wrap_policy {policy}",
-            need="TRANSFORMER_BASED_WRAP: else all layers are gathered at once",
+            need="TRANSFORMER_BASED_WRAP, because otherwise all layers are gathered at once",
         )
     for name, need in _REFUSED_SETTINGS.items():
         if _is_set(name):
@@ -73,8 +74,7 @@ def check_launcher(state: PartialState) -> None:
 
 
 def check_deepspeed(plugin: Any) -> None:
-    """Refuse settings of DeepSpeed under which a process holds a part of the weights, or which lower dtypes
-    beside the recipe.
+    """Refuse settings of DeepSpeed that shard the weights themselves, or set other dtypes than the recipe.
 
     Raises: UserError for any stage of ZeRO but the second, for offloading, and for fp16 or bf16.
     """
@@ -83,12 +83,12 @@ def check_deepspeed(plugin: Any) -> None:
     if plugin.zero_stage != 2:
         raise _refused(
             f"ZeRO stage {plugin.zero_stage}",
-            need="stage 2, or FSDP, which cuts the weights too",
+            need="stage 2, or FSDP, which shards the weights too",
             settings="deepspeed",
         )
     if lowered := [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]:
         raise _refused(
-            f"{lowered[0]} of DeepSpeed", need="no other autocast than the recipe's", settings="deepspeed"
+            f"{lowered[0]} of DeepSpeed", need="no autocast but the recipe's", settings="deepspeed"
         )
     if moved := [
         name
@@ -112,8 +112,9 @@ def _refused(found: str, *, need: str, settings: Literal["fsdp", "deepspeed"] = 
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor of which each process may hold a part, whole; all processes must ask for it
-    together.
+    """Return the whole of a tensor that may be sharded.
+
+    All processes must call this together: each contributes its part.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -122,8 +123,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's part of a whole tensor, cut as the parameter is; all processes must ask for it
-    together.
+    """Return this process's part of a whole tensor, sharded in the same way as the parameter.
+
+    All processes must call this together.
     """
     if not isinstance(parameter, DTensor):
         return tensor
@@ -131,11 +133,12 @@ def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Return an optimiser's state with whole tensors on the host; without `keep` they are gathered, for
-    others to keep, and let go.
+    """Return an optimiser's state with whole tensors on the host.
 
-    One tensor at a time is gathered, so that no more than one is whole on the device.
+    All processes must call this together. With `keep` false this process only contributes its parts, and gets
+    empty tensors.
     """
+    # One tensor after another, so that never more than one is whole on the device.
     state: dict[str, Any] = tree_map(
         lambda one: on_host(one, keep=keep) if isinstance(one, Tensor) else one, optimizer.state_dict()
     )
@@ -143,7 +146,10 @@ def whole_optimizer_state(optimizer: Optimizer, *, keep: bool) -> dict[str, Any]
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Fill an optimiser from a whole state: what has its parameter's shape is cut as the parameter is."""
+    """Load a whole state into an optimiser; tensors that have their parameter's shape are sharded like it.
+
+    All processes must call this together.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         parameter = parameters[index]
@@ -156,22 +162,22 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def make_whole(
     root: nn.Module, parts: Iterable[nn.Module], *, wanted: Callable[[nn.Parameter], bool], keep: bool
 ) -> None:
-    """Put the wanted parameters of some parts of a sharded model, whole and on the host, in the place of this
-    process's shares of them.
+    """Replace the wanted parameters of some parts of a sharded model by whole ones on the host.
 
-    The model is not run any more after this. Without `keep` they are gathered, for others to keep, and let
-    go. All processes must do it together.
+    Afterwards the model cannot run any more. All processes must call this together. With `keep` false this
+    process only contributes its shards, and its parameters stay as they are.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            # what a last pass left whole would be cut again later, over the weights put here
+            # The last pass may have left weights whole. FSDP would shard them again later, and overwrite
+            # those that are set here.
             module.reshard()
     made = dict[int, nn.Parameter]()
     for module in (module for part in parts for module in part.modules()):
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if not isinstance(parameter, DTensor) or not wanted(parameter):
                 continue
-            if id(parameter) not in made:  # tied weights stay tied
+            if id(parameter) not in made:  # tied weights get one new parameter, and stay tied
                 made[id(parameter)] = nn.Parameter(
                     on_host(parameter, keep=keep), requires_grad=parameter.requires_grad
                 )
@@ -180,8 +186,9 @@ def make_whole(
 
 
 def on_host(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor of which each process may hold a part, whole and on the host; without `keep`, gathered
-    for others, nothing of it.
+    """Return the whole of a tensor that may be sharded, on the host; an empty tensor if `keep` is false.
+
+    All processes must call this together.
     """
     full = whole(tensor)
     return full.cpu() if keep else torch.empty(0)

@@ -18,9 +18,10 @@ from torch import Tensor
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
+from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import NO_TARGET
-from medusa_impl.training.medusa1 import epoch_order, evaluate_heads, train_medusa1
+from medusa_impl.training.medusa1 import epoch_order, train_medusa1
 from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2
@@ -63,7 +64,6 @@ def _features(*, seed: int = 0, num_answers: int = 40, length: int = 12) -> Feat
         held_out=torch.arange(num_answers) % 5 == 0,
         keys=tuple(f"answer-{number}" for number in range(num_answers)),
         num_tokens=num_answers * (length + 1),
-        num_train_tokens=num_answers * (length + 1) * 4 // 5,
     )
 
 

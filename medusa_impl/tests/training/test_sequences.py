@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa_impl.errors import UserError
-from medusa_impl.training.distill import CorpusSample
 from medusa_impl.training.sequences import (
     IGNORED,
     LikeLengthSampler,
@@ -19,7 +18,6 @@ from medusa_impl.training.sequences import (
     TrainingSequence,
     answer_targets,
     collate,
-    sequences_of,
 )
 
 TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2, 5), (6, 8)))
@@ -61,24 +59,6 @@ def test_padding_is_masked_by_length_whatever_its_id() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]
     assert batch["labels"][0].tolist() == [IGNORED, 0, 0, *[IGNORED] * 5]
     assert answer_targets(batch["labels"], num_heads=1)[0, :3].tolist() == [[0, 0], [0, -1], [-1, -1]]
-
-
-def test_corpus_answers_become_sequences_cut_at_the_length() -> None:
-    def sample(num_prompt: int, num_answer: int) -> CorpusSample:
-        return CorpusSample(
-            key="k",
-            category="c",
-            prompt_ids=tuple(range(num_prompt)),
-            token_ids=tuple(range(50, 50 + num_answer)),
-            ended_by="budget",
-            temperature=0.0,
-            seed=0,
-            states=None,
-        )
-
-    sequences = sequences_of([sample(3, 4), sample(3, 9), sample(8, 2)], max_length=8)
-    assert [sequence.answers for sequence in sequences] == [((3, 7),), ((3, 8),)]
-    assert sequences[1].token_ids == (0, 1, 2, 50, 51, 52, 53, 54)
 
 
 @pytest.mark.parametrize("answers", [((0, 2),), ((2, 2),), ((1, 9),), ((3, 5), (2, 4))])
