@@ -14,9 +14,7 @@ TINY_VOCAB = 61
 def tiny_llama(
     *, seed: int = 0, vocab_size: int = TINY_VOCAB, num_layers: int = 2, scale: float = 0.4
 ) -> LlamaForCausalLM:
-    """Return a random Llama whose logits are far from uniform, so that greedy decoding has no accidental
-    ties.
-    """
+    """Return a random Llama whose logits are far from uniform, so that greedy decoding meets no ties."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,

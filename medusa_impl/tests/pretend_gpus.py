@@ -1,8 +1,7 @@
-"""Runs a module as `python -m` does, in processes that accelerate takes for GPUs: it shards on those only,
-and a test has CPUs.
+"""Runs a module as `python -m` does, in processes that accelerate takes for processes with GPUs.
 
-The device stays the CPU and the processes talk by gloo; what shards, trains, saves and loads is the real
-FSDP.
+accelerate shards on GPUs only, and a test has CPUs. The device remains the CPU, and the processes communicate
+by gloo. What shards, trains, saves and loads is the real FSDP.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from accelerate.utils import DistributedType
 
 
 def pretend() -> None:
-    """Have every state from now on call CPUs GPUs, once it has found its device and its process group."""
+    """Have every state from now on report GPUs, after it has found its device and its process group."""
     find_device = PartialState.set_device
 
     def set_device(state: PartialState) -> None:

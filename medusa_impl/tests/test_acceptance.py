@@ -1,8 +1,8 @@
 """Acceptance rules against their exact laws on tiny vocabularies.
 
-The distribution tests are chi-square tests of many independent draws (fixed seeds). Each fails a correct rule
-with probability FALSE_ALARM over the choice of seed, and tests of the same size on wrong rules show that they
-can fail.
+The distribution tests are chi-square tests of many independent draws with fixed seeds. Over the choice of
+seed, each fails a correct rule with probability FALSE_ALARM. Tests of the same size on wrong rules show that
+they can fail.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def p_value(counts: Mapping[Hashable, int], law: Mapping[Hashable, float]) -> float:
-    """Chi-square p-value of counts under a law; 0 where something impossible occurred. Cells under 5 expected
-    counts are pooled.
+    """Return the chi-square p-value of counts under a law; 0 if something impossible occurred.
+
+    Cells with an expected count below 5 are pooled.
     """
     if any(law.get(outcome, 0.0) == 0 for outcome in counts):
         return 0.0
@@ -58,7 +59,7 @@ def p_value(counts: Mapping[Hashable, int], law: Mapping[Hashable, float]) -> fl
 
 
 def backbone_logits(history: Tokens) -> Tensor:
-    """A 'backbone': logits as a deterministic function of the tokens so far."""
+    """Return logits as a deterministic function of the tokens so far: a pretended backbone."""
     seed = sum((token + 1) * 31**place for place, token in enumerate(history)) % 100_003
     return torch.randn(VOCAB, generator=generator(seed), dtype=torch.float64).mul(1.2).float()
 
@@ -69,12 +70,12 @@ def law_of(history: Tokens, *, temperature: float) -> list[float]:
 
 
 def histories(tree: DraftTree, tokens: list[int]) -> list[Tokens]:
-    """For every node the tokens from the root down to it."""
+    """Return for every node the tokens from the root to it."""
     return [tuple(tokens[tree.index[path[:depth]]] for depth in range(len(path) + 1)) for path in tree.paths]
 
 
 def emitted(acceptance: Acceptance, tokens: Tensor) -> list[Tokens]:
-    """The tokens behind the root that each row gains: its kept nodes, then the next root."""
+    """Return the tokens that each row gains after the root: its kept nodes, then the next root."""
     rows = zip(
         acceptance.nodes.tolist(), acceptance.num_kept.tolist(), acceptance.next_token.tolist(), strict=True
     )
@@ -96,8 +97,9 @@ def repeated(tree: DraftTree, tokens: list[int], *, rows: int) -> tuple[Tensor, 
 
 
 def sequential_law(tree: DraftTree, tokens: list[int], *, temperature: float) -> dict[Hashable, float]:
-    """The law of what one verification emits if it samples exactly: draw token after token, stop behind the
-    first outside the tree.
+    """Return the law of what one verification emits if it samples exactly.
+
+    Token after token is drawn, and the first one outside the tree is the last.
     """
     known = set(histories(tree, tokens))
     law: dict[Hashable, float] = {}
@@ -130,10 +132,10 @@ def test_rejection_emits_what_sequential_sampling_emits(temperature: float) -> N
 
 
 def test_rejection_over_two_steps_follows_the_backbones_law() -> None:
-    """The next two tokens, whether they come from one verification or two, have the law of sequential
-    sampling; false alarm 1e-6.
+    """The next two tokens have the law of sequential sampling, whether one verification yields both or not.
 
-    The second draft is another tree whose tokens depend on the text so far, as a head's do.
+    The second draft is another tree, whose tokens depend on the text so far, as those of heads do. False
+    alarm 1e-6.
     """
     rows, temperature = 30_000, 1.0
     logits, tokens, buffers = repeated(TREE, TREE_TOKENS, rows=rows)
@@ -160,8 +162,9 @@ def test_rejection_over_two_steps_follows_the_backbones_law() -> None:
 
 
 def test_a_shared_node_is_judged_once() -> None:
-    """Regression: draws per leaf accept a node that n candidates share with probability 1 - (1 - p)^n instead
-    of p; false alarm 1e-6.
+    """Regression: with one draw for each leaf, a node that n candidates share passed n times as easily.
+
+    Its probability was 1 - (1 - p)^n instead of p. False alarm 1e-6.
     """
     tree = DraftTree.from_paths([(0,), *((0, rank) for rank in range(4))])
     tokens_of_tree = [2, 1, 0, 2, 3, 4]
@@ -185,7 +188,7 @@ def test_rejection_root_follows_the_law() -> None:
 
 
 def test_duplicate_tokens_among_siblings_do_no_harm() -> None:
-    """Two siblings with one token (a fault of the caller's) still leave the law exact; false alarm 1e-6."""
+    """Two siblings with the same token, a mistake of the caller, leave the law exact; false alarm 1e-6."""
     tree, tokens_of_tree = DraftTree.from_paths([(0,), (1,)]), [0, 3, 3]
     logits, tokens, buffers = repeated(tree, tokens_of_tree, rows=20_000)
     acceptance = RejectionRule(temperature=1.0, generator=generator(5)).verify(logits, tokens, buffers)
@@ -196,7 +199,7 @@ def test_duplicate_tokens_among_siblings_do_no_harm() -> None:
 def hand_threshold(
     logits: Tensor, *, temperature: float, epsilon: float, delta: float
 ) -> tuple[list[float], float]:
-    """Law and threshold in plain Python floats: min(epsilon, delta * exp(-H))."""
+    """Return a law and its threshold in plain Python floats: min(epsilon, delta * exp(-H))."""
     weights = [math.exp(value / temperature) for value in logits.double().tolist()]
     total = sum(weights)
     law = [weight / total for weight in weights]
@@ -223,7 +226,7 @@ def typical(
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.09, 0.3), (0.3, 0.09), (0.5, 0.9)])
 def test_thresholds_by_hand(epsilon: float, delta: float) -> None:
-    """Both arms of the minimum occur, for laws from flat to peaked; epsilon and delta must not be swapped."""
+    """The laws go from flat to peaked, and both arguments of the minimum occur."""
     rule = typical(epsilon=epsilon, delta=delta)
     for sharpness in (0.0, 0.5, 2.0, 30.0):
         logits = torch.linspace(-1, 1, 8) * sharpness
@@ -236,11 +239,10 @@ def test_thresholds_by_hand(epsilon: float, delta: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_logits_give_the_float32_threshold(dtype: torch.dtype) -> None:
-    """Regression: entropy of log(p + 1e-5) in half precision moves the threshold by up to 1.24x on a large
-    vocabulary.
+    """Regression: in half precision, the entropy of log(p + 1e-5) moves the threshold by up to 1.24 times.
 
-    A flat law over 30,000 tokens has H = log(30,000); a node passes by the threshold of its rounded logits
-    taken in float64.
+    A flat law over 30,000 tokens has H = log(30,000). A node passes by the threshold of its rounded logits,
+    computed in float64.
     """
     logits = (torch.randn(1, 30_000, generator=generator(6)) * 0.5).to(dtype)
     _, expected = hand_threshold(logits[0], temperature=0.8, epsilon=0.3, delta=0.6)
@@ -263,8 +265,9 @@ def test_half_precision_logits_give_the_float32_threshold(dtype: torch.dtype) ->
     ("temperature", "epsilon", "delta"), [(1.0, 0.3, 0.6), (1.0, 0.12, 0.9), (2.0, 0.3, 0.3)]
 )
 def test_sampled_root_follows_the_truncated_law(temperature: float, epsilon: float, delta: float) -> None:
-    """20,000 draws against the tokens that pass, renormalised; false alarm 1e-6. Some token must fail, or
-    nothing is tested.
+    """20,000 draws against the tokens that pass, renormalised; false alarm 1e-6.
+
+    Some token must fail, or nothing is tested.
     """
     logits = torch.tensor([2.0, 1.4, 0.9, -0.2, -1.5, -3.0, -6.0])
     law, threshold = hand_threshold(logits, temperature=temperature, epsilon=epsilon, delta=delta)
@@ -280,9 +283,7 @@ def test_sampled_root_follows_the_truncated_law(temperature: float, epsilon: flo
 
 
 def test_the_bonus_token_comes_from_the_root_law_of_the_last_kept_node() -> None:
-    """20,000 verifications that keep the same node; false alarm 1e-6. A greedy root gives the argmax
-    there.
-    """
+    """20,000 verifications that keep the same node; false alarm 1e-6. A greedy root gives its argmax."""
     tree = DraftTree.chain(1)
     logits, _, buffers = repeated(tree, [0, 1], rows=20_000)
     best = int(backbone_logits((0,)).argmax())
@@ -298,7 +299,7 @@ def test_the_bonus_token_comes_from_the_root_law_of_the_last_kept_node() -> None
 
 
 def test_typical_keeps_exactly_the_nodes_above_the_threshold() -> None:
-    """Every token in turn as the only child, at two temperatures, against the hand calculation."""
+    """Every token in turn is the only child, at two temperatures, and is compared with a hand calculation."""
     buffers = tree_buffers(DraftTree.chain(1), device=CPU)
     lengths = set()
     for temperature in (0.7, 1.5):
@@ -314,9 +315,7 @@ def test_typical_keeps_exactly_the_nodes_above_the_threshold() -> None:
 
 
 def test_argmax_always_passes_below_delta_one() -> None:
-    """exp(-H) is at most the greatest probability: no law, flat ones included, leaves a delta < 1 without a
-    token.
-    """
+    """For delta < 1 every law, even a flat one, has a token that passes: exp(-H) is at most the largest p."""
     logits = torch.cat(
         [torch.randn(500, 8, generator=generator(9)) * 3, torch.zeros(1, 8), torch.full((1, 8), -40.0)]
     )
@@ -332,8 +331,9 @@ def test_argmax_always_passes_below_delta_one() -> None:
 
 
 def test_where_nothing_passes_the_root_is_the_argmax() -> None:
-    """delta >= 1 on a flat-topped law leaves no token; the root must then be the argmax, not a draw from
-    nothing.
+    """With delta >= 1 no token of a law with a flat top passes.
+
+    The root must then be the argmax, and not a draw from nothing.
     """
     logits = torch.tensor([[0.0, 0.001, 0.0, 0.0]])
     _, threshold = hand_threshold(logits[0], temperature=1.0, epsilon=1.0, delta=1.5)
@@ -342,7 +342,7 @@ def test_where_nothing_passes_the_root_is_the_argmax() -> None:
 
 
 def test_impossible_tokens_are_neither_kept_nor_drawn() -> None:
-    """Logits of minus infinity (a masked vocabulary) make no NaN."""
+    """Logits of minus infinity (a masked vocabulary) do not lead to NaN."""
     logits = torch.tensor([1.0, -torch.inf, 0.9, -torch.inf])
     buffers = tree_buffers(DraftTree.from_paths([(0,), (1,), (1, 0)]), device=CPU)
     acceptance = typical().verify(
@@ -355,8 +355,9 @@ def test_impossible_tokens_are_neither_kept_nor_drawn() -> None:
 
 
 def test_ties_in_length_go_to_the_likelier_path() -> None:
-    """Two accepted leaves at one depth: the higher summed log-probability wins, wherever it stands; the
-    greedy part of it cannot decide.
+    """Of two accepted leaves at one depth, the one with the higher sum of log-probabilities wins.
+
+    Its index does not matter, and the greedy part of the rule cannot decide.
     """
     tree = DraftTree.from_paths([(0,), (1,), (0, 0), (1, 0)])
     buffers = tree_buffers(tree, device=CPU)
@@ -384,8 +385,9 @@ def test_a_longer_path_beats_a_likelier_one() -> None:
 
 
 def test_greedy_follows_argmax_ids_through_equal_logits() -> None:
-    """Regression: softmax values of tied logits are equal, so that comparing values accepts a token that
-    vanilla would not emit.
+    """Regression: equal logits have equal softmax values.
+
+    A rule that compares values accepts a token that vanilla decoding would not emit.
     """
     logits = torch.zeros(1, 3, VOCAB)
     logits[0, :, 1] = logits[0, :, 3] = 2.0
@@ -398,7 +400,7 @@ def test_greedy_follows_argmax_ids_through_equal_logits() -> None:
 
 
 def test_greedy_stops_at_the_first_wrong_node() -> None:
-    """A right token below a wrong one does not count: the accepted part of a path is its prefix."""
+    """A right token after a wrong one does not count: the accepted part of a path is a prefix of it."""
     logits = torch.zeros(1, 4, VOCAB)
     logits[0, torch.arange(4), torch.tensor([1, 2, 3, 4])] = 1.0
     chain = tree_buffers(DraftTree.chain(3), device=CPU)
@@ -412,7 +414,7 @@ def test_greedy_stops_at_the_first_wrong_node() -> None:
 
 @pytest.mark.parametrize("rule_name", ["greedy", "typical", "rejection"])
 def test_padding_is_never_accepted(rule_name: str) -> None:
-    """Regression: short candidates padded with token id 0 or index -1, while the backbone is sure of id 0."""
+    """Regression: short candidates were padded with token id 0 or index -1; the backbone predicts id 0."""
     rules: dict[str, AcceptanceRule] = {
         "greedy": GreedyRule(),
         "typical": typical(),
@@ -450,9 +452,7 @@ def test_rows_of_a_batch_do_not_see_each_other(rule_name: str) -> None:
 
 
 def test_rejection_rows_are_independent() -> None:
-    """What one row emits says nothing of its neighbour: pairs follow the product of the laws; false alarm
-    1e-6.
-    """
+    """The rows of a batch are independent: pairs follow the product of their laws; false alarm 1e-6."""
     tree, drafted = DraftTree.chain(1), [1, 2]
     logits, tokens, buffers = repeated(tree, drafted, rows=40_000)
     acceptance = RejectionRule(temperature=1.0, generator=generator(13)).verify(logits, tokens, buffers)
@@ -467,8 +467,9 @@ def test_rejection_rows_are_independent() -> None:
 def test_first_choice_is_the_greatest_logit_and_the_lowest_id_of_equals(
     vocab_size: int, dtype: torch.dtype
 ) -> None:
-    """Vocabularies that divide into blocks and some that do not; levels so few that ties lie within a block
-    and across blocks.
+    """Vocabularies that can be divided into blocks, and some that cannot.
+
+    There are so few levels that ties occur within blocks and across them.
     """
     for levels in (3, 10**6):
         logits = torch.randint(-levels, levels, (2, 3, vocab_size), generator=generator(vocab_size)).to(dtype)

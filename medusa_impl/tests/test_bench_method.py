@@ -1,7 +1,7 @@
-"""How long the method's own parts of a step take, apart from the model: on the embedded model's shapes, one
-row, a tree of 64 nodes.
+"""Times the method's own parts of a step, without the model: one row, a tree of 64 nodes.
 
-Every timed call waits for the device at its end, so that queued kernels are counted where they were started.
+The sizes are those of the embedded model. Every timed call waits for the device at its end, so that queued
+kernels count where they were started.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ NUM_HEADS, NUM_NODES, CONTEXT = 5, 64, 192
 def timed(
     benchmark: BenchmarkFixture, work: Callable[[], Any], *, setup: Callable[[], None] | None = None
 ) -> Any:
-    """Time calls of `work`, each to the end of what it queued on the device, and return the last result;
-    `setup` is not timed.
+    """Return the last result of `work`, after timing its calls, each to the end of what it queued.
+
+    `setup` runs before each call and is not timed.
     """
 
     def to_the_end() -> Any:
@@ -49,7 +50,10 @@ def timed(
 
 @cache
 def tree() -> DraftTree:
-    """A sparse tree of 64 nodes as a search grows it: head k right with its rank r at 0.6 / k / 2^r."""
+    """Return a sparse tree of 64 nodes, as a search grows it.
+
+    Head k is right with its rank r at a rate of 0.6 / k / 2^r.
+    """
     accuracy = [[0.6 / head / 2**rank for rank in range(8)] for head in range(1, NUM_HEADS + 1)]
     return grow_by_marginals(accuracy, num_nodes=NUM_NODES).tree
 
@@ -66,9 +70,10 @@ def deepest_path() -> tuple[int, ...]:
 
 @cache
 def verified() -> tuple[Tensor, Tensor]:
-    """Logits `[1, 64, 49152]` and tokens `[1, 64]` under which every rule keeps the deepest path.
+    """Return logits `[1, 64, 49152]` and tokens `[1, 64]` for which every rule keeps the deepest path.
 
-    Each of its tokens has all but 1e-8 of the law; the first token of any other branch has none of it.
+    Each token of this path has all but 1e-8 of the probability. The first token of any other branch has none
+    of it.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, NUM_NODES, VOCAB, generator=generator)
@@ -121,7 +126,7 @@ def test_bench_acceptance(benchmark: BenchmarkFixture, make_rule: Callable[[], A
 
 
 def test_bench_compaction(benchmark: BenchmarkFixture) -> None:
-    """One path of the tree is moved to the front in every layer, behind a context of 192 tokens."""
+    """One path of the tree is moved to the end of a context of 192 tokens, in every layer."""
     path = deepest_path()
     cache = TreeCache(num_layers=LAYERS, batch_size=1, max_length=CONTEXT + 2 * NUM_NODES, device=DEVICE)
     state = torch.zeros(1, KEY_VALUE_HEADS, 1, HEAD_SIZE, device=DEVICE)

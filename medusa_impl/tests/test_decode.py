@@ -24,8 +24,9 @@ PROMPTS = [[3, 7, 11, 2], [5, 5, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
 class ScriptedHeads(MedusaHeads):
-    """Heads that propose given tokens: `script(step, k)` is the best token of head k at a step, and ids
-    follow it in order.
+    """Heads that propose given tokens: `script[step][k]` is the best token of head k + 1 at a step.
+
+    The next-best tokens follow in the order of their ids.
     """
 
     def __init__(self, backbone: Backbone, *, script: list[list[int]]) -> None:
@@ -106,8 +107,9 @@ def test_greedy_medusa_equals_vanilla_for_random_trees(tree: DraftTree, seed: in
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["always right", "always wrong"])
 def test_scripted_heads_reach_full_depth_or_nothing(backbone: Backbone, offset: int) -> None:
-    """Heads that know the future accept whole chains; heads that are always wrong still decode losslessly,
-    one token a step.
+    """Heads that know the future have whole chains accepted; heads that are always wrong lose nothing.
+
+    In both cases the text is vanilla's. With wrong heads every step yields one token.
     """
     expected = vanilla(backbone, PROMPTS[:1], budget=25)[0]
     depth, hop = 3, 4 if offset == 0 else 1
@@ -129,9 +131,7 @@ def test_scripted_heads_reach_full_depth_or_nothing(backbone: Backbone, offset: 
 
 
 def test_ended_by_eos_in_the_middle_of_an_accepted_path(backbone: Backbone) -> None:
-    """Tokens after the first end-of-sequence are cut before counting, also where a step accepted beyond
-    it.
-    """
+    """Tokens after the first end-of-sequence are cut before they are counted, even if they were accepted."""
     expected = vanilla(backbone, PROMPTS[:1], budget=20)[0]
     eos = expected[6]
     stop = expected.index(eos) + 1
@@ -153,9 +153,7 @@ def test_ended_by_eos_in_the_middle_of_an_accepted_path(backbone: Backbone) -> N
 
 
 def test_token_id_zero_is_not_padding(backbone: Backbone) -> None:
-    """Regression for padding candidates with id 0: a backbone that predicts 0 must not 'accept' the padding
-    of short paths.
-    """
+    """Regression: candidates were padded with id 0, and a backbone that predicts 0 accepted the padding."""
     model = tiny_llama(seed=4)
     with torch.no_grad():
         model.lm_head.weight[0] = model.lm_head.weight.abs().sum(0) * 0
@@ -188,8 +186,9 @@ def test_batch_rows_equal_their_batch_one_runs(backbone: Backbone) -> None:
 
 
 def test_a_row_that_overruns_its_budget_leaves_room_for_the_others(backbone: Backbone) -> None:
-    """Regression: the longest row ended inside a path, more kept than prompt and budget, and the others' next
-    step was refused.
+    """Regression: a row that ended in the middle of a path left too little of the cache for other rows.
+
+    It had kept more than prompt and budget, and the next step of the others was refused.
     """
     prompts = [PROMPTS[2], PROMPTS[1]]
     expected = vanilla(backbone, prompts, budget=12)
@@ -258,8 +257,9 @@ def test_seeds_matter_and_repeat(backbone: Backbone, rule_name: str) -> None:
 
 
 def test_stream_equals_vanilla_with_refilled_rows(backbone: Backbone) -> None:
-    """More prompts than rows, different lengths and ends: each text is the batch-1 text, states are those
-    that produced the tokens.
+    """With more prompts than rows, each text equals that of a batch of one.
+
+    The states that are returned are those from which the tokens were predicted.
     """
     expected = {str(i): vanilla(backbone, [prompt], budget=10)[0] for i, prompt in enumerate(PROMPTS * 2)}
     requests = [

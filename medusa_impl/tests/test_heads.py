@@ -32,9 +32,7 @@ def _heads(architecture: HeadArchitecture, lm_head: nn.Linear, *, num_layers: in
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 @torch.no_grad()
 def test_fresh_heads_equal_the_lm_head_exactly(architecture: HeadArchitecture) -> None:
-    """The released blocks zero the weight and keep a random bias, so that their heads do not start as the LM
-    head.
-    """
+    """The authors' blocks keep a random bias, so their heads do not start as the LM head. These do."""
     lm_head = _lm_head()
     hidden = torch.randn(4, HIDDEN)
     logits = _heads(architecture, lm_head)(hidden, lm_head=lm_head)
@@ -58,7 +56,7 @@ def test_block_is_state_plus_silu_of_a_linear_map() -> None:
 
 
 def test_blocks_of_one_head_are_distinct_modules() -> None:
-    """`[Block] * L` in the released code repeats one module: L layers on disk, one in memory."""
+    """`[Block] * L` in the released code repeats one module: L layers in a file, but one in memory."""
     heads = _heads("shared", _lm_head(), num_layers=3)
     assert len({parameter.data_ptr() for parameter in heads.parameters()}) == 3 * 3 * 2
 

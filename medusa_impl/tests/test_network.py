@@ -1,6 +1,4 @@
-"""The small parts under the heads' proposals: ordered top-k, packed linear layers, heads on a real model's LM
-head.
-"""
+"""The small parts of a draft: ordered top-k, packed linear layers, heads on a real model's LM head."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ from medusa_impl.tests.conftest import TINY_VOCAB
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), vocab_size=st.integers(1, 12), levels=st.integers(1, 4))
 def test_ordered_topk_equals_a_stable_sort(data: st.DataObject, vocab_size: int, levels: int) -> None:
-    """Few distinct values make many ties, within the cut and across it; equal logits stand by lower id, as
-    traces rank them.
-    """
+    """Few distinct values make many ties, also across the cut; of equal logits the lower id is first."""
     values = data.draw(st.lists(st.integers(0, levels - 1), min_size=2 * vocab_size, max_size=2 * vocab_size))
     count = data.draw(st.integers(1, vocab_size))
     logits = torch.tensor(values, dtype=torch.float32).reshape(2, vocab_size)
@@ -35,8 +31,9 @@ def test_ordered_topk_equals_a_stable_sort(data: st.DataObject, vocab_size: int,
 
 
 def test_ordered_topk_on_a_large_vocabulary() -> None:
-    """Where `torch.topk` takes another code path: 30,000 logits of 50 levels, and the same without any
-    tie.
+    """On a large vocabulary `torch.topk` uses another algorithm.
+
+    There are 30,000 logits of 50 levels, and the same without any tie.
     """
     torch.manual_seed(0)
     tied = torch.randint(0, 50, (3, 2, 30_000)).float()
@@ -53,7 +50,7 @@ def test_ordered_topk_on_a_large_vocabulary() -> None:
 def test_fresh_heads_on_a_backbone_predict_what_it_predicts(
     backbone: Backbone, architecture: HeadArchitecture
 ) -> None:
-    """At step 0 every head is the LM head: on the backbone's own states its logits are the backbone's."""
+    """At step 0 every head is the LM head: on the backbone's own states it gives the backbone's logits."""
     heads = MedusaHeads(
         num_heads=3,
         num_layers=2,
@@ -71,8 +68,9 @@ def test_fresh_heads_on_a_backbone_predict_what_it_predicts(
 
 
 def test_every_block_learns_on_its_own() -> None:
-    """Regression: `[Block] * L` repeats one module. Here each of the L blocks has parameters, a gradient and
-    an effect of its own.
+    """Regression: `[Block] * L` repeats one module.
+
+    Here each of the L blocks has its own parameters, gradient and effect.
     """
     torch.manual_seed(0)
     heads = MedusaHeads(num_heads=2, num_layers=3, hidden_size=8, vocab_size=10, architecture="shared")
@@ -121,9 +119,7 @@ def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
 
 
 class Siblings(nn.Module):
-    """Two layers of one input, a third of another, a fourth with a bias of its own kind, and one that runs
-    twice.
-    """
+    """Layers of one input and of others, with and without a bias, and one that runs twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +153,9 @@ def test_layers_of_one_input_are_one_product_with_the_results_of_several() -> No
 @needs_packing
 @torch.inference_mode()
 def test_a_joint_product_is_never_taken_for_another_tensor() -> None:
-    """Siblings fed otherwise than when they were grouped: other tensors, one of them alone, one twice, a
-    tensor changed in place.
+    """Grouped layers may be used in another way than when they were grouped, and still give right results.
+
+    They get different tensors, one of them runs alone, one runs twice, or a tensor gets new values.
     """
     torch.manual_seed(0)
     module = Siblings().eval()
@@ -182,8 +179,9 @@ def test_a_joint_product_is_never_taken_for_another_tensor() -> None:
 
 
 def test_probing_for_packed_operators_moves_no_random_numbers() -> None:
-    """Regression: the probe once drew from the global generator, so that texts sampled later depended on
-    whether it had run.
+    """Regression: the probe once drew from the global generator.
+
+    So texts that were sampled later depended on whether it had run.
     """
     packing_available.cache_clear()
     torch.manual_seed(3)

@@ -86,8 +86,9 @@ def test_the_root_alone() -> None:
 
 
 def test_rank_ten_does_not_alias_into_the_next_head() -> None:
-    """With the released code's flat index, ten ranks a head, (10,) is the best token of head 2; here it is a
-    node of its own.
+    """Rank 10 of head 1 is a node of its own.
+
+    The flat index of the released code, with ten ranks a head, takes it for the best token of head 2.
     """
     tree = DraftTree.from_paths([(0,), (10,), (0, 0), (10, 11)])
     assert tree.num_nodes == 5
@@ -243,20 +244,10 @@ def test_largest_cartesian_by_value() -> None:
     assert largest_cartesian(3, 30, value=value) == max(
         _all_widths(3, 30), key=lambda v: (value(v), cartesian_num_nodes(v))
     )
-    # 1 + 7 + 14 + 14 + 14 + 14 = 64: five levels and not a node to spare
-    assert largest_cartesian(5, 64) == (
-        7,
-        2,
-        1,
-        1,
-        1,
-    )
-    # (9, 2, 2), (9, 3, 1) and (21, 1, 1) fill 64 nodes on three levels as well
-    assert largest_cartesian(3, 64) == (
-        7,
-        4,
-        1,
-    )
+    # 1 + 7 + 14 + 14 + 14 + 14 = 64: all nodes are used, on five levels.
+    assert largest_cartesian(5, 64) == (7, 2, 1, 1, 1)
+    # (9, 2, 2), (9, 3, 1) and (21, 1, 1) also have 64 nodes on three levels.
+    assert largest_cartesian(3, 64) == (7, 4, 1)
     with pytest.raises(UserError):
         largest_cartesian(5, 0)
 

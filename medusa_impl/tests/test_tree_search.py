@@ -1,6 +1,4 @@
-"""Tree search: growth against brute force over every tree, expected acceptance lengths, size choice, random
-dense trees.
-"""
+"""Tree search: growth against every possible tree, acceptance lengths, choice of size, dense trees."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ def _longest_prefix(row: list[int], tree: DraftTree) -> int:
 
 @st.composite
 def rank_tables(draw: st.DrawFn) -> Table:
-    """Ranks of one text: random, with -1 beyond its end, so the last row is -1 throughout."""
+    """Random ranks of one text, with -1 after its end, so the last row is -1 throughout."""
     n, num_heads = draw(st.integers(2, 30)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     ranks = rng.geometric(draw(st.floats(0.2, 0.9)), (n, num_heads)).astype(np.int64) - 1
@@ -91,8 +89,9 @@ def test_growth_by_joint_hits_is_best_at_every_size(seed: int) -> None:
 
 @given(ranks=rank_tables(), num_nodes=st.integers(1, 5))
 def test_joint_expectation_is_the_mean_over_positions(ranks: Table, num_nodes: int) -> None:
-    """Exactly what the grown tree yields on the positions it was grown on, those with nothing after them left
-    out.
+    """The expectation is exactly what the grown tree yields on the positions that it was grown on.
+
+    Positions that no token follows are left out.
     """
     grown = grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=6)
     rows = [row for row in ranks.tolist() if row[0] >= 0]
@@ -102,8 +101,9 @@ def test_joint_expectation_is_the_mean_over_positions(ranks: Table, num_nodes: i
 
 
 def test_both_growths_agree_where_heads_are_independent() -> None:
-    """Rows that hold every combination as often as the product of the shares says make the joint law that
-    product.
+    """The two growths agree if the rows make the joint law the product of the heads' shares.
+
+    Such rows hold every combination as often as the product says.
     """
     shares = [(5, 3, 2), (7, 2, 1)]
     rows = [
@@ -116,8 +116,9 @@ def test_both_growths_agree_where_heads_are_independent() -> None:
 
 
 def test_joint_growth_sees_what_marginals_cannot() -> None:
-    """Head 2 is right exactly when head 1 is; the product undervalues (0, 0) and prefers (1,), which is worth
-    less.
+    """Head 2 is right exactly when head 1 is, which only the joint growth sees.
+
+    The product undervalues (0, 0) and prefers (1,), which is worth less.
     """
     rows = np.array([[0, 0]] * 4 + [[1, 3]] * 3 + [[2, 3]] * 3)
     by_marginals = grow_by_marginals(marginal_accuracies(rows, max_rank=3), num_nodes=3)
@@ -160,9 +161,7 @@ def test_ties_go_to_the_shallower_node_then_the_smaller_path() -> None:
 
 
 def test_ranks_of_an_unordered_head_may_leave_gaps() -> None:
-    """Measured accuracies need not fall with the rank; a better rank is taken though its better-ranked
-    sibling is not.
-    """
+    """Measured accuracies need not fall with the rank: a node may come before its sibling of better rank."""
     grown = grow_by_marginals([[0.1, 0.0, 0.7]], num_nodes=3)
     assert grown.growth == ((), (2,), (0,))
 

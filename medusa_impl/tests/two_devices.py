@@ -1,4 +1,4 @@
-"""A stand-in for a second device, so that a machine without one shows tensors that were left on the host."""
+"""A pretended second device, so that tensors left on the host are found on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ _TAG = "_is_on_device"
 
 
 def put_on_device(*tensors: Tensor) -> None:
-    """Say that these tensors lie on the device."""
+    """Mark these tensors as being on the device."""
     for tensor in tensors:
         setattr(tensor, _TAG, True)
 
 
 def put_module_on_device(module: nn.Module) -> None:
-    """Say so of a module's parameters and buffers."""
+    """Mark a module's parameters and buffers as being on the device."""
     put_on_device(*module.parameters(), *module.buffers())
 
 
 def is_on_device(tensor: Tensor) -> bool:
-    """Return whether a tensor was said to lie on the device, or was made of one that does."""
+    """Return whether a tensor was marked as being on the device, or was computed from one that was."""
     return bool(getattr(tensor, _TAG, False))
 
 
 class HostAndDevice(TorchFunctionMode):
-    """Raises where a tensor on the device meets one, scalars aside, that is not; what an operation on the
-    device makes stays there.
+    """Raises an error if an operation mixes tensors of the device with tensors of the host.
 
-    A tensor that is made without naming a device is on the host, one that is made with `device=` or moved by
-    `to` on the device.
+    Scalars may be mixed. The results of operations on the device are on the device. A new tensor is on the
+    host if no device is named, and on the device if it is made with `device=` or moved by `to`.
     """
 
     def __torch_function__(
@@ -44,7 +43,7 @@ class HostAndDevice(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run one operation and follow where its tensors lie."""
+        """Run one operation and note which device its result is on."""
         named = kwargs or {}
         leaves = tree_leaves((args, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

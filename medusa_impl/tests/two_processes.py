@@ -1,5 +1,6 @@
-"""One of two processes that train together, one job after another; started by a launcher from
-test_medusa2_trainer.py.
+"""One of two processes that train together, one job after another.
+
+A launcher in training/test_trainer.py starts them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from medusa_impl.training.trainer import MedusaTrainer, end_processes
 
 
 def share(trainer: MedusaTrainer) -> tuple[float, int]:
-    """Return which share of the weights this process holds, and of how many modules it gathers the rest at a
-    time.
-    """
+    """Return the share of the weights that this process holds, and in how many parts it gathers the rest."""
     parameters = list(trainer._training_model.parameters())
     held = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in parameters)
     num_units = sum(isinstance(module, FSDPModule) for module in trainer._training_model.modules())
@@ -29,8 +28,9 @@ def share(trainer: MedusaTrainer) -> tuple[float, int]:
 
 
 def train(folder: Path, *, checkpoint: str | None = None, **case: Any) -> None:
-    """Train, or go on from a checkpoint; the first process then writes every process's share and the weights
-    that learnt.
+    """Train, or continue from a checkpoint.
+
+    The first process then writes the share of every process, and the weights that learnt.
     """
     trainer = make_case(folder, **case)
     trainer.train(resume_from_checkpoint=checkpoint)

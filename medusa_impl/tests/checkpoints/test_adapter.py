@@ -1,6 +1,4 @@
-"""Adapters on disk: merged equals unmerged, nothing of this machine in the files, heads tied to what they
-were trained with.
-"""
+"""Adapters on disk: merged equals unmerged, files name nothing of this machine, heads need their adapter."""
 
 from __future__ import annotations
 
@@ -51,9 +49,8 @@ def tuned(*, tied: bool = False, lm_head: bool = True, **recipe: Any) -> MedusaT
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in made.backbone.named_parameters():
-            if (
-                "lora_" in name
-            ):  # away from zero, as training would, and not so far that rounding shows in the fifth decimal
+            # Away from 0, as training would move it, but not so far that rounding shows in the fifth decimal.
+            if "lora_" in name:
                 parameter.copy_(0.04 * torch.randn(parameter.shape, generator=generator))
     return made
 
@@ -73,8 +70,9 @@ def provenance(**changes: Any) -> HeadsProvenance:
 def test_a_merged_adapter_computes_what_it_computed_before_it_was_saved(
     tmp_path: Path, tied: bool, lm_head: bool
 ) -> None:
-    """A tied LM head that is adapted must be untied on loading too: once, merging wrote into the
-    embedding.
+    """Regression: a tied LM head was not untied when its adapter was loaded.
+
+    Merging then wrote into the embedding as well.
     """
     model = tuned(tied=tied, lm_head=lm_head)
     digest = save_adapter(tmp_path / "adapter", model.backbone, dtype=torch.float32)
@@ -95,7 +93,7 @@ def test_a_merged_adapter_computes_what_it_computed_before_it_was_saved(
 
 
 def test_in_bfloat16_it_is_small_and_still_one_model(tmp_path: Path) -> None:
-    """What ships is rounded once, when it is saved: merged or not, the reloaded model is the same."""
+    """An adapter is rounded only once, when it is saved: merged or not, the reloaded model is the same."""
     from peft import PeftModel
 
     model = tuned()
@@ -116,7 +114,7 @@ def test_in_bfloat16_it_is_small_and_still_one_model(tmp_path: Path) -> None:
 
 
 def test_no_place_on_this_machine_is_written(tmp_path: Path) -> None:
-    """peft writes the folder that the base model was loaded from, and a card to be filled in."""
+    """peft would write the folder that the base model was loaded from, and an empty model card."""
     model = tuned()
     model.model.config._name_or_path = str(tmp_path / "secret")
     save_adapter(tmp_path / "adapter", model.backbone)
@@ -170,8 +168,9 @@ def test_heads_read_the_lm_head_that_they_were_trained_to_read(tmp_path: Path, r
 def test_the_decoding_loop_asks_the_heads_with_the_original_lm_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In packed mode too, where the heads' LM head is packed with them; and the output stays that of the
-    tuned backbone.
+    """Shared heads read the original LM head, and the output is that of the tuned backbone.
+
+    This holds in packed mode too, where this LM head is packed together with the heads.
     """
     model = tuned()
     save_adapter(tmp_path / "adapter", model.backbone, dtype=torch.float32)

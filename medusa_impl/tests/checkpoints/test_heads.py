@@ -1,5 +1,6 @@
-"""Checkpoints: a faithful round trip, another backbone refused, damaged files told apart, published layouts
-read by their names.
+"""Files of heads: an exact round trip, and refusal of other backbones and of damaged files.
+
+Published layouts are recognised by the names of their tensors.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _same(ours: MedusaHeads, theirs: MedusaHeads) -> bool:
 
 
 def _released_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
-    """F1 names, written out here rather than taken from the code under test."""
+    """Return tensors under the authors' names, written out here and not taken from the code under test."""
     tensors = {}
     for i in range(heads.num_heads):
         for j in range(heads.num_layers):
@@ -214,7 +215,7 @@ def test_layers_saved_from_one_repeated_module_are_reported(tmp_path: Path) -> N
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    """A non-strict load elsewhere left heads at random without a word."""
+    """Elsewhere, loading that was not strict left heads random without a message."""
     path = tmp_path / "medusa_lm_head.safetensors"
     whole = _released_tensors(_heads("own"))
 

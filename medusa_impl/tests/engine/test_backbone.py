@@ -1,6 +1,4 @@
-"""Tree attention through the public interface of transformers, family by family, against plain stock forward
-passes.
-"""
+"""Tree attention in every family of models, compared with plain forward passes of transformers."""
 
 from __future__ import annotations
 
@@ -95,8 +93,9 @@ def build(family: str, *, attention: str | None = None) -> PreTrainedModel:
 
 @torch.inference_mode()
 def stock_pass(model: PreTrainedModel, token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits `[T, V]` of a stock pass without cache, mask or positions of ours, and the states `[T, H]` that
-    its LM head was given.
+    """Return logits `[T, V]` of a stock pass, and the states `[T, H]` that its LM head was given.
+
+    It has no cache, and no mask or positions of ours.
     """
     captured: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
@@ -120,7 +119,7 @@ def random_tree(seed: int, *, num_nodes: int = 9) -> DraftTree:
 
 
 def ancestors(tree: DraftTree, node: int) -> list[int]:
-    """Node indices from the root down to a node, read off the rank paths alone."""
+    """Return the node indices from the root to a node, found from the rank paths alone."""
     return [tree.paths.index(tree.paths[node][:depth]) for depth in range(len(tree.paths[node]) + 1)]
 
 
@@ -133,8 +132,9 @@ def check_tree_step(
     buffers: TreeBuffers,
     seed: int,
 ) -> list[list[int]]:
-    """Score one tree, compare all nodes with stock passes over prefix and path, keep one random path a row;
-    return the longer prefixes.
+    """Return the prefixes after one tree step, which is checked and of which one random path a row is kept.
+
+    All nodes are compared with stock passes over prefix and path.
     """
     tree, draws = buffers.tree, random.Random(seed)
     tokens = torch.tensor([[draws.randrange(TINY_VOCAB) for _ in range(tree.num_nodes)] for _ in prefixes])
@@ -158,11 +158,11 @@ def check_tree_step(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tree_node_equals_a_stock_pass_over_its_path(family: str) -> None:
-    """Three rows of unequal length, two trees in a row, an arbitrary path kept: logits and LM-head states as
-    stock transformers has them.
+    """Logits and states of every node are those of stock transformers.
 
-    The stock pass runs eager attention, knows nothing of trees, caches or explicit positions, and most
-    prompts exceed the sliding window.
+    Three rows of unequal length decode two trees, one after the other, and keep any path. The stock pass runs
+    eager attention and knows nothing of trees, caches or explicit positions. Most prompts exceed the sliding
+    window.
     """
     reference, backbone = build(family, attention="eager"), Backbone(build(family))
     cache = backbone.new_cache(batch_size=3, max_length=60)
@@ -181,8 +181,9 @@ def test_every_tree_node_equals_a_stock_pass_over_its_path(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_medusa_equals_a_loop_of_stock_passes(family: str) -> None:
-    """Random heads, a batch of unequal rows, a context beyond the window: the tokens of a loop that only
-    calls the stock model.
+    """The tokens are those of a loop that only calls the stock model.
+
+    The heads are random, the rows unequal, the context longer than the window.
     """
     reference, backbone = build(family, attention="eager"), Backbone(build(family))
     heads = MedusaHeads(
@@ -210,8 +211,9 @@ def test_greedy_medusa_equals_a_loop_of_stock_passes(family: str) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt-j", "gemma2"])
 def test_heads_read_what_the_lm_head_reads(family: str) -> None:
-    """The LM head applied to the returned states gives the model's logits, up to the family's own scaling
-    behind it (Gemma 2: soft cap).
+    """The LM head on the returned states gives the model's logits.
+
+    Families that scale or cap their logits afterwards (Gemma 2) do so here too.
     """
     backbone = Backbone(build(family))
     cache = backbone.new_cache(batch_size=1, max_length=30)
@@ -224,7 +226,7 @@ def test_heads_read_what_the_lm_head_reads(family: str) -> None:
 
 
 def given_masks(backbone: Backbone, *, prompt: list[int], depths: list[int], visible: list[list[int]]) -> Any:
-    """What the model is handed as `attention_mask` for a few nodes behind a kept prompt."""
+    """Return what the model gets as `attention_mask` for a few nodes after a kept prompt."""
     cache = backbone.new_cache(batch_size=1, max_length=len(prompt) + len(depths) + 2)
     backbone.prefill(torch.tensor(prompt), cache=cache)
     seen: list[Any] = []
@@ -248,11 +250,10 @@ def drawn(mask: Tensor) -> list[str]:
 
 
 def test_the_drawn_mask() -> None:
-    """Three kept tokens, a root with two children, unused slots behind: as the docstring of the mask draws
-    it.
+    """The mask of three kept tokens, a root with two children and unused slots is as `TreeMask` draws it.
 
-    Regression: a boolean mask is *added* as 0 and 1 by eager attention, so the mask is a float of the model's
-    own type.
+    Regression: eager attention adds a boolean mask as 0 and 1, so the mask has the model's floating-point
+    type.
     """
     mask = given_masks(
         Backbone(build("llama")),
@@ -279,11 +280,10 @@ def test_the_drawn_mask() -> None:
     ],
 )
 def test_which_layers_get_the_windowed_mask(family: str, expected: str) -> None:
-    """Regression: one plain mask for all layers of a sliding-window model is silently wrong, and so are
-    swapped names in the dict.
+    """Regression: one plain mask for all layers of a sliding-window model silently gives wrong logits.
 
-    Six kept tokens, window 5, a chain of three nodes: the node at position 6 + d sees positions 2 + d to 6 +
-    d.
+    So do swapped names in the dictionary. With six kept tokens, window 5 and a chain of three nodes, the node
+    at position 6 + d sees the positions 2 + d to 6 + d.
     """
     chain = [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     masks = given_masks(Backbone(build(family)), prompt=[1, 2, 3, 4, 5, 6], depths=[0, 1, 2], visible=chain)
@@ -297,8 +297,9 @@ def test_which_layers_get_the_windowed_mask(family: str, expected: str) -> None:
 
 
 def test_a_window_applies_between_the_tokens_of_one_pass_too() -> None:
-    """Regression: the window once hid kept tokens only, so that a prompt longer than the window was read as
-    if there were none.
+    """Regression: the window once hid kept tokens only.
+
+    A prompt longer than the window was then read as if there were no window.
     """
     chain = torch.ones(7, 7).tril().long().tolist()
     mask = given_masks(Backbone(build("mistral")), prompt=[1], depths=list(range(7)), visible=chain)
@@ -342,7 +343,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Any], str]] = {
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_models_that_cannot_follow_a_tree_are_refused_by_name(model_type: str) -> None:
-    """MPT and GPT-Neo would be silently wrong, the others crash deep inside transformers."""
+    """MPT and GPT-Neo would give wrong logits without an error; the others crash deep inside transformers."""
     name, options, why = REFUSED[model_type]
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options))
     with pytest.raises(UserError, match=f"model type '{model_type}' .*{why}"):
@@ -350,9 +351,7 @@ def test_models_that_cannot_follow_a_tree_are_refused_by_name(model_type: str) -
 
 
 def test_position_limits_are_exact_about_what_is_asked() -> None:
-    """Learned positions end: prompt, budget and tree depth must fit, and the last position that fits really
-    works.
-    """
+    """Prompt, budget and tree depth must fit into learned positions, and the last one that fits works."""
     backbone = Backbone(build("gpt2"))
     backbone.check_positions(prompt_tokens=80, max_new_tokens=12, depth=4)
     with pytest.raises(UserError, match=r"prompt of 80 tokens .* depth 5; need at most 96 positions"):
@@ -373,9 +372,7 @@ def test_grouped_attention_equals_repeated_keys_and_values() -> None:
 
 
 def test_stock_attention_survives_a_second_backbone_and_an_exception() -> None:
-    """Regression: a second backbone on the same model once took the grouped attention of the first for the
-    stock one.
-    """
+    """Regression: a second backbone on the same model took the first one's attention for the stock one."""
     model = tiny_llama()
     stock = model.config._attn_implementation
     first, second = Backbone(model), Backbone(model)

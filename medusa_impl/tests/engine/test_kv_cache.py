@@ -1,4 +1,4 @@
-"""The preallocated cache: rows of unequal length, kept paths, and what must never leak from unused slots."""
+"""The cache: rows of unequal length, kept paths, and unused slots that must never be seen."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def empty_cache(*, rows: int = 2, max_length: int = 20) -> TreeCache:
 def write(
     cache: TreeCache, marks: list[list[int]], *, rows: slice | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Run one step in which node n of row b has keys `marks[b][n] + layer / 10` and values the negative;
-    return what attention reads.
+    """Return what attention reads after one step with known keys and values.
+
+    Node n of row b has keys `marks[b][n] + layer / 10`, and the negative of these as values.
     """
     cache.begin_step(num_new=len(marks[0]), rows=rows)
     views = []
@@ -38,8 +39,9 @@ def write(
 
 
 def keep(cache: TreeCache, paths: list[list[int]]) -> None:
-    """Keep a list of nodes of each row, padded to one width as an acceptance pads them; the host's counts are
-    left to the cache.
+    """Keep a list of nodes of each row, padded to one width as an acceptance rule pads them.
+
+    The cache reads the counts from the device.
     """
     width = max(len(path) for path in paths)
     nodes = torch.tensor([path + [0] * (width - len(path)) for path in paths]).reshape(len(paths), width)
@@ -47,7 +49,7 @@ def keep(cache: TreeCache, paths: list[list[int]]) -> None:
 
 
 def slots(cache: TreeCache, row: int, *, layer: int = 0) -> list[float]:
-    """The kept keys of a row, after a check that all heads and the values tell the same."""
+    """Return the kept keys of a row, after a check that all heads and the values agree with them."""
     keys, values = (storage[row, : cache.lengths[row]] for storage in cache.layer_storage(layer))
     assert cache.device_lengths.tolist() == cache.lengths
     assert torch.equal(keys, -values) and bool((keys == keys[:, :1, :1]).all())
@@ -55,7 +57,7 @@ def slots(cache: TreeCache, row: int, *, layer: int = 0) -> list[float]:
 
 
 def test_keeps_any_path_of_each_row() -> None:
-    """Ragged rows, nodes with holes between them, a row that keeps nothing; every layer moves alike."""
+    """Unequal rows, nodes that are not neighbours, a row that keeps nothing; every layer moves alike."""
     cache = empty_cache(rows=3)
     write(cache, [[1, 2, 3]], rows=slice(0, 1))
     cache.keep_all(row=0, count=3)
@@ -159,7 +161,7 @@ def test_clear_rows_and_reset() -> None:
 
 
 def test_garbage_in_unused_slots_never_reaches_attention(backbone: Backbone) -> None:
-    """A cache dirty from other texts gives bit for bit what a fresh one gives, in rows of unequal length."""
+    """A cache that held other texts gives exactly what a new one gives, in rows of unequal length."""
     buffers = tree_buffers(DraftTree.cartesian([2, 2]), device=CPU)
     tokens = torch.arange(2 * buffers.num_nodes).reshape(2, -1) % TINY_VOCAB
     dirty, fresh = (backbone.new_cache(batch_size=2, max_length=40) for _ in range(2))

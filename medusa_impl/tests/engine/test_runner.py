@@ -1,6 +1,4 @@
-"""The engine's modes: packed equals eager, the stock model comes back whole, and missing operators mean
-eager, on record.
-"""
+"""The engine's modes: packed equals eager, the stock model can be lent, missing operators mean eager."""
 
 from __future__ import annotations
 
@@ -70,7 +68,7 @@ def vanilla_tokens(engine: StepRunner, *, budget: int = 20) -> list[int]:
 
 
 def routed(model: nn.Module) -> int:
-    """How many layers of a model run something else than their class's forward."""
+    """Return how many layers of a model run something else than the forward of their class."""
     return sum("forward" in module.__dict__ for module in model.modules())
 
 
@@ -102,7 +100,8 @@ def test_packed_equals_eager() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("packed", marks=needs_packing)])
 def test_stock_lends_the_model_as_shipped_and_takes_it_back(mode: Mode) -> None:
-    """Stock kernels and stock attention inside the block, ours after it, also where the block raises;
+    """Stock kernels and stock attention run inside the block, ours after it, even if the block raises.
+
     `generate` gives the same text.
     """
     engine = StepRunner(tiny_llama(), make_heads(), mode=mode)
@@ -134,7 +133,7 @@ def test_missing_operators_mean_eager_on_record(
 
 
 def test_the_probe_answers_no_where_the_operator_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The private operators may vanish, or stay and compute something else: both count as not available."""
+    """The private operators may disappear, or compute something else; both count as not available."""
 
     class Wrong:
         @staticmethod
@@ -162,8 +161,9 @@ def test_auto_takes_the_packed_mode_and_eager_is_respected() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["eager", "auto"])
 def test_half_precision_runs_and_agrees_where_the_gap_is_wide(mode: Mode, dtype: torch.dtype) -> None:
-    """Heads follow the backbone's type, both arms run, and the first token is float32's: the seed gives its
-    top two a wide gap.
+    """In half precision both arms run, the heads in the backbone's type, and the first token is float32's.
+
+    The seed gives the two best logits a wide gap.
     """
     model: Any = tiny_llama()
     engine = StepRunner(model.to(dtype), make_heads(), mode=mode)
@@ -199,7 +199,7 @@ MODES = [
 
 
 def texts_of(engine: StepRunner, *, prompts: list[list[int]]) -> list[list[list[int]]]:
-    """What vanilla and Medusa decode from the same prompts together."""
+    """Return what vanilla and Medusa decoding give for the same prompts in one batch."""
     assert engine.heads is not None
     law: dict[str, Any] = {"rule": GreedyRule(), "max_new_tokens": 12, "eos_ids": frozenset()}
     texts = []
@@ -217,8 +217,9 @@ def texts_of(engine: StepRunner, *, prompts: list[list[int]]) -> list[list[list[
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_decodes_the_same_texts(mode: Mode) -> None:
-    """No speed is bought with parity: both arms, one row and ragged rows, equal what stock kernels decode row
-    by row.
+    """No mode is faster at the cost of other texts.
+
+    For both arms, one row and unequal rows, the texts equal what stock kernels decode row by row.
     """
     device = torch.device("cuda" if mode == "cuda_graph" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -238,7 +239,7 @@ def test_every_mode_decodes_the_same_texts(mode: Mode) -> None:
 
 @needs_compiler
 def test_the_compiled_mode_decodes_the_same_texts() -> None:
-    """Ragged rows of one layer: every shape takes its time to compile."""
+    """Unequal rows of a model of one layer, because every shape takes time to compile."""
     prompts = [PROMPT, [4, 4]]
     plain = StepRunner(tiny_llama(num_layers=1), make_heads(), mode="eager")
     expected = [vanilla_tokens_of(plain, prompt) for prompt in prompts]
@@ -256,9 +257,7 @@ def vanilla_tokens_of(engine: StepRunner, prompt: list[int]) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_packed_mode_takes_every_family(family: str) -> None:
-    """One prompt and one tree step of each supported architecture: packed and joined products give the stock
-    ones' logits.
-    """
+    """One prompt and one tree step of each supported family: packed and joined products give stock logits."""
     buffers = tree_buffers(TREE, device=torch.device("cpu"))
     tokens = torch.arange(TREE.num_nodes)[None] % 11
     outputs = []
@@ -276,9 +275,7 @@ def test_packed_mode_takes_every_family(family: str) -> None:
 
 @needs_packing
 def test_small_projections_are_joined_as_the_model_itself_calls_them() -> None:
-    """Query, key and value; gate and up; the first layers of the heads: seen in a pass of the model, not by
-    their names.
-    """
+    """Query, key and value; gate and up; the first layers of the heads: found in a pass, not by name."""
     engine = StepRunner(tiny_llama(), make_heads(), mode="packed")
     joined = [owner for module in (engine.backbone.model, engine.heads) for owner in joint_products(module)]
     assert sorted(len(owner._widths) for owner in set(joined)) == [2, 2, 2, 3, 3]
@@ -304,7 +301,7 @@ def test_a_mode_that_is_not_there_is_eager_with_a_note() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_captured_step_waits_for_the_host_once() -> None:
-    """Every wait of the host raises a warning; two steps after the capture there is one a step."""
+    """Every wait of the host raises a warning, and after the capture there is one a step."""
     engine = StepRunner(tiny_llama().to("cuda"), make_heads(), mode="cuda_graph")  # type: ignore[arg-type]
     assert engine.heads is not None
     for steps in (
@@ -330,9 +327,7 @@ def test_a_captured_step_waits_for_the_host_once() -> None:
 
 
 class _FakeGraphs:
-    """Stands in for PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into
-    it.
-    """
+    """Replaces PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.users: Counter[int] = Counter()
@@ -388,8 +383,9 @@ def _small_cache() -> TreeCache:
 
 
 def test_no_capture_goes_into_the_pool_of_graphs_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All caches once shared one pool, which died with the last cache: the next capture crashed inside
-    PyTorch.
+    """Regression: all caches once shared one pool, which was freed with the last cache.
+
+    The next capture crashed inside PyTorch.
     """
     fake = _FakeGraphs(monkeypatch)
     steps = CapturedSteps(_no_output)
@@ -427,9 +423,7 @@ def test_a_capture_that_failed_leaves_no_pool_to_the_next(monkeypatch: pytest.Mo
 
 @pytest.mark.gpu
 def test_steps_are_captured_again_after_a_cache_was_freed() -> None:
-    """Every decoding makes a cache of its own; all graphs of the one before are gone when the next
-    captures.
-    """
+    """Every generation makes its own cache; the graphs of the one before are gone when the next captures."""
     expected = medusa_tokens(StepRunner(tiny_llama(), make_heads(), mode="eager"))
     engine = StepRunner(tiny_llama().to("cuda"), make_heads(), mode="cuda_graph")  # type: ignore[arg-type]
     assert engine.mode == "cuda_graph"

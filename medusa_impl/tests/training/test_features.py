@@ -1,4 +1,4 @@
-"""Features: which state meets which token, what is held out, and states made anew."""
+"""Features: which state goes with which token, what is held out, and states that are computed again."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_row_i_meets_the_tokens_that_follow_y_i(tmp_path: Path) -> None:
     )
     features = load_features(store, num_heads=3)
     assert features.keys == ("a", "b")
-    # the last state of an answer has no target, an answer of one token none at all
+    # The last state of an answer has no target, so an answer of one token has no row.
     assert features.states[:, 0].tolist() == [
         0,
         1,
@@ -93,16 +93,17 @@ def test_split_is_by_prompt_and_stays_as_the_corpus_grows(tmp_path: Path) -> Non
 
 
 def test_held_out_share_is_near_its_rate() -> None:
-    # Standard deviation of the share at n = 4000, p = 0.05: 0.0034; the prompts are fixed, so this cannot
-    # flicker.
+    # The standard deviation of the share at n = 4000 and p = 0.05 is 0.0034. The prompts are fixed, so the
+    # outcome never varies.
     share = sum(is_held_out((number, 7), rate=0.05) for number in range(4000)) / 4000
     assert abs(share - 0.05) < 0.012
     assert not is_held_out((1, 2), rate=0.0)
 
 
 def test_answers_written_while_reading_are_left_for_the_next_time(tmp_path: Path) -> None:
-    """Two writers share a folder: a shard that appears between the two passes sorts before shards already
-    counted.
+    """Two writers share a folder, and a new shard appears between the two passes.
+
+    By its name it comes before shards that were counted already.
     """
 
     class GrowingStore(CorpusStore):
@@ -160,12 +161,12 @@ def test_states_made_anew_equal_those_kept_while_decoding(tmp_path: Path, backbo
     for ours, theirs in zip(again, kept, strict=True):
         assert ours.states is not None and theirs.states is not None
         assert ours.states.dtype == torch.float16 and ours.states.shape == (len(theirs.token_ids), 32)
-        # Two float16 roundings of values that differ by float32 rounding: at most one float16 step apart.
+        # The values differ by float32 rounding, so their float16 roundings differ by one step at the most.
         torch.testing.assert_close(ours.states, theirs.states, rtol=2e-3, atol=1e-5)
 
 
 def test_state_i_produces_token_i(backbone: Backbone, tmp_path: Path) -> None:
-    """Training on states shifted by one gave high training accuracy and no acceptance elsewhere."""
+    """Elsewhere, training on states shifted by one gave high accuracy in training, and no acceptance."""
     store = CorpusStore(tmp_path)
     prompt = CorpusPrompt(key="p", category="c", prompt_ids=(5, 6, 7), temperature=0.0, seed=0)
     generate_corpus(backbone, [prompt], store=store, num_rows=1, max_new_tokens=16, eos_ids=frozenset())

@@ -1,4 +1,4 @@
-"""Eq. 1 in chunks equals Eq. 1 written out, in value and in gradient, however a batch is padded or cut."""
+"""Eq. 1 in chunks equals Eq. 1 written out, in value and gradient, however a batch is padded or cut."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def _plain_loss(heads: MedusaHeads, lm_head: nn.Linear, states: Tensor, targets:
 
 
 def _counted_one_by_one(logits: Tensor, targets: Tensor) -> list[list[int]]:
-    """Targets at rank 0..9 of each head: the first place of a target's logit in its row, sorted; of equal
-    logits the first counts.
+    """Return the targets at rank 0 .. 9 of each head, from the sorted logits of each row.
+
+    A target's rank is the first index of its logit there, so equal logits do not count against it.
     """
     counts = [[0] * NUM_RANKS for _ in range(logits.shape[1])]
     for row, wanted in zip(logits.tolist(), targets.tolist(), strict=True):
@@ -78,7 +79,7 @@ def test_weights_count_heads_from_one() -> None:
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 def test_value_and_every_gradient_equal_the_plain_loss(architecture: HeadArchitecture) -> None:
-    """A fused loss elsewhere bypassed the residual blocks, which then had no gradient."""
+    """Elsewhere, a fused loss left out the residual blocks, which then had no gradient."""
     heads, lm_head, states, targets = _case(architecture)
     plain = _plain_loss(heads, lm_head, states, targets)
     chunked = medusa1_loss(
@@ -121,8 +122,9 @@ def test_sums_and_hits_are_those_of_the_logits(architecture: HeadArchitecture) -
 def test_hits_of_all_ten_ranks_are_those_of_the_sorted_logits(
     architecture: HeadArchitecture, restricted: bool
 ) -> None:
-    """Targets are drawn from a row's twelve best tokens: every head hits every rank, and some targets stand
-    behind the tenth.
+    """Targets are drawn from a row's twelve best tokens.
+
+    So every head hits every rank, and some targets come after the tenth.
     """
     heads, lm_head, _, _ = _case(architecture)
     subset = TokenSubset.most_frequent(torch.randperm(VOCAB), size=30) if restricted else None
@@ -154,9 +156,7 @@ def test_hits_of_all_ten_ranks_are_those_of_the_sorted_logits(
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 def test_equal_logits_count_for_the_target(architecture: HeadArchitecture) -> None:
-    """Small whole numbers, in which products are exact and ties are many; blocks at zero pass the states on
-    unchanged.
-    """
+    """Small whole numbers make exact products and many ties; blocks at 0 leave the states as they are."""
     heads, lm_head, _, targets = _case(architecture)
     lm_head.weight.copy_(torch.randint(-1, 2, (VOCAB, HIDDEN)))
     for parameter in (*heads.blocks.parameters(), *heads.unembeddings.parameters()):
@@ -181,8 +181,9 @@ def test_equal_logits_count_for_the_target(architecture: HeadArchitecture) -> No
 
 
 def test_ranks_are_counted_head_by_head() -> None:
-    """Rank 10 is no head's, least of all the next one's rank 0; a head without a target has a row of
-    zeros.
+    """Rank 10 is not counted, least of all as the next head's rank 0.
+
+    A head without a target has a row of zeros.
     """
     ranks, groups = torch.randint(0, 15, (300,)), torch.randint(0, 3, (300,))
     pairs = list(zip(groups.tolist(), ranks.tolist(), strict=True))
@@ -194,9 +195,7 @@ def test_ranks_are_counted_head_by_head() -> None:
 
 @pytest.mark.parametrize("architecture", ["own", "shared"])
 def test_padding_changes_nothing(architecture: HeadArchitecture) -> None:
-    """One normaliser: elsewhere a term was divided by padded positions, so that the balance moved with
-    padding.
-    """
+    """Elsewhere, one term was divided by padded positions, so the balance moved with the padding."""
     heads, lm_head, states, targets = _case(architecture)
     padded_states = torch.cat([states, torch.randn(9, HIDDEN)])
     padded_targets = torch.cat([targets, torch.full((9, NUM_HEADS), NO_TARGET, dtype=torch.int32)])
@@ -295,7 +294,7 @@ def test_bfloat16_products_stay_close_to_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_that_fit_the_cache_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products are of whole chunks either way; what lies between them is done row by row."""
+    """The products are those of whole chunks in any case; the work between them is done row by row."""
     heads, lm_head, states, targets = _case("shared")
     weight = lm_head.weight.detach().to(dtype)
     found = []

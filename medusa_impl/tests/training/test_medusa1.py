@@ -1,6 +1,4 @@
-"""Medusa-1 training on a planted rule: what it learns, what it leaves alone, and that a cut-off run loses
-nothing.
-"""
+"""Medusa-1 training on a rule: what it learns, what it leaves alone, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def _lm_head_weight() -> Tensor:
 
 
 def _features(*, seed: int = 0, num_answers: int = 40, length: int = 12) -> FeatureSet:
-    """Answers in which token t is always followed by 7 t + 3 modulo V, with a state that tells t."""
+    """Return answers in which token t is always followed by 7 t + 3 modulo V, with a state that shows t."""
     generator = torch.Generator().manual_seed(seed)
     codes = _lm_head_weight() / HIDDEN**0.5
     states, targets = [], []
@@ -121,8 +119,9 @@ def test_heads_learn_the_rule_and_beat_fresh_ones_on_held_out_text(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lm_head_stays_bit_identical_and_every_head_parameter_moves(tmp_path: Path, dtype: Any) -> None:
-    """One released script left the LM head trainable under shared heads; another gave biases another learning
-    rate.
+    """One released script trained the LM head along with shared heads.
+
+    Another gave biases a different learning rate.
     """
     weight = _lm_head_weight()
     heads = _heads()
@@ -141,8 +140,9 @@ class _Killed(Exception):
 
 @pytest.mark.parametrize("killed_at", [3, 13, 21])
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(tmp_path: Path, killed_at: int) -> None:
-    """Resumption that counted inputs elsewhere skipped or repeated some. Cut before the first save, between
-    saves, and in the last part.
+    """Elsewhere, a resumed run counted its inputs, and skipped or repeated some.
+
+    Here runs are cut off before the first save, between saves, and in the last part.
     """
 
     def kill(record: TrainingStep) -> None:
@@ -267,7 +267,7 @@ def test_heads_of_another_shape_than_the_recipe_are_refused(tmp_path: Path) -> N
 
 @torch.no_grad()
 def test_evaluation_counts_ranks_as_decoding_orders_candidates() -> None:
-    """A fixed divisor elsewhere ignored that head k has fewer targets than head 1."""
+    """Elsewhere, a fixed divisor ignored that head k has fewer targets than head 1."""
     features = _features(num_answers=4)
     heads, weight = _heads(), _lm_head_weight()
     weight[5] = weight[9]  # equal logits: the lower id comes first

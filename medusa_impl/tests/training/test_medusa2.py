@@ -1,4 +1,4 @@
-"""Joint training's one loss: what it equals, what its gradients reach, and what the teacher leaves behind."""
+"""The loss of joint training: what it equals, what its gradients reach, what the teacher leaves unchanged."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def make_model(
 
 
 def stir(model: MedusaTrainingModel) -> None:
-    """Move the adapter away from zero, as training would."""
+    """Move the adapter away from 0, as training would."""
     torch.manual_seed(9)
     for name, parameter in model.backbone.named_parameters():
         if "lora_" in name:
@@ -78,7 +78,7 @@ def stir(model: MedusaTrainingModel) -> None:
 
 
 def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """L_LM and L1 written out over all logits at once, from the model's own forward."""
+    """Return L_LM and L1 written out over all logits at once, from the model's own forward pass."""
     output = model.backbone(
         input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"], output_hidden_states=True
     )
@@ -120,9 +120,7 @@ def plain_parts(model: MedusaTrainingModel, teacher_logits: Tensor | None) -> tu
 def test_loss_and_gradients_equal_the_plain_ones(
     monkeypatch: pytest.MonkeyPatch, target: str, reads: str, architecture: str
 ) -> None:
-    """In chunks of two rows, through checkpoints and a loss that knows its gradient: all that learns gets the
-    plain gradient.
-    """
+    """In chunks of two rows and through checkpoints, everything that learns gets the plain gradient."""
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
     lora = LoraRecipe(rank=4, alpha=8, dropout=0.0)
     model = make_model(target=target, heads_lm_head=reads, architecture=architecture, lora=lora)
@@ -168,9 +166,7 @@ def test_loss_and_gradients_equal_the_plain_ones(
 def test_no_tensor_is_left_on_the_host(
     architecture: str, reads: str, restricted: bool, backbone: str, target: str
 ) -> None:
-    """Regression: weights, sums and the token subset were made on the CPU, and met the model's tensors on the
-    GPU.
-    """
+    """Regression: weights, sums and the token subset were made on the CPU, but the model was on the GPU."""
     subset = TokenSubset.most_frequent(torch.arange(TINY_VOCAB), size=40) if restricted else None
     model = make_model(
         architecture=architecture, heads_lm_head=reads, subset=subset, backbone=backbone, target=target
@@ -204,8 +200,9 @@ def test_the_stand_in_for_a_device_sees_what_was_left_behind() -> None:
 def test_no_logits_outlive_their_chunk(
     monkeypatch: pytest.MonkeyPatch, target: str, architecture: str, reads: str
 ) -> None:
-    """Regression: the original model's logits were kept for all positions until the backward pass. Ten
-    positions, two rows a chunk.
+    """Regression: the original model's logits of all positions were kept until the backward pass.
+
+    There are ten positions, and two rows a chunk.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
     model = make_model(
@@ -233,8 +230,9 @@ def test_no_logits_outlive_their_chunk(
 
 
 def test_heads_move_the_backbone_only_while_it_learns() -> None:
-    """The heads' loss alone reaches the adapter where the backbone has a weight, and nothing of the backbone
-    where it has none.
+    """The heads' loss alone reaches the adapter if the backbone's weight is not 0.
+
+    If the weight is 0, it reaches nothing of the backbone.
     """
     model = make_model(target="original")
     stir(model)
@@ -257,9 +255,7 @@ def test_heads_move_the_backbone_only_while_it_learns() -> None:
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
-    """At step 0 the adapter adds nothing, whatever its own dropout draws: the KL term must be 0 to the last
-    bit.
-    """
+    """At step 0 the adapter adds nothing, whatever its dropout draws: the KL term must be exactly 0."""
     model = make_model(target="original", backbone=backbone).train()
     result = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
     assert float(result["backbone_loss"]) == 0.0
@@ -271,11 +267,10 @@ def test_divergence_from_itself_is_exactly_zero(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
-    """In training the student drops in attention and adapter; what it is compared with is the untouched
-    model, to the last bit, each time.
+    """The student drops out in attention and adapter; the teacher is always exactly the untouched model.
 
-    Regression: this was tested at step 0 of a model without dropout in its attention, where a teacher left in
-    train mode looks the same.
+    Regression: this was tested at step 0 of a model without dropout in its attention, where a teacher that is
+    left in training mode looks the same.
     """
     noisy = tiny_llama()
     for layer in noisy.model.layers:
@@ -306,8 +301,9 @@ def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone:
 
 
 def longer_batch() -> dict[str, Tensor]:
-    """Four random sequences of 24 tokens, the last cut to 17; the tokens 6 to 16 are the answers, 11
-    positions a sequence.
+    """Return four random sequences of 24 tokens, the last one cut to 17.
+
+    The tokens 6 to 16 are the answers: 11 positions a sequence.
     """
     torch.manual_seed(5)
     lengths = (24, 24, 24, 17)
@@ -324,11 +320,10 @@ def longer_batch() -> dict[str, Tensor]:
 def test_agreements_are_first_choices_compared_one_by_one(
     monkeypatch: pytest.MonkeyPatch, backbone: str, target: str
 ) -> None:
-    """Where training has moved the backbone some of its first choices are the target's and some are not. In
-    chunks of three rows.
+    """Training has moved the backbone, so some of its first choices are the targets and some are not.
 
-    Every other token asked for is the moved model's own first choice, apart from the tokens it reads: else
-    none would agree.
+    The chunks have three rows. Every other target is the moved model's own first choice, and differs from the
+    token that it reads: else none would agree.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
     model = make_model(backbone=backbone, target=target, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
@@ -360,11 +355,10 @@ def test_agreements_are_first_choices_compared_one_by_one(
 def test_head_ranks_are_counted_one_by_one(
     monkeypatch: pytest.MonkeyPatch, architecture: str, reads: str
 ) -> None:
-    """Where each target's logit stands in its row, sorted, by the LM head that the heads read. In chunks of
-    three rows.
+    """A target's rank is found from the sorted logits of its row, by the LM head that the heads read.
 
-    Every token asked for is the (i mod 12)-th best of head 1 two positions before, so that head 1 hits every
-    rank and others few.
+    The chunks have three rows. Every target is the (i mod 12)-th best token of head 1 two positions before.
+    So head 1 hits every rank, and the others few.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
     model = make_model(
@@ -400,7 +394,7 @@ def test_head_ranks_are_counted_one_by_one(
 
 
 def test_the_teacher_leaves_everything_as_it_was() -> None:
-    """Regression: switching an adapter off and on again turns gradients on for parameters that had none."""
+    """Regression: switching an adapter off and on again gave gradients to parameters that had none."""
     model = make_model(target="original").train()
     stir(model)
     for name, parameter in model.backbone.named_parameters():
@@ -418,9 +412,7 @@ def test_the_teacher_leaves_everything_as_it_was() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    """Regression: a KL over all positions and a cross-entropy over the kept ones shift their balance with the
-    padding.
-    """
+    """Regression: with a KL over all positions and a cross-entropy over some, padding moved their balance."""
     model = make_model(target="original", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)).eval()
     stir(model)
     sums = [model(**BATCH, backbone_weight=1.0, heads_weight=0.2)]
@@ -453,9 +445,7 @@ def test_a_batch_in_parts_adds_up() -> None:
 
 @torch.no_grad()
 def test_a_tied_lm_head_is_untied_before_the_adapter_and_merges_exactly() -> None:
-    """Regression: an adapter on a tied LM head is merged into the embedding as well, and every logit is
-    off.
-    """
+    """Regression: an adapter on a tied LM head is merged into the embedding too: all logits are wrong."""
     tied = tied_llama()
     expected = tied(BATCH["input_ids"]).logits
     model = make_model(model=tied).eval()
@@ -518,7 +508,7 @@ def test_heads_in_a_subset_of_the_vocabulary() -> None:
 
 
 def test_schedules() -> None:
-    """Heads first, then both; or a quarter sine up to lambda_0; or neither, which is direct fine-tuning."""
+    """The heads first, then both; or a quarter of a sine up to lambda_0; or neither: direct fine-tuning."""
     stages = Medusa2Recipe(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
     assert [stages.loss_weights(step, num_steps=100) for step in (0, 39, 40, 90)] == [
         (0, 1),
@@ -584,9 +574,7 @@ def test_capped_logits_are_refused() -> None:
     "recipe", [{"target": "original"}, {"target": "tokens", "backbone": "full", "heads_lm_head": "adapted"}]
 )
 def test_checkpointed_layers_give_the_same_gradients_and_keep_less(recipe: dict[str, Any]) -> None:
-    """Layers that run again draw the dropout masks that they drew the first time, and the teacher is left
-    alone.
-    """
+    """Layers that run again draw the same dropout masks as the first time; the teacher is not affected."""
     found = []
     for checkpointed in (False, True):
         backbone = LlamaForCausalLM._from_config(
@@ -613,7 +601,7 @@ def test_checkpointed_layers_give_the_same_gradients_and_keep_less(recipe: dict[
 
 
 def test_a_state_of_what_learns_is_enough_and_anything_else_is_refused() -> None:
-    """DeepSpeed's checkpoints leave the frozen weights out."""
+    """DeepSpeed's checkpoints do not hold the frozen weights."""
     source, target = make_model(), make_model()
     learning = {name for name, parameter in source.named_parameters() if parameter.requires_grad}
     state = {name: tensor + 1 for name, tensor in source.state_dict().items() if name in learning}

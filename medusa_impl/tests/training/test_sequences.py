@@ -1,4 +1,4 @@
-"""Which tokens are asked for: golden masks, several turns, padding that is also end-of-sequence."""
+"""Which tokens are targets: expected masks, several turns, padding that is also end-of-sequence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ TWO_TURNS = TrainingSequence(token_ids=(5, 6, 10, 11, 2, 7, 20, 2), answers=((2,
 
 
 def test_labels_are_the_answers_and_nothing_else() -> None:
-    """Regression: masks said to be of the assistant's tokens were true everywhere. Here both answers count,
-    end-of-sequence included.
+    """Regression: masks that should mark the assistant's tokens were true everywhere.
+
+    Here both answers count, end-of-sequence included.
     """
     row = SequenceDataset([TWO_TURNS])[0]
     assert row["labels"] == [IGNORED, IGNORED, 10, 11, 2, IGNORED, 20, 2]
@@ -44,16 +45,14 @@ def test_no_head_looks_across_a_turn() -> None:
     targets = answer_targets(labels, num_heads=4)[0]
     assert targets[1].tolist() == [10, 11, 2, -1, -1]
     assert targets[4].tolist() == [-1] * 5, (
-        "the end of the first answer is not asked for the user's next words"
+        "the end of the first answer does not predict the user's next tokens"
     )
     assert targets[5].tolist() == [20, 2, -1, -1, -1]
     assert int((targets[:, 0] >= 0).sum()) == TWO_TURNS.num_targets
 
 
 def test_padding_is_masked_by_length_whatever_its_id() -> None:
-    """Regression: where padding and end-of-sequence are one id, masking by id hides every real end of
-    sequence.
-    """
+    """Regression: if padding and end-of-sequence have one id, a mask by id hides every end of a sequence."""
     short = TrainingSequence(token_ids=(3, 0, 0), answers=((1, 3),))  # token id 0 is the filler's id too
     batch = collate([SequenceDataset([short, TWO_TURNS])[index] for index in range(2)])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0], [1] * 8]

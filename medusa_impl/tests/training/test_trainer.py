@@ -1,6 +1,4 @@
-"""Joint training on the Trainer: what moves, what stays, the log, a resumed run, and two processes, sharded
-or not, against one.
-"""
+"""Joint training on the Trainer: what moves, the log, resumed runs, and two processes against one."""
 
 from __future__ import annotations
 
@@ -78,18 +76,17 @@ def some_sequences(count: int = 12) -> tuple[TrainingSequence, ...]:
 
 
 def even_sequences() -> tuple[TrainingSequence, ...]:
-    """Sequences of ten tokens, the last eight of them the answer."""
+    """Return sequences of ten tokens, the last eight of which are the answer."""
     generator = torch.Generator().manual_seed(5)
     rows = torch.randint(1, TINY_VOCAB, (12, 10), generator=generator).tolist()
     return tuple(TrainingSequence(token_ids=tuple(row), answers=((2, 10),)) for row in rows)
 
 
 def long_run() -> dict[str, Any]:
-    """Two epochs of four steps, each of two parts, the last of an epoch of one; no dropout, which each
-    process would draw for itself.
+    """Return the recipe of two epochs of four steps, each of two parts, the last of an epoch of one.
 
-    lambda_0 has its full value from the start: a first step without any loss would make Adam's second moments
-    of rounding alone.
+    There is no dropout, which each process would draw for itself. lambda_0 has its full value from the start:
+    after a first step without any loss, Adam's second moments would consist of rounding.
     """
     lora = LORA.model_copy(update={"dropout": 0.0})
     length = {"num_steps": None, "num_epochs": 2.0, "accumulation_steps": 2, "save_steps": 5}
@@ -161,8 +158,9 @@ def test_stages_hold_the_backbone_still_then_let_it_go(tmp_path: Path) -> None:
 
 
 def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
-    """Of eight answer tokens a sequence the LM head has all for targets, head k all but k: the loss is the
-    logged means, so weighted.
+    """The logged loss is the logged means, weighted by their targets.
+
+    Of the eight tokens of an answer, all are targets of the LM head, and all but k of head k.
     """
     trainer = make_trainer(tmp_path, sequences=even_sequences())
     trainer._clock = itertools.count(step=2.0).__next__  # two seconds a step
@@ -187,7 +185,10 @@ def test_the_log_says_what_each_step_ran_under(tmp_path: Path) -> None:
 
 
 def test_the_optimiser_holds_two_groups_at_two_rates(tmp_path: Path) -> None:
-    """All of the heads in the first, biases too: once, a filter by name left some at the backbone's rate."""
+    """Regression: a filter by name left some of the heads' parameters at the backbone's rate.
+
+    All of them, biases too, are in the first group.
+    """
     trainer = make_trainer(tmp_path)
     model = trainer._training_model
     groups = trainer.create_optimizer().param_groups
@@ -204,8 +205,9 @@ def test_the_optimiser_holds_two_groups_at_two_rates(tmp_path: Path) -> None:
 def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(
     tmp_path: Path, schedule: str, held: list[int]
 ) -> None:
-    """Regression: the heads' weight falls by a factor where the stages meet, and moments of the first held
-    their steps back.
+    """Regression: the heads' weight in the loss falls where the stages meet.
+
+    Moments of the first stage then held their steps back.
     """
     trainer = make_trainer(tmp_path, warmup="two_stage", stage_rate=0.5, schedule=schedule)
     seen: list[int] = []
@@ -227,7 +229,7 @@ def test_a_second_stage_that_begins_anew_forgets_the_first_ones_moments(
     ids=["lora", "full"],
 )
 def test_a_tied_model_is_saved_and_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The names of tensors that share memory are many; what learns is saved once, and found again."""
+    """Tensors that share memory have several names; what learns is saved once, and found again."""
     whole = make_trainer(tmp_path / "whole", save_steps=3, backbone_model=tied_llama(), **changes)
     whole.train()
     cut = make_trainer(tmp_path / "cut", save_steps=3, backbone_model=tied_llama(), **changes)
@@ -252,8 +254,9 @@ def test_a_batch_stays_the_recipes_whatever_the_processes(processes: int, shared
 
 
 def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
-    """Dropout, data order, optimiser, rates and the ramp all come back: from step 4 on, the losses are equal
-    to the last bit.
+    """Dropout, data order, optimiser, learning rates and the ramp are all restored.
+
+    From step 4 on, the losses are exactly equal.
     """
     whole = make_trainer(tmp_path / "whole", save_steps=3)
     whole.train()
@@ -264,7 +267,7 @@ def test_a_resumed_run_goes_through_the_same_losses(tmp_path: Path) -> None:
     again = make_trainer(tmp_path / "cut", save_steps=3)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     expected, got = (read_step_log(tmp_path / name / STEP_LOG) for name in ("whole", "cut"))
-    assert [step.step for step in got] == [1, 2, 3, 4, 5, 6], "the step behind the checkpoint is logged once"
+    assert [step.step for step in got] == [1, 2, 3, 4, 5, 6], "the step after the checkpoint is logged once"
     assert [step.loss for step in got] == [step.loss for step in expected]
     for name, value in state_of(whole).items():
         assert torch.equal(value, state_of(again)[name]), name
@@ -288,7 +291,7 @@ def test_a_run_resumed_in_its_second_epoch_sees_the_sequences_in_that_epochs_ord
 
 
 def train_together(launcher: list[str], jobs: list[dict[str, Any]]) -> None:
-    """Have two processes do some jobs, one after another, each in its folder."""
+    """Have two processes do some jobs, one after another, each in its own folder."""
     command = [sys.executable, *launcher, "medusa_impl.tests.two_processes", json.dumps(jobs)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -298,8 +301,9 @@ def train_together(launcher: list[str], jobs: list[dict[str, Any]]) -> None:
 
 
 def assert_same_steps(got: tuple[JointStep, ...], expected: tuple[JointStep, ...], *, rel: float) -> None:
-    """What two runs logged of each step agrees: counts, losses and gradients, whose scale Adam would hide
-    from the losses.
+    """Check that two runs logged the same counts, losses and gradient norms for each step.
+
+    Losses alone would not show a wrong scale of the gradients, because Adam hides it.
     """
     for left, right in zip(got, expected, strict=True):
         assert left.num_positions == right.num_positions
@@ -318,11 +322,10 @@ def assert_same_steps(got: tuple[JointStep, ...], expected: tuple[JointStep, ...
 
 
 def assert_same_end(got: Path, expected: Path, *, rounded: bool = False) -> None:
-    """Two trainings ended close to each other, as a share of the way from the start: weights that never moved
-    would be at 1.
+    """Check that two trainings ended close together, measured by the distance from their start.
 
-    The backbone's may lie further apart: an adapter's first matrix begins without a gradient, and Adam makes
-    a whole step of its rounding.
+    Weights that never moved would be at 1. Those of the backbone may differ more: an adapter's first matrix
+    begins without a gradient, and Adam turns its rounding into a whole step.
     """
     end, whole = torch.load(got / WEIGHTS), torch.load(expected / WEIGHTS)
     assert end.keys() == whole["end"].keys()
@@ -334,15 +337,16 @@ def assert_same_end(got: Path, expected: Path, *, rounded: bool = False) -> None
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Two gloo processes with a sequence each make the losses and gradients of one with both: over two
-    epochs, in parts, and resumed.
+    """Two gloo processes with a sequence each have the losses and gradients of one with both.
+
+    This holds over two epochs, in parts, and after resuming.
     """
     folder = tmp_path / "two"
     train_together(DATA_PARALLEL, [{"folder": str(folder)}])
     whole = read_step_log(folder / STEP_LOG)
     make_trainer(tmp_path / "one", **long_run()).train()
     assert_same_steps(whole, read_step_log(tmp_path / "one" / STEP_LOG), rel=1e-4)
-    # in the second epoch
+    # Resumed in the middle of the second epoch.
     train_together(DATA_PARALLEL, [{"folder": str(folder), "checkpoint": str(folder / "checkpoint-5")}])
     again = read_step_log(folder / STEP_LOG)
     assert [step.loss for step in again] == pytest.approx([step.loss for step in whole], rel=1e-6)
@@ -365,11 +369,11 @@ SHARDED_CASES: dict[str, dict[str, Any]] = {
         "target": "original",
     },
 }
-ROUNDED = {"autocast", "half"}  # bfloat16 in them: losses agree to its rounding only
+ROUNDED = {"autocast", "half"}  # with bfloat16, so that losses agree only up to its rounding
 
 
 def make_case(folder: Path, *, tied: bool = False, dtype: str = "float32", **changes: Any) -> MedusaTrainer:
-    """A trainer of the long run on one of the backbones that the cases name."""
+    """Return a trainer of the long run on one of the backbones that the cases name."""
     backbone = (tied_llama() if tied else tiny_llama()).to(getattr(torch, dtype))
     trainer = make_trainer(folder, backbone_model=backbone, **{**long_run(), **changes})
     trainer.args.save_total_limit = None
@@ -381,7 +385,7 @@ def learning(trainer: MedusaTrainer) -> dict[str, torch.Tensor]:
 
 
 def train_alone(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
-    """Train each case in this process and write where its weights began and ended."""
+    """Train each case in this process, and write where its weights began and ended."""
     for name, changes in cases.items():
         trainer = make_case(folder / name, **changes)
         start = learning(trainer)
@@ -391,8 +395,9 @@ def train_alone(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes that hold half of the weights each, and some of them cut off and resumed; beside
-    them runs of one process.
+    """Return runs of two processes that hold half of the weights each, and runs of one process.
+
+    Some of the first are cut off and resumed.
     """
     folder = tmp_path_factory.mktemp("sharded")
     train_alone(folder / "one", SHARDED_CASES)
@@ -412,14 +417,13 @@ RESUMED_CASES = ["adapter", "two_stages", "everything"]
 
 @pytest.mark.parametrize("name", SHARDED_CASES)
 def test_sharded_processes_take_the_steps_of_one(sharded: Path, name: str) -> None:
-    """Under FSDP each process holds about half of the weights, and losses, gradients and what is learnt are
-    those of one that holds all.
+    """Under FSDP each process holds about half of the weights, and all results are those of one process.
 
-    Regression: autocast was left to accelerate, which under FSDP leaves it out and hands out losses and sums
+    Regression: autocast was left to accelerate, which leaves it out under FSDP, and returns losses and sums
     in bfloat16 instead.
     """
     one, two = sharded / "one" / name, sharded / "two" / name
-    # the original beside the model
+    # With full training the teacher is a second copy of the layers.
     layers = tiny_llama().config.num_hidden_layers * (2 if name == "everything_by_teacher" else 1)
     for held, num_units in json.loads((two / SHARE).read_text()):
         assert 0.4 < held < 0.6 and num_units == layers + 1
@@ -434,8 +438,9 @@ def test_sharded_processes_take_the_steps_of_one(sharded: Path, name: str) -> No
 def test_a_sharded_run_goes_on_from_its_own_checkpoint_and_from_that_of_one_process(
     sharded: Path, name: str, begun: str, resumed: str
 ) -> None:
-    """Weights, moments and rates come back cut in two; in the two stages the optimiser knows the heads alone
-    until the second begins.
+    """Weights, moments and learning rates are sharded again when they are loaded.
+
+    In two stages the optimiser has only the heads until the second stage begins.
     """
     expected, got = (read_step_log(sharded / folder / name / STEP_LOG) for folder in (begun, resumed))
     assert [step.step for step in got] == [6, 7, 8]
@@ -454,8 +459,9 @@ def test_one_process_goes_on_where_sharded_ones_stopped(sharded: Path, tmp_path:
 
 @needs_deepspeed
 def test_deepspeed_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """ZeRO's second stage: each process keeps half of the optimiser; whole runs and runs that go on where
-    others were cut off.
+    """With ZeRO stage 2 each process keeps half of the optimiser's state.
+
+    There are whole runs, and runs that continue others that were cut off.
     """
     cases = {
         name: SHARDED_CASES[name]
@@ -496,7 +502,7 @@ def test_deepspeed_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "config", "found"),
     [
-        (0, {}, "found ZeRO stage 0"),  # its checkpoints have no parts, by which those of DeepSpeed are known
+        (0, {}, "found ZeRO stage 0"),  # it saves no parts, by which its checkpoints are recognised
         (3, {}, "found ZeRO stage 3"),
         (2, {"bf16": {"enabled": True}}, "found bf16 of DeepSpeed"),
         (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "found offload_optimizer"),
