@@ -107,6 +107,7 @@ def load_heads(
             where=path.name,
             do="fetch it again",
         )
+    # Names and shapes alone would let heads of another backbone pass: they would draft nonsense.
     if backbone_sha256 is not None:
         _check_made_for(header.provenance, backbone_sha256, adapter_sha256, where=path.name)
     heads = MedusaHeads(
@@ -202,6 +203,7 @@ def fill(heads: MedusaHeads, tensors: Mapping[str, Tensor], *, where: str) -> No
             where=where,
         )
     for name, tensor in tensors.items():
+        # `copy_` would broadcast a smaller tensor without an error.
         if tensor.shape != own[name].shape:
             raise UserError(
                 found=f"{name} of shape {list(tensor.shape)}",

@@ -184,7 +184,7 @@ class MedusaTrainingModel(nn.Module):
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if strict and (wrong := sorted(learning & set(found.missing_keys)) + found.unexpected_keys):
-            raise RuntimeError(f"tensors that only one side has: {wrong[:3]}")
+            raise RuntimeError(f"tensors that only the checkpoint or the model has: {wrong[:3]}")
         return found
 
     @contextlib.contextmanager
@@ -211,6 +211,7 @@ class MedusaTrainingModel(nn.Module):
                 parameter.requires_grad_(learning[name])
 
     def _hidden(self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # The decoder alone: the model's own forward pass would compute the logits of all positions.
         states: Tensor = model.get_decoder()(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
@@ -229,16 +230,17 @@ class MedusaTrainingModel(nn.Module):
         loss_of: Callable[..., tuple[Tensor, Tensor]]
         if self.recipe.target == "original":
             with self.teacher() as original:
-                asked = self._hidden(original, input_ids, attention_mask).flatten(0, 1)[rows]
+                references = self._hidden(original, input_ids, attention_mask).flatten(0, 1)[rows]
             unembedding, loss_of = self.original_lm_head, _divergence
         else:
-            asked, unembedding, loss_of = targets.long(), None, _cross_entropy
+            references, unembedding, loss_of = targets.long(), None, _cross_entropy
         total, agreements = (
             states.new_zeros((), dtype=torch.float32),
             torch.zeros((), dtype=torch.long, device=states.device),
         )
+        # The checkpoint drops a chunk's logits after the forward pass and computes them again for gradients.
         for part, wanted in zip(
-            torch.split(states, self._chunk_rows()), torch.split(asked, self._chunk_rows()), strict=True
+            torch.split(states, self._chunk_rows()), torch.split(references, self._chunk_rows()), strict=True
         ):
             part_sum, ranks = checkpoint(loss_of, lm_head, part, wanted, unembedding, use_reentrant=False)
             total, agreements = total + part_sum, agreements + (ranks == 0).sum()

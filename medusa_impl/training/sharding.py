@@ -44,7 +44,7 @@ def check_launcher(state: PartialState) -> None:
     if _is_set("ACCELERATE_USE_DEEPSPEED") and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             found="no deepspeed",
-            need="it, because this launcher uses it",
+            need="deepspeed, which this launcher uses",
             where="accelerate's settings",
             do="install medusa-repro[deepspeed]",
         )

@@ -270,8 +270,8 @@ class MedusaTrainer(WholeCheckpointTrainer):
         """Note the learning rates of the step that begins.
 
         If the recipe's second stage is a training of its own, the optimiser forgets the first one's moments
-        here: the heads' weight in the loss falls where the stages meet, and large old moments would hold
-        their steps back.
+        here. The heads' weight in the loss falls between the stages, and the large old moments would make the
+        heads' steps too small.
         """
         step, recipe = self.state.global_step, self.recipe
         optimizer: Any = self.optimizer
@@ -328,7 +328,7 @@ def _optimizer_class(recipe: Medusa2Recipe) -> Any:
     except ImportError as error:
         raise UserError(
             found="no bitsandbytes",
-            need="it, because the 8-bit optimiser is its own",
+            need="bitsandbytes, which has the 8-bit optimiser",
             where="the recipe",
             do="install it, or set optimizer = 'adamw'",
         ) from error

@@ -120,7 +120,7 @@ class WholeCheckpointTrainer(Trainer):
         learning = self._learning()
         if state.keys() != learning.keys():
             raise UserError(
-                found=f"{len(state.keys() ^ learning.keys())} tensors that only one side has",
+                found=f"{len(state.keys() ^ learning.keys())} tensors that only the checkpoint or the model has",
                 need="a checkpoint of the same recipe",
                 where=file.parent.name,
                 do="start the training from the beginning",

@@ -616,5 +616,5 @@ def test_a_state_of_what_learns_is_enough_and_anything_else_is_refused() -> None
         {name: tensor for name, tensor in state.items() if name != first},
         {**state, "other": state[first]},
     ):
-        with pytest.raises(RuntimeError, match="only one side has"):
+        with pytest.raises(RuntimeError, match="only the checkpoint or the model has"):
             target.load_state_dict(wrong)
