@@ -119,8 +119,9 @@ class WholeCheckpointTrainer(Trainer):
             ) from error
         learning = self._learning()
         if state.keys() != learning.keys():
+            num_wrong = len(state.keys() ^ learning.keys())
             raise UserError(
-                found=f"{len(state.keys() ^ learning.keys())} tensors that only the checkpoint or the model has",
+                found=f"{num_wrong} tensors that only the checkpoint or the model has",
                 need="a checkpoint of the same recipe",
                 where=file.parent.name,
                 do="start the training from the beginning",
