@@ -26,9 +26,17 @@ from harness.files import Frozen
 from harness.specs.suite import IntervalSpec
 
 Floats = NDArray[np.float64]
-
-
 FigureKind = Literal["measured", "composed", "predicted", "quoted", "hypothetical", "replayed", "computed"]
+
+
+class Interval(Frozen):
+    """An estimate with its bootstrap interval, in the estimate's unit."""
+
+    estimate: float = Field(description="the figure, formed from totals")
+    low: float = Field(description="lower bound; -inf where a single unit bounds nothing")
+    high: float = Field(description="upper bound; inf where a single unit bounds nothing")
+    level: float = Field(description="nominal coverage, a share")
+    num_prompts: int = Field(description="units that were resampled: prompts, or batches of prompts")
 
 
 def bootstrap_ratio(
@@ -108,16 +116,6 @@ def widened_level(level: float, *, num_prompts: int) -> float:
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
     return numerator / denominator
-
-
-class Interval(Frozen):
-    """An estimate with its bootstrap interval, in the estimate's unit."""
-
-    estimate: float = Field(description="the figure, formed from totals")
-    low: float = Field(description="lower bound; -inf where a single unit bounds nothing")
-    high: float = Field(description="upper bound; inf where a single unit bounds nothing")
-    level: float = Field(description="nominal coverage, a share")
-    num_prompts: int = Field(description="units that were resampled: prompts, or batches of prompts")
 
 
 class Resamples:
