@@ -127,6 +127,9 @@ class ParityReport(Frozen):
     rounding: ParityRounding | None = None
 
 
+FormName = Literal["literal", "transfer", "paper-only", "none"]
+
+
 class VerdictKind(StrEnum):
     """What a claim's test says."""
 
@@ -143,7 +146,7 @@ class ClaimVerdict(Frozen):
     stated: str
     place: str
     paper_figure: str
-    form: Literal["literal", "transfer", "paper-only", "none"]
+    form: FormName
     kind: VerdictKind
     ours: str
     figure_kind: FigureKind | None

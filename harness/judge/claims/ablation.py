@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ from harness.judge.claims.findings import (
     holds,
     percent,
     shown,
+    tested,
 )
+from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord, TextChange
 from harness.specs.claim_forms import (
@@ -52,7 +55,11 @@ def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tu
 
     A suite whose budget decides nothing leaves all of them untested; its table shows the signs.
     """
-    return tuple(_verdict(claim, record) for claim in claims if claim.training is not None)
+    return tuple(
+        verdict(claim, "transfer", tested(partial(_decide, form, record)))
+        for claim in claims
+        if (form := claim.training) is not None
+    )
 
 
 def decided_elsewhere(
@@ -83,39 +90,24 @@ def decided_elsewhere(
     return found
 
 
+def _decide(form: TrainingForm, record: AblationRecord) -> Finding:
+    """Judge one claim, unless the record's budget or its missing arms leave everything open."""
+    if not record.spec.decides_claims:
+        raise NotTestable(
+            f"{record.spec.name} shows signs and orders only: "
+            f"{record.spec.answer_tokens:,} tokens an arm are too few"
+        )
+    if record.manifest is None:
+        raise NotTestable("the record is unfinished: some arms or seeds are missing")
+    return judge_training(form, record)
+
+
 def judge_training(form: TrainingForm, record: AblationRecord) -> Finding:
     """Judge one claim.
 
     Raises: NotTestable where the record lacks what the form needs.
     """
     return _TESTS[type(form)](form, record)
-
-
-def _verdict(claim: ClaimSpec, record: AblationRecord) -> ClaimVerdict:
-    assert claim.training is not None
-    finding: Finding | None = None
-    try:
-        if not record.spec.decides_claims:
-            raise NotTestable(
-                f"{record.spec.name} shows signs and orders only: {record.spec.answer_tokens:,} tokens an "
-                "arm are too few"
-            )
-        if record.manifest is None:
-            raise NotTestable("the record is unfinished: some arms or seeds are missing")
-        finding = judge_training(claim.training, record)
-    except NotTestable as gap:
-        missing = str(gap)
-    return ClaimVerdict(
-        claim_id=claim.id,
-        stated=claim.stated,
-        place=claim.place,
-        paper_figure=claim.figure,
-        form="transfer",
-        kind=finding.kind if finding is not None else VerdictKind.NOT_TESTED,
-        ours=finding.ours if finding is not None else "",
-        figure_kind=finding.figure_kind if finding is not None else None,
-        reason=finding.reason if finding is not None else missing,
-    )
 
 
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:

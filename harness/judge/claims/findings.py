@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.judge.judgement import VerdictKind
@@ -28,7 +28,20 @@ class Finding:
     kind: VerdictKind
     ours: str
     reason: str
-    figure_kind: FigureKind
+    figure_kind: FigureKind | None
+
+
+def not_tested(needs: str) -> Finding:
+    """Return the finding of a claim that no evidence decides; `needs` says what is missing."""
+    return Finding(kind=VerdictKind.NOT_TESTED, ours="", reason=needs, figure_kind=None)
+
+
+def tested(test: Callable[[], Finding]) -> Finding:
+    """Return what a test finds, or that its form cannot be tested and why."""
+    try:
+        return test()
+    except NotTestable as gap:
+        return not_tested(str(gap))
 
 
 def worst(kinds: Sequence[VerdictKind]) -> VerdictKind:

@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.appendix_g import VERDICTS
-from harness.judge.claims.findings import Finding, NotTestable, above, below, combined, holds, shown
+from harness.judge.claims.findings import (
+    Finding,
+    NotTestable,
+    above,
+    below,
+    combined,
+    holds,
+    shown,
+    tested,
+)
 from harness.judge.claims.paper import Figures, judge_paper_only
+from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import SampledCell
 from harness.specs.claim_forms import (
-    SweepForm,
     TemperatureTrendForm,
     ThresholdTrendForm,
     TypicalBeatsRejectionForm,
 )
-from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.claims import ClaimSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 
 Floats = NDArray[np.float64]
@@ -71,30 +81,20 @@ def slope(values: Sequence[Floats], at: Sequence[float]) -> Floats:
     )
 
 
-def evaluate_sweep(
-    record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None
-) -> tuple[ClaimVerdict, ...]:
-    """Return one verdict for each claim that has a form for sweeps, in the order of the registry."""
-    registry = claims if claims is not None else load_claims()
-    return tuple(_judge(claim, claim.sweep, record) for claim in registry if claim.sweep is not None)
-
-
-def _judge(claim: ClaimSpec, form: SweepForm, record: SweepRecord) -> ClaimVerdict:
-    try:
-        finding = _TESTS[type(form)](form, record)
-    except NotTestable as gap:
-        finding = Finding(kind=VerdictKind.NOT_TESTED, ours="", reason=str(gap), figure_kind="measured")
-    return ClaimVerdict(
-        claim_id=claim.id,
-        stated=claim.stated,
-        place=claim.place,
-        paper_figure=claim.figure,
-        form="transfer",
-        kind=finding.kind,
-        ours=finding.ours,
-        figure_kind=None if finding.kind is VerdictKind.NOT_TESTED else finding.figure_kind,
-        reason=finding.reason,
-    )
+def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple[ClaimVerdict, ...]:
+    """Return one verdict for each claim that has a form for sweeps, then those on the simulations."""
+    figures = Figures({claim.id: claim for claim in claims})
+    decided = [
+        verdict(claim, "transfer", tested(partial(_TESTS[type(form)], form, record)))
+        for claim in claims
+        if (form := claim.sweep) is not None
+    ]
+    simulated = [
+        verdict(claim, "paper-only", tested(partial(judge_paper_only, claim, alone, figures=figures)))
+        for claim in claims
+        if claim.id in VERDICTS and (alone := claim.paper_only) is not None
+    ]
+    return (*decided, *simulated)
 
 
 def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
@@ -250,26 +250,3 @@ _TESTS: dict[type, Callable[..., Finding]] = {
     TypicalBeatsRejectionForm: _typical_beats_rejection,
     TemperatureTrendForm: _temperature_trend,
 }
-
-
-def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple[ClaimVerdict, ...]:
-    """Return the verdicts of a sweep's own forms and of the simulations."""
-    figures = Figures({claim.id: claim for claim in claims})
-    arithmetic = []
-    for claim in claims:
-        if claim.id in VERDICTS and claim.paper_only is not None:
-            finding = judge_paper_only(claim, claim.paper_only, figures=figures)
-            arithmetic.append(
-                ClaimVerdict(
-                    claim_id=claim.id,
-                    stated=claim.stated,
-                    place=claim.place,
-                    paper_figure=claim.figure,
-                    form="paper-only",
-                    kind=finding.kind,
-                    ours=finding.ours,
-                    figure_kind=finding.figure_kind,
-                    reason=finding.reason,
-                )
-            )
-    return (*evaluate_sweep(record, claims=claims), *arithmetic)

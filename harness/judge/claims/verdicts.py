@@ -8,17 +8,14 @@ this project runs the published weights yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from harness.judge.claims.evidence import Evidence
-from harness.judge.claims.findings import Finding, NotTestable
+from harness.judge.claims.findings import Finding, not_tested, tested
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
-from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.judge.judgement import ClaimVerdict, FormName, VerdictKind
 from harness.specs.claim_forms import LiteralForm
 from harness.specs.claims import ClaimSpec
-
-FormName = Literal["literal", "transfer", "paper-only", "none"]
 
 
 def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[ClaimVerdict, ...]:
@@ -31,23 +28,8 @@ def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[Cl
     return tuple(_judge(claim, evidence, figures=figures) for claim in claims)
 
 
-def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> ClaimVerdict:
-    tries: list[tuple[FormName, Callable[[], Finding]]] = []
-    if (transfer := claim.transfer) is not None:
-        tries.append(("transfer", lambda: judge_transfer(transfer, evidence=evidence)))
-    if (paper_only := claim.paper_only) is not None:
-        tries.append(("paper-only", lambda: judge_paper_only(claim, paper_only, figures=figures)))
-    missing = []
-    for form, judge in tries:
-        try:
-            return _verdict(claim, form, judge())
-        except NotTestable as gap:
-            missing.append(str(gap))
-    form = tries[0][0] if tries else ("literal" if claim.literal is not None else "none")
-    return _not_tested(claim, form, needs="; ".join(missing) or claim.needs or _literal_needs(claim.literal))
-
-
-def _verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
+def verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
+    """Return a claim's verdict by one of its forms: what the registry states beside what a test found."""
     return ClaimVerdict(
         claim_id=claim.id,
         stated=claim.stated,
@@ -61,18 +43,21 @@ def _verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict
     )
 
 
-def _not_tested(claim: ClaimSpec, form: FormName, *, needs: str) -> ClaimVerdict:
-    return ClaimVerdict(
-        claim_id=claim.id,
-        stated=claim.stated,
-        place=claim.place,
-        paper_figure=claim.figure,
-        form=form,
-        kind=VerdictKind.NOT_TESTED,
-        ours="",
-        figure_kind=None,
-        reason=needs,
-    )
+def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> ClaimVerdict:
+    tries: list[tuple[FormName, Callable[[], Finding]]] = []
+    if (transfer := claim.transfer) is not None:
+        tries.append(("transfer", lambda: judge_transfer(transfer, evidence=evidence)))
+    if (paper_only := claim.paper_only) is not None:
+        tries.append(("paper-only", lambda: judge_paper_only(claim, paper_only, figures=figures)))
+    missing = []
+    for form, test in tries:
+        finding = tested(test)
+        if finding.kind is not VerdictKind.NOT_TESTED:
+            return verdict(claim, form, finding)
+        missing.append(finding.reason)
+    form = tries[0][0] if tries else ("literal" if claim.literal is not None else "none")
+    needs = "; ".join(missing) or claim.needs or _literal_needs(claim.literal)
+    return verdict(claim, form, not_tested(needs))
 
 
 def _literal_needs(form: LiteralForm | None) -> str:

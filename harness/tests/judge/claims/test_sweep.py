@@ -13,7 +13,7 @@ import pytest
 
 from harness.compose.plan import SweepPlan
 from harness.judge.claims.findings import NotTestable
-from harness.judge.claims.sweep import evaluate_sweep, sampled_counts, shared_prompts, slope
+from harness.judge.claims.sweep import sampled_counts, shared_prompts, slope, sweep_verdicts
 from harness.judge.judgement import VerdictKind
 from harness.judge.sweep import (
     best_by_heads,
@@ -67,7 +67,9 @@ def verdicts(
 ) -> dict[str, VerdictKind]:
     cells = [cell for cell in sampled_cells(made_up_spec(), rate=rate, likelihood=likelihood) if keep(cell)]
     return {
-        verdict.claim_id: verdict.kind for verdict in evaluate_sweep(Sampled(folder, cells), claims=claims)
+        verdict.claim_id: verdict.kind
+        for verdict in sweep_verdicts(Sampled(folder, cells), claims=claims)
+        if verdict.form == "transfer"
     }
 
 
@@ -126,7 +128,7 @@ def test_what_was_not_run_is_not_tested(
 def test_too_few_thresholds_say_so(tmp_path: Path, claims: tuple[ClaimSpec, ...]) -> None:
     cells = [cell for cell in sampled_cells(made_up_spec()) if cell.setting.epsilon in (None, 0.09)]
     verdict = next(
-        one for one in evaluate_sweep(Sampled(tmp_path, cells), claims=claims) if one.claim_id == "F5-1"
+        one for one in sweep_verdicts(Sampled(tmp_path, cells), claims=claims) if one.claim_id == "F5-1"
     )
     assert verdict.kind is VerdictKind.NOT_TESTED and verdict.figure_kind is None
     assert verdict.reason == "1 thresholds with delta = sqrt(epsilon) at T 0.7, 5 are needed"
