@@ -15,8 +15,8 @@ from statistics import median
 
 from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
-from harness.judge.metrics import bandwidth_share
 from harness.judge.parity import parity_report, replay_differences, steps_known
+from harness.judge.step_costs import bandwidth_share
 from harness.records.run import Generation, RunRecord, TrialKey
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, BackboneName, is_deterministic

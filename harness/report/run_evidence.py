@@ -10,7 +10,7 @@ from statistics import fmean, median
 import numpy as np
 
 from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
-from harness.judge.metrics import SeparateCosts, separate_costs
+from harness.judge.step_costs import SeparateCosts, separate_costs
 from harness.records.run import RunRecord, StepCost
 from harness.report.formatting import (
     ABSENT,

@@ -12,7 +12,7 @@ from harness.compose.replay import Replay, ReplayIndex
 from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
-from harness.judge.metrics import paired_totals
+from harness.judge.totals import paired_totals
 from harness.records.run import Generation, RunRecord
 from harness.records.trace import Trace
 from harness.specs.suite import IntervalSpec

@@ -1,0 +1,95 @@
+"""What a step costs an arm and how fast it reads its weights, from separately timed steps and from the run's
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from harness.judge.totals import ratio_of_sums, timed_generations
+from harness.records.run import RunRecord, StepCost
+
+
+@dataclass(frozen=True)
+class SeparateCosts:
+    """Separately timed steps of an arm over those of one node; None where they were not timed.
+
+    `backbone_s` and `step_s` are means of the contexts' medians; `num_contexts` counts the contexts at which
+    arm and baseline both stood.
+    """
+
+    step_cost: float | None
+    overhead: float | None
+    backbone_s: float | None = None
+    step_s: float | None = None
+    num_contexts: int = 0
+
+
+def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
+    """Step cost (backbone alone) and overhead (whole step) of an arm from separately timed steps, over those
+    of one node.
+
+    An arm is timed at several contexts (one a block); each context's median stands for it, and the ratio is
+    that of sums over the contexts that arm and baseline share. Vanilla's rows are those of one node; a Medusa
+    arm without a row of its own takes the backbone time of its node count. Arms on another engine have
+    neither figure.
+    Units: ratios; seconds where the name ends in `_s`.
+    """
+    rows = (
+        record.step_costs.costs
+        if record.step_costs is not None and record.suite.arm(arm).method in ("vanilla", "medusa")
+        else ()
+    )
+    others = {other.name for other in record.suite.arms if other.backbone != record.suite.arm(arm).backbone}
+    rows = tuple(row for row in rows if row.arm not in others)
+    own = _cost_rows(rows, arm=arm, num_nodes=num_nodes(record, arm))
+    base = _cost_rows(rows, arm=record.suite.arm(arm).baseline or arm, num_nodes=1)
+    shared = sorted(own.keys() & base.keys())
+    if not shared:
+        return SeparateCosts(step_cost=None, overhead=None)
+    backbone = [(median(own[context].backbone_s), median(base[context].backbone_s)) for context in shared]
+    steps = [
+        (median(own[key].step_s), median(base[key].step_s))
+        for key in shared
+        if own[key].step_s and base[key].step_s
+    ]
+    timed_itself = steps and all(own[context].arm == arm for context in shared)
+    return SeparateCosts(
+        step_cost=ratio_of_sums(*zip(*backbone, strict=True)),
+        overhead=ratio_of_sums(*zip(*steps, strict=True)) if timed_itself else None,
+        backbone_s=fmean(own_s for own_s, _ in backbone),
+        step_s=fmean(own_s for own_s, _ in steps) if timed_itself else None,
+        num_contexts=len(shared),
+    )
+
+
+def num_nodes(record: RunRecord, arm: str) -> int:
+    """Tokens that one step of the arm scores, root counted; 1 for every arm without a tree."""
+    return len(record.trees[arm].paths) if record.suite.arm(arm).method == "medusa" else 1
+
+
+def bandwidth_share(record: RunRecord, arm: str) -> float | None:
+    """The share of a median step in which the weights could just have been read at the measured bandwidth;
+    near 1 is memory-bound.
+
+    Paper: Appendix G. None where no speed is reported, no step was timed, or the bandwidth was not measured.
+    """
+    times = [time for generation in timed_generations(record, arm) for time in generation.step_times_s]
+    if record.device_limits is None or not times or not median(times) > 0:
+        return None
+    spec, environment = record.suite.arm(arm), record.environment
+    origin = environment.tuned if spec.backbone == "tuned" and environment.tuned is not None else environment
+    read_bytes = origin.weight_bytes + (origin.heads_bytes if spec.method == "medusa" else 0)
+    return read_bytes / record.device_limits.read_bandwidth_bytes_per_s / median(times)
+
+
+def _cost_rows(rows: Iterable[StepCost], *, arm: str, num_nodes: int) -> dict[int, StepCost]:
+    """Rows by context: the arm's own; else those of as many nodes, rather ones that timed the whole step."""
+    timed_rows = [row for row in rows if row.backbone_s]
+    own = [row for row in timed_rows if row.arm == arm]
+    same_size = sorted(
+        (row for row in timed_rows if row.num_nodes == num_nodes), key=lambda row: bool(row.step_s)
+    )
+    return {row.context_tokens: row for row in own or same_size}
