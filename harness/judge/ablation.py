@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.compose.replay import Replay, ReplayIndex
-from harness.errors import UserError
+from harness.compose.trees import MAX_RANK
+from harness.judge.claims.evidence import SearchSplit, halves, replay_counts, replays
 from harness.judge.claims.findings import NotTestable
 from harness.records.ablation import AblationRecord, ArmResult, TextChange
 from harness.records.trace import Trace
@@ -23,13 +23,11 @@ from harness.specs.ablation import START_ARM
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
-from medusa_impl.tree_search import grow_by_joint_hits
 
 Floats = NDArray[np.float64]
 TextKind = Literal["own", "original"]
 MEDUSA1_ARM = "medusa1"  # heads trained on alone, on the tokens of every other arm
 NGRAM_TOKENS = 4
-MAX_RANK = 32  # the search considers each head's 32 best tokens, as the suites' own does
 
 
 @dataclass(frozen=True)
@@ -221,9 +219,7 @@ def rate_columns(
     Raises: NotTestable where the arm was not run or the tree is deeper than its heads.
     """
     fixed = tree if tree is not None else record.tree.tree()
-    return _pooled(
-        [_counts(_replay(_trace(record, result, text), fixed)) for result in _results(record, arm)]
-    )
+    return _pooled([_counts(_trace(record, result, text), fixed) for result in _results(record, arm)])
 
 
 def best_rate_columns(
@@ -245,24 +241,12 @@ def best_rate_columns(
     tables = []
     for result in _results(record, arm):
         trace = _trace(record, result, text)
-        if len(trace.prompts) < 4:
-            raise NotTestable(
-                f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the "
-                "other"
-            )
         by_category = sorted(trace.prompts, key=lambda prompt: (prompt.category or "", prompt.key))
-        halves = [
-            Trace(provenance=trace.provenance, prompts=tuple(by_category[start::2])) for start in (0, 1)
-        ]
+        both = halves(trace.provenance, by_category)
         counts: dict[str, tuple[float, float]] = {}
-        for growth, judged in (halves, halves[::-1]):
-            try:
-                grown = grow_by_joint_hits(
-                    growth.ranks, num_nodes=size, max_rank=MAX_RANK, max_depth=max_depth
-                )
-            except UserError as error:
-                raise NotTestable(f"no tree of {size} nodes can be grown ({error})") from error
-            counts |= _counts(_replay(judged, grown.tree))
+        for growth, judged in (both, both[::-1]):
+            split = SearchSplit(growth=growth, held_out=judged, origin="trees grown on the other half")
+            counts |= _counts(judged, split.grow(size, max_rank=MAX_RANK, max_depth=max_depth).tree)
         tables.append(counts)
     return _pooled(tables)
 
@@ -323,18 +307,12 @@ def _results(record: AblationRecord, arm: str) -> tuple[ArmResult, ...]:
     return found
 
 
-def _replay(trace: Trace, tree: DraftTree) -> Replay:
-    try:
-        return ReplayIndex(trace).replay(tree)
-    except UserError as error:
-        raise NotTestable(f"a tree cannot be replayed ({error})") from error
-
-
-def _counts(replay: Replay) -> dict[str, tuple[float, float]]:
-    columns = zip(
-        replay.trace.prompts, (replay.num_kept_tokens - 1).tolist(), replay.num_steps.tolist(), strict=True
-    )
-    return {prompt.key: (float(tokens), float(steps)) for prompt, tokens, steps in columns}
+def _counts(trace: Trace, tree: DraftTree) -> dict[str, tuple[float, float]]:
+    """Return decoded tokens and steps by prompt, by replay."""
+    (replayed,) = replays(trace, [tree])
+    tokens, steps = replay_counts(replayed)
+    columns = zip(trace.prompts, tokens.tolist(), steps.tolist(), strict=True)
+    return {prompt.key: (kept, taken) for prompt, kept, taken in columns}
 
 
 def _trace(record: AblationRecord, result: ArmResult, text: TextKind) -> Trace:

@@ -7,35 +7,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from harness.judge.ablation import (
-    Columns,
-    TextKind,
+    Floats,
     best_rate_columns,
-    change_columns,
     kl_of,
     rate_columns,
     repetition_columns,
+)
+from harness.judge.claims.ablation_parts import (
+    check_step_cost,
+    divergence_part,
+    gain_parts,
+    recipe_of,
+    worse_part,
 )
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import (
     Finding,
     NotTestable,
-    above,
-    below,
     combined,
     equivalence,
     holds,
     percent,
-    shown,
     tested,
 )
+from harness.judge.claims.losses import rising_losses
 from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
-from harness.records.ablation import AblationRecord, TextChange
+from harness.records.ablation import AblationRecord
 from harness.specs.claim_forms import (
     HeadOrderForm,
     HurtsMoreForm,
@@ -47,7 +49,6 @@ from harness.specs.claim_forms import (
     UnchangedForm,
 )
 from harness.specs.claims import ClaimSpec
-from harness.stats import bootstrap_ratio
 
 
 def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tuple[ClaimVerdict, ...]:
@@ -111,12 +112,12 @@ def judge_training(form: TrainingForm, record: AblationRecord) -> Finding:
 
 
 def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
-    _check_step_cost(record, form.arm, form.over)
+    check_step_cost(record, form.arm, over=form.over)
     columns = rate_columns if form.trees == "fixed" else best_rate_columns
     where = (
         f"one tree of {len(record.tree.paths)} paths" if form.trees == "fixed" else "each one's own best tree"
     )
-    both = combined(_gain_parts(record, form.arm, over=form.over, bound=form.bound, columns=columns))
+    both = combined(gain_parts(record, form.arm, over=form.over, bound=form.bound, columns=columns))
     repeated = [
         repetition_columns(record, arm).interval(record.spec.interval).estimate
         for arm in (form.arm, form.over)
@@ -131,90 +132,10 @@ def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
     return replace(both, reason=f"{prefix}: {both.reason}; {repetition}")
 
 
-def _gain_parts(
-    record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]
-) -> list[Finding]:
-    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which
-    both read.
-    """
-    texts: tuple[tuple[TextKind, str], ...] = (
-        ("own", "on the text of each"),
-        ("original", "on the original's"),
-    )
-    parts = []
-    for text, words in texts:
-        ours, theirs = (columns(record, name, text=text) for name in (arm, over))
-        gain, seeds = (
-            ours.over(theirs, spec=record.spec.interval),
-            _by_seed(ours, theirs, record, arm, over, lambda a, b: a / b),
-        )
-        kind = _agreed(above(gain, bound), [seed > bound for seed in seeds])
-        reason = f"{words} {holds(kind)} ({_listed(seeds, 3)})"
-        parts.append(
-            Finding(
-                kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"
-            )
-        )
-    return parts
-
-
-def _by_seed(
-    ours: Columns,
-    theirs: Columns,
-    record: AblationRecord,
-    arm: str,
-    over: str,
-    relation: Callable[[float, float], float],
-) -> list[float]:
-    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands
-    for all.
-    """
-    seeds = [[result.seed for result in record.of(name)] for name in (arm, over)]
-    if None not in seeds[1] and seeds[0] != seeds[1]:
-        raise NotTestable(f"{arm} was trained on the seeds {seeds[0]}, {over} on {seeds[1]}")
-    base = theirs.seeds * len(ours.seeds) if None in seeds[1] else theirs.seeds
-    return [relation(one, other) for one, other in zip(ours.seeds, base, strict=True)]
-
-
-def _agreed(kind: VerdictKind, seeds_hold: Sequence[bool]) -> VerdictKind:
-    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is
-    open.
-    """
-    against = {VerdictKind.REPRODUCED: not all(seeds_hold), VerdictKind.NOT_REPRODUCED: any(seeds_hold)}
-    return VerdictKind.INCONCLUSIVE if against.get(kind, False) else kind
-
-
-def _listed(seeds: Sequence[float], digits: int) -> str:
-    return f"by seed {', '.join(f'{seed:.{digits}f}' for seed in seeds)}"
-
-
-def _check_step_cost(record: AblationRecord, arm: str, over: str) -> None:
-    """Raise NotTestable unless a step of both arms costs the same."""
-    recipes = [_recipe(record, name) for name in (arm, over)]
-    for name in ("num_heads", "num_layers", "architecture"):
-        if recipes[0].get(name) != recipes[1].get(name):
-            raise NotTestable(
-                f"the heads of {arm} and {over} differ in {name}: a step does not cost both the same"
-            )
-    for name, recipe in zip((arm, over), recipes, strict=True):
-        adapted = recipe.get("backbone") == "lora" and recipe.get("lora", {}).get("lm_head")
-        if adapted and recipe.get("architecture") == "shared" and recipe.get("heads_lm_head") == "original":
-            raise NotTestable(
-                f"a step of {name} reads two LM heads, the adapted and the original: it costs more"
-            )
-
-
-def _recipe(record: AblationRecord, arm: str) -> dict[str, Any]:
-    results = record.of(arm)
-    if not results:
-        raise NotTestable(f"the record has no arm {arm}")
-    return results[0].recipe or {}
-
-
 def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     parts = []
     for arm in form.arms:
-        gains = _gain_parts(record, arm, over=form.over, bound=1.0, columns=rate_columns)
+        gains = gain_parts(record, arm, over=form.over, bound=1.0, columns=rate_columns)
         named = [
             replace(
                 gain,
@@ -223,7 +144,7 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
             )
             for gain in gains
         ]
-        divergence = _divergence_part(arm, record, max_kl=form.max_kl)
+        divergence = divergence_part(arm, record, max_kl=form.max_kl)
         if form.gain == "judged":
             parts += [*named, divergence]
             continue
@@ -245,8 +166,8 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     found = combined(parts)
     if form.control is None or not record.of(form.control):
         return found
-    control = _gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)
-    control.append(_divergence_part(form.control, record, max_kl=form.max_kl))
+    control = gain_parts(record, form.control, over=form.over, bound=1.0, columns=rate_columns)
+    control.append(divergence_part(form.control, record, max_kl=form.max_kl))
     return replace(
         found,
         reason=f"{found.reason}; beside them, not judged, {form.control}: "
@@ -273,25 +194,9 @@ def _unchanged(form: UnchangedForm, record: AblationRecord) -> Finding:
     )
 
 
-def _divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Finding:
-    columns = change_columns(record, arm, kl_of)
-    kl = columns.interval(record.spec.interval)
-    kind = _agreed(
-        VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl),
-        [seed <= max_kl for seed in columns.seeds],
-    )
-    reason = (
-        f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} "
-        f"({_listed(columns.seeds, 4)})"
-    )
-    return Finding(
-        kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured"
-    )
-
-
 def _hurts_more(form: HurtsMoreForm, record: AblationRecord) -> Finding:
     if form.differ is not None:
-        ours, theirs = (_recipe(record, name) for name in (form.arm, form.over))
+        ours, theirs = (recipe_of(record, name) for name in (form.arm, form.over))
         if unlike := sorted(
             name
             for name in ours.keys() | theirs.keys()
@@ -302,49 +207,16 @@ def _hurts_more(form: HurtsMoreForm, record: AblationRecord) -> Finding:
                 f"{', '.join(form.differ)}"
             )
     parts = [
-        _worse_part(
-            form, record, kl_of, bound=form.bound, words="further from the original", references=False
-        )
+        worse_part(form, record, kl_of, bound=form.bound, words="further from the original", references=False)
     ]
     if form.on_references:
         words = "less fit to predict texts of another hand"
         parts.append(
-            _worse_part(
-                form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True
-            )
+            worse_part(form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True)
         )
     if form.max_kl is not None:
-        parts.append(_divergence_part(form.over, record, max_kl=form.max_kl))
+        parts.append(divergence_part(form.over, record, max_kl=form.max_kl))
     return combined(parts)
-
-
-def _worse_part(
-    form: HurtsMoreForm,
-    record: AblationRecord,
-    total: Callable[[TextChange], float],
-    *,
-    bound: float,
-    words: str,
-    references: bool,
-) -> Finding:
-    ours, theirs = (
-        change_columns(record, arm, total, references=references) for arm in (form.arm, form.over)
-    )
-    difference, seeds = (
-        ours.less(theirs, spec=record.spec.interval),
-        _by_seed(ours, theirs, record, form.arm, form.over, lambda a, b: a - b),
-    )
-    kind = _agreed(above(difference, bound), [seed > bound for seed in seeds])
-    reason = (
-        f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} "
-        f"({_listed(seeds, 4)})"
-    )
-    return Finding(
-        kind=kind,
-        ours=f"{words}: {shown(difference, ' nats', digits=4)} more",
-        reason=reason,
-        figure_kind="measured",
-    )
 
 
 def _little_memory(form: LittleMemoryForm, record: AblationRecord) -> Finding:
@@ -371,37 +243,14 @@ def _head_order(form: HeadOrderForm, record: AblationRecord) -> Finding:
     results = record.of(form.arm)
     if not results:
         raise NotTestable(f"the record has no arm {form.arm}")
-    spec, parts = record.spec.interval, []
-    losses: dict[str, list[np.ndarray]] = {}
+    losses: dict[str, list[Floats]] = {}
     for result in results:
         for prompt in record.trace(result).prompts:
             if prompt.nll is None or prompt.num_heads < 2:
                 raise NotTestable("the trace has no losses of two heads or more")
             losses.setdefault(prompt.key, []).append(prompt.nll.astype(np.float64))
-    num_heads = next(iter(losses.values()))[0].shape[1]
-    for head in range(1, num_heads):
-        rises = [
-            np.concatenate([loss[:, head] - loss[:, head - 1] for loss in rows]) for rows in losses.values()
-        ]
-        sums, counts = (
-            np.array([float(f(rise)) for rise in rises])
-            for f in (np.nansum, lambda rise: np.isfinite(rise).sum())
-        )
-        if not counts.sum():
-            raise NotTestable(f"no position has a target for head {head + 1}")
-        interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
-        kind = above(interval, form.bound)
-        parts.append(
-            Finding(
-                kind=kind,
-                ours=shown(interval),
-                reason=f"head {head} to {head + 1} {holds(kind)}",
-                figure_kind="measured",
-            )
-        )
-    both = combined(parts)
-    prefix = f"each rise in mean loss of {form.arm} against {form.bound:g} nats"
-    return replace(both, ours=f"+nats a head: {both.ours}", reason=f"{prefix}: {both.reason}")
+    texts = [np.concatenate(seeds) for seeds in losses.values()]
+    return rising_losses(texts, bound=form.bound, spec=record.spec.interval, whose=f" of {form.arm}")
 
 
 def _spare_head(form: SpareHeadForm, record: AblationRecord) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
 from harness.judge.totals import paired_totals
 from harness.records.run import Generation, RunRecord
-from harness.records.trace import Trace
+from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
@@ -144,16 +144,23 @@ def search_split(evidence: Evidence) -> SearchSplit:
         return SearchSplit(
             growth=evidence.calibration, held_out=trace, origin="trees grown on calibration text"
         )
-    if len(trace.prompts) < 4:
-        raise NotTestable(
-            f"{len(trace.prompts)} prompts are too few to grow a tree on one half and judge it on the other"
-        )
-    growth, held_out = (
-        Trace(provenance=trace.provenance, prompts=trace.prompts[start::2]) for start in (0, 1)
-    )
+    growth, held_out = halves(trace.provenance, trace.prompts)
     return SearchSplit(
         growth=growth, held_out=held_out, origin="trees grown on every other prompt, judged on the rest"
     )
+
+
+def halves(provenance: TraceProvenance, prompts: Sequence[PromptTrace]) -> tuple[Trace, Trace]:
+    """Return every other prompt as one trace and the rest as another.
+
+    Raises: NotTestable with fewer than four prompts.
+    """
+    if len(prompts) < 4:
+        raise NotTestable(
+            f"{len(prompts)} prompts are too few to grow a tree on one half and judge it on the other"
+        )
+    first, second = (Trace(provenance=provenance, prompts=tuple(prompts[start::2])) for start in (0, 1))
+    return first, second
 
 
 def replays(trace: Trace, trees: Iterable[DraftTree]) -> list[Replay]:

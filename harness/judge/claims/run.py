@@ -30,6 +30,7 @@ from harness.judge.claims.findings import (
     percent,
     shown,
 )
+from harness.judge.claims.losses import rising_losses
 from harness.judge.judgement import Divergence, VerdictKind
 from harness.records.run import Generation
 from harness.specs.claim_forms import (
@@ -45,7 +46,6 @@ from harness.specs.claim_forms import (
     SpeedPeaksForm,
     TransferForm,
 )
-from harness.stats import bootstrap_ratio
 from medusa_impl.tree_search import random_dense
 
 
@@ -232,27 +232,7 @@ def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
     if trace.num_heads < 2 or trace.prompts[0].nll is None:
         raise NotTestable("the trace has no losses of two heads or more")
     losses = [prompt.nll.astype(np.float64) for prompt in trace.prompts if prompt.nll is not None]
-    spec = evidence.record.suite.interval
-    parts = []
-    for head in range(1, trace.num_heads):
-        # nan where the later head has no target
-        rises = [loss[:, head] - loss[:, head - 1] for loss in losses]
-        sums, counts = (
-            np.array([float(f(rise)) for rise in rises])
-            for f in (np.nansum, lambda rise: np.isfinite(rise).sum())
-        )
-        if not counts.sum():
-            raise NotTestable(f"no position has a target for head {head + 1}")
-        interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
-        kind = above(interval, form.bound)
-        reason = f"head {head} to {head + 1} {holds(kind)}"
-        parts.append(Finding(kind=kind, ours=shown(interval), reason=reason, figure_kind="measured"))
-    both = combined(parts)
-    return replace(
-        both,
-        ours=f"+nats a head: {both.ours}",
-        reason=f"each rise in mean loss against {form.bound:g} nats: {both.reason}",
-    )
+    return rising_losses(losses, bound=form.bound, spec=evidence.record.suite.interval)
 
 
 def _extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from unittest.mock import patch
 
 import pytest
 
-from harness.compose.replay import Replay, ReplayIndex, replay
+from harness.compose.replay import Replay, replay
 from harness.errors import UserError
 from harness.judge.ablation import ablation_rows, best_rate_columns, change_columns, kl_of, rate_columns
 from harness.judge.claims.ablation import decided_elsewhere, judge_training, training_verdicts
+from harness.judge.claims.evidence import replays
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import VerdictKind
 from harness.judge.validate import validate_record
@@ -336,13 +338,13 @@ def test_halves_share_every_category(tmp_path: Path) -> None:
     )
     judged: list[set[str | None]] = []
 
-    def note(trace: Trace, tree: DraftTree) -> Replay:
+    def note(trace: Trace, trees: Iterable[DraftTree]) -> list[Replay]:
         judged.append({prompt.category for prompt in trace.prompts})
-        return ReplayIndex(trace).replay(tree)
+        return replays(trace, trees)
 
     changed = Trace(provenance=trace.provenance, prompts=turns)
     with (
-        patch("harness.judge.ablation._replay", note),
+        patch("harness.judge.ablation.replays", note),
         patch.object(AblationRecord, "trace", lambda *_: changed),
     ):
         best_rate_columns(record, "medusa1")

@@ -1,0 +1,140 @@
+"""The parts that findings on an ablation are made of: what an arm gains, how far it went from the original,
+what got worse; each by its interval over texts and by the seeds apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness.judge.ablation import Columns, TextKind, change_columns, kl_of
+from harness.judge.claims.findings import Finding, NotTestable, above, below, holds, shown
+from harness.judge.judgement import VerdictKind
+from harness.records.ablation import AblationRecord, TextChange
+from harness.specs.claim_forms import HurtsMoreForm
+
+
+def gain_parts(
+    record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]
+) -> list[Finding]:
+    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which
+    both read.
+    """
+    texts: tuple[tuple[TextKind, str], ...] = (
+        ("own", "on the text of each"),
+        ("original", "on the original's"),
+    )
+    parts = []
+    for text, words in texts:
+        ours, theirs = (columns(record, name, text=text) for name in (arm, over))
+        gain, seeds = (
+            ours.over(theirs, spec=record.spec.interval),
+            _by_seed(record, arm, over=over, columns=(ours, theirs), relation=lambda a, b: a / b),
+        )
+        kind = _agreed(above(gain, bound), [seed > bound for seed in seeds])
+        reason = f"{words} {holds(kind)} ({_listed(seeds, 3)})"
+        parts.append(
+            Finding(
+                kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"
+            )
+        )
+    return parts
+
+
+def divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Finding:
+    columns = change_columns(record, arm, kl_of)
+    kl = columns.interval(record.spec.interval)
+    kind = _agreed(
+        VerdictKind.REPRODUCED if kl.high <= max_kl else below(kl, max_kl),
+        [seed <= max_kl for seed in columns.seeds],
+    )
+    reason = (
+        f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} "
+        f"({_listed(columns.seeds, 4)})"
+    )
+    return Finding(
+        kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured"
+    )
+
+
+def worse_part(
+    form: HurtsMoreForm,
+    record: AblationRecord,
+    total: Callable[[TextChange], float],
+    *,
+    bound: float,
+    words: str,
+    references: bool,
+) -> Finding:
+    ours, theirs = (
+        change_columns(record, arm, total, references=references) for arm in (form.arm, form.over)
+    )
+    difference, seeds = (
+        ours.less(theirs, spec=record.spec.interval),
+        _by_seed(record, form.arm, over=form.over, columns=(ours, theirs), relation=lambda a, b: a - b),
+    )
+    kind = _agreed(above(difference, bound), [seed > bound for seed in seeds])
+    reason = (
+        f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} "
+        f"({_listed(seeds, 4)})"
+    )
+    return Finding(
+        kind=kind,
+        ours=f"{words}: {shown(difference, ' nats', digits=4)} more",
+        reason=reason,
+        figure_kind="measured",
+    )
+
+
+def _by_seed(
+    record: AblationRecord,
+    arm: str,
+    *,
+    over: str,
+    columns: tuple[Columns, Columns],
+    relation: Callable[[float, float], float],
+) -> list[float]:
+    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands
+    for all.
+    """
+    seeds = [[result.seed for result in record.of(name)] for name in (arm, over)]
+    if None not in seeds[1] and seeds[0] != seeds[1]:
+        raise NotTestable(f"{arm} was trained on the seeds {seeds[0]}, {over} on {seeds[1]}")
+    ours, theirs = columns
+    base = theirs.seeds * len(ours.seeds) if None in seeds[1] else theirs.seeds
+    return [relation(one, other) for one, other in zip(ours.seeds, base, strict=True)]
+
+
+def _agreed(kind: VerdictKind, seeds_hold: Sequence[bool]) -> VerdictKind:
+    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is
+    open.
+    """
+    against = {VerdictKind.REPRODUCED: not all(seeds_hold), VerdictKind.NOT_REPRODUCED: any(seeds_hold)}
+    return VerdictKind.INCONCLUSIVE if against.get(kind, False) else kind
+
+
+def _listed(seeds: Sequence[float], digits: int) -> str:
+    return f"by seed {', '.join(f'{seed:.{digits}f}' for seed in seeds)}"
+
+
+def check_step_cost(record: AblationRecord, arm: str, *, over: str) -> None:
+    """Raise NotTestable unless a step of both arms costs the same."""
+    recipes = [recipe_of(record, name) for name in (arm, over)]
+    for name in ("num_heads", "num_layers", "architecture"):
+        if recipes[0].get(name) != recipes[1].get(name):
+            raise NotTestable(
+                f"the heads of {arm} and {over} differ in {name}: a step does not cost both the same"
+            )
+    for name, recipe in zip((arm, over), recipes, strict=True):
+        adapted = recipe.get("backbone") == "lora" and recipe.get("lora", {}).get("lm_head")
+        if adapted and recipe.get("architecture") == "shared" and recipe.get("heads_lm_head") == "original":
+            raise NotTestable(
+                f"a step of {name} reads two LM heads, the adapted and the original: it costs more"
+            )
+
+
+def recipe_of(record: AblationRecord, arm: str) -> dict[str, Any]:
+    results = record.of(arm)
+    if not results:
+        raise NotTestable(f"the record has no arm {arm}")
+    return results[0].recipe or {}
