@@ -113,7 +113,7 @@ def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) ->
 
 def draw_steps(log: Path) -> Path | None:
     """Draw a joint training's log beside it; where that cannot be, say so."""
-    from harness.report.training_curves import CURVES_FILE, draw_step_log
+    from harness.report.figures.training import CURVES_FILE, draw_step_log
 
     picture = log.with_name(CURVES_FILE)
     try:
@@ -132,8 +132,8 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
     from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
     from harness.records.ablation import AblationRecord, newest_ablations
     from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation
+    from harness.report.figures.training import draw_curves
     from harness.report.readme import update_ablation
-    from harness.report.training_curves import draw_curves
 
     record = AblationRecord(folder)
     rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
@@ -155,9 +155,9 @@ def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | No
     run cell is exit code 2.
     """
     from harness.records.sweep import SweepRecord
+    from harness.report.figures.sweep import draw_figures
     from harness.report.readme import update_sweep
     from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
-    from harness.report.sweep_figures import draw_figures
 
     record = SweepRecord(folder)
     try:

@@ -101,7 +101,7 @@ def test_pure_modules_need_no_torch() -> None:
         "harness.records.sweep",
         "harness.judge.claims.sweep",
         "harness.report.sweep",
-        "harness.report.sweep_figures",
+        "harness.report.figures.sweep",
         "harness.cli.trees",
     )
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"

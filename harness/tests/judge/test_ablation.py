@@ -31,8 +31,8 @@ from harness.report.ablation import (
     render_ablation,
     render_readme_ablation,
 )
+from harness.report.figures.training import curve, curves_figure, draw_curves
 from harness.report.readme import update_ablation, update_between_markers
-from harness.report.training_curves import curve, curves_figure, draw_curves
 from harness.specs.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation

@@ -21,6 +21,7 @@ from harness.judge.sweep import headline_cells
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.sweep import SweepRecord
+from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import (
     print_sweep,
@@ -29,7 +30,6 @@ from harness.report.sweep import (
     render_sweep_report,
     sweep_headline,
 )
-from harness.report.sweep_figures import FORMATS, draw_figures, tree_layout
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE

@@ -26,7 +26,7 @@ from pytest import MonkeyPatch
 
 import harness.measure.sweep.cluster
 import harness.measure.sweep.run
-import harness.report.sweep_figures
+import harness.report.figures.sweep
 from harness.compose.devices import measured_curves
 from harness.compose.plan import SweepPlan, plan_sweep
 from harness.device.engine import Engine, LoadedModel
@@ -70,7 +70,7 @@ def steady() -> Iterator[None]:
         one_state = cache(git_state)
         patch.setattr(harness.measure.sweep.run, "git_state", one_state)
         patch.setattr(harness.measure.sweep.cluster, "git_state", one_state)
-        patch.setattr(harness.report.sweep_figures, "_FIGURES", {})
+        patch.setattr(harness.report.figures.sweep, "_FIGURES", {})
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield
 

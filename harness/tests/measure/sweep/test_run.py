@@ -19,7 +19,7 @@ from pytest import MonkeyPatch
 import harness.device.locks
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
-import harness.report.sweep_figures
+import harness.report.figures.sweep
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import device_info, git_state
@@ -305,8 +305,8 @@ def test_the_command(
 ) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plots")
     monkeypatch.setenv("MEDUSA_REPRO_CACHE", str(tmp_path / "cache"))
-    kept = {"fig4_nodes": harness.report.sweep_figures._FIGURES["fig4_nodes"]}
-    monkeypatch.setattr(harness.report.sweep_figures, "_FIGURES", kept)
+    kept = {"fig4_nodes": harness.report.figures.sweep._FIGURES["fig4_nodes"]}
+    monkeypatch.setattr(harness.report.figures.sweep, "_FIGURES", kept)
     file = home / "sweep_command.toml"
     file.write_text(tomli_w.dumps(tiny_sweep(tiny[0].name, name="commanded")))
     ran = command("sweep", file, "--results", home / "results", "--replay-only")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
-from harness.report.training_curves import draw_step_log, step_log_figure, step_panels
+from harness.report.figures.training import draw_step_log, step_log_figure, step_panels
 from medusa_impl.training_log import JointStep
 
 

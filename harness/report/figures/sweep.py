@@ -1,5 +1,4 @@
-"""A sweep's figures by matplotlib, as SVG and PNG: pure functions of the record. matplotlib is the extra
-`plots` and imported when drawing.
+"""A sweep's figures, as SVG and PNG: pure functions of the record.
 
 Every figure says on itself what is replayed, composed, predicted or measured, in which units, and what its
 bars are.
@@ -7,8 +6,7 @@ bars are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,12 @@ import numpy as np
 
 from harness.compose.appendix_g import AppendixG, simulate
 from harness.compose.roofline import linear_intensity
-from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold_cells
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
+from harness.report.figures.canvas import new_figure, save_figure, styled
 from harness.specs.hardware import load_hardware
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
@@ -52,34 +50,13 @@ def draw_figures(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in _FIGURES if names is None else names:
-        with _figure() as figure:
+        with styled(_STYLE):
+            figure = new_figure(width=7.2, height=3.6)
             if _FIGURES[name](figure, record):
                 for suffix in formats:
-                    _save(figure, folder / f"{name}.{suffix}")
+                    save_figure(figure, folder / f"{name}.{suffix}", dpi=_DPI)
                 written.append(folder / f"{name}.{formats[0]}")
     return tuple(written)
-
-
-@contextmanager
-def _figure() -> Iterator[Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        need = "matplotlib for the figures"
-        raise UserError(
-            found="no matplotlib", need=need, where="this environment", do="pip install 'medusa-repro[plots]'"
-        ) from error
-    with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(7.2, 3.6), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write a figure that is the same, byte by byte, whenever it is drawn from the same record."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(temporary, dpi=_DPI, metadata=metadata)
-    temporary.replace(path)
 
 
 def draw_nodes(figure: Any, record: SweepRecord) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.records.ablation import AblationRecord, StepPoint
+from harness.report.figures.canvas import new_figure, save_figure
 from medusa_impl.training_log import JointStep, read_step_log
 
 CURVES_FILE = "curves.png"
 _MAX_RANK = 10
+_DPI = 110
 
 Lines = dict[str, Callable[[JointStep], float | None]]
 
@@ -34,12 +36,12 @@ def draw_step_log(log: Path, picture: Path) -> None:
     steps = read_step_log(log)
     if not steps:
         raise UserError(found="an empty step log", need="at least one step", where=log.name)
-    save_figure(step_log_figure(steps), picture)
+    save_figure(step_log_figure(steps), picture, dpi=_DPI)
 
 
 def step_log_figure(steps: Sequence[JointStep]) -> Any:
     """Return the picture as matplotlib's figure, nine panels; a quantity that a step lacks leaves a gap."""
-    figure, panels = new_figure(rows=3, columns=3, title=f"{len(steps)} steps")
+    figure, panels = _panels(rows=3, columns=3, title=f"{len(steps)} steps")
     for axes, (title, lines) in zip(panels.flat, step_panels(len(steps[0].head_losses)).items(), strict=True):
         for label, value in lines.items():
             points = [(step.step, number) for step in steps if (number := value(step)) is not None]
@@ -86,7 +88,7 @@ def draw_curves(record: AblationRecord, path: Path) -> None:
 
     Raises: UserError without matplotlib, or where no arm has a step log.
     """
-    save_figure(curves_figure(record), path)
+    save_figure(curves_figure(record), path, dpi=_DPI)
 
 
 def curves_figure(record: AblationRecord) -> Any:
@@ -104,7 +106,7 @@ def curves_figure(record: AblationRecord) -> Any:
         f"{record.spec.name}: {record.spec.answer_tokens:,} answer tokens an arm, mean of "
         f"{len(record.spec.seeds)} seeds"
     )
-    figure, panels = new_figure(rows=2, columns=2, title=title)
+    figure, panels = _panels(rows=2, columns=2, title=title)
     for axes, (title, value) in zip(panels.flat, _PANELS, strict=True):
         for number, (arm, runs) in enumerate(logs.items()):
             points = curve(runs, value)
@@ -121,21 +123,14 @@ def curves_figure(record: AblationRecord) -> Any:
     return figure
 
 
-def new_figure(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
+def _panels(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
     """Return matplotlib's figure and its grid of axes, steps along the bottom of each.
 
     Raises: UserError without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise UserError(
-            found="no matplotlib", need="it for pictures", do="install medusa-repro[plots]"
-        ) from error
-    figure = Figure(figsize=(5.5 * columns, 3.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width=5.5 * columns, height=3.5 * rows)
+    from matplotlib.ticker import MaxNLocator
+
     panels: Any = figure.subplots(rows, columns)
     for axes in panels.flat:
         axes.set_xlabel("step")
@@ -143,13 +138,6 @@ def new_figure(*, rows: int, columns: int, title: str) -> tuple[Any, Any]:
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
     return figure, panels
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all, without a trace of when or by what."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    temporary.replace(path)
 
 
 def curve(
