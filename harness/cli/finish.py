@@ -131,8 +131,8 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
     from harness.judge.ablation import ablation_rows
     from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
     from harness.records.ablation import AblationRecord, newest_ablations
-    from harness.report.ablation import CURVES_FILE, ablation_headline, print_ablation, render_ablation
-    from harness.report.figures.training import draw_curves
+    from harness.report.ablation import ablation_headline, print_ablation, render_ablation
+    from harness.report.figures.training import CURVES_FILE, draw_curves
     from harness.report.readme import update_ablation
 
     record = AblationRecord(folder)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from tabulate import tabulate
@@ -37,11 +37,11 @@ def ratio(value: float | None) -> str:
     return f"{value:.2f}" if value is not None and math.isfinite(value) else ABSENT
 
 
-def ratio_interval(interval: Interval | None) -> str:
-    """Return `1.83 [1.71, 1.95]` with two decimals."""
+def ratio_interval(interval: Interval | None, *, digits: int = 2) -> str:
+    """Return `1.83 [1.71, 1.95]` with as many decimals."""
     if interval is None or not math.isfinite(interval.estimate):
         return ABSENT
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.estimate:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def rate_interval(interval: Interval | None) -> str:
@@ -101,7 +101,28 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return text
 
 
+def pairs(values: Mapping[str, str]) -> str:
+    """Return names and values as one line, by name."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or ABSENT
+
+
+def paragraphs(*parts: str) -> str:
+    """Return the parts that say something, a blank line between them."""
+    return "\n\n".join(part for part in parts if part)
+
+
 def section(title: str, *parts: str) -> str:
     """Return a second-level section of the parts that say something; empty where none does."""
-    said = [part for part in parts if part]
-    return "\n\n".join([f"## {title}", *said]) if said else ""
+    said = paragraphs(*parts)
+    return f"## {title}\n\n{said}" if said else ""
+
+
+def heading(title: str, description: str, facts: Mapping[str, str]) -> str:
+    """Return a page's title, what it is about, and the facts to know first, one a line."""
+    listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+    return paragraphs(f"# {title}", cell(description), listed)
+
+
+def page(*parts: str) -> str:
+    """Return a whole page of the parts that say something."""
+    return paragraphs(*parts) + "\n"

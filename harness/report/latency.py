@@ -15,16 +15,18 @@ from rich.table import Table
 from harness.compose.curve import curve_of, step_cost_of
 from harness.compose.roofline import prediction_error
 from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, predict, read_share
-from harness.paths import without_paths
 from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
 from harness.records.sweep import PredictionError
 from harness.report.formatting import (
     ABSENT,
     cell,
     count,
-    finished_words,
+    heading,
     megabytes,
     milliseconds,
+    page,
+    pairs,
+    paragraphs,
     percent,
     rate_interval,
     ratio,
@@ -33,8 +35,15 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.provenance import describe_commit, describe_device
-from harness.report.run import relative_folder
+from harness.report.provenance import (
+    describe_commit,
+    describe_device,
+    describe_finish,
+    describe_limits,
+    how_to_repeat,
+    record_link,
+    relative_folder,
+)
 
 _POINTS_NOTE = """\
 Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at \
@@ -57,20 +66,17 @@ tokens equal those of `generate`. The mode that `auto` takes is marked *."""
 def render_latency_report(record: LatencyRecord) -> str:
     """Return the whole report of a latency record."""
     environment, spec = record.environment, record.spec
-    heading = [
-        f"# Step times: `{spec.name}`",
-        cell(spec.description),
-        "\n".join(
-            [
-                f"- Model: {_model_words(record)}",
-                f"- Device: {cell(describe_device(environment))}",
-                f"- Date: {environment.started_utc[:10]}",
-                f"- Commit: {describe_commit(environment)}",
-            ]
+    return page(
+        heading(
+            f"Step times: `{spec.name}`",
+            spec.description,
+            {
+                "Model": _model_words(record),
+                "Device": cell(describe_device(environment)),
+                "Date": environment.started_utc[:10],
+                "Commit": describe_commit(environment),
+            },
         ),
-    ]
-    parts = [
-        *heading,
         section("Table of modes", render_modes_table(record)),
         section("Speed against batch", render_batches(record)),
         *(
@@ -79,8 +85,7 @@ def render_latency_report(record: LatencyRecord) -> str:
         ),
         section("Skipped", _render_skipped(record)),
         section("Provenance", _render_provenance(record)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
 def render_modes_table(record: LatencyRecord) -> str:
@@ -174,11 +179,8 @@ def render_readme_modes(record: LatencyRecord, *, base: Path) -> str:
         if record.batches is not None
         else ""
     )
-    absolute = record.folder.resolve()
-    link = f"From the record `{absolute.name}`."
-    if absolute.is_relative_to(base.resolve()):
-        link = f"All step times: [`{absolute.name}`]({relative_folder(record.folder, base=base)}/report.md)."
-    return "\n\n".join(part for part in (origin, render_modes_table(record), batches, link) if part)
+    link = record_link(record.folder, base=base, label="All step times")
+    return paragraphs(origin, render_modes_table(record), batches, link)
 
 
 def print_latency(console: Console, record: LatencyRecord) -> None:
@@ -334,21 +336,16 @@ def _render_skipped(record: LatencyRecord) -> str:
 
 
 def _render_provenance(record: LatencyRecord) -> str:
-    environment, manifest, facts = record.environment, record.manifest, record.facts
-    finished = "not finished: the record has no manifest and no seal"
-    if manifest is not None:
-        finished = finished_words(
-            environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s
-        )
+    environment, facts = record.environment, record.facts
     weights = ", ".join(f"{megabytes(facts.step_bytes(dtype))} MB in {dtype}" for dtype in record.spec.dtypes)
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),
         ("commit", describe_commit(environment)),
         ("started", environment.started_utc),
-        ("finished", finished),
+        ("finished", describe_finish(environment, record.manifest)),
         ("device", describe_device(environment)),
         *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
-        *((f"device limits, {dtype}", _limits_words(record, dtype)) for dtype in record.spec.dtypes),
+        *((f"device limits, {dtype}", _limits(record, dtype)) for dtype in record.spec.dtypes),
         ("weights that a step reads", weights),
         ("weights", f"SHA-256 {environment.backbone_sha256[:16]}"),
         (
@@ -361,35 +358,20 @@ def _render_provenance(record: LatencyRecord) -> str:
             f"SHA-256 {environment.heads_sha256[:16]}" if environment.heads_sha256 else "random",
         ),
         ("linear algebra", environment.blas),
-        ("variables", _pairs(environment.variables)),
+        ("variables", pairs(environment.variables)),
         ("Python", environment.python),
-        ("packages", _pairs(environment.packages)),
+        ("packages", pairs(environment.packages)),
         ("record", record.folder.name),
     ]
-    checkout = (
-        f"git checkout {environment.commit}"
-        if environment.commit
-        else "# the commit is not known; take the current code"
-    )
-    repeat = f"```\n{checkout}\n{without_paths(environment.command)}\n```"
-    return "\n\n".join([table(["", ""], rows), "To repeat it on a device of the same kind:", repeat])
+    repeat = how_to_repeat(environment, where=" on a device of the same kind")
+    return paragraphs(table(["", ""], rows), repeat)
 
 
-def _limits_words(record: LatencyRecord, dtype: str) -> str:
+def _limits(record: LatencyRecord, dtype: str) -> str:
     limits = record.limits(dtype)
-    if limits is None:
-        return ABSENT
-    figures = (
-        f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
-        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
-    )
-    return f"{figures} ({limits.method})"
+    return ABSENT if limits is None else describe_limits(limits)
 
 
 def _model_words(record: LatencyRecord) -> str:
     weights = "random weights of that shape" if record.facts.random_weights else "its own weights"
     return f"{cell(record.facts.name)} with {weights}"
-
-
-def _pairs(values: dict[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or ABSENT

@@ -3,38 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from harness.paths import without_paths
-from harness.records.provenance import Environment
-from harness.records.run import RunRecord
-from harness.report.formatting import ABSENT, count, finished_words, megabytes, table
+from harness.records.provenance import Environment, Provenance
+from harness.records.run import DeviceLimits, RunRecord
+from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, pairs, paragraphs, table
+from harness.specs.suite import IntervalSpec
 
 
-def describe_commit(environment: Environment) -> str:
+class Finished(Protocol):
+    """What the manifests of all kinds of record say of a run's end."""
+
+    @property
+    def finished_utc(self) -> str: ...
+    @property
+    def elapsed_s(self) -> float: ...
+
+
+def describe_commit(origin: Provenance) -> str:
     """Return the commit in words: its id, whether the tree was altered, or that there was no checkout."""
-    return describe_commit_of(environment.commit, environment.dirty)
-
-
-def describe_commit_of(commit: str | None, dirty: bool | None) -> str:
-    """Return a commit in words, as `describe_commit` does."""
-    if commit is None:
+    if origin.commit is None:
         return "unknown: this run was made outside a git checkout, so its code cannot be named"
-    if dirty is None:
-        return f"`{commit[:12]}` (whether files were altered is not known)"
-    return f"`{commit[:12]}`" + (
-        " **with uncommitted changes**: the commit alone does not give this code" if dirty else ""
+    if origin.dirty is None:
+        return f"`{origin.commit[:12]}` (whether files were altered is not known)"
+    return f"`{origin.commit[:12]}`" + (
+        " **with uncommitted changes**: the commit alone does not give this code" if origin.dirty else ""
     )
 
 
-def describe_device(environment: Environment) -> str:
+def describe_device(origin: Provenance) -> str:
     """Return the device under test with its cores, threads and memory."""
-    device = environment.device
+    device = origin.device
     memory = f"{device.memory_bytes / 1e9:.1f} GB"
     return (
         f"{device.name} ({device.kind}, {count(device.num_cores, 'core')}, "
         f"{count(device.num_threads, 'thread')}, {memory})"
     )
+
+
+def describe_origin(environment: Environment) -> str:
+    """Return in one line which model was measured, where, when and with which code."""
+    return (
+        f"{cell(environment.model_name)} on {cell(describe_device(environment))}, "
+        f"{environment.started_utc[:10]}, commit {describe_commit(environment)}"
+    )
+
+
+def describe_finish(origin: Provenance, manifest: Finished | None) -> str:
+    """Return when a run ended and how long it took, or that it has not ended."""
+    if manifest is None:
+        return "not finished: the record has no manifest and no seal"
+    return finished_words(origin.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
+
+
+def describe_limits(limits: DeviceLimits) -> str:
+    """Return what the device can do and how that was measured."""
+    return (
+        f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
+        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s ({limits.method})"
+    )
+
+
+def describe_intervals(spec: IntervalSpec, *, over: str = "prompts") -> str:
+    """Return how a record's intervals are made."""
+    return f"{100 * spec.level:g} % bootstrap over {over}, {spec.num_resamples:,} resamples"
+
+
+def how_to_repeat(origin: Provenance, *, where: str) -> str:
+    """Return the commands that make the record again; `where` says on what."""
+    checkout = (
+        f"git checkout {origin.commit}"
+        if origin.commit
+        else "# the commit is not known; take the current code"
+    )
+    return f"To repeat it{where}:\n\n```\n{checkout}\n{without_paths(origin.command)}\n```"
+
+
+def path_within(path: Path, *, base: Path) -> str | None:
+    """Return a path as seen from a folder; None where it lies elsewhere."""
+    absolute, start = path.resolve(), base.resolve()
+    return absolute.relative_to(start).as_posix() if absolute.is_relative_to(start) else None
+
+
+def relative_folder(folder: Path, *, base: Path) -> str:
+    """Return a folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute
+    path.
+    """
+    return path_within(folder, base=base) or folder.resolve().name
+
+
+def record_link(folder: Path, *, base: Path, label: str) -> str:
+    """Return a line that links a record's report from a page in `base`, or that names the record alone."""
+    name, link = folder.resolve().name, path_within(folder, base=base)
+    return f"From the record `{name}`." if link is None else f"{label}: [`{name}`]({link}/report.md)."
 
 
 def render_provenance(record: RunRecord) -> str:
@@ -51,9 +114,9 @@ def render_provenance(record: RunRecord) -> str:
         *_limits(record),
         ("engine", f"{environment.engine}, {environment.dtype}"),
         ("linear algebra", environment.blas),
-        ("variables", _pairs(environment.variables)),
+        ("variables", pairs(environment.variables)),
         ("Python", environment.python),
-        ("packages", _pairs(environment.packages)),
+        ("packages", pairs(environment.packages)),
         (
             "model",
             f"{environment.model_name}, {megabytes(environment.weight_bytes)} MB, SHA-256 "
@@ -72,10 +135,11 @@ def render_provenance(record: RunRecord) -> str:
             for arm, tree in record.trees.items()
         ),
         *((f"asset {name}", value) for name, value in sorted(environment.assets.items())),
-        ("intervals", _intervals(record)),
+        ("intervals", f"{describe_intervals(record.suite.interval)}, seed {record.suite.interval.seed}"),
         ("record", record.folder.name),
     ]
-    return "\n\n".join([table(["", ""], rows), _how_to_repeat(record)])
+    where = ", in a checkout of this repository on a device of the same kind"
+    return paragraphs(table(["", ""], rows), how_to_repeat(environment, where=where))
 
 
 def _tuned(environment: Environment) -> list[tuple[str, object]]:
@@ -97,17 +161,17 @@ def _times(record: RunRecord) -> list[tuple[str, object]]:
     if manifest is None:
         return [
             ("started", record.environment.started_utc),
-            ("finished", "not finished: the record has no manifest and no seal"),
+            ("finished", describe_finish(record.environment, None)),
         ]
     done = (
         f"{manifest.num_generations:,} generations and {count(manifest.num_failures, 'failure')} of "
         f"{manifest.num_planned:,} planned trials"
     )
-    finished = finished_words(
-        record.environment.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s
-    )
     return [
-        ("started, finished", f"{record.environment.started_utc}, {finished}"),
+        (
+            "started, finished",
+            f"{record.environment.started_utc}, {describe_finish(record.environment, manifest)}",
+        ),
         ("trials", done),
         ("peak memory", f"{megabytes(manifest.peak_memory_bytes)} MB"),
     ]
@@ -117,37 +181,7 @@ def _limits(record: RunRecord) -> list[tuple[str, object]]:
     limits = record.device_limits
     if limits is None or not record.suite.reports_speed:
         return []
-    figures = (
-        f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
-        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s"
-    )
-    return [("device limits", f"{figures} ({limits.method})")]
-
-
-def _intervals(record: RunRecord) -> str:
-    spec = record.suite.interval
-    return (
-        f"{100 * spec.level:g} % bootstrap over prompts, {spec.num_resamples:,} resamples, seed {spec.seed}"
-    )
-
-
-def _how_to_repeat(record: RunRecord) -> str:
-    environment = record.environment
-    checkout = (
-        f"git checkout {environment.commit}"
-        if environment.commit
-        else "# the commit is not known; take the current code"
-    )
-    steps = [checkout, without_paths(environment.command)]
-    return (
-        "To repeat it, in a checkout of this repository on a device of the same kind:\n\n```\n"
-        + "\n".join(steps)
-        + "\n```"
-    )
-
-
-def _pairs(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(values.items())) or ABSENT
+    return [("device limits", describe_limits(limits))]
 
 
 def _flat(values: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, object]]:

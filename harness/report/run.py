@@ -13,8 +13,8 @@ from rich.text import Text
 
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind
 from harness.records.run import RunRecord
-from harness.report.formatting import ABSENT, cell, count, megabytes, ratio_interval, section
-from harness.report.provenance import describe_commit, describe_device, render_provenance
+from harness.report.formatting import ABSENT, cell, count, heading, megabytes, page, ratio_interval, section
+from harness.report.provenance import describe_commit, describe_device, relative_folder, render_provenance
 from harness.report.run_evidence import (
     render_checks,
     render_failures,
@@ -53,7 +53,7 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
     it comes from.
     """
     not_tested = render_not_tested_table(judgement)
-    parts = [
+    return page(
         render_heading(record),
         render_summary(record, judgement),
         section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
@@ -73,26 +73,22 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
         section("Checks", render_checks(judgement)),
         section("Failures", render_failures(record)),
         section("Provenance", render_provenance(record)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    )
 
 
 def render_heading(record: RunRecord) -> str:
     """Return the title with suite, device and date, and the commit in words."""
     environment, suite = record.environment, record.suite
-    lines = [
-        f"# Medusa claims tested: suite `{suite.name}`",
-        cell(suite.description),
-        "\n".join(
-            [
-                f"- Model: {cell(environment.model_name)}, {environment.dtype}",
-                f"- Device: {cell(describe_device(environment))}",
-                f"- Date: {environment.started_utc[:10]}",
-                f"- Commit: {describe_commit(environment)}",
-            ]
-        ),
-    ]
-    return "\n\n".join(line for line in lines if line)
+    return heading(
+        f"Medusa claims tested: suite `{suite.name}`",
+        suite.description,
+        {
+            "Model": f"{cell(environment.model_name)}, {environment.dtype}",
+            "Device": cell(describe_device(environment)),
+            "Date": environment.started_utc[:10],
+            "Commit": describe_commit(environment),
+        },
+    )
 
 
 def render_summary(record: RunRecord, judgement: Judgement) -> str:
@@ -154,14 +150,6 @@ def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = Non
         "best_greedy_arm": best and _best_figures(best, record, judgement),
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
-
-
-def relative_folder(folder: Path, *, base: Path) -> str:
-    """Return the folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute
-    path.
-    """
-    absolute, start = folder.resolve(), base.resolve()
-    return absolute.relative_to(start).as_posix() if absolute.is_relative_to(start) else absolute.name
 
 
 def _best_figures(best: ArmMetrics, record: RunRecord, judgement: Judgement) -> dict[str, Any]:
@@ -252,8 +240,8 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
 def print_verdicts(console: Console, judgement: Judgement) -> None:
     """Print the tested claims with their verdicts, and in one line how many were not tested."""
     grid = Table(title=f"Claims tested by suite {judgement.suite}")
-    for heading in ("claim", "what the paper states", "paper", "ours", "verdict"):
-        grid.add_column(heading, no_wrap=heading in ("claim", "verdict"))
+    for column in ("claim", "what the paper states", "paper", "ours", "verdict"):
+        grid.add_column(column, no_wrap=column in ("claim", "verdict"))
     for verdict in judgement.verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
             figures = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.errors import UserError
+from harness.stats import Interval
 
 
 @contextmanager
@@ -46,6 +49,40 @@ def save_figure(figure: Any, path: Path, *, dpi: int) -> None:
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(temporary, dpi=dpi, metadata=metadata)
     temporary.replace(path)
+
+
+def bars(
+    axes: Any, at: Sequence[Any], intervals: Sequence[Interval], *, mark: str, colour: str, name: str
+) -> None:
+    """Plot estimates with their intervals; an interval without bounds is drawn as a point."""
+    low, high = bar_lengths(intervals)
+    estimates = [one.estimate for one in intervals]
+    axes.errorbar(
+        at,
+        estimates,
+        yerr=[low, high],
+        fmt=mark,
+        color=colour,
+        label=name,
+        markersize=4,
+        capsize=2,
+        linewidth=1,
+    )
+
+
+def bar_lengths(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
+    """Return how far intervals reach below and above their estimates; 0 where they have no bound."""
+    low = [one.estimate - one.low if np.isfinite(one.low) else 0.0 for one in intervals]
+    high = [one.high - one.estimate if np.isfinite(one.high) else 0.0 for one in intervals]
+    return [max(0.0, value) for value in low], [max(0.0, value) for value in high]
+
+
+def plain_ticks(axes: Any, ticks: Sequence[int]) -> None:
+    """Write whole numbers along the bottom of a logarithmic axis, those within its range."""
+    low, high = axes.get_xlim()
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xticks(shown, [str(tick) for tick in shown])
+    axes.minorticks_off()
 
 
 def _no_matplotlib() -> UserError:

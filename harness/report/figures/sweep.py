@@ -19,7 +19,7 @@ from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold
 from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
-from harness.report.figures.canvas import new_figure, save_figure, styled
+from harness.report.figures.canvas import bar_lengths, bars, new_figure, plain_ticks, save_figure, styled
 from harness.specs.hardware import load_hardware
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
@@ -76,7 +76,7 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
                 [point.tokens_per_step for point in points],
             )
             if points is sparse:
-                _bars(left, sizes, intervals, mark, colour, name)
+                bars(left, sizes, intervals, mark=mark, colour=colour, name=name)
             else:  # many at a size: their spread says more than each one's bars would
                 left.plot(
                     sizes, [one.estimate for one in intervals], mark, color=colour, label=name, markersize=4
@@ -92,7 +92,7 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
         right.axhline(one.vanilla_tokens_per_s, color=_GREY, linestyle=":", label="vanilla")
         right.set_title(f"{one.kind}: {one.curve.device}, {one.curve.dtype}", fontsize=8)
     for axes in (left, right):
-        _plain_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256])
+        plain_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256])
         axes.legend(frameon=False)
     left.set_title(_bars_words(record), fontsize=8)
     return True
@@ -119,7 +119,8 @@ def draw_thresholds(figure: Any, record: SweepRecord) -> bool:
             _sampled_interval(cell, prompts, top=top, bottom=bottom, spec=record.spec.interval)
             for cell in cells
         ]
-        _bars(axes, epsilons, intervals, "o-", _BLUE, f"typical, T {at:g}, delta = sqrt(epsilon)")
+        name = f"typical, T {at:g}, delta = sqrt(epsilon)"
+        bars(axes, epsilons, intervals, mark="o-", colour=_BLUE, name=name)
         for other, colour in zip(others, (_GREY, _ORANGE, _GREEN, "black"), strict=False):
             if other.setting.rule == "vanilla" and top == 0:
                 continue  # one token a step, by definition
@@ -140,13 +141,13 @@ def draw_heads(figure: Any, record: SweepRecord) -> bool:
     for size, colour in ((8, _GREY), (16, _GREEN), (32, _ORANGE), (64, _BLUE)):
         found = best_by_heads(record, num_nodes=size)
         if found:
-            _bars(
+            bars(
                 axes,
                 list(found),
                 [point.tokens_per_step for point in found.values()],
-                "o-",
-                colour,
-                f"{size} nodes",
+                mark="o-",
+                colour=colour,
+                name=f"{size} nodes",
             )
             drawn = True
     axes.set(
@@ -299,7 +300,7 @@ def draw_decoded(figure: Any, record: SweepRecord) -> bool:
         return False
     axes = figure.subplots()
     measured = [check.measured for check in checks]
-    low, high = _errors(measured)
+    low, high = bar_lengths(measured)
     axes.errorbar(
         [check.composed for check in checks],
         [one.estimate for one in measured],
@@ -347,8 +348,8 @@ def draw_simulated(figure: Any, record: SweepRecord) -> bool:
     third.set(xlabel="sequence length, tokens", xscale="log")
     for axes in (first, second, third):
         axes.axhline(1.0, color=_GREY, linestyle=":")
-    _plain_ticks(second, [row.batch for row in simulated.by_batch])
-    _plain_ticks(third, [row.context_tokens for row in simulated.by_length][::2])
+    plain_ticks(second, [row.batch for row in simulated.by_batch])
+    plain_ticks(third, [row.context_tokens for row in simulated.by_length][::2])
     second.set_title(f"predicted: roofline of {simulated.device}, one block of Llama-7B", fontsize=8)
     return True
 
@@ -365,41 +366,9 @@ def _sampled_interval(
     return bootstrap_ratio(counts[top], counts[bottom], spec=spec, rng=np.random.default_rng(spec.seed))
 
 
-def _bars(
-    axes: Any, at: Sequence[Any], intervals: Sequence[Interval], mark: str, colour: str, name: str
-) -> None:
-    """Plot estimates with their intervals; an interval without bounds is drawn as a point."""
-    low, high = _errors(intervals)
-    estimates = [one.estimate for one in intervals]
-    axes.errorbar(
-        at,
-        estimates,
-        yerr=[low, high],
-        fmt=mark,
-        color=colour,
-        label=name,
-        markersize=4,
-        capsize=2,
-        linewidth=1,
-    )
-
-
-def _errors(intervals: Sequence[Interval]) -> tuple[list[float], list[float]]:
-    low = [one.estimate - one.low if np.isfinite(one.low) else 0.0 for one in intervals]
-    high = [one.high - one.estimate if np.isfinite(one.high) else 0.0 for one in intervals]
-    return [max(0.0, value) for value in low], [max(0.0, value) for value in high]
-
-
 def _bars_words(record: SweepRecord, *, num_prompts: int | None = None) -> str:
     prompts = record.origin.trace.num_prompts if num_prompts is None else num_prompts
     return f"bars: {100 * record.spec.interval.level:g} % bootstrap over {prompts} prompts"
-
-
-def _plain_ticks(axes: Any, ticks: Sequence[int]) -> None:
-    low, high = axes.get_xlim()
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(shown, [str(tick) for tick in shown])
-    axes.minorticks_off()
 
 
 _HATCH: dict[str, Any] = {"fill": False, "hatch": "////", "edgecolor": (1, 1, 1, 0.35), "linewidth": 0}

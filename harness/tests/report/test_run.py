@@ -26,7 +26,8 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.run import headline, print_verdicts, relative_folder, render_report
+from harness.report.provenance import relative_folder
+from harness.report.run import headline, print_verdicts, render_report
 from harness.report.run_evidence import (
     render_heads,
     render_parity,

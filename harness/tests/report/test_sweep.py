@@ -25,11 +25,11 @@ from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
 from harness.report.readme import check_sweep, update_sweep
 from harness.report.sweep import (
     print_sweep,
-    render_devices,
     render_readme_sweep,
     render_sweep_report,
     sweep_headline,
 )
+from harness.report.sweep_tables import render_devices
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE
