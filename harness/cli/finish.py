@@ -19,7 +19,14 @@ from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.step_profile import StepProfile, read_step_profile
 from harness.records.training_profile import TrainingProfile, read_training_profile
-from harness.report.readme import update_readme
+from harness.report.readme import (
+    ablation_block,
+    latency_block,
+    run_block,
+    sweep_block,
+    training_block,
+    update_readme,
+)
 from harness.report.run import headline, print_verdicts, render_report
 from harness.specs.claims import ClaimSpec
 
@@ -49,7 +56,7 @@ def finish_run(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None
     print_verdicts(Console(), judgement)
     print(json.dumps(headline(judgement, record), allow_nan=False))
     if readme is not None:
-        update_readme(readme, record, judgement)
+        update_readme(readme, run_block(record, judgement))
     if not judgement.valid or record.failures:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
@@ -57,12 +64,11 @@ def finish_run(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None
 def finish_latency(folder: Path, *, readme: Path | None) -> None:
     """Write a latency record's report and README table, print its step costs, end with one JSON line."""
     from harness.report.latency import latency_headline, print_latency
-    from harness.report.readme import update_modes
 
     record = write_latency_report(folder)
     print_latency(Console(), record)
     if readme is not None:
-        update_modes(readme, record)
+        update_readme(readme, latency_block(record))
     print(json.dumps(latency_headline(record), allow_nan=False))
 
 
@@ -103,11 +109,10 @@ def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> Non
 def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) -> None:
     """Print where the time of training steps goes, write the README's table, end with one JSON line."""
     from harness.report.profiles import committed_profiles, print_training_profile, training_headline
-    from harness.report.readme import update_training
 
     print_training_profile(Console(), profile)
     if readme is not None:
-        update_training(readme, committed_profiles(default_results()))
+        update_readme(readme, training_block(committed_profiles(default_results())))
     print(json.dumps(training_headline(profile), allow_nan=False))
 
 
@@ -133,7 +138,6 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
     from harness.records.ablation import AblationRecord, newest_ablations
     from harness.report.ablation import ablation_headline, print_ablation, render_ablation
     from harness.report.figures.training import CURVES_FILE, draw_curves
-    from harness.report.readme import update_ablation
 
     record = AblationRecord(folder)
     rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
@@ -146,7 +150,7 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
     print_ablation(Console(), rows, verdicts)
     if readme is not None:
         elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
-        update_ablation(readme, record, rows, verdicts, elsewhere=elsewhere)
+        update_readme(readme, ablation_block(record, rows, verdicts, elsewhere=elsewhere))
     print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
 
 
@@ -156,7 +160,6 @@ def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | No
     """
     from harness.records.sweep import SweepRecord
     from harness.report.figures.sweep import draw_figures
-    from harness.report.readme import update_sweep
     from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
 
     record = SweepRecord(folder)
@@ -168,7 +171,7 @@ def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | No
     write_bytes(folder / "report.md", render_sweep_report(record, claims=claims, figures=names).encode())
     print_sweep(Console(), record)
     if readme is not None:
-        update_sweep(readme, record, figures=names)
+        update_readme(readme, sweep_block(record, figures=names))
     print(json.dumps(sweep_headline(record, claims=claims), allow_nan=False))
     if any(not failed.key.startswith("curve ") for failed in record.failed):
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)

@@ -24,7 +24,6 @@ from harness.records.training_profile import (
 from harness.report.formatting import ABSENT, cell, count, milliseconds, percent, ratio, significant, table
 from harness.report.provenance import describe_commit, describe_device
 
-MARKER = "training"
 _HEADERS = (
     "recipe",
     "stage",

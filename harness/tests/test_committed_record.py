@@ -12,7 +12,8 @@ import pytest
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.records.run import RunRecord
-from harness.report.readme import check_readme
+from harness.report.readme import run_block
+from harness.tests.readme_blocks import shows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
@@ -32,4 +33,4 @@ def test_readme_tables_are_what_its_record_gives() -> None:
     linked = re.findall(r"\((results/embedded/[^)]+)/report\.md\)", readme.read_text())
     assert len(linked) == 1, "the README's table links the one record that it shows"
     record = RunRecord(ROOT / linked[0])
-    assert check_readme(readme, record, judge(record))
+    assert shows(readme, run_block(record, judge(record)))

@@ -29,7 +29,7 @@ from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.report.latency import latency_headline, print_latency, render_latency_report
-from harness.report.readme import check_modes, update_modes
+from harness.report.readme import latency_block, update_readme
 from harness.specs.latency import (
     LatencySpec,
     ModeName,
@@ -52,12 +52,13 @@ from harness.tests.fake_latency import (
     step_s,
     write_fake_latency,
 )
+from harness.tests.readme_blocks import shows
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))
 PAGE = (
-    "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\n<!-- modes:begin -->\nold\n<!-- "
-    "modes:end -->\n\nRest.\n"
+    "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\n<!-- begin:modes -->\nold\n"
+    "<!-- end:modes -->\n\nRest.\n"
 )
 
 
@@ -462,16 +463,16 @@ def test_terminal_shows_every_context_and_batch(record: LatencyRecord) -> None:
 def test_readme_shows_the_modes_until_a_figure_is_typed_by_hand(record: LatencyRecord) -> None:
     readme = record.folder.parent.parent / "README.md"
     readme.write_text(PAGE)
-    assert not check_modes(readme, record)
-    update_modes(readme, record)
-    assert check_modes(readme, record)
+    assert not shows(readme, latency_block(record))
+    update_readme(readme, latency_block(record))
+    assert shows(readme, latency_block(record))
     text = readme.read_text()
-    assert text.startswith(PAGE.split("<!-- modes:begin -->")[0]) and text.endswith(
-        "<!-- modes:end -->\n\nRest.\n"
+    assert text.startswith(PAGE.split("<!-- begin:modes -->")[0]) and text.endswith(
+        "<!-- end:modes -->\n\nRest.\n"
     )
     assert "(results/some-run/report.md)" in text and "20.0 [20.0, 20.0]" in text
     readme.write_text(text.replace("20.0 [", "25.0 ["))
-    assert not check_modes(readme, record)
+    assert not shows(readme, latency_block(record))
 
 
 def test_readme_takes_no_altered_record_and_none_without_modes(tmp_path: Path) -> None:
@@ -480,12 +481,12 @@ def test_readme_takes_no_altered_record_and_none_without_modes(tmp_path: Path) -
     record = write_fake_latency(tmp_path / "run")
     (record.folder / "modes.json").write_text("{}")
     with pytest.raises(UserError, match="found SHA-256"):
-        update_modes(readme, record)
+        update_readme(readme, latency_block(record))
     with pytest.raises(UserError, match="no table of modes"):
-        update_modes(readme, write_fake_latency(tmp_path / "bare", modes_table=None))
+        latency_block(write_fake_latency(tmp_path / "bare", modes_table=None))
     readme.write_text("# Title\n")
     with pytest.raises(UserError, match=r"in README\.md"):
-        update_modes(readme, write_fake_latency(tmp_path / "other"))
+        update_readme(readme, latency_block(write_fake_latency(tmp_path / "other")))
     assert readme.read_text() == "# Title\n"
 
 
@@ -533,4 +534,4 @@ def test_readme_shows_what_its_latency_record_gives() -> None:
     readme = ROOT / "README.md"
     linked = re.findall(r"\((results/latency/[^)]+)/report\.md\)", readme.read_text())
     assert len(linked) == 1, "the README's table of modes links the one record that it shows"
-    assert check_modes(readme, LatencyRecord(ROOT / linked[0]))
+    assert shows(readme, latency_block(LatencyRecord(ROOT / linked[0])))

@@ -32,10 +32,11 @@ from harness.report.ablation import (
     render_readme_ablation,
 )
 from harness.report.figures.training import curve, curves_figure, draw_curves
-from harness.report.readme import update_ablation, update_between_markers
+from harness.report.readme import ablation_block, update_readme
 from harness.specs.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
+from harness.tests.readme_blocks import shows
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -379,7 +380,7 @@ def test_an_unfinished_record_is_shown_as_such_and_kept_out_of_the_readme(tmp_pa
     readme = tmp_path / "README.md"
     readme.write_text("<!-- begin:fake_training -->\n<!-- end:fake_training -->\n")
     with pytest.raises(UserError, match=r"no manifest\.json"):
-        update_ablation(readme, record, ablation_rows(record), (), elsewhere={})
+        update_readme(readme, ablation_block(record, ablation_rows(record), (), elsewhere={}))
 
 
 def test_curves_are_means_over_seeds(record: AblationRecord, tmp_path: Path) -> None:
@@ -454,14 +455,12 @@ def test_committed_ablations_are_whole_and_their_reports_follow_from_them(folder
 
 @pytest.mark.skipif(not COMMITTED, reason="no ablation is committed")
 def test_the_readme_shows_the_committed_ablations_that_decide_claims_each_claim_once() -> None:
-    text, claims, others = (ROOT / "README.md").read_text(), load_claims(), newest_ablations(ROOT / "results")
+    claims, others = load_claims(), newest_ablations(ROOT / "results")
     decided: list[str] = []
     for record in (one for one in others if one.spec.decides_claims):
         verdicts, elsewhere = training_verdicts(claims, record), decided_elsewhere(claims, record, others)
-        content = render_readme_ablation(
-            record, ablation_rows(record), verdicts, base=ROOT, elsewhere=elsewhere
-        )
-        assert update_between_markers(text, marker=record.spec.name, content=content) == text
+        block = ablation_block(record, ablation_rows(record), verdicts, elsewhere=elsewhere)
+        assert shows(ROOT / "README.md", block)
         decided += [
             one.claim_id
             for one in verdicts

@@ -8,17 +8,16 @@ import pytest
 
 from harness.errors import ExitCode, UserError
 from harness.records.training_profile import read_training_profile
-from harness.report.profiles import MARKER, committed_profiles, render_readme_training
-from harness.report.readme import update_between_markers, update_training
+from harness.report.profiles import committed_profiles, render_readme_training
+from harness.report.readme import training_block, update_readme
+from harness.tests.readme_blocks import shows
 from harness.tests.tiny_suite import command
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_readme_shows_the_committed_profiles() -> None:
-    text = (ROOT / "README.md").read_text()
-    content = render_readme_training(committed_profiles(ROOT / "results"), base=ROOT)
-    assert update_between_markers(text, marker=MARKER, content=content) == text
+    assert shows(ROOT / "README.md", training_block(committed_profiles(ROOT / "results")))
 
 
 def test_every_stage_has_a_row_and_its_parts() -> None:
@@ -44,6 +43,6 @@ def test_the_command_writes_it_between_markers_alone(tmp_path: Path) -> None:
     )
     readme.write_text("no markers")
     with pytest.raises(UserError, match="0 times the marker"):
-        update_training(readme, committed_profiles(ROOT / "results"))
+        update_readme(readme, training_block(committed_profiles(ROOT / "results")))
     with pytest.raises(UserError, match="no training profile"):
         committed_profiles(tmp_path)

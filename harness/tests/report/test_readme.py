@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+import harness.report.readme
 from harness.errors import InvalidMeasurement, UserError
 from harness.judge.judgement import Judgement
+from harness.records.ablation import newest_ablations
 from harness.records.run import RunRecord
-from harness.report.readme import check_readme, update_between_markers, update_readme
+from harness.report.readme import replace_block, run_block, update_readme
 from harness.tests.fake_judgement import FAILED_CHECK, judge
 from harness.tests.fake_record import write_fake_record
+from harness.tests.readme_blocks import shows
 
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = "# Title\n\n<!-- begin:results -->\nold\n<!-- end:results -->\n\nRest.\n"
 
 
@@ -29,9 +34,9 @@ def judgement(record: RunRecord) -> Judgement:
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
-    updated = update_between_markers(PAGE, marker="results", content="new\n\n")
+    updated = replace_block(PAGE, name="results", content="new\n\n")
     assert updated == PAGE.replace("old", "new")
-    assert update_between_markers(updated, marker="results", content="new") == updated
+    assert replace_block(updated, name="results", content="new") == updated
 
 
 @pytest.mark.parametrize(
@@ -45,12 +50,25 @@ def test_only_what_stands_between_the_markers_changes() -> None:
 )
 def test_wrong_markers_are_refused(text: str, found: str) -> None:
     with pytest.raises(UserError, match=found):
-        update_between_markers(text, marker="results", content="new")
+        replace_block(text, name="results", content="new")
+
+
+def test_every_block_of_the_readme_is_of_one_form_and_has_its_command() -> None:
+    """Two blocks had markers of a form of their own, and the table of trainings was written into the one of
+    results when the two lists of markers met in one file.
+    """
+    text, told = (ROOT / "README.md").read_text(), harness.report.readme.__doc__ or ""
+    names = re.findall(r"<!-- begin:(\w+) -->", text)
+    assert re.findall(r"<!-- end:(\w+) -->", text) == names and not re.search(
+        r"<!-- \w+:(begin|end) -->", text
+    )
+    suites = {record.spec.name for record in newest_ablations(ROOT / "results")}
+    assert all(name in suites or f"    {name} " in told for name in names)
 
 
 def test_content_with_a_marker_is_refused() -> None:
     with pytest.raises(UserError, match="content without markers"):
-        update_between_markers(PAGE, marker="results", content="<!-- end:results -->")
+        replace_block(PAGE, name="results", content="<!-- end:results -->")
 
 
 def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(
@@ -58,14 +76,14 @@ def test_updated_readme_agrees_with_its_record_until_a_figure_is_typed_by_hand(
 ) -> None:
     readme = record.folder.parent.parent / "README.md"
     readme.write_text(PAGE)
-    assert not check_readme(readme, record, judgement)
-    update_readme(readme, record, judgement)
-    assert check_readme(readme, record, judgement)
+    assert not shows(readme, run_block(record, judgement))
+    update_readme(readme, run_block(record, judgement))
+    assert shows(readme, run_block(record, judgement))
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\n\nRest.\n")
     assert "T3-9" in text and "optimised_64" in text and "(results/some-run/report.md)" in text
     readme.write_text(text.replace("2.20x", "2.90x"))
-    assert not check_readme(readme, record, judgement)
+    assert not shows(readme, run_block(record, judgement))
 
 
 def test_record_elsewhere_is_named_without_its_place(
@@ -73,7 +91,7 @@ def test_record_elsewhere_is_named_without_its_place(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
-    update_readme(readme, record, judgement)
+    update_readme(readme, run_block(record, judgement))
     assert (
         "From the record `some-run`." in readme.read_text()
         and str(record.folder.parent) not in readme.read_text()
@@ -86,7 +104,8 @@ def test_invalid_run_never_reaches_the_readme(
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
     with pytest.raises(InvalidMeasurement, match="greedy_parity"):
-        update_readme(readme, record, judgement.model_copy(update={"checks": (FAILED_CHECK,)}))
+        invalid = judgement.model_copy(update={"checks": (FAILED_CHECK,)})
+        update_readme(readme, run_block(record, invalid))
     assert readme.read_text() == PAGE
 
 
@@ -94,7 +113,7 @@ def test_readme_without_markers_or_missing_is_a_user_error(
     record: RunRecord, judgement: Judgement, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="no readable README"):
-        update_readme(tmp_path / "README.md", record, judgement)
+        update_readme(tmp_path / "README.md", run_block(record, judgement))
     (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match=r"in README\.md"):
-        check_readme(tmp_path / "README.md", record, judgement)
+        update_readme(tmp_path / "README.md", run_block(record, judgement))

@@ -22,7 +22,7 @@ from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.sweep import SweepRecord
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
-from harness.report.readme import check_sweep, update_sweep
+from harness.report.readme import sweep_block, update_readme
 from harness.report.sweep import (
     print_sweep,
     render_readme_sweep,
@@ -34,11 +34,12 @@ from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
+from harness.tests.readme_blocks import shows
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "sweep").glob("*/*/*/manifest.json"))
-PAGE = "# Title\n\n<!-- sweep:begin -->\nstale\n<!-- sweep:end -->\n\nRest.\n"
+PAGE = "# Title\n\n<!-- begin:sweep -->\nstale\n<!-- end:sweep -->\n\nRest.\n"
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +172,14 @@ def test_the_readme_shows_the_table_once(record: SweepRecord, home: Path) -> Non
     readme = home / "README.md"
     readme.write_text(PAGE)
     figures = ["figures/devices.svg", "figures/fig4_nodes.svg", "figures/heads.svg"]
-    assert not check_sweep(readme, record, figures=figures)
-    update_sweep(readme, record, figures=figures)
+    assert not shows(readme, sweep_block(record, figures=figures))
+    update_readme(readme, sweep_block(record, figures=figures))
     text = readme.read_text()
-    assert check_sweep(readme, record, figures=figures) and text.endswith("Rest.\n") and "stale" not in text
+    assert (
+        shows(readme, sweep_block(record, figures=figures))
+        and text.endswith("Rest.\n")
+        and "stale" not in text
+    )
     assert "records/some-sweep/figures/fig4_nodes.svg" in text and "heads.svg" not in text
     assert "vicuna" not in text and "made-up CPU" in text
     assert "![" not in render_readme_sweep(record, base=home / "elsewhere", figures=figures)
@@ -183,7 +188,9 @@ def test_the_readme_shows_the_table_once(record: SweepRecord, home: Path) -> Non
 def test_an_unsealed_sweep_is_not_for_the_readme(plan: SweepPlan, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(PAGE)
     with pytest.raises(UserError, match="found no manifest"):
-        update_sweep(tmp_path / "README.md", write_sweep(tmp_path / "record", plan, sealed=False))
+        update_readme(
+            tmp_path / "README.md", sweep_block(write_sweep(tmp_path / "record", plan, sealed=False))
+        )
     assert (tmp_path / "README.md").read_text() == PAGE
 
 
@@ -287,4 +294,4 @@ def test_readme_shows_what_its_sweep_gives() -> None:
     assert len(linked) == 1, "the README's table of devices links the one record that it shows"
     folder = ROOT / linked[0]
     figures = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
-    assert check_sweep(readme, SweepRecord(folder), figures=figures)
+    assert shows(readme, sweep_block(SweepRecord(folder), figures=figures))

@@ -508,7 +508,7 @@ def test_report_is_written_again_without_a_device(
     before = (folder / "report.md").read_text()
     (folder / "report.md").unlink()
     page = tmp_path / "PAGE.md"
-    page.write_text("Title\n<!-- modes:begin -->\n<!-- modes:end -->\nrest\n")
+    page.write_text("Title\n<!-- begin:modes -->\n<!-- end:modes -->\nrest\n")
     monkeypatch.setattr(harness.measure.latency.run, "run_latency", _never)
     done = command("report", folder, "--readme", page)
     assert done.code == ExitCode.OK and (folder / "report.md").read_text() == before
