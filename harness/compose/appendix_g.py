@@ -89,26 +89,30 @@ def simulate(claims: Sequence[ClaimSpec] | None = None) -> AppendixG:
             need="RL-64, RL-32 and RL-seq with their forms",
             where="the registry of claims",
         )
-    simulation = _simulation(peak)
+    candidates = simulation(peak)
     doubled = [2**power for power in range((2 * batches.batch).bit_length())]
     return AppendixG(
         device=peak.device,
         by_candidates=tuple(
-            _row(simulation, nodes, context_tokens=peak.context_tokens, batch=peak.batch)
+            _row(candidates, nodes, context_tokens=peak.context_tokens, batch=peak.batch)
             for nodes in CANDIDATES
         ),
         by_batch=tuple(
-            _best(_simulation(batches), context_tokens=batches.context_tokens, batch=batch)
+            _best(simulation(batches), context_tokens=batches.context_tokens, batch=batch)
             for batch in doubled
         ),
         by_length=tuple(
-            _best(_simulation(lengths), context_tokens=length, batch=lengths.batch)
+            _best(simulation(lengths), context_tokens=length, batch=lengths.batch)
             for length in lengths.context_tokens
         ),
     )
 
 
-def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
+def simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
+    """Return the simulation that a claim's form is judged by.
+
+    Raises: UserError where hardware.toml does not know the form's device.
+    """
     devices = load_hardware()
     if form.device not in devices:
         raise UserError(
@@ -119,11 +123,9 @@ def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthFo
     )
 
 
-def _row(simulation: Simulation, num_nodes: int, *, context_tokens: int, batch: int) -> SimulatedRow:
-    cost = step_cost(
-        simulation.shape, simulation.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
-    )
-    speedup = simulation.speedup(num_nodes, context_tokens=context_tokens, batch=batch)
+def _row(one: Simulation, num_nodes: int, *, context_tokens: int, batch: int) -> SimulatedRow:
+    cost = step_cost(one.shape, one.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+    speedup = one.speedup(num_nodes, context_tokens=context_tokens, batch=batch)
     return SimulatedRow(
         num_nodes=num_nodes,
         batch=batch,
@@ -134,6 +136,6 @@ def _row(simulation: Simulation, num_nodes: int, *, context_tokens: int, batch: 
     )
 
 
-def _best(simulation: Simulation, *, context_tokens: int, batch: int) -> SimulatedBest:
-    num_nodes, speedup = simulation.best(context_tokens=context_tokens, batch=batch)
+def _best(one: Simulation, *, context_tokens: int, batch: int) -> SimulatedBest:
+    num_nodes, speedup = one.best(context_tokens=context_tokens, batch=batch)
     return SimulatedBest(batch=batch, context_tokens=context_tokens, num_nodes=num_nodes, speedup=speedup)

@@ -16,8 +16,11 @@ from statistics import fmean, median
 from scipy.optimize import isotonic_regression
 
 from harness.errors import UserError
+from harness.files import canonical_sha256
 from harness.records.latency import LatencyPoint, LatencyRecord
-from harness.specs.latency import PointKey
+from harness.records.sweep import CurveLabel
+from harness.specs.hardware import match_device
+from harness.specs.latency import DtypeName, ModeName, PointKey
 
 
 class LatencyCurve:
@@ -84,6 +87,67 @@ def curve_of(record: LatencyRecord, *, dtype: str, mode: str) -> LatencyCurve:
     Raises: UserError where nothing of them was timed.
     """
     return LatencyCurve([point for point in record.points if (point.dtype, point.mode) == (dtype, mode)])
+
+
+class MeasuredCurve:
+    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was
+    measured.
+    """
+
+    def __init__(self, record: LatencyRecord, *, dtype: DtypeName, mode: ModeName) -> None:
+        points = [
+            point
+            for point in record.points
+            if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s
+        ]
+        self._curve = LatencyCurve(points)
+        self._contexts = tuple(sorted({point.context_tokens for point in points}))
+        name = record.environment.device.name
+        self._label = CurveLabel(
+            device=match_device(name) or name,
+            shape=record.facts.name,
+            dtype=dtype,
+            mode=mode,
+            kind="measured",
+            source=f"latency record {record.folder.name}",
+            fingerprint=canonical_sha256([point.model_dump(mode="json") for point in points])[:16],
+            weights_sha256=None if record.facts.random_weights else record.environment.backbone_sha256,
+        )
+
+    @property
+    def label(self) -> CurveLabel:
+        """What the curve is of."""
+        return self._label
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths that were timed."""
+        return self._contexts
+
+    def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return a whole step less its heads."""
+        try:
+            return self._curve.seconds(
+                num_nodes=num_nodes, num_heads=0, context_tokens=context_tokens, batch=batch
+            )
+        except UserError:
+            return None
+
+    def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
+        """Return the time of the heads."""
+        try:
+            return self._curve.heads_seconds(num_heads=num_heads, batch=batch)
+        except UserError:
+            return None
+
+    def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
+        """Return the time of the backbone's pass alone."""
+        try:
+            return self._curve.backbone_seconds(
+                num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
+            )
+        except UserError:
+            return None
 
 
 def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointKey) -> float | None:

@@ -14,8 +14,15 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, Protocol
 
-from harness.compose.curve import LatencyCurve, step_cost_of
-from harness.compose.roofline import Prediction, heads_seconds, prediction_error, step_seconds
+from harness.compose.curve import MeasuredCurve, step_cost_of
+from harness.compose.roofline import (
+    Prediction,
+    heads_seconds,
+    measured_limits,
+    predict,
+    prediction_error,
+    step_seconds,
+)
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, facts_of_shape
@@ -45,67 +52,6 @@ class StepTimes(Protocol):
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
     def heads_seconds(self, *, num_heads: int, batch: int) -> float | None: ...
     def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
-
-
-class MeasuredCurve:
-    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was
-    measured.
-    """
-
-    def __init__(self, record: LatencyRecord, *, dtype: DtypeName, mode: ModeName) -> None:
-        points = [
-            point
-            for point in record.points
-            if (point.dtype, point.mode) == (dtype, mode) and point.backbone_s
-        ]
-        self._curve = LatencyCurve(points)
-        self._contexts = tuple(sorted({point.context_tokens for point in points}))
-        name = record.environment.device.name
-        self._label = CurveLabel(
-            device=match_device(name) or name,
-            shape=record.facts.name,
-            dtype=dtype,
-            mode=mode,
-            kind="measured",
-            source=f"latency record {record.folder.name}",
-            fingerprint=canonical_sha256([point.model_dump(mode="json") for point in points])[:16],
-            weights_sha256=None if record.facts.random_weights else record.environment.backbone_sha256,
-        )
-
-    @property
-    def label(self) -> CurveLabel:
-        """What the curve is of."""
-        return self._label
-
-    @property
-    def contexts(self) -> tuple[int, ...]:
-        """The context lengths that were timed."""
-        return self._contexts
-
-    def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return a whole step less its heads."""
-        try:
-            return self._curve.seconds(
-                num_nodes=num_nodes, num_heads=0, context_tokens=context_tokens, batch=batch
-            )
-        except UserError:
-            return None
-
-    def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
-        """Return the time of the heads."""
-        try:
-            return self._curve.heads_seconds(num_heads=num_heads, batch=batch)
-        except UserError:
-            return None
-
-    def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return the time of the backbone's pass alone."""
-        try:
-            return self._curve.backbone_seconds(
-                num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
-            )
-        except UserError:
-            return None
 
 
 class PredictedCurve:
@@ -347,7 +293,7 @@ def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
             ]
             if limits is None or not points:
                 continue
-            made = {point.key: _prediction(record, point, limits) for point in points}
+            made = {point.key: predict(record, point, limits) for point in points}
             seconds += made.values()
             costs += _step_costs(points, made)
             if label.device not in devices:
@@ -368,24 +314,7 @@ def _limits_of(
 ) -> tuple[Limits | None, Literal["measured", "data sheet"]]:
     if label.device in sheets and label.dtype in _HALF:
         return sheets[label.device].limits, "data sheet"
-    measured = record.limits(label.dtype)
-    if measured is None:
-        return None, "measured"
-    return Limits(
-        bytes_per_s=measured.read_bandwidth_bytes_per_s, flop_per_s=measured.matmul_flop_per_s
-    ), "measured"
-
-
-def _prediction(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> Prediction:
-    predicted_s = step_seconds(
-        record.facts.roofline_shape,
-        limits,
-        num_nodes=point.num_nodes,
-        context_tokens=point.context_tokens + point.num_nodes,
-        batch=point.batch,
-        dtype_bytes=DTYPE_BYTES[point.dtype],
-    )
-    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
+    return measured_limits(record, label.dtype), "measured"
 
 
 def _step_costs(points: Sequence[LatencyPoint], made: Mapping[PointKey, Prediction]) -> list[Prediction]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from harness.compose.replay import ReplayIndex
-from harness.compose.trees import MAX_RANK, grow
+from harness.compose.trees import MAX_RANK, best_widths, grow
 from harness.errors import UserError
 from harness.records.sweep import CARTESIAN, CHAIN, DENSE, JOINT, MARGINALS, SweepTree
 from harness.specs.sweep import CartesianTrees, ChainTrees, GrownTrees, RandomDenseTrees, TreeFamily
-from medusa_impl.tree import DraftTree, largest_cartesian
+from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import random_dense
 
 
@@ -61,7 +61,10 @@ def _trees_of(
             (DraftTree.cartesian(widths), CARTESIAN) for widths in family.widths if len(widths) <= num_heads
         )
         yield from (
-            (best_cartesian(calibration, max_nodes=size, num_heads=num_heads), CARTESIAN)
+            (
+                DraftTree.cartesian(best_widths(calibration, max_nodes=size, num_heads=num_heads)),
+                CARTESIAN,
+            )
             for size in family.max_nodes
         )
     elif isinstance(family, RandomDenseTrees):
@@ -82,18 +85,6 @@ def _grown(
     for values in family.values if sizes else ():
         grown = grow(calibration.trace, num_nodes=max(sizes), values=values, num_heads=num_heads)
         yield from ((grown.nested(size), MARGINALS if values == "marginals" else JOINT) for size in sizes)
-
-
-def best_cartesian(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> DraftTree:
-    """Return the Cartesian tree of at most `max_nodes` nodes with the most tokens/step on the calibration
-    trace.
-    """
-    widths = largest_cartesian(
-        num_heads,
-        max_nodes,
-        value=lambda found: calibration.replay(DraftTree.cartesian(found)).tokens_per_step,
-    )
-    return DraftTree.cartesian(widths)
 
 
 def most_nodes(num_heads: int, *, max_rank: int = MAX_RANK) -> int:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.records.trace import EndedBy, Ints, Trace
+from harness.records.trace import Ints, Trace
 from medusa_impl.tree import DraftTree, RankPath
 
 
@@ -60,19 +60,17 @@ class Replay:
 
         Raises: UserError if no prompt took a step, which happens only where all end at their first token.
         """
-        return self._rate(self.total_steps)
+        if not self.total_steps:
+            raise UserError(
+                found="no decoding step: every prompt ends at its first token",
+                need="a prompt of at least two kept tokens",
+            )
+        return int((self.num_kept_tokens - 1).sum()) / self.total_steps
 
     @cached_property
     def batch_steps(self) -> Ints:
         """The steps of each batch of `batch` prompts in order: those of its slowest row."""
         return np.maximum.reduceat(self.num_steps, np.arange(0, len(self.num_steps), self.batch))
-
-    @property
-    def tokens_per_batch_step(self) -> float:
-        """Kept tokens after each prompt's first over the steps of the batches; equals `tokens_per_step` at
-        batch 1.
-        """
-        return self._rate(int(self.batch_steps.sum()))
 
     @cached_property
     def offsets(self) -> Ints:
@@ -105,46 +103,6 @@ class Replay:
                 context = np.maximum(context, np.pad(own, (0, steps - len(own)), constant_values=final))
             longest.append(context)
         return np.concatenate(longest)
-
-    def _rate(self, steps: int) -> float:
-        if not steps:
-            raise UserError(
-                found="no decoding step: every prompt ends at its first token",
-                need="a prompt of at least two kept tokens",
-            )
-        return int((self.num_kept_tokens - 1).sum()) / steps
-
-
-@dataclass(frozen=True)
-class ReplayRow:
-    """One prompt of a replay, flat, for tables; `tokens_per_step` is None where the prompt took no step."""
-
-    key: str
-    category: str | None
-    prompt_tokens: int
-    num_kept_tokens: int
-    ended_by: EndedBy
-    num_steps: int
-    tokens_per_step: float | None
-
-
-def replay_rows(replay: Replay) -> tuple[ReplayRow, ...]:
-    """One row a prompt, ready for `pandas.DataFrame`."""
-    counts = zip(
-        replay.trace.prompts, replay.num_kept_tokens.tolist(), replay.num_steps.tolist(), strict=True
-    )
-    return tuple(
-        ReplayRow(
-            key=prompt.key,
-            category=prompt.category,
-            prompt_tokens=prompt.prompt_tokens,
-            num_kept_tokens=kept,
-            ended_by=prompt.ended_by if kept == prompt.num_kept_tokens else "budget",
-            num_steps=steps,
-            tokens_per_step=(kept - 1) / steps if steps else None,
-        )
-        for prompt, kept, steps in counts
-    )
 
 
 class ReplayIndex:

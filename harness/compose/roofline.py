@@ -25,6 +25,7 @@ from pydantic import Field
 
 from harness.errors import UserError
 from harness.files import Frozen
+from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord
 from harness.records.sweep import PredictionError
 from harness.specs.hardware import Limits
 from harness.specs.shapes import ModelShape
@@ -106,6 +107,28 @@ def attention_work(
     return Work(num_bytes=num_bytes, flop=2 * batch * scores * shape.head_size)
 
 
+def step_seconds(
+    shape: ModelShape,
+    limits: Limits,
+    *,
+    num_nodes: int,
+    context_tokens: int,
+    batch: int = 1,
+    dtype_bytes: int = 2,
+) -> float:
+    """The predicted time of one backbone step over `num_nodes` tokens a row.
+
+    Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches,
+    heads and acceptance are left out, as in the paper; `context_tokens` are the keys read.
+    Raises: UserError on a count below 1.
+    Paper: Appendix G.3.
+    """
+    work = _step_work(
+        shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
+    )
+    return sum(count * operator.seconds(limits) for count, operator in work)
+
+
 def _step_work(
     shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int
 ) -> list[tuple[int, Work]]:
@@ -134,42 +157,6 @@ def _step_work(
             )
         )
     return work
-
-
-def step_seconds(
-    shape: ModelShape,
-    limits: Limits,
-    *,
-    num_nodes: int,
-    context_tokens: int,
-    batch: int = 1,
-    dtype_bytes: int = 2,
-) -> float:
-    """The predicted time of one backbone step over `num_nodes` tokens a row.
-
-    Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches,
-    heads and acceptance are left out, as in the paper; `context_tokens` are the keys read.
-    Raises: UserError on a count below 1.
-    Paper: Appendix G.3.
-    """
-    work = _step_work(
-        shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
-    )
-    return sum(count * operator.seconds(limits) for count, operator in work)
-
-
-def step_bytes(
-    shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int = 1, dtype_bytes: int = 2
-) -> float:
-    """The bytes that one backbone step moves by the roofline's count: weights, keys and values, activations,
-    scores written out.
-
-    Raises: UserError on a count below 1.
-    """
-    work = _step_work(
-        shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
-    )
-    return sum(count * operator.num_bytes for count, operator in work)
 
 
 def heads_seconds(
@@ -280,6 +267,27 @@ class Prediction(Frozen):
     def error(self) -> float:
         """The prediction's relative error, negative where the device is slower than predicted."""
         return self.predicted_s / self.measured_s - 1
+
+
+def measured_limits(record: LatencyRecord, dtype: str) -> Limits | None:
+    """Return what a record's device was measured to do in a dtype; None where it was not."""
+    limits = record.limits(dtype)
+    if limits is None:
+        return None
+    return Limits(bytes_per_s=limits.read_bandwidth_bytes_per_s, flop_per_s=limits.matmul_flop_per_s)
+
+
+def predict(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> Prediction:
+    """Return a timed point's backbone time beside what the roofline predicts for it."""
+    predicted_s = step_seconds(
+        record.facts.roofline_shape,
+        limits,
+        num_nodes=point.num_nodes,
+        context_tokens=point.context_tokens + point.num_nodes,
+        batch=point.batch,
+        dtype_bytes=DTYPE_BYTES[point.dtype],
+    )
+    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
 
 
 def prediction_error(pairs: Iterable[Prediction]) -> PredictionError:

@@ -56,11 +56,6 @@ class CostChoice(Frozen):
     num_candidates: int
     num_unpriced: int
 
-    @property
-    def promised_tokens_per_s(self) -> float:
-        """What the search maximised."""
-        return self.promised / self.step_s
-
     def tree(self) -> DraftTree:
         """Return the validated tree."""
         return DraftTree.from_paths(self.paths)

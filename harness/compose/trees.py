@@ -44,6 +44,17 @@ def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownT
     return grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=MAX_RANK)
 
 
+def best_widths(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> tuple[int, ...]:
+    """Return the widths of the Cartesian tree of at most `max_nodes` nodes with the most tokens/step on the
+    calibration trace.
+    """
+    return largest_cartesian(
+        num_heads,
+        max_nodes,
+        value=lambda widths: calibration.replay(DraftTree.cartesian(widths)).tokens_per_step,
+    )
+
+
 def fastest_tree(
     trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, num_heads: int
 ) -> tuple[DraftTree, str]:
@@ -154,12 +165,7 @@ def _resolve(
             return DraftTree.cartesian(
                 widths
             ), f"Cartesian, widths {list(widths)}: the most nodes, at most {spec.max_nodes}"
-        index = ReplayIndex(calibration)
-        widths = largest_cartesian(
-            num_heads,
-            spec.max_nodes,
-            value=lambda found: index.replay(DraftTree.cartesian(found)).tokens_per_step,
-        )
+        widths = best_widths(ReplayIndex(calibration), max_nodes=spec.max_nodes, num_heads=num_heads)
         return DraftTree.cartesian(
             widths
         ), f"Cartesian, widths {list(widths)}: best on calibration, <= {spec.max_nodes} nodes"

@@ -10,9 +10,8 @@ from statistics import median
 import numpy as np
 
 from harness.compose.curve import step_cost_of
-from harness.compose.roofline import Prediction, step_seconds
+from harness.compose.roofline import Prediction, measured_limits, predict
 from harness.records.latency import (
-    DTYPE_BYTES,
     STOCK,
     BatchTrial,
     BatchTrials,
@@ -20,7 +19,6 @@ from harness.records.latency import (
     LatencyRecord,
     ModeTrial,
 )
-from harness.specs.hardware import Limits
 from harness.specs.latency import PointKey
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
@@ -159,22 +157,12 @@ def _totals(trials: Sequence[ModeTrial]) -> tuple[list[float], list[float]]:
     ]
 
 
-def predict(record: LatencyRecord, point: LatencyPoint) -> Prediction | None:
+def prediction_of(record: LatencyRecord, point: LatencyPoint) -> Prediction | None:
     """Return a point's backbone time beside the roofline's, with this run's limits; None where the run has
     none.
     """
-    limits = record.limits(point.dtype)
-    if limits is None or not point.backbone_s:
-        return None
-    predicted_s = step_seconds(
-        record.facts.roofline_shape,
-        Limits(bytes_per_s=limits.read_bandwidth_bytes_per_s, flop_per_s=limits.matmul_flop_per_s),
-        num_nodes=point.num_nodes,
-        context_tokens=point.context_tokens + point.num_nodes,
-        batch=point.batch,
-        dtype_bytes=DTYPE_BYTES[point.dtype],
-    )
-    return Prediction(measured_s=median(point.backbone_s), predicted_s=predicted_s)
+    limits = measured_limits(record, point.dtype)
+    return predict(record, point, limits) if limits is not None and point.backbone_s else None
 
 
 def read_share(record: LatencyRecord, point: LatencyPoint) -> float | None:

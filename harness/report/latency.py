@@ -14,7 +14,7 @@ from rich.table import Table
 
 from harness.compose.curve import curve_of, step_cost_of
 from harness.compose.roofline import prediction_error
-from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, predict, read_share
+from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, prediction_of, read_share
 from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
 from harness.records.sweep import PredictionError
 from harness.report.formatting import (
@@ -155,7 +155,7 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     ]
     headers += ["heads, ms", "step, ms", "overhead"]
     lines = [table(headers, [_point_cells(record, point, among=points) for point in points]), _POINTS_NOTE]
-    predictions = [made for point in points if (made := predict(record, point)) is not None]
+    predictions = [made for point in points if (made := prediction_of(record, point)) is not None]
     if predictions:
         lines.append(_error_words(prediction_error(predictions)))
     correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
@@ -263,7 +263,7 @@ def _point_cells(
     vanilla = [
         s for other in among if other.group == point.group and other.num_nodes == 1 for s in other.step_s
     ]
-    made = predict(record, point)
+    made = prediction_of(record, point)
     return (
         point.batch,
         point.context_tokens,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, harmonic_mean
 
-from harness.compose.roofline import Simulation, attention_intensity, linear_intensity, llama_7b_block
+from harness.compose.appendix_g import simulation
+from harness.compose.roofline import Simulation, attention_intensity, linear_intensity
 from harness.judge.claims.findings import Finding, NotTestable
 from harness.judge.judgement import VerdictKind
 from harness.specs.claims import ClaimSpec, OperatorTable
@@ -219,12 +220,9 @@ def _log_constant(claim: ClaimSpec, form: LogConstantForm, figures: Figures) -> 
 
 
 def _simulation(form: SimulatedPeakForm | SimulatedBatchForm | SimulatedLengthForm) -> Simulation:
-    devices = load_hardware()
-    if form.device not in devices:
+    if form.device not in load_hardware():
         raise NotTestable(f"hardware.toml has no device {form.device}")
-    return Simulation(
-        shape=llama_7b_block(), limits=devices[form.device].limits, slope=form.slope, log_base=form.log_base
-    )
+    return simulation(form)
 
 
 def _simulated_peak(claim: ClaimSpec, form: SimulatedPeakForm, figures: Figures) -> Finding:
@@ -239,9 +237,9 @@ def _simulated_peak(claim: ClaimSpec, form: SimulatedPeakForm, figures: Figures)
 
 
 def _simulated_batch(claim: ClaimSpec, form: SimulatedBatchForm, figures: Figures) -> Finding:
-    simulation = _simulation(form)
+    simulated = _simulation(form)
     batches = [2**power for power in range(form.batch.bit_length() + 1)]
-    best = {batch: simulation.best(context_tokens=form.context_tokens, batch=batch)[1] for batch in batches}
+    best = {batch: simulated.best(context_tokens=form.context_tokens, batch=batch)[1] for batch in batches}
     falls = all(best[more] < best[less] for less, more in pairwise(batches))
     crosses = all((speedup > 1) == (batch <= form.batch) for batch, speedup in best.items())
     trend, crossing = ("falls" if falls else "does not fall"), ("crosses" if crosses else "does not cross")
@@ -251,8 +249,8 @@ def _simulated_batch(claim: ClaimSpec, form: SimulatedBatchForm, figures: Figure
 
 
 def _simulated_length(claim: ClaimSpec, form: SimulatedLengthForm, figures: Figures) -> Finding:
-    simulation = _simulation(form)
-    best = [simulation.best(context_tokens=length, batch=form.batch) for length in form.context_tokens]
+    simulated = _simulation(form)
+    best = [simulated.best(context_tokens=length, batch=form.batch) for length in form.context_tokens]
     sizes, speedups = [nodes for nodes, _ in best], [speedup for _, speedup in best]
     same = max(sizes) / min(sizes) - 1 <= form.tolerance
     falls = all(more < less for less, more in pairwise(speedups))

@@ -26,7 +26,8 @@ from harness.compose.composer import (
     shared_knots,
     step_contexts,
 )
-from harness.compose.devices import MeasuredCurve, StepTimes
+from harness.compose.curve import MeasuredCurve
+from harness.compose.devices import StepTimes
 from harness.compose.families import resolve_families
 from harness.compose.plan import SweepPlan, tree_rates
 from harness.compose.replay import ReplayIndex

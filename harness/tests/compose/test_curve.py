@@ -23,7 +23,7 @@ from rich.console import Console
 
 from harness.compose.curve import LatencyCurve, curve_of, step_cost_of
 from harness.errors import UserError
-from harness.judge.latency import batch_points, mode_rows, predict, read_share
+from harness.judge.latency import batch_points, mode_rows, prediction_of, read_share
 from harness.judge.schemas import json_schemas
 from harness.judge.validate import validate_record
 from harness.paths import holds_absolute_path
@@ -438,7 +438,7 @@ def test_prediction_and_read_share_are_this_runs(record: LatencyRecord) -> None:
     facts = fake_facts()
     least_s = (facts.step_bytes("float32") + facts.cache_bytes(1024, dtype="float32")) / BANDWIDTH_BYTES_PER_S
     assert read_share(record, one) == pytest.approx(least_s / median(one.backbone_s))
-    made = predict(record, one)
+    made = prediction_of(record, one)
     assert made is not None and made.measured_s == median(one.backbone_s)
     # activations and scores are all that the roofline adds at one node
     assert made.predicted_s == pytest.approx(least_s, rel=0.02)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from harness.compose.curve import MeasuredCurve
 from harness.compose.devices import (
-    MeasuredCurve,
     PredictedCurve,
     find_curves,
     find_latency_records,
@@ -20,7 +20,7 @@ from harness.compose.devices import (
 )
 from harness.compose.roofline import heads_seconds, step_seconds
 from harness.errors import UserError
-from harness.judge.latency import predict
+from harness.judge.latency import prediction_of
 from harness.records.latency import LatencyRecord
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.hardware import load_hardware
@@ -198,7 +198,7 @@ def test_the_error_is_that_of_the_points_that_decoding_uses(record: LatencyRecor
     error = roofline_error([record])
     assert error is not None
     points = [point for point in record.points if point.mode == "packed"]
-    made = [found for point in points if (found := predict(record, point)) is not None]
+    made = [found for point in points if (found := prediction_of(record, point)) is not None]
     assert error.seconds.num_points == len(made)
     assert error.seconds.worst_error == pytest.approx(max(abs(one.error) for one in made))
     assert error.devices == ("made-up CPU",) and error.limits == ("measured",)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.compose.replay import Replay, ReplayIndex, replay, replay_rows
+from harness.compose.replay import Replay, ReplayIndex, replay
 from harness.errors import UserError
 from harness.records.trace import EndedBy, PromptTrace, Trace, TraceProvenance
 from medusa_impl.tree import DraftTree, RankPath
@@ -132,7 +131,6 @@ def test_replay_follows_the_definition(trace: Trace, tree: DraftTree, data: st.D
     if sum(counts):
         generated = sum(result.num_kept_tokens.tolist()) - len(counts)
         assert result.tokens_per_step == generated / sum(counts)
-        assert result.tokens_per_batch_step == generated / sum(result.batch_steps.tolist())
 
 
 @given(trace=traces(), tree=trees())
@@ -202,13 +200,11 @@ def test_a_smaller_budget_cuts_every_prompt_there() -> None:
     result = replay(trace, DraftTree.chain(2), budget=6)
     assert _steps(result) == [[(1, 3), (4, 2)], [(1, 1)]]
     assert result.num_kept_tokens.tolist() == [6, 2]
-    assert [row.ended_by for row in replay_rows(result)] == ["budget", "eos"]
 
 
 def test_a_prompt_that_ends_at_its_first_token_takes_no_step() -> None:
     alone = replay(_trace([[-1]]), DraftTree.chain(1), batch=4)
     assert (alone.total_steps, alone.batch_steps.tolist(), alone.context_tokens.tolist()) == (0, [0], [])
-    assert replay_rows(alone)[0].tokens_per_step is None
     with pytest.raises(UserError, match="no decoding step"):
         _ = alone.tokens_per_step
     assert replay(_trace([[-1]], [[0], [-1]], [[-1]]), DraftTree.chain(1)).num_steps.tolist() == [0, 1, 0]
@@ -225,12 +221,6 @@ def test_contexts_are_prompt_and_known_tokens() -> None:
         12,
         14,
     ]
-
-
-def test_rows_make_a_frame() -> None:
-    frame = pd.DataFrame(list(replay_rows(replay(_trace([[0], [0], [-1]], [[-1]]), DraftTree.chain(1)))))
-    assert frame["tokens_per_step"].isna().tolist() == [False, True]
-    assert frame[["key", "num_kept_tokens", "num_steps"]].to_numpy().tolist() == [["p0", 3, 1], ["p1", 1, 0]]
 
 
 @pytest.mark.parametrize(

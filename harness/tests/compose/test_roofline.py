@@ -17,7 +17,6 @@ from harness.compose.roofline import (
     linear_intensity,
     linear_work,
     llama_7b_block,
-    step_bytes,
     step_cost,
     step_seconds,
 )
@@ -29,6 +28,7 @@ from harness.specs.shapes import ModelShape
 HeadArchitecture = Literal["own", "shared"]
 ARCHITECTURES: tuple[HeadArchitecture, ...] = ("shared", "own")
 UNIT = Limits(bytes_per_s=1.0, flop_per_s=4.0)
+BYTES_ONLY = Limits(bytes_per_s=1.0, flop_per_s=math.inf)
 TINY = ModelShape(
     num_layers=3,
     hidden_size=8,
@@ -78,20 +78,19 @@ def test_time_is_that_of_the_slower_resource(work: Work, seconds: float) -> None
 
 
 def test_step_seconds_adds_up_by_hand() -> None:
-    fast = Limits(bytes_per_s=1.0, flop_per_s=math.inf)  # only bytes count
     weights = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     widths = (8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)
     attention = 2 * (4 * 10 * 2 + (2 * 10 + 4 * 2) * 2)  # two products: scores, keys once a group, queries
     unembedding = 2 * (8 + 32) + 8 * 32
     by_hand = 4 * (3 * (weights + 2 * widths + attention) + unembedding)
-    assert step_seconds(TINY, fast, num_nodes=2, context_tokens=10, dtype_bytes=4) == pytest.approx(by_hand)
-    assert step_bytes(TINY, num_nodes=2, context_tokens=10, dtype_bytes=4) == by_hand
+    assert step_seconds(TINY, BYTES_ONLY, num_nodes=2, context_tokens=10, dtype_bytes=4) == by_hand
 
 
-def test_step_bytes_without_unembedding_leaves_its_weights_out() -> None:
+def test_a_step_without_unembedding_leaves_its_weights_out() -> None:
     counts = {"num_nodes": 2, "context_tokens": 10, "dtype_bytes": 2}
     without = dataclasses.replace(TINY, vocab_size=0)
-    assert step_bytes(TINY, **counts) - step_bytes(without, **counts) == 2 * (2 * (8 + 32) + 8 * 32)
+    seconds = step_seconds(TINY, BYTES_ONLY, **counts), step_seconds(without, BYTES_ONLY, **counts)
+    assert seconds[0] - seconds[1] == 2 * (2 * (8 + 32) + 8 * 32)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +101,9 @@ def test_step_bytes_without_unembedding_leaves_its_weights_out() -> None:
     ],
 )
 def test_heads_seconds_adds_up_by_hand(architecture: HeadArchitecture, unembedding: int) -> None:
-    fast = Limits(bytes_per_s=1.0, flop_per_s=math.inf)  # only bytes count
     blocks = 5 * 2 * (3 * (8 + 8) + 8 * 8)
     ours = heads_seconds(
-        TINY, fast, num_heads=5, num_layers=2, architecture=architecture, batch=3, dtype_bytes=4
+        TINY, BYTES_ONLY, num_heads=5, num_layers=2, architecture=architecture, batch=3, dtype_bytes=4
     )
     assert ours == pytest.approx(4 * (blocks + unembedding))
 
@@ -158,8 +156,6 @@ def test_refuses_a_count_below_one(change: dict[str, int]) -> None:
     counts = {"num_nodes": 1, "context_tokens": 1, "batch": 1} | change
     with pytest.raises(UserError, match="at least 1 of each"):
         step_seconds(TINY, UNIT, **counts)
-    with pytest.raises(UserError, match="at least 1 of each"):
-        step_bytes(TINY, **counts)
 
 
 def test_refuses_limits_of_zero() -> None:

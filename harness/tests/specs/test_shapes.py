@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 
-from harness.compose.roofline import step_bytes
+from harness.compose.roofline import step_seconds
 from harness.errors import UserError
+from harness.specs.hardware import Limits
 from harness.specs.shapes import ShapeSpec, load_shapes
 
 # Parameters of the published weights, as the hub counts them.
@@ -82,8 +84,9 @@ def test_parameters_and_bytes_add_up_by_hand(changes: dict[str, Any], biases: in
 
 
 def test_a_step_of_one_token_moves_little_more_than_the_weights() -> None:
+    bytes_only = Limits(bytes_per_s=1.0, flop_per_s=math.inf)
     for name, shape in load_shapes().items():
-        moved = step_bytes(shape.roofline_shape, num_nodes=1, context_tokens=1)
+        moved = step_seconds(shape.roofline_shape, bytes_only, num_nodes=1, context_tokens=1)
         assert 0.99 < shape.step_weight_bytes(2) / moved < 1.0, name
 
 
