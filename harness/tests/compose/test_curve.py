@@ -120,7 +120,7 @@ def test_a_grid_may_be_for_one_dtype_only() -> None:
 
 @pytest.mark.parametrize("name", ["embedded", "cpu", "gpu"])
 def test_shipped_specs_load_and_time_what_their_tables_read(name: str) -> None:
-    spec = load_latency_spec(ROOT / "suites" / f"latency_{name}.toml")
+    spec = load_latency_spec(ROOT / "suites" / "latency" / f"{name}.toml")
     assert spec.modes_table is not None and spec.modes != "auto"
     for dtype in spec.dtypes:
         keys = spec.points(dtype, spec.modes)
