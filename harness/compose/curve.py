@@ -18,7 +18,7 @@ from scipy.optimize import isotonic_regression
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.records.latency import LatencyPoint, LatencyRecord
-from harness.records.sweep import CurveLabel
+from harness.records.sweep_cells import CurveLabel
 from harness.specs.hardware import match_device
 from harness.specs.latency import DtypeName, ModeName, PointKey
 

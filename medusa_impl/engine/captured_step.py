@@ -6,7 +6,10 @@ one, the device waits for the host. A replay launches all of them at once.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ _WARMUP_CALLS = 3
 class CapturedSteps:
     """The model's call by CUDA graphs, one for each shape and cache; a new shape is captured when it occurs.
 
-    The graphs of one cache share a memory pool, since only the output of the last replay is ever read. They
-    are freed together with the cache.
+    Each graph has a memory pool of its own, which lives as long as the graph: PyTorch frees a shared pool
+    with its last graph, and a capture that fails leaves the pool that it was to fill unusable for any other.
     """
 
     def __init__(self, call: ModelCall) -> None:
@@ -38,17 +41,31 @@ class CapturedSteps:
         graphs = self._graphs.setdefault(cache, {})
         key = (tuple(inputs.token_ids.shape), cache.plan.view_length, inputs.num_logits)
         if key not in graphs:
-            # PyTorch frees a pool with its last graph, and a capture into a freed pool fails. So the pool
-            # comes from a graph that is alive, or is a new one (None).
-            pool = next(iter(graphs.values())).pool if graphs else None
-            graphs[key] = _CapturedStep(self._call, inputs, cache, pool=pool)
+            graphs[key] = _CapturedStep(self._call, inputs, cache)
         return graphs[key].replay(inputs, cache)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles meanwhile; what is due is collected before.
+
+    A cache and its layers name each other, so an old cache goes when Python looks for cycles, and its graphs
+    with it. CUDA forbids freeing during a capture: a collection there makes the capture fail.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _CapturedStep:
     """One graph with the memory that it reads: a replay first copies its inputs there."""
 
-    def __init__(self, call: ModelCall, inputs: StepInputs, cache: TreeCache, *, pool: Any) -> None:
+    def __init__(self, call: ModelCall, inputs: StepInputs, cache: TreeCache) -> None:
         assert cache.plan.flat_slots is not None
         self._slots = cache.plan.flat_slots.clone()
         self._inputs = StepInputs(
@@ -68,13 +85,8 @@ class _CapturedStep:
                 call(self._inputs, cache)
         torch.cuda.current_stream().wait_stream(warming)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with _no_collection(), torch.cuda.graph(self._graph):
             self._output = call(self._inputs, cache)
-
-    @property
-    def pool(self) -> Any:
-        """Return the handle of the memory pool that this graph keeps alive."""
-        return self._graph.pool()
 
     def replay(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
         """Return the recorded step's output on new inputs, in the same memory as before."""

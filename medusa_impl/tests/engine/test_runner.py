@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -327,37 +326,32 @@ def test_a_captured_step_waits_for_the_host_once() -> None:
 
 
 class _FakeGraphs:
-    """Replaces PyTorch's CUDA graphs and pools: a pool lives as long as a graph that was captured into it."""
+    """Replaces PyTorch's CUDA graphs: it counts those alive, and notes one that is freed during a capture."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.users: Counter[int] = Counter()
-        self.captured: list[int] = []
-        users = self.users
+        self.num_alive = self.num_captured = 0
+        self.is_capturing = self.freed_while_capturing = False
 
         class Graph:
-            handle: int | None = None
+            captured = False
 
-            def pool(self) -> int:
-                assert self.handle is not None, "no successful capture"
-                return self.handle
+            def replay(graph) -> None:
+                assert graph.captured
 
-            def replay(self) -> None:
-                pass
-
-            def __del__(self) -> None:
-                if self.handle is not None:
-                    users[self.handle] -= 1
+            def __del__(graph) -> None:
+                self.num_alive -= graph.captured
+                self.freed_while_capturing |= self.is_capturing
 
         @contextlib.contextmanager
-        def capture(graph: Graph, pool: int | None = None) -> Iterator[None]:
-            assert pool is None or users[pool] > 0 or pool not in self.captured, (
-                "a capture into a pool whose last graph is gone"
-            )
-            handle = len(self.captured) if pool is None else pool
-            yield
-            graph.handle = handle
-            users[handle] += 1
-            self.captured.append(handle)
+        def capture(graph: Graph) -> Iterator[None]:  # without a pool: the graph's own
+            self.is_capturing = True
+            try:
+                yield
+            finally:
+                self.is_capturing = False
+            graph.captured = True
+            self.num_alive += 1
+            self.num_captured += 1
 
         stream = SimpleNamespace(wait_stream=lambda other: None)
         monkeypatch.setattr("torch.cuda.Stream", lambda: stream)
@@ -365,7 +359,6 @@ class _FakeGraphs:
         monkeypatch.setattr("torch.cuda.stream", lambda chosen: contextlib.nullcontext())
         monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
         monkeypatch.setattr("torch.cuda.graph", capture)
-        monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: -1)
 
 
 def _take_step(steps: CapturedSteps, cache: TreeCache, *, num_new: int) -> None:
@@ -382,27 +375,52 @@ def _small_cache() -> TreeCache:
     return TreeCache(num_layers=1, batch_size=1, max_length=64)
 
 
-def test_no_capture_goes_into_the_pool_of_graphs_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Regression: all caches once shared one pool, which was freed with the last cache.
-
-    The next capture crashed inside PyTorch.
+def test_graphs_go_with_their_cache_and_with_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: graphs once shared a memory pool, and the next capture crashed when its last graph was
+    gone.
     """
     fake = _FakeGraphs(monkeypatch)
     steps = CapturedSteps(_no_output)
     first, second = _small_cache(), _small_cache()
     for cache, num_new in ((first, 1), (second, 1), (first, 4), (first, 1), (second, 6)):
         _take_step(steps, cache, num_new=num_new)
-    assert fake.captured == [0, 1, 0, 1] and fake.users == {0: 2, 1: 2}
-    del first, second, cache
+    assert (fake.num_captured, fake.num_alive) == (4, 4)
+    del first
     gc.collect()
-    assert fake.users.total() == 0
-    third = _small_cache()
-    _take_step(steps, third, num_new=1)
-    _take_step(steps, third, num_new=4)
-    assert fake.captured[4:] == [4, 4]
+    assert fake.num_alive == 2, "those of the second cache"
+    del second, cache
+    gc.collect()
+    assert fake.num_alive == 0
 
 
-def test_a_capture_that_failed_leaves_no_pool_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_old_graph_is_freed_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: on a GPU Python freed an old cache with its graphs during a capture, which failed.
+
+    Here the last name of an old cache goes while the next one is captured; cycles enough make Python collect.
+    """
+    fake = _FakeGraphs(monkeypatch)
+    rings: list[list[object]] = []
+
+    def call(inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
+        if fake.is_capturing:
+            rings.clear()
+            for _ in range(5000):
+                cycle: list[object] = []
+                cycle.append(cycle)
+        return _no_output(inputs, cache)
+
+    steps = CapturedSteps(call)
+    for _ in range(3):
+        cache = _small_cache()
+        _take_step(steps, cache, num_new=1)
+        ring: list[object] = [cache]
+        ring.append(ring)
+        rings.append(ring)
+        del cache, ring
+    assert fake.num_captured == 3 and not fake.freed_while_capturing and gc.isenabled()
+
+
+def test_a_capture_that_failed_leaves_the_next_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A size that runs out of memory is skipped, and the next one is captured."""
     fake = _FakeGraphs(monkeypatch)
 
@@ -412,13 +430,12 @@ def test_a_capture_that_failed_leaves_no_pool_to_the_next(monkeypatch: pytest.Mo
         return _no_output(inputs, cache)
 
     steps, cache = CapturedSteps(call), _small_cache()
-    with pytest.raises(torch.OutOfMemoryError):
-        _take_step(steps, cache, num_new=9)
-    _take_step(steps, cache, num_new=1)
-    with pytest.raises(torch.OutOfMemoryError):
-        _take_step(steps, cache, num_new=9)
-    _take_step(steps, cache, num_new=2)
-    assert fake.captured == [0, 0]
+    for num_new in (1, 2):
+        with pytest.raises(torch.OutOfMemoryError):
+            _take_step(steps, cache, num_new=9)
+        assert gc.isenabled()
+        _take_step(steps, cache, num_new=num_new)
+    assert fake.num_captured == 2
 
 
 @pytest.mark.gpu
