@@ -63,9 +63,9 @@ def profile_training_command(
     """
     from harness.measure.training_profile import profile_training
     from harness.records.provenance import machine_slug
-    from harness.specs.recipe import load_training_suite
+    from harness.specs.recipe import load_recipe
 
-    spec = load_training_suite(find_data(recipe, kind="recipe"))
+    spec = load_recipe(find_data(recipe, kind="recipe"))
     profiled = profile_training(spec, num_steps=steps, allow_hub=hub, command=command_line(), console=console)
     name = f"training-{spec.name}-{machine_slug(profiled.environment.device)}.json"
     target = output or default_results() / "profile" / name

@@ -29,21 +29,21 @@ def train(
     """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace;
     resumes where it stopped.
     """
-    from harness.specs.recipe import JointSuite, load_training_suite
-    from harness.training.heads import train_suite
-    from harness.training.joint import check_runnable, train_joint_suite
+    from harness.specs.recipe import JointRecipe, load_recipe
+    from harness.training.heads import train_heads
+    from harness.training.joint import check_runnable, train_both
     from harness.training.workers import announce
     from medusa_impl.training.trainer import end_processes, process_state
 
-    spec = load_training_suite(find_data(recipe, kind="recipe"))
+    spec = load_recipe(find_data(recipe, kind="recipe"))
     place = work or cache_dir() / "training" / spec.name
-    if isinstance(spec, JointSuite):
+    if isinstance(spec, JointRecipe):
         check_runnable(spec.recipe)
     announce(spec, work=place, from_scratch=from_scratch, console=console, allow_hub=hub)
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
-    if isinstance(spec, JointSuite):
-        joint = train_joint_suite(
+    if isinstance(spec, JointRecipe):
+        joint = train_both(
             spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
         )
         writes = process_state().is_main_process
@@ -67,7 +67,7 @@ def train(
             )
         )
         return
-    files = train_suite(
+    files = train_heads(
         spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
     )
     print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
@@ -84,11 +84,11 @@ def calibrate(
     """Record the calibration trace of trained heads, which trees are searched on, as training does at its end
     where the model fits.
     """
-    from harness.specs.recipe import JointSuite, load_training_suite
+    from harness.specs.recipe import JointRecipe, load_recipe
     from harness.training.calibration import calibrate_folder
 
-    spec = load_training_suite(find_data(recipe, kind="recipe"))
-    if not isinstance(spec, JointSuite):
+    spec = load_recipe(find_data(recipe, kind="recipe"))
+    if not isinstance(spec, JointRecipe):
         raise UserError(
             found=f"the recipe {spec.name!r} of heads alone",
             need='trains = "heads_and_backbone"',
@@ -109,12 +109,12 @@ def distill(
     """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where
     it stopped.
     """
-    from harness.specs.recipe import load_training_suite
-    from harness.training.workers import announce, distill_suite
+    from harness.specs.recipe import load_recipe
+    from harness.training.workers import announce, distill_corpus
 
-    spec = load_training_suite(find_data(recipe, kind="recipe"))
+    spec = load_recipe(find_data(recipe, kind="recipe"))
     place = work or cache_dir() / "training" / spec.name
     announce(spec, work=place, from_scratch=True, console=console, allow_hub=hub)
-    made = distill_suite(spec, work=place, target=out or place / "out", console=console, allow_hub=hub)
+    made = distill_corpus(spec, work=place, target=out or place / "out", console=console, allow_hub=hub)
     counts = {"answers": made.num_answers, "second_turns": made.num_second_turns, "tokens": made.num_tokens}
     print(json.dumps({"recipe": spec.name, "corpus": made.file.name, **counts}))

@@ -37,7 +37,7 @@ from harness.paths import code_folder, resolve_path
 from harness.records.provenance import Environment
 from harness.records.run import DeviceLimits
 from harness.records.training_profile import MatrixThroughput, TrainingProfile
-from harness.specs.recipe import AnySuite, JointSuite, TrainingSuite
+from harness.specs.recipe import AnyRecipe, HeadsRecipe, JointRecipe
 from harness.training.joint import check_runnable, first_heads
 from harness.training.text import read_text, token_subset
 from medusa_impl.checkpoints.tensors import backbone_sha256
@@ -70,7 +70,7 @@ class _Bench:
 
 
 def profile_training(
-    spec: AnySuite, *, num_steps: int, allow_hub: bool, command: str, console: Console
+    spec: AnyRecipe, *, num_steps: int, allow_hub: bool, command: str, console: Console
 ) -> TrainingProfile:
     """Take `num_steps` plain and as many marked steps of every stage of a recipe, count the products of one
     more, and say what they reach.
@@ -79,26 +79,26 @@ def profile_training(
     the device held throughout.
     Raises: UserError for a recipe that cannot run here or whose text is not there.
     """
-    if isinstance(spec, JointSuite):
+    if isinstance(spec, JointRecipe):
         check_runnable(spec.recipe)
-    if spec.packed_corpus is None and (isinstance(spec, TrainingSuite) or spec.conversations is None):
+    if spec.packed_corpus is None and (isinstance(spec, HeadsRecipe) or spec.conversations is None):
         raise UserError(
             found="a recipe whose text is still to be made",
             need="packed_corpus, or conversations",
             where=f"{spec.name}.toml",
             do="make it with medusa-repro distill and name it there",
         )
-    device = best_device() if isinstance(spec, JointSuite) else torch.device("cpu")
+    device = best_device() if isinstance(spec, JointRecipe) else torch.device("cpu")
     clock = device_clock(device)
     console.print(
         f"[bold]{spec.name}[/bold]: loading {spec.model.asset or spec.model.path or 'a tiny random model'}"
     )
-    quantisation = spec.recipe.quantisation if isinstance(spec, JointSuite) else None
+    quantisation = spec.recipe.quantisation if isinstance(spec, JointRecipe) else None
     loaded = load_model(spec.model, device=device, allow_hub=allow_hub, quantisation=quantisation)
     with tempfile.TemporaryDirectory() as text:
         bench = (
             _joint_bench(spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command)
-            if isinstance(spec, JointSuite)
+            if isinstance(spec, JointRecipe)
             else _heads_bench(
                 spec, loaded, folder=Path(text), num_steps=num_steps, clock=clock, command=command
             )
@@ -118,7 +118,7 @@ def profile_training(
     counted = {dtype for stage in stages for dtype in stage.flops}
     return TrainingProfile(
         recipe=spec.name,
-        kind="heads" if isinstance(spec, TrainingSuite) else "joint",
+        kind="heads" if isinstance(spec, HeadsRecipe) else "joint",
         environment=bench.environment,
         throughput=tuple(
             MatrixThroughput(
@@ -139,7 +139,7 @@ def _limits(dtypes: Sequence[str], *, device: torch.device, clock: Clock) -> dic
 
 
 def _heads_bench(
-    spec: TrainingSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
+    spec: HeadsRecipe, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
 ) -> _Bench:
     """Return Medusa-1's trainer on the cached states of as many answers as a few batches need."""
     recipe = spec.recipe
@@ -188,7 +188,7 @@ def heads_stages(recipe: Medusa1Recipe, *, vocab_size: int) -> dict[str, float]:
     return {stage: rate for stage, rate in (("subset", 1 - full), ("full", full)) if rate > 0}
 
 
-def _samples(spec: TrainingSuite, loaded: LoadedModel) -> list[CorpusSample]:
+def _samples(spec: HeadsRecipe, loaded: LoadedModel) -> list[CorpusSample]:
     """Return the corpus' first answers, enough for a few batches."""
     assert spec.packed_corpus is not None
     needed, rows, taken = _STATE_BATCHES * spec.recipe.batch_positions, 0, list[CorpusSample]()
@@ -216,7 +216,7 @@ def _features(
 
 
 def _joint_bench(
-    spec: JointSuite, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
+    spec: JointRecipe, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
 ) -> _Bench:
     """Return the joint trainer on one batch of the recipe's text, the same in every step, so that the counted
     step is like the timed.
@@ -257,7 +257,7 @@ def _joint_bench(
     )
 
 
-def joint_stages(spec: JointSuite) -> dict[str, float]:
+def joint_stages(spec: JointRecipe) -> dict[str, float]:
     """Return the joint stages, with their shares of the recipe's steps: the heads alone, then heads and
     backbone.
     """
@@ -290,7 +290,7 @@ def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) ->
 
 
 def _describe(
-    spec: AnySuite, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str
+    spec: AnyRecipe, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str
 ) -> Environment:
     """Return where the profile comes from; no engine is built, which would change the attention that joint
     training runs.

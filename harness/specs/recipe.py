@@ -84,7 +84,7 @@ class CorpusSpec(Frozen):
         )
 
 
-class TrainingSuite(_Recipe):
+class HeadsRecipe(_Recipe):
     """A recipe for heads alone: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus
     that spares making it.
     """
@@ -94,7 +94,7 @@ class TrainingSuite(_Recipe):
     recipe: Medusa1Recipe
 
 
-class JointSuite(_Recipe):
+class JointRecipe(_Recipe):
     """A recipe for heads and backbone together.
 
     The text is a packed corpus, a corpus to be made, or `conversations`: a file in ShareGPT's layout.
@@ -109,7 +109,7 @@ class JointSuite(_Recipe):
     recipe: Medusa2Recipe
 
     @model_validator(mode="after")
-    def _some_text(self) -> JointSuite:
+    def _some_text(self) -> JointRecipe:
         if self.corpus is None and self.conversations is None and self.packed_corpus is None:
             raise ValueError("give packed_corpus, corpus or conversations")
         if self.conversations is not None and (self.corpus is not None or self.packed_corpus is not None):
@@ -117,21 +117,21 @@ class JointSuite(_Recipe):
         return self
 
 
-AnySuite = TrainingSuite | JointSuite
+AnyRecipe = HeadsRecipe | JointRecipe
 
 
-class _AnyRecipe(RootModel[Annotated[AnySuite, Field(discriminator="trains")]]):
+class _RecipeFile(RootModel[Annotated[AnyRecipe, Field(discriminator="trains")]]):
     """A recipe of either form."""
 
 
-def load_training_suite(path: Path) -> AnySuite:
+def load_recipe(path: Path) -> AnyRecipe:
     """Return the recipe in a file. Raises: UserError as `read_toml` does."""
-    return read_toml(path, _AnyRecipe, noun="a recipe", kind="recipe", prepare=_of_heads).root
+    return read_toml(path, _RecipeFile, noun="a recipe", kind="recipe", prepare=_of_heads).root
 
 
-def training_suite_of(data: dict[str, object]) -> AnySuite:
+def recipe_of(data: dict[str, object]) -> AnyRecipe:
     """Return the recipe that data of either form describe."""
-    return _AnyRecipe.model_validate(_of_heads(data)).root
+    return _RecipeFile.model_validate(_of_heads(data)).root
 
 
 def _of_heads(data: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _of_heads(data: dict[str, Any]) -> dict[str, Any]:
     return {"trains": "heads", **data}
 
 
-def needed_corpus(spec: AnySuite) -> CorpusSpec:
+def needed_corpus(spec: AnyRecipe) -> CorpusSpec:
     """Return the corpus that a recipe has made.
 
     Raises: UserError for a recipe that names its text instead.

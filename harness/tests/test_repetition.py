@@ -42,7 +42,7 @@ LONG = {
     "harness/measure/sweep/cells.py decode_point",
     "harness/measure/sweep/run.py run_sweep",
     "harness/measure/training_profile.py profile_training",
-    "harness/training/heads.py train_suite",
+    "harness/training/heads.py train_heads",
     "harness/training/joint.py train_joint",
     "medusa_impl/stream.py decode_stream",
 }

@@ -10,14 +10,14 @@ from harness.device.engine import LoadedModel, best_device, load_engine, load_mo
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.records.trace import Trace
-from harness.specs.recipe import AnySuite, CorpusSpec, JointSuite
+from harness.specs.recipe import AnyRecipe, CorpusSpec, JointRecipe
 from harness.specs.suite import SuiteSpec
 from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.training.distill import CorpusStore
 
 
 def calibrate(
-    spec: AnySuite,
+    spec: AnyRecipe,
     loaded: LoadedModel,
     *,
     heads_file: Path,
@@ -77,7 +77,7 @@ def calibrate(
 
 
 def calibrate_folder(
-    spec: JointSuite, folder: Path, *, work: Path, console: Console, allow_hub: bool = False
+    spec: JointRecipe, folder: Path, *, work: Path, console: Console, allow_hub: bool = False
 ) -> Path | None:
     """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a
     model without a tokenizer.

@@ -17,7 +17,7 @@ from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.specs.recipe import AnySuite, CorpusSpec
+from harness.specs.recipe import AnyRecipe, CorpusSpec
 from harness.specs.suite import SuiteSpec
 from harness.training.conversations import (
     check_has_template,
@@ -229,7 +229,7 @@ def make_corpus(
     return held
 
 
-def check_overlap(spec: AnySuite, *, allow_hub: bool) -> None:
+def check_overlap(spec: AnyRecipe, *, allow_hub: bool) -> None:
     """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or
     HumanEval.
 

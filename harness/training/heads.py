@@ -21,7 +21,7 @@ from rich.progress import (
 from harness.device.engine import best_device, load_model, new_heads
 from harness.device.machine import git_state
 from harness.paths import code_folder
-from harness.specs.recipe import TrainingSuite
+from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
 from harness.training.corpus import check_overlap
 from harness.training.text import unpacked_corpus
@@ -42,8 +42,8 @@ class TrainingFiles:
     corpus: Path
 
 
-def train_suite(
-    spec: TrainingSuite,
+def train_heads(
+    spec: HeadsRecipe,
     *,
     work: Path,
     target: Path,

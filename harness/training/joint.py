@@ -31,7 +31,7 @@ from harness.device.machine import git_state
 from harness.errors import UserError
 from harness.files import write_bytes
 from harness.paths import code_folder, resolve_path
-from harness.specs.recipe import JointSuite
+from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
 from harness.training.text import JointText, read_text, token_subset
@@ -65,8 +65,8 @@ class JointFiles:
     figures: JointFigures
 
 
-def train_joint_suite(
-    spec: JointSuite,
+def train_both(
+    spec: JointRecipe,
     *,
     work: Path,
     target: Path,

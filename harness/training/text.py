@@ -21,7 +21,7 @@ from harness.device.engine import LoadedModel
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
-from harness.specs.recipe import JointSuite, TrainingSuite
+from harness.specs.recipe import HeadsRecipe, JointRecipe
 from harness.training.conversations import (
     check_has_template,
     conversation_sequence,
@@ -39,7 +39,7 @@ from medusa_impl.training.sequences import TrainingSequence
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 
 
-def unpacked_corpus(spec: TrainingSuite, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
+def unpacked_corpus(spec: HeadsRecipe, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
     """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where
     it stopped.
     """
@@ -78,7 +78,7 @@ class JointText:
         return canonical_sha256([[sequence.token_ids, sequence.answers] for sequence in self.train])
 
 
-def read_text(spec: JointSuite, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
+def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
     """Return a recipe's text as sequences, split by the tokens of the first prompt."""
     length = spec.recipe.max_length
     if spec.conversations is not None:

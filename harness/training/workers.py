@@ -17,7 +17,7 @@ from harness.device.engine import LoadedModel, best_device, load_model, model_sh
 from harness.device.limits import measure_device_limits
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
-from harness.specs.recipe import AnySuite, CorpusSpec, TrainingSuite, needed_corpus, training_suite_of
+from harness.specs.recipe import AnyRecipe, CorpusSpec, HeadsRecipe, needed_corpus, recipe_of
 from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import (
     amount,
@@ -63,7 +63,7 @@ def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> Corp
     return store
 
 
-def fill_corpus(spec: AnySuite, *, work: Path, console: Console, allow_hub: bool = False) -> None:
+def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: bool = False) -> None:
     """Bring the corpus to its size with a process a GPU, or a single-threaded one a core: on a CPU they need
     no barriers between them.
 
@@ -154,7 +154,7 @@ def corpus_worker(
     Raises: UserError before anything is generated, where a prompt of any worker's leaves no room for its
     answer.
     """
-    spec = training_suite_of(spec_data)
+    spec = recipe_of(spec_data)
     corpus = needed_corpus(spec)
     device = worker_device(index, num_gpus=num_gpus)
     if device.type == "cuda":
@@ -171,7 +171,7 @@ def corpus_worker(
     )
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
     # what heads alone learn from; with the backbone they learn from text
-    keep_states = isinstance(spec, TrainingSuite)
+    keep_states = isinstance(spec, HeadsRecipe)
     console = Console(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
@@ -229,7 +229,7 @@ def answer_further_turns(
 
 
 def announce(
-    spec: AnySuite, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False
+    spec: AnyRecipe, *, work: Path, from_scratch: bool, console: Console, allow_hub: bool = False
 ) -> None:
     """Say how much text is missing and how long making it should take; refuse to start hours of work unasked.
 
@@ -279,8 +279,8 @@ class DistilledCorpus:
     num_tokens: int
 
 
-def distill_suite(
-    spec: AnySuite, *, work: Path, target: Path, console: Console, allow_hub: bool = False
+def distill_corpus(
+    spec: AnyRecipe, *, work: Path, target: Path, console: Console, allow_hub: bool = False
 ) -> DistilledCorpus:
     """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and
     added to.

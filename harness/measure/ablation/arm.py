@@ -14,7 +14,7 @@ from harness.device.engine import best_device, load_model
 from harness.errors import UserError
 from harness.paths import resolve_path, shipped
 from harness.specs.ablation import AblationSpec
-from harness.specs.recipe import JointSuite, load_training_suite
+from harness.specs.recipe import JointRecipe, load_recipe
 from harness.training.joint import train_joint
 from harness.training.text import JointText, corpus_text
 from medusa_impl.recipes import Medusa2Recipe
@@ -103,8 +103,8 @@ def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2R
     name = spec.arm(arm).recipe
     own = shipped("recipes", f"{name}.toml")
     path = own if own.is_file() else resolve_path(name, beside=beside)
-    found = load_training_suite(path)
-    if not isinstance(found, JointSuite):
+    found = load_recipe(path)
+    if not isinstance(found, JointRecipe):
         raise UserError(
             found=f"the recipe {found.name!r} of heads alone",
             need='trains = "heads_and_backbone"',

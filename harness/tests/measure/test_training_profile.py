@@ -29,7 +29,7 @@ from harness.records.training_profile import (
     read_training_profile,
 )
 from harness.report.profiles import training_headline
-from harness.specs.recipe import training_suite_of
+from harness.specs.recipe import recipe_of
 from harness.specs.suite import TinyModelSpec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
@@ -75,7 +75,7 @@ def heads_data(folder: Path, **recipe: Any) -> dict[str, Any]:
 def profiled(data: dict[str, Any], *, num_steps: int = 1) -> TrainingProfile:
     with small_device_limits():
         return profile_training(
-            training_suite_of(data),
+            recipe_of(data),
             num_steps=num_steps,
             allow_hub=False,
             command="medusa-repro profile-training",
@@ -371,7 +371,7 @@ def test_stages_are_those_of_the_recipe(
         heads_stages(Medusa1Recipe.model_validate(heads_data(folder, **recipe)["recipe"]), vocab_size=128)
         == stages
     )
-    frozen = training_suite_of(recipe_data(folder, backbone="frozen"))
+    frozen = recipe_of(recipe_data(folder, backbone="frozen"))
     assert frozen.trains == "heads_and_backbone" and joint_stages(frozen) == {"heads": 1.0}
 
 

@@ -29,11 +29,11 @@ from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
 from harness.report.run import best_greedy_arm, render_report
 from harness.report.run_tables import arms_note
-from harness.specs.recipe import JointSuite
+from harness.specs.recipe import JointRecipe
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
-from harness.training.joint import JointFiles, train_joint_suite
+from harness.training.joint import JointFiles, train_both
 
 tiny_model = harness.device.engine._tiny_model
 VANILLA_TUNED: dict[str, Any] = {**VANILLA, "name": "vanilla_tuned", "backbone": "tuned"}
@@ -49,8 +49,8 @@ def files(engine: Engine, heads_file: Path, tmp_path_factory: pytest.TempPathFac
     data = recipe_data(
         folder, backbone_learning_rate=0.05, heads_learning_rate=1e-4, warmup="none", lambda_0=1.0
     )
-    spec = JointSuite.model_validate({**data, "start_heads": str(heads_file)})
-    return train_joint_suite(spec, work=folder / "work", target=folder / "out", console=QUIET)
+    spec = JointRecipe.model_validate({**data, "start_heads": str(heads_file)})
+    return train_both(spec, work=folder / "work", target=folder / "out", console=QUIET)
 
 
 def suite_data(files: JointFiles, heads_file: Path, **changes: Any) -> dict[str, Any]:

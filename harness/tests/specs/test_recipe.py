@@ -13,7 +13,7 @@ from harness.errors import ExitCode, UserError
 from harness.measure.ablation.arm import arm_recipe
 from harness.paths import shipped
 from harness.specs.ablation import load_ablation, parse_ablation
-from harness.specs.recipe import JointSuite, TrainingSuite, load_training_suite
+from harness.specs.recipe import HeadsRecipe, JointRecipe, load_recipe
 from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training.corpus import catalogue_prompts
@@ -25,17 +25,17 @@ RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
 ABLATIONS = sorted((SUITES / "ablations").glob("*.toml"))
 
 
-def joint(name: str) -> JointSuite:
-    spec = load_training_suite(SUITES / "recipes" / f"{name}.toml")
-    assert isinstance(spec, JointSuite)
+def joint(name: str) -> JointRecipe:
+    spec = load_recipe(SUITES / "recipes" / f"{name}.toml")
+    assert isinstance(spec, JointRecipe)
     return spec
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_whole_and_bear_their_files_name(path: Path) -> None:
-    spec = load_training_suite(path)
+    spec = load_recipe(path)
     assert spec.name == path.stem
-    assert isinstance(spec, TrainingSuite) == (path.stem == "embedded_medusa1")
+    assert isinstance(spec, HeadsRecipe) == (path.stem == "embedded_medusa1")
 
 
 def test_the_7b_recipe_carries_appendix_b() -> None:
@@ -155,7 +155,7 @@ def test_a_shipped_corpus_can_be_asked_for(path: Path) -> None:
     """Regression: a recipe wanted more prompts than the catalogue has combinations; such a one has to bring
     its own.
     """
-    corpus = load_training_suite(path).corpus
+    corpus = load_recipe(path).corpus
     if corpus is not None and corpus.prompts_file is None:
         assert len(catalogue_prompts(corpus, corpus.num_prompts())) == corpus.num_prompts()
 
@@ -241,7 +241,7 @@ def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str, 
     assert old in text
     (tmp_path / "mine.toml").write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=found):
-        load_training_suite(tmp_path / "mine.toml")
+        load_recipe(tmp_path / "mine.toml")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import harness.training.joint
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import Engine, LoadedModel, heads_for, load_model
 from harness.errors import ExitCode, UserError
-from harness.specs.recipe import JointSuite
+from harness.specs.recipe import JointRecipe
 from harness.tests.tiny_suite import QUIET, command, smoke_suite
 from harness.tests.tiny_training import NUM_ANSWERS, recipe_data, write_corpus, write_recipe
 from harness.training.joint import (
@@ -29,8 +29,8 @@ from harness.training.joint import (
     check_runnable,
     first_heads,
     last_checkpoint,
+    train_both,
     train_joint,
-    train_joint_suite,
 )
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import load_heads
@@ -51,8 +51,8 @@ def folder(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, place: Path, *, heads: Path | None = None, **recipe: Any) -> JointFiles:
     data = {**recipe_data(folder, **recipe), **({"start_heads": str(heads)} if heads is not None else {})}
-    return train_joint_suite(
-        JointSuite.model_validate(data), work=place / "work", target=place / "out", console=QUIET
+    return train_both(
+        JointRecipe.model_validate(data), work=place / "work", target=place / "out", console=QUIET
     )
 
 
@@ -224,8 +224,8 @@ def test_another_models_answers_are_refused(folder: Path, tmp_path: Path) -> Non
     data = recipe_data(folder)
     data["model"]["tiny"]["seed"] += 1
     with pytest.raises(UserError, match="the answers of a model with tensors"):
-        train_joint_suite(
-            JointSuite.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET
+        train_both(
+            JointRecipe.model_validate(data), work=tmp_path / "work", target=tmp_path / "out", console=QUIET
         )
 
 
@@ -267,7 +267,7 @@ def test_a_run_that_was_cut_off_ends_where_an_unbroken_one_does(
         if step.step == 3:
             raise KeyboardInterrupt
 
-    spec = JointSuite.model_validate(recipe_data(folder, num_steps=5, autocast=autocast))
+    spec = JointRecipe.model_validate(recipe_data(folder, num_steps=5, autocast=autocast))
     loaded = load_model(spec.model, device=CPU)
 
     class Cut(MedusaTrainer):
@@ -365,14 +365,14 @@ def test_what_fsdp_cannot_cut_is_refused(
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="under FSDP, which cuts neither"):
-        check_runnable(JointSuite.model_validate(recipe_data(folder, **recipe)).recipe)
+        check_runnable(JointRecipe.model_validate(recipe_data(folder, **recipe)).recipe)
 
 
 def test_one_dtype_for_all_that_learns_is_asked_for_under_fsdp(
     folder: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """FSDP gathers heads and LM head together, and raises from within where their dtypes differ."""
-    spec = JointSuite.model_validate(
+    spec = JointRecipe.model_validate(
         recipe_data(folder, backbone="full", heads_lm_head="adapted", target="tokens")
     )
     loaded = load_model(spec.model, device=CPU)
@@ -395,7 +395,7 @@ def test_another_recipe_does_not_go_on_from_this_ones_state(folder: Path, tmp_pa
 def test_heads_of_another_form_are_no_start(
     tiny: tuple[LoadedModel, Engine], folder: Path, heads_file: Path
 ) -> None:
-    recipe = JointSuite.model_validate(recipe_data(folder, num_heads=3)).recipe
+    recipe = JointRecipe.model_validate(recipe_data(folder, num_heads=3)).recipe
     with pytest.raises(UserError, match=r"\(4, 1, 'shared'\) to start from; need heads.*\(3, 1, 'shared'\)"):
         first_heads(tiny[0], recipe, start_heads=heads_file)
     fresh, word = first_heads(tiny[0], recipe, start_heads=None)

@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerFast
 from harness.device.engine import best_device, load_model, model_sha256
 from harness.errors import ExitCode, UserError
 from harness.files import ModelFolder
-from harness.specs.recipe import JointSuite
+from harness.specs.recipe import JointRecipe
 from harness.specs.suite import ModelSpec
 from harness.tests.tiny_suite import QUIET, command
 from harness.training.conversations import conversation_and_turn, conversation_sequence, turn_key
 from harness.training.corpus import goes_on
 from harness.training.text import read_text
-from harness.training.workers import corpus_backbone, corpus_worker, distill_suite, fill_corpus
+from harness.training.workers import corpus_backbone, corpus_worker, distill_corpus, fill_corpus
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
 
@@ -61,7 +61,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def suite(model_folder: Path, **changes: Any) -> JointSuite:
+def suite(model_folder: Path, **changes: Any) -> JointRecipe:
     corpus = {
         "num_samples": 40,
         "max_new_tokens": 16,
@@ -79,7 +79,7 @@ def suite(model_folder: Path, **changes: Any) -> JointSuite:
         "description": "-",
         "model": {"path": str(model_folder)},
     }
-    return JointSuite.model_validate({**data, "corpus": corpus, "recipe": {"num_steps": 2}})
+    return JointRecipe.model_validate({**data, "corpus": corpus, "recipe": {"num_steps": 2}})
 
 
 def samples(work: Path) -> dict[str, CorpusSample]:
@@ -309,7 +309,7 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
         lambda: fill_corpus(elsewhere, work=tmp_path, console=QUIET),
         lambda: corpus_worker(elsewhere.model_dump(mode="json"), str(tmp_path), 0, 1, num_gpus=0),
         lambda: read_text(elsewhere, loaded, work=tmp_path),
-        lambda: distill_suite(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
+        lambda: distill_corpus(elsewhere, work=tmp_path, target=tmp_path / "out", console=QUIET),
     ):
         with (
             patch("harness.training.workers.check_overlap"),
