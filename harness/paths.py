@@ -32,25 +32,27 @@ def code_folder() -> Path:
     return Path(__file__).resolve().parent
 
 
-def resolve_path(text: str, *, beside: Path | None) -> Path:
-    """Return a data file named by a suite: as given, beside the suite file, or among the shipped suites.
+def resolve_path(text: str, *, base_folder: Path | None) -> Path:
+    """Return the file that a data file names: as given, from the base folder, or among the shipped data.
 
+    The base folder is that of the file which names the path; None where no file does.
     Raises: UserError where none of them exists.
     """
-    for candidate in (Path(text), *((beside / text,) if beside is not None else ()), shipped(text)):
+    for candidate in (Path(text), *((base_folder / text,) if base_folder is not None else ()), shipped(text)):
         if candidate.exists():
             return Path(candidate)
     raise UserError(
         found=f"no file {text!r}",
-        need="a file that exists, beside the suite or under suites/",
-        where="the suite",
+        need="a path that exists: absolute, or from here, from the folder of the data file, or from suites/",
+        where="the data file that names it",
+        do="correct the path there",
     )
 
 
 def default_results() -> Path:
     """Return the results folder of the checkout, or of the working directory outside one."""
-    beside = code_folder().parent / "results"
-    return beside if beside.is_dir() else Path("results")
+    of_checkout = code_folder().parent / "results"
+    return of_checkout if of_checkout.is_dir() else Path("results")
 
 
 def without_paths(text: str) -> str:

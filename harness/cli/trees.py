@@ -169,7 +169,7 @@ def search_tree(
 
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
-    trace_file = calibration or resolve_path("embedded/calibration.npz", beside=None)
+    trace_file = calibration or resolve_path("embedded/calibration.npz", base_folder=None)
     if device is None:
         tree = print_search(trace_file, num_nodes=num_nodes, values=values, check=check, console=console)
         text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})

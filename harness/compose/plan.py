@@ -72,7 +72,7 @@ class SweepPlan:
 
 
 def plan_sweep(
-    spec: SweepSpec, *, beside: Path | None, results: Path, cache: Path | None = None
+    spec: SweepSpec, *, base_folder: Path | None, results: Path, cache: Path | None = None
 ) -> SweepPlan:
     """Load traces and curves, resolve every tree, and let the searches choose each cell's own; `cache` keeps
     what searches found.
@@ -80,7 +80,7 @@ def plan_sweep(
     Raises: UserError for what is missing or does not belong together.
     """
     trace_file, calibration_file = (
-        resolve_path(name, beside=beside) for name in (spec.trace, spec.calibration_trace)
+        resolve_path(name, base_folder=base_folder) for name in (spec.trace, spec.calibration_trace)
     )
     trace, calibration = Trace.load(trace_file), ReplayIndex(Trace.load(calibration_file))
     check_same_heads(trace, calibration.trace)

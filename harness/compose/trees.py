@@ -92,7 +92,7 @@ def resolve_trees(
     calibration: Trace | None,
     costs: tuple[StepCost, ...],
     num_heads: int,
-    beside: Path | None,
+    base_folder: Path | None,
     backbone: BackboneName = "original",
 ) -> dict[str, ArmTree]:
     """Return the tree of every Medusa arm on one backbone; calibration trace and heads are that one's.
@@ -105,7 +105,7 @@ def resolve_trees(
         if arm.tree is None or arm.backbone != backbone:
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
-        tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, beside=beside)
+        tree, origin = _resolve(arm, calibration, costs=costs, num_heads=heads, base_folder=base_folder)
         _check_depth(tree, arm, num_heads=heads)
         predicted = index.replay(tree).tokens_per_step if index is not None else None
         resolved[arm.name] = ArmTree(paths=tree.paths, origin=origin, predicted_tokens_per_step=predicted)
@@ -116,7 +116,7 @@ def check_fixed_trees(
     suite: SuiteSpec,
     *,
     num_heads: int,
-    beside: Path | None,
+    base_folder: Path | None,
     has_calibration: bool,
     backbone: BackboneName = "original",
 ) -> None:
@@ -131,7 +131,7 @@ def check_fixed_trees(
         ):
             continue
         heads = min(num_heads, arm.num_heads or num_heads)
-        tree, _ = _resolve(arm, None, costs=(), num_heads=heads, beside=beside)
+        tree, _ = _resolve(arm, None, costs=(), num_heads=heads, base_folder=base_folder)
         _check_depth(tree, arm, num_heads=heads)
 
 
@@ -151,7 +151,7 @@ def _resolve(
     *,
     costs: tuple[StepCost, ...],
     num_heads: int,
-    beside: Path | None,
+    base_folder: Path | None,
 ) -> tuple[DraftTree, str]:
     spec = arm.tree
     if isinstance(spec, ChainTree):
@@ -170,7 +170,9 @@ def _resolve(
             widths
         ), f"Cartesian, widths {list(widths)}: best on calibration, <= {spec.max_nodes} nodes"
     if isinstance(spec, FileTree):
-        return DraftTree.from_json(resolve_path(spec.path, beside=beside)), f"file {Path(spec.path).name}"
+        return DraftTree.from_json(
+            resolve_path(spec.path, base_folder=base_folder)
+        ), f"file {Path(spec.path).name}"
     if calibration is None:
         raise UserError(
             found=f"tree kind {spec.kind!r}" if spec else "no tree",

@@ -194,7 +194,7 @@ def load_model(
     *,
     device: torch.device,
     allow_hub: bool = False,
-    beside: Path | None = None,
+    base_folder: Path | None = None,
     quantisation: Literal["4bit"] | None = None,
 ) -> LoadedModel:
     """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration; an
@@ -206,10 +206,10 @@ def load_model(
     quantised = _quantised(quantisation)  # before anything is fetched
     bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
     if spec.chat_template is not None and bare.tokenizer is not None:
-        bare.tokenizer.chat_template = resolve_path(spec.chat_template, beside=beside).read_text()
+        bare.tokenizer.chat_template = resolve_path(spec.chat_template, base_folder=base_folder).read_text()
     if spec.adapter is None:
         return bare
-    return with_adapter(bare, resolve_path(spec.adapter, beside=beside))
+    return with_adapter(bare, resolve_path(spec.adapter, base_folder=base_folder))
 
 
 def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
@@ -297,10 +297,12 @@ def _load_bare(
     )
 
 
-def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, beside: Path | None = None) -> str:
+def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None) -> str:
     """Return the hash that the model would be known by, where it can be had without loading it."""
     if spec.tiny is not None or spec.adapter is not None:
-        return load_model(spec, device=torch.device("cpu"), allow_hub=allow_hub, beside=beside).sha256
+        return load_model(
+            spec, device=torch.device("cpu"), allow_hub=allow_hub, base_folder=base_folder
+        ).sha256
     return tensors_sha256(_model_folder(spec, allow_hub=allow_hub)[0])
 
 
@@ -333,7 +335,7 @@ def load_engine(
     suite: SuiteSpec,
     loaded: LoadedModel,
     *,
-    beside: Path | None,
+    base_folder: Path | None,
     heads: MedusaHeads | None = None,
     mode: Mode | None = None,
 ) -> Engine:
@@ -342,7 +344,7 @@ def load_engine(
     """
     provenance: Mapping[str, Any] = {}
     if heads is None and suite.heads.path is not None:
-        heads, stored = heads_for(loaded, resolve_path(suite.heads.path, beside=beside))
+        heads, stored = heads_for(loaded, resolve_path(suite.heads.path, base_folder=base_folder))
         provenance = stored.model_dump(mode="json")
     digest = backbone_sha256(heads) if heads is not None else None
     runner = StepRunner(loaded.model, heads, mode=mode or suite.engine)
@@ -350,7 +352,7 @@ def load_engine(
 
 
 def load_tuned_engine(
-    suite: SuiteSpec, *, device: torch.device, allow_hub: bool, beside: Path | None
+    suite: SuiteSpec, *, device: torch.device, allow_hub: bool, base_folder: Path | None
 ) -> Engine | None:
     """Load a suite's tuned backbone, a second copy of its model with the adapter merged, and its heads; None
     where the suite has none.
@@ -360,8 +362,8 @@ def load_tuned_engine(
     if suite.tuned is None:
         return None
     model = suite.model.model_copy(update={"adapter": suite.tuned.adapter})
-    loaded = load_model(model, device=device, allow_hub=allow_hub, beside=beside)
-    heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, beside=beside))
+    loaded = load_model(model, device=device, allow_hub=allow_hub, base_folder=base_folder)
+    heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, base_folder=base_folder))
     digest = backbone_sha256(heads)  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=suite.engine)
     return Engine(

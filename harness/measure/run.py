@@ -123,28 +123,30 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
             where="this machine",
             do="stop them",
         )
-    beside = suite_file.parent if suite_file is not None else None
+    base_folder = suite_file.parent if suite_file is not None else None
     console.print(
         f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
     )
-    loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, beside=beside)
+    loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
     prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
     warmup = warmup_prompts(suite, loaded)
     heads = train_tiny_heads(loaded, suite, prompts=warmup) if suite.heads.train_steps is not None else None
-    engine = load_engine(suite, loaded, beside=beside, heads=heads)
+    engine = load_engine(suite, loaded, base_folder=base_folder, heads=heads)
     if engine.runner.note:
         console.print(engine.runner.note)
-    tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, beside=beside)
+    tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
     engines: dict[BackboneName, Engine] = (
         {"original": engine} if tuned is None else {"original": engine, "tuned": tuned}
     )
-    calibrations = {name: _calibration(suite, name, one, beside=beside) for name, one in engines.items()}
+    calibrations = {
+        name: _calibration(suite, name, one, base_folder=base_folder) for name, one in engines.items()
+    }
     for name, one in engines.items():
         has_calibration = calibrations[name] is not None
         check_fixed_trees(
             suite,
             num_heads=one.heads.num_heads,
-            beside=beside,
+            base_folder=base_folder,
             has_calibration=has_calibration,
             backbone=name,
         )
@@ -154,7 +156,9 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
     session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
     with folder_held(store.folder):
-        _fill_record(session, calibrations, beside=beside, started=started, budget_s=options.time_budget_s)
+        _fill_record(
+            session, calibrations, base_folder=base_folder, started=started, budget_s=options.time_budget_s
+        )
     return store.folder
 
 
@@ -162,14 +166,14 @@ def _fill_record(
     session: Session,
     calibrations: Mapping[BackboneName, Trace | None],
     *,
-    beside: Path | None,
+    base_folder: Path | None,
     started: float,
     budget_s: float | None,
 ) -> None:
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
     with device_turn(session):
-        trees = _prepare(session, calibrations, beside=beside)
+        trees = _prepare(session, calibrations, base_folder=base_folder)
     runners = arm_runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
     peak = run_blocks(session, runners, plan, started=started, budget_s=budget_s)
@@ -214,12 +218,12 @@ def describe(
 
 
 def _calibration(
-    suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, beside: Path | None
+    suite: SuiteSpec, backbone: BackboneName, engine: Engine, *, base_folder: Path | None
 ) -> Trace | None:
     path = suite.calibration_of(backbone)
     if path is None:
         return None
-    calibration = Trace.load(resolve_path(path, beside=beside))
+    calibration = Trace.load(resolve_path(path, base_folder=base_folder))
     provenance = calibration.provenance
     if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
         raise UserError(
@@ -251,7 +255,7 @@ def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine])
 
 
 def _prepare(
-    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, beside: Path | None
+    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, base_folder: Path | None
 ) -> dict[str, ArmTree]:
     """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is
     read back instead.
@@ -260,7 +264,7 @@ def _prepare(
     if (folder / "trees.json").exists():
         session.console.print(f"resuming {folder.name}")
         trees = RunRecord(folder).trees
-        _check_same_files(suite, trees, beside=beside)
+        _check_same_files(suite, trees, base_folder=base_folder)
         return trees
     for backbone, calibration in calibrations.items():
         if calibration is not None:
@@ -298,7 +302,7 @@ def _prepare(
             calibration=calibrations[backbone],
             costs=costs,
             num_heads=num_heads,
-            beside=beside,
+            base_folder=base_folder,
             backbone=backbone,
         )
     trees = {arm.name: found[arm.name] for arm in suite.arms if arm.name in found}
@@ -315,12 +319,13 @@ def _prepare(
     return trees
 
 
-def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, beside: Path | None) -> None:
+def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, base_folder: Path | None) -> None:
     """Refuse to go on with a tree file that has changed since the run began."""
     for arm in suite.arms:
         if (
             isinstance(arm.tree, FileTree)
-            and DraftTree.from_json(resolve_path(arm.tree.path, beside=beside)) != trees[arm.name].tree()
+            and DraftTree.from_json(resolve_path(arm.tree.path, base_folder=base_folder))
+            != trees[arm.name].tree()
         ):
             raise UserError(
                 found=f"another tree in {Path(arm.tree.path).name}",

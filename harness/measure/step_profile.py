@@ -65,11 +65,11 @@ def profile_suite(
         raise UserError(
             found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}"
         )
-    trace_file = resolve_path(suite.calibration_trace, beside=suite_file.parent)
+    trace_file = resolve_path(suite.calibration_trace, base_folder=suite_file.parent)
     console.print(
         f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
     )
-    loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, beside=suite_file.parent)
+    loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, base_folder=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)[: suite.probes.profile_prompts]
     heads = (
         train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
@@ -77,7 +77,7 @@ def profile_suite(
         else None
     )
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)
-    engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads, mode=chosen)
+    engine = load_engine(suite, loaded, base_folder=suite_file.parent, heads=heads, mode=chosen)
     if engine.runner.note:
         console.print(engine.runner.note)
     device = engine.runner.backbone.device

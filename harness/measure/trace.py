@@ -29,14 +29,14 @@ def trace_suite(
     if limit is not None:
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": limit})})
     device = best_device()
-    loaded = load_model(suite.model, device=device, allow_hub=allow_hub, beside=suite_file.parent)
+    loaded = load_model(suite.model, device=device, allow_hub=allow_hub, base_folder=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
     heads = (
         train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
         if suite.heads.train_steps is not None
         else None
     )
-    engine = load_engine(suite, loaded, beside=suite_file.parent, heads=heads)
+    engine = load_engine(suite, loaded, base_folder=suite_file.parent, heads=heads)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     rendered = {prompt.key: prompt for prompt in prompts}
     requests = [

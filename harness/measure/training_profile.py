@@ -192,7 +192,9 @@ def _samples(spec: HeadsRecipe, loaded: LoadedModel) -> list[CorpusSample]:
     """Return the corpus' first answers, enough for a few batches."""
     assert spec.packed_corpus is not None
     needed, rows, taken = _STATE_BATCHES * spec.recipe.batch_positions, 0, list[CorpusSample]()
-    for sample in unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256):
+    for sample in unpack_corpus(
+        resolve_path(spec.packed_corpus, base_folder=None), backbone_sha256=loaded.sha256
+    ):
         if rows >= needed:
             break
         taken.append(sample)
@@ -223,7 +225,7 @@ def _joint_bench(
     """
     recipe = spec.recipe
     text = read_text(spec, loaded, work=folder).train
-    start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
+    start = resolve_path(spec.start_heads, base_folder=None) if spec.start_heads is not None else None
     heads, _ = first_heads(loaded, recipe, start_heads=start)
     batch = one_batch(text, size=recipe.batch_sequences * recipe.accumulation_steps, seed=recipe.seed)
     texts = [[str(index), list(sequence.token_ids)] for index, sequence in enumerate(batch)]

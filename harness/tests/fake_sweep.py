@@ -128,7 +128,7 @@ def made_up_plan(folder: Path, **changes: Any) -> SweepPlan:
         write_fake_latency(
             folder / "results" / "latency" / "fake" / "made-up-machine" / "20240119T120000Z-01234567"
         )
-    return plan_sweep(made_up_spec(**changes), beside=folder, results=folder / "results")
+    return plan_sweep(made_up_spec(**changes), base_folder=folder, results=folder / "results")
 
 
 def sampled_cell(

@@ -125,7 +125,7 @@ def train_tiny_engine() -> tuple[LoadedModel, Engine]:
     suite = smoke_suite()
     loaded = load_model(suite.model, device=torch.device("cpu"))
     heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
-    return loaded, load_engine(suite, loaded, beside=None, heads=heads)
+    return loaded, load_engine(suite, loaded, base_folder=None, heads=heads)
 
 
 def save_tiny_heads(path: Path, heads: MedusaHeads, *, backbone_sha256: str) -> None:

@@ -47,7 +47,7 @@ def calibrate(
             "arms": (),
         }
     )
-    engine = load_engine(suite, loaded, beside=None)
+    engine = load_engine(suite, loaded, base_folder=None)
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
     # by model: a backbone that was trained anew answers anew
     store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")

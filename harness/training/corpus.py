@@ -50,7 +50,7 @@ def own_conversations(spec: CorpusSpec) -> tuple[BenchmarkPrompt, ...]:
     """
     if spec.prompts_file is None:
         return ()
-    path = resolve_path(spec.prompts_file, beside=None)
+    path = resolve_path(spec.prompts_file, base_folder=None)
     rows = load_prompt_file(path)
     for row in rows:
         if conversation_and_turn(row.key)[1] > 1:

@@ -95,7 +95,7 @@ def train_both(
         spec.model, device=_loading_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation
     )
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
-    start = resolve_path(spec.start_heads, beside=None) if spec.start_heads is not None else None
+    start = resolve_path(spec.start_heads, base_folder=None) if spec.start_heads is not None else None
     files = train_joint(
         loaded, spec.recipe, text=text, start_heads=start, work=work / "joint", target=target, console=console
     )

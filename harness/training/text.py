@@ -45,7 +45,7 @@ def unpacked_corpus(spec: HeadsRecipe, loaded: LoadedModel, *, work: Path, conso
     """
     assert spec.packed_corpus is not None
     samples = list(
-        unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)
+        unpack_corpus(resolve_path(spec.packed_corpus, base_folder=None), backbone_sha256=loaded.sha256)
     )
     runner = StepRunner(loaded.model, None)
     columns = (
@@ -89,7 +89,7 @@ def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratc
                 where=f"{spec.name}.toml",
             )
         check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
-        conversations = load_conversations(resolve_path(spec.conversations, beside=None))
+        conversations = load_conversations(resolve_path(spec.conversations, base_folder=None))
         made = [
             conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length)
             for conversation in conversations
@@ -99,7 +99,9 @@ def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratc
         store = corpus_store(work, backbone_sha256=loaded.sha256)
         return corpus_text(list(store.samples(with_states=False)), max_length=length)
     return corpus_text(
-        list(unpack_corpus(resolve_path(spec.packed_corpus, beside=None), backbone_sha256=loaded.sha256)),
+        list(
+            unpack_corpus(resolve_path(spec.packed_corpus, base_folder=None), backbone_sha256=loaded.sha256)
+        ),
         max_length=length,
     )
 

@@ -41,16 +41,18 @@ class ArmJob:
 
 def train_arm(job: ArmJob) -> None:
     """Train one arm; its files are under the job's target."""
-    beside = job.suite_file.parent if job.suite_file is not None else None
+    base_folder = job.suite_file.parent if job.suite_file is not None else None
     spec = job.spec
-    loaded = load_model(spec.model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
-    recipe = once_over(arm_recipe(spec, job.arm, beside=beside), seed=job.seed)
+    loaded = load_model(spec.model, device=best_device(), allow_hub=job.allow_hub, base_folder=base_folder)
+    recipe = once_over(arm_recipe(spec, job.arm, base_folder=base_folder), seed=job.seed)
     samples = list(
-        unpack_corpus(resolve_path(spec.packed_corpus, beside=beside), backbone_sha256=loaded.sha256)
+        unpack_corpus(
+            resolve_path(spec.packed_corpus, base_folder=base_folder), backbone_sha256=loaded.sha256
+        )
     )
     text = corpus_text(samples, max_length=recipe.max_length)
     train = budgeted(text.train, answer_tokens=spec.answer_tokens, seed=job.seed)
-    start = None if spec.arm(job.arm).fresh_heads else resolve_path(spec.start_heads, beside=beside)
+    start = None if spec.arm(job.arm).fresh_heads else resolve_path(spec.start_heads, base_folder=base_folder)
     train_joint(
         loaded,
         recipe,
@@ -93,7 +95,7 @@ def budgeted(
     return tuple(taken)
 
 
-def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2Recipe:
+def arm_recipe(spec: AblationSpec, arm: str, *, base_folder: Path | None) -> Medusa2Recipe:
     """Return an arm's recipe from its file, a shipped recipe's name or a path.
 
     Raises: UserError for a recipe of heads alone (a frozen backbone in a joint recipe sees the same batches
@@ -102,7 +104,7 @@ def arm_recipe(spec: AblationSpec, arm: str, *, beside: Path | None) -> Medusa2R
     """
     name = spec.arm(arm).recipe
     own = shipped("recipes", f"{name}.toml")
-    path = own if own.is_file() else resolve_path(name, beside=beside)
+    path = own if own.is_file() else resolve_path(name, base_folder=base_folder)
     found = load_recipe(path)
     if not isinstance(found, JointRecipe):
         raise UserError(

@@ -150,7 +150,7 @@ class ArmBench:
         itself.
         """
         began = time.monotonic()
-        adapter, beside = (
+        adapter, base_folder = (
             job.target / "adapter",
             job.suite_file.parent if job.suite_file is not None else None,
         )
@@ -161,7 +161,7 @@ class ArmBench:
             )
         else:
             model = self.spec.model.model_copy(update={"adapter": str(adapter)})
-            tuned = load_model(model, device=best_device(), allow_hub=job.allow_hub, beside=beside)
+            tuned = load_model(model, device=best_device(), allow_hub=job.allow_hub, base_folder=base_folder)
             engine = engine_with(tuned, job.target / "heads.safetensors")
             answers = self._answer(engine, job.work / "answers")
         found = self._result(engine, answers, began=began, job=job, recipe=once_over(recipe, seed=job.seed))

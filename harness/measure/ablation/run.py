@@ -76,17 +76,19 @@ def run_ablation(
     started = time.monotonic()
     if options.resume is not None:
         AblationRecord(options.resume)
-    beside = suite_file.parent if suite_file is not None else None
-    recipes = {arm.name: arm_recipe(spec, arm.name, beside=beside) for arm in spec.arms}
+    base_folder = suite_file.parent if suite_file is not None else None
+    recipes = {arm.name: arm_recipe(spec, arm.name, base_folder=base_folder) for arm in spec.arms}
     for recipe in recipes.values():
         check_runnable(recipe)
     console.print(
         f"[bold]{spec.name}[/bold]: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
         "answer tokens each"
     )
-    loaded = load_model(spec.model, device=best_device(), allow_hub=options.allow_hub, beside=beside)
-    engine = engine_with(loaded, resolve_path(spec.start_heads, beside=beside))
-    calibration = _calibration(spec, engine, beside=beside)
+    loaded = load_model(
+        spec.model, device=best_device(), allow_hub=options.allow_hub, base_folder=base_folder
+    )
+    engine = engine_with(loaded, resolve_path(spec.start_heads, base_folder=base_folder))
+    calibration = _calibration(spec, engine, base_folder=base_folder)
     prompts = held_out_prompts(
         spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set()
     )
@@ -236,10 +238,10 @@ def _train_apart(job: ArmJob) -> None:
         sys.exit(int(ExitCode.USER_ERROR))
 
 
-def _calibration(spec: AblationSpec, engine: Engine, *, beside: Path | None) -> Trace | None:
+def _calibration(spec: AblationSpec, engine: Engine, *, base_folder: Path | None) -> Trace | None:
     if spec.calibration_trace is None:
         return None
-    trace = Trace.load(resolve_path(spec.calibration_trace, beside=beside))
+    trace = Trace.load(resolve_path(spec.calibration_trace, base_folder=base_folder))
     if (trace.provenance.model_hash, trace.provenance.heads_hash) != (
         engine.loaded.sha256,
         engine.heads_sha256,

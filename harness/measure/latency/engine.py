@@ -64,7 +64,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def load_latency_engine(
-    spec: LatencySpec, *, dtype: DtypeName, device: torch.device, beside: Path | None, allow_hub: bool
+    spec: LatencySpec, *, dtype: DtypeName, device: torch.device, base_folder: Path | None, allow_hub: bool
 ) -> Engine:
     """Load the spec's model in one dtype, or make one of the spec's shape, and put heads on it.
 
@@ -81,14 +81,17 @@ def load_latency_engine(
     else:
         assert spec.model is not None
         loaded = load_model(
-            spec.model.model_copy(update={"dtype": dtype}), device=device, allow_hub=allow_hub, beside=beside
+            spec.model.model_copy(update={"dtype": dtype}),
+            device=device,
+            allow_hub=allow_hub,
+            base_folder=base_folder,
         )
     # which copies nothing
     mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"
     if spec.heads.path is None:
         runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded), mode=mode)
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
-    heads, stored = heads_for(loaded, resolve_path(spec.heads.path, beside=beside))
+    heads, stored = heads_for(loaded, resolve_path(spec.heads.path, base_folder=base_folder))
     asked = max(count for grid in spec.grids for count in grid.num_heads)
     if asked > heads.num_heads:
         raise UserError(

@@ -139,7 +139,7 @@ def measure_batches(
     dtype: DtypeName,
     clock: Clock,
     held: Held = contextlib.nullcontext,
-    beside: Path | None = None,
+    base_folder: Path | None = None,
 ) -> BatchTrials:
     """Decode the same texts with vanilla and with Medusa, B at a time for each batch B, in the engine's
     present mode.
@@ -150,7 +150,7 @@ def measure_batches(
     table = spec.batch_table
     assert table is not None
     mode: ModeName = engine.runner.mode
-    tree = batch_tree(spec, engine, points, mode=mode, dtype=dtype, beside=beside)
+    tree = batch_tree(spec, engine, points, mode=mode, dtype=dtype, base_folder=base_folder)
     texts = prompts[: table.num_texts]
     with held():
         for batch in table.batches:
@@ -196,7 +196,7 @@ def batch_tree(
     *,
     mode: ModeName,
     dtype: DtypeName,
-    beside: Path | None,
+    base_folder: Path | None,
 ) -> ArmTree:
     """Return the tree that the batch table decodes with, resolved as a suite's is; `fastest` takes this run's
     own whole steps at batch 1.
@@ -207,7 +207,7 @@ def batch_tree(
     assert spec.batch_table is not None
     calibration = None
     if spec.calibration_trace is not None:
-        calibration = Trace.load(resolve_path(spec.calibration_trace, beside=beside))
+        calibration = Trace.load(resolve_path(spec.calibration_trace, base_folder=base_folder))
         if (calibration.provenance.model_hash, calibration.provenance.heads_hash) != (
             engine.loaded.sha256,
             engine.heads_sha256,
@@ -227,7 +227,7 @@ def batch_tree(
     )
     suite = _suite_of_one_tree(spec, spec.batch_table.tree)
     trees = resolve_trees(
-        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, beside=beside
+        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, base_folder=base_folder
     )
     return trees["medusa"]
 

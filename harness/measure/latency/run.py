@@ -74,7 +74,7 @@ def run_latency(
     Raises: UserError for input that cannot be run, or a resume of another run.
     """
     started = time.monotonic()
-    device, beside = best_device(), spec_file.parent if spec_file is not None else None
+    device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
     if foreign := foreign_gpu_processes():
@@ -96,7 +96,9 @@ def run_latency(
     free_bytes = free_memory_bytes(device)
     if spec.shape is not None:
         check_fits(spec, dtype=first, free_bytes=free_bytes)
-    engine = load_latency_engine(spec, dtype=first, device=device, beside=beside, allow_hub=options.allow_hub)
+    engine = load_latency_engine(
+        spec, dtype=first, device=device, base_folder=base_folder, allow_hub=options.allow_hub
+    )
     prompts = table_prompts(spec, engine, allow_hub=options.allow_hub)
     environment = describe_latency(engine, spec=spec, prompts=prompts, command=options.command)
     store = Store.open(
@@ -111,11 +113,11 @@ def run_latency(
                 free_bytes = free_memory_bytes(device)
                 console.print(f"loading {model_words(spec)} in {dtype}")
                 engine = load_latency_engine(
-                    spec, dtype=dtype, device=device, beside=beside, allow_hub=options.allow_hub
+                    spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
             session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes)
             num_planned += len(session.plan)
-            peak = max(peak, session.measure(prompts, done=done, beside=beside))
+            peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
             del engine, session  # two copies of the weights may not fit
         points = LatencyRecord(store.folder).points
         skipped = sum(point.skipped is not None for point in points)
@@ -200,14 +202,16 @@ class _Session:
         self.modes = chosen_modes(spec, self.available)
         self.plan = spec.points(dtype, self.modes)
 
-    def measure(self, prompts: Sequence[LatencyPrompt], *, done: set[PointKey], beside: Path | None) -> int:
+    def measure(
+        self, prompts: Sequence[LatencyPrompt], *, done: set[PointKey], base_folder: Path | None
+    ) -> int:
         """Measure all of this dtype that is not on disk; return the peak memory seen."""
         auto: ModeName = self.available[0]
         self._measure_limits()
         peak = self._measure_points(done)
         self._measure_modes(prompts, auto=auto)
         if self.dtype == self.spec.dtypes[0]:
-            self._measure_batches(prompts, auto=auto, beside=beside)
+            self._measure_batches(prompts, auto=auto, base_folder=base_folder)
         return max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
 
     def _measure_limits(self) -> None:
@@ -264,7 +268,7 @@ class _Session:
         write_json(self.store.folder / MODES_FILE, after)
 
     def _measure_batches(
-        self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, beside: Path | None
+        self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, base_folder: Path | None
     ) -> None:
         path = self.store.folder / BATCHES_FILE
         if self.spec.batch_table is None or path.exists():
@@ -284,7 +288,7 @@ class _Session:
                 dtype=self.dtype,
                 clock=self.clock,
                 held=self.held,
-                beside=beside,
+                base_folder=base_folder,
             ),
         )
 

@@ -96,13 +96,14 @@ RunTask = SampledTask | DecodedTask
 
 @dataclass(frozen=True)
 class CellInputs:
-    """What all run cells of a sweep share, whichever machine runs them; `beside` is the folder of the suite
-    file.
+    """What all run cells of a sweep share, whichever machine runs them.
+
+    `base_folder` is the folder of the suite's file, from which its paths go on.
     """
 
     spec: SweepSpec
     suite: SuiteSpec
-    beside: Path
+    base_folder: Path
     trace: Trace
     knots: tuple[int, ...]
     allow_hub: bool
@@ -117,9 +118,11 @@ class CellRunner:
 
     def __init__(self, inputs: CellInputs) -> None:
         spec, suite, device = inputs.spec, inputs.suite, best_device()
-        loaded = load_model(suite.model, device=device, allow_hub=inputs.allow_hub, beside=inputs.beside)
+        loaded = load_model(
+            suite.model, device=device, allow_hub=inputs.allow_hub, base_folder=inputs.base_folder
+        )
         self._inputs, self._device = inputs, device
-        self._engine = load_engine(suite, loaded, beside=inputs.beside)
+        self._engine = load_engine(suite, loaded, base_folder=inputs.base_folder)
         check_engine(self._engine, inputs.trace)
         prompts = suite_prompts(suite, loaded, allow_hub=inputs.allow_hub)
         self._sampled_prompts = sampled_prompts(spec, prompts) if spec.sampled is not None else ()

@@ -105,7 +105,7 @@ class RayExecutor:
         self._ray.shutdown()
 
     def ready(
-        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+        self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
     ) -> Mapping[str | None, str]:
         """Return the device of each accelerator type, once every curve is there that `cluster.latency` asks
         for.
@@ -113,7 +113,7 @@ class RayExecutor:
         Raises: UserError where no node has a wanted type with room for a cell, or a curve cannot be measured.
         """
         self._cluster = spec.cluster or ClusterSpec()
-        latency = self._latency_spec(spec, beside=beside)
+        latency = self._latency_spec(spec, base_folder=base_folder)
         places = {kind: self._places(kind) for kind in self._types}
         for kind, found in places.items():
             if not found:
@@ -132,7 +132,7 @@ class RayExecutor:
                         found=f"a node that cannot begin ({lost.kind}: {lost})", need=need, where="cluster"
                     ) from lost
         if latency is not None:
-            self._measure(latency, nodes, beside=beside, options=options, console=console)
+            self._measure(latency, nodes, base_folder=base_folder, options=options, console=console)
         return {kind: nodes[kind].device.name for kind in self._types}
 
     def run(
@@ -266,10 +266,10 @@ class RayExecutor:
             raise value.error
         return value
 
-    def _latency_spec(self, spec: SweepSpec, *, beside: Path | None) -> LatencySpec | None:
+    def _latency_spec(self, spec: SweepSpec, *, base_folder: Path | None) -> LatencySpec | None:
         if self._cluster.latency is None:
             return None
-        latency = load_latency_spec(resolve_path(self._cluster.latency, beside=beside))
+        latency = load_latency_spec(resolve_path(self._cluster.latency, base_folder=base_folder))
         records = spec.measured.records if spec.measured is not None else ()
         if records != "all" and latency.name not in records:
             need = f"{latency.name!r} among them, which cluster.latency measures"
@@ -281,7 +281,7 @@ class RayExecutor:
         latency: LatencySpec,
         nodes: Mapping[str | None, RanOn],
         *,
-        beside: Path | None,
+        base_folder: Path | None,
         options: SweepOptions,
         console: Console,
     ) -> None:
@@ -295,7 +295,7 @@ class RayExecutor:
         console.print(f"Ray: measuring {latency.name} on {', '.join(sorted(missing))}", highlight=False)
         data, files = packed(
             latency,
-            beside=_folder_of(self._cluster.latency, beside=beside),
+            base_folder=_folder_of(self._cluster.latency, base_folder=base_folder),
         )
         spec, shipped = LatencySpec.model_validate(data), self._ray.put(files)
         sent = {
@@ -328,8 +328,8 @@ class RayExecutor:
             raise failures[0]
 
 
-def _folder_of(name: str | None, *, beside: Path | None) -> Path | None:
-    return resolve_path(name, beside=beside).parent if name is not None else None
+def _folder_of(name: str | None, *, base_folder: Path | None) -> Path | None:
+    return resolve_path(name, base_folder=base_folder).parent if name is not None else None
 
 
 def _import_ray() -> Any:

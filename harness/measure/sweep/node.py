@@ -73,7 +73,7 @@ def _loaded(shipment: Shipment) -> CellRunner:
         if suite.prompts.path is not None:
             prompts = suite.prompts.model_copy(update={"path": str(folder / suite.prompts.path)})
             suite = suite.model_copy(update={"prompts": prompts})
-        return CellRunner(replace(shipment.inputs, suite=suite, beside=folder))
+        return CellRunner(replace(shipment.inputs, suite=suite, base_folder=folder))
 
 
 def measure_curve(

@@ -74,7 +74,7 @@ class Executor(Protocol):
     @property
     def name(self) -> Literal["local", "ray"]: ...
     def ready(
-        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+        self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
     ) -> Mapping[str | None, str]:
         """Return the device's name by accelerator type, None for a machine that has no need of one, when all
         is there to begin.
@@ -94,7 +94,7 @@ class LocalExecutor:
     name: Literal["local"] = "local"
 
     def ready(
-        self, spec: SweepSpec, *, beside: Path | None, options: SweepOptions, console: Console
+        self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
     ) -> Mapping[str | None, str]:
         """Return this machine's device."""
         return {None: device_info(best_device()).name}
@@ -126,18 +126,20 @@ def run_sweep(
     """
     started = time.monotonic()
     executor = executor or LocalExecutor()
-    beside = spec_file.parent if spec_file is not None else None
+    base_folder = spec_file.parent if spec_file is not None else None
     if options.replay_only:
         spec = spec.model_copy(update={"sampled": None, "decoded": None, "cluster": None})
     runs_cells = spec.sampled is not None or spec.decoded is not None
-    devices = executor.ready(spec, beside=beside, options=options, console=console) if runs_cells else {}
+    devices = (
+        executor.ready(spec, base_folder=base_folder, options=options, console=console) if runs_cells else {}
+    )
     console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
-    plan = plan_sweep(spec, beside=beside, results=options.results, cache=options.cache)
+    plan = plan_sweep(spec, base_folder=base_folder, results=options.results, cache=options.cache)
     origin = describe_sweep(plan, command=options.command, executor=executor.name)
     store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=origin, resume=options.resume)
     with folder_held(store.folder):
         done = _take_up(store, tree_rates(plan))
-        tasks, without_curve = plan_runs(plan, devices=devices, beside=beside)
+        tasks, without_curve = plan_runs(plan, devices=devices, base_folder=base_folder)
         runs = [one.key for one in (*tasks, *without_curve)]
         num_planned = len(plan.cells) + len(plan.refused) + len(runs)
         columns = (
@@ -159,7 +161,7 @@ def run_sweep(
                     "run", total=len(runs), completed=sum(key in done for key in runs)
                 )
                 todo = [task for task in tasks if task.key not in done]
-                inputs = cell_inputs(plan, beside=beside, allow_hub=options.allow_hub)
+                inputs = cell_inputs(plan, base_folder=base_folder, allow_hub=options.allow_hub)
                 with contextlib.closing(
                     executor.run(inputs, todo, on_start=_shower(progress, running))
                 ) as run:
@@ -232,7 +234,7 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[str], None]:
 
 
 def plan_runs(
-    plan: SweepPlan, *, devices: Mapping[str | None, str], beside: Path | None
+    plan: SweepPlan, *, devices: Mapping[str | None, str], base_folder: Path | None
 ) -> tuple[tuple[RunTask, ...], tuple[FailedCell, ...]]:
     """Return what is run, in order, and a failed cell for each device that has no measured curve to check a
     composition with.
@@ -245,7 +247,7 @@ def plan_runs(
         tasks.append(SampledTask(setting, tree=tree, place=plan.places[tree] if tree is not None else None))
     if spec.decoded is None:
         return tuple(tasks), ()
-    dtype = load_suite(resolve_path(spec.suite, beside=beside)).model.dtype
+    dtype = load_suite(resolve_path(spec.suite, base_folder=base_folder)).model.dtype
     for accelerator_type, device in devices.items():
         curve = own_curve(plan, dtype=dtype, device=device)
         if curve is not None:
@@ -265,13 +267,13 @@ def plan_runs(
     return tuple(tasks), tuple(without_curve)
 
 
-def cell_inputs(plan: SweepPlan, *, beside: Path | None, allow_hub: bool) -> CellInputs:
+def cell_inputs(plan: SweepPlan, *, base_folder: Path | None, allow_hub: bool) -> CellInputs:
     """Return what the run cells of a plan share."""
-    suite_file = resolve_path(plan.spec.suite, beside=beside)
+    suite_file = resolve_path(plan.spec.suite, base_folder=base_folder)
     return CellInputs(
         spec=plan.spec,
         suite=load_suite(suite_file),
-        beside=suite_file.parent,
+        base_folder=suite_file.parent,
         trace=plan.composer.index.trace,
         knots=tuple(plan.composer.knots.astype(int).tolist()),
         allow_hub=allow_hub,

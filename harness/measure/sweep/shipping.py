@@ -47,13 +47,13 @@ def code_to_ship() -> Iterator[Path]:
 
 def ship(inputs: CellInputs) -> Shipment:
     """Return what nodes need of a sweep, with the files that its suite names."""
-    data, files = packed(inputs.suite, beside=inputs.beside)
-    inputs = replace(inputs, suite=SuiteSpec.model_validate(data), beside=Path())
+    data, files = packed(inputs.suite, base_folder=inputs.base_folder)
+    inputs = replace(inputs, suite=SuiteSpec.model_validate(data), base_folder=Path())
     digest = hashlib.sha256(pickle.dumps((inputs, files))).hexdigest()
     return Shipment(digest=digest, inputs=inputs, files=files)
 
 
-def packed(spec: BaseModel, *, beside: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+def packed(spec: BaseModel, *, base_folder: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a spec's data with its paths in a folder of their own, and these files by name.
 
     A model's folder is not packed: it has to lie at the same place on every node.
@@ -64,7 +64,7 @@ def packed(spec: BaseModel, *, beside: Path | None) -> tuple[dict[str, Any], dic
     def place(path: DataPath) -> str:
         if isinstance(path, ModelFolder):
             return str(Path(path).absolute())
-        found, given = resolve_path(path, beside=beside), Path(path)
+        found, given = resolve_path(path, base_folder=base_folder), Path(path)
         name = (
             f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()
         )

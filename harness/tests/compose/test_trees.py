@@ -58,9 +58,15 @@ def suite(*trees: dict[str, Any], num_heads: int | None = None) -> SuiteSpec:
     return SuiteSpec.model_validate({**smoke_suite().model_dump(), "arms": [VANILLA, *arms]})
 
 
-def resolve(spec: SuiteSpec, calibration: Trace | None, *, beside: Path | None = None) -> dict[str, ArmTree]:
+def resolve(
+    spec: SuiteSpec, calibration: Trace | None, *, base_folder: Path | None = None
+) -> dict[str, ArmTree]:
     return resolve_trees(
-        spec, calibration=calibration, costs=costs({2: 1.0, 64: 2.0}), num_heads=NUM_HEADS, beside=beside
+        spec,
+        calibration=calibration,
+        costs=costs({2: 1.0, 64: 2.0}),
+        num_heads=NUM_HEADS,
+        base_folder=base_folder,
     )
 
 
@@ -75,7 +81,7 @@ def test_every_kind_resolves(trace: Trace, tmp_path: Path) -> None:
         {"kind": "searched", "num_nodes": 16, "values": "marginals"},
         {"kind": "fastest", "max_nodes": 64},
     )
-    trees = resolve(spec, trace, beside=tmp_path)
+    trees = resolve(spec, trace, base_folder=tmp_path)
     assert list(trees) == [f"arm{number}" for number in range(7)]  # vanilla has none
     assert trees["arm0"].tree() == DraftTree.chain(3) and trees["arm0"].origin == "chain of 3"
     assert trees["arm1"].tree() == DraftTree.cartesian((3, 2)) and "[3, 2]" in trees["arm1"].origin
@@ -97,8 +103,8 @@ def test_a_search_needs_a_calibration_trace(kind: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="need a calibration_trace; in arm 'arm0'"):
         resolve(suite(kind), None)
     with pytest.raises(UserError, match="need a calibration_trace"):
-        check_fixed_trees(suite(kind), num_heads=NUM_HEADS, beside=None, has_calibration=False)
-    check_fixed_trees(suite(kind), num_heads=NUM_HEADS, beside=None, has_calibration=True)
+        check_fixed_trees(suite(kind), num_heads=NUM_HEADS, base_folder=None, has_calibration=False)
+    check_fixed_trees(suite(kind), num_heads=NUM_HEADS, base_folder=None, has_calibration=True)
 
 
 def test_trees_deeper_than_the_heads_of_their_arm_are_refused(trace: Trace) -> None:
@@ -109,7 +115,7 @@ def test_trees_deeper_than_the_heads_of_their_arm_are_refused(trace: Trace) -> N
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
             resolve(spec, trace)
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
-            check_fixed_trees(spec, num_heads=NUM_HEADS, beside=None, has_calibration=True)
+            check_fixed_trees(spec, num_heads=NUM_HEADS, base_folder=None, has_calibration=True)
 
 
 def test_a_search_stays_within_the_heads_of_its_arm(trace: Trace) -> None:

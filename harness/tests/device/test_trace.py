@@ -245,7 +245,7 @@ def test_half_precision_model_is_traced_in_its_own_precision() -> None:
     loaded = load_model(suite.model, device=torch.device("cpu"))
     assert loaded.model.dtype == torch.bfloat16
     heads = MedusaHeads(num_heads=3, num_layers=1, hidden_size=64, vocab_size=128, architecture="shared")
-    engine = load_engine(suite, loaded, beside=None, heads=heads)
+    engine = load_engine(suite, loaded, base_folder=None, heads=heads)
     texts = texts_of(engine, budget=8)
     trace: Trace = record_trace(engine, texts, max_new_tokens=8, extra={})
     assert trace.provenance.dtype == "bfloat16"

@@ -57,7 +57,9 @@ def in_dtype(engine: Engine, dtype: Literal["bfloat16", "float16"]) -> Engine:
     suite = suite.model_copy(update={"model": suite.model.model_copy(update={"dtype": dtype})})
     heads = MedusaHeads(num_heads=4, num_layers=1, hidden_size=64, vocab_size=128, architecture="shared")
     heads.load_state_dict(engine.heads.state_dict())
-    return load_engine(suite, load_model(suite.model, device=torch.device("cpu")), beside=None, heads=heads)
+    return load_engine(
+        suite, load_model(suite.model, device=torch.device("cpu")), base_folder=None, heads=heads
+    )
 
 
 def test_every_size_of_a_greedy_arm_is_walked_once_and_sampling_is_not(engine: Engine) -> None:

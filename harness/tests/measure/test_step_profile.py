@@ -289,6 +289,6 @@ def test_a_gpu_is_busy_for_a_part_of_a_step(
     model: Any = loaded.model
     model.to(device)
     heads = MedusaHeads(num_heads=4, num_layers=1, hidden_size=64, vocab_size=128, architecture="shared")
-    engine = load_engine(suite, loaded, beside=None, heads=heads)
+    engine = load_engine(suite, loaded, base_folder=None, heads=heads)
     for profile in measure_sizes(engine, trees, contexts, num_steps=4, clock=device_clock(device)):
         assert profile.idle_share is not None and 0 < profile.idle_share < 1

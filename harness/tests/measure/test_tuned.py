@@ -189,7 +189,7 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
 
     monkeypatch.setattr(harness.device.engine, "_tiny_model", stored)
     suite = parse_suite(tomli_w.dumps(suite_data(files, heads_file)), where="the test")
-    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, base_folder=None)
     assert tuned is not None
     prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     texts = [
@@ -261,11 +261,11 @@ def test_a_fastest_tree_is_refused_where_a_tuned_step_reads_other_amounts(
     arms = tuple(
         arm.model_copy(update={"tree": fastest}) if arm.name == "medusa2" else arm for arm in suite.arms
     )
-    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    tuned = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, base_folder=None)
     assert tuned is not None
     changed = suite.model_copy(update={"arms": arms})
     _check_step_shapes(changed, {"original": tuned, "tuned": tuned})
-    other = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, beside=None)
+    other = load_tuned_engine(suite, device=torch.device("cpu"), allow_hub=False, base_folder=None)
     assert other is not None
     monkeypatch.setattr(type(other), "heads_bytes", property(lambda engine: 1 if engine is other else 2))
     with pytest.raises(UserError, match="its steps are the ones that are timed"):

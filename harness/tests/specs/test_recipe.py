@@ -192,7 +192,7 @@ def test_shipped_ablations_name_recipes_of_one_budget(path: Path) -> None:
     assert len(spec.seeds) >= 2 and spec.decides_claims == (spec.answer_tokens >= 50_000)
     controls = set() if path.stem == "embedded_training_long" else {"direct", "hard_labels"}
     assert {"medusa1", "two_stage", "ramped"} | controls <= {arm.name for arm in spec.arms}
-    recipes = [arm_recipe(spec, arm.name, beside=None) for arm in spec.arms]
+    recipes = [arm_recipe(spec, arm.name, base_folder=None) for arm in spec.arms]
     assert {recipe.batch_sequences for recipe in recipes} == {4} and {
         recipe.max_length for recipe in recipes
     } == {512}
@@ -301,4 +301,4 @@ def test_an_ablation_refuses_arms_that_it_cannot_measure(tmp_path: Path, changes
     spec = load_ablation(SUITES / "ablations" / "embedded_training.toml")
     arm = spec.arms[1].model_copy(update={"recipe": "mine.toml"})
     with pytest.raises(UserError, match=found):
-        arm_recipe(spec.model_copy(update={"arms": (arm,)}), arm.name, beside=tmp_path)
+        arm_recipe(spec.model_copy(update={"arms": (arm,)}), arm.name, base_folder=tmp_path)

@@ -341,7 +341,7 @@ def shape_spec(**changes: Any) -> dict[str, Any]:
 def test_facts_of_a_made_model_are_those_planned(dtype: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
     spec = parsed(shape_spec(dtypes=["float32", "bfloat16"]))
-    engine = load_latency_engine(spec, dtype=dtype, device=CPU, beside=None, allow_hub=False)
+    engine = load_latency_engine(spec, dtype=dtype, device=CPU, base_folder=None, allow_hub=False)
     assert engine.runner.packed_bytes == 0  # copies for a mode that is not timed may not fit
     facts = facts_of_engine(engine)
     assert facts == planned_facts(spec) and facts.random_weights
@@ -461,7 +461,7 @@ def test_tree_of_the_batch_table_is_the_fastest_by_this_runs_own_steps(
         ]
 
     spec = parsed(calibrated)
-    options: dict[str, Any] = {"mode": "eager", "dtype": "float32", "beside": None}
+    options: dict[str, Any] = {"mode": "eager", "dtype": "float32", "base_folder": None}
     assert len(batch_tree(spec, engine, points(0.0), **options).paths) == 6
     assert len(batch_tree(spec, engine, points(9.0), **options).paths) == 2
     with pytest.raises(UserError, match="no step times"):
@@ -675,7 +675,7 @@ def test_grids_need_no_more_heads_than_the_checkpoint_has(heads_file: Path, engi
             parsed(tiny_spec(heads_file, grids=grids, batch_table=None)),
             dtype="float32",
             device=CPU,
-            beside=None,
+            base_folder=None,
             allow_hub=False,
         )
 

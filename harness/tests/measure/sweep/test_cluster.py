@@ -294,7 +294,7 @@ def test_nodes_run_the_code_that_was_shipped_and_keep_their_engine(
         import harness.paths
 
         package = Path(harness.paths.__file__).parent
-        found = harness.paths.resolve_path("embedded/medusa1.safetensors", beside=None)
+        found = harness.paths.resolve_path("embedded/medusa1.safetensors", base_folder=None)
         return (
             str(found),
             sorted(path.name for path in package.parent.iterdir()),
@@ -380,20 +380,20 @@ def test_the_command_line(
 @pytest.fixture(scope="module")
 def plan(record: SweepRecord, home: Path, results: Path) -> SweepPlan:
     """The plan of the finished sweep."""
-    return plan_sweep(record.spec, beside=home, results=results)
+    return plan_sweep(record.spec, base_folder=home, results=results)
 
 
 @pytest.fixture(scope="module")
 def inputs(plan: SweepPlan, home: Path) -> CellInputs:
     """What a node needs for the cells of the finished sweep."""
-    return cell_inputs(plan, beside=home, allow_hub=False)
+    return cell_inputs(plan, base_folder=home, allow_hub=False)
 
 
 def test_points_are_decoded_on_devices_that_have_a_curve(
     plan: SweepPlan, home: Path, record: SweepRecord
 ) -> None:
     devices: dict[str | None, str] = {"A100": record.origin.device.name, "H100": "NVIDIA H100 PCIe"}
-    tasks, without_curve = plan_runs(plan, devices=devices, beside=home)
+    tasks, without_curve = plan_runs(plan, devices=devices, base_folder=home)
     assert {task.accelerator_type for task in tasks if isinstance(task, DecodedTask)} == {"A100"} and len(
         tasks
     ) == 4 + 2
@@ -576,9 +576,9 @@ def test_files_that_a_suite_names_travel_with_it(tmp_path: Path) -> None:
         }
     )
     with pytest.raises(UserError, match=r"found no file 'own/heads.bin'"):
-        packed(suite, beside=tmp_path / "suite")
+        packed(suite, base_folder=tmp_path / "suite")
     shutil.copytree(tmp_path / "own", tmp_path / "suite" / "own")
-    named, files = packed(suite, beside=tmp_path / "suite")
+    named, files = packed(suite, base_folder=tmp_path / "suite")
     assert (
         Path(named["model"]["path"]).is_absolute()
         and named["heads"]["path"] == "own/heads.bin"
