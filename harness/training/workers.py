@@ -88,7 +88,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
         return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
-    refusals: SimpleQueue[dict[str, str | None]] = context.SimpleQueue()
+    refusals: SimpleQueue[UserError] = context.SimpleQueue()
     workers = [
         context.Process(
             target=_corpus_process,
@@ -101,10 +101,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
     for worker in workers:
         worker.join()
     if not refusals.empty():
-        refusal = refusals.get()
-        raise UserError(
-            found=str(refusal["found"]), need=str(refusal["need"]), where=refusal["where"], do=refusal["do"]
-        )
+        raise refusals.get()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise UserError(
             found=f"corpus workers that ended with {failed}",
@@ -129,7 +126,7 @@ def worker_device(index: int, *, num_gpus: int) -> torch.device:
 
 
 def _corpus_process(
-    refusals: SimpleQueue[dict[str, str | None]],
+    refusals: SimpleQueue[UserError],
     spec_data: dict[str, object],
     work: str,
     index: int,
@@ -142,7 +139,7 @@ def _corpus_process(
     try:
         corpus_worker(spec_data, work, index, num_workers, num_gpus=num_gpus)
     except UserError as error:
-        refusals.put({"found": error.found, "need": error.need, "where": error.where, "do": error.do})
+        refusals.put(error)
 
 
 def corpus_worker(

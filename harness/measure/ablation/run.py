@@ -11,10 +11,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ from harness.compose.trees import grow
 from harness.device.engine import Engine, best_device, describe_engine, load_model
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
-from harness.errors import ExitCode, UserError
+from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
 from harness.measure.ablation.backbone_change import MeasuredText
@@ -217,9 +217,13 @@ def _train(job: ArmJob, *, own_process: bool) -> None:
     if not own_process:
         train_arm(job)
         return
-    process = multiprocessing.get_context("spawn").Process(target=_train_apart, args=(job,))
+    context = multiprocessing.get_context("spawn")
+    refusals: SimpleQueue[UserError] = context.SimpleQueue()
+    process = context.Process(target=_train_apart, args=(refusals, job))
     process.start()
     process.join()
+    if not refusals.empty():
+        raise refusals.get()
     if process.exitcode:
         raise UserError(
             found=f"the training of {job.arm}, seed {job.seed}, ended with {process.exitcode}",
@@ -229,13 +233,12 @@ def _train(job: ArmJob, *, own_process: bool) -> None:
         )
 
 
-def _train_apart(job: ArmJob) -> None:
-    """Train an arm as a process of its own does: a mistake of the user is told in one line."""
+def _train_apart(refusals: SimpleQueue[UserError], job: ArmJob) -> None:
+    """Train an arm as a process of its own does: what the user can mend is told to the one that waits."""
     try:
         train_arm(job)
     except UserError as error:
-        print(f"{job.arm}, seed {job.seed}: {error}", file=sys.stderr)
-        sys.exit(int(ExitCode.USER_ERROR))
+        refusals.put(error)
 
 
 def _calibration(spec: AblationSpec, engine: Engine, *, base_folder: Path | None) -> Trace | None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from harness.device.machine import git_state
 from harness.errors import UserError
 from harness.measure.sweep.cells import CellInputs, RunTask, SampledTask, failed_cell
-from harness.measure.sweep.node import Refusal, describe_node, measure_curve, run_cell
+from harness.measure.sweep.node import describe_node, measure_curve, run_cell
 from harness.measure.sweep.run import SweepOptions
 from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
 from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
@@ -247,8 +247,10 @@ class RayExecutor:
         """
         errors = self._ray.exceptions
         try:
-            value = self._ray.get(ref)
+            return self._ray.get(ref)
         except errors.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None  # without Ray's own text, which names the node
             raise _Lost(type(error.cause).__name__, str(error.cause)) from error
         except (
             errors.WorkerCrashedError,
@@ -262,9 +264,6 @@ class RayExecutor:
         except errors.RayError as error:
             found = f"{type(error).__name__} ({str(error).splitlines()[0]})"
             raise UserError(found=found, need="a cluster that can run the task", where="Ray") from error
-        if isinstance(value, Refusal):
-            raise value.error
-        return value
 
     def _latency_spec(self, spec: SweepSpec, *, base_folder: Path | None) -> LatencySpec | None:
         if self._cluster.latency is None:

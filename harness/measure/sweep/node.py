@@ -15,33 +15,12 @@ from rich.console import Console
 
 from harness.device.engine import best_device
 from harness.device.machine import device_info, package_versions, python_version
-from harness.errors import UserError
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
 from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec
 
 _NODE_ID_DIGITS = 12
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A UserError on its way from a node: exceptions with keyword arguments do not survive pickling."""
-
-    found: str
-    need: str
-    where: str | None
-    do: str | None
-
-    @staticmethod
-    def of(error: UserError) -> Refusal:
-        """Return what an error says."""
-        return Refusal(found=error.found, need=error.need, where=error.where, do=error.do)
-
-    @property
-    def error(self) -> UserError:
-        """The error again."""
-        return UserError(found=self.found, need=self.need, where=self.where, do=self.do)
 
 
 @dataclass(frozen=True)
@@ -56,13 +35,12 @@ class Shipment:
 # ---- on a node
 
 
-def run_cell(shipment: Shipment, task: RunTask, accelerator_type: str | None) -> AnyCell | Refusal:
-    """Run one cell on the engine that this worker process keeps."""
-    try:
-        runner = _loaded(shipment)
-    except UserError as error:
-        return Refusal.of(error)
-    return runner.run(task).model_copy(update={"ran_on": describe_node(accelerator_type)})
+def run_cell(shipment: Shipment, task: RunTask, accelerator_type: str | None) -> AnyCell:
+    """Run one cell on the engine that this worker process keeps.
+
+    Raises: UserError where that engine cannot be loaded.
+    """
+    return _loaded(shipment).run(task).model_copy(update={"ran_on": describe_node(accelerator_type)})
 
 
 @lru_cache(maxsize=1)
@@ -78,16 +56,16 @@ def _loaded(shipment: Shipment) -> CellRunner:
 
 def measure_curve(
     spec: LatencySpec, files: Mapping[str, bytes], *, allow_hub: bool, command: str
-) -> dict[str, bytes] | Refusal:
-    """Measure a latency spec on this node and return the files of the sealed record."""
+) -> dict[str, bytes]:
+    """Measure a latency spec on this node and return the files of the sealed record.
+
+    Raises: UserError for what cannot be measured.
+    """
     with unpacked(files) as folder:
         options = LatencyOptions(results=folder / "results", allow_hub=allow_hub, command=command)
-        try:
-            record = run_latency(
-                spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True)
-            )
-        except UserError as error:
-            return Refusal.of(error)
+        record = run_latency(
+            spec, spec_file=folder / "latency.toml", options=options, console=Console(quiet=True)
+        )
         return {path.name: path.read_bytes() for path in record.iterdir() if path.is_file()}
 
 

@@ -181,11 +181,11 @@ def test_every_arm_trains_in_a_process_of_its_own_from_the_command_line(
     assert f"record {made.parent.name}" in " ".join(again.out.split())
 
 
-def test_what_the_child_refuses_ends_in_one_line(
-    folder: Path, heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+def test_what_an_arms_own_process_refuses_is_raised_here(
+    folder: Path, heads_file: Path, tmp_path: Path
 ) -> None:
     spec = AblationSpec.model_validate(ablation_data(folder, heads_file, answer_tokens=10**6))
-    options = AblateOptions(results=tmp_path / "results", work=tmp_path / "work", own_process=False)
+    options = AblateOptions(results=tmp_path / "results", work=tmp_path / "work")
     with pytest.raises(UserError, match="answer tokens; need 1000000, the suite's budget"):
         run_ablation(spec, suite_file=folder / "tiny.toml", options=options, console=QUIET)
 

@@ -437,8 +437,9 @@ def test_a_trace_of_other_heads_stops_the_sweep(inputs: CellInputs, executor: Ra
     """The error of a node reaches the driver as the error that it was."""
     provenance = inputs.trace.provenance.model_copy(update={"heads_hash": "d" * 64})
     other = replace(inputs, trace=Trace(provenance=provenance, prompts=inputs.trace.prompts))
-    with pytest.raises(UserError, match="found a trace of another model or other heads"):
+    with pytest.raises(UserError, match="found a trace of another model or other heads") as caught:
         list(executor.run(other, [VANILLA], on_start=lambda words: None))
+    assert type(caught.value) is UserError and caught.value.found == "a trace of another model or other heads"
 
 
 def test_a_type_that_no_node_has(
