@@ -5,6 +5,8 @@ beside what they yield.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from rich.table import Table
 from harness.cli.find import find_suite
 from harness.cli.options import HubOption, SuiteArgument, console
 from harness.compose.composer import KnotPrices, shared_knots, step_contexts
-from harness.compose.devices import find_curves
+from harness.compose.devices import StepTimes, find_curves
 from harness.compose.plan import search_both
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import CostChoice, SearchSpace, cached_choices
@@ -56,6 +58,15 @@ def print_search(
     return grown.tree
 
 
+@dataclass(frozen=True)
+class PricedChoice:
+    """The fastest tree that one search found at a curve's prices, and what a vanilla step costs there."""
+
+    curve: StepTimes
+    choice: CostChoice
+    vanilla_s: float
+
+
 def print_device_search(
     calibration: Path,
     *,
@@ -71,8 +82,7 @@ def print_device_search(
     """Print, for every curve that the device's name means, the fastest tree by both searches; return the
     first curve's, by joint hits.
 
-    Steps are priced at the mean context of the calibration text's vanilla steps. Choices are kept in `cache`
-    by curve and trace.
+    Choices are kept in `cache` by curve and trace.
     Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
     """
     index = ReplayIndex(Trace.load(calibration))
@@ -80,20 +90,25 @@ def print_device_search(
     curves = find_curves(
         device, results=results, shape=shape, dtype=dtype, heads=LatencyHeads(architecture="shared")
     )
+    found = fastest_trees(index, curves, max_nodes=max_nodes, cache=cache)
+    console.print(_table_of(found, index=index, other=other))
+    best = found[0].choice
+    console.print(best.tree().draw(), markup=False, highlight=False)
+    return best
+
+
+def fastest_trees(
+    index: ReplayIndex, curves: Sequence[StepTimes], *, max_nodes: int, cache: Path | None
+) -> list[PricedChoice]:
+    """Return, curve by curve, the fastest tree by both searches.
+
+    Steps are priced at the mean context of the calibration text's vanilla steps.
+    Raises: UserError for a curve that does not cover a vanilla step.
+    """
     lengths = step_contexts(index.replay(DraftTree.root_only()))
     knots, usual = np.array(shared_knots(curves, lengths), dtype=np.float64), float(np.mean(lengths))
     space = SearchSpace(index, max_nodes=max_nodes)
-    table = Table(
-        "curve",
-        "search",
-        "nodes",
-        "depth",
-        "tokens/step, calibration",
-        "check",
-        "step, ms",
-        "speedup promised",
-    )
-    found: list[CostChoice] = []
+    found: list[PricedChoice] = []
     for curve in curves:
         price = KnotPrices(curve, knots=knots, context="trace", batch=1).price_at(usual)
         vanilla_s = price(1, 0)
@@ -102,6 +117,7 @@ def print_device_search(
                 found="no vanilla step",
                 need="a curve that covers one node at batch 1",
                 where=curve.label.words,
+                do="measure one with medusa-repro latency",
             )
         choices = cached_choices(
             space.key,
@@ -109,21 +125,36 @@ def print_device_search(
             folder=cache,
             search=partial(search_both, space, price),
         )
-        for choice in choices:
-            tree = choice.tree()
-            own = index.replay(tree).tokens_per_step
-            realised = f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-"
-            figures = (
-                f"{own:.3f}",
-                realised,
-                f"{1000 * choice.step_s:.3g}",
-                f"{own * vanilla_s / choice.step_s:.2f}",
-            )
-            table.add_row(curve.label.words, choice.method, str(tree.num_nodes), str(tree.depth), *figures)
-        found += choices
-    console.print(table)
-    console.print(found[0].tree().draw(), markup=False, highlight=False)
-    return found[0]
+        found += [PricedChoice(curve, choice, vanilla_s) for choice in choices]
+    return found
+
+
+def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: ReplayIndex | None) -> Table:
+    """Return what each tree promises on the calibration trace and, where there is one, on the check trace."""
+    table = Table(
+        "curve",
+        "search",
+        "nodes",
+        "depth",
+        "tokens/step, calibration",
+        "tokens/step, check",
+        "step, ms",
+        "speedup promised",
+    )
+    for priced in found:
+        choice, tree = priced.choice, priced.choice.tree()
+        own = index.replay(tree).tokens_per_step
+        table.add_row(
+            priced.curve.label.words,
+            choice.method,
+            str(tree.num_nodes),
+            str(tree.depth),
+            f"{own:.3f}",
+            f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-",
+            f"{1000 * choice.step_s:.3g}",
+            f"{own * priced.vanilla_s / choice.step_s:.2f}",
+        )
+    return table
 
 
 def trace(

@@ -19,19 +19,10 @@ STAND_TWICE = {
     ("harness/measure/ablation/run.py", "harness/measure/step_profile.py"),
     ("harness/measure/latency/run.py", "harness/measure/run.py"),
     ("harness/measure/sweep/run.py", "harness/measure/trials.py"),
-    ("harness/measure/sweep/run.py", "harness/training/heads.py"),
-    ("harness/measure/sweep/run.py", "harness/training/joint.py"),
-    ("harness/measure/sweep/run.py", "harness/training/text.py"),
-    ("harness/measure/trials.py", "harness/training/heads.py"),
-    ("harness/measure/trials.py", "harness/training/joint.py"),
     ("harness/records/latency.py", "harness/specs/shapes.py"),
     ("harness/report/latency.py", "harness/report/run.py"),
-    ("harness/training/heads.py", "harness/training/joint.py"),
-    ("harness/training/heads.py", "harness/training/text.py"),
-    ("harness/training/joint.py", "harness/training/text.py"),
 }
 LONG = {
-    "harness/cli/trees.py print_device_search",
     "harness/device/trace.py record_trace",
     "harness/measure/ablation/bench.py _result",
     "harness/measure/ablation/run.py run_ablation",
@@ -42,8 +33,6 @@ LONG = {
     "harness/measure/sweep/cells.py decode_point",
     "harness/measure/sweep/run.py run_sweep",
     "harness/measure/training_profile.py profile_training",
-    "harness/training/heads.py train_heads",
-    "harness/training/joint.py train_joint",
     "medusa_impl/stream.py decode_stream",
 }
 

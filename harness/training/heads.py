@@ -9,26 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from harness.device.engine import best_device, load_model, new_heads
+from harness.device.engine import LoadedModel, best_device, load_model, new_heads
 from harness.device.machine import git_state
 from harness.paths import code_folder
 from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
 from harness.training.corpus import check_overlap
+from harness.training.held_out import print_figures
+from harness.training.progress import progress_bar
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
+from medusa_impl.heads import MedusaHeads
 from medusa_impl.training.distill import CorpusStore, pack_corpus
-from medusa_impl.training.features import load_features
+from medusa_impl.training.features import FeatureSet, load_features
 from medusa_impl.training.medusa1 import train_medusa1
 from medusa_impl.training_log import TrainingFigures, TrainingStep
 
@@ -69,34 +64,8 @@ def train_heads(
         fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)
     features = load_features(store, num_heads=spec.recipe.num_heads)
     console.print(f"{features.num_tokens} answer tokens of {len(features.keys)} prompts")
-    lm_head: Any = loaded.model.get_output_embeddings()
     heads = new_heads(loaded, spec.recipe)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=None)
-
-        def show(step: TrainingStep) -> None:
-            progress.update(
-                task,
-                total=step.num_steps,
-                completed=step.step,
-                description=f"training ({step.vocabulary}) loss {step.loss:.3f}",
-            )
-
-        figures = train_medusa1(
-            features,
-            heads,
-            lm_head.weight.detach().float().cpu(),
-            recipe=spec.recipe,
-            checkpoint_dir=work / "training",
-            on_step=show,
-        )
+    figures = _learn(heads, features, loaded, spec=spec, work=work, console=console)
     print_figures(console, figures)
     commit, dirty = git_state(code_folder())
     provenance = HeadsProvenance(
@@ -116,14 +85,33 @@ def train_heads(
     return files
 
 
-def print_figures(console: Console, figures: TrainingFigures) -> None:
-    """Print held-out loss and top-1 per head."""
-    if figures.held_out is None:
-        return
-    for head, (loss, accuracy) in enumerate(
-        zip(figures.held_out.losses(), figures.held_out.top_accuracies(), strict=True), start=1
-    ):
-        first, tenth = (100 * (accuracy[rank] or 0) for rank in (0, -1))
-        console.print(
-            f"head {head}: held-out loss {loss or 0:.3f} nats, top-1 {first:.1f} %, top-10 {tenth:.1f} %"
+def _learn(
+    heads: MedusaHeads,
+    features: FeatureSet,
+    loaded: LoadedModel,
+    *,
+    spec: HeadsRecipe,
+    work: Path,
+    console: Console,
+) -> TrainingFigures:
+    """Train the heads, shown as it goes on, and return what they reached on held-out text."""
+    lm_head: Any = loaded.model.get_output_embeddings()
+    with progress_bar(console) as progress:
+        task = progress.add_task("training", total=None)
+
+        def show(step: TrainingStep) -> None:
+            progress.update(
+                task,
+                total=step.num_steps,
+                completed=step.step,
+                description=f"training ({step.vocabulary}) loss {step.loss:.3f}",
+            )
+
+        return train_medusa1(
+            features,
+            heads,
+            lm_head.weight.detach().float().cpu(),
+            recipe=spec.recipe,
+            checkpoint_dir=work / "training",
+            on_step=show,
         )

@@ -6,34 +6,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainingArguments
 
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
 from harness.device.machine import git_state
 from harness.errors import UserError
-from harness.files import write_bytes
 from harness.paths import code_folder, resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
+from harness.training.held_out import evaluate_joint, print_joint_figures
+from harness.training.progress import progress_bar
+from harness.training.resume import check_same_run, last_checkpoint
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.adapter import save_adapter
@@ -42,10 +33,9 @@ from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa2Recipe
 from medusa_impl.training.medusa2 import MedusaTrainingModel
-from medusa_impl.training.sequences import WINDOW_BATCHES, SequenceDataset, TrainingSequence, collate
 from medusa_impl.training.sharding import check_launcher, under_fsdp
 from medusa_impl.training.trainer import MedusaTrainer, process_state, training_arguments
-from medusa_impl.training_log import STEP_LOG, JointFigures, JointHeldOut, JointStep, read_step_log
+from medusa_impl.training_log import STEP_LOG, JointFigures, JointStep, read_step_log
 
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
 _SAVE_STEPS = 10
@@ -147,15 +137,9 @@ def train_joint(
     is not finite.
     """
     check_runnable(recipe)
-    if under_fsdp() and recipe.backbone == "full" and loaded.model.dtype != torch.float32:
-        raise UserError(
-            found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under "
-            "FSDP, with heads of float32",
-            need="one dtype for all that learns: [model] dtype = 'float32', and the recipe's autocast",
-            where="the recipe",
-        )
+    _check_one_dtype(loaded, recipe)
     heads, origin = first_heads(loaded, recipe, start_heads=start_heads)
-    _check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
+    check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
     was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
     torch.manual_seed(recipe.seed)  # the adapter's first weights
     model = MedusaTrainingModel(
@@ -166,15 +150,40 @@ def train_joint(
     )
     device = best_device() if under_fsdp() else loaded.model.device
     arguments = training_arguments(recipe, folder=work, save_steps=save_steps, use_cpu=device.type == "cpu")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    trainer = _learn(model, text, arguments=arguments, work=work, console=console)
+    held_out = evaluate_joint(model, text.held_out[:MAX_HELD_OUT])
+    trainer.make_whole()
+    writes = process_state().is_main_process  # the others may hold a part of the weights
+    steps = read_step_log(work / STEP_LOG)
+    figures = JointFigures(
+        num_steps=len(steps),
+        num_sequences=len(text.train),
+        num_answer_tokens=sum(sequence.num_targets for sequence in text.train),
+        num_positions_seen=sum(step.num_positions for step in steps),
+        final_loss=steps[-1].loss,
+        held_out=held_out,
+        backbone_sha256s=(was, backbone_sha256(loaded.model)) if was is not None and writes else None,
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("joint training", total=recipe.num_steps)
+    print_joint_figures(console, figures, recipe=recipe)
+    return _write(loaded, model, figures, text=text, work=work, target=target)
+
+
+def _check_one_dtype(loaded: LoadedModel, recipe: Medusa2Recipe) -> None:
+    if under_fsdp() and recipe.backbone == "full" and loaded.model.dtype != torch.float32:
+        raise UserError(
+            found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under "
+            "FSDP, with heads of float32",
+            need="one dtype for all that learns: [model] dtype = 'float32', and the recipe's autocast",
+            where="the recipe",
+        )
+
+
+def _learn(
+    model: MedusaTrainingModel, text: JointText, *, arguments: TrainingArguments, work: Path, console: Console
+) -> MedusaTrainer:
+    """Train to the last step, from the last checkpoint of the work folder where there is one."""
+    with progress_bar(console) as progress:
+        task = progress.add_task("joint training", total=model.recipe.num_steps)
 
         def show(step: JointStep) -> None:
             rate = f", {step.positions_per_s:.0f} tokens/s" if step.positions_per_s else ""
@@ -192,21 +201,7 @@ def train_joint(
             trainer.load_finished(last.folder)
         else:
             trainer.train(resume_from_checkpoint=str(last.folder) if last is not None else None)
-    held_out = evaluate_joint(model, text.held_out[:MAX_HELD_OUT])
-    trainer.make_whole()
-    writes = process_state().is_main_process  # the others may hold a part of the weights
-    steps = read_step_log(work / STEP_LOG)
-    figures = JointFigures(
-        num_steps=len(steps),
-        num_sequences=len(text.train),
-        num_answer_tokens=sum(sequence.num_targets for sequence in text.train),
-        num_positions_seen=sum(step.num_positions for step in steps),
-        final_loss=steps[-1].loss,
-        held_out=held_out,
-        backbone_sha256s=(was, backbone_sha256(loaded.model)) if was is not None and writes else None,
-    )
-    print_joint_figures(console, figures, recipe=recipe)
-    return _write(loaded, model, figures, text=text, work=work, target=target)
+    return trainer
 
 
 def first_heads(
@@ -227,64 +222,6 @@ def first_heads(
             where=start_heads.name,
         )
     return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
-
-
-@torch.no_grad()
-def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSequence]) -> JointHeldOut | None:
-    """Return the model's own losses on sequences that it did not train on, without dropout; None where there
-    are none.
-    """
-    if not sequences:
-        return None
-    learns = model.recipe.backbone != "frozen"
-    data, training, totals = SequenceDataset(sequences), model.training, dict[str, Any]()
-    device = next(model.parameters()).device
-    model.eval()
-    for start in range(0, len(sequences), model.recipe.batch_sequences):
-        rows = [
-            data[index] for index in range(start, min(start + model.recipe.batch_sequences, len(sequences)))
-        ]
-        batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
-        for name, value in model(**batch, backbone_weight=float(learns), heads_weight=1.0).items():
-            totals[name] = totals[name] + value if name in totals else value
-    model.train(training)
-    return JointHeldOut(
-        num_positions=int(totals["positions"]),
-        backbone_loss_sum=float(totals["backbone_loss"]) if learns else None,
-        num_agreements=int(totals["agreements"]) if learns else None,
-        head_loss_sums=tuple(totals["head_losses"].tolist()),
-        head_targets=tuple(totals["head_targets"].tolist()),
-        rank_hits=tuple(tuple(row) for row in totals["head_ranks"].tolist()),
-    )
-
-
-def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medusa2Recipe) -> None:
-    """Print what the held-out text says of backbone and heads."""
-    held_out = figures.held_out
-    if held_out is None:
-        return
-    if held_out.backbone_loss_sum is not None and held_out.num_agreements is not None:
-        name = "KL from the original" if recipe.target == "original" else "loss"
-        mean, share = (
-            held_out.backbone_loss_sum / held_out.num_positions,
-            held_out.num_agreements / held_out.num_positions,
-        )
-        console.print(
-            f"backbone: held-out {name} {mean:.4f} nats a token, first choice agrees at {100 * share:.1f} %"
-        )
-    if recipe.architecture == "shared":
-        console.print(
-            f"heads read the {recipe.heads_lm_head if recipe.backbone != 'frozen' else 'original'} LM "
-            "head, here and when decoding"
-        )
-    for head, (hits, targets) in enumerate(
-        zip(held_out.rank_hits, held_out.head_targets, strict=True), start=1
-    ):
-        if targets:
-            console.print(
-                f"head {head}: held-out top-1 {100 * hits[0] / targets:.1f} %, top-10 "
-                f"{100 * sum(hits) / targets:.1f} %"
-            )
 
 
 def check_runnable(recipe: Medusa2Recipe) -> None:
@@ -319,56 +256,6 @@ def check_runnable(recipe: Medusa2Recipe) -> None:
             found="shared heads that read the original LM head of a backbone trained in full",
             need="heads_lm_head = 'adapted', since the tuned model keeps one LM head only",
             where="the recipe",
-        )
-
-
-@dataclass(frozen=True)
-class LastCheckpoint:
-    """The newest whole checkpoint of a run."""
-
-    folder: Path
-    step: int
-    is_finished: bool
-
-
-def last_checkpoint(folder: Path) -> LastCheckpoint | None:
-    """Return the newest checkpoint that was written to its end; one that a kill cut short is passed over."""
-    found = []
-    for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
-        try:
-            state = json.loads(state_file.read_text())
-            step, num_steps = int(state["global_step"]), int(state["max_steps"])
-        except (OSError, ValueError, KeyError):
-            continue
-        found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
-
-
-def _check_same_run(
-    work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str
-) -> None:
-    ours = {
-        "recipe": recipe.model_dump(mode="json"),
-        "text": text.fingerprint(),
-        "backbone": backbone_sha256,
-        "first heads": heads_sha256,
-        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps],
-    }
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "run.json"
-    if not path.exists():
-        write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
-        return
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError:
-        theirs = {}
-    if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
-        raise UserError(
-            found=f"a training of another {differing[0]}",
-            need="the one that began here",
-            where="the work folder",
-            do="give another --work, or empty it to start afresh",
         )
 
 

@@ -8,14 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from harness.device.engine import LoadedModel
 from harness.errors import UserError
@@ -28,6 +20,7 @@ from harness.training.conversations import (
     load_conversations,
     turn_sequences,
 )
+from harness.training.progress import progress_bar
 from harness.training.workers import corpus_store
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Recipe
@@ -48,14 +41,7 @@ def unpacked_corpus(spec: HeadsRecipe, loaded: LoadedModel, *, work: Path, conso
         unpack_corpus(resolve_path(spec.packed_corpus, base_folder=None), backbone_sha256=loaded.sha256)
     )
     runner = StepRunner(loaded.model, None)
-    columns = (
-        TextColumn("states"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("states", total=len(samples))
         return add_states(
             runner.backbone,

@@ -28,10 +28,10 @@ from harness.training.joint import (
     JointFiles,
     check_runnable,
     first_heads,
-    last_checkpoint,
     train_both,
     train_joint,
 )
+from harness.training.resume import last_checkpoint
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import load_heads
 from medusa_impl.tests.training.test_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed

@@ -1,0 +1,67 @@
+"""Where a joint training that was cut off goes on, and whether it is the one that was cut off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.files import write_bytes
+from harness.training.text import JointText
+from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.training.sequences import WINDOW_BATCHES
+
+
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """The newest whole checkpoint of a run."""
+
+    folder: Path
+    step: int
+    is_finished: bool
+
+
+def last_checkpoint(folder: Path) -> LastCheckpoint | None:
+    """Return the newest checkpoint that was written to its end; one that a kill cut short is passed over."""
+    found = []
+    for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
+        try:
+            state = json.loads(state_file.read_text())
+            step, num_steps = int(state["global_step"]), int(state["max_steps"])
+        except (OSError, ValueError, KeyError):
+            continue
+        found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def check_same_run(
+    work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str
+) -> None:
+    """Note in the work folder what is trained there, or see that it is what the folder began with.
+
+    Raises: UserError for a folder of another training.
+    """
+    ours = {
+        "recipe": recipe.model_dump(mode="json"),
+        "text": text.fingerprint(),
+        "backbone": backbone_sha256,
+        "first heads": heads_sha256,
+        "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps],
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "run.json"
+    if not path.exists():
+        write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
+        return
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError:
+        theirs = {}
+    if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
+        raise UserError(
+            found=f"a training of another {differing[0]}",
+            need="the one that began here",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
