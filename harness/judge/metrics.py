@@ -11,7 +11,6 @@ from statistics import median
 import numpy as np
 
 from harness.compose.replay import replay
-from harness.judge.diagnosis import diagnose
 from harness.judge.judgement import ArmMetrics, CategoryMetrics, Comparison
 from harness.judge.step_costs import SeparateCosts, bandwidth_share, num_nodes, separate_costs
 from harness.judge.totals import (
@@ -26,6 +25,17 @@ from harness.judge.totals import (
 from harness.records.run import RunRecord
 from harness.specs.suite import ArmSpec
 from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
+
+LOW_ACCEPTANCE_TOKENS_PER_STEP = (
+    1.3  # under 0.3 drafted tokens kept a step: less than a first head of 30 % gives alone
+)
+DEAR_STEP_COST = 1.5  # the verification alone takes a third of the tokens it yields at 1.5 a step
+DEAR_OWN_OVERHEAD = (
+    1.25  # overhead over step cost: what heads, candidates, acceptance and compaction add to the backbone
+)
+SLOW_BASELINE_BANDWIDTH_SHARE = (
+    0.4  # vanilla reads its weights at less than this share of the measured bandwidth
+)
 
 
 def comparisons(record: RunRecord) -> tuple[Comparison, ...]:
@@ -113,6 +123,53 @@ def replayed_tokens_per_step(record: RunRecord, arm: str) -> float | None:
     if all(prompt.num_kept_tokens == 1 for prompt in trace.prompts):
         return None
     return replay(trace, record.trees[arm].tree(), num_heads=spec.num_heads).tokens_per_step
+
+
+def diagnose(
+    *,
+    acceleration_rate: float,
+    comparison: Comparison | None,
+    drafts: bool,
+    step_cost: float | None,
+    bandwidth_share: float | None,
+    baseline_bandwidth_share: float | None,
+) -> str:
+    """One line that says why an arm is as fast as it is; thresholds are the constants of this module.
+
+    `comparison` is None for a baseline, or where no speed is reported; `drafts` says whether the arm drafts
+    tokens at all.
+    """
+    if comparison is None:
+        if bandwidth_share is None:
+            return f"{acceleration_rate:.2f} tokens a step; no speed is reported"
+        kind = "slow baseline" if bandwidth_share < SLOW_BASELINE_BANDWIDTH_SHARE else "memory-bound baseline"
+        return f"{kind}: reads its weights at {bandwidth_share:.0%} of the measured bandwidth"
+    overhead = comparison.overhead.estimate
+    if not drafts:
+        return f"another engine, no drafts: a step costs {overhead:.2f}x"
+    balance = f"a step costs {overhead:.2f}x and yields {acceleration_rate:.2f} tokens"
+    causes = _causes(
+        acceleration_rate, overhead=overhead, step_cost=step_cost, baseline_share=baseline_bandwidth_share
+    )
+    because = f" ({', '.join(causes)})" if causes else ""
+    if comparison.speedup.estimate < 1:
+        return f"slower than vanilla: {balance}; needs > {overhead:.2f}{because}"
+    return f"{causes[0] if causes else 'balanced'}: {balance}"
+
+
+def _causes(
+    acceleration_rate: float, *, overhead: float, step_cost: float | None, baseline_share: float | None
+) -> list[str]:
+    causes = []
+    if acceleration_rate < LOW_ACCEPTANCE_TOKENS_PER_STEP:
+        causes.append("low acceptance")
+    if step_cost is not None and step_cost > DEAR_STEP_COST:
+        causes.append("dear verification")
+    if step_cost is not None and overhead / step_cost > DEAR_OWN_OVERHEAD:
+        causes.append("dear heads and bookkeeping")
+    if baseline_share is not None and baseline_share < SLOW_BASELINE_BANDWIDTH_SHARE:
+        causes.append("slow baseline")
+    return causes
 
 
 def _arm_metrics(

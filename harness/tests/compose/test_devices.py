@@ -240,5 +240,5 @@ def test_a_quoted_file_with_an_unknown_key(tmp_path: Path) -> None:
     path.write_text("schema_version = 1\nsurprise = 2\n")
     with pytest.raises(UserError, match="quoted"):
         load_quoted(path)
-    with pytest.raises(UserError, match="no readable file of quoted figures"):
+    with pytest.raises(UserError, match=r"no readable file .* need a file of quoted figures"):
         load_quoted(tmp_path / "none.toml")
