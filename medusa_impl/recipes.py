@@ -33,7 +33,7 @@ def cosine_share(step: int, *, num_steps: int, warmup_steps: int, ramp_steps: in
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
-class Medusa1Recipe(Frozen):
+class Medusa1Settings(Frozen):
     """All settings that decide the result of Medusa-1 training, given the features.
 
     num_epochs, num_steps: the length of the training; exactly one of the two is set.
@@ -65,7 +65,7 @@ class Medusa1Recipe(Frozen):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _one_length(self) -> Medusa1Recipe:
+    def _one_length(self) -> Medusa1Settings:
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError("set exactly one of num_epochs and num_steps; the other must be null")
         return self
@@ -95,7 +95,7 @@ def steps_per_epoch(num_rows: int, *, batch_positions: int) -> int:
     return max(1, num_rows // batch_positions)
 
 
-class LoraRecipe(Frozen):
+class LoraSettings(Frozen):
     """The settings of the backbone's LoRA adapter.
 
     targets: the names of the linear layers to adapt, or all of them but the LM head.
@@ -111,7 +111,7 @@ class LoraRecipe(Frozen):
     lm_head: bool = True
 
 
-class Medusa2Recipe(Frozen):
+class Medusa2Settings(Frozen):
     """All settings that decide the result of joint training, given model, heads and sequences.
 
     backbone: which part of the backbone learns.
@@ -138,7 +138,7 @@ class Medusa2Recipe(Frozen):
     num_layers: int = Field(default=1, ge=1)
     architecture: HeadArchitecture = "shared"
     backbone: Literal["frozen", "lora", "full"] = "lora"
-    lora: LoraRecipe = LoraRecipe()
+    lora: LoraSettings = LoraSettings()
     target: Literal["tokens", "original"] = "original"
     heads_lm_head: HeadsLmHead = "original"
     warmup: Literal["none", "two_stage", "ramped"] = "ramped"
@@ -166,7 +166,7 @@ class Medusa2Recipe(Frozen):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _consistent(self) -> Medusa2Recipe:
+    def _consistent(self) -> Medusa2Settings:
         if (self.num_epochs is None) == (self.num_steps is None):
             raise ValueError("set exactly one of num_epochs and num_steps")
         if self.quantisation is not None and self.backbone == "full":

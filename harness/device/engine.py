@@ -44,7 +44,7 @@ from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_head
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
+from medusa_impl.recipes import Medusa1Settings, Medusa2Settings
 
 # Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads
 # can learn. A larger LM head makes the law sharp enough for sampling rules to accept drafts.
@@ -413,7 +413,7 @@ def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
     )
 
 
-def new_heads(loaded: LoadedModel, recipe: Medusa1Recipe | Medusa2Recipe) -> MedusaHeads:
+def new_heads(loaded: LoadedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:
     """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
     lm_head: Any = loaded.model.get_output_embeddings()
     return MedusaHeads(

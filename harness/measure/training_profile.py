@@ -43,7 +43,7 @@ from harness.training.text import read_text, token_subset
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import CorpusSample, unpack_corpus
 from medusa_impl.training.features import FeatureSet, add_states, load_features
 from medusa_impl.training.medusa1 import train_medusa1
@@ -176,7 +176,7 @@ def _heads_bench(
     )
 
 
-def heads_stages(recipe: Medusa1Recipe, *, vocab_size: int) -> dict[str, float]:
+def heads_stages(recipe: Medusa1Settings, *, vocab_size: int) -> dict[str, float]:
     """Return Medusa-1's stages, with their shares of the recipe's steps: a subset of the vocabulary, then all
     of it.
     """
@@ -210,7 +210,7 @@ def _samples(spec: HeadsRecipe, loaded: LoadedModel) -> list[CorpusSample]:
 
 
 def _features(
-    samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Recipe, *, folder: Path
+    samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Settings, *, folder: Path
 ) -> FeatureSet:
     backbone = StepRunner(loaded.model, None, mode="eager").backbone
     store = add_states(backbone, samples, cache_folder=folder, backbone_sha256=loaded.sha256)

@@ -12,7 +12,7 @@ from pydantic import Field, RootModel, model_validator
 from harness.errors import UserError
 from harness.files import DataFile, DataPath, Frozen, read_toml
 from harness.specs.suite import ModelSpec
-from medusa_impl.recipes import Medusa1Recipe, Medusa2Recipe
+from medusa_impl.recipes import Medusa1Settings, Medusa2Settings
 
 Split = Literal["train", "held_out"]
 
@@ -91,7 +91,7 @@ class HeadsRecipe(_Recipe):
 
     trains: Literal["heads"] = "heads"
     corpus: CorpusSpec
-    recipe: Medusa1Recipe
+    recipe: Medusa1Settings
 
 
 class JointRecipe(_Recipe):
@@ -106,7 +106,7 @@ class JointRecipe(_Recipe):
     corpus: CorpusSpec | None = None
     conversations: DataPath | None = None
     start_heads: DataPath | None = None
-    recipe: Medusa2Recipe
+    recipe: Medusa2Settings
 
     @model_validator(mode="after")
     def _some_text(self) -> JointRecipe:

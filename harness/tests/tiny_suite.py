@@ -30,7 +30,7 @@ from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training_log import TrainingFigures
 
 SMOKE_FILE = shipped("smoke.toml")
@@ -144,7 +144,7 @@ def save_tiny_heads(path: Path, heads: MedusaHeads, *, backbone_sha256: str) -> 
         final_loss=1.0,
         held_out=None,
     )
-    recipe = Medusa1Recipe(num_heads=heads.num_heads, num_epochs=None, num_steps=1)
+    recipe = Medusa1Settings(num_heads=heads.num_heads, num_epochs=None, num_steps=1)
     provenance = HeadsProvenance(
         backbone_name="tiny", backbone_sha256=backbone_sha256, recipe=recipe, training=figures
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sequences import SequenceDataset, TrainingSequence, collate
 from medusa_impl.training_log import JointFigures, JointHeldOut, TrainingFigures
@@ -56,7 +56,7 @@ def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSeque
     )
 
 
-def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medusa2Recipe) -> None:
+def print_joint_figures(console: Console, figures: JointFigures, *, recipe: Medusa2Settings) -> None:
     """Print what the held-out text says of backbone and heads."""
     held_out = figures.held_out
     if held_out is None:

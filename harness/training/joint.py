@@ -31,7 +31,7 @@ from medusa_impl.checkpoints.adapter import save_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sharding import check_launcher, under_fsdp
 from medusa_impl.training.trainer import MedusaTrainer, process_state, training_arguments
@@ -102,7 +102,7 @@ def train_both(
     return JointFiles(**{**files.__dict__, "calibration": calibration})
 
 
-def _too_large(recipe: Medusa2Recipe) -> str | None:
+def _too_large(recipe: Medusa2Settings) -> str | None:
     """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on
     one device.
     """
@@ -120,7 +120,7 @@ def _loading_device() -> torch.device:
 
 def train_joint(
     loaded: LoadedModel,
-    recipe: Medusa2Recipe,
+    recipe: Medusa2Settings,
     *,
     text: JointText,
     start_heads: Path | None,
@@ -168,7 +168,7 @@ def train_joint(
     return _write(loaded, model, figures, text=text, work=work, target=target)
 
 
-def _check_one_dtype(loaded: LoadedModel, recipe: Medusa2Recipe) -> None:
+def _check_one_dtype(loaded: LoadedModel, recipe: Medusa2Settings) -> None:
     if under_fsdp() and recipe.backbone == "full" and loaded.model.dtype != torch.float32:
         raise UserError(
             found=f"a backbone of {str(loaded.model.dtype).removeprefix('torch.')} trained in full under "
@@ -205,7 +205,7 @@ def _learn(
 
 
 def first_heads(
-    loaded: LoadedModel, recipe: Medusa2Recipe, *, start_heads: Path | None
+    loaded: LoadedModel, recipe: Medusa2Settings, *, start_heads: Path | None
 ) -> tuple[MedusaHeads, str]:
     """Return the heads that training starts from, trained or fresh, and a word that tells them apart.
 
@@ -224,7 +224,7 @@ def first_heads(
     return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
 
 
-def check_runnable(recipe: Medusa2Recipe) -> None:
+def check_runnable(recipe: Medusa2Settings) -> None:
     """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher
     that would train another one.
 

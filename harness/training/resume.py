@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.files import write_bytes
 from harness.training.text import JointText
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.sequences import WINDOW_BATCHES
 
 
@@ -36,7 +36,7 @@ def last_checkpoint(folder: Path) -> LastCheckpoint | None:
 
 
 def check_same_run(
-    work: Path, *, recipe: Medusa2Recipe, text: JointText, backbone_sha256: str, heads_sha256: str
+    work: Path, *, recipe: Medusa2Settings, text: JointText, backbone_sha256: str, heads_sha256: str
 ) -> None:
     """Note in the work folder what is trained there, or see that it is what the folder began with.
 

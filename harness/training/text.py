@@ -23,7 +23,7 @@ from harness.training.conversations import (
 from harness.training.progress import progress_bar
 from harness.training.workers import corpus_store
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
 from medusa_impl.training.features import add_states, is_held_out
 from medusa_impl.training.losses import TokenSubset
@@ -107,7 +107,7 @@ def split_text(sequences: Sequence[TrainingSequence]) -> JointText:
 
 
 def token_subset(
-    sequences: Sequence[TrainingSequence], recipe: Medusa2Recipe, *, vocab_size: int
+    sequences: Sequence[TrainingSequence], recipe: Medusa2Settings, *, vocab_size: int
 ) -> TokenSubset | None:
     """Return the most frequent answer tokens where the recipe restricts the heads' vocabulary."""
     if recipe.subset_size is None or recipe.subset_size >= vocab_size:

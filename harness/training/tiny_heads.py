@@ -14,7 +14,7 @@ from harness.device.prompts import SuitePrompt
 from harness.specs.suite import SuiteSpec
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.training.features import load_features
 from medusa_impl.training.medusa1 import train_medusa1
@@ -53,7 +53,7 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
         architecture="shared",
     )
     backbone = Backbone(loaded.model)
-    recipe = Medusa1Recipe(
+    recipe = Medusa1Settings(
         num_heads=suite.heads.num_heads,
         num_epochs=None,
         num_steps=suite.heads.train_steps,

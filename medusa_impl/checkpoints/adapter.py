@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from medusa_impl.checkpoints.tensors import read_safetensors, tensors_sha256
 from medusa_impl.errors import UserError
-from medusa_impl.recipes import LoraRecipe
+from medusa_impl.recipes import LoraSettings
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -33,7 +33,7 @@ def untie_lm_head(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
 
 
-def add_adapter(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
+def add_adapter(model: PreTrainedModel, recipe: LoraSettings) -> Any:
     """Return the model with a LoRA adapter; only the adapter's matrices learn.
 
     If the LM head is adapted, it is untied from the embedding first.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medusa_impl.checkpoints.tensors import read_safetensors, some, tensors_sha256, write_by_rename
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import HeadArchitecture, HeadsLmHead, Medusa1Recipe, Medusa2Recipe
+from medusa_impl.recipes import HeadArchitecture, HeadsLmHead, Medusa1Settings, Medusa2Settings
 from medusa_impl.training_log import JointFigures, TrainingFigures
 
 _METADATA_KEY = "medusa_repro"
@@ -35,7 +35,7 @@ class HeadsProvenance(BaseModel):
 
     backbone_name: str
     backbone_sha256: str
-    recipe: Medusa1Recipe | Medusa2Recipe
+    recipe: Medusa1Settings | Medusa2Settings
     training: TrainingFigures | JointFigures
     adapter_sha256: str | None = None
     lm_head_read: HeadsLmHead = "original"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medusa_impl.checkpoints.tensors import write_by_rename
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa1Recipe, steps_per_epoch
+from medusa_impl.recipes import Medusa1Settings, steps_per_epoch
 from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import (
@@ -52,7 +52,7 @@ def train_medusa1(
     heads: MedusaHeads,
     lm_head_weight: Tensor,
     *,
-    recipe: Medusa1Recipe,
+    recipe: Medusa1Settings,
     checkpoint_dir: Path,
     resume: bool = True,
     on_step: Callable[[TrainingStep], None] | None = None,
@@ -107,7 +107,7 @@ class _Run:
         heads: MedusaHeads,
         lm_head_weight: Tensor,
         *,
-        recipe: Medusa1Recipe,
+        recipe: Medusa1Settings,
         folder: Path,
     ) -> None:
         self.features, self.heads, self.recipe = features, heads, recipe
@@ -319,7 +319,7 @@ def _rates(totals: Tensor, counts: Tensor) -> tuple[float | None, ...]:
     )
 
 
-def _check_heads(heads: MedusaHeads, features: FeatureSet, recipe: Medusa1Recipe) -> None:
+def _check_heads(heads: MedusaHeads, features: FeatureSet, recipe: Medusa1Settings) -> None:
     ours = (heads.num_heads, heads.num_layers, heads.architecture)
     theirs = (recipe.num_heads, recipe.num_layers, recipe.architecture)
     if ours != theirs or features.num_heads != heads.num_heads:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from medusa_impl.checkpoints.adapter import add_adapter
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.losses import (
     DEFAULT_LOGITS_BYTES,
     NO_TARGET,
@@ -72,7 +72,7 @@ class MedusaTrainingModel(nn.Module):
         model: PreTrainedModel,
         heads: MedusaHeads,
         *,
-        recipe: Medusa2Recipe,
+        recipe: Medusa2Settings,
         subset: TokenSubset | None = None,
     ) -> None:
         super().__init__()

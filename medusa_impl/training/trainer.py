@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.errors import UserError
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.losses import NUM_RANKS
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sequences import LikeLengthSampler, SequenceDataset, TrainingSequence, collate
@@ -46,7 +46,7 @@ def end_processes() -> None:
 
 
 def training_arguments(
-    recipe: Medusa2Recipe, *, folder: Path, save_steps: int, use_cpu: bool
+    recipe: Medusa2Settings, *, folder: Path, save_steps: int, use_cpu: bool
 ) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe; the learning rates are not among them.
 
@@ -93,7 +93,7 @@ def training_arguments(
     return arguments
 
 
-def shared_batch(recipe: Medusa2Recipe, *, num_processes: int) -> tuple[int, int]:
+def shared_batch(recipe: Medusa2Settings, *, num_processes: int) -> tuple[int, int]:
     """Return how many sequences each process takes at once, and how many times in a step.
 
     The processes together take the recipe's number of sequences a step, however many processes there are.
@@ -320,7 +320,7 @@ class _StepLog(TrainerCallback):
                 self._trainer._on_step(record)
 
 
-def _optimizer_class(recipe: Medusa2Recipe) -> Any:
+def _optimizer_class(recipe: Medusa2Settings) -> Any:
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW
     try:

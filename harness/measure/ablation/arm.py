@@ -17,7 +17,7 @@ from harness.specs.ablation import AblationSpec
 from harness.specs.recipe import JointRecipe, load_recipe
 from harness.training.joint import train_joint
 from harness.training.text import JointText, corpus_text
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import unpack_corpus
 from medusa_impl.training.sequences import TrainingSequence
 
@@ -64,7 +64,7 @@ def train_arm(job: ArmJob) -> None:
     )
 
 
-def once_over(recipe: Medusa2Recipe, *, seed: int) -> Medusa2Recipe:
+def once_over(recipe: Medusa2Settings, *, seed: int) -> Medusa2Settings:
     """Return a recipe that sees its text once, under a seed."""
     return recipe.model_copy(update={"num_epochs": 1.0, "num_steps": None, "seed": seed})
 
@@ -95,7 +95,7 @@ def budgeted(
     return tuple(taken)
 
 
-def arm_recipe(spec: AblationSpec, arm: str, *, base_folder: Path | None) -> Medusa2Recipe:
+def arm_recipe(spec: AblationSpec, arm: str, *, base_folder: Path | None) -> Medusa2Settings:
     """Return an arm's recipe from its file, a shipped recipe's name or a path.
 
     Raises: UserError for a recipe of heads alone (a frozen backbone in a joint recipe sees the same batches

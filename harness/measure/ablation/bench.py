@@ -40,7 +40,7 @@ from harness.training.conversations import conversation_sequence
 from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.training.sequences import TrainingSequence
 from medusa_impl.training_log import STEP_LOG, read_step_log
@@ -145,7 +145,7 @@ class ArmBench:
         """Return the untouched model under the heads that every arm starts from."""
         return self._result(self.engine, self.answers, began=time.monotonic(), job=None, recipe=None)
 
-    def measure(self, job: ArmJob, recipe: Medusa2Recipe) -> MeasuredArm:
+    def measure(self, job: ArmJob, recipe: Medusa2Settings) -> MeasuredArm:
         """Return what an arm's files are, loaded from disk as a user would; a frozen backbone is the original
         itself.
         """
@@ -202,7 +202,7 @@ class ArmBench:
         *,
         began: float,
         job: ArmJob | None,
-        recipe: Medusa2Recipe | None,
+        recipe: Medusa2Settings | None,
     ) -> MeasuredArm:
         arm = job.arm if job is not None else START_ARM
         backbone, is_original = engine.runner.backbone, engine.loaded.model is self.engine.loaded.model

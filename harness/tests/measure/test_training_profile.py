@@ -33,7 +33,7 @@ from harness.specs.recipe import recipe_of
 from harness.specs.suite import TinyModelSpec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits, smoke_suite
 from harness.tests.tiny_training import ANSWER_TOKENS, recipe_data, write_corpus
-from medusa_impl.recipes import Medusa1Recipe
+from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import unpack_corpus
 from medusa_impl.training.losses import TokenSubset
 from medusa_impl.training.sequences import TrainingSequence
@@ -368,7 +368,7 @@ def test_stages_are_those_of_the_recipe(
     recipe: dict[str, Any], stages: dict[str, float], folder: Path
 ) -> None:
     assert (
-        heads_stages(Medusa1Recipe.model_validate(heads_data(folder, **recipe)["recipe"]), vocab_size=128)
+        heads_stages(Medusa1Settings.model_validate(heads_data(folder, **recipe)["recipe"]), vocab_size=128)
         == stages
     )
     frozen = recipe_of(recipe_data(folder, backbone="frozen"))

@@ -18,7 +18,7 @@ from harness.specs.shapes import load_shapes
 from harness.tests.tiny_suite import command
 from harness.training.corpus import catalogue_prompts
 from harness.training.text import HELD_OUT_RATE
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 
 SUITES = shipped()
 RECIPES = sorted((SUITES / "recipes").glob("*.toml"))
@@ -168,7 +168,7 @@ def test_embedded_recipes_differ_in_what_they_are_the_control_of() -> None:
 
     def differing(name: str) -> set[str]:
         other = joint(name).recipe
-        return {key for key in Medusa2Recipe.model_fields if getattr(other, key) != getattr(ramped, key)}
+        return {key for key in Medusa2Settings.model_fields if getattr(other, key) != getattr(ramped, key)}
 
     assert differing("embedded_hard_labels") == {"target"}
     assert differing("embedded_medusa2_two_stage") == {"warmup", "schedule"}

@@ -19,7 +19,7 @@ from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_head
 from medusa_impl.decode import decode_medusa
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.errors import UserError
-from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
+from medusa_impl.recipes import LoraSettings, Medusa2Settings
 from medusa_impl.tests.conftest import tiny_llama
 from medusa_impl.tests.training.test_medusa2 import make_heads
 from medusa_impl.training.medusa2 import MedusaTrainingModel
@@ -40,11 +40,11 @@ def base(*, tied: bool = False) -> LlamaForCausalLM:
 
 
 def tuned(*, tied: bool = False, lm_head: bool = True, **recipe: Any) -> MedusaTrainingModel:
-    lora = LoraRecipe(rank=4, alpha=8, dropout=0.0, lm_head=lm_head)
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.0, lm_head=lm_head)
     torch.manual_seed(1)
     model = base(tied=tied)
     made = MedusaTrainingModel(
-        model, make_heads(), recipe=Medusa2Recipe(num_heads=3, num_steps=2, lora=lora, **recipe)
+        model, make_heads(), recipe=Medusa2Settings(num_heads=3, num_steps=2, lora=lora, **recipe)
     )
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def provenance(**changes: Any) -> HeadsProvenance:
     figures = JointFigures(
         num_steps=2, num_sequences=1, num_answer_tokens=4, num_positions_seen=4, final_loss=1.0, held_out=None
     )
-    recipe = Medusa2Recipe(num_heads=3, num_steps=2)
+    recipe = Medusa2Settings(num_heads=3, num_steps=2)
     return HeadsProvenance(
         backbone_name="tiny", backbone_sha256=BACKBONE, recipe=recipe, training=figures, **changes
     )
@@ -134,7 +134,7 @@ def test_heads_are_tied_to_backbone_and_adapter(tmp_path: Path) -> None:
     loaded, stored = load_heads(
         tmp_path / "tuned.safetensors", backbone_sha256=BACKBONE, adapter_sha256="cd" * 32
     )
-    assert isinstance(stored.recipe, Medusa2Recipe) and isinstance(stored.training, JointFigures)
+    assert isinstance(stored.recipe, Medusa2Settings) and isinstance(stored.training, JointFigures)
     for name, tensor in heads.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
     with pytest.raises(
@@ -212,7 +212,7 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
 
 
 def test_each_stage_may_have_a_cosine_of_its_own() -> None:
-    recipe = Medusa2Recipe(num_steps=20, warmup="two_stage", schedule="each_stage", warmup_steps=2)
+    recipe = Medusa2Settings(num_steps=20, warmup="two_stage", schedule="each_stage", warmup_steps=2)
     rates = [recipe.learning_rates(step, num_steps=20) for step in range(20)]
     heads = [rate for rate, _ in rates]
     assert heads[:10] == heads[10:] and heads[9] < heads[2] == recipe.heads_learning_rate

@@ -21,7 +21,7 @@ from medusa_impl.checkpoints.released import load_released_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
+from medusa_impl.recipes import HeadArchitecture, Medusa1Settings
 from medusa_impl.training_log import HeadEvaluation, TrainingFigures
 
 HIDDEN, VOCAB = 8, 20
@@ -29,7 +29,7 @@ OURS = "ab" * 32
 PROVENANCE = HeadsProvenance(
     backbone_name="tiny",
     backbone_sha256=OURS,
-    recipe=Medusa1Recipe(num_heads=2),
+    recipe=Medusa1Settings(num_heads=2),
     training=TrainingFigures(
         num_steps=3,
         num_subset_steps=2,

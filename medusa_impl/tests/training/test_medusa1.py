@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import HeadArchitecture, Medusa1Recipe
+from medusa_impl.recipes import HeadArchitecture, Medusa1Settings
 from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import NO_TARGET
@@ -23,7 +23,7 @@ from medusa_impl.training.medusa1 import epoch_order, train_medusa1
 from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2
-RECIPE = Medusa1Recipe(
+RECIPE = Medusa1Settings(
     num_heads=NUM_HEADS,
     num_epochs=None,
     num_steps=24,
@@ -79,7 +79,7 @@ def _heads(architecture: HeadArchitecture = "shared") -> MedusaHeads:
 
 
 def _train(
-    folder: Path, *, recipe: Medusa1Recipe = RECIPE, features: FeatureSet | None = None, **options: Any
+    folder: Path, *, recipe: Medusa1Settings = RECIPE, features: FeatureSet | None = None, **options: Any
 ) -> tuple[MedusaHeads, Any]:
     heads = _heads(recipe.architecture)
     figures = train_medusa1(
@@ -246,12 +246,12 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 def test_recipe_needs_exactly_one_length_and_knows_its_keys() -> None:
     with pytest.raises(ValidationError, match="exactly one"):
-        Medusa1Recipe(num_epochs=1.0, num_steps=5)
+        Medusa1Settings(num_epochs=1.0, num_steps=5)
     with pytest.raises(ValidationError, match="exactly one"):
-        Medusa1Recipe(num_epochs=None, num_steps=None)
+        Medusa1Settings(num_epochs=None, num_steps=None)
     with pytest.raises(ValidationError, match="lerning_rate"):
-        Medusa1Recipe.model_validate({"lerning_rate": 1.0})
-    assert Medusa1Recipe(num_epochs=2.5, batch_positions=10).steps_for(105) == 25
+        Medusa1Settings.model_validate({"lerning_rate": 1.0})
+    assert Medusa1Settings(num_epochs=2.5, batch_positions=10).steps_for(105) == 25
 
 
 def test_heads_of_another_shape_than_the_recipe_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from medusa_impl.checkpoints.adapter import add_adapter, untie_lm_head
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.recipes import LoraRecipe, Medusa2Recipe
+from medusa_impl.recipes import LoraSettings, Medusa2Settings
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tests.two_devices import HostAndDevice, is_on_device, put_module_on_device, put_on_device
 from medusa_impl.training import medusa2
@@ -35,7 +35,7 @@ BATCH = collate(
         for index in range(2)
     ]
 )
-LORA = LoraRecipe(rank=4, alpha=8, dropout=0.1)
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
 
 
 def make_heads(*, architecture: Any = "shared") -> MedusaHeads:
@@ -62,7 +62,7 @@ def make_model(
     subset: TokenSubset | None = None,
     **recipe: Any,
 ) -> MedusaTrainingModel:
-    made = Medusa2Recipe(num_heads=3, num_steps=10, **{"lora": LORA, **recipe})
+    made = Medusa2Settings(num_heads=3, num_steps=10, **{"lora": LORA, **recipe})
     torch.manual_seed(1)
     return MedusaTrainingModel(
         model or tiny_llama(), make_heads(architecture=architecture), recipe=made, subset=subset
@@ -122,7 +122,7 @@ def test_loss_and_gradients_equal_the_plain_ones(
 ) -> None:
     """In chunks of two rows and through checkpoints, everything that learns gets the plain gradient."""
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 2 * 4 * TINY_VOCAB)
-    lora = LoraRecipe(rank=4, alpha=8, dropout=0.0)
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
     model = make_model(target=target, heads_lm_head=reads, architecture=architecture, lora=lora)
     stir(model)
     with model.teacher() as original:
@@ -214,7 +214,7 @@ def test_no_logits_outlive_their_chunk(
         target=target,
         architecture=architecture,
         heads_lm_head=reads,
-        lora=LoraRecipe(rank=4, alpha=8, dropout=0.0),
+        lora=LoraSettings(rank=4, alpha=8, dropout=0.0),
     )
     saved: list[tuple[int, ...]] = []
 
@@ -279,7 +279,7 @@ def test_the_teacher_draws_no_dropout(monkeypatch: pytest.MonkeyPatch, backbone:
     for layer in noisy.model.layers:
         layer.self_attn.attention_dropout = 0.5
     model = make_model(
-        model=noisy, target="original", backbone=backbone, lora=LoraRecipe(rank=4, alpha=8, dropout=0.5)
+        model=noisy, target="original", backbone=backbone, lora=LoraSettings(rank=4, alpha=8, dropout=0.5)
     ).train()
     stir(model)
     read: list[tuple[Tensor, Tensor]] = []
@@ -329,7 +329,7 @@ def test_agreements_are_first_choices_compared_one_by_one(
     token that it reads: else none would agree.
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
-    model = make_model(backbone=backbone, target=target, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    model = make_model(backbone=backbone, target=target, lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
     stir(model)
     batch = longer_batch()
     seen, labels = (
@@ -365,7 +365,7 @@ def test_head_ranks_are_counted_one_by_one(
     """
     monkeypatch.setattr(medusa2, "DEFAULT_LOGITS_BYTES", 3 * 4 * TINY_VOCAB)
     model = make_model(
-        architecture=architecture, heads_lm_head=reads, lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)
+        architecture=architecture, heads_lm_head=reads, lora=LoraSettings(rank=4, alpha=8, dropout=0.0)
     )
     stir(model)
     batch = longer_batch()
@@ -416,7 +416,7 @@ def test_the_teacher_leaves_everything_as_it_was() -> None:
 
 def test_padding_changes_nothing() -> None:
     """Regression: with a KL over all positions and a cross-entropy over some, padding moved their balance."""
-    model = make_model(target="original", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0)).eval()
+    model = make_model(target="original", lora=LoraSettings(rank=4, alpha=8, dropout=0.0)).eval()
     stir(model)
     sums = [model(**BATCH, backbone_weight=1.0, heads_weight=0.2)]
     wider = {
@@ -430,7 +430,7 @@ def test_padding_changes_nothing() -> None:
 
 
 def test_a_batch_in_parts_adds_up() -> None:
-    model = make_model(target="tokens", lora=LoraRecipe(rank=4, alpha=8, dropout=0.0))
+    model = make_model(target="tokens", lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
     whole = model(**BATCH, backbone_weight=1.0, heads_weight=0.2)
     parts = [
         model(
@@ -507,12 +507,12 @@ def test_heads_in_a_subset_of_the_vocabulary() -> None:
     )
     assert int(result["positions"]) == 10
     with pytest.raises(ValidationError, match="frozen LM head"):
-        Medusa2Recipe(num_steps=1, subset_size=8, heads_lm_head="adapted")
+        Medusa2Settings(num_steps=1, subset_size=8, heads_lm_head="adapted")
 
 
 def test_schedules() -> None:
     """The heads first, then both; or a quarter of a sine up to lambda_0; or neither: direct fine-tuning."""
-    stages = Medusa2Recipe(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
+    stages = Medusa2Settings(num_steps=100, warmup="two_stage", stage_rate=0.4, lambda_0=0.2, warmup_steps=0)
     assert [stages.loss_weights(step, num_steps=100) for step in (0, 39, 40, 90)] == [
         (0, 1),
         (0, 1),
@@ -522,13 +522,13 @@ def test_schedules() -> None:
     assert stages.first_backbone_step(100) == 40
     assert stages.learning_rates(39, num_steps=100)[1] == 0
     assert stages.learning_rates(40, num_steps=100)[1] == pytest.approx(5e-4)
-    ramped = Medusa2Recipe(num_steps=100, warmup="ramped", lambda_0=0.01, ramp_rate=0.5)
+    ramped = Medusa2Settings(num_steps=100, warmup="ramped", lambda_0=0.01, ramp_rate=0.5)
     weights = [ramped.loss_weights(step, num_steps=100)[1] for step in (0, 25, 50, 99)]
     assert weights == pytest.approx([0, 0.01 * math.sin(math.pi / 4), 0.01, 0.01])
     linear = ramped.model_copy(update={"ramp": "linear"})
     assert linear.loss_weights(25, num_steps=100) == pytest.approx((1.0, 0.005))
     assert ramped.model_copy(update={"ramp": "constant"}).loss_weights(0, num_steps=100) == (1.0, 0.01)
-    direct = Medusa2Recipe(
+    direct = Medusa2Settings(
         num_steps=100, warmup="none", lambda_0=1.0, heads_learning_rate=1e-3, backbone_learning_rate=1e-3
     )
     assert (
@@ -541,7 +541,7 @@ def test_schedules() -> None:
         and max(rates) == rates[40] == pytest.approx(2e-3)
         and rates[-1] < 2e-6
     )
-    frozen = Medusa2Recipe(num_steps=100, backbone="frozen")
+    frozen = Medusa2Settings(num_steps=100, backbone="frozen")
     assert (
         frozen.loss_weights(70, num_steps=100) == (0.0, 1.0)
         and frozen.learning_rates(50, num_steps=100)[1] == 0
@@ -555,7 +555,7 @@ def test_recipes_that_cannot_be_are_refused() -> None:
         {"num_steps": 1, "quantisation": "4bit", "backbone": "full"},
     ):
         with pytest.raises(ValidationError):
-            Medusa2Recipe(**wrong)
+            Medusa2Settings(**wrong)
 
 
 def test_capped_logits_are_refused() -> None:
@@ -570,7 +570,9 @@ def test_capped_logits_are_refused() -> None:
     )
     heads = MedusaHeads(num_heads=1, num_layers=1, hidden_size=16, vocab_size=40, architecture="shared")
     with pytest.raises(UserError, match="final_logit_softcapping"):
-        MedusaTrainingModel(Gemma2ForCausalLM(config), heads, recipe=Medusa2Recipe(num_steps=1, num_heads=1))
+        MedusaTrainingModel(
+            Gemma2ForCausalLM(config), heads, recipe=Medusa2Settings(num_steps=1, num_heads=1)
+        )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pytest import MonkeyPatch
 from transformers import LlamaForCausalLM
 
 from medusa_impl.errors import UserError
-from medusa_impl.recipes import Medusa2Recipe
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tests.training.test_medusa2 import LORA, make_heads, tied_llama
 from medusa_impl.training.losses import NUM_RANKS
@@ -101,7 +101,7 @@ def make_trainer(
     backbone_model: LlamaForCausalLM | None = None,
     **changes: Any,
 ) -> MedusaTrainer:
-    recipe = Medusa2Recipe(
+    recipe = Medusa2Settings(
         **{
             "num_heads": 3,
             "lora": LORA,
@@ -247,7 +247,7 @@ def test_a_tied_model_is_saved_and_resumed(tmp_path: Path, changes: dict[str, An
 
 @pytest.mark.parametrize(("processes", "shared"), [(1, (6, 4)), (2, (3, 4)), (4, (6, 1))])
 def test_a_batch_stays_the_recipes_whatever_the_processes(processes: int, shared: tuple[int, int]) -> None:
-    recipe = Medusa2Recipe(num_steps=1, batch_sequences=6, accumulation_steps=4)
+    recipe = Medusa2Settings(num_steps=1, batch_sequences=6, accumulation_steps=4)
     assert shared_batch(recipe, num_processes=processes) == shared
     with pytest.raises(UserError, match="found 4 times 6 sequences for 5 processes"):
         shared_batch(recipe, num_processes=5)

@@ -13,7 +13,6 @@ from unittest.mock import patch
 import pytest
 import tomli_w
 import torch
-from pytest import MonkeyPatch
 from torch.nn.functional import kl_div, log_softmax
 
 from harness.device.engine import Engine
