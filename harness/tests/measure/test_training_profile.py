@@ -69,7 +69,14 @@ def heads_data(folder: Path, **recipe: Any) -> dict[str, Any]:
         **recipe,
     }
     data = recipe_data(folder)
-    return {**data, "kind": "heads", "name": "tiny_heads", "corpus": {"num_samples": 60}, "recipe": table}
+    return {
+        **data,
+        "kind": "recipe",
+        "trains": "heads",
+        "name": "tiny_heads",
+        "corpus": {"num_samples": 60},
+        "recipe": table,
+    }
 
 
 def profiled(data: dict[str, Any], *, num_steps: int = 1) -> TrainingProfile:
