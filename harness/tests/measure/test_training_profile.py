@@ -409,7 +409,7 @@ def test_the_command_writes_its_record_and_ends_with_one_json_object(folder: Pat
 
 def test_what_cannot_be_profiled_is_a_user_error(folder: Path, tmp_path: Path) -> None:
     ran = command("profile-training", "no_such_recipe")
-    assert ran.code == ExitCode.USER_ERROR and "no 'no_such_recipe'" in ran.error_line
+    assert ran.code == ExitCode.USER_ERROR and "no recipe 'no_such_recipe'" in ran.error_line
     data = heads_data(folder)
     del data["packed_corpus"]
     with pytest.raises(UserError, match="text is still to be made"):
