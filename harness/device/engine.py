@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +24,9 @@ from transformers import (
 
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
-from harness.device.machine import (
-    blas_settings,
-    device_info,
-    git_state,
-    package_versions,
-    python_version,
-    settings,
-)
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.paths import cache_dir, code_folder, resolve_path
-from harness.records.provenance import Environment, TunedOrigin
+from harness.paths import cache_dir, resolve_path
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
@@ -117,59 +107,6 @@ class Engine:
         _, lm_head = embedding_weights(self.loaded.model)
         reads_backbone = self.runner.heads.architecture == "shared" and self.runner.heads.lm_head is None
         return own + (lm_head.numel() * lm_head.element_size() if reads_backbone else 0)
-
-
-def describe_engine(
-    engine: Engine,
-    *,
-    dtype: str,
-    texts: list[list[Any]],
-    command: str,
-    modes: str | None = None,
-    tuned: Engine | None = None,
-) -> Environment:
-    """Return where a record made with this engine now comes from.
-
-    `texts` are key and token ids of all that it reads; `modes` stands in for the engine's own mode where a
-    record compares several; `tuned` is the engine of the same model with an adapter.
-    """
-    commit, dirty = git_state(code_folder())
-    return Environment(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(engine.runner.backbone.device),
-        engine=modes or engine.runner.mode,
-        dtype=dtype,
-        blas=blas_settings(),
-        variables=settings(),
-        backbone_sha256=engine.loaded.sha256,
-        heads_sha256=engine.heads_sha256,
-        prompts_sha256=canonical_sha256(texts),
-        model_name=engine.loaded.name,
-        weight_bytes=engine.weight_bytes,
-        packed_bytes=engine.runner.packed_bytes,
-        heads_bytes=engine.heads_bytes,
-        heads_provenance=dict(engine.heads_provenance),
-        tuned=_tuned_origin(tuned) if tuned is not None else None,
-        assets=engine.loaded.assets,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )
-
-
-def _tuned_origin(tuned: Engine) -> TunedOrigin:
-    assert tuned.loaded.adapter_sha256 is not None and tuned.heads_sha256 is not None
-    return TunedOrigin(
-        backbone_sha256=tuned.loaded.sha256,
-        adapter_sha256=tuned.loaded.adapter_sha256,
-        heads_sha256=tuned.heads_sha256,
-        heads_provenance=dict(tuned.heads_provenance),
-        weight_bytes=tuned.weight_bytes,
-        packed_bytes=tuned.runner.packed_bytes,
-        heads_bytes=tuned.heads_bytes,
-    )
 
 
 def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,14 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 import psutil
 import torch
 
+from harness.paths import code_folder
 from harness.records.provenance import DeviceInfo
+from harness.records.store import utc_now
 
 _PACKAGES = (
     "torch",
@@ -37,6 +40,39 @@ _VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
     "CUDA_VISIBLE_DEVICES",
 )
+
+
+class Machine(TypedDict):
+    """The device and the software on it, as the fields of a record have them."""
+
+    device: DeviceInfo
+    python: str
+    packages: dict[str, str]
+
+
+class Origin(Machine):
+    """Where a record comes from, as the fields of a `Provenance` have it."""
+
+    commit: str | None
+    dirty: bool | None
+    command: str
+    started_utc: str
+
+
+def origin(device: torch.device, *, command: str) -> Origin:
+    """Return where a record comes from that a command begins now on a device."""
+    commit, dirty = checkout_state()
+    return Origin(**machine(device), commit=commit, dirty=dirty, command=command, started_utc=utc_now())
+
+
+def machine(device: torch.device) -> Machine:
+    """Return what the device is and which software runs on it."""
+    return Machine(device=device_info(device), python=python_version(), packages=package_versions())
+
+
+def checkout_state() -> tuple[str | None, bool | None]:
+    """Return the commit of this code and whether tracked files differ from it, as `git_state` does."""
+    return git_state(code_folder())
 
 
 def package_versions() -> dict[str, str]:

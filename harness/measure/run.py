@@ -17,11 +17,11 @@ from harness.device.doctor import foreign_gpu_processes
 from harness.device.engine import (
     Engine,
     best_device,
-    describe_engine,
     load_engine,
     load_model,
     load_tuned_engine,
 )
+from harness.device.environment import describe_engine
 from harness.device.limits import measure_device_limits
 from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,19 @@ from transformers import PrinterCallback
 
 from harness.device.clock import Clock, device_clock
 from harness.device.engine import LoadedModel, best_device, load_model, new_heads
+from harness.device.environment import describe_training
 from harness.device.limits import measure_device_limits
 from harness.device.locks import device_held
-from harness.device.machine import (
-    blas_settings,
-    device_info,
-    git_state,
-    package_versions,
-    python_version,
-    settings,
-)
 from harness.errors import UserError
-from harness.files import canonical_sha256
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
-from harness.paths import code_folder, resolve_path
+from harness.paths import resolve_path
 from harness.records.provenance import Environment
 from harness.records.run import DeviceLimits
 from harness.records.training_profile import MatrixThroughput, TrainingProfile
 from harness.specs.recipe import AnyRecipe, HeadsRecipe, JointRecipe
 from harness.training.joint import check_runnable, first_heads
 from harness.training.text import read_text, token_subset
-from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import StepRunner
-from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import CorpusSample, unpack_corpus
 from medusa_impl.training.features import FeatureSet, add_states, load_features
@@ -157,7 +146,7 @@ def _heads_bench(
     if "subset" not in rates:
         changed["subset_size"] = None
     texts = [[sample.key, [*sample.prompt_ids, *sample.token_ids]] for sample in samples]
-    environment = _describe(spec, loaded, heads=heads, texts=texts, command=command)
+    environment = describe_training(loaded, heads, dtype=spec.model.dtype, texts=texts, command=command)
     run = partial(
         train_medusa1,
         features,
@@ -229,7 +218,7 @@ def _joint_bench(
     heads, _ = first_heads(loaded, recipe, start_heads=start)
     batch = one_batch(text, size=recipe.batch_sequences * recipe.accumulation_steps, seed=recipe.seed)
     texts = [[str(index), list(sequence.token_ids)] for index, sequence in enumerate(batch)]
-    environment = _describe(spec, loaded, heads=heads, texts=texts, command=command)
+    environment = describe_training(loaded, heads, dtype=spec.model.dtype, texts=texts, command=command)
     torch.manual_seed(recipe.seed)
     rates = joint_stages(spec)
     watch = StepWatch(
@@ -289,36 +278,3 @@ def one_batch(sequences: Sequence[TrainingSequence], *, size: int, seed: int) ->
     batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     by_length = sorted(batches, key=lambda batch: max(len(sequences[index].token_ids) for index in batch))
     return tuple(sequences[index] for index in by_length[len(by_length) // 2])
-
-
-def _describe(
-    spec: AnyRecipe, loaded: LoadedModel, *, heads: MedusaHeads, texts: list[list[Any]], command: str
-) -> Environment:
-    """Return where the profile comes from; no engine is built, which would change the attention that joint
-    training runs.
-    """
-    commit, dirty = git_state(code_folder())
-    weight_bytes, heads_bytes = (
-        sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-        for module in (loaded.model, heads)
-    )
-    return Environment(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(loaded.model.device),
-        engine="eager",
-        dtype=spec.model.dtype,
-        blas=blas_settings(),
-        variables=settings(),
-        backbone_sha256=loaded.sha256,
-        heads_sha256=backbone_sha256(heads),
-        prompts_sha256=canonical_sha256(texts),
-        model_name=loaded.name,
-        weight_bytes=weight_bytes,
-        heads_bytes=heads_bytes,
-        assets=loaded.assets,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    )

@@ -50,7 +50,7 @@ def steady_checkout() -> Iterator[None]:
     """
     from harness.device.machine import git_state
 
-    with patch("harness.device.engine.git_state", cache(git_state)):
+    with patch("harness.device.machine.git_state", cache(git_state)):
         yield
 
 

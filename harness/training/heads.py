@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from harness.device.engine import LoadedModel, best_device, load_model, new_heads
-from harness.device.machine import git_state
-from harness.paths import code_folder
+from harness.device.machine import checkout_state
 from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
 from harness.training.corpus import check_overlap
@@ -67,7 +66,7 @@ def train_heads(
     heads = new_heads(loaded, spec.recipe)
     figures = _learn(heads, features, loaded, spec=spec, work=work, console=console)
     print_figures(console, figures)
-    commit, dirty = git_state(code_folder())
+    commit, dirty = checkout_state()
     provenance = HeadsProvenance(
         backbone_name=loaded.name,
         backbone_sha256=loaded.sha256,

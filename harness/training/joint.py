@@ -16,9 +16,9 @@ from transformers import PrinterCallback, TrainingArguments
 
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
-from harness.device.machine import git_state
+from harness.device.machine import checkout_state
 from harness.errors import UserError
-from harness.paths import code_folder, resolve_path
+from harness.paths import resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
@@ -288,7 +288,7 @@ def _write(
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(files.model))
         backbone_sha256 = tensors_sha256(files.model)
-    commit, dirty = git_state(code_folder())
+    commit, dirty = checkout_state()
     provenance = HeadsProvenance(
         backbone_name=loaded.name,
         backbone_sha256=backbone_sha256,

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.compose.trees import grow
-from harness.device.engine import Engine, best_device, describe_engine, load_model
+from harness.device.engine import Engine, best_device, load_model
+from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
 from harness.errors import UserError

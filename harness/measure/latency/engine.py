@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from harness.device.engine import (
     Engine,
     LoadedModel,
-    describe_engine,
     embedding_weights,
     heads_for,
     load_model,
 )
+from harness.device.environment import describe_engine
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256

@@ -25,13 +25,13 @@ from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
-from harness.device.machine import git_state
+from harness.device.machine import checkout_state
 from harness.errors import UserError
 from harness.measure.sweep.cells import CellInputs, RunTask, SampledTask, failed_cell
 from harness.measure.sweep.node import describe_node, measure_curve, run_cell
 from harness.measure.sweep.run import SweepOptions
 from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
-from harness.paths import CACHE_VARIABLE, code_folder, resolve_path
+from harness.paths import CACHE_VARIABLE, resolve_path
 from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec, load_latency_spec
 from harness.specs.sweep import ClusterSpec, SweepSpec
@@ -85,7 +85,7 @@ class RayExecutor:
         _check_answers(self._address)
         variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
         local = {"include_dashboard": False} if self._address == "local" else {}
-        self._checkout = git_state(code_folder())  # of what is shipped
+        self._checkout = checkout_state()  # of what is shipped
         with code_to_ship() as folder:
             environment = {"working_dir": str(folder), "env_vars": variables}
             try:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from harness.device.engine import best_device
-from harness.device.machine import device_info, package_versions, python_version
+from harness.device.machine import machine
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
 from harness.records.sweep_cells import AnyCell, RanOn
@@ -75,9 +75,7 @@ def describe_node(accelerator_type: str | None) -> RanOn:
     return RanOn(
         node=str(ray.get_runtime_context().get_node_id())[:_NODE_ID_DIGITS],
         accelerator_type=accelerator_type,
-        device=device_info(best_device()),
-        python=python_version(),
-        packages=package_versions(),
+        **machine(best_device()),
     )
 
 

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol
@@ -32,11 +31,11 @@ from harness.compose.devices import StepTimes
 from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
 from harness.device.engine import best_device
 from harness.device.locks import folder_held
-from harness.device.machine import device_info, git_state, package_versions, python_version
+from harness.device.machine import device_info, origin
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
-from harness.paths import code_folder, resolve_path
+from harness.paths import resolve_path
 from harness.records.store import Store
 from harness.records.sweep import (
     SWEEP,
@@ -135,8 +134,8 @@ def run_sweep(
     )
     console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
     plan = plan_sweep(spec, base_folder=base_folder, results=options.results, cache=options.cache)
-    origin = describe_sweep(plan, command=options.command, executor=executor.name)
-    store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=origin, resume=options.resume)
+    provenance = describe_sweep(plan, command=options.command, executor=executor.name)
+    store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=provenance, resume=options.resume)
     with folder_held(store.folder):
         done = _take_up(store, tree_rates(plan))
         tasks, without_curve = plan_runs(plan, devices=devices, base_folder=base_folder)
@@ -200,20 +199,13 @@ def describe_sweep(
     plan: SweepPlan, *, command: str, executor: Literal["local", "ray"] = "local"
 ) -> SweepOrigin:
     """Return where the record will come from."""
-    commit, dirty = git_state(code_folder())
     return SweepOrigin(
-        commit=commit,
-        dirty=dirty,
-        command=command,
-        python=python_version(),
-        packages=package_versions(),
-        device=device_info(best_device()),
+        **origin(best_device(), command=command),
         executor=executor,
         inputs={name: file_sha256(path) for name, path in plan.inputs.items()},
         trace=_facts(plan.composer.index.trace),
         calibration=_facts(plan.calibration.trace),
         roofline_error=plan.error,
-        started_utc=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     )
 
 

@@ -230,7 +230,7 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monke
     """
     monkeypatch.setenv("PATH", "")
     # not the one that a fixture keeps steady
-    monkeypatch.setattr("harness.device.engine.git_state", git_state)
+    monkeypatch.setattr("harness.device.machine.git_state", git_state)
     data = micro_data(heads_file, prompts={"source": "random", "limit": 14}, max_new_tokens=24)
     suite, results = write_suite(tmp_path / "micro.toml", data), tmp_path / "results"
 

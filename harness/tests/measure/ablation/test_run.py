@@ -63,7 +63,7 @@ def record(folder: Path, heads_file: Path) -> AblationRecord:
         train_arm(job)
 
     with (
-        patch("harness.device.engine.git_state", cache(git_state)),
+        patch("harness.device.machine.git_state", cache(git_state)),
         patch("harness.measure.ablation.run.train_arm", cut),
     ):
         with pytest.raises(KeyboardInterrupt):

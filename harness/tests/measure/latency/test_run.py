@@ -16,8 +16,8 @@ import tomli_w
 import torch
 from pytest import MonkeyPatch
 
-import harness.device.engine
 import harness.device.locks
+import harness.device.machine
 import harness.measure.latency.engine
 import harness.measure.latency.run
 import harness.measure.latency.timers
@@ -118,7 +118,7 @@ def parsed(data: dict[str, Any]) -> LatencySpec:
 def quick_and_steady() -> Iterator[None]:
     """One state of the checkout for all runs, no pause for other processes between two blocks, and a CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.device.engine, "git_state", cached(git_state))
+        patch.setattr(harness.device.machine, "git_state", cached(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
         patch.setattr(harness.measure.latency.run, "best_device", lambda: CPU)
         yield

@@ -24,6 +24,7 @@ import pytest
 import tomli_w
 from pytest import MonkeyPatch
 
+import harness.device.machine
 import harness.measure.sweep.cluster
 import harness.measure.sweep.run
 import harness.report.figures.sweep
@@ -67,9 +68,7 @@ def steady() -> Iterator[None]:
         tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_TMPDIR", folder)
-        one_state = cache(git_state)
-        patch.setattr(harness.measure.sweep.run, "git_state", one_state)
-        patch.setattr(harness.measure.sweep.cluster, "git_state", one_state)
+        patch.setattr(harness.device.machine, "git_state", cache(git_state))
         patch.setattr(harness.report.figures.sweep, "_FIGURES", {})
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield

@@ -17,6 +17,7 @@ import torch
 from pytest import MonkeyPatch
 
 import harness.device.locks
+import harness.device.machine
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
 import harness.report.figures.sweep
@@ -53,7 +54,7 @@ def quick_and_steady() -> Iterator[None]:
     CPU.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.measure.sweep.run, "git_state", cache(git_state))
+        patch.setattr(harness.device.machine, "git_state", cache(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
         for module in (harness.measure.sweep.run, harness.measure.sweep.cells):
             patch.setattr(module, "best_device", lambda: CPU)
