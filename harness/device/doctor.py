@@ -11,6 +11,7 @@ import torch
 
 from harness.device.engine import best_device
 from harness.device.machine import device_info
+from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir
 from medusa_impl.engine.packed_linear import packing_available
@@ -91,6 +92,20 @@ def foreign_gpu_processes() -> int | None:
     if listed is None or (listed and os.getpid() not in listed and used):
         return None
     return len(listed - {os.getpid()})
+
+
+def require_own_gpu() -> None:
+    """Refuse to measure while other processes use the GPU: they move every figure.
+
+    Raises: UserError where there are some.
+    """
+    if foreign := foreign_gpu_processes():
+        raise UserError(
+            found=f"{foreign} other processes on the GPU",
+            need="a GPU of our own",
+            where="this machine",
+            do="stop them",
+        )
 
 
 def _gpu_processes(index: int) -> frozenset[int] | None:

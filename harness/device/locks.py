@@ -12,8 +12,11 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from harness.errors import UserError
+
+Held = Callable[[], contextlib.AbstractContextManager[None]]
 
 _YIELD_S = 0.2  # between two holds of the device, so that another process that waits for it gets its turn
 
@@ -26,10 +29,10 @@ def device_lock_file(device: torch.device) -> Path:
 
 @contextlib.contextmanager
 def device_held(device: torch.device, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a device for as long as something is timed on it; another run of this user waits for its turn,
-    block by block.
+    """Hold a device for as long as something is timed on it.
 
-    `on_wait` is called once where another process holds it.
+    Another run of this user waits for its turn, block by block. `on_wait` is called once where another
+    process holds it.
     """
     lock = FileLock(device_lock_file(device))
     try:
@@ -44,11 +47,22 @@ def device_held(device: torch.device, *, on_wait: Callable[[], None] = lambda: N
         time.sleep(_YIELD_S)
 
 
+def device_turns(device: torch.device, *, console: Console) -> Held:
+    """Return what holds a device for one timed block, and says so where it has to wait for another run."""
+
+    def held() -> contextlib.AbstractContextManager[None]:
+        return device_held(
+            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
+        )
+
+    return held
+
+
 @contextlib.contextmanager
 def folder_held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for as long as this process writes to it; the lock lies outside of it, since a
-    record seals all its files.
+    """Hold a run's folder for as long as this process writes to it.
 
+    The lock lies outside of the folder, since a record seals all its files.
     Raises: UserError where another process holds it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from rich.console import Console
 from harness.compose.trees import check_fixed_trees, resolve_trees
 from harness.device.arms import ArmRunner
 from harness.device.clock import device_clock
-from harness.device.doctor import foreign_gpu_processes
+from harness.device.doctor import require_own_gpu
 from harness.device.engine import (
     Engine,
     best_device,
@@ -116,13 +116,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     if options.resume is not None:
         RunRecord(options.resume)  # must be there before minutes go into loading
     device = best_device()
-    if foreign := foreign_gpu_processes():
-        raise UserError(
-            found=f"{foreign} other processes on the GPU",
-            need="a GPU of our own",
-            where="this machine",
-            do="stop them",
-        )
+    require_own_gpu()
     base_folder = suite_file.parent if suite_file is not None else None
     console.print(
         f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from harness.device.engine import Engine
-from harness.device.locks import device_held
+from harness.device.locks import device_turns
 from harness.device.prompts import SuitePrompt
 from harness.errors import UserError
 from harness.records.run import Failure, Generation
@@ -57,12 +57,10 @@ def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> Arm
 
 
 def device_turn(session: Session) -> contextlib.AbstractContextManager[None]:
-    """Hold the device for one timed block; a suite that reports no speed disturbs nobody's figures and waits
-    for nobody.
+    """Hold the device for one timed block.
+
+    A suite that reports no speed disturbs nobody's figures and waits for nobody.
     """
     if not session.suite.reports_speed:
         return contextlib.nullcontext()
-    return device_held(
-        session.device,
-        on_wait=lambda: session.console.print("another run holds the device: waiting for its turn"),
-    )
+    return device_turns(session.device, console=session.console)()

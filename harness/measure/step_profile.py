@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +21,7 @@ from harness.compose.trees import grow
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_engine, load_model
-from harness.device.locks import device_held
+from harness.device.locks import Held, device_turns
 from harness.device.prompts import suite_prompts, warmup_prompts
 from harness.errors import UserError
 from harness.measure.run import describe
@@ -36,8 +36,6 @@ from medusa_impl.engine.sections import no_section
 
 _VISIT_STEPS = 8  # marked steps, and as many without marks, of one size before the next size has its turn
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
-
-Held = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def profile_suite(
@@ -83,12 +81,7 @@ def profile_suite(
     device = engine.runner.backbone.device
     clock = device_clock(device)
     trees = nested_trees(calibration_of(engine, trace_file), sizes=sizes, num_heads=engine.heads.num_heads)
-
-    def held() -> contextlib.AbstractContextManager[None]:
-        return device_held(
-            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
-        )
-
+    held = device_turns(device, console=console)
     with held():
         contexts = kept_contexts(
             engine,

@@ -21,7 +21,7 @@ from harness.device.clock import Clock, device_clock
 from harness.device.engine import LoadedModel, best_device, load_model, new_heads
 from harness.device.environment import describe_training
 from harness.device.limits import measure_device_limits
-from harness.device.locks import device_held
+from harness.device.locks import device_turns
 from harness.errors import UserError
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import resolve_path
@@ -96,9 +96,7 @@ def profile_training(
             f"{bench.watch.num_steps} steps, {num_steps} of them plain in each stage: "
             f"{', '.join(bench.rates)}"
         )
-        with device_held(
-            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
-        ):
+        with device_turns(device, console=console)():
             before = _limits(bench.dtypes, device=device, clock=clock)
             with bench.watch:
                 bench.run()

@@ -10,17 +10,10 @@ from itertools import groupby
 
 import psutil
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine
+from harness.device.progress import progress_bar
 from harness.device.prompts import SuitePrompt
 from harness.device.trace import KeptText
 from harness.measure import probes
@@ -104,14 +97,7 @@ def run_blocks(
         with device_turn(session):
             _warm_up(session, runners)
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=session.console) as progress:
+    with progress_bar(session.console) as progress:
         task = progress.add_task(
             "trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo)
         )

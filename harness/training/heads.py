@@ -12,11 +12,11 @@ from rich.console import Console
 
 from harness.device.engine import LoadedModel, best_device, load_model, new_heads
 from harness.device.machine import checkout_state
+from harness.device.progress import progress_bar
 from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
 from harness.training.corpus import check_overlap
 from harness.training.held_out import print_figures
-from harness.training.progress import progress_bar
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads

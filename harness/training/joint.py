@@ -17,13 +17,13 @@ from transformers import PrinterCallback, TrainingArguments
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
 from harness.device.machine import checkout_state
+from harness.device.progress import progress_bar
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap
 from harness.training.held_out import evaluate_joint, print_joint_figures
-from harness.training.progress import progress_bar
 from harness.training.resume import check_same_run, last_checkpoint
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from harness.device.engine import LoadedModel
+from harness.device.progress import progress_bar
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
@@ -20,7 +21,6 @@ from harness.training.conversations import (
     load_conversations,
     turn_sequences,
 )
-from harness.training.progress import progress_bar
 from harness.training.workers import corpus_store
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Settings

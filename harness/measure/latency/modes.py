@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.assets.fetch import fetch_asset
@@ -16,6 +16,7 @@ from harness.compose.trees import resolve_trees
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock
 from harness.device.engine import Engine
+from harness.device.locks import Held
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir, resolve_path
@@ -37,8 +38,6 @@ _SHAPE_BOUND_MODES = (
 _WARMUP_TOKENS, _SEED = 12, "latency"
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
 _STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
-
-Held = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class LatencyPrompt(Frozen):

@@ -8,9 +8,8 @@ the same context.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.device.clock import Clock, device_clock
-from harness.device.doctor import foreign_gpu_processes
+from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
 from harness.device.limits import measure_device_limits
-from harness.device.locks import device_held, folder_held
+from harness.device.locks import Held, device_turns, folder_held
 from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.engine import (
@@ -53,8 +52,6 @@ from harness.records.store import Store
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.engine.memory import peak_memory_bytes
 
-Held = Callable[[], contextlib.AbstractContextManager[None]]
-
 
 @dataclass(frozen=True)
 class LatencyOptions:
@@ -77,20 +74,9 @@ def run_latency(
     device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
-    if foreign := foreign_gpu_processes():
-        raise UserError(
-            found=f"{foreign} other processes on the GPU",
-            need="a GPU of our own",
-            where="this machine",
-            do="stop them",
-        )
+    require_own_gpu()
     clock = device_clock(device)
-
-    def held() -> contextlib.AbstractContextManager[None]:
-        return device_held(
-            device, on_wait=lambda: console.print("another run holds the device: waiting for its turn")
-        )
-
+    held = device_turns(device, console=console)
     first = spec.dtypes[0]
     console.print(f"[bold]{spec.name}[/bold]: loading {model_words(spec)} in {first}")
     free_bytes = free_memory_bytes(device)

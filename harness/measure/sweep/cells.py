@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from harness.compose.differences import decoded_difference
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock, device_clock
 from harness.device.engine import Engine, best_device, load_engine, load_model
-from harness.device.locks import device_held
+from harness.device.locks import Held, device_held
 from harness.device.machine import device_info
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import KeptText
@@ -45,8 +45,6 @@ from medusa_impl.tree import DraftTree
 
 _TREE = {"kind": "chain", "depth": 1}  # ArmSpec wants one; ArmRunner takes the resolved tree
 _WARMUP_TOKENS = 12
-
-Held = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from harness.compose.cells import compose
 from harness.compose.composer import KnotPrices
@@ -32,6 +24,7 @@ from harness.compose.plan import SweepPlan, plan_sweep, tree_rates
 from harness.device.engine import best_device
 from harness.device.locks import folder_held
 from harness.device.machine import device_info, origin
+from harness.device.progress import progress_bar
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
 from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
@@ -141,14 +134,7 @@ def run_sweep(
         tasks, without_curve = plan_runs(plan, devices=devices, base_folder=base_folder)
         runs = [one.key for one in (*tasks, *without_curve)]
         num_planned = len(plan.cells) + len(plan.refused) + len(runs)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
+        with progress_bar(console) as progress:
             composing = progress.add_task("composed", total=len(plan.cells) + len(plan.refused))
             kept = {key for key in done if key.split()[0] in ("composed", "curve")}
             progress.update(composing, completed=len(kept))
