@@ -83,7 +83,11 @@ def plan_sweep(
         resolve_path(name, base_folder=base_folder) for name in (spec.trace, spec.calibration_trace)
     )
     trace, calibration = Trace.load(trace_file), ReplayIndex(Trace.load(calibration_file))
-    check_same_heads(trace, calibration.trace)
+    calibration.trace.require_same(
+        backbone_sha256=trace.provenance.model_hash,
+        heads_sha256=trace.provenance.heads_hash,
+        where="calibration_trace",
+    )
     records = find_latency_records(results, names=spec.measured.records) if spec.measured is not None else ()
     curves, refused = gather_curves(spec, records)
     if not curves:
@@ -121,18 +125,6 @@ def plan_sweep(
             **{f"latency record {record.folder.name}": record.folder / "manifest.json" for record in records},
         },
     )
-
-
-def check_same_heads(trace: Trace, calibration: Trace) -> None:
-    """Refuse a calibration trace of another model or other heads than the trace's."""
-    ours, theirs = trace.provenance, calibration.provenance
-    if (ours.model_hash, ours.heads_hash) != (theirs.model_hash, theirs.heads_hash):
-        raise UserError(
-            found="a calibration trace of another model or other heads",
-            need=f"one of backbone {ours.model_hash[:12]} and heads {ours.heads_hash[:12]}",
-            where="calibration_trace",
-            do="record it again with medusa-repro trace",
-        )
 
 
 def gather_curves(

@@ -1,12 +1,13 @@
 """Record traces: run kept tokens once through backbone and heads, and keep how each head ranked what came.
 
-The definition of a trace stands in `harness/trace.py`; this module is its device half.
+What a trace is stands in `harness/records/trace.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -34,6 +35,21 @@ class KeptText:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     ended_by: Literal["eos", "budget"]
+
+
+def calibration_of(engine: Engine, path: Path, *, where: str | None = None, do: str | None = None) -> Trace:
+    """Return the calibration trace in a file; an error says with `where` and `do` what to mend.
+
+    Raises: UserError where it is of another model or other heads than the engine's.
+    """
+    trace = Trace.load(path)
+    trace.require_same(
+        backbone_sha256=engine.loaded.sha256,
+        heads_sha256=engine.heads_sha256,
+        where=where or path.name,
+        do=do or "record it again with medusa-repro trace",
+    )
+    return trace
 
 
 @torch.inference_mode()

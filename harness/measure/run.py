@@ -25,7 +25,7 @@ from harness.device.environment import describe_engine
 from harness.device.limits import measure_device_limits
 from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
-from harness.device.trace import HEAD_TIE_MARGIN, KeptText, record_trace
+from harness.device.trace import HEAD_TIE_MARGIN, KeptText, calibration_of, record_trace
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import DataPath, write_json
 from harness.measure import probes
@@ -217,19 +217,13 @@ def _calibration(
     path = suite.calibration_of(backbone)
     if path is None:
         return None
-    calibration = Trace.load(resolve_path(path, base_folder=base_folder))
-    provenance = calibration.provenance
-    if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
-        raise UserError(
-            found="a calibration trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
-            f"{(engine.heads_sha256 or 'none')[:12]}",
-            where="calibration_trace" if backbone == "original" else f"{backbone}.calibration_trace",
-            do="record it again with medusa-repro trace"
-            if backbone == "original"
-            else "name the one that medusa-repro train wrote with it",
-        )
-    return calibration
+    is_original = backbone == "original"
+    return calibration_of(
+        engine,
+        resolve_path(path, base_folder=base_folder),
+        where="calibration_trace" if is_original else f"{backbone}.calibration_trace",
+        do=None if is_original else "name the one that medusa-repro train wrote with it",
+    )
 
 
 def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine]) -> None:

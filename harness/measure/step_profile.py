@@ -23,6 +23,7 @@ from harness.device.clock import Clock, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_engine, load_model
 from harness.device.locks import Held, device_turns
 from harness.device.prompts import suite_prompts, warmup_prompts
+from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.measure.run import describe
 from harness.paths import resolve_path
@@ -98,26 +99,6 @@ def profile_suite(
         context_tokens=tuple(len(context) for context in contexts),
         sizes=profiles,
     )
-
-
-def calibration_of(engine: Engine, path: Path) -> Trace:
-    """Return a calibration trace.
-
-    Raises: UserError where it is of another model or other heads.
-    """
-    trace = Trace.load(path)
-    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (
-        engine.loaded.sha256,
-        engine.heads_sha256,
-    ):
-        raise UserError(
-            found="a calibration trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
-            f"{(engine.heads_sha256 or 'none')[:12]}",
-            where=path.name,
-            do="record it again with medusa-repro trace",
-        )
-    return trace
 
 
 def nested_trees(calibration: Trace, *, sizes: Sequence[int], num_heads: int) -> tuple[ArmTree, ...]:

@@ -187,6 +187,27 @@ class Trace:
         """Return the rank rows of all prompts in order, [positions, K], as the tree search takes them."""
         return np.concatenate([prompt.ranks for prompt in self.prompts])
 
+    def require_same(
+        self,
+        *,
+        backbone_sha256: str,
+        heads_sha256: str | None,
+        where: str,
+        noun: str = "calibration trace",
+        do: str = "record it again with medusa-repro trace",
+    ) -> None:
+        """Refuse to use a trace with another model or other heads than it was recorded with.
+
+        Raises: UserError, in which `noun`, `where` and `do` say what the trace is for and where it is named.
+        """
+        if (self.provenance.model_hash, self.provenance.heads_hash) != (backbone_sha256, heads_sha256):
+            raise UserError(
+                found=f"a {noun} of another model or other heads",
+                need=f"one of backbone {backbone_sha256[:12]} and heads {(heads_sha256 or 'none')[:12]}",
+                where=where,
+                do=do,
+            )
+
     def save(self, path: str | Path) -> None:
         """Write one .npz with a JSON header, first to a temporary file in the same folder.
 

@@ -25,6 +25,7 @@ from harness.device.engine import Engine, best_device, load_model
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
+from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
@@ -245,18 +246,9 @@ def _train_apart(refusals: SimpleQueue[UserError], job: ArmJob) -> None:
 def _calibration(spec: AblationSpec, engine: Engine, *, base_folder: Path | None) -> Trace | None:
     if spec.calibration_trace is None:
         return None
-    trace = Trace.load(resolve_path(spec.calibration_trace, base_folder=base_folder))
-    if (trace.provenance.model_hash, trace.provenance.heads_hash) != (
-        engine.loaded.sha256,
-        engine.heads_sha256,
-    ):
-        raise UserError(
-            found="a calibration trace of another model or other heads",
-            need="one of the heads that the arms start from",
-            where="calibration_trace",
-            do="record it again with medusa-repro trace",
-        )
-    return trace
+    return calibration_of(
+        engine, resolve_path(spec.calibration_trace, base_folder=base_folder), where="calibration_trace"
+    )
 
 
 def _describe(

@@ -17,12 +17,12 @@ from harness.device.arms import ArmRunner
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
+from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir, resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
 from harness.records.run import ArmTree, StepCost
-from harness.records.trace import Trace
 from harness.specs.assets import load_asset_specs
 from harness.specs.latency import DtypeName, LatencySpec, ModeName
 from harness.specs.suite import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
@@ -206,17 +206,11 @@ def batch_tree(
     assert spec.batch_table is not None
     calibration = None
     if spec.calibration_trace is not None:
-        calibration = Trace.load(resolve_path(spec.calibration_trace, base_folder=base_folder))
-        if (calibration.provenance.model_hash, calibration.provenance.heads_hash) != (
-            engine.loaded.sha256,
-            engine.heads_sha256,
-        ):
-            raise UserError(
-                found="a calibration trace of another model or other heads",
-                need="one of the spec's own",
-                where="calibration_trace",
-                do="record it again with medusa-repro trace",
-            )
+        calibration = calibration_of(
+            engine,
+            resolve_path(spec.calibration_trace, base_folder=base_folder),
+            where="calibration_trace",
+        )
     costs = _whole_steps(
         [
             point

@@ -121,7 +121,12 @@ class CellRunner:
         )
         self._inputs, self._device = inputs, device
         self._engine = load_engine(suite, loaded, base_folder=inputs.base_folder)
-        check_engine(self._engine, inputs.trace)
+        inputs.trace.require_same(
+            backbone_sha256=loaded.sha256,
+            heads_sha256=self._engine.heads_sha256,
+            where="trace",
+            noun="trace",
+        )
         prompts = suite_prompts(suite, loaded, allow_hub=inputs.allow_hub)
         self._sampled_prompts = sampled_prompts(spec, prompts) if spec.sampled is not None else ()
         if spec.sampled is not None:
@@ -167,19 +172,6 @@ def failed_cell(task: RunTask, *, error_type: str, message: str) -> FailedCell:
     return FailedCell(
         key=task.key, words=task.words, error_type=error_type, message=without_paths(message)[:500]
     )
-
-
-def check_engine(engine: Engine, trace: Trace) -> None:
-    """Refuse a suite whose model or heads are not those that the trace is of."""
-    provenance = trace.provenance
-    if (provenance.model_hash, provenance.heads_hash) != (engine.loaded.sha256, engine.heads_sha256):
-        raise UserError(
-            found="a trace of another model or other heads",
-            need=f"one of backbone {engine.loaded.sha256[:12]} and heads "
-            f"{(engine.heads_sha256 or 'none')[:12]}",
-            where="trace",
-            do="record it again with medusa-repro trace",
-        )
 
 
 def sampled_prompts(spec: SweepSpec, prompts: Sequence[SuitePrompt]) -> tuple[SuitePrompt, ...]:

@@ -16,11 +16,11 @@ from harness.compose.replay import replay
 from harness.device.clock import device_clock
 from harness.device.engine import Engine, load_engine, load_model
 from harness.device.prompts import suite_prompts
-from harness.device.trace import record_trace
+from harness.device.trace import calibration_of, record_trace
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
 from harness.measure.run import describe
-from harness.measure.step_profile import calibration_of, kept_contexts, measure_sizes, nested_trees
+from harness.measure.step_profile import kept_contexts, measure_sizes, nested_trees
 from harness.paths import holds_absolute_path
 from harness.records.run import ArmTree
 from harness.records.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
