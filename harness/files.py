@@ -19,6 +19,14 @@ from harness.errors import UserError
 Line = TypeVar("Line")
 Location = tuple[int | str, ...]
 ModelT = TypeVar("ModelT", bound=BaseModel)
+# the command that takes a data file of each kind
+_COMMANDS = {
+    "suite": "reproduce",
+    "latency": "latency",
+    "sweep": "sweep",
+    "ablation": "ablate",
+    "recipe": "train",
+}
 # what recipes called themselves before 0.2.0, and what to write instead
 _OLD_KINDS = {
     "joint": 'write kind = "recipe" and trains = "heads_and_backbone"',
@@ -122,10 +130,12 @@ def _check_kind(data: dict[str, Any], kind: str, *, where: str) -> None:
         raise UserError(
             found="a file that does not say its kind", need=need, where=where, do=f"add the line {need}"
         )
-    do = _OLD_KINDS.get(
-        str(data["kind"]), f"give it to the command for a {data['kind']}, or name another file"
-    )
-    raise UserError(found=f'kind = "{data["kind"]}"', need=need, where=where, do=do)
+    said = str(data["kind"])
+    do = _OLD_KINDS.get(said)
+    if do is None:
+        its_command = f"give it to medusa-repro {_COMMANDS[said]}, or " if said in _COMMANDS else ""
+        do = f"{its_command}name another file"
+    raise UserError(found=f'kind = "{said}"', need=need, where=where, do=do)
 
 
 def _validated(

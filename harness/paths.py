@@ -19,16 +19,12 @@ CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
 
 
 def shipped(*parts: str) -> Path:
-    """Return a file or folder of the data that ships with the project; without `parts` the folder of all of
-    it.
-    """
+    """Return a file or folder of the data that ships with the project, or the folder of all of it."""
     return Path(str(resources.files("suites"))).joinpath(*parts)
 
 
 def code_folder() -> Path:
-    """Return the folder of this code, whose checkout, where it has one, is what a record names as its
-    commit.
-    """
+    """Return the folder of this code; a record names the commit of its checkout, where it has one."""
     return Path(__file__).resolve().parent
 
 
@@ -63,14 +59,12 @@ def without_paths(text: str) -> str:
 
 
 def holds_absolute_path(text: str) -> bool:
-    """Whether the text names a file by its place on one machine."""
+    """Return whether the text holds a path that is absolute, and so true on one machine only."""
     return _ABSOLUTE_PATH.search(text) is not None
 
 
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Returns the cache folder: MEDUSA_REPRO_CACHE where set, else the platform's place for caches; it need
-    not exist.
-    """
+    """Return the cache folder, which need not exist: MEDUSA_REPRO_CACHE or the platform's own."""
     override = (os.environ if environ is None else environ).get(CACHE_VARIABLE)
     return (
         Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")

@@ -18,20 +18,24 @@ from harness.specs.claims import load_claims
 
 def ablate(
     suite: Annotated[
-        str, typer.Argument(help="a shipped ablation's name or a TOML file")
+        str, typer.Argument(help="name of a shipped ablation, or a TOML file")
     ] = "embedded_training_quick",
-    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
     work: Annotated[Path | None, typer.Option(help="folder for adapters, heads and training state")] = None,
-    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
-    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
+    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the arms and their minutes, train nothing")
+        bool,
+        typer.Option("--dry-run", help="print the arms and how many minutes they take, and train nothing"),
     ] = False,
-    readme: Annotated[Path | None, typer.Option(help="write the table between this file's markers")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="file between whose markers the table is written, such as README.md")
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Train recipes side by side at one token budget, measure what became of backbone and heads, judge the
-    claims about training.
+    """Train several recipes on as many tokens each, measure their heads and backbones, and judge the claims.
+
+    A run that was cut off is resumed by the same command.
     """
     registry = load_claims(claims)
     from harness.measure.ablation.run import AblateOptions, print_ablation_plan, run_ablation

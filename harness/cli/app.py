@@ -81,10 +81,10 @@ def print_version(asked: bool) -> None:
 def shared_options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="print the version and end", callback=print_version, is_eager=True),
+        typer.Option("--version", help="print the version and exit", callback=print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Do the Medusa paper's claims hold, on this model and this machine?"""
+    """Test whether the Medusa paper's claims hold, on this model and this machine."""
 
 
 def main() -> None:
@@ -117,8 +117,8 @@ def _print_error(kind: str, message: str) -> None:
 def _disk_message(error: OSError) -> str:
     name = Path(str(error.filename)).name if error.filename else "a file"
     return (
-        f"found {error.strerror or error} at {name}; need a writable place with room; what was "
-        "measured before is on disk"
+        f"found {error.strerror or error} at {name}; need a folder that can be written, with room on its "
+        "disk; what was measured before is kept"
     )
 
 

@@ -27,15 +27,17 @@ from harness.specs.assets import load_asset_specs
 
 def assets(
     names: Annotated[
-        list[str] | None, typer.Argument(help="assets to fetch and verify; none lists them")
+        list[str] | None, typer.Argument(help="assets to fetch and verify; without a name, all are listed")
     ] = None,
     hub: HubOption = False,
 ) -> None:
-    """List assets, or fetch and verify some."""
+    """List the models and prompts that suites name, or fetch and verify some of them."""
     specs = load_asset_specs()
     for name in names or []:
         if name not in specs:
-            raise UserError(found=f"asset {name!r}", need=f"one of {sorted(specs)}", where="the command line")
+            raise UserError(
+                found=f"no asset {name!r}", need=f"one of {sorted(specs)}", where="the command line"
+            )
         fetched = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=hub)
         console.print(f"{name}: {fetched.source}, {fetched.licence}, every hash right")
     if not names:
@@ -56,8 +58,8 @@ def doctor() -> None:
     Console().print(table)
 
 
-def validate(record: Annotated[Path, typer.Argument(help="a record folder")]) -> None:
-    """Check every file of a record: schema, seal, counts."""
+def validate(record: Annotated[Path, typer.Argument(help="folder of the record")]) -> None:
+    """Check every file of a record: its schema, its hash in the manifest, and its counts."""
     faults = validate_record(record)
     for fault in faults:
         console.print(fault, markup=False)
@@ -67,15 +69,20 @@ def validate(record: Annotated[Path, typer.Argument(help="a record folder")]) ->
 
 
 def export_command(
-    record: Annotated[str, typer.Argument(help="a record folder or a suite's name")],
-    target: Annotated[Path, typer.Argument(help="a .csv or .parquet file")],
-    steps: Annotated[bool, typer.Option("--steps", help="one row a step instead of one a trial")] = False,
+    record: Annotated[
+        str,
+        typer.Argument(help="folder of a run's record, or the name of a suite, which means its newest one"),
+    ],
+    target: Annotated[Path, typer.Argument(help=".csv or .parquet file to write")],
+    steps: Annotated[
+        bool, typer.Option("--steps", help="write one row for each decoding step, not for each trial")
+    ] = False,
 ) -> None:
-    """Write a record as one flat table for pandas."""
+    """Write a run's record as one flat table, for pandas and the like."""
     export(RunRecord(find_record(record)), target, table="steps" if steps else "generations")
 
 
-def schemas(folder: Annotated[Path, typer.Argument(help="where to write them")]) -> None:
+def schemas(folder: Annotated[Path, typer.Argument(help="folder to write the schemas to")]) -> None:
     """Write the JSON schemas of all record files: what each field holds, with its unit."""
     for path in write_schemas(folder):
         console.print(path.name)

@@ -23,7 +23,7 @@ _OLD_PREFIXES = {"latency_": "latency", "sweep_": "sweeps"}  # of file names in 
 
 
 def find_suite(text: str) -> tuple[SuiteSpec, Path]:
-    """Return a suite and its file, by path or by the name of a shipped one."""
+    """Return a suite and its file, by its path or by the name of a shipped one."""
     path = find_data(text, kind="suite")
     return load_suite(path), path
 
@@ -39,9 +39,9 @@ def find_record(text: str) -> Path:
     if not sealed:
         raise UserError(
             found=f"no record {text!r}",
-            need="a record's folder, or a name under results/ with a finished run",
-            where="results",
-            do="name a folder, or one of embedded, latency/embedded, sweep/embedded, ..",
+            need="a record's folder, or a name under results/ that has a finished record",
+            where="results/",
+            do="name a folder, or a name such as embedded, latency/embedded or sweep/embedded",
         )
     return sealed[-1].parent
 
@@ -53,12 +53,14 @@ def find_data(text: str, *, kind: Kind) -> Path:
         if Path(text).is_file():
             return Path(text)
         moved = _moved(Path(text))
-        do = f"it is {moved} now" if moved is not None else None
-        raise UserError(found=f"no file {text}", need="a TOML file", where="the command line", do=do)
+        do = f"name {moved}, where it lies now" if moved is not None else "correct the path"
+        raise UserError(
+            found=f"no file {text}", need="a TOML file that exists", where="the command line", do=do
+        )
     names = sorted(path.stem for path in home.glob("*.toml") if _says(path, kind))
     if text not in names:
         found, need = f"no {kind} {text!r}", f"one of {names} or a TOML file"
-        raise UserError(found=found, need=need, where=f"the shipped {home.name}")
+        raise UserError(found=found, need=need, where=f"suites/{_FOLDERS[kind]}")
     return home / f"{text}.toml"
 
 

@@ -94,7 +94,7 @@ def _is_training_profile(file: Path) -> bool:
         return "stages" in json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         need = "a profile's file or a record's folder"
-        raise UserError(found="no JSON", need=need, where=file.name) from error
+        raise UserError(found="a file that is no JSON", need=need, where=file.name) from error
 
 
 def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> None:
@@ -117,7 +117,7 @@ def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) ->
 
 
 def draw_steps(log: Path) -> Path | None:
-    """Draw a joint training's log beside it; where that cannot be, say so."""
+    """Draw a joint training's log into a picture next to it; where that cannot be, say so."""
     from harness.report.figures.training import CURVES_FILE, draw_step_log
 
     picture = log.with_name(CURVES_FILE)

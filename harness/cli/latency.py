@@ -16,30 +16,40 @@ from harness.paths import default_results
 
 
 def latency(
-    spec: Annotated[str, typer.Argument(help="a shipped latency spec's name or a TOML file")] = "embedded",
+    spec: Annotated[str, typer.Argument(help="name of a shipped latency run, or a TOML file")] = "embedded",
     shape: Annotated[
-        str | None, typer.Option(help="a published shape with random weights, or a model's folder")
+        str | None,
+        typer.Option(help="a published model's shape, filled with random weights, or a model's folder"),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtypes, with commas between them")] = None,
-    modes: Annotated[str | None, typer.Option(help="engine modes, with commas between them, or auto")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtypes to time, with commas between them")] = None,
+    modes: Annotated[
+        str | None, typer.Option(help="engine modes to time, with commas between them, or auto")
+    ] = None,
     nodes: Annotated[
-        str | None, typer.Option(help="numbers of tree nodes, root included, for every grid")
+        str | None, typer.Option(help="tree nodes for every grid, root included, with commas between them")
     ] = None,
-    heads: Annotated[str | None, typer.Option(help="numbers of draft heads, for every grid")] = None,
-    contexts: Annotated[str | None, typer.Option(help="context lengths in tokens, for every grid")] = None,
-    batches: Annotated[str | None, typer.Option(help="batches, for every grid")] = None,
-    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
-    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="numbers of draft heads for every grid, with commas between them")
+    ] = None,
+    contexts: Annotated[
+        str | None, typer.Option(help="context lengths in tokens for every grid, with commas between them")
+    ] = None,
+    batches: Annotated[
+        str | None, typer.Option(help="batch sizes for every grid, with commas between them")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
+    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the points and their memory, run nothing")
+        bool, typer.Option("--dry-run", help="print the points and the memory they take, and run nothing")
     ] = False,
     readme: Annotated[
-        Path | None, typer.Option(help="write the table of modes between this file's markers")
+        Path | None, typer.Option(help="file between whose markers the table of modes is written")
     ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Time a step against nodes, heads, context and batch; compare the engine's modes and the speed against
-    batch.
+    """Time a decoding step for numbers of nodes, heads, context tokens and rows of a batch.
+
+    The engine's modes are compared, and speed is shown against the batch size.
     """
     from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
     from harness.specs.latency import load_latency_spec, overridden

@@ -13,8 +13,10 @@ from rich.console import Console
 
 console = Console(stderr=True)
 
-SuiteArgument = Annotated[str, typer.Argument(help="a shipped suite's name or a TOML file")]
-HubOption = Annotated[bool, typer.Option("--hub", help="may ask the Hugging Face hub for models")]
+SuiteArgument = Annotated[str, typer.Argument(help="name of a shipped suite, or a TOML file")]
+HubOption = Annotated[
+    bool, typer.Option("--hub", help="let missing models be fetched from the Hugging Face hub")
+]
 
 
 def command_line(*, address: str | None = None) -> str:

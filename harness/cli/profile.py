@@ -16,14 +16,16 @@ from harness.paths import default_results
 
 def profile(
     suite: SuiteArgument = "embedded",
-    nodes: Annotated[str, typer.Option(help="tree sizes, root included")] = "1,2,4,8,16,32,64,128",
-    mode: Annotated[str | None, typer.Option(help="an engine mode instead of the suite's")] = None,
-    steps: Annotated[int, typer.Option(help="marked steps a size", min=1)] = 48,
-    out: Annotated[Path | None, typer.Option(help="write the record (JSON)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the JSON line only")] = False,
+    nodes: Annotated[
+        str, typer.Option(help="tree sizes to profile, root included, with commas between them")
+    ] = "1,2,4,8,16,32,64,128",
+    mode: Annotated[str | None, typer.Option(help="engine mode to use instead of the suite's")] = None,
+    steps: Annotated[int, typer.Option(help="how many steps are timed for each tree size", min=1)] = 48,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the record to")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print only the JSON line")] = False,
     hub: HubOption = False,
 ) -> None:
-    """Say where the time of a step goes, for vanilla and for trees of growing size."""
+    """Say where the time of a decoding step goes, for vanilla and for trees of growing size."""
     from harness.measure.step_profile import profile_suite
     from harness.records.step_profile import parse_sizes
 
@@ -46,21 +48,24 @@ def profile(
 
 def profile_training_command(
     recipe: Annotated[
-        str, typer.Argument(help="a shipped recipe's name or a TOML file")
+        str, typer.Argument(help="name of a shipped recipe, or a TOML file")
     ] = "embedded_medusa1",
-    steps: Annotated[int, typer.Option(help="untouched steps a stage; as many are taken apart", min=1)] = 8,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="how many steps of each stage are timed whole; as many again are timed part by part", min=1
+        ),
+    ] = 8,
     output: Annotated[
-        Path | None, typer.Option(help="write the record (JSON) here, not under results/profile")
+        Path | None, typer.Option(help="JSON file to write the record to; without it, one in results/profile")
     ] = None,
     readme: Annotated[
         Path | None,
-        typer.Option(help="write the table of all committed profiles between this file's markers"),
+        typer.Option(help="file between whose markers the table of all committed profiles is written"),
     ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Say which share of the matrix throughput a recipe's training steps reach, and where the rest of their
-    time goes.
-    """
+    """Say what share of a device's matrix throughput training reaches, and where its other time goes."""
     from harness.measure.training_profile import profile_training
     from harness.records.provenance import machine_slug
     from harness.specs.recipe import load_recipe

@@ -18,24 +18,29 @@ from harness.specs.claims import load_claims
 def reproduce(
     suite: SuiteArgument = "embedded",
     limit: Annotated[
-        int | None, typer.Option(help="only the first N prompts, categories in turn", min=1)
+        int | None, typer.Option(help="run only N prompts, drawn from the categories in turn", min=1)
     ] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="minutes after which no further prompt begins", min=0.1)
+        float | None, typer.Option(help="minutes after which no further prompt is begun", min=0.1)
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="prompts of your own: .jsonl or .txt")] = None,
-    tree: Annotated[Path | None, typer.Option(help="a tree (JSON) instead of the searched ones")] = None,
-    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
-    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished run")] = None,
-    results: Annotated[Path | None, typer.Option(help="where records go")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file of your own prompts, .jsonl or .txt")] = None,
+    tree: Annotated[
+        Path | None, typer.Option(help="JSON file of a tree to use instead of the searched ones")
+    ] = None,
+    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
+    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
+    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the plan and its minutes, run nothing")
+        bool, typer.Option("--dry-run", help="print the plan and how many minutes it takes, and run nothing")
     ] = False,
-    readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Run a suite, judge it against the paper's claims, write the report; resumes an unfinished run of the
-    same kind.
+    """Run a suite, judge it by the paper's claims, and write a report.
+
+    A run that was cut off is resumed by the same command.
     """
     from harness.measure.run import RunOptions, effective_suite, run_suite
 
@@ -66,12 +71,14 @@ def report(
     record: Annotated[
         str,
         typer.Argument(
-            help="a record's folder, a profile's file, or a name under results/ for its newest record: "
-            "embedded, latency/embedded, sweep/embedded, .."
+            help="a record's folder, a profile's file, or a name under results/, which means its newest "
+            "record: embedded, latency/embedded, sweep/embedded and so on"
         ),
     ] = "embedded",
-    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
-    readme: Annotated[Path | None, typer.Option(help="write the tables between this file's markers")] = None,
+    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
+    ] = None,
 ) -> None:
-    """Judge a record of any kind again and write its report; needs no device."""
+    """Judge a record of any kind again and write its report. This needs no device."""
     finish(find_record(record), claims=load_claims(claims), readme=readme)

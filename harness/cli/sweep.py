@@ -16,31 +16,39 @@ from harness.specs.claims import load_claims
 
 
 def sweep(
-    suite: Annotated[str, typer.Argument(help="a shipped sweep's name or a TOML file")] = "embedded",
+    suite: Annotated[str, typer.Argument(help="name of a shipped sweep, or a TOML file")] = "embedded",
     replay_only: Annotated[
-        bool, typer.Option("--replay-only", help="leave out all points that the device would have to run")
+        bool, typer.Option("--replay-only", help="compose from files alone; run nothing on the device")
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="the folder of an unfinished sweep")] = None,
+    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished sweep to go on with")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="where records go, and latency records are found")
+        Path | None,
+        typer.Option(
+            help="folder for records, where latency records are looked for too; without it results/"
+        ),
     ] = None,
-    claims: Annotated[Path | None, typer.Option(help="a claims file of your own")] = None,
+    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="write the table of devices between this file's markers")
+        Path | None, typer.Option(help="file between whose markers the table of devices is written")
     ] = None,
-    executor: Annotated[str, typer.Option(help="where points are run: local, or ray (a cluster)")] = "local",
+    executor: Annotated[
+        str, typer.Option(help="where points are run: local (this machine) or ray (a cluster)")
+    ] = "local",
     address: Annotated[
-        str | None, typer.Option(help="the Ray cluster: auto (the default), local or HOST:PORT")
+        str | None, typer.Option(help="address of the Ray cluster: auto (the default), local or HOST:PORT")
     ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Compose trees x heads x devices from a trace and step times; run sampled points and check some composed
-    ones.
+    """Compose the speed of many trees on many devices from one trace and from step times.
+
+    Sampled settings are run on the device, and some composed points are decoded to check them.
     """
     if executor not in ("local", "ray") or (executor == "local" and address is not None):
         found = f"--executor {executor}" + (f" --address {address}" if address is not None else "")
         raise UserError(
-            found=found, need="local, or ray with or without an address", where="the command line"
+            found=found,
+            need="--executor local, or --executor ray with or without --address",
+            where="the command line",
         )
     registry = load_claims(claims)
     from harness.measure.sweep.run import SweepOptions, run_sweep

@@ -17,17 +17,26 @@ from harness.paths import cache_dir
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="a shipped recipe's name or a TOML file")
+        str, typer.Argument(help="name of a shipped recipe, or a TOML file")
     ] = "embedded_medusa1",
-    out: Annotated[Path | None, typer.Option(help="folder for heads and calibration trace")] = None,
-    work: Annotated[Path | None, typer.Option(help="folder for corpus and training state")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the trained heads and their calibration trace")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="folder for the corpus and the training's checkpoints")
+    ] = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="also make the corpus; prints the hours first")
+        bool,
+        typer.Option(
+            "--from-scratch", help="make the corpus too; how many hours that takes is printed first"
+        ),
     ] = False,
     hub: HubOption = False,
 ) -> None:
-    """Train draft heads, alone or with the backbone: text, training, held-out figures, calibration trace;
-    resumes where it stopped.
+    """Train draft heads, alone or together with the backbone.
+
+    Makes or reads the text, trains, prints figures on held-out text, and records a calibration trace.
+    A training that was cut off is resumed by the same command.
     """
     from harness.specs.recipe import JointRecipe, load_recipe
     from harness.training.heads import train_heads
@@ -75,14 +84,19 @@ def train(
 
 def calibrate(
     recipe: Annotated[
-        str, typer.Argument(help="a shipped recipe's name or a TOML file, of heads and backbone")
+        str, typer.Argument(help="name of a shipped recipe for heads and backbone, or a TOML file")
     ],
-    folder: Annotated[Path, typer.Argument(help="what its training wrote: heads, and adapter or model")],
-    work: Annotated[Path | None, typer.Option(help="folder for the answers")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="folder that the training wrote, with heads and an adapter or a model")
+    ],
+    work: Annotated[
+        Path | None, typer.Option(help="folder for the answers that the trace is made of")
+    ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Record the calibration trace of trained heads, which trees are searched on, as training does at its end
-    where the model fits.
+    """Record the calibration trace of trained heads, on which trees are searched.
+
+    Training does so at its end; this command does it where the tuned model did not fit then.
     """
     from harness.specs.recipe import JointRecipe, load_recipe
     from harness.training.calibration import calibrate_folder
@@ -90,9 +104,10 @@ def calibrate(
     spec = load_recipe(find_data(recipe, kind="recipe"))
     if not isinstance(spec, JointRecipe):
         raise UserError(
-            found=f"the recipe {spec.name!r} of heads alone",
-            need='trains = "heads_and_backbone"',
+            found=f"the recipe {spec.name!r}, which trains heads alone",
+            need='a recipe with trains = "heads_and_backbone"',
             where=recipe,
+            do="take the calibration trace that medusa-repro train wrote next to the heads",
         )
     file = calibrate_folder(
         spec, folder, work=work or cache_dir() / "training" / spec.name, console=console, allow_hub=hub
@@ -101,13 +116,16 @@ def calibrate(
 
 
 def distill(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name or a TOML file with a [corpus]")],
-    out: Annotated[Path | None, typer.Option(help="folder for the packed corpus")] = None,
-    work: Annotated[Path | None, typer.Option(help="folder for the shards")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="name of a shipped recipe, or a TOML file; it needs a \\[corpus] table")
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder for the finished corpus")] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for answers as they are made")] = None,
     hub: HubOption = False,
 ) -> None:
-    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several; resumes where
-    it stopped.
+    """Make a recipe's corpus and nothing else: the model's own answers, of one turn or several.
+
+    A run that was cut off is resumed by the same command.
     """
     from harness.specs.recipe import load_recipe
     from harness.training.workers import announce, distill_corpus

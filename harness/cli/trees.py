@@ -1,6 +1,4 @@
-"""`medusa-repro search-tree`: grow trees on a trace, or the fastest one for a device; what they promise
-beside what they yield.
-"""
+"""`trace` and `search-tree`: how heads rank a text, and the trees that are grown on that."""
 
 from __future__ import annotations
 
@@ -159,8 +157,8 @@ def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: Repla
 
 def trace(
     suite: SuiteArgument,
-    out: Annotated[Path, typer.Argument(help="the .npz file to write")],
-    limit: Annotated[int | None, typer.Option(help="only the first N prompts", min=1)] = None,
+    out: Annotated[Path, typer.Argument(help=".npz file to write the trace to")],
+    limit: Annotated[int | None, typer.Option(help="answer only the first N prompts", min=1)] = None,
     hub: HubOption = False,
 ) -> None:
     """Answer a suite's prompts greedily and record how its heads rank the answers."""
@@ -175,29 +173,42 @@ def trace(
 
 def search_tree(
     calibration: Annotated[
-        Path | None, typer.Argument(help="the trace (.npz) to grow trees on; the embedded one by default")
+        Path | None,
+        typer.Argument(help="trace (.npz) to grow trees on; without it, that of the shipped heads"),
     ] = None,
     num_nodes: Annotated[
-        int, typer.Option(help="nodes, root included; with --device at most so many", min=2)
+        int,
+        typer.Option(help="nodes of the tree, root included; with --device the most that it may have", min=2),
     ] = 64,
     values: Annotated[
-        str, typer.Option(help="joint (hits of whole paths) or marginals (the paper's)")
+        str,
+        typer.Option(
+            help="what a path is worth: joint (how often all of it was right) or marginals (the "
+            "paper's product of each head's accuracy)"
+        ),
     ] = "joint",
-    check: Annotated[Path | None, typer.Option(help="a second trace to replay the trees on")] = None,
-    out: Annotated[Path | None, typer.Option(help="write the tree as JSON")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="second trace (.npz), to see what the trees yield on text that they were not grown on"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tree to")] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="the fastest tree there: a device of hardware.toml, or a latency record"),
+        typer.Option(
+            help="search for the fastest tree on this device: a name in hardware.toml, or a latency record"
+        ),
     ] = None,
     shape: Annotated[
-        str, typer.Option(help="the model's published shape, for --device")
+        str, typer.Option(help="with --device, the published shape of the model")
     ] = "smollm2-135m-instruct",
-    dtype: Annotated[str | None, typer.Option(help="one dtype of --device")] = None,
+    dtype: Annotated[str | None, typer.Option(help="with --device, the only dtype to look at")] = None,
 ) -> None:
-    """Grow the best tree on a trace, or the fastest one on a device, and print what it promises and what it
-    yields.
-    """
+    """Grow the best tree on a trace, or the fastest one for a device.
 
+    Prints what the tree promises and what it yields when a trace is replayed.
+    """
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
     trace_file = calibration or resolve_path("embedded/calibration.npz", base_folder=None)

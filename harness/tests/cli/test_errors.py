@@ -67,22 +67,21 @@ def test_wrong_suite_file(line: str, found: str, tmp_path: Path) -> None:
 def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "wrong.toml").write_bytes(b"\xff\xfe\x00")
     ran = command("reproduce", tmp_path / "wrong.toml")
-    assert ran.code == ExitCode.USER_ERROR and "found no readable suite file" in ran.error_line
+    assert (
+        ran.code == ExitCode.USER_ERROR
+        and "found no readable file (not UTF-8); need a suite in TOML" in ran.error_line
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (("reproduce", "nosuch"), "found no 'nosuch'; need one of ['embedded', 'embedded_full'"),
-        (("reproduce", "claims"), "found no 'claims'"),
+        (("reproduce", "nosuch"), "found no suite 'nosuch'; need one of ['embedded', 'embedded_full'"),
+        (("reproduce", "claims"), "found no suite 'claims'"),
         (("reproduce", "nosuch.toml"), "found no file nosuch.toml"),
-        (("train", "nosuch"), "found no 'nosuch'; need one of ['embedded_direct'"),
-        (("assets", "nosuch"), "found asset 'nosuch'"),
-        # looks like markup of the terminal: once a traceback
-        (
-            ("report", "[/red]"),
-            "found no record '[/red]'",
-        ),
+        (("train", "nosuch"), "found no recipe 'nosuch'; need one of ['embedded_direct'"),
+        (("assets", "nosuch"), "found no asset 'nosuch'"),
+        (("report", "[/red]"), "found no record '[/red]'"),  # looks like markup: once a traceback
         (("validate", "nosuch"), "found no such folder"),
         (("search-tree", "nosuch.npz"), "found no readable trace"),
         (("search-tree", "nosuch.npz", "--values", "magic"), "found --values magic"),
@@ -102,6 +101,65 @@ def test_wrong_word_on_the_command_line(words: tuple[str, ...], found: str, tmp_
     ran = command(*(word.format(prompts=prompts) for word in words))
     assert ran.code == ExitCode.USER_ERROR
     assert found in ran.error_line and "need " in ran.error_line
+
+
+@pytest.mark.parametrize(
+    ("words", "now"),
+    [
+        (("reproduce", "suites/latency_gpu.toml"), "suites/latency/gpu.toml"),
+        (("latency", "suites/latency_gpu.toml"), "suites/latency/gpu.toml"),
+        (("sweep", "suites/sweep_embedded.toml"), "suites/sweeps/embedded.toml"),
+        (("ablate", "suites/embedded_training.toml"), "suites/ablations/embedded_training.toml"),
+    ],
+)
+def test_a_path_of_before_the_move_is_told_where_the_file_lies_now(
+    words: tuple[str, ...], now: str, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = command(*words)
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line == (
+        f"error: found no file {words[1]}; need a TOML file that exists; in the command line; "
+        f"to mend it: name {now}, where it lies now"
+    )
+
+
+def test_a_file_without_kind_is_told_the_line_to_add(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(SMOKE_FILE.read_text().replace('kind = "suite"\n', ""))
+    ran = command("reproduce", tmp_path / "mine.toml")
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line == (
+        'error: found a file that does not say its kind; need kind = "suite"; in mine.toml; '
+        'to mend it: add the line kind = "suite"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "do"),
+    [
+        (
+            ("reproduce", "latency/gpu.toml"),
+            "latency",
+            "give it to medusa-repro latency, or name another file",
+        ),
+        (("latency", "sweeps/embedded.toml"), "sweep", "give it to medusa-repro sweep, or name another file"),
+        (("train", "smoke.toml"), "suite", "give it to medusa-repro reproduce, or name another file"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_its_command(words: tuple[str, str], said: str, do: str) -> None:
+    name, file = words
+    ran = command(name, SMOKE_FILE.parent / file)
+    assert ran.code == ExitCode.USER_ERROR
+    assert f'found kind = "{said}"; need kind = ' in ran.error_line
+    assert ran.error_line.endswith(f"in {Path(file).name}; to mend it: {do}")
+
+
+def test_a_recipe_of_an_older_kind_is_told_what_to_write(tmp_path: Path) -> None:
+    text = (SMOKE_FILE.parent / "recipes" / "embedded_medusa1.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('kind = "recipe"', 'kind = "heads"'))
+    ran = command("train", tmp_path / "mine.toml", "--work", tmp_path / "work")
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line.endswith('to mend it: write kind = "recipe" and trains = "heads"')
 
 
 @pytest.mark.parametrize(
