@@ -26,6 +26,7 @@ from harness.report.ablation_tables import (
 from harness.report.figures.training import CURVES_FILE
 from harness.report.formatting import (
     ABSENT,
+    VERDICT_COLUMNS,
     cell,
     count,
     page,
@@ -48,6 +49,21 @@ from harness.report.run_tables import render_verdicts
 from harness.specs.ablation import START_ARM
 from harness.stats import Interval
 
+_README_COLUMNS = (
+    "arm",
+    "tokens/step, one tree",
+    "gain",
+    "gain on the original's text",
+    "repeats itself",
+    "held-out KL, nats",
+    "perplexity",
+)
+_README_NOTE = """\
+*tokens/step*: at one tree, replayed from the greedy text that each arm wrote itself. *gain*: over
+`medusa1`, whose heads learned from the same tokens on a frozen backbone; *on the original's text* every
+arm reads the same answers, so that text which has become easier to draft for adds nothing. *repeats
+itself*: 4-grams of an arm's answers that stood in the same answer before. *held-out KL*: KL(original ||
+tuned) a token, and *perplexity*, original to tuned, on the original's greedy answers."""
 _SIGNS_ONLY = "**Signs and orders only**: the budget is too small to decide a claim."
 
 
@@ -139,12 +155,12 @@ def render_readme_ablation(
     parts = [
         origin,
         outcome_in_words(rows),
-        render_ablation_table(rows),
-        ABLATION_NOTE.format(seeds="the report"),
+        render_ablation_table(rows, columns=_README_COLUMNS),
+        _README_NOTE,
     ]
     tested = [verdict for verdict in verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
     if decided := [verdict for verdict in tested if verdict.claim_id not in elsewhere]:
-        parts.append(render_verdicts(decided))
+        parts.append(render_verdicts(decided, columns=VERDICT_COLUMNS))
     for suite in sorted(set(elsewhere.values())):
         names = ", ".join(verdict.claim_id for verdict in tested if elsewhere.get(verdict.claim_id) == suite)
         parts.append(f"Decided by `{suite}`, whose budget is larger: {names}.")

@@ -53,9 +53,9 @@ HEADS_NOTE = (
 REFERENCE_NOTE = "Texts of another hand: MT-Bench's reference answers, both turns, original to tuned."
 
 
-def render_ablation_table(rows: Sequence[AblationRow]) -> str:
-    """Return the table that compares the arms: one row each."""
-    return table(_HEADERS, [row_cells(row) for row in rows])
+def render_ablation_table(rows: Sequence[AblationRow], *, columns: Sequence[str] | None = None) -> str:
+    """Return the table of the arms, one row each, with all columns or those that `columns` names."""
+    return table(_HEADERS, [row_cells(row) for row in rows], columns=columns)
 
 
 def row_cells(row: AblationRow) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from harness.paths import without_paths
 from harness.stats import Interval
 
 ABSENT = "–"
+VERDICT_COLUMNS = ("claim", "what the paper states", "paper", "ours", "verdict")  # what a README shows
 _WIDE_CELL = 40
 _START_S = (
     60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
@@ -90,8 +91,16 @@ def cell(value: object) -> str:
     return _TAG.sub("&lt;", text).replace("|", "\\|")
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table; columns are padded to line up unless a cell is too long for that to help."""
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], *, columns: Sequence[str] | None = None
+) -> str:
+    """Return a Markdown table of all columns, or of those that `columns` names.
+
+    Columns are padded to line up unless a cell is too long for that to help.
+    """
+    if columns is not None:
+        chosen = [headers.index(name) for name in columns]
+        headers, rows = columns, [[row[index] for index in chosen] for row in rows]
     cells = [[cell(value) for value in row] for row in rows]
     text = tabulate(
         cells, headers=[cell(header) for header in headers], tablefmt="pipe", disable_numparse=True

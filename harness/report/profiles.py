@@ -21,7 +21,17 @@ from harness.records.training_profile import (
     TrainingProfile,
     read_training_profile,
 )
-from harness.report.formatting import ABSENT, cell, count, milliseconds, percent, ratio, significant, table
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    count,
+    milliseconds,
+    paragraphs,
+    percent,
+    ratio,
+    significant,
+    table,
+)
 from harness.report.provenance import describe_commit, describe_device
 
 _HEADERS = (
@@ -81,9 +91,12 @@ def render_readme_training(paths: Sequence[Path], *, base: Path) -> str:
         for row in _rows(profile, link=_link(path, base=base))
     ]
     devices = dict.fromkeys(cell(describe_device(profile.environment)) for profile in profiles)
-    whole = [f"`{profile.recipe}` {percent(profile.share)}" for profile in profiles]
-    return "\n\n".join(
-        [f"On {'; '.join(devices)}. Over the whole recipe: {', '.join(whole)}.", table(_HEADERS, rows), _NOTE]
+    where = [f" on {profile.environment.device.name}" if len(devices) > 1 else "" for profile in profiles]
+    whole = [
+        f"`{one.recipe}` {percent(one.share)}{place}" for one, place in zip(profiles, where, strict=True)
+    ]
+    return paragraphs(
+        f"On {'; '.join(devices)}. Over the whole recipe: {', '.join(whole)}.", table(_HEADERS, rows), _NOTE
     )
 
 

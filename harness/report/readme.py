@@ -25,20 +25,30 @@ from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.ablation import render_readme_ablation
-from harness.report.formatting import paragraphs
+from harness.report.formatting import VERDICT_COLUMNS, paragraphs
 from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_origin, record_link
 from harness.report.run import render_best_arm
 from harness.report.run_tables import (
-    VERDICT_NOTE,
-    arms_note,
     render_arms_table,
-    render_verdict_table,
+    render_verdicts,
     verdicts_in_words,
+    verdicts_on_run,
 )
 from harness.report.sweep import render_readme_sweep
 
+_ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
+_VERDICT_NOTE = """\
+*Reproduced*: the claim's shape (an order, a sign, a trend, an identity) holds on this model; its interval
+lies on the claim's side of a bound that was set before the run. *Inconclusive*: the interval holds the
+bound. A claim that fails is a finding, not an error. Why each verdict is what it is, and the claims that
+rest on the paper's own figures, stand in the report."""
+_ARMS_NOTE = """\
+*tokens/step*: tokens that one decoding step yields on average; vanilla's is 1. *overhead*: mean step
+latency against the baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the
+baseline arm, from the first token on; it is tokens/step over overhead, so many tokens a step do not help
+where a step costs as many times more. `tuned` and `medusa2` arms decode on the backbone of Medusa-2."""
 README_FIGURES = ("figures/fig4_nodes.svg", "figures/devices.svg")
 
 
@@ -148,8 +158,10 @@ def replace_block(text: str, *, name: str, content: str) -> str:
 
 
 def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> str:
-    """Return what the README shows of a record: where it was measured, the verdicts, the arms.
+    """Return what a newcomer reads of a record: where it was measured, the verdicts that rest on it, the
+    arms.
 
+    The report has the other columns and the verdicts that rest on arithmetic alone.
     `base` is the README's folder, which the link to the record is given from.
     Raises: InvalidMeasurement for a run that failed a validity check: such a run has no place in a README.
     """
@@ -161,9 +173,9 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
         f"Suite `{record.suite.name}` with {describe_origin(record.environment)}.",
         f"Claims: {verdicts_in_words(judgement)}",
         render_best_arm(record, judgement),
-        render_verdict_table(judgement),
-        VERDICT_NOTE,
-        render_arms_table(record, judgement),
-        arms_note(record),
+        render_verdicts(on_run, columns=VERDICT_COLUMNS) if (on_run := verdicts_on_run(judgement)) else "",
+        _VERDICT_NOTE,
+        render_arms_table(record, judgement, columns=_ARM_COLUMNS if record.suite.reports_speed else None),
+        _ARMS_NOTE if record.suite.reports_speed else "",
         record_link(record.folder, base=base, label="Full report and raw data"),
     )

@@ -85,10 +85,15 @@ def render_verdict_table(judgement: Judgement) -> str:
     return render_verdicts(tested)
 
 
-def render_verdicts(verdicts: Sequence[ClaimVerdict]) -> str:
-    """Return one row a verdict."""
+def verdicts_on_run(judgement: Judgement) -> tuple[ClaimVerdict, ...]:
+    """Return the verdicts of the claims that this run tested, without those that rest on arithmetic alone."""
+    return tuple(verdict for verdict in _tested(judgement) if verdict.form != "paper-only")
+
+
+def render_verdicts(verdicts: Sequence[ClaimVerdict], *, columns: Sequence[str] | None = None) -> str:
+    """Return one row a verdict, with all columns or those that `columns` names."""
     headers = ["claim", "what the paper states", "paper", "ours", "kind of figure", "verdict", "why"]
-    return table(headers, [_verdict_row(verdict) for verdict in verdicts])
+    return table(headers, [_verdict_row(verdict) for verdict in verdicts], columns=columns)
 
 
 def render_not_tested_table(judgement: Judgement) -> str:
@@ -108,11 +113,13 @@ def render_not_tested_table(judgement: Judgement) -> str:
     )
 
 
-def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
+def render_arms_table(
+    record: RunRecord, judgement: Judgement, *, columns: Sequence[str] | None = None
+) -> str:
     """Return one row an arm: tokens/step, what a step costs, the speedup that follows, and a diagnosis in
     words.
 
-    Speed columns are left out where the suite reports no speed.
+    Speed columns are left out where the suite reports no speed; `columns` names those to show of the others.
     """
     if not judgement.arms:
         return "No arm has a finished generation."
@@ -134,7 +141,7 @@ def render_arms_table(record: RunRecord, judgement: Judgement) -> str:
         "tokens/s",
         "diagnosis",
     ]
-    return table(headers, [_arm_row(arm, compared.get(arm.arm)) for arm in judgement.arms])
+    return table(headers, [_arm_row(arm, compared.get(arm.arm)) for arm in judgement.arms], columns=columns)
 
 
 def arms_note(record: RunRecord) -> str:

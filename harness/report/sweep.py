@@ -63,6 +63,22 @@ Brackets hold bootstrap intervals
 over prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with \
 this tree; a batch takes as many
 steps as its slowest row."""
+_README_COLUMNS = (
+    "device",
+    "step times",
+    "nodes",
+    "tokens/step",
+    "step cost",
+    "overhead",
+    "speedup",
+    "tokens/s",
+    "break-even batch",
+)
+_README_NOTE = """\
+The fastest tree of each device, chosen on other text than it is judged on. *step cost*: the backbone's
+pass over the tree against one node, without heads. *overhead*: a whole step against vanilla's, so that
+speedup = tokens/step / overhead. Brackets hold bootstrap intervals over prompts; they do not hold the
+error of the step times. *break-even*: speedups at growing batch with this tree."""
 _HYPOTHETICAL_NOTE = """\
 This trace is of another model than these rows' shapes: what its tokens/step would be worth there. None of \
 it is a result."""
@@ -114,8 +130,9 @@ def render_sweep_report(
 
 
 def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[str] = ()) -> str:
-    """Return what the README shows of a sweep: the table of devices, without what is hypothetical, and two
-    figures.
+    """Return what a newcomer reads of a sweep: devices whose step times were measured, and two figures.
+
+    The report has what is predicted or hypothetical, and the other columns.
     """
     origin = record.origin
     words = (
@@ -127,11 +144,18 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
     home = path_within(record.folder, base=base)
     images = [f"![{Path(name).stem}]({home}/{name})" for name in figures] if home is not None else []
     label = "All trees, searches, thresholds and hypothetical rows"
+    cells = headline_cells(record)
+    measured = [one for one in cells if one.kind == "composed"]
+    predicted = len(cells) - len(measured)
     return paragraphs(
         words,
-        render_devices(headline_cells(record), record),
-        _DEVICE_NOTE,
-        _error_words(origin.roofline_error),
+        render_devices(measured, record, columns=_README_COLUMNS),
+        _README_NOTE,
+        f"{count(predicted, 'row')} of devices that were not measured "
+        f"{'stands' if predicted == 1 else 'stand'} in the report alone. "
+        + _error_words(origin.roofline_error)
+        if predicted
+        else "",
         *images,
         record_link(record.folder, base=base, label=label),
     )

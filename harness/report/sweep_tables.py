@@ -53,8 +53,13 @@ prompts; *gap* is composed over measured, less 1. *steps*: prompts on which deco
 the replay."""
 
 
-def render_devices(cells: Sequence[ComposedCell], record: SweepRecord) -> str:
-    """Return the table of devices, the fastest tree of each; empty without cells."""
+def render_devices(
+    cells: Sequence[ComposedCell], record: SweepRecord, *, columns: Sequence[str] | None = None
+) -> str:
+    """Return the table of devices, the fastest tree of each, with all columns or those that `columns` names.
+
+    It is empty without cells.
+    """
     if not cells:
         return ""
     has_batches = any(one.batch > 1 for one in cells)
@@ -70,7 +75,7 @@ def render_devices(cells: Sequence[ComposedCell], record: SweepRecord) -> str:
         extra = [*([one.batch] if has_batches else []), *([one.context] if has_contexts else [])]
         start = _device_cells(one, record)
         rows.append([*start[:-2], *extra, *start[-2:]])
-    return table(headers, rows)
+    return table(headers, rows, columns=columns)
 
 
 def _device_cells(one: ComposedCell, record: SweepRecord) -> list[object]:
