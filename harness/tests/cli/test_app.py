@@ -59,7 +59,7 @@ def test_every_option_of_the_readme_exists() -> None:
     assert (
         {"--dry-run", "--limit", "--time-budget", "--from-scratch"}
         <= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text))
-        <= options
+        <= options | {"--help"}
     )
 
 
