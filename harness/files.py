@@ -151,7 +151,7 @@ def _validated(
     except ValidationError as error:
         first = error.errors()[0]
         fault = first_fault(error) if key_of is None else f"{key_of(data, first['loc'])}: {first['msg']}"
-        raise UserError(found=fault, need=f"a key and value that {noun} knows", where=where) from error
+        raise UserError(found=fault, need=f"keys and values that {noun} may have", where=where) from error
 
 
 def first_fault(error: ValidationError) -> str:

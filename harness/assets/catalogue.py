@@ -1,5 +1,6 @@
-"""The project's own training prompts: templates filled with slot values, thousands of combinations a
-category, none from a benchmark.
+"""The project's own training prompts, none of which comes from a benchmark.
+
+Templates are filled with slot values, which makes thousands of combinations a category.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def training_prompts(
                 found=f"no new prompt in {_MAX_TRIES} draws for category {category.category!r}",
                 need=f"{num_prompts} distinct {split} prompts",
                 where="the prompt catalogue",
-                do="ask for fewer prompts or add templates",
+                do="ask for fewer prompts, or add templates to that category",
             )
         seen.add(digest)
         prompts.append(

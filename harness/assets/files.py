@@ -29,10 +29,9 @@ Progress = Callable[[str, int, int | None], None]
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full or read-only disk under `folder` into a UserError with the remedy.
+    """Turn a full or read-only disk under `folder` into a UserError with the remedy.
 
-    Raises:
-        UserError: no space, quota used up, or no permission to write.
+    Raises: UserError for no space, a quota used up, or no permission to write.
     """
     try:
         yield
@@ -60,7 +59,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what an interrupted command left half-made in `folder`; complete parts stay."""
+    """Remove what an interrupted command left half-made in `folder`; complete parts stay."""
     for path in folder.glob(f"*{PART}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -69,7 +68,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hex."""
+    """Return the SHA-256 of a file's bytes in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -93,11 +92,10 @@ def _copy_hashed(
 def extract_member(
     wheel: Path, target: Path, *, member: str, sha256: str, progress: Progress | None = None
 ) -> Path:
-    """Writes one member of a wheel to `target`, checked and by rename; returns `target`.
+    """Write one member of a wheel to `target`, checked and by rename, and return `target`.
 
-    Raises:
-        UserError: the wheel is no zip file, lacks the member, or the member's bytes have another hash;
-            nothing stays.
+    Raises: UserError for a wheel that is no zip file or lacks the member, or for a member with another hash;
+        nothing stays.
     """
     part = target.with_name(target.name + PART)
     try:
@@ -136,11 +134,10 @@ def extract_member(
 
 
 def model_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Returns the weight files of a model folder in Hugging Face layout, shards sorted, safetensors before
-    pickles.
+    """Return the weight files of a model folder in Hugging Face layout.
 
-    Raises:
-        UserError: the folder holds none, or lacks a shard that its index names.
+    Shards are sorted; safetensors go before pickles.
+    Raises: UserError for a folder that holds none, or lacks a shard that its index names.
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
@@ -168,14 +165,13 @@ def model_weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> Path:
-    """Writes a GGUF model as a float32 safetensors folder with its tokenizer, by rename; returns `target`.
+    """Write a GGUF model as a float32 safetensors folder with its tokenizer, and return the folder, `target`.
 
     The model is rebuilt from a clean configuration and the dequantised tensors, since transformers refuses to
     save a model that it loaded from GGUF. The generation configuration is greedy and stops at the model's own
     end token.
 
-    Raises:
-        UserError: transformers cannot read the file.
+    Raises: UserError for a file that transformers cannot read.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

@@ -41,15 +41,12 @@ def require_pinned(
                 found=f"SHA-256 {found[role]} of {role}",
                 need=f"{sha256} for asset {spec.name}",
                 where=where,
-                do="use the files meant, or give these their own asset with its own name and hash: other "
-                "content is another asset",
+                do="use the files that were pinned, or give these an asset of their own",
             )
 
 
 def _safetensors_entries(path: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
-    """Yields (name, dtype, shape, first byte, number of bytes) from the header of a safetensors file, without
-    torch.
-    """
+    """Yield name, dtype, shape, first byte and number of bytes of each tensor of a file, without torch."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -66,7 +63,7 @@ def _safetensors_entries(path: Path) -> Iterator[tuple[str, str, list[int], int,
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             found=f"a damaged safetensors file ({error})",
-            need="a complete one",
+            need="a complete file",
             where=str(path),
             do="remove it and fetch it again",
         ) from error
@@ -95,7 +92,7 @@ def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
         tensor = tensors[name].contiguous()
         if tensor.dtype not in names:
             raise UserError(
-                found=f"tensor {name} of {tensor.dtype}",
+                found=f"the tensor {name} of {tensor.dtype}",
                 need=f"one of {', '.join(names.values())}",
                 where=files[0].name,
             )
@@ -109,14 +106,12 @@ def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
 
 
 def tensors_sha256(folder: Path) -> str:
-    """Returns the SHA-256 over a model's tensors: names in sorted order, each with its dtype, shape and
-    bytes.
+    """Return the SHA-256 of a model's tensors: in the order of their names, each with dtype, shape and bytes.
 
     Sharding, file order and metadata do not enter, so a re-saved model keeps its hash and a changed weight
     does not.
 
-    Raises:
-        UserError: no weight files, a damaged one, or one tensor name in two shards.
+    Raises: UserError for no weight file, a damaged one, or one tensor name in two shards.
     """
     files = model_weight_files(folder)
     if files[0].suffix == ".bin":
@@ -126,8 +121,8 @@ def tensors_sha256(folder: Path) -> str:
         for name, dtype, shape, start, num_bytes in _safetensors_entries(file):
             if name in entries:
                 raise UserError(
-                    found=f"tensor {name} in {entries[name][0].name} and in {file.name}",
-                    need="each tensor once",
+                    found=f"the tensor {name} in {entries[name][0].name} and in {file.name}",
+                    need="each tensor in one file only",
                     where=str(folder),
                 )
             entries[name] = (file, dtype, shape, start, num_bytes)

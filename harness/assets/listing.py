@@ -13,8 +13,9 @@ from harness.specs.assets import AssetSpec, HubSource, LocalSource, PypiWheelSou
 
 
 class AssetRow(Frozen):
-    """One line of the assets table; `size_bytes` is what lies on disk, or else what would be downloaded,
-    where known.
+    """One line of the table of assets.
+
+    `size_bytes` is what lies on disk, or else what would be downloaded, where that is known.
     """
 
     name: str
@@ -28,8 +29,9 @@ class AssetRow(Frozen):
 def find_cached(
     spec: AssetSpec, *, cache_dir: Path, environ: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Path]] | None:
-    """Returns the kind of source and the files by role that need no network, or None; looks only, hashes
-    nothing.
+    """Return the kind of source and the files by role that need no network, or None.
+
+    Only looks, and hashes nothing.
     """
     environment = os.environ if environ is None else environ
     for source in spec.sources:
@@ -59,7 +61,7 @@ def _tree_bytes(path: Path) -> int:
 def asset_rows(
     specs: Mapping[str, AssetSpec], cache: Path, *, environ: Mapping[str, str] | None = None
 ) -> list[AssetRow]:
-    """Returns one table line an asset, in the order of the file: where it would come from, or does."""
+    """Return one table line an asset, in the order of the file: where it would come from, or does."""
     rows = []
     for spec in specs.values():
         cached = find_cached(spec, cache_dir=cache, environ=environ)

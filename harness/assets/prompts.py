@@ -41,7 +41,7 @@ class OverlapReport(Frozen):
 
     @property
     def clean(self) -> bool:
-        """Whether no n-gram is shared."""
+        """Return whether no n-gram is shared."""
         return not self.overlaps
 
 
@@ -54,7 +54,7 @@ def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) ->
                 references[row["question_id"]] = tuple(row["choices"][0]["turns"])
             except (KeyError, IndexError, TypeError) as error:
                 raise UserError(
-                    found=f"a row without {error}", need="question_id, choices", where=where
+                    found=f"a row without {error}", need="the keys question_id and choices", where=where
                 ) from error
     prompts = []
     for row, where in _json_lines(question_file):
@@ -70,7 +70,7 @@ def load_mt_bench(question_file: Path, *, reference_file: Path | None = None) ->
             )
         except (KeyError, ValueError) as error:
             raise UserError(
-                found=f"a row without {error}", need="question_id, category, turns", where=where
+                found=f"a row without {error}", need="the keys question_id, category and turns", where=where
             ) from error
     return tuple(prompts)
 
@@ -98,9 +98,10 @@ def load_human_eval(path: Path) -> tuple[BenchmarkPrompt, ...]:
 
 
 def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
-    """Read a user's own prompts: `.jsonl` with `prompt` or `turns` (and perhaps `category`, `key`), or text
-    with one prompt a line.
+    """Return a user's own prompts out of a `.jsonl` or text file.
 
+    JSON lines hold `prompt` or `turns`, and perhaps `category` and `key`; a text file holds one prompt a
+    line.
     Raises: UserError naming the line at fault.
     """
     if not path.is_file() or path.suffix not in (".jsonl", ".txt"):
@@ -118,7 +119,7 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
             turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else None)
             if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
                 raise UserError(
-                    found=f"keys {sorted(row)}",
+                    found=f"the keys {sorted(row)}",
                     need="a non-empty `prompt` string or `turns` list",
                     where=where,
                 )
@@ -130,17 +131,20 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
                 )
             )
     if len({prompt.key for prompt in prompts}) != len(prompts):
-        raise UserError(found="a key used twice", need="distinct keys", where=path.name)
+        raise UserError(
+            found="a key that two prompts have", need="a key of its own for each prompt", where=path.name
+        )
     if not prompts:
-        raise UserError(found="no prompt", need="at least one", where=path.name)
+        raise UserError(found="no prompt", need="at least one prompt", where=path.name)
     return tuple(prompts)
 
 
 def select_prompts(
     prompts: Sequence[BenchmarkPrompt], *, per_category: int | None = None, limit: int | None = None
 ) -> tuple[BenchmarkPrompt, ...]:
-    """Return the first `per_category` prompts of each category, categories taken in turn, so that a `limit`
-    stays balanced.
+    """Return the first `per_category` prompts of each category.
+
+    Categories are taken in turn, so that a `limit` stays balanced.
     """
     groups: dict[str, list[BenchmarkPrompt]] = defaultdict(list)
     for prompt in prompts:
@@ -151,8 +155,7 @@ def select_prompts(
 
 
 def render_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return the token ids of one user message through the tokenizer's own chat template, ready for the
-    answer.
+    """Return one user message as token ids, through the tokenizer's chat template, ready for the answer.
 
     A tokenizer without a template gets the plain text.
     """
@@ -167,8 +170,9 @@ def render_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
 def overlap_report(
     training: Iterable[str], benchmark: Iterable[str], *, ngram_words: int = 8
 ) -> OverlapReport:
-    """List every word n-gram (lower case, punctuation dropped) that a training prompt shares with a benchmark
-    prompt, once a pair.
+    """Return every run of words that a training prompt shares with a benchmark prompt, once a pair.
+
+    Words are compared in lower case and without punctuation.
     """
     index: dict[tuple[str, ...], int] = {}
     for number, text in enumerate(benchmark):

@@ -1,6 +1,4 @@
-"""One wheel from a Python package index through pip, so that the user's own index, proxy and certificates
-apply.
-"""
+"""One wheel from a Python package index through pip, whose index, proxy and certificates are the user's."""
 
 from __future__ import annotations
 
@@ -34,13 +32,14 @@ LOCK_TIMEOUT_S = 3600.0
 
 
 class SourceUnavailable(Exception):
-    """A source that does not have the asset here and now; the next source is tried. Its text holds no local
-    path.
+    """A source that does not have the asset here and now; the next source is tried.
+
+    Its text holds no local path.
     """
 
 
 class WheelDownloader(Protocol):
-    """Puts the wheel of `requirement` into `folder` and returns its path."""
+    """Put the wheel of `requirement` into `folder` and return its path."""
 
     def __call__(
         self, requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None
@@ -58,7 +57,7 @@ def _size_bytes(folder: Path) -> int:
 
 
 def _refuse(requirement: str, output: str) -> None:
-    """Raises what a failed pip run means."""
+    """Raise what a failed pip run means."""
     if "No space left on device" in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if "No module named pip" in output:
@@ -75,13 +74,11 @@ def _refuse(requirement: str, output: str) -> None:
 
 
 def pip_download(requirement: str, folder: Path, *, total_bytes: int, progress: Progress | None) -> Path:
-    """Returns the wheel that `pip download` put into `folder`; dependencies are neither fetched nor looked
-    at.
+    """Return the wheel that `pip download` put into `folder`.
 
-    Raises:
-        SourceUnavailable: pip failed; its last error line is in the text.
-        UserError: there is no pip.
-        OSError: pip ran out of disk space.
+    Dependencies are neither fetched nor looked at.
+    Raises: SourceUnavailable where pip failed, with its last error line; UserError where there is no pip;
+        OSError where pip ran out of disk space.
     """
     scratch = folder / "pip-scratch"
     scratch.mkdir(parents=True)
@@ -145,7 +142,7 @@ def _fetch_wheel(
     progress: Progress | None,
     download_wheel: WheelDownloader,
 ) -> Path:
-    """Returns the wheel in `folder`, downloaded where it is not there yet, with its hash checked."""
+    """Return the wheel in `folder`, downloaded where it is not there yet, with its hash checked."""
     wheel = folder / f"{source.project}-{source.version}.whl"
     if not wheel.is_file():
         part = folder / f"download{PART}"
@@ -169,8 +166,9 @@ def _fetch_wheel(
 
 
 def _is_content_right(spec: AssetSpec, source: PypiWheelSource, *, paths: Mapping[str, Path]) -> bool:
-    """Whether the cache holds all of the asset with the pinned content; a part that is wrong is removed, to
-    be made again.
+    """Return whether the cache holds all of the asset with the pinned content.
+
+    A part that is wrong is removed, to be made again.
     """
     pinned = pinned_sha256s(spec, source)
     is_right = True
@@ -198,7 +196,7 @@ def _require_conversion(spec: AssetSpec, model: Path) -> None:
     raise UserError(
         found=f"SHA-256 {found} of the converted tensors (removed)",
         need=f"{spec.tensors_sha256} for asset {spec.name}",
-        do="install the versions of constraints.txt: this transformers or gguf dequantises otherwise",
+        do="install the versions of constraints.txt: the installed transformers or gguf gives other tensors",
     )
 
 
@@ -210,7 +208,7 @@ def _fill_from_wheel(
     progress: Progress | None,
     download_wheel: WheelDownloader,
 ) -> dict[str, Path]:
-    """Returns the asset's files in the cache, made where they are missing; called under the asset's lock."""
+    """Return the asset's files in the cache, made where they are missing; called under the asset's lock."""
     folder = _wheel_folder(spec, source, cache_dir=cache_dir)
     paths = wheel_paths(spec, source, cache_dir=cache_dir)
     remove_leftovers(folder)
@@ -256,9 +254,9 @@ def locked_fill(
                 raise UserError(
                     found=f"another process has been fetching asset {spec.name} for "
                     f"{LOCK_TIMEOUT_S / 60:.0f} minutes",
-                    need="the asset's lock",
+                    need="it to finish, or its lock",
                     where=str(lock.lock_file),
-                    do="end that process",
+                    do="wait for that process or end it, then run the command again",
                 ) from error
         try:
             return _fill_from_wheel(

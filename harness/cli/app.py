@@ -123,8 +123,9 @@ def _disk_message(error: OSError) -> str:
 
 
 def _usage_code(error: Exception) -> int:
-    """Return the exit code of a usage error that typer raised; anything else is a defect and goes on with its
-    traceback.
+    """Return the exit code of a usage error that typer raised.
+
+    Anything else is a defect, and goes on with its traceback.
     """
     show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
     if show is None or exit_code is None:

@@ -1,6 +1,4 @@
-"""`assets`, `doctor`, `validate`, `export` and `schemas`: commands about files and the machine, none of which
-measures.
-"""
+"""`assets`, `doctor`, `validate`, `export` and `schemas`: about files and the machine; none measures."""
 
 from __future__ import annotations
 

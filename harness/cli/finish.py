@@ -130,9 +130,7 @@ def draw_steps(log: Path) -> Path | None:
 
 
 def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Write an ablation's picture, report and README table, print its arms and verdicts, end with one JSON
-    line.
-    """
+    """Write an ablation's picture, report and README table, print arms and verdicts, end with a JSON line."""
     from harness.judge.ablation import ablation_rows
     from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
     from harness.records.ablation import AblationRecord, newest_ablations
@@ -155,8 +153,9 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
 
 
 def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Write a sweep's figures, report and README table, print its devices, end with one JSON line; a failed
-    run cell is exit code 2.
+    """Write a sweep's figures, report and README table, print its devices, end with one JSON line.
+
+    A run cell that failed is exit code 2.
     """
     from harness.records.sweep import SweepRecord
     from harness.report.figures.sweep import draw_figures

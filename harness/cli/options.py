@@ -20,9 +20,7 @@ HubOption = Annotated[
 
 
 def command_line(*, address: str | None = None) -> str:
-    """Return the command as it would be typed, with file names instead of paths and without a cluster's
-    address.
-    """
+    """Return the command as it would be typed, without folders and without a cluster's address."""
     words = sys.argv[1:]
     if address not in (None, "auto", "local"):
         words = [word.replace(address, "HOST:PORT") for word in words]

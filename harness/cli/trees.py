@@ -33,8 +33,7 @@ from medusa_impl.tree import DraftTree
 def print_search(
     calibration: Path, *, num_nodes: int, values: str, check: Path | None, console: Console
 ) -> DraftTree:
-    """Print, for nested sizes up to `num_nodes`, the expected acceptance length and the replayed tokens a
-    step; return the largest tree.
+    """Print what grown trees of nested sizes up to `num_nodes` promise and yield; return the largest.
 
     The expectation weighs all positions alike and, for `marginals`, takes heads as independent; the replay on
     `check` (or, without it, on the calibration trace itself, which flatters) is what decoding would do.
@@ -77,9 +76,9 @@ def print_device_search(
     cache: Path | None,
     console: Console,
 ) -> CostChoice:
-    """Print, for every curve that the device's name means, the fastest tree by both searches; return the
-    first curve's, by joint hits.
+    """Print the fastest tree by both searches for every curve that the device's name means.
 
+    The first curve's tree by joint hits is returned.
     Choices are kept in `cache` by curve and trace.
     Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
     """

@@ -1,6 +1,4 @@
-"""Ablations as data: recipes side by side at an equal token budget, from the same heads, on the same text. No
-torch.
-"""
+"""Ablations as data: recipes side by side at one token budget, from the same heads, on the same text."""
 
 from __future__ import annotations
 
@@ -46,8 +44,9 @@ class ReferenceSpec(Frozen):
 
 
 class AblationArm(Frozen):
-    """One recipe; of its file only the [recipe] table is used. `fresh_heads` starts it from untrained heads,
-    as a control.
+    """One recipe, of whose file only the [recipe] table is used.
+
+    `fresh_heads` starts it from untrained heads, as a control.
     """
 
     name: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -93,9 +92,7 @@ class AblationSpec(DataFile):
         return self
 
     def plan(self) -> tuple[tuple[str, int | None], ...]:
-        """Return what is run, in order: the start, then every arm of the first seed, of the second, and so
-        on.
-        """
+        """Return what is run, in order: the start, then every arm of the first seed, then of the second."""
         return ((START_ARM, None), *((arm.name, seed) for seed in self.seeds for arm in self.arms))
 
     def arm(self, name: str) -> AblationArm:

@@ -1,6 +1,4 @@
-"""What an assets file says: models and prompts by name, with their sources in order and the hashes that
-identify them.
-"""
+"""What an assets file says: models and prompts, where each comes from, and the hashes that identify it."""
 
 from __future__ import annotations
 
@@ -16,17 +14,16 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class SourceFile(Frozen):
-    """One file of a source: its path within the source and its hash, absent only for a file of the user's
-    own.
-    """
+    """One file of a source: its path there, and its hash, which only a user's own file may lack."""
 
     path: str
     sha256: Sha256 | None = None
 
 
 class LocalSource(Frozen):
-    """A folder of the user's (for a single file also the file), named by an environment variable or by the
-    assets file.
+    """A folder of the user's, named by an environment variable or by the assets file.
+
+    For an asset of one file it may be the file.
     """
 
     type: Literal["local"]
@@ -115,11 +112,9 @@ class _AssetsFile(Frozen):
 
 
 def load_asset_specs(path: Path | None = None) -> dict[str, AssetSpec]:
-    """Returns the assets of a TOML file by name: `suites/assets.toml`, or one of the user's.
+    """Return the assets of a TOML file by name: `suites/assets.toml`, or one of the user's.
 
-    Raises:
-        UserError: no such file, no TOML, an unknown key or a value that does not fit; the first problem is
-            named.
+    Raises: UserError as `read_toml` does.
     """
     file = shipped("assets.toml") if path is None else path
     return read_toml(file, _AssetsFile, noun="an assets file", prepare=_named).assets

@@ -1,6 +1,4 @@
-"""The forms in which a claim can be judged, as validated data: literal, transfer, training, paper-only; each
-bound carries its reason.
-"""
+"""The forms in which a claim can be judged, as validated data; each bound carries its reason."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ class _SweepForm(Frozen):
 
 
 class TemperatureTrendForm(_SweepForm):
-    """Over at least `min_temperatures` tokens/step of typical acceptance rises and that of rejection falls:
-    both slopes beyond 0.
+    """Tokens/step of typical acceptance rises with temperature, and that of rejection falls.
+
+    Both slopes lie beyond 0, over at least `min_temperatures` temperatures.
     """
 
     test: Literal["temperature_trend"]
@@ -32,8 +31,9 @@ class TemperatureTrendForm(_SweepForm):
 
 
 class ThresholdTrendForm(_SweepForm):
-    """Over at least `min_epsilons` thresholds, delta their square root, tokens/step falls and likelihood
-    rises: both slopes beyond 0.
+    """Tokens/step falls with the threshold, and likelihood rises; delta is the square root of the threshold.
+
+    Both slopes lie beyond 0, over at least `min_epsilons` thresholds.
     """
 
     test: Literal["threshold_trend"]
@@ -42,9 +42,9 @@ class ThresholdTrendForm(_SweepForm):
 
 
 class TypicalBeatsRejectionForm(_SweepForm):
-    """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature, and its
-    text is no less likely.
+    """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature.
 
+    Its text is no less likely.
     Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no
     less.
     """
@@ -63,8 +63,9 @@ SweepForm = Annotated[
 
 
 class LiteralForm(Form):
-    """The same model, method, data and metric as the paper: what it needs, and how close counts as the same
-    figure.
+    """The same model, method, data and metric as the paper.
+
+    Says what that needs, and how close counts as the same figure.
     """
 
     backbone: str
@@ -75,9 +76,9 @@ class LiteralForm(Form):
 
 
 class LosslessForm(Form):
-    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on; ties at most
-    `max_tie_rate` a token, or one.
+    """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on.
 
+    There are at most `max_tie_rate` ties a token, or one.
     Half precision has no such limit, and says how many ties in how many tokens.
     """
 
@@ -86,8 +87,9 @@ class LosslessForm(Form):
 
 
 class FasterForm(Form):
-    """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`, and without a
-    parity bug.
+    """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`.
+
+    It shows no parity bug.
     """
 
     test: Literal["faster"]
@@ -96,8 +98,9 @@ class FasterForm(Form):
 
 
 class LadderStepForm(Form):
-    """One rung: the arm exceeds the arm `over` by more than `bound`, in tokens/step and in measured
-    tokens/s.
+    """One rung: the arm exceeds the arm `over` by more than `bound`.
+
+    It does so in tokens/step and in measured tokens/s.
     """
 
     test: Literal["ladder_step"]
@@ -108,8 +111,9 @@ class LadderStepForm(Form):
 
 
 class SparseBeatsDenseForm(Form):
-    """The arm's sparse tree yields more tokens/step than random dense trees of `dense_nodes` nodes, pooled,
-    by replay.
+    """The arm's sparse tree yields more tokens/step than random dense trees of `dense_nodes` nodes.
+
+    The dense trees are pooled; all are replayed.
     """
 
     test: Literal["sparse_beats_dense"]
@@ -138,8 +142,9 @@ class LossGrowsForm(Form):
 
 
 class ExtraHeadForm(Form):
-    """With `with_heads` heads tokens/step is that of `without_heads` to within a relative `margin`, each with
-    its own best tree.
+    """With `with_heads` heads tokens/step is that of `without_heads`, to within a relative `margin`.
+
+    Each number of heads has its own best tree.
     """
 
     test: Literal["extra_head"]
@@ -151,8 +156,9 @@ class ExtraHeadForm(Form):
 
 
 class SpeedIdentityForm(Form):
-    """Measured speedup over (acceleration rate / separately timed overhead) is 1 to within `margin`, for each
-    arm that was run.
+    """Measured speedup over (acceleration rate / overhead) is 1 to within `margin`, for each arm.
+
+    The overhead is timed separately.
     """
 
     test: Literal["speed_identity"]
@@ -161,8 +167,9 @@ class SpeedIdentityForm(Form):
 
 
 class LogGrowthForm(Form):
-    """Tokens/step of the best trees of `sizes` nodes rises, less a node late than early, and fits a + b log n
-    with R^2 above the bound.
+    """Tokens/step of the best trees of `sizes` nodes fits a + b log n, with R^2 above the bound.
+
+    It rises, and a node late adds less than a node early.
     """
 
     test: Literal["log_growth"]
@@ -172,8 +179,9 @@ class LogGrowthForm(Form):
 
 
 class SpeedPeaksForm(Form):
-    """Tokens/step over the measured step time peaks before the largest of `sizes` and is less there than at
-    the peak.
+    """Tokens/step over the measured step time peaks before the largest of `sizes`.
+
+    It is less at the largest than at the peak.
     """
 
     test: Literal["speed_peaks"]
@@ -198,9 +206,9 @@ TransferForm = Annotated[
 
 
 class MoreTokensForm(Form):
-    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`, at one `fixed` tree
-    or at each one's `best`.
+    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`.
 
+    Both are compared at one `fixed` tree, or each at its `best`.
     It must do so on the text that each writes itself and on the original's answers, which both read: a
     backbone that has learnt to repeat itself is easy to draft for, and gains on the first alone. A step of
     both must cost the same: heads of one form, one LM head.
@@ -214,11 +222,12 @@ class MoreTokensForm(Form):
 
 
 class KeepsQualityForm(Form):
-    """Each of the arms lies at most `max_kl` nats a token from the original, and yields more tokens/step than
-    `over`, on the text that each writes itself and on the original's.
+    """Each arm stays near the original and yields more tokens/step than `over`.
 
+    Near is at most `max_kl` nats a token. Tokens/step are compared on the text that each writes itself and on
+    the original's.
     The gain is `judged` with the divergence, or `required`: without one there is nothing that quality was
-    kept for, and the claim is not tested. `control` names an arm whose figures are shown beside.
+    kept for, and the claim is not tested. `control` names an arm whose figures are shown too.
     """
 
     test: Literal["keeps_quality"]
@@ -230,8 +239,9 @@ class KeepsQualityForm(Form):
 
 
 class UnchangedForm(Form):
-    """Training an arm left every tensor of its backbone as it was, by the hashes that were taken where it was
-    trained.
+    """Training an arm left every tensor of its backbone as it was.
+
+    The hashes were taken where it was trained.
     """
 
     test: Literal["unchanged"]
@@ -239,9 +249,9 @@ class UnchangedForm(Form):
 
 
 class HurtsMoreForm(Form):
-    """An arm lies further from the original than `over`, by more than `bound` nats a token, and `over` within
-    `max_kl` where given.
+    """An arm lies further from the original than `over`, by more than `bound` nats a token.
 
+    `over` lies within `max_kl`, where that is given.
     `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are
     the settings of the recipe that the two arms may differ in, where the claim is about those alone.
     """
@@ -265,8 +275,9 @@ class LittleMemoryForm(Form):
 
 
 class HeadOrderForm(Form):
-    """Head k + 1 of a trained arm has a greater loss than head k, for every k, on the arm's own greedy
-    text.
+    """Head k + 1 of a trained arm has a greater loss than head k, for every k.
+
+    The loss is that on the arm's own greedy text.
     """
 
     test: Literal["head_order"]
@@ -275,8 +286,9 @@ class HeadOrderForm(Form):
 
 
 class SpareHeadForm(Form):
-    """With `with_heads` heads a trained arm's tokens/step is that of `without_heads` to within a `margin`,
-    each at its best tree.
+    """A trained arm's tokens/step with `with_heads` heads is that with `without_heads`, to within `margin`.
+
+    Each number of heads has its own best tree.
     """
 
     test: Literal["spare_head"]

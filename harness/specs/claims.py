@@ -1,6 +1,4 @@
-"""The registry of claims as data: what `suites/claims.toml`, or a file of the user's own in its place, may
-say.
-"""
+"""The registry of claims as data: what `suites/claims.toml`, or a user's file in its place, may say."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ Reading = Literal["read", "read-from-figure", "digitised", "computed", "secondar
 
 
 class OperatorTable(Frozen):
-    """A table of Appendix G: throughput and intensity, one row a context length or batch, one column a number
-    of candidates.
+    """A table of Appendix G: throughput and intensity of one operator.
+
+    A row is a context length or batch, a column a number of candidates.
     """
 
     rows: tuple[int, ...]

@@ -63,9 +63,9 @@ def load_hardware(path: Path | None = None) -> dict[str, DeviceSpec]:
 
 
 def match_device(name: str, devices: Mapping[str, DeviceSpec] | None = None) -> str | None:
-    """Return the key of the device that drivers print that name for, or None; without `devices` those that
-    ship.
+    """Return the key of the device that drivers call by that name, or None.
 
+    Without `devices` it is looked for among those that ship.
     The whole name has to match: an A10G is no A10, and a slice of a GPU is not the GPU.
     """
     devices = load_hardware() if devices is None else devices

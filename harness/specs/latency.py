@@ -40,8 +40,9 @@ class LatencyHeads(Frozen):
 
 
 class LatencyPrompts(Frozen):
-    """Which texts the tables decode; `random` token ids, `prompt_tokens` each, are all that random weights
-    can use.
+    """Which texts the tables decode.
+
+    `random` means token ids, `prompt_tokens` of them each; random weights can use no others.
     """
 
     source: Literal["mt_bench", "human_eval", "random"] = "random"
@@ -49,8 +50,9 @@ class LatencyPrompts(Frozen):
 
 
 class ModesTable(Frozen):
-    """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn; step costs are
-    read at `context_tokens`.
+    """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn.
+
+    Step costs are read at `context_tokens`.
     """
 
     num_prompts: int = Field(ge=1)
@@ -60,9 +62,9 @@ class ModesTable(Frozen):
 
 
 class BatchTable(Frozen):
-    """Vanilla and Medusa over the same `num_prompts` texts (as many as the largest batch, if not given), B
-    decoded together at a time.
+    """Vanilla and Medusa over the same `num_prompts` texts, B of them decoded together.
 
+    Without `num_prompts` there are as many as the largest batch.
     Speedups have intervals over groups of texts: one group, as the default leaves the largest batch, bounds
     nothing.
     """
@@ -105,9 +107,9 @@ class PointKey(Frozen):
 
 
 class LatencySpec(DataFile):
-    """What a latency run times: a model with its own weights or a published shape with random ones, in which
-    dtypes, modes and sizes.
+    """What a latency run times: which model, in which dtypes, modes and sizes.
 
+    The model has its own weights, or is a published shape with random ones.
     `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A
     point is skipped where its weights, cache and logits would need more than `memory_share` of what is free.
     """
@@ -237,7 +239,7 @@ def overridden(
         return LatencySpec.model_validate(data)
     except ValidationError as error:
         raise UserError(
-            found=first_fault(error), need="what the latency schema knows", where="the command line"
+            found=first_fault(error), need="values that a latency file may have", where="the command line"
         ) from error
 
 

@@ -34,8 +34,9 @@ class QuotientsForm(Form):
 
 
 class ImpliedOverheadsForm(Form):
-    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for, for at least
-    `min_apart` models.
+    """Rate over speedup of one table lies outside the overhead of another, rounding allowed for.
+
+    That holds for at least `min_apart` models.
     """
 
     test: Literal["implied_overheads"]
@@ -60,8 +61,9 @@ class StatementsDifferForm(Form):
 
 
 class CategoryMeansForm(Form):
-    """The arithmetic and the harmonic mean of the categories both differ from the overall figure by more than
-    `half_unit`.
+    """Neither the arithmetic nor the harmonic mean of the categories is the overall figure.
+
+    Both differ from it by more than `half_unit`.
     """
 
     test: Literal["category_means"]
@@ -100,8 +102,9 @@ class RelativeLatencyForm(Form):
 
 
 class LogConstantForm(Form):
-    """The slope times the logarithm of `num_nodes` gives the rate of Table 1 to within a relative
-    `tolerance`, for one base at least.
+    """The slope times the logarithm of `num_nodes` gives the rate of Table 1, for one base at least.
+
+    Near is within a relative `tolerance`.
     """
 
     test: Literal["log_constant"]
@@ -119,8 +122,9 @@ class _SimulationForm(Form):
 
 
 class SimulatedPeakForm(_SimulationForm):
-    """The simulated speedup is greatest at `num_nodes` candidates, to within a relative `tolerance`, and
-    falls beyond.
+    """The simulated speedup is greatest at `num_nodes` candidates, and falls beyond.
+
+    The place of the peak holds to within a relative `tolerance`.
     """
 
     test: Literal["simulated_peak"]
@@ -131,8 +135,9 @@ class SimulatedPeakForm(_SimulationForm):
 
 
 class SimulatedBatchForm(_SimulationForm):
-    """The best simulated speedup falls with the batch, is above 1 up to `batch`, and below 1 at the next
-    power of two.
+    """The best simulated speedup falls with the batch.
+
+    It is above 1 up to `batch`, and below 1 at the next power of two.
     """
 
     test: Literal["simulated_batch"]
@@ -141,8 +146,9 @@ class SimulatedBatchForm(_SimulationForm):
 
 
 class SimulatedLengthForm(_SimulationForm):
-    """Over `context_tokens` the best number of candidates stays within a relative `tolerance` while the best
-    speedup falls.
+    """Over `context_tokens` the best speedup falls, while the best number of candidates stays.
+
+    It stays within a relative `tolerance`.
     """
 
     test: Literal["simulated_length"]

@@ -1,5 +1,6 @@
-"""What others published of Medusa on their devices, as data: `suites/quoted.toml`, validated. Shown beside
-our figures, never mixed in.
+"""What others published of Medusa on their devices, as data: `suites/quoted.toml`, validated.
+
+Shown next to our figures and never mixed in.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ QUOTED_FILE = shipped("quoted.toml")
 
 
 class QuotedRow(Frozen):
-    """What someone else published of Medusa on a device; absent is None. `evidence` says how the figure was
-    read off.
+    """What someone else published of Medusa on a device; absent is None.
 
+    `evidence` says how the figure was read off.
     Units: tokens/s, GB/s (1e9 bytes), TFLOP/s (1e12 dense half-precision operations).
     """
 

@@ -1,5 +1,6 @@
-"""Training recipes as data: what `suites/recipes/*.toml` may say. `kind` tells heads on a frozen backbone
-from joint training.
+"""Training recipes as data: what `suites/recipes/*.toml` may say.
+
+`trains` tells heads on a frozen backbone from heads and backbone together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ Split = Literal["train", "held_out"]
 
 
 class CalibrationSpec(Frozen):
-    """Text that trees are searched on: greedy answers to held-out training prompts, disjoint from training
-    and benchmark.
+    """The text that trees are searched on: greedy answers to held-out training prompts.
+
+    It has nothing in common with the training text or a benchmark.
     """
 
     num_prompts: int = 160
@@ -37,9 +39,9 @@ class _Recipe(DataFile):
 
 
 class CorpusSpec(Frozen):
-    """What to generate: prompts are drawn until `num_tokens` or `num_samples` are answered; a share is
-    sampled, the rest greedy.
+    """What text to make: prompts are drawn until `num_tokens` or `num_samples` are answered.
 
+    A share of the answers is sampled, the rest is greedy.
     `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the
     conversations whose first answer came to its end go on: through all further turns of the file's, one after
     another, or to one other of the project's prompts of that category. A conversation ends before its last
@@ -76,8 +78,9 @@ class CorpusSpec(Frozen):
         return "tokens" if self.num_tokens is not None else "answers"
 
     def num_prompts(self) -> int:
-        """Return enough prompts for the goal: answers average more than half of their budget, and few prompts
-        are too long.
+        """Return enough prompts for the goal.
+
+        Answers average more than half of their budget, and few prompts are too long.
         """
         return (
             -(-2 * self.num_tokens // self.max_new_tokens) if self.num_tokens is not None else 2 * self.goal
@@ -85,8 +88,9 @@ class CorpusSpec(Frozen):
 
 
 class HeadsRecipe(_Recipe):
-    """A recipe for heads alone: model, corpus, heads and calibration; `packed_corpus` names a shipped corpus
-    that spares making it.
+    """A recipe for heads alone: model, corpus, heads and calibration.
+
+    `packed_corpus` names a shipped corpus, which spares making it.
     """
 
     trains: Literal["heads"] = "heads"
@@ -147,7 +151,8 @@ def needed_corpus(spec: AnyRecipe) -> CorpusSpec:
     if spec.corpus is None:
         raise UserError(
             found=f"recipe {spec.name!r} without a corpus to make",
-            need="a [corpus] table",
+            need="a [corpus] table, which says what to ask",
             where=f"{spec.name}.toml",
+            do="add one, or name another recipe",
         )
     return spec.corpus

@@ -17,9 +17,9 @@ SHAPES_FILE = shipped("shapes.toml")
 
 
 class ShapeSpec(Frozen):
-    """The sizes of one published model; weights of that shape cost what the model costs, whatever their
-    values.
+    """The sizes of one published model.
 
+    Weights of that shape cost what the model costs, whatever their values.
     `name` is the key in the file, `source` the hub repository whose config.json holds the figures.
     """
 
@@ -51,8 +51,9 @@ class ShapeSpec(Frozen):
 
     @property
     def roofline_shape(self) -> ModelShape:
-        """The sizes as the roofline takes them, unembedding included; it reads all keys, whatever the
-        window.
+        """The sizes as the roofline takes them, with the unembedding.
+
+        It reads all keys, whatever the window.
         """
         return ModelShape(
             num_layers=self.num_layers,
@@ -66,8 +67,10 @@ class ShapeSpec(Frozen):
 
     @property
     def num_parameters(self) -> int:
-        """All parameters: linear layers, two norms a block and one behind them, Qwen2's biases, and the
-        embedding once where tied.
+        """The number of all parameters.
+
+        Linear layers, two norms a block and one after them, Qwen2's biases, and the embedding, once where
+        tied.
         """
         linear = sum(
             count * inputs * outputs for (inputs, outputs), count in self.roofline_shape.linear_widths.items()
@@ -81,8 +84,9 @@ class ShapeSpec(Frozen):
         return blocks + self.hidden_size + self._table_size * (1 if self.tie_word_embeddings else 2)
 
     def step_weight_bytes(self, dtype_bytes: int) -> int:
-        """Bytes of weights that one decoding step reads: all, but for an untied embedding table, which is
-        read by rows.
+        """The bytes of weights that one decoding step reads.
+
+        All of them, except an untied embedding table, which is read by rows.
         """
         return dtype_bytes * (self.num_parameters - (0 if self.tie_word_embeddings else self._table_size))
 
@@ -120,8 +124,9 @@ def load_shapes(path: Path | None = None) -> dict[str, ShapeSpec]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Llama-shaped model that decide what a step costs; `vocab_size` 0 leaves the unembedding
-    out.
+    """The sizes of a Llama-shaped model that decide what a step costs.
+
+    With `vocab_size` 0 the unembedding is left out.
     """
 
     num_layers: int
@@ -134,8 +139,9 @@ class ModelShape:
 
     @cached_property
     def linear_widths(self) -> Counter[tuple[int, int]]:
-        """How often each (inputs, outputs) occurs among one block's linear layers: query, key, value, output,
-        up, gate, down.
+        """How often each (inputs, outputs) occurs among one block's linear layers.
+
+        These are query, key, value, output, up, gate and down.
         """
         queries, keys = self.num_attention_heads * self.head_size, self.num_key_value_heads * self.head_size
         hidden, inner = self.hidden_size, self.intermediate_size

@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 
 from harness.files import DataFile, DataPath, Frozen, ModelFolder, parse_toml, read_toml
 
-SUITE_SCHEMA_VERSION = 1
-
 BackboneName = Literal["original", "tuned"]
 
 
@@ -64,8 +62,9 @@ class HeadsSpec(Frozen):
 
 
 class TunedSpec(Frozen):
-    """The suite's model once more, with an adapter merged into it, and the heads that were trained with it:
-    Medusa-2 beside Medusa-1.
+    """Medusa-2 next to Medusa-1: the suite's model with an adapter, and the heads trained with it.
+
+    The adapter is merged into the model.
     """
 
     adapter: DataPath
@@ -90,8 +89,10 @@ class ChainTree(Frozen):
 
 
 class CartesianTree(Frozen):
-    """All combinations of the top `widths[k]` tokens of head k + 1, or the best such tree of at most
-    `max_nodes` nodes on the calibration trace (without one, the largest).
+    """All combinations of the top `widths[k]` tokens of head k + 1.
+
+    With `max_nodes` it is the best such tree of at most that many nodes on the calibration trace, or the
+    largest where there is no trace.
     """
 
     kind: Literal["cartesian"]
@@ -113,9 +114,7 @@ class FileTree(Frozen):
 
 
 class SearchedTree(Frozen):
-    """The tree grown on the calibration trace with `num_nodes` nodes, root included (paper, Section
-    2.3.3).
-    """
+    """The tree grown on the calibration trace to `num_nodes` nodes, root included (paper, Section 2.3.3)."""
 
     kind: Literal["searched"]
     num_nodes: int = Field(ge=2)
@@ -123,8 +122,9 @@ class SearchedTree(Frozen):
 
 
 class FastestTree(Frozen):
-    """The tree that maximises calibrated tokens a step over this machine's own step times, measured before
-    the arms run.
+    """The tree with the most calibrated tokens a step over this machine's own step time.
+
+    Step times are measured before the arms run.
     """
 
     kind: Literal["fastest"]
@@ -184,7 +184,7 @@ class ArmSpec(Frozen):
 
     @property
     def stochastic(self) -> bool:
-        """Whether the arm draws random numbers."""
+        """Return whether the arm draws random numbers."""
         if self.acceptance is None or self.acceptance.rule == "greedy":
             return self.temperature > 0
         return self.acceptance.rule == "rejection" or self.acceptance.root == "sampled"
@@ -283,7 +283,7 @@ class SuiteSpec(DataFile):
             raise ValueError("arms on the tuned backbone and a [tuned] table need each other")
         if self.tuned is not None and self.model.adapter is not None:
             raise ValueError(
-                "a [tuned] table beside model.adapter: the original is the model without an adapter"
+                "a [tuned] table together with model.adapter: the original is the model without an adapter"
             )
         return self
 
@@ -314,5 +314,5 @@ def parse_suite(text: str, *, where: str) -> SuiteSpec:
 
 
 def is_deterministic(arm: ArmSpec) -> bool:
-    """Whether the arm decodes greedily, so that its text must be its baseline's."""
+    """Return whether the arm decodes greedily, so that its text must be its baseline's."""
     return not arm.stochastic and arm.sampling_temperature == 0

@@ -28,8 +28,9 @@ class ChainTrees(Frozen):
 
 
 class CartesianTrees(Frozen):
-    """Cartesian trees of these s-vectors, and, for each of `max_nodes`, the one with the most tokens/step on
-    the calibration trace.
+    """Cartesian trees of these s-vectors, and the best one for each of `max_nodes`.
+
+    Best is the one with the most tokens/step on the calibration trace.
     """
 
     kind: Literal["cartesian"]
@@ -53,8 +54,9 @@ class RandomDenseTrees(Frozen):
 
 
 class GrownTrees(Frozen):
-    """Trees grown on the calibration trace by head accuracies (`marginals`, the paper's way), by hits of
-    whole paths (`joint`), or both.
+    """Trees grown on the calibration trace.
+
+    By head accuracies (`marginals`, the paper's way), by hits of whole paths (`joint`), or both.
     """
 
     kind: Literal["grown"]
@@ -74,8 +76,9 @@ class CostAwareSearch(Frozen):
 
 
 class MeasuredDevices(Frozen):
-    """Which latency records supply measured curves: all sealed ones, or those of these specs' names; in all
-    their dtypes or some.
+    """Which latency records supply measured curves, and in which dtypes.
+
+    All sealed records, or those of the named specs.
     """
 
     records: Literal["all"] | tuple[str, ...] = "all"
@@ -83,8 +86,9 @@ class MeasuredDevices(Frozen):
 
 
 class PredictedDevices(Frozen):
-    """Which devices of `hardware.toml` carry which published shapes, predicted by the roofline; `heads` is
-    the form of the draft heads.
+    """Which devices of `hardware.toml` carry which published shapes, as the roofline predicts.
+
+    `heads` is the form of the draft heads.
     """
 
     devices: Literal["all"] | tuple[str, ...] = "all"
@@ -127,8 +131,9 @@ class SampledSetting(Frozen):
 
 
 class TypicalGrid(Frozen):
-    """Thresholds of typical acceptance whose product is run; `deltas` "sqrt" ties delta to the square root of
-    epsilon, as Fig. 5 does.
+    """Thresholds of typical acceptance, of which every combination is run.
+
+    With `deltas` "sqrt" delta is the square root of epsilon, as in Fig. 5.
     """
 
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)]
@@ -178,8 +183,9 @@ class SampledPoints(Frozen):
 
 
 class DecodedChecks(Frozen):
-    """Greedy points, drawn by seed, that are decoded for real: steps against the replay, speedup against the
-    composition.
+    """Greedy points, drawn by seed, that are decoded for real.
+
+    Steps are compared with the replay, speedup with the composition.
     """
 
     num_points: int = Field(default=12, ge=1)

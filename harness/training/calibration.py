@@ -79,14 +79,20 @@ def calibrate(
 def calibrate_folder(
     spec: JointRecipe, folder: Path, *, work: Path, console: Console, allow_hub: bool = False
 ) -> Path | None:
-    """Record the calibration trace of what a recipe's training left in a folder, on one device; None for a
-    model without a tokenizer.
+    """Record, on one device, the calibration trace of what a recipe's training wrote, and return its file.
 
-    Raises: UserError for a folder without heads, or heads that were not trained with what lies beside them.
+    None for a model without a tokenizer, which has no prompts.
+
+    Raises: UserError for a folder without heads, or with heads of another adapter or model.
     """
     heads, adapter, whole = folder / "heads.safetensors", folder / "adapter", folder / "model"
     if not heads.exists():
-        raise UserError(found="no heads.safetensors", need="what medusa-repro train wrote", where=folder.name)
+        raise UserError(
+            found="no heads.safetensors",
+            need="the folder that medusa-repro train wrote",
+            where=folder.name,
+            do="name the folder of --out, or train the recipe first",
+        )
     changes = (
         {"asset": None, "path": str(whole)}
         if whole.exists()

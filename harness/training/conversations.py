@@ -28,9 +28,9 @@ class Conversation(Frozen):
 
 
 def load_conversations(path: Path) -> tuple[Conversation, ...]:
-    """Read conversations in ShareGPT's layout: a JSON list, or one JSON object a line, of `conversations`
-    with `from` and `value`.
+    """Return the conversations of a file in ShareGPT's layout.
 
+    That is a JSON list, or one JSON object a line, of `conversations` with `from` and `value`.
     What comes before the first question, and a question without an answer at the end, are left out; so is a
     conversation whose speakers do not take turns.
     Raises: UserError for a file that is no such thing or holds no conversation.
@@ -56,8 +56,9 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
     if not kept:
         raise UserError(
             found="no conversation in which user and assistant take turns",
-            need="at least one",
+            need="at least one such conversation",
             where=path.name,
+            do="check that each begins with the user and ends with the assistant",
         )
     return kept
 
@@ -70,7 +71,7 @@ def check_has_template(tokenizer: Any, *, where: str) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             found="a tokenizer without a chat template",
-            need="one, for conversations of several turns",
+            need="a chat template, for conversations of several turns",
             where=where,
             do="name a Jinja file in model.chat_template; chat_templates/vicuna.jinja is shipped",
         )
@@ -79,10 +80,10 @@ def check_has_template(tokenizer: Any, *, where: str) -> None:
 def conversation_sequence(
     tokenizer: Any, turns: Sequence[tuple[str, str]], *, max_length: int
 ) -> TrainingSequence | None:
-    """Return a conversation through the tokenizer's own chat template, cut at `max_length`; None where no
-    answer is left.
+    """Return a conversation through the tokenizer's chat template, or None where no answer is left.
 
-    Each answer's span holds its text and the end-of-sequence token behind it, as the model would have to
+    It is cut at `max_length`.
+    Each answer's span holds its text and the end-of-sequence token after it, as the model would have to
     write them.
     """
     token_ids: list[int] = []
@@ -97,9 +98,9 @@ def conversation_sequence(
 
 
 def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
-    """Return the tokens between an answer that ended and the next: the template's own words around the next
-    question.
+    """Return the tokens between an answer that ended and the next.
 
+    These are the template's own text around the next question.
     A tokenizer without a template gets the plain text.
     """
     if getattr(tokenizer, "chat_template", None) is None:
@@ -110,32 +111,35 @@ def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
         {"role": "user", "content": question},
     ]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    _, stand_in, behind = text.partition(_STAND_IN)
+    _, stand_in, after = text.partition(_STAND_IN)
     if not stand_in:
         raise UserError(
             found="a chat template that drops earlier answers",
-            need="one that keeps them",
+            need="a template that keeps them",
             where="the tokenizer",
+            do="name another Jinja file in model.chat_template",
         )
     # some templates set a space before the end
     end, unspaced = (
         getattr(tokenizer, "eos_token", None),
-        behind.lstrip(" "),
+        after.lstrip(" "),
     )
-    tail = unspaced.removeprefix(end) if end and unspaced.startswith(end) else behind
+    tail = unspaced.removeprefix(end) if end and unspaced.startswith(end) else after
     return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
 
 def turn_key(conversation: str, turn: int) -> str:
-    """Return the key of the answer to a conversation's n-th question, 1-based: the conversation's own for the
-    first.
+    """Return the key of the answer to a conversation's n-th question, counted from 1.
+
+    The first answer's key is the conversation's own.
     """
     return conversation if turn == 1 else f"{conversation}+{turn}"
 
 
 def conversation_and_turn(key: str) -> tuple[str, int]:
-    """Return the conversation that an answer belongs to, and which of its questions it answers: what
-    `turn_key` made the key of.
+    """Return the conversation that an answer belongs to, and which of its questions it answers.
+
+    It undoes `turn_key`.
     """
     later = _LATER_TURN.fullmatch(key)
     return (key, 1) if later is None else (later[1], int(later[2]))
@@ -150,11 +154,11 @@ def next_turn_key(key: str) -> str:
 def turn_sequences(
     samples: Iterable[CorpusSample], *, max_length: int
 ) -> tuple[tuple[str, TrainingSequence], ...]:
-    """Return a corpus as sequences by the key of their first turn; the turns of a conversation become one
-    with a span for each answer.
+    """Return a corpus as sequences, by the key of their first turn.
 
+    The turns of a conversation become one sequence with a span for each answer.
     What is left of a sequence without an answer token, once it is cut at `max_length`, is left out.
-    Raises: UserError for a later turn that does not stand behind the answer before it.
+    Raises: UserError for a later turn that does not follow the answer before it.
     """
     by_key = {sample.key: sample for sample in samples}
     following = {next_turn_key(key) for key in by_key}
@@ -168,9 +172,10 @@ def turn_sequences(
         while turn is not None:
             if turn.prompt_ids[: len(token_ids)] != token_ids:
                 raise UserError(
-                    found=f"the turn {turn.key!r} behind another answer",
-                    need="the answer before it",
+                    found=f"the turn {turn.key!r} after another answer than its own",
+                    need="each turn after the answer before it",
                     where="the corpus",
+                    do="make the corpus again in an empty work folder",
                 )
             token_ids = (*turn.prompt_ids, *turn.token_ids)
             spans.append((len(turn.prompt_ids), len(token_ids)))

@@ -56,16 +56,17 @@ def own_conversations(spec: CorpusSpec) -> tuple[BenchmarkPrompt, ...]:
         if conversation_and_turn(row.key)[1] > 1:
             raise UserError(
                 found=f"the key {row.key!r}",
-                need="one that does not end in a plus sign and a number, as those of later turns do",
+                need="a key that does not end in a plus sign and a number, as the keys of later turns do",
                 where=path.name,
-                do="rename it",
+                do="rename the key",
             )
     return rows
 
 
 def questions(spec: CorpusSpec) -> tuple[str, ...]:
-    """Return all that may be asked, a file's further turns included; the project's own are prompts of the
-    catalogue as well.
+    """Return all that may be asked, a file's further turns included.
+
+    The project's own questions are prompts of the catalogue as well.
     """
     if spec.prompts_file is None:
         return tuple(prompt.text for prompt in catalogue_prompts(spec, spec.num_prompts()))
@@ -73,8 +74,9 @@ def questions(spec: CorpusSpec) -> tuple[str, ...]:
 
 
 def fingerprint(spec: CorpusSpec, keys: Iterable[str]) -> str:
-    """Return a hash of what is asked for and of the answers there are: where it stays the same, so does what
-    is still to be done.
+    """Return a hash of what is asked for and of the answers there are.
+
+    Where it stays the same, so does what is still to be done.
     """
     return canonical_sha256(
         [spec.model_dump(), [row.model_dump() for row in own_conversations(spec)], sorted(keys)]
@@ -108,9 +110,9 @@ def corpus_prompts(tokenizer: Any, *, spec: CorpusSpec, num_prompts: int) -> tup
 def next_turn_prompts(
     tokenizer: Any, samples: Iterable[CorpusSample], *, spec: CorpusSpec, fits: Callable[[int], bool]
 ) -> tuple[CorpusPrompt, ...]:
-    """Return the prompt of the next turn of every conversation among these answers that goes on; which do
-    follows from their own keys.
+    """Return the next turn's prompt of every conversation among these answers that goes on.
 
+    Which ones go on follows from their own keys.
     `fits` says of a number of prompt tokens whether the model has room for them and an answer.
     """
     kept = list(samples)
@@ -160,9 +162,9 @@ def next_questions(samples: Sequence[CorpusSample], *, spec: CorpusSpec) -> dict
 
 
 def goes_on(sample: CorpusSample, *, spec: CorpusSpec) -> bool:
-    """Return whether a conversation may go on behind an answer: one of the share that does, and an answer
-    that ended by itself.
+    """Return whether a conversation may go on after an answer.
 
+    The conversation is one of the share that does, and the answer ended by itself.
     The project's own conversations have two turns, a file's as many as it gives.
     """
     conversation, turn = conversation_and_turn(sample.key)
@@ -185,9 +187,9 @@ def make_corpus(
     rate_file: Path | None = None,
     keep_states: bool = True,
 ) -> int:
-    """Generate until the store holds as many tokens, or answers, to these prompts as wanted or they run out;
-    return how many it holds.
+    """Generate answers until the store holds as many as wanted, and return how many it holds.
 
+    Tokens or answers to these prompts count; it ends early where the prompts run out.
     `rate_file` is kept up to date with the tokens a second, for the estimate of a later run.
     """
     own = {prompt.key for prompt in prompts}
@@ -230,9 +232,9 @@ def make_corpus(
 
 
 def check_overlap(spec: AnyRecipe, *, allow_hub: bool) -> None:
-    """Refuse training, calibration and warm-up prompts that share eight words in a row with MT-Bench or
-    HumanEval.
+    """Refuse prompts that share eight words in a row with MT-Bench or HumanEval.
 
+    Training, calibration and warm-up prompts are looked into.
     Conversations of the user's own are not looked into, and a tiny model's random tokens are no words.
     """
     if spec.model.tiny is not None:
@@ -265,7 +267,8 @@ def check_overlap(spec: AnyRecipe, *, allow_hub: bool) -> None:
     if not report.clean:
         first = report.overlaps[0]
         raise UserError(
-            found=f"{len(report.overlaps)} overlaps, the first {first.ngram!r}",
-            need="no eight words in common with a benchmark prompt",
+            found=f"{len(report.overlaps)} overlaps with benchmark prompts, the first {first.ngram!r}",
+            need="no eight words in a row that a benchmark prompt has too",
             where="the training prompts",
+            do="leave these prompts out of the training text",
         )

@@ -1,5 +1,6 @@
-"""`medusa-repro train` for heads alone: corpus, features, heads, held-out figures, calibration trace; each
-part resumes by itself.
+"""`medusa-repro train` for heads alone: corpus, features, heads, held-out figures, calibration trace.
+
+Each part resumes by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from medusa_impl.training_log import TrainingFigures, TrainingStep
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """What training leaves behind."""
+    """The files that training heads alone writes."""
 
     heads: Path
     calibration: Path
@@ -45,9 +46,9 @@ def train_heads(
     from_scratch: bool = False,
     allow_hub: bool = False,
 ) -> TrainingFiles:
-    """Make or unpack the corpus, train the heads, and write heads, packed corpus and calibration trace; what
-    is already there is kept.
+    """Make or unpack the corpus, train the heads, and write heads, corpus and calibration trace.
 
+    What is already there is kept.
     Raises: UserError where a training prompt overlaps with a benchmark prompt, or the data cannot train the
     heads.
     """

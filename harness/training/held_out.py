@@ -29,8 +29,9 @@ def print_figures(console: Console, figures: TrainingFigures) -> None:
 
 @torch.no_grad()
 def evaluate_joint(model: MedusaTrainingModel, sequences: Sequence[TrainingSequence]) -> JointHeldOut | None:
-    """Return the model's own losses on sequences that it did not train on, without dropout; None where there
-    are none.
+    """Return the model's own losses on sequences that it did not train on, or None without sequences.
+
+    Dropout is off.
     """
     if not sequences:
         return None

@@ -1,5 +1,6 @@
-"""`medusa-repro train` for heads and backbone together: text, training on the Trainer, held-out figures,
-heads, adapter and step log.
+"""`medusa-repro train` for heads and backbone together.
+
+Text, training on the Trainer, held-out figures, then heads, adapter and step log.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ _SAVE_STEPS = 10
 
 @dataclass(frozen=True)
 class JointFiles:
-    """What joint training leaves behind: an adapter, or under full fine-tuning a whole model, or neither for
-    a frozen backbone.
+    """What joint training writes.
+
+    An adapter, or a whole model where that was trained in full, or neither for a frozen backbone.
     """
 
     heads: Path
@@ -64,8 +66,7 @@ def train_both(
     from_scratch: bool = False,
     allow_hub: bool = False,
 ) -> JointFiles:
-    """Make or read the text, train heads and backbone, write what learnt, and record the calibration trace of
-    the tuned model.
+    """Make or read the text, train heads and backbone, and write what learnt and its calibration trace.
 
     Raises: UserError for a recipe that cannot run here, text that overlaps with a benchmark, or data that
     cannot train.
@@ -76,7 +77,7 @@ def train_both(
         if process_state().num_processes > 1:
             raise UserError(
                 found=f"a corpus to be made by {process_state().num_processes} processes that train",
-                need="text that is there",
+                need="a corpus that is there already",
                 where=f"{spec.name}.toml",
                 do="make it first with medusa-repro distill, and name its file in packed_corpus",
             )
@@ -103,8 +104,9 @@ def train_both(
 
 
 def _too_large(recipe: Medusa2Settings) -> str | None:
-    """Return why no trace is recorded behind training, or None: a trace needs the tuned model whole, and on
-    one device.
+    """Return why no trace is recorded after training, or None where one is.
+
+    A trace needs the tuned model whole, and on one device.
     """
     if recipe.backbone == "full":
         return "a model trained in full"
@@ -129,9 +131,9 @@ def train_joint(
     console: Console,
     save_steps: int = _SAVE_STEPS,
 ) -> JointFiles:
-    """Train on the text and write heads, adapter or model, and step log; a run that was cut off goes on from
-    its last checkpoint.
+    """Train on the text, and write heads, adapter or model, and step log.
 
+    A run that was cut off goes on from its last checkpoint.
     The loaded model is changed: its adapter stays on it.
     Raises: UserError where the work folder holds another run, the heads to start from do not fit, or a loss
     is not finite.
@@ -175,6 +177,7 @@ def _check_one_dtype(loaded: LoadedModel, recipe: Medusa2Settings) -> None:
             "FSDP, with heads of float32",
             need="one dtype for all that learns: [model] dtype = 'float32', and the recipe's autocast",
             where="the recipe",
+            do="set both, or train the backbone as an adapter (backbone = 'lora')",
         )
 
 
@@ -217,17 +220,18 @@ def first_heads(
     found, need = ((one.num_heads, one.num_layers, one.architecture) for one in (heads, recipe))
     if found != need:
         raise UserError(
-            found=f"heads {found} to start from",
-            need=f"heads, layers and unembedding {need}",
+            found=f"a file of {found[0]} heads, {found[1]} layers and {found[2]} unembedding to start from",
+            need=f"{need[0]} heads, {need[1]} layers and {need[2]} unembedding, as the recipe says",
             where=start_heads.name,
+            do="change the recipe, or start from other heads",
         )
     return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
 
 
 def check_runnable(recipe: Medusa2Settings) -> None:
-    """Refuse, before anything is made or fetched, a recipe that needs what this machine lacks, or a launcher
-    that would train another one.
+    """Refuse, before anything is made or fetched, a recipe that cannot be trained on this machine.
 
+    It needs what the machine lacks, or the launcher would train another recipe.
     Raises: UserError for 4-bit weights or an 8-bit optimiser without bitsandbytes and a CUDA device, or under
     FSDP, and as `check_launcher` does.
     """
@@ -235,10 +239,10 @@ def check_runnable(recipe: Medusa2Settings) -> None:
     if recipe.quantisation is not None or recipe.optimizer == "adamw_8bit":
         if under_fsdp():
             raise UserError(
-                found="a 4-bit backbone or an 8-bit optimiser under FSDP, which cuts neither",
+                found="a 4-bit backbone or an 8-bit optimiser under FSDP, which can part neither",
                 need="optimizer = 'adamw' and no quantisation",
                 where="the recipe",
-                do="change it, or train data parallel",
+                do="change the recipe, or train data parallel",
             )
         there = {
             "bitsandbytes": importlib.util.find_spec("bitsandbytes") is not None,

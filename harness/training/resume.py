@@ -61,7 +61,7 @@ def check_same_run(
     if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
         raise UserError(
             found=f"a training of another {differing[0]}",
-            need="the one that began here",
+            need="the training that began in this folder",
             where="the work folder",
             do="give another --work, or empty it to start afresh",
         )

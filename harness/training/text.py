@@ -33,8 +33,9 @@ HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that he
 
 
 def unpacked_corpus(spec: HeadsRecipe, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
-    """Return the shipped corpus with the states of this backbone, one forward pass an answer; goes on where
-    it stopped.
+    """Return the shipped corpus with the states of this backbone, one forward pass an answer.
+
+    Goes on where it stopped.
     """
     assert spec.packed_corpus is not None
     samples = list(
@@ -70,9 +71,10 @@ def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratc
     if spec.conversations is not None:
         if loaded.tokenizer is None:
             raise UserError(
-                found="conversations for a tiny random model",
+                found="conversations for a tiny random model, which reads no text",
                 need="a model with a tokenizer",
                 where=f"{spec.name}.toml",
+                do="name a model by asset or path in [model]",
             )
         check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
         conversations = load_conversations(resolve_path(spec.conversations, base_folder=None))

@@ -1,5 +1,6 @@
-"""Train the smoke suite's heads on the spot: the same corpus, features, loss and trainer as the real ones, in
-seconds.
+"""Train the smoke suite's heads on the spot, in seconds.
+
+Corpus, features, loss and trainer are those of the real ones.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ _NUM_TEXTS, _NUM_ROWS, _BATCH_POSITIONS = 96, 16, 256
 
 
 def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence[SuitePrompt]) -> MedusaHeads:
-    """Return heads trained for `suite.heads.train_steps` steps on greedy text of the tiny model from random
-    prompts of its own.
+    """Return heads trained for `suite.heads.train_steps` steps on greedy text of the tiny model.
 
+    The text answers random prompts of its own.
     The prompts are drawn from another seed than the suite's, and `prompts` (the warm-up ones) set their
     lengths.
     """

@@ -55,8 +55,8 @@ def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> Corp
         write_bytes(store.folder / _BACKBONE_FILE, backbone_sha256.encode())
     if theirs not in (None, backbone_sha256):
         raise UserError(
-            found=f"the answers of a model with tensors {theirs[:16]}",
-            need=f"those of the model with tensors {backbone_sha256[:16]}",
+            found=f"the answers of a model whose tensors hash to {theirs[:16]}",
+            need=f"answers of the recipe's model, whose tensors hash to {backbone_sha256[:16]}",
             where="the work folder",
             do="give another --work, or empty it to start afresh",
         )
@@ -64,9 +64,9 @@ def corpus_store(work: Path, *, backbone_sha256: str, writer: str = "0") -> Corp
 
 
 def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: bool = False) -> None:
-    """Bring the corpus to its size with a process a GPU, or a single-threaded one a core: on a CPU they need
-    no barriers between them.
+    """Bring the corpus to its size, with a process for each GPU, or for each core.
 
+    On a CPU each process has one thread, since they then need no barriers between them.
     Raises: UserError for a work folder with another model's answers, or for what a worker refuses or fails
     at.
     """
@@ -104,10 +104,10 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
         raise refusals.get()
     if failed := [worker.exitcode for worker in workers if worker.exitcode]:
         raise UserError(
-            found=f"corpus workers that ended with {failed}",
-            need="all to finish",
-            where="corpus",
-            do="run the command again: it resumes",
+            found=f"corpus workers that ended with exit codes {failed}",
+            need="all workers to finish",
+            where="making the corpus",
+            do="read the messages above and run the command again: it goes on where it stopped",
         )
     write_bytes(done, state(store.finished_keys()).encode())
 
@@ -119,8 +119,9 @@ def corpus_backbone(store: CorpusStore) -> str | None:
 
 
 def worker_device(index: int, *, num_gpus: int) -> torch.device:
-    """Return where a corpus worker computes: on a GPU of its own as long as there are enough of them, without
-    any on the CPU.
+    """Return where a corpus worker computes.
+
+    On a GPU of its own as long as there are enough of them; without any, on the CPU.
     """
     return torch.device("cuda", index % num_gpus) if num_gpus else torch.device("cpu")
 
@@ -145,9 +146,9 @@ def _corpus_process(
 def corpus_worker(
     spec_data: dict[str, object], work: str, index: int, num_workers: int, *, num_gpus: int
 ) -> None:
-    """Answer every `num_workers`-th prompt into a shard series of its own until the store holds enough, then
-    the turns behind, one by one.
+    """Answer every `num_workers`-th prompt into shards of its own until the store holds enough.
 
+    Then the later turns, one by one.
     Raises: UserError before anything is generated, where a prompt of any worker's leaves no room for its
     answer.
     """
@@ -196,8 +197,9 @@ def answer_further_turns(
     console: Console,
     keep_states: bool,
 ) -> None:
-    """Ask what is left to be asked in the conversations that these prompts began, a turn of all of them at a
-    time, until none goes on.
+    """Ask what is left to be asked in the conversations that these prompts began.
+
+    One turn of all of them at a time, until none goes on.
     """
     own = {prompt.key for prompt in prompts}
 
@@ -259,10 +261,10 @@ def announce(
         )
     if missing and not from_scratch:
         raise UserError(
-            found=f"{missing} {corpus.unit} of corpus missing",
-            need="the whole corpus",
+            found=f"a corpus that lacks {missing} of {corpus.goal} {corpus.unit}",
+            need="all of them",
             where="the work folder",
-            do="pass --from-scratch to make it",
+            do="pass --from-scratch, which makes the rest first",
         )
 
 
@@ -279,9 +281,9 @@ class DistilledCorpus:
 def distill_corpus(
     spec: AnyRecipe, *, work: Path, target: Path, console: Console, allow_hub: bool = False
 ) -> DistilledCorpus:
-    """Answer a recipe's prompts until its goal is met and pack the answers; shards in `work` are kept and
-    added to.
+    """Answer a recipe's prompts until its goal is met, and pack the answers.
 
+    Shards in `work` are kept and added to.
     Raises: UserError for a recipe without a [corpus], prompts that overlap with a benchmark's, a prompt that
     leaves no room for its answer, or a work folder of another model.
     """

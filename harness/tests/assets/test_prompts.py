@@ -120,7 +120,11 @@ def test_own_prompts_as_json_lines(tmp_path: Path) -> None:
         ("mine.jsonl", b'{"prompt": ""}\n', r"keys \['prompt'\]"),
         ("mine.jsonl", b'{"turns": "one"}\n', "keys"),
         ("mine.jsonl", b'{"turns": ["one", 2]}\n', "keys"),
-        ("mine.jsonl", b'{"prompt": "a", "key": "k"}\n{"prompt": "b", "key": "k"}\n', "a key used twice"),
+        (
+            "mine.jsonl",
+            b'{"prompt": "a", "key": "k"}\n{"prompt": "b", "key": "k"}\n',
+            "a key that two prompts have",
+        ),
         ("mine.jsonl", b"", "no prompt"),
         ("mine.txt", b"\n \n", "no prompt"),
         ("mine.txt", b"\xff\xfe\x00", "no readable text"),

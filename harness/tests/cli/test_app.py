@@ -18,6 +18,7 @@ import harness.measure.run
 from harness.cli.app import app, code_version
 from harness.cli.options import command_line
 from harness.errors import ExitCode
+from harness.paths import shipped
 from harness.records.run import RunRecord
 from harness.records.trace import Trace
 from harness.tests.tiny_suite import (
@@ -194,7 +195,7 @@ def test_record_holds_the_command_without_folders(monkeypatch: MonkeyPatch) -> N
 
 
 def test_own_claims_file_is_judged_instead_of_the_papers(smoke: SmokeRun, tmp_path: Path) -> None:
-    text = (ROOT / "suites" / "claims.toml").read_text()
+    text = (shipped("claims.toml")).read_text()
     head, *claims = text.split("[[claims]]")
     mine = tmp_path / "mine.toml"
     mine.write_text(head + "[[claims]]" + next(claim for claim in claims if 'id = "A6"' in claim))

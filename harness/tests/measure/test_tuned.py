@@ -148,7 +148,7 @@ def micro_record(micro: Any) -> RunRecord:
             {"arms": [*ARMS, {**MEDUSA2, "name": "crossed", "baseline": "vanilla"}]},
             r"'vanilla' decodes with another backbone",
         ),
-        ({"model": {"asset": "smollm2-135m-instruct", "adapter": "some"}}, r"beside model.adapter"),
+        ({"model": {"asset": "smollm2-135m-instruct", "adapter": "some"}}, r"together with model.adapter"),
     ],
 )
 def test_suites_that_mix_the_backbones_are_refused(

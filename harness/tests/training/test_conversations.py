@@ -147,7 +147,7 @@ def test_two_turns_become_one_sequence_with_two_spans() -> None:
     assert single.answers == ((1, 2),)
     assert turn_sequences([first, second], max_length=8)[0][1].answers == ((2, 5), (7, 8))
     assert turn_sequences([first, second], max_length=7)[0][1].answers == ((2, 5),)
-    with pytest.raises(UserError, match="behind another answer"):
+    with pytest.raises(UserError, match="after another answer"):
         turn_sequences([sample("k", (5, 6), (7, 9, 0)), second], max_length=50)
 
 

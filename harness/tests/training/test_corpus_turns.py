@@ -137,7 +137,7 @@ def test_the_projects_own_conversations_have_two_turns() -> None:
 @pytest.mark.parametrize("key", ["c+2", "c++11"])
 def test_a_files_key_that_a_later_turn_would_bear_is_refused(tmp_path: Path, key: str) -> None:
     spec = spec_of(tmp_path, [{"key": key, "turns": ["one"]}])
-    with pytest.raises(UserError, match=r"found the key .*; in own\.jsonl; to mend it: rename it"):
+    with pytest.raises(UserError, match=r"found the key .*; in own\.jsonl; to mend it: rename the key"):
         catalogue_prompts(spec, 5)
 
 
@@ -155,7 +155,7 @@ def test_a_third_turn_behind_another_answer_is_refused() -> None:
         sample("k+2", (1, 2, 0, 3), (4, 0)),
         sample("k+3", (1, 2, 0, 3, 5, 0, 6), (7, 0)),
     ]
-    with pytest.raises(UserError, match=r"the turn 'k\+3' behind another answer"):
+    with pytest.raises(UserError, match=r"the turn 'k\+3' after another answer"):
         turn_sequences(turns, max_length=50)
 
 

@@ -313,7 +313,7 @@ def test_another_models_answers_in_the_work_folder_are_refused(model_folder: Pat
     ):
         with (
             patch("harness.training.workers.check_overlap"),
-            pytest.raises(UserError, match="found the answers of a model with tensors"),
+            pytest.raises(UserError, match="found the answers of a model whose tensors hash to"),
         ):
             use()
 
