@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.cli.find import find_data
 from harness.cli.finish import finish_ablation
-from harness.cli.options import HubOption, command_line, console
+from harness.cli.options import ClaimsOption, HubOption, ResultsOption, ResumeOption, command_line, console
 from harness.paths import default_results
 from harness.specs.claims import load_claims
 
@@ -20,10 +20,10 @@ def ablate(
     suite: Annotated[
         str, typer.Argument(help="name of a shipped ablation, or a TOML file")
     ] = "embedded_training_quick",
-    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
+    results: ResultsOption = None,
     work: Annotated[Path | None, typer.Option(help="folder for adapters, heads and training state")] = None,
-    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
-    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
+    resume: ResumeOption = None,
+    claims: ClaimsOption = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="print the arms and how many minutes they take, and train nothing"),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.cli.find import find_data
 from harness.cli.finish import finish_latency
-from harness.cli.options import HubOption, command_line, console
+from harness.cli.options import HubOption, ResultsOption, ResumeOption, command_line, console
 from harness.paths import default_results
 
 
@@ -37,8 +37,8 @@ def latency(
     batches: Annotated[
         str | None, typer.Option(help="batch sizes for every grid, with commas between them")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
-    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
+    resume: ResumeOption = None,
+    results: ResultsOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the points and the memory they take, and run nothing")
     ] = False,

@@ -14,6 +14,10 @@ from rich.console import Console
 console = Console(stderr=True)
 
 SuiteArgument = Annotated[str, typer.Argument(help="name of a shipped suite, or a TOML file")]
+RecipeArgument = Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")]
+ResultsOption = Annotated[Path | None, typer.Option(help="folder for records; without it results/")]
+ResumeOption = Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")]
+ClaimsOption = Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")]
 HubOption = Annotated[
     bool, typer.Option("--hub", help="let missing models be fetched from the Hugging Face hub")
 ]

@@ -9,7 +9,7 @@ import typer
 
 from harness.cli.find import find_data, find_suite
 from harness.cli.finish import finish_step_profile, finish_training_profile
-from harness.cli.options import HubOption, SuiteArgument, command_line, console
+from harness.cli.options import HubOption, RecipeArgument, SuiteArgument, command_line, console
 from harness.files import write_json
 from harness.paths import default_results
 
@@ -47,9 +47,7 @@ def profile(
 
 
 def profile_training_command(
-    recipe: Annotated[
-        str, typer.Argument(help="name of a shipped recipe, or a TOML file")
-    ] = "embedded_medusa1",
+    recipe: RecipeArgument = "embedded_medusa1",
     steps: Annotated[
         int,
         typer.Option(

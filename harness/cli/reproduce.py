@@ -10,7 +10,15 @@ from rich.console import Console
 
 from harness.cli.find import find_record, find_suite
 from harness.cli.finish import finish, finish_run
-from harness.cli.options import HubOption, SuiteArgument, command_line, console
+from harness.cli.options import (
+    ClaimsOption,
+    HubOption,
+    ResultsOption,
+    ResumeOption,
+    SuiteArgument,
+    command_line,
+    console,
+)
 from harness.paths import default_results
 from harness.specs.claims import load_claims
 
@@ -27,9 +35,9 @@ def reproduce(
     tree: Annotated[
         Path | None, typer.Option(help="JSON file of a tree to use instead of the searched ones")
     ] = None,
-    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
-    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")] = None,
-    results: Annotated[Path | None, typer.Option(help="folder for records; without it results/")] = None,
+    claims: ClaimsOption = None,
+    resume: ResumeOption = None,
+    results: ResultsOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and how many minutes it takes, and run nothing")
     ] = False,
@@ -75,7 +83,7 @@ def report(
             "record: embedded, latency/embedded, sweep/embedded and so on"
         ),
     ] = "embedded",
-    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
+    claims: ClaimsOption = None,
     readme: Annotated[
         Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
     ] = None,

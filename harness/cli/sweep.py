@@ -9,7 +9,7 @@ import typer
 
 from harness.cli.find import find_data
 from harness.cli.finish import finish_sweep, write_latency_report
-from harness.cli.options import HubOption, command_line, console
+from harness.cli.options import ClaimsOption, HubOption, ResumeOption, command_line, console
 from harness.errors import UserError
 from harness.paths import cache_dir, default_results
 from harness.specs.claims import load_claims
@@ -20,14 +20,11 @@ def sweep(
     replay_only: Annotated[
         bool, typer.Option("--replay-only", help="compose from files alone; run nothing on the device")
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="folder of the unfinished sweep to go on with")] = None,
+    resume: ResumeOption = None,
     results: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder for records, where latency records are looked for too; without it results/"
-        ),
+        Path | None, typer.Option(help="folder to keep records in and to read latency records from")
     ] = None,
-    claims: Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")] = None,
+    claims: ClaimsOption = None,
     readme: Annotated[
         Path | None, typer.Option(help="file between whose markers the table of devices is written")
     ] = None,

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from harness.cli.find import find_data
 from harness.cli.finish import draw_steps
-from harness.cli.options import HubOption, console
+from harness.cli.options import HubOption, RecipeArgument, console
 from harness.errors import UserError
 from harness.paths import cache_dir
 
+if TYPE_CHECKING:  # the module imports torch, which most commands do without
+    from harness.training.joint import JointFiles
+
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="name of a shipped recipe, or a TOML file")
-    ] = "embedded_medusa1",
+    recipe: RecipeArgument = "embedded_medusa1",
     out: Annotated[
         Path | None, typer.Option(help="folder for the trained heads and their calibration trace")
     ] = None,
@@ -52,34 +53,31 @@ def train(
     target = out or place / "out"
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(spec, JointRecipe):
-        joint = train_both(
+        files = train_both(
             spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
         )
         writes = process_state().is_main_process
         end_processes()
-        if not writes:
-            return
-        picture = draw_steps(joint.step_log)
-        written = {
-            "heads": joint.heads,
-            "adapter": joint.adapter,
-            "model": joint.model,
-            "calibration": joint.calibration,
-            "curves": picture,
-        }
-        print(
-            json.dumps(
-                {
-                    "recipe": spec.name,
-                    **{name: path.name for name, path in written.items() if path is not None},
-                }
-            )
-        )
+        if writes:
+            _tell(spec.name, files)
         return
-    files = train_heads(
+    heads = train_heads(
         spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
     )
-    print(json.dumps({"recipe": spec.name, "heads": files.heads.name, "calibration": files.calibration.name}))
+    print(json.dumps({"recipe": spec.name, "heads": heads.heads.name, "calibration": heads.calibration.name}))
+
+
+def _tell(recipe: str, files: JointFiles) -> None:
+    """Draw the step log, and print the JSON line that names what a joint training wrote."""
+    written = {
+        "heads": files.heads,
+        "adapter": files.adapter,
+        "model": files.model,
+        "calibration": files.calibration,
+        "curves": draw_steps(files.step_log),
+    }
+    names = {name: path.name for name, path in written.items() if path is not None}
+    print(json.dumps({"recipe": recipe, **names}))
 
 
 def calibrate(

@@ -188,15 +188,13 @@ def search_tree(
     ] = "joint",
     check: Annotated[
         Path | None,
-        typer.Option(
-            help="second trace (.npz), to see what the trees yield on text that they were not grown on"
-        ),
+        typer.Option(help="second trace (.npz), of text that the trees were not grown on, to replay them"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the tree to")] = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="search for the fastest tree on this device: a name in hardware.toml, or a latency record"
+            help="find the fastest tree on this device: a name in hardware.toml or a latency record"
         ),
     ] = None,
     shape: Annotated[
