@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def fastest_tree(
 
 
 def resolve_trees(
-    suite: SuiteSpec,
+    arms: Sequence[ArmSpec],
     *,
     calibration: Trace | None,
     costs: tuple[StepCost, ...],
@@ -101,7 +102,7 @@ def resolve_trees(
     """
     resolved: dict[str, ArmTree] = {}
     index = ReplayIndex(calibration) if calibration is not None else None
-    for arm in suite.arms:
+    for arm in arms:
         if arm.tree is None or arm.backbone != backbone:
             continue
         heads = min(num_heads, arm.num_heads or num_heads)

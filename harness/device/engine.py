@@ -268,6 +268,21 @@ def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[
     )
 
 
+def engine_from_heads(
+    loaded: LoadedModel, heads_file: Path, *, mode: Mode | Literal["auto"] = "auto"
+) -> Engine:
+    """Return an engine of a loaded model and the heads of a file.
+
+    Raises: UserError for heads of another backbone or adapter.
+    """
+    heads, stored = heads_for(loaded, heads_file)
+    digest = backbone_sha256(heads)  # before the runner casts them
+    runner = StepRunner(loaded.model, heads, mode=mode)
+    return Engine(
+        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
+    )
+
+
 def load_engine(
     suite: SuiteSpec,
     loaded: LoadedModel,
@@ -276,16 +291,17 @@ def load_engine(
     heads: MedusaHeads | None = None,
     mode: Mode | None = None,
 ) -> Engine:
-    """Put heads and an engine mode on a loaded model; `heads` stands in for the suite's checkpoint (tiny
-    suites train theirs).
+    """Return an engine of a loaded model, with a suite's heads and mode.
+
+    `heads` stand in for the suite's checkpoint: tiny suites train theirs. `mode` stands in for its mode.
     """
-    provenance: Mapping[str, Any] = {}
+    chosen = mode or suite.engine
     if heads is None and suite.heads.path is not None:
-        heads, stored = heads_for(loaded, resolve_path(suite.heads.path, base_folder=base_folder))
-        provenance = stored.model_dump(mode="json")
-    digest = backbone_sha256(heads) if heads is not None else None
-    runner = StepRunner(loaded.model, heads, mode=mode or suite.engine)
-    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance)
+        file = resolve_path(suite.heads.path, base_folder=base_folder)
+        return engine_from_heads(loaded, file, mode=chosen)
+    digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
+    runner = StepRunner(loaded.model, heads, mode=chosen)
+    return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})
 
 
 def load_tuned_engine(
@@ -300,12 +316,8 @@ def load_tuned_engine(
         return None
     model = suite.model.model_copy(update={"adapter": suite.tuned.adapter})
     loaded = load_model(model, device=device, allow_hub=allow_hub, base_folder=base_folder)
-    heads, provenance = heads_for(loaded, resolve_path(suite.tuned.heads_path, base_folder=base_folder))
-    digest = backbone_sha256(heads)  # before the runner casts them
-    runner = StepRunner(loaded.model, heads, mode=suite.engine)
-    return Engine(
-        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json")
-    )
+    file = resolve_path(suite.tuned.heads_path, base_folder=base_folder)
+    return engine_from_heads(loaded, file, mode=suite.engine)
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir
 from harness.specs.assets import load_asset_specs
-from harness.specs.suite import SuiteSpec
+from harness.specs.suite import PromptSpec, SuiteSpec
 
 NUM_RANDOM_PROMPTS = 8  # of a tiny suite without a limit
 NUM_WARMUP, WARMUP_SEED = 4, 7
@@ -37,10 +37,9 @@ class SuitePrompt(Frozen):
 
 
 def benchmark_prompts(
-    suite: SuiteSpec, *, prompts_file: Path | None, allow_hub: bool
+    spec: PromptSpec, *, prompts_file: Path | None = None, allow_hub: bool
 ) -> tuple[BenchmarkPrompt, ...]:
-    """Return the selected prompts of a suite's source, as text."""
-    spec = suite.prompts
+    """Return the selected prompts of a source, as text; `prompts_file` stands in for the spec's own file."""
     if spec.source == "file":
         file = prompts_file or (Path(spec.path) if spec.path else None)
         if file is None:
@@ -80,7 +79,7 @@ def suite_prompts(
             category=prompt.category,
             prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]),
         )
-        for prompt in benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=allow_hub)
+        for prompt in benchmark_prompts(suite.prompts, prompts_file=prompts_file, allow_hub=allow_hub)
     )
 
 

@@ -138,7 +138,7 @@ def _num_prompts(suite: SuiteSpec, *, prompts_file: Path | None) -> int:
     """Return how many prompts a suite runs, without fetching any."""
     spec = suite.prompts
     if spec.source == "file":
-        return len(benchmark_prompts(suite, prompts_file=prompts_file, allow_hub=False))
+        return len(benchmark_prompts(spec, prompts_file=prompts_file, allow_hub=False))
     available, num_categories = {
         "mt_bench": (80, 8),
         "human_eval": (164, 1),

@@ -17,7 +17,6 @@ from harness.device.doctor import require_own_gpu
 from harness.device.engine import (
     Engine,
     best_device,
-    load_engine,
     load_model,
     load_tuned_engine,
 )
@@ -31,7 +30,7 @@ from harness.files import DataPath, write_json
 from harness.measure import probes
 from harness.measure.plan import make_plan
 from harness.measure.rounding import measure_rounding
-from harness.measure.session import Session, device_turn, greedy_vanilla
+from harness.measure.session import Session, device_turn, greedy_vanilla, suite_engine
 from harness.measure.trials import arm_runners, control_texts, run_blocks
 from harness.paths import resolve_path
 from harness.records.folder import file_of
@@ -57,7 +56,6 @@ from harness.records.run import (
 from harness.records.store import Store
 from harness.records.trace import Trace
 from harness.specs.suite import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
-from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.engine.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
 
@@ -124,8 +122,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
     prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
     warmup = warmup_prompts(suite, loaded)
-    heads = train_tiny_heads(loaded, suite, prompts=warmup) if suite.heads.train_steps is not None else None
-    engine = load_engine(suite, loaded, base_folder=base_folder, heads=heads)
+    engine = suite_engine(suite, loaded, base_folder=base_folder)
     if engine.runner.note:
         console.print(engine.runner.note)
     tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
@@ -286,7 +283,7 @@ def _prepare(
     for backbone, one in session.engines.items():
         num_heads = one.heads.num_heads
         found |= resolve_trees(
-            suite,
+            suite.arms,
             calibration=calibrations[backbone],
             costs=costs,
             num_heads=num_heads,

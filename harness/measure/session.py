@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from harness.device.engine import Engine
+from harness.device.engine import Engine, LoadedModel, load_engine
 from harness.device.locks import device_turns
-from harness.device.prompts import SuitePrompt
+from harness.device.prompts import SuitePrompt, warmup_prompts
 from harness.errors import UserError
 from harness.records.run import Failure, Generation
 from harness.records.store import Store
 from harness.specs.suite import ArmSpec, BackboneName, SuiteSpec
+from harness.training.tiny_heads import train_tiny_heads
+from medusa_impl.engine.runner import Mode
 
 
 @dataclass
@@ -54,6 +57,16 @@ def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> Arm
         what = f"no greedy vanilla arm on the {backbone} backbone"
         raise UserError(found=what, need="one: its texts are the reference", where=f"suite {suite.name!r}")
     return arm
+
+
+def suite_engine(
+    suite: SuiteSpec, loaded: LoadedModel, *, base_folder: Path | None, mode: Mode | None = None
+) -> Engine:
+    """Return the engine of a suite's own heads, which are trained here where it says so."""
+    heads = None
+    if suite.heads.train_steps is not None:
+        heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
+    return load_engine(suite, loaded, base_folder=base_folder, heads=heads, mode=mode)
 
 
 def device_turn(session: Session) -> contextlib.AbstractContextManager[None]:

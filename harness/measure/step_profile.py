@@ -20,18 +20,18 @@ from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer, device_clock
-from harness.device.engine import Engine, best_device, load_engine, load_model
+from harness.device.engine import Engine, best_device, load_model
 from harness.device.locks import Held, device_turns
-from harness.device.prompts import suite_prompts, warmup_prompts
+from harness.device.prompts import suite_prompts
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.measure.run import describe
+from harness.measure.session import suite_engine
 from harness.paths import resolve_path
 from harness.records.run import ArmTree
 from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
-from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.engine.runner import Mode
 from medusa_impl.engine.sections import no_section
 
@@ -70,13 +70,8 @@ def profile_suite(
     )
     loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, base_folder=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)[: suite.probes.profile_prompts]
-    heads = (
-        train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
-        if suite.heads.train_steps is not None
-        else None
-    )
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)
-    engine = load_engine(suite, loaded, base_folder=suite_file.parent, heads=heads, mode=chosen)
+    engine = suite_engine(suite, loaded, base_folder=suite_file.parent, mode=chosen)
     if engine.runner.note:
         console.print(engine.runner.note)
     device = engine.runner.backbone.device

@@ -7,12 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from harness.device.engine import best_device, load_engine, load_model
-from harness.device.prompts import check_lengths, suite_prompts, warmup_prompts
+from harness.device.engine import best_device, load_model
+from harness.device.prompts import check_lengths, suite_prompts
 from harness.device.trace import KeptText, record_trace
+from harness.measure.session import suite_engine
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec
-from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.stream import StreamRequest, decode_stream
 
 _NUM_ROWS = 16
@@ -31,12 +31,7 @@ def trace_suite(
     device = best_device()
     loaded = load_model(suite.model, device=device, allow_hub=allow_hub, base_folder=suite_file.parent)
     prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
-    heads = (
-        train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
-        if suite.heads.train_steps is not None
-        else None
-    )
-    engine = load_engine(suite, loaded, base_folder=suite_file.parent, heads=heads)
+    engine = suite_engine(suite, loaded, base_folder=suite_file.parent)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     rendered = {prompt.key: prompt for prompt in prompts}
     requests = [

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from harness.device.engine import LoadedModel, best_device, load_engine, load_model
+from harness.device.engine import LoadedModel, best_device, engine_from_heads, load_model
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.records.trace import Trace
 from harness.specs.recipe import AnyRecipe, CorpusSpec, JointRecipe
-from harness.specs.suite import SuiteSpec
 from harness.training.corpus import corpus_prompts, make_corpus
 from medusa_impl.training.distill import CorpusStore
 
@@ -35,19 +34,7 @@ def calibrate(
         seed=wanted.seed,
         split="held_out",
     )
-    suite = SuiteSpec.model_validate(
-        {
-            "schema_version": 1,
-            "name": "calibration",
-            "description": "-",
-            "max_new_tokens": wanted.max_new_tokens,
-            "model": spec.model,
-            "heads": {"path": str(heads_file)},
-            "prompts": {"source": "mt_bench"},
-            "arms": (),
-        }
-    )
-    engine = load_engine(suite, loaded, base_folder=None)
+    engine = engine_from_heads(loaded, heads_file)
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=wanted.num_prompts)
     # by model: a backbone that was trained anew answers anew
     store = CorpusStore(work / f"calibration-{loaded.sha256[:16]}")

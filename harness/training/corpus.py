@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import AnyRecipe, CorpusSpec
-from harness.specs.suite import SuiteSpec
+from harness.specs.suite import PromptSpec
 from harness.training.conversations import (
     check_has_template,
     conversation_and_turn,
@@ -239,24 +239,12 @@ def check_overlap(spec: AnyRecipe, *, allow_hub: bool) -> None:
     """
     if spec.model.tiny is not None:
         return
-    probe = {
-        "schema_version": 1,
-        "name": "overlap",
-        "description": "-",
-        "max_new_tokens": 2,
-        "model": spec.model,
-        "arms": (),
-    }
-    benchmark: list[str] = []
-    for source in ("mt_bench", "human_eval"):
-        suite = SuiteSpec.model_validate(
-            {**probe, "heads": {"train_steps": 1}, "prompts": {"source": source}}
-        )
-        benchmark += [
-            turn
-            for prompt in benchmark_prompts(suite, prompts_file=None, allow_hub=allow_hub)
-            for turn in prompt.turns
-        ]
+    benchmark = [
+        turn
+        for source in ("mt_bench", "human_eval")
+        for prompt in benchmark_prompts(PromptSpec(source=source), allow_hub=allow_hub)
+        for turn in prompt.turns
+    ]
     corpus = spec.corpus
     training = list(questions(corpus)) if corpus is not None else []
     for seed, count in ((spec.calibration.seed, spec.calibration.num_prompts), (WARMUP_SEED, NUM_WARMUP)):

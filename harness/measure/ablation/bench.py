@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
-from harness.device.engine import Engine, LoadedModel, best_device, heads_for, load_model
+from harness.device.engine import Engine, LoadedModel, best_device, engine_from_heads, load_model
 from harness.device.trace import KeptText, record_trace
 from harness.errors import UserError
 from harness.measure.ablation.arm import ArmJob, once_over
@@ -38,8 +37,6 @@ from harness.specs.assets import load_asset_specs
 from harness.specs.recipe import CorpusSpec
 from harness.training.conversations import conversation_sequence
 from harness.training.corpus import corpus_prompts, make_corpus
-from medusa_impl.checkpoints.tensors import backbone_sha256
-from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore
 from medusa_impl.training.sequences import TrainingSequence
@@ -156,13 +153,13 @@ class ArmBench:
         )
         if recipe.backbone == "frozen":
             engine, answers = (
-                engine_with(self.engine.loaded, job.target / "heads.safetensors", mode="eager"),
+                engine_from_heads(self.engine.loaded, job.target / "heads.safetensors", mode="eager"),
                 self.answers,
             )
         else:
             model = self.spec.model.model_copy(update={"adapter": str(adapter)})
             tuned = load_model(model, device=best_device(), allow_hub=job.allow_hub, base_folder=base_folder)
-            engine = engine_with(tuned, job.target / "heads.safetensors")
+            engine = engine_from_heads(tuned, job.target / "heads.safetensors")
             answers = self._answer(engine, job.work / "answers")
         found = self._result(engine, answers, began=began, job=job, recipe=once_over(recipe, seed=job.seed))
         del engine
@@ -272,19 +269,6 @@ class ArmBench:
             heads=tuple(heads),
         )
         return MeasuredArm(result, trace, original_text)
-
-
-def engine_with(loaded: LoadedModel, heads_file: Path, *, mode: Literal["auto", "eager"] = "auto") -> Engine:
-    """Return an engine of a loaded model and the heads of a file.
-
-    Raises: UserError for heads of another backbone or adapter.
-    """
-    heads, provenance = heads_for(loaded, heads_file)
-    digest = backbone_sha256(heads)
-    runner = StepRunner(loaded.model, heads, mode=mode)
-    return Engine(
-        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=provenance.model_dump(mode="json")
-    )
 
 
 def _trained_backbone(engine: Engine) -> tuple[str, str] | None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.compose.trees import grow
-from harness.device.engine import Engine, best_device, load_model
+from harness.device.engine import Engine, best_device, engine_from_heads, load_model
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
@@ -30,7 +30,7 @@ from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.ablation.arm import ArmJob, arm_recipe, train_arm
 from harness.measure.ablation.backbone_change import MeasuredText
-from harness.measure.ablation.bench import ArmBench, engine_with, held_out_prompts, reference_texts
+from harness.measure.ablation.bench import ArmBench, held_out_prompts, reference_texts
 from harness.paths import cache_dir, resolve_path
 from harness.records.ablation import (
     ABLATION,
@@ -89,7 +89,7 @@ def run_ablation(
     loaded = load_model(
         spec.model, device=best_device(), allow_hub=options.allow_hub, base_folder=base_folder
     )
-    engine = engine_with(loaded, resolve_path(spec.start_heads, base_folder=base_folder))
+    engine = engine_from_heads(loaded, resolve_path(spec.start_heads, base_folder=base_folder))
     calibration = _calibration(spec, engine, base_folder=base_folder)
     prompts = held_out_prompts(
         spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set()

@@ -17,7 +17,7 @@ from harness.device.engine import (
     Engine,
     LoadedModel,
     embedding_weights,
-    heads_for,
+    engine_from_heads,
     load_model,
 )
 from harness.device.environment import describe_engine
@@ -31,7 +31,6 @@ from harness.records.provenance import Environment
 from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName
 from harness.specs.shapes import ShapeSpec, load_shapes
 from harness.specs.suite import TinyModelSpec
-from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.packed_linear import packing_available
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
@@ -91,19 +90,15 @@ def load_latency_engine(
     if spec.heads.path is None:
         runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded), mode=mode)
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
-    heads, stored = heads_for(loaded, resolve_path(spec.heads.path, base_folder=base_folder))
+    engine = engine_from_heads(loaded, resolve_path(spec.heads.path, base_folder=base_folder), mode=mode)
     asked = max(count for grid in spec.grids for count in grid.num_heads)
-    if asked > heads.num_heads:
+    if asked > engine.heads.num_heads:
         raise UserError(
             found=f"grids with {asked} heads",
-            need=f"at most {heads.num_heads}, as the checkpoint has",
+            need=f"at most {engine.heads.num_heads}, as the checkpoint has",
             where=spec.name,
         )
-    digest = backbone_sha256(heads)
-    runner = StepRunner(loaded.model, heads, mode=mode)
-    return Engine(
-        loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
-    )
+    return engine
 
 
 def facts_of_model(

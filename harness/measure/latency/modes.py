@@ -9,23 +9,22 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.assets.fetch import fetch_asset
-from harness.assets.prompts import load_human_eval, load_mt_bench, render_chat, select_prompts
+from harness.assets.prompts import render_chat
 from harness.compose.curve import LatencyCurve
 from harness.compose.trees import resolve_trees
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
+from harness.device.prompts import benchmark_prompts
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.paths import cache_dir, resolve_path
+from harness.paths import resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
 from harness.records.run import ArmTree, StepCost
-from harness.specs.assets import load_asset_specs
 from harness.specs.latency import DtypeName, LatencySpec, ModeName
-from harness.specs.suite import ArmSpec, GreedyAcceptance, HeadsSpec, PromptSpec, SuiteSpec, TreeSpec
+from harness.specs.suite import ArmSpec, GreedyAcceptance, PromptSpec
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.tree import DraftTree
@@ -218,9 +217,19 @@ def batch_tree(
             if (point.dtype, point.mode, point.batch) == (dtype, mode, 1) and point.step_s
         ]
     )
-    suite = _suite_of_one_tree(spec, spec.batch_table.tree)
+    arm = ArmSpec(
+        name="medusa",
+        method="medusa",
+        baseline="vanilla",
+        tree=spec.batch_table.tree,
+        acceptance=GreedyAcceptance(),
+    )
     trees = resolve_trees(
-        suite, calibration=calibration, costs=costs, num_heads=engine.heads.num_heads, base_folder=base_folder
+        (arm,),
+        calibration=calibration,
+        costs=costs,
+        num_heads=engine.heads.num_heads,
+        base_folder=base_folder,
     )
     return trees["medusa"]
 
@@ -246,23 +255,6 @@ def _whole_steps(points: Sequence[LatencyPoint]) -> tuple[StepCost, ...]:
             )
         )
     return tuple(costs)
-
-
-def _suite_of_one_tree(spec: LatencySpec, tree: TreeSpec) -> SuiteSpec:
-    assert spec.model is not None  # only real heads have a batch table
-    arm = ArmSpec(
-        name="medusa", method="medusa", baseline="vanilla", tree=tree, acceptance=GreedyAcceptance()
-    )
-    return SuiteSpec(
-        schema_version=1,
-        name=spec.name,
-        description=spec.description,
-        max_new_tokens=2,
-        model=spec.model,
-        heads=HeadsSpec(path=spec.heads.path),
-        prompts=PromptSpec(source="mt_bench"),
-        arms=(_VANILLA, arm),
-    )
 
 
 def _decode_together(
@@ -359,14 +351,9 @@ def _benchmark_prompts(
             need="prompts.source = 'random'",
             where=f"the spec {spec.name!r}",
         )
-    asset = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.prompts.source]
-    paths = fetch_asset(load_asset_specs()[asset], cache_dir=cache_dir(), allow_hub=allow_hub).paths
-    texts = (
-        load_mt_bench(paths["questions"])
-        if asset == "mt-bench"
-        else load_human_eval(next(iter(paths.values())))
-    )
+    assert spec.prompts.source != "random"
+    wanted = PromptSpec(source=spec.prompts.source, limit=count)
     return tuple(
         LatencyPrompt(key=text.key, prompt_ids=render_chat(tokenizer, text.turns[0]))
-        for text in select_prompts(texts, limit=count)
+        for text in benchmark_prompts(wanted, allow_hub=allow_hub)
     )

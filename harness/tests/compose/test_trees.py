@@ -62,7 +62,7 @@ def resolve(
     spec: SuiteSpec, calibration: Trace | None, *, base_folder: Path | None = None
 ) -> dict[str, ArmTree]:
     return resolve_trees(
-        spec,
+        spec.arms,
         calibration=calibration,
         costs=costs({2: 1.0, 64: 2.0}),
         num_heads=NUM_HEADS,
