@@ -35,8 +35,6 @@ from harness.specs.shapes import ShapeSpec, load_shapes
 _PREDICTED_CONTEXTS = tuple(
     sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))})
 )
-_HALF = ("float16", "bfloat16")  # what hardware.toml knows the throughput of
-_NO_BFLOAT16 = ("t4", "v100-16gb-sxm", "v100-32gb-sxm")  # hardware.toml, their sources
 _MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may fill
 
 
@@ -66,11 +64,10 @@ class PredictedCurve:
     def __init__(
         self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: LatencyHeads
     ) -> None:
-        if dtype not in _HALF or (dtype == "bfloat16" and key in _NO_BFLOAT16):
-            need = "float16" if key in _NO_BFLOAT16 else "float16 or bfloat16"
+        if dtype not in device.dtypes:
             raise UserError(
                 found=f"{dtype} on {key}",
-                need=f"{need}: no other throughput is published there",
+                need=f"{' or '.join(device.dtypes)}: no other throughput is published there",
                 where="the prediction",
             )
         self._device, self._shape, self._heads, self._dtype = device, shape, heads, dtype
@@ -312,7 +309,7 @@ def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
 def _limits_of(
     record: LatencyRecord, label: CurveLabel, sheets: Mapping[str, DeviceSpec]
 ) -> tuple[Limits | None, Literal["measured", "data sheet"]]:
-    if label.device in sheets and label.dtype in _HALF:
+    if label.device in sheets and label.dtype in sheets[label.device].dtypes:
         return sheets[label.device].limits, "data sheet"
     return measured_limits(record, label.dtype), "measured"
 

@@ -19,7 +19,8 @@ HARDWARE_FILE = shipped("hardware.toml")
 class DeviceSpec(Frozen):
     """One device's published limits, with the source of each figure.
 
-    `name` and `aliases` are what drivers print for it, so that a measured device finds its row.
+    `name` and `aliases` are what drivers print for it, so that a measured device finds its row; `dtypes` are
+    those that its half-precision throughput is of.
     Units: GB/s are 1e9 bytes a second; TFLOP/s 1e12 dense half-precision operations a second; `memory_gb` as
     sold.
     """
@@ -28,6 +29,7 @@ class DeviceSpec(Frozen):
     aliases: tuple[str, ...] = ()
     read_bandwidth_gb_per_s: float = Field(gt=0)
     dense_fp16_tflop_per_s: float = Field(gt=0)
+    dtypes: tuple[Literal["float16", "bfloat16"], ...] = Field(min_length=1)
     memory_gb: int = Field(gt=0)
     source: str = Field(min_length=1)
 

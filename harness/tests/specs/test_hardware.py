@@ -17,6 +17,7 @@ ROW = """
 name = "{name}"
 read_bandwidth_gb_per_s = 1
 dense_fp16_tflop_per_s = 1
+dtypes = ["float16"]
 memory_gb = 1
 source = "a test"
 """
@@ -45,6 +46,13 @@ def test_a_halved_figure_is_half_of_what_its_source_is_said_to_print(devices: di
         printed = re.search(r"prints ([\d,]+) TFLOP/s with sparsity, halved", device.source)
         assert printed is not None, key
         assert 2 * device.dense_fp16_tflop_per_s == float(printed[1].replace(",", "")), key
+
+
+def test_devices_without_bfloat16_units_say_so(devices: dict[str, DeviceSpec]) -> None:
+    """The code once named these three itself."""
+    without = {key for key, device in devices.items() if "bfloat16" not in device.dtypes}
+    assert without == {"t4", "v100-16gb-sxm", "v100-32gb-sxm"}
+    assert all("no bfloat16 units" in devices[key].source for key in without)
 
 
 def test_every_name_finds_its_row(devices: dict[str, DeviceSpec]) -> None:
