@@ -1,8 +1,7 @@
-"""The simulations of Appendix G as tables: simulated speedup against candidates, batch and sequence length.
-All predicted, no device.
+"""The simulations of Appendix G: speedup against candidates, batch and sequence length; all predicted.
 
-The verdicts on them (RL-64, RL-32, RL-seq, RL-44, RL-acc) are those of `claim_arithmetic.py`; here are the
-curves behind these.
+The verdicts on them (RL-64, RL-32, RL-seq, RL-44, RL-acc) follow in `judge/claims/paper.py`; here are the
+curves that those verdicts rest on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.hardware import load_hardware
 from harness.specs.paper_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
 
-# the paper's grid of Tables 6 to 8, and beyond
+# The grid of the paper's Tables 6 to 8, and larger trees, since the simulated peak lies past that grid.
 CANDIDATES = (
     1,
     2,
@@ -61,9 +60,7 @@ class SimulatedBest:
 
 @dataclass(frozen=True)
 class AppendixG:
-    """The three simulations on one device: against candidates (Fig. 21), batch (Fig. 22) and sequence length
-    (Fig. 23).
-    """
+    """The simulations against candidates (Fig. 21), batch (Fig. 22) and sequence length (Fig. 23)."""
 
     device: str
     by_candidates: tuple[SimulatedRow, ...]

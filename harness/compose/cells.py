@@ -15,13 +15,11 @@ from harness.errors import UserError
 from harness.records.sweep_cells import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
 from medusa_impl.tree import DraftTree
 
-_DIGITS = 6  # of a figure in a record: far more than its interval allows
+_DIGITS = 6  # of a figure in a record: far more than its interval leaves certain, and files stay small
 
 
 def compose(plan: SweepPlan, *, done: frozenset[str] = frozenset()) -> Iterator[AnyCell]:
-    """Yield every composed cell that is not done, one after another, then the predictions that cannot be
-    made.
-    """
+    """Yield every composed cell that is not done, then the predictions that cannot be made."""
     for curve, context, batch in plan.cells:
         key = composed_key(curve.label, context=context, batch=batch)
         if key in done:
@@ -53,17 +51,17 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
         )
     vanilla_s = float((vanilla.shares @ vanilla_prices).sum())
     figures = {}
-    for place, tree in enumerate(plan.drafts):
+    for index, tree in enumerate(plan.drafts):
         steps = composer.steps(tree, batch=batch)
         values = prices.step(steps.num_nodes, steps.num_heads)
         if values is not None:
-            figures[place] = steps.shares @ values
+            figures[index] = steps.shares @ values
     columns = np.stack([vanilla.shares @ vanilla_prices, *figures.values()], axis=1)
     speedups, low, high = _speedups(composer, columns)
     provenance = composer.index.trace.provenance
     lengths = composer.trace_contexts(batch=batch)
     tokens = float(vanilla.tokens.sum())
-    num_steps = [float(composer.steps(plan.drafts[place], batch=batch).steps.sum()) for place in figures]
+    num_steps = [float(composer.steps(plan.drafts[index], batch=batch).steps.sum()) for index in figures]
     seconds = columns.sum(axis=0)[1:]
     return ComposedCell(
         curve=curve.label,
@@ -89,8 +87,9 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
 
 
 def _speedups(composer: Composer, columns: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return speedups and their bounds. Shapes: `columns` [U, 1 + T], vanilla's seconds first; results
-    [T].
+    """Return speedups and their bounds.
+
+    Shapes: `columns` [U, 1 + T], vanilla's seconds first; results [T].
     """
     resamples, totals = composer.resamples(len(columns)), columns.sum(axis=0)
     draws = resamples.totals(columns)
@@ -99,6 +98,7 @@ def _speedups(composer: Composer, columns: Floats) -> tuple[Floats, Floats, Floa
 
 
 def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) -> tuple[ChosenTree, ...]:
+    """Return the trees that the searches chose for a cell, with what they are worth there."""
     composer, curve, batch = plan.composer, prices.curve, prices.batch
     found = []
     vanilla = composer.steps(DraftTree.root_only(), batch=batch)
@@ -115,7 +115,7 @@ def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) 
         found.append(
             ChosenTree(
                 method=choice.method,
-                tree=plan.places[tree],
+                tree=plan.indices[tree],
                 promised=choice.promised,
                 step_cost=prices.backbone_cost(tree.num_nodes, context_tokens=int(median(lengths.tolist()))),
                 overhead=(total_s / float(steps.steps.sum())) / (vanilla_s / float(vanilla.steps.sum())),
@@ -148,6 +148,7 @@ def _by_batch(plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Co
 
 
 def _beyond(lengths: NDArray[np.int64], covered: Sequence[int]) -> float:
+    """Return which share of steps ran at a length outside of those that were timed."""
     return _rounded(float(np.mean((lengths < min(covered)) | (lengths > max(covered)))))
 
 

@@ -1,8 +1,7 @@
-"""The sweep's arithmetic: trees replayed on a trace, steps priced with a device's curve, figures that say
-what they are. No torch.
+"""The sweep's arithmetic: trees replayed on a trace, steps priced by a device's curve.
 
 A tree's steps are reduced once to what any curve needs. A step at context c costs b(c) + h, linear in c
-between the lengths that were timed; so each step is shared out between the two nearest of these lengths, the
+between the lengths that were timed. So each step is shared out between the two nearest of these lengths, the
 *knots*, and the sum over a prompt's steps of curve.seconds becomes the product of a row of shares with the
 curve's values at the knots. A thousand trees on a hundred curves are then matrix products.
 
@@ -35,9 +34,9 @@ Floats = NDArray[np.float64]
 class ReplayedSteps:
     """The replay of one tree at one batch, reduced to what composition needs.
 
-    Units are what is resampled: prompts at batch 1, else whole batches of prompts. Shapes: `tokens`, `steps`,
-    `row_steps` [U], the kept tokens behind each row's first, the steps, and steps times rows; `shares` [U,
-    knots], the steps shared out between the knots.
+    Units are what is resampled: prompts at batch 1, else whole batches of prompts.
+    Shapes: `tokens`, `steps`, `row_steps` [U], the kept tokens after each row's first, the steps, and steps
+    times rows; `shares` [U, knots], the steps shared out between the knots.
     """
 
     num_nodes: int
@@ -49,14 +48,14 @@ class ReplayedSteps:
 
 
 class Composer:
-    """One trace, prepared to be composed with any curve: replays, shares of steps and bootstrap draws, each
-    made once.
+    """One trace, prepared to be composed with any curve.
 
-    `knots` are the context lengths between which all curves are linear.
+    Replays, shares of steps and bootstrap draws are each made once. `knots` are the context lengths between
+    which all curves are linear.
     """
 
     def __init__(self, trace: Trace, *, knots: Sequence[int], interval: IntervalSpec) -> None:
-        # the others take no step
+        # A prompt that ends at its first token takes no step, and a unit without steps has no rate.
         decoded = tuple(prompt for prompt in trace.prompts if prompt.num_kept_tokens > 1)
         if not decoded:
             raise UserError(
@@ -81,8 +80,9 @@ class Composer:
         return self._resamples[num_units]
 
     def tokens_per_step(self, tree: DraftTree, *, batch: int = 1) -> Interval:
-        """Return the tokens that a step yields for each row that it carries, with the interval over prompts
-        or batches of prompts.
+        """Return the tokens that a step yields for each row that it carries.
+
+        The interval is over prompts, or over batches of prompts.
         """
         steps = self.steps(tree, batch=batch)
         draws = self.resamples(len(steps.tokens)).totals(np.stack([steps.tokens, steps.row_steps], axis=1))
@@ -90,14 +90,15 @@ class Composer:
         return self.resamples(len(steps.tokens)).interval(rate, draws[:, 0] / draws[:, 1])
 
     def trace_contexts(self, *, batch: int = 1) -> NDArray[np.int64]:
-        """Return the kept tokens behind which each vanilla step runs."""
+        """Return after how many kept tokens each vanilla step runs."""
         replay = self.index.replay(DraftTree.root_only(), batch=batch)
         return step_contexts(replay)
 
 
 def step_contexts(replay: Replay) -> NDArray[np.int64]:
-    """Return for every step, of a batch where rows decode together, how many tokens the cache held: all known
-    ones but the root.
+    """Return for every step how many tokens the cache held: all known ones but the root.
+
+    Where rows decode together it is the longest row's number.
     """
     known = replay.context_tokens if replay.batch == 1 else replay.batch_context_tokens
     return np.asarray(known - 1)
@@ -123,11 +124,11 @@ def reduced(replay: Replay, *, knots: Floats) -> ReplayedSteps:
 def knot_shares(
     contexts: NDArray[np.int64], *, units: NDArray[np.int64], num_units: int, knots: Floats
 ) -> Floats:
-    """Return each unit's steps shared out between the knots, so that a product with values at the knots is
-    their interpolated sum.
+    """Return each unit's steps shared out between the knots.
 
-    Beyond the first and the last knot a step counts there whole. Shapes: `contexts`, `units` [S], `knots`
-    [k]; result [U, k].
+    A product with values at the knots is then the sum of the interpolated values. Beyond the first and the
+    last knot a step counts there whole.
+    Shapes: `contexts`, `units` [S], `knots` [k]; result [U, k].
     """
     count = len(knots)
     if count == 1:
@@ -135,7 +136,7 @@ def knot_shares(
     within = np.clip(contexts, knots[0], knots[-1])
     left = np.clip(np.searchsorted(knots, within, side="right") - 1, 0, count - 2)
     share = (within - knots[left]) / (knots[left + 1] - knots[left])
-    flat = units * count + left
+    flat = units * count + left  # units and knots in one index, so that one count fills the whole table
     size = num_units * count
     table = np.bincount(flat, weights=1 - share, minlength=size) + np.bincount(
         flat + 1, weights=share, minlength=size
@@ -155,8 +156,9 @@ class KnotPrices:
         self._heads: dict[int, float | None] = {}
 
     def step(self, num_nodes: int, num_heads: int) -> Floats | None:
-        """Return the seconds of a whole step at every knot; None where the curve does not reach. Shapes:
-        result [knots].
+        """Return the seconds of a whole step at every knot; None where the curve does not reach.
+
+        Shapes: result [knots].
         """
         if num_nodes not in self._bodies:
             self._bodies[num_nodes] = self._body(num_nodes)
@@ -206,8 +208,9 @@ class KnotPrices:
 
 
 def nearby(contexts: Sequence[int], *, low: int, high: int) -> tuple[int, ...]:
-    """Return the lengths from `low` to `high` and the nearest on either side: all that interpolation between
-    the two can touch.
+    """Return the lengths that interpolation from `low` to `high` can touch.
+
+    These are the lengths between the two, and the nearest on either side.
     """
     below, above = (
         max((c for c in contexts if c <= low), default=low),

@@ -1,10 +1,7 @@
-"""The latency record, and what follows from it: curve, table of modes, speedup against batch; no torch, no
-clock, no device.
+"""A device's measured step times as one curve: against nodes, heads, context and batch.
 
-A record folder holds `spec.toml`, `environment.json`, `model.json`, `device_limits.json`, `points.jsonl`
-(appended group by group), `modes.json` and `batches.json` where the spec asks for them, and, last,
-`manifest.json`, which seals it with the SHA-256 of every other file. It keeps raw times only: medians,
-monotone smoothing and interpolation happen in `LatencyCurve`, each time anew.
+A latency record keeps raw times only. Medians, monotone smoothing and interpolation happen here, each time
+anew.
 """
 
 from __future__ import annotations
@@ -24,11 +21,11 @@ from harness.specs.latency import DtypeName, ModeName, PointKey
 
 
 class LatencyCurve:
-    """Seconds against sizes, from the medians of one dtype and mode: monotone in nodes and in heads, linear
-    between what was measured.
+    """Seconds against sizes: monotone in nodes and in heads, linear between what was measured.
 
-    A whole step is a body, which depends on nodes, context and batch, plus the heads, which read one state a
-    row whatever the tree and the context. So heads are timed at a few trees and answered for all.
+    The curve is made of the medians of one dtype and mode. A whole step is a body, which depends on nodes,
+    context and batch, plus the heads, which read one state a row whatever the tree and the context. So heads
+    are timed at a few trees and answered for all.
 
         seconds(N, K, T, B) = body(N, T, B) + heads(K, B)
 
@@ -40,26 +37,26 @@ class LatencyCurve:
     def __init__(self, points: Iterable[LatencyPoint]) -> None:
         backbone, body, heads = (defaultdict[tuple[int, ...], list[float]](list) for _ in range(3))
         for point in points:
-            place = (point.batch, point.context_tokens, point.num_nodes)
+            sizes = (point.batch, point.context_tokens, point.num_nodes)
             if point.backbone_s:
-                backbone[place].append(median(point.backbone_s))
+                backbone[sizes].append(median(point.backbone_s))
             if point.heads_s:
                 heads[point.batch, point.num_heads].append(median(point.heads_s))
             if point.step_s:
-                body[place].append(median(point.step_s) - (median(point.heads_s) if point.heads_s else 0.0))
-                heads[point.batch, 0] = [0.0]
+                body[sizes].append(median(point.step_s) - (median(point.heads_s) if point.heads_s else 0.0))
+                heads[point.batch, 0] = [0.0]  # so that a vanilla step is answered too
         if not backbone:
             raise UserError(
                 found="no measured point",
                 need="at least one of this dtype and mode",
                 where="the latency record",
             )
-        raw = {place: fmean(values) for place, values in backbone.items()}
+        raw = {sizes: fmean(values) for sizes, values in backbone.items()}
         self._backbone = _monotone(raw)
-        self._body = _monotone({place: fmean(values) for place, values in body.items()})
-        self._heads = _monotone({place: fmean(values) for place, values in heads.items()})
+        self._body = _monotone({sizes: fmean(values) for sizes, values in body.items()})
+        self._heads = _monotone({sizes: fmean(values) for sizes, values in heads.items()})
         self.largest_correction = max(
-            abs(self._backbone[place] / seconds - 1) for place, seconds in raw.items()
+            abs(self._backbone[sizes] / seconds - 1) for sizes, seconds in raw.items()
         )
 
     def seconds(self, *, num_nodes: int, num_heads: int, context_tokens: int, batch: int = 1) -> float:
@@ -90,8 +87,9 @@ def curve_of(record: LatencyRecord, *, dtype: str, mode: str) -> LatencyCurve:
 
 
 class MeasuredCurve:
-    """The curve of one latency record in one dtype and mode; None where a size lies outside of what was
-    measured.
+    """The curve of one latency record in one dtype and mode.
+
+    Its answers are None where a size lies outside of what was measured.
     """
 
     def __init__(self, record: LatencyRecord, *, dtype: DtypeName, mode: ModeName) -> None:
@@ -116,12 +114,12 @@ class MeasuredCurve:
 
     @property
     def label(self) -> CurveLabel:
-        """What the curve is of."""
+        """Return what the curve is of."""
         return self._label
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """The context lengths that were timed."""
+        """Return the context lengths that were timed."""
         return self._contexts
 
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
@@ -151,8 +149,9 @@ class MeasuredCurve:
 
 
 def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointKey) -> float | None:
-    """Return the raw step cost beside a point, medians over medians: its dtype, mode, context and batch; None
-    where either is missing.
+    """Return the raw step cost for a point's dtype, mode, context and batch, medians over medians.
+
+    None where the time of so many nodes, or of one, is missing.
     """
     times: dict[int, list[float]] = {1: [], num_nodes: []}
     for point in points:
@@ -162,25 +161,24 @@ def step_cost_of(points: Iterable[LatencyPoint], *, num_nodes: int, like: PointK
 
 
 def _monotone(values: Mapping[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
-    """Return the values, made non-decreasing along the last size by isotonic regression wherever the others
-    are equal.
-    """
+    """Return the values, made non-decreasing along the last size wherever the others are equal."""
     lines = defaultdict[tuple[int, ...], list[tuple[int, ...]]](list)
-    for place in sorted(values):
-        lines[place[:-1]].append(place)
+    for sizes in sorted(values):
+        lines[sizes[:-1]].append(sizes)
     smooth: dict[tuple[int, ...], float] = {}
     for line in lines.values():
         smooth.update(
-            zip(line, isotonic_regression([values[place] for place in line]).x.tolist(), strict=True)
+            zip(line, isotonic_regression([values[sizes] for sizes in line]).x.tolist(), strict=True)
         )
     return smooth
 
 
 def _answer(values: Mapping[tuple[int, ...], float], sizes: Mapping[str, int]) -> float:
+    """Return the value at some sizes, or refuse them with the range that was measured."""
     found = _interpolate(values, tuple(sizes.values()))
     if found is None:
         ranges = [
-            f"{name} {min(place[axis] for place in values)} to {max(place[axis] for place in values)}"
+            f"{name} {min(known[axis] for known in values)} to {max(known[axis] for known in values)}"
             for axis, name in enumerate(sizes)
         ]
         asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -195,16 +193,16 @@ def _answer(values: Mapping[tuple[int, ...], float], sizes: Mapping[str, int]) -
 
 
 def _interpolate(values: Mapping[tuple[int, ...], float], at: tuple[int, ...]) -> float | None:
-    """Return the value at a place, linear along the first size between the nearest on either side that can
-    answer for the others.
+    """Return the value at some sizes, linear along the first of them.
 
-    None where there is no such pair: grids need not be complete, but nothing is guessed beyond them.
+    The ends of the line are the nearest sizes on either side that can answer for the other sizes. None where
+    there is no such pair: grids need not be complete, but nothing is guessed outside of them.
     """
     if not at:
         return values.get(())
     planes = defaultdict[int, dict[tuple[int, ...], float]](dict)
-    for place, value in values.items():
-        planes[place[0]][place[1:]] = value
+    for sizes, value in values.items():
+        planes[sizes[0]][sizes[1:]] = value
     answers: list[tuple[int, float]] = []
     for side in (
         [size for size in sorted(planes, reverse=True) if size <= at[0]],

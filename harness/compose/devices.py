@@ -1,9 +1,8 @@
-"""What a step costs on a device: measured, from a committed latency record, or predicted, from a data sheet
-by the roofline.
+"""What a step costs on a device: measured by a latency record, or predicted by the roofline.
 
 Both answer one question, `seconds(num_nodes, num_heads, context_tokens, batch)`, and say what they are. A
 prediction carries the error that the same roofline showed on the devices that were measured; figures that
-others published stand apart, in `harness/quoted.py`.
+others published are kept apart from both, in `specs/quoted.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_devi
 from harness.specs.latency import DtypeName, LatencyHeads, ModeName, PointKey
 from harness.specs.shapes import ShapeSpec, load_shapes
 
+# Each length is 4/3 or 3/2 of the one before: lines between them stay close to the roofline.
 _PREDICTED_CONTEXTS = tuple(
     sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))})
 )
@@ -39,8 +39,10 @@ _MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may f
 
 
 class StepTimes(Protocol):
-    """A device's curve. `contexts` are the lengths between which times are linear; beyond them the nearest is
-    taken, and said so.
+    """A device's curve, measured or predicted.
+
+    `contexts` are the lengths between which times are linear. At a length outside of them the nearest one is
+    taken, and the report says so.
     """
 
     @property
@@ -53,10 +55,10 @@ class StepTimes(Protocol):
 
 
 class PredictedCurve:
-    """The roofline's curve of one device and shape: a lower bound, without launches, softmax, candidates and
-    acceptance.
+    """The roofline's curve of one device and shape.
 
-    None where weights, cache and logits do not fit into the device's memory.
+    It is a lower bound, without launches, softmax, candidates and acceptance. Its answers are None where
+    weights, cache and logits do not fit into the device's memory.
     Raises: UserError for a dtype that the device has no published throughput for, or a shape that does not
     fit at all.
     """
@@ -98,19 +100,17 @@ class PredictedCurve:
 
     @property
     def label(self) -> CurveLabel:
-        """What the curve is of."""
+        """Return what the curve is of."""
         return self._label
 
     @cached_property
     def contexts(self) -> tuple[int, ...]:
-        """A grid fine enough that lines between its points stay within half a percent of the roofline."""
+        """Return a grid so fine that lines between its points stay within half a percent of the roofline."""
         limit = self._shape.max_positions
         return (*(context for context in _PREDICTED_CONTEXTS if context < limit), limit)
 
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return the backbone's step; what a whole step adds to it beside the heads the roofline leaves
-        out.
-        """
+        """Return the backbone's step; the roofline leaves out what else a step needs, but for the heads."""
         return self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
 
     def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
@@ -127,7 +127,7 @@ class PredictedCurve:
         )
 
     def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return the backbone's step over `num_nodes` behind `context_tokens` kept ones."""
+        """Return the backbone's step over `num_nodes` after `context_tokens` kept ones."""
         if not self._fits(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch):
             return None
         return step_seconds(
@@ -158,9 +158,9 @@ class PredictedCurve:
 def find_latency_records(
     results: Path, *, names: Sequence[str] | Literal["all"] = "all"
 ) -> tuple[LatencyRecord, ...]:
-    """Return the newest sealed latency record of each spec and machine under a results folder, in order of
-    their place.
+    """Return the newest sealed latency record of each spec and machine under a results folder.
 
+    They come in the order of their paths.
     Raises: UserError for a name of which there is no sealed record.
     """
     newest: dict[tuple[str, str], Path] = {}
@@ -177,13 +177,13 @@ def find_latency_records(
             where="measured.records",
             do="run medusa-repro latency",
         )
-    return tuple(LatencyRecord(newest[place]) for place in sorted(newest))
+    return tuple(LatencyRecord(newest[key]) for key in sorted(newest))
 
 
 def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tuple[MeasuredCurve, ...]:
-    """Return a record's curves, one a dtype, in the mode that decoding takes there; `dtypes` narrows them
-    down.
+    """Return a record's curves, one a dtype, in the mode that decoding takes there.
 
+    `dtypes` narrows them down.
     Raises: UserError for an unsealed or altered record.
     """
     record.check_seal()
@@ -202,8 +202,9 @@ def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tup
 def _decoding_mode(
     record: LatencyRecord, *, dtype: DtypeName, timed: Iterable[tuple[DtypeName, ModeName]]
 ) -> ModeName:
-    """Return the mode that `auto` took where the record says so and timed it, else the one with the quickest
-    vanilla step.
+    """Return the mode that `auto` took, else the one with the quickest vanilla step.
+
+    The second holds where the record does not say what `auto` took, or did not time it.
     """
     modes = [mode for other, mode in timed if other == dtype]
     auto = record.modes.auto.get(dtype) if record.modes is not None else None
@@ -225,11 +226,11 @@ def _decoding_mode(
 def find_curves(
     name: str, *, results: Path, shape: str, dtype: str | None, heads: LatencyHeads
 ) -> tuple[StepTimes, ...]:
-    """Return the curves that a word on the command line means: a device of `hardware.toml` by key or driver's
-    name, or a latency record.
+    """Return the curves that a name on the command line means.
 
-    A record is named by its folder, or by the folder of its machine under results/latency; a device's
-    measured curves of that shape come first, then its prediction.
+    It is a device of `hardware.toml` by key or driver's name, or a latency record by its folder or by the
+    folder of its machine under results/latency. A device's measured curves of that shape come first, then its
+    prediction.
     Raises: UserError where nothing has that name.
     """
     if Path(name).is_dir() and (Path(name) / "manifest.json").exists():
@@ -268,11 +269,10 @@ def _wanted(curves: Sequence[StepTimes], *, dtype: str | None) -> tuple[StepTime
 
 
 def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
-    """Return the roofline's error over all points of the modes that decoding takes; None where no record can
-    tell.
+    """Return the roofline's error over all points of the modes that decoding takes.
 
     A device of `hardware.toml` is predicted from its data sheet in half precision, as unmeasured devices are;
-    any other from the limits measured in the record itself.
+    any other from the limits measured in the record itself. None where no record can tell.
     """
     seconds, costs, devices, sources = (
         list[Prediction](),
@@ -309,14 +309,16 @@ def roofline_error(records: Iterable[LatencyRecord]) -> RooflineError | None:
 def _limits_of(
     record: LatencyRecord, label: CurveLabel, sheets: Mapping[str, DeviceSpec]
 ) -> tuple[Limits | None, Literal["measured", "data sheet"]]:
+    """Return what to predict a device from, and where that comes from."""
     if label.device in sheets and label.dtype in sheets[label.device].dtypes:
         return sheets[label.device].limits, "data sheet"
     return measured_limits(record, label.dtype), "measured"
 
 
 def _step_costs(points: Sequence[LatencyPoint], made: Mapping[PointKey, Prediction]) -> list[Prediction]:
-    """Measured and predicted step costs of the points of more than one node whose group has a vanilla
-    point.
+    """Return measured and predicted step costs of the points of several nodes.
+
+    Points whose group has no vanilla point are left out.
     """
     vanilla = {point.group: made[point.key].predicted_s for point in points if point.num_nodes == 1}
     found = []

@@ -12,7 +12,7 @@ from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Tra
 from medusa_impl.tree import DraftTree
 
 Kind = Literal["tie", "bug"]
-# prompt key and position i to the tokens that rounding may put first
+# From prompt key and position i to the tokens that rounding may put first.
 NearTokens = dict[tuple[str, int], list[int]]
 
 
@@ -25,11 +25,11 @@ def decoded_difference(
     step_tokens: Sequence[int],
     replayed: Sequence[int],
 ) -> tuple[int, Kind] | None:
-    """Return where a text decoded greedily, apart from any record, took another path than its replay, classed
-    as `replay_differences` does.
+    """Return where a greedily decoded text took another path than its replay, and why.
 
-    `replayed` are the positions at which the replay's steps start; the result is None where tokens and steps
-    agree. Ties of the text are float32's.
+    The text may come from anywhere; the difference is classed as `replay_differences` does. `replayed` are
+    the positions at which the replay's steps start. None where tokens and steps agree. Ties of the text are
+    float32's.
     """
     near = near_tokens(trace)
     expected: list[int] = prompt.tokens.tolist()
@@ -68,18 +68,23 @@ def parting(
     near: NearTokens | None,
     tie_margin: float,
 ) -> Parting | None:
+    """Return where two texts part and whether rounding explains it; None where they are equal.
+
+    `expected` is the reference's text and `prompt` its trace.
+    """
     if tuple(ids) == tuple(expected):
         return None
     shorter = min(len(ids), len(expected))
     position = next((index for index in range(shorter) if ids[index] != expected[index]), shorter)
     gap = _gap(prompt, tuple(expected), position=position) if position < shorter else None
     is_tie = gap is not None and (gap == 0 or gap < tie_margin)
+    # Positions of a trace count from 1, those of a text from 0.
     is_tie &= near is None or (position < shorter and ids[position] in near.get((key, position + 1), ()))
     return Parting(position=position, gap=gap, kind="tie" if is_tie else "bug")
 
 
 def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int) -> float | None:
-    """The reference's top-two gap there, if the trace is of this very text up to there."""
+    """Return the reference's top-two gap at a position; None unless the trace is of this text up to there."""
     if (
         prompt is None
         or prompt.gaps is None
@@ -91,8 +96,9 @@ def _gap(prompt: PromptTrace | None, expected: tuple[int, ...], *, position: int
 
 @dataclass(frozen=True)
 class RankRanges:
-    """Of one traced prompt the lowest and highest rank that rounding allows in row i and head k; `unknown`
-    positions have no ranks.
+    """The lowest and highest rank that rounding allows, of one traced prompt in row i and head k.
+
+    Positions in `unknown` have no ranks.
     """
 
     lowest: list[list[int]]
@@ -101,6 +107,7 @@ class RankRanges:
 
     @property
     def num_tokens(self) -> int:
+        """Return how many tokens the prompt's trace has."""
         return len(self.lowest)
 
     def kept_tokens(self, tree: DraftTree, position: int, *, num_heads: int | None) -> set[int]:
@@ -124,8 +131,9 @@ class RankRanges:
 
 
 def near_tokens(trace: Trace | None) -> NearTokens | None:
-    """The tokens that rounding may put first, by prompt and position; None in a trace that does not list
-    them.
+    """Return the tokens that rounding may put first, by prompt and position.
+
+    None for a trace that does not list them.
     """
     listed = trace.provenance.extra.get(TEXT_TIES_KEY) if trace is not None else None
     if not isinstance(listed, list):
@@ -138,7 +146,7 @@ def near_tokens(trace: Trace | None) -> NearTokens | None:
 
 
 def rank_ranges(trace: Trace) -> dict[str, RankRanges]:
-    """The ranges of every prompt: its ranks themselves but where the provenance lists a head tie."""
+    """Return the ranges of every prompt: its ranks themselves but where the provenance lists a head tie."""
     ranges = {
         prompt.key: RankRanges(prompt.ranks.tolist(), prompt.ranks.tolist(), set())
         for prompt in trace.prompts
@@ -181,11 +189,11 @@ def difference_kind(
 
 
 def step_starts(step_tokens: Sequence[int]) -> list[int]:
-    """The positions at which the steps of a generation started."""
+    """Return the positions at which the steps of a generation started."""
     return list(accumulate(step_tokens, initial=1))[:-1]
 
 
 def last_common(decoded: list[int], expected: list[int]) -> int:
-    """The position of the last step that both started: what it accepted differs."""
+    """Return the position of the last step that both started; what it accepted differs."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(decoded, expected, strict=False))
     return max((first for first, _ in same), default=1)

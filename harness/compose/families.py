@@ -18,9 +18,9 @@ from medusa_impl.tree_search import random_dense
 def resolve_families(
     families: Sequence[TreeFamily], *, calibration: ReplayIndex, num_heads: Sequence[int]
 ) -> tuple[SweepTree, ...]:
-    """Return the trees of all families for each number of heads, every tree once, with the fewest heads that
-    allow it.
+    """Return the trees of all families, each once, with the fewest heads that allow it.
 
+    Each family is resolved for each number of heads.
     Raises: UserError where more heads are asked for than were traced, or where a family has no tree for any
     number of heads.
     """
@@ -80,6 +80,7 @@ def _trees_of(
 def _grown(
     family: GrownTrees, calibration: ReplayIndex, *, num_heads: int
 ) -> Iterator[tuple[DraftTree, str]]:
+    """Yield a family's grown trees of the sizes that so many heads allow."""
     room = most_nodes(num_heads)
     sizes = [size for size in family.num_nodes if size <= room]
     for values in family.values if sizes else ():
@@ -88,7 +89,5 @@ def _grown(
 
 
 def most_nodes(num_heads: int, *, max_rank: int = MAX_RANK) -> int:
-    """Return how many nodes a tree of `num_heads` levels can have where each head offers `max_rank`
-    tokens.
-    """
+    """Return how many nodes a tree of `num_heads` levels can have at `max_rank` tokens a head."""
     return int(sum(max_rank**level for level in range(num_heads + 1)))

@@ -35,9 +35,7 @@ from medusa_impl.tree import DraftTree
 
 @dataclass(frozen=True, eq=False)
 class SweepPlan:
-    """A sweep made ready: trees, curves and, for each composed cell, the trees that the searches chose for
-    it.
-    """
+    """A sweep made ready: trees, curves, and the trees that the searches chose for each composed cell."""
 
     spec: SweepSpec
     composer: Composer
@@ -52,17 +50,17 @@ class SweepPlan:
 
     @cached_property
     def drafts(self) -> tuple[DraftTree, ...]:
-        """The trees themselves, in the order of `trees`."""
+        """Return the trees themselves, in the order of `trees`."""
         return tuple(sweep_tree.tree() for sweep_tree in self.trees)
 
     @cached_property
-    def places(self) -> Mapping[DraftTree, int]:
-        """Where each tree stands in `trees`."""
-        return {tree: place for place, tree in enumerate(self.drafts)}
+    def indices(self) -> Mapping[DraftTree, int]:
+        """Return the index of each tree in `trees`."""
+        return {tree: index for index, tree in enumerate(self.drafts)}
 
     @property
     def cells(self) -> tuple[tuple[StepTimes, Context, int], ...]:
-        """The composed cells: curves, contexts, batches."""
+        """Return the composed cells: curves, contexts, batches."""
         return tuple(
             (curve, context, batch)
             for curve in self.curves
@@ -74,9 +72,9 @@ class SweepPlan:
 def plan_sweep(
     spec: SweepSpec, *, base_folder: Path | None, results: Path, cache: Path | None = None
 ) -> SweepPlan:
-    """Load traces and curves, resolve every tree, and let the searches choose each cell's own; `cache` keeps
-    what searches found.
+    """Load traces and curves, resolve every tree, and let the searches choose each cell's own.
 
+    `cache` keeps what the searches found.
     Raises: UserError for what is missing or does not belong together.
     """
     trace_file, calibration_file = (
@@ -130,8 +128,9 @@ def plan_sweep(
 def gather_curves(
     spec: SweepSpec, records: Sequence[LatencyRecord]
 ) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
-    """Return every curve of a sweep, measured ones first, and a failed cell for each prediction that cannot
-    be made.
+    """Return every curve of a sweep, measured ones first, and what could not be predicted.
+
+    Each prediction that cannot be made is a failed cell.
     """
     curves: list[StepTimes] = []
     refused: list[FailedCell] = []
@@ -165,8 +164,9 @@ def choose_trees(
     *,
     cache: Path | None,
 ) -> dict[str, tuple[CostChoice, ...]]:
-    """Return what both searches choose for every composed cell, priced at the mean context of the calibration
-    text's vanilla steps.
+    """Return what both searches choose for every composed cell.
+
+    Steps are priced at the mean context of the calibration text's vanilla steps.
     """
     space = SearchSpace(calibration, max_nodes=spec.search.max_nodes, num_heads=max(spec.num_heads))
     usual = float(np.mean(step_contexts(calibration.replay(DraftTree.root_only()))))
@@ -177,6 +177,7 @@ def choose_trees(
                 price = KnotPrices(curve, knots=composer.knots, context=context, batch=batch).price_at(usual)
                 if price(1, 0) is None:
                     continue  # the cell itself says that its curve does not reach
+                # The key names all that a price depends on: another curve or text is searched anew.
                 choices[composed_key(curve.label, context=context, batch=batch)] = cached_choices(
                     space.key,
                     curve_fingerprint=f"{curve.label.fingerprint} {context} {batch} {usual:.3f} "
@@ -204,8 +205,9 @@ def sampled_tree(spec: SweepSpec, calibration: ReplayIndex) -> DraftTree | None:
 def with_chosen(
     trees: Sequence[SweepTree], choices: Mapping[str, Sequence[CostChoice]], *, also: DraftTree | None = None
 ) -> tuple[SweepTree, ...]:
-    """Return the trees with those that searches chose behind them, each tree once; the root alone is always
-    there, and `also`.
+    """Return the trees and after them those that searches chose, each tree once.
+
+    The root alone is always among them, and so is `also`.
     """
     found = {sweep_tree.tree(): sweep_tree for sweep_tree in trees}
     if also is not None and also not in found:
@@ -221,13 +223,14 @@ def with_chosen(
 
 
 def tree_rates(plan: SweepPlan) -> SweepTrees:
-    """Return the plan's trees with their tokens/step, on the calibration trace and, with intervals, on the
-    trace itself.
+    """Return the plan's trees with their tokens/step on both traces.
+
+    On the trace itself they have intervals.
     """
     rates = [
-        TreeRate(batch=batch, tree=place, tokens_per_step=plan.composer.tokens_per_step(tree, batch=batch))
+        TreeRate(batch=batch, tree=index, tokens_per_step=plan.composer.tokens_per_step(tree, batch=batch))
         for batch in sorted({1, *plan.spec.batches})
-        for place, tree in enumerate(plan.drafts)
+        for index, tree in enumerate(plan.drafts)
     ]
     calibrated = tuple(plan.calibration.replay(tree).tokens_per_step for tree in plan.drafts)
     return SweepTrees(trees=plan.trees, calibrated=calibrated, rates=tuple(rates))

@@ -1,5 +1,4 @@
-"""Traces of greedy decoding, and the decoding of any tree replayed from them: arithmetic on a file, no model,
-no device.
+"""Any tree decoded from a trace of greedy decoding: arithmetic on a file, no model, no device.
 
 A prompt's trace is the kept tokens y_1 .. y_n and, in row i and column k, the rank of y_{i+k} in draft head k
 read at the state that produced y_i; -1 where i + k > n. Rank = number of tokens with a greater logit, or an
@@ -33,12 +32,12 @@ from medusa_impl.tree import DraftTree, RankPath
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """The decoding of one tree over a trace: raw counts a step and a prompt; ratios are formed from them
-    once.
+    """The decoding of one tree over a trace: raw counts by step and by prompt.
 
+    Ratios are formed from the counts once. A step at position i starts when y_i is the last known token; its
+    acceptance length is cut at the prompt's last token.
     Shapes: P prompts, S steps of all prompts in order. `num_kept_tokens`, `num_steps` [P]; `positions`,
-    `acceptance_lengths` [S]. A step at position i starts when y_i is the last known token; its acceptance
-    length is cut at the prompt's last token.
+    `acceptance_lengths` [S].
     """
 
     trace: Trace
@@ -51,12 +50,12 @@ class Replay:
 
     @property
     def total_steps(self) -> int:
-        """The verification passes of all prompts, each decoded alone."""
+        """Return the verification passes of all prompts, each decoded alone."""
         return int(self.num_steps.sum())
 
     @property
     def tokens_per_step(self) -> float:
-        """The acceleration rate: sum of n - 1 over sum of steps; 1 exactly for vanilla.
+        """Return the acceleration rate: sum of n - 1 over sum of steps; 1 exactly for vanilla.
 
         Raises: UserError if no prompt took a step, which happens only where all end at their first token.
         """
@@ -69,28 +68,29 @@ class Replay:
 
     @cached_property
     def batch_steps(self) -> Ints:
-        """The steps of each batch of `batch` prompts in order: those of its slowest row."""
+        """Return the steps of each batch of `batch` prompts in order: those of its slowest row."""
         return np.maximum.reduceat(self.num_steps, np.arange(0, len(self.num_steps), self.batch))
 
     @cached_property
     def offsets(self) -> Ints:
-        """Where each prompt's steps begin in the step arrays, [P + 1]."""
+        """Return where each prompt's steps begin in the step arrays, [P + 1]."""
         return np.concatenate([[0], np.cumsum(self.num_steps)])
 
     def hops(self, prompt: int) -> Ints:
-        """The positions i at which the steps of one prompt, given by its index, started."""
+        """Return the positions i at which the steps of one prompt, given by its index, started."""
         return self.positions[self.offsets[prompt] : self.offsets[prompt + 1]]
 
     @cached_property
     def context_tokens(self) -> Ints:
-        """For every step the tokens known when it started, root included: prompt_tokens + i, [S]."""
+        """Return for every step the tokens known when it started, root included: prompt_tokens + i, [S]."""
         prompt_tokens = np.array([prompt.prompt_tokens for prompt in self.trace.prompts])
         return np.repeat(prompt_tokens, self.num_steps) + self.positions
 
     @cached_property
     def batch_context_tokens(self) -> Ints:
-        """For every step of every batch the longest context among its rows; a finished row stays with all its
-        tokens.
+        """Return for every step of every batch the longest context among its rows.
+
+        A row that has finished stays with all its tokens.
         """
         longest: list[Ints] = []
         for first, steps in zip(
@@ -106,8 +106,7 @@ class Replay:
 
 
 class ReplayIndex:
-    """A trace prepared once so that thousands of trees replay at about the cost of a few passes over its
-    positions each.
+    """A trace prepared once, so that thousands of trees replay at the cost of a few passes each.
 
     Positions are sorted by their rank rows, so the positions whose row starts with a path are one range. A
     tree's nodes are looked up among these ranges; the number of ranges over a position is the depth it
@@ -117,7 +116,7 @@ class ReplayIndex:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         ranks = trace.ranks
-        self._order = np.lexsort(ranks.T[::-1])
+        self._order = np.lexsort(ranks.T[::-1])  # reversed: numpy takes the last key as the first to sort by
         self._ranges = _prefix_ranges(ranks[self._order])
         self._kept = np.array([prompt.num_kept_tokens for prompt in trace.prompts], dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(self._kept)[:-1]])
@@ -132,11 +131,11 @@ class ReplayIndex:
         budget: int | None = None,
         batch: int | None = None,
     ) -> Replay:
-        """The decoding of `tree` with at most `num_heads` heads, `budget` tokens a prompt and batches of
-        `batch` prompts.
+        """Return the decoding of a tree.
 
-        With fewer heads than the tree is deep, the tree is pruned to their number. A smaller budget cuts
-        every prompt there.
+        At most `num_heads` heads, `budget` tokens a prompt and batches of `batch` prompts are used. With
+        fewer heads than the tree is deep, the tree is pruned to their number. A smaller budget cuts every
+        prompt there.
         Raises: UserError if the tree is deeper than the traced heads, or the budget, heads or batch lie
         outside what was traced.
         """
@@ -182,10 +181,11 @@ class ReplayIndex:
         return tree
 
     def _depths(self, tree: DraftTree) -> Ints:
-        """For every row the length of the longest prefix that is a node of the tree."""
+        """Return for every row the length of the longest prefix that is a node of the tree."""
         found = filter(None, map(self._ranges.get, tree.paths))  # the root has no range: it holds everywhere
         spans = np.fromiter(chain.from_iterable(found), dtype=np.int64).reshape(-1, 2)
         size = len(self._order) + 1
+        # The ranges over a row are those of its prefixes in the tree: their number is the depth reached.
         opened, closed = (np.bincount(spans[:, side], minlength=size) for side in (0, 1))
         depths = np.empty(size - 1, dtype=np.int64)
         depths[self._order] = np.cumsum(opened - closed)[:-1]
@@ -200,13 +200,17 @@ def replay(
     budget: int | None = None,
     batch: int | None = None,
 ) -> Replay:
-    """The decoding of one tree over a trace; for many trees prepare a `ReplayIndex` once and ask that."""
+    """Return the decoding of one tree over a trace.
+
+    For many trees prepare a `ReplayIndex` once and ask that.
+    """
     return ReplayIndex(trace).replay(tree, num_heads=num_heads, budget=budget, batch=batch)
 
 
 def _prefix_ranges(rows: NDArray[np.int32]) -> dict[RankPath, tuple[int, int]]:
-    """For every path that begins a row of a lexicographically sorted table, the range of rows that begin with
-    it.
+    """Return the range of rows that begin with a path, for every path that begins a row.
+
+    The rows are those of a lexicographically sorted table.
     """
     ranges: dict[RankPath, tuple[int, int]] = {}
     is_new = np.zeros(len(rows), dtype=bool)
@@ -222,11 +226,11 @@ def _prefix_ranges(rows: NDArray[np.int32]) -> dict[RankPath, tuple[int, int]]:
 
 
 def _visited(landing: Ints, *, first: Ints, last: Ints) -> Ints:
-    """The rows at which steps start, in order: from every `first` along `landing` until `last`, which is not
-    one of them.
+    """Return the rows at which steps start, in order.
 
-    Doubling: with the rows of the first 2^r hops and the landing of 2^r hops known, one gather gives twice as
-    many of both. The last row of a prompt lands on itself.
+    They lead from every `first` along `landing` to `last`, which is not one of them. Doubling: with the rows
+    of the first 2^r hops and the landing of 2^r hops known, one gather gives twice as many of both. The last
+    row of a prompt lands on itself.
     """
     rows, jump = first, landing
     while (jump[first] != last).any():

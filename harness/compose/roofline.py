@@ -1,5 +1,4 @@
-"""The roofline of Appendix G as pure arithmetic: what a step must read and compute, and how long a device
-needs at least for it.
+"""The roofline of Appendix G: what a step reads and computes, and how long a device needs at least.
 
 Every figure from here is `predicted`: kernels reach neither the bandwidth nor the throughput that a data
 sheet names. A step with n candidates reads the same weights as a step with one, so it costs almost as little
@@ -44,31 +43,35 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """Operational intensity, flop/byte."""
+        """Return the operational intensity, flop/byte."""
         return self.flop / self.num_bytes
 
     def seconds(self, limits: Limits) -> float:
-        """The least time: the slower of moving the bytes and doing the arithmetic, the two overlapped."""
+        """Return the least time: the slower of moving the bytes and doing the arithmetic.
+
+        The two overlap.
+        """
         return max(self.num_bytes / limits.bytes_per_s, self.flop / limits.flop_per_s)
 
 
 def llama_7b_block() -> ModelShape:
-    """One block of Llama-7B, the simplified model of the simulations in Appendix G.3."""
+    """Return one block of Llama-7B, the simplified model of the simulations in Appendix G.3."""
     return ModelShape(
         num_layers=1,
         hidden_size=4096,
         num_attention_heads=32,
         num_key_value_heads=32,
         head_size=128,
-        intermediate_size=11008,  # the four sizes: config.json of the public Llama-7B weights
+        intermediate_size=11008,  # all sizes here: config.json of the public Llama-7B weights
     )
 
 
 def attention_intensity(
     num_tokens: int, *, context_tokens: int, head_size: int = ATTENTION_HEAD_SIZE
 ) -> float:
-    """Operational intensity of one attention product: s q d / (s q + (s + q) d), whatever the batch.
+    """Return the operational intensity of one attention product: s q d / (s q + (s + q) d).
 
+    It does not depend on the batch.
     Paper: Appendix G, Tables 5 to 7.
     """
     scores = context_tokens * num_tokens
@@ -78,9 +81,9 @@ def attention_intensity(
 def linear_intensity(
     num_tokens: int, *, batch: int, inputs: int = LLAMA_33B_HIDDEN, outputs: int = LLAMA_33B_INTERMEDIATE
 ) -> float:
-    """Operational intensity of one linear layer on `batch` rows of `num_tokens`: b q h i / (b q (h + i) + h
-    i).
+    """Return the operational intensity of one linear layer: b q h i / (b q (h + i) + h i).
 
+    The layer reads `batch` rows of `num_tokens`.
     Paper: Appendix G, Tables 5 and 8.
     """
     rows = batch * num_tokens
@@ -88,7 +91,7 @@ def linear_intensity(
 
 
 def linear_work(rows: int, *, inputs: int, outputs: int, dtype_bytes: int) -> Work:
-    """One linear layer: weights, inputs and outputs once each."""
+    """Return the work of one linear layer: weights, inputs and outputs once each."""
     return Work(
         num_bytes=dtype_bytes * (rows * (inputs + outputs) + inputs * outputs),
         flop=2 * rows * inputs * outputs,
@@ -98,8 +101,9 @@ def linear_work(rows: int, *, inputs: int, outputs: int, dtype_bytes: int) -> Wo
 def attention_work(
     shape: ModelShape, num_tokens: int, *, context_tokens: int, batch: int, dtype_bytes: int
 ) -> Work:
-    """Either attention product of one block; scores are written out, as in the paper's space column, and keys
-    are read once a group.
+    """Return the work of either attention product of one block.
+
+    Scores are written out, as in the paper's space column, and keys are read once a group.
     """
     scores = shape.num_attention_heads * context_tokens * num_tokens
     per_token = shape.num_key_value_heads * context_tokens + shape.num_attention_heads * num_tokens
@@ -116,7 +120,7 @@ def step_seconds(
     batch: int = 1,
     dtype_bytes: int = 2,
 ) -> float:
-    """The predicted time of one backbone step over `num_nodes` tokens a row.
+    """Return the predicted time of one backbone step over `num_nodes` tokens a row.
 
     Each operator takes its own roofline time and they add up. Softmax, norms, rotary positions, launches,
     heads and acceptance are left out, as in the paper; `context_tokens` are the keys read.
@@ -132,7 +136,7 @@ def step_seconds(
 def _step_work(
     shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int
 ) -> list[tuple[int, Work]]:
-    """What one backbone step consists of: each operator and how often it occurs."""
+    """Return what one backbone step consists of: each operator and how often it occurs."""
     if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
         raise UserError(
             found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes",
@@ -169,7 +173,7 @@ def heads_seconds(
     batch: int = 1,
     dtype_bytes: int = 2,
 ) -> float:
-    """The predicted time of one evaluation of all draft heads, at one state a row.
+    """Return the predicted time of one evaluation of all draft heads, at one state a row.
 
     Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the
     unembedding for all heads (`shared`), or one a head with its own weights (`own`). No head takes no time.
@@ -201,7 +205,7 @@ def step_cost(
     batch: int = 1,
     dtype_bytes: int = 2,
 ) -> float:
-    """The predicted step cost: a step of `num_nodes` over a step of one."""
+    """Return the predicted step cost: a step of `num_nodes` over a step of one."""
     one_s, many_s = (
         step_seconds(
             shape,
@@ -231,14 +235,14 @@ class Simulation:
     max_nodes: int = 256
 
     def speedup(self, num_nodes: int, *, context_tokens: int, batch: int) -> float:
-        """The simulated speedup with `num_nodes` candidates."""
+        """Return the simulated speedup with `num_nodes` candidates."""
         cost = step_cost(
             self.shape, self.limits, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
         )
         return self.slope * math.log(num_nodes, self.log_base) / cost
 
     def best(self, *, context_tokens: int, batch: int) -> tuple[int, float]:
-        """The number of candidates from 2 to `max_nodes` with the greatest speedup, and that speedup."""
+        """Return the best number of candidates from 2 to `max_nodes`, and its speedup."""
         one_s = step_seconds(self.shape, self.limits, num_nodes=1, context_tokens=context_tokens, batch=batch)
         speedups: dict[int, float] = {}
         for nodes in range(2, self.max_nodes + 1):
@@ -251,8 +255,9 @@ class Simulation:
 
 
 class Prediction(Frozen):
-    """One measured time and what the roofline predicts for it; the roofline is a lower bound, so `ratio` is
-    seldom below 1.
+    """One measured time and what the roofline predicts for it.
+
+    The roofline is a lower bound, so `ratio` is seldom below 1.
     """
 
     measured_s: float = Field(gt=0, allow_inf_nan=False)
@@ -260,12 +265,12 @@ class Prediction(Frozen):
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted."""
+        """Return measured over predicted."""
         return self.measured_s / self.predicted_s
 
     @property
     def error(self) -> float:
-        """The prediction's relative error, negative where the device is slower than predicted."""
+        """Return the prediction's relative error, negative where the device is slower than predicted."""
         return self.predicted_s / self.measured_s - 1
 
 
@@ -278,7 +283,7 @@ def measured_limits(record: LatencyRecord, dtype: str) -> Limits | None:
 
 
 def predict(record: LatencyRecord, point: LatencyPoint, limits: Limits) -> Prediction:
-    """Return a timed point's backbone time beside what the roofline predicts for it."""
+    """Return the measured time of a point's backbone, and what the roofline predicts for it."""
     predicted_s = step_seconds(
         record.facts.roofline_shape,
         limits,
@@ -297,7 +302,7 @@ def prediction_error(pairs: Iterable[Prediction]) -> PredictionError:
     """
     points = tuple(pairs)
     if not points:
-        raise UserError(found="no prediction", need="at least one measured time beside its prediction")
+        raise UserError(found="no prediction", need="at least one measured time with its prediction")
     errors = [abs(point.error) for point in points]
     return PredictionError(
         num_points=len(points),

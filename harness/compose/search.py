@@ -1,5 +1,4 @@
-"""Which tree makes a device fastest: the one with the most tokens/step over what a step of its size costs
-there; torch-free.
+"""Which tree makes a device fastest: the most tokens/step over what a step of its size costs there.
 
 Two searches, compared on text that neither saw:
 
@@ -37,7 +36,7 @@ from medusa_impl.tree_search import grow_by_joint_hits, marginal_accuracies
 METHODS: tuple[Method, ...] = ("joint", "independent")
 Floats = NDArray[np.float64]
 Price = Callable[[int, int], float | None]
-_EVERY_SIZE_UP_TO = 64  # beyond, every fourth size: the frontier is flat there
+_EVERY_SIZE_UP_TO = 64  # then every fourth size: among larger trees the speed hardly changes
 
 
 class CostChoice(Frozen):
@@ -63,8 +62,9 @@ class CostChoice(Frozen):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tree that a search offers at a size and a depth limit, with the tokens/step it believes in; built
-    only when chosen.
+    """A tree that a search offers at a size and a depth limit; built only when it is chosen.
+
+    `rate` is the tokens/step that the search believes in.
     """
 
     num_nodes: int
@@ -74,8 +74,9 @@ class Candidate:
 
 
 class SearchSpace:
-    """All candidates of both searches on one calibration trace: made once, priced for as many devices as
-    wanted.
+    """All candidates of both searches on one calibration trace.
+
+    They are made once and priced for as many devices as wanted.
     """
 
     def __init__(
@@ -122,16 +123,16 @@ class SearchSpace:
         chosen: tuple[Candidate, float] | None = None
         unpriced = 0
         for candidate in offered:
-            place = (candidate.num_nodes, candidate.max_depth)
-            if place not in prices:
-                prices[place] = price(*place)
-            step_s = prices[place]
+            size = (candidate.num_nodes, candidate.max_depth)
+            if size not in prices:
+                prices[size] = price(*size)
+            step_s = prices[size]
             if step_s is None:
                 unpriced += 1
                 continue
             if not step_s > 0:
                 raise UserError(
-                    found=f"a price of {step_s} s for {place[0]} nodes",
+                    found=f"a price of {step_s} s for {size[0]} nodes",
                     need="a price above 0",
                     where="the search",
                 )
@@ -197,10 +198,10 @@ class IndependentProgramme:
     on d alone, since a chance is a product along the path. With a_r the accuracy of rank r in the head of
     depth d + 1,
 
-        U_d(n) = 1 + F_0(n - 1),    F_r(m) = max(F_{r+1}(m), max over j >= 1 of a_r U_{d+1}(j) + F_{r+1}(m -
-        j)),
+        U_d(n) = 1 + F_0(n - 1),
+        F_r(m) = max(F_{r+1}(m), max over j >= 1 of a_r U_{d+1}(j) + F_{r+1}(m - j)),
 
-    and F behind the last rank is 0 for m = 0 alone.
+    and F after the last rank is 0 for m = 0 alone.
     Shapes: `accuracy` [D, R], row d the accuracies of the head that proposes depth d + 1; rows may be in any
     order of size.
     Paper: section 2.3.3, whose greedy growth finds the same values. Departs: a search over all trees, so that
@@ -219,7 +220,7 @@ class IndependentProgramme:
         self._max_nodes = max_nodes
         below = np.full(max_nodes + 1, -np.inf)
         below[1] = 1.0  # a leaf
-        # deepest level last; [R, m]: nodes given to rank r where ranks r.. share m
+        # Deepest level last. [R, m]: nodes given to rank r where ranks r and later share m.
         self._taken: list[NDArray[np.int64]] = []
         for row in table[::-1]:
             below, taken = _level(row, below, max_nodes=max_nodes)
@@ -257,7 +258,7 @@ class IndependentProgramme:
 
 def _level(row: Floats, below: Floats, *, max_nodes: int) -> tuple[Floats, NDArray[np.int64]]:
     """Return U of one level from U of the level below, and how many nodes each rank was given."""
-    shared = np.full(max_nodes, -np.inf)  # F_R: nothing to give
+    shared = np.full(max_nodes, -np.inf)  # F_R: no rank is left to give nodes to
     shared[0] = 0.0
     taken = np.zeros((len(row), max_nodes), dtype=np.int64)
     sizes = np.flatnonzero(np.isfinite(below))
@@ -266,7 +267,7 @@ def _level(row: Floats, below: Floats, *, max_nodes: int) -> tuple[Floats, NDArr
         best = shared.copy()
         for size in sizes.tolist():
             offered = row[rank] * below[size] + shared[: max_nodes - size]
-            better = offered > best[size:]
+            better = offered > best[size:]  # strictly: of equals the subtree of fewer nodes stays
             best[size:][better] = offered[better]
             taken[rank, size:][better] = size
         shared = best
@@ -287,10 +288,9 @@ def search_sizes(max_nodes: int) -> tuple[int, ...]:
 def cached_choices(
     space_key: str, *, curve_fingerprint: str, folder: Path | None, search: Callable[[], Sequence[CostChoice]]
 ) -> tuple[CostChoice, ...]:
-    """Return what `search` finds, kept in `folder` under the fingerprints of search space and curve; without
-    a folder nothing is kept.
+    """Return what `search` finds, kept in `folder` by the fingerprints of search space and curve.
 
-    A file that another version wrote or a kill cut short is searched anew.
+    Without a folder nothing is kept. A file that another version wrote or a kill cut short is searched anew.
     """
     path = (
         folder / f"{canonical_sha256([space_key, curve_fingerprint])[:24]}.json"

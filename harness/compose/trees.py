@@ -36,8 +36,9 @@ _SEARCH_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56
 
 
 def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownTree:
-    """Grow a tree on a calibration trace by head accuracies (`marginals`, the paper's way) or by joint hits
-    (`joint`).
+    """Grow a tree on a calibration trace, by head accuracies or by joint hits.
+
+    `values` is `marginals`, the paper's way, or `joint`.
     """
     ranks = trace.ranks[:, :num_heads]
     if values == "marginals":
@@ -46,8 +47,9 @@ def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownT
 
 
 def best_widths(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> tuple[int, ...]:
-    """Return the widths of the Cartesian tree of at most `max_nodes` nodes with the most tokens/step on the
-    calibration trace.
+    """Return the widths of the Cartesian tree with the most tokens/step on the calibration trace.
+
+    It has at most `max_nodes` nodes.
     """
     return largest_cartesian(
         num_heads,
@@ -59,9 +61,7 @@ def best_widths(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> 
 def fastest_tree(
     trace: Trace, *, costs: tuple[StepCost, ...], max_nodes: int, num_heads: int
 ) -> tuple[DraftTree, str]:
-    """Return the nested tree with the most calibrated tokens a second on this machine, and a line that says
-    how it was chosen.
-    """
+    """Return the nested tree with the most calibrated tokens a second here, and how it was chosen."""
     grown = grow(trace, num_nodes=max_nodes, values="joint", num_heads=num_heads)
     index = ReplayIndex(trace)
     measured = sorted(
@@ -74,6 +74,7 @@ def fastest_tree(
             where="the run",
         )
     nodes, seconds = zip(*measured, strict=True)
+    # Between the timed sizes only: np.interp would hold the end's time for larger trees and flatter them.
     sizes = [size for size in _SEARCH_SIZES if nodes[0] <= size <= min(max_nodes, nodes[-1])]
     choice = best_size_for_cost(
         grown,
@@ -121,8 +122,10 @@ def check_fixed_trees(
     has_calibration: bool,
     backbone: BackboneName = "original",
 ) -> None:
-    """Refuse, before anything is measured, a tree that is no tree or is deeper than its heads, and a search
-    without a calibration trace.
+    """Refuse a tree or a search that cannot work, before anything is measured.
+
+    A tree is refused where it is no tree or is deeper than its heads, a search where it has no calibration
+    trace.
     """
     for arm in suite.arms:
         if (
@@ -137,6 +140,7 @@ def check_fixed_trees(
 
 
 def _check_depth(tree: DraftTree, arm: ArmSpec, *, num_heads: int) -> None:
+    """Refuse a tree that is deeper than its heads."""
     if tree.depth > num_heads:
         raise UserError(
             found=f"a tree of depth {tree.depth}",
@@ -154,6 +158,7 @@ def _resolve(
     num_heads: int,
     base_folder: Path | None,
 ) -> tuple[DraftTree, str]:
+    """Return an arm's tree and where it came from."""
     spec = arm.tree
     if isinstance(spec, ChainTree):
         return DraftTree.chain(spec.depth), f"chain of {spec.depth}"

@@ -222,7 +222,7 @@ def plan_runs(
     spec, tasks, without_curve = plan.spec, list[RunTask](), list[FailedCell]()
     for setting in spec.sampled.settings if spec.sampled is not None else ():
         tree = plan.run_tree if setting.rule != "vanilla" else None
-        tasks.append(SampledTask(setting, tree=tree, place=plan.places[tree] if tree is not None else None))
+        tasks.append(SampledTask(setting, tree=tree, place=plan.indices[tree] if tree is not None else None))
     if spec.decoded is None:
         return tuple(tasks), ()
     dtype = load_suite(resolve_path(spec.suite, base_folder=base_folder)).model.dtype
