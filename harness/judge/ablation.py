@@ -1,8 +1,7 @@
-"""From an ablation's record to its figures: ratios from totals, intervals over texts, and how far the seeds
-lie apart. Pure.
+"""From an ablation's record to its figures: ratios from totals, and intervals over texts.
 
 Seeds of an arm are pooled text by text, so an interval says what other texts would have given with these
-trainings; what other seeds would have given, the spread over seeds says.
+trainings. What other seeds would have given, the spread over seeds says.
 """
 
 from __future__ import annotations
@@ -32,8 +31,9 @@ NGRAM_TOKENS = 4
 
 @dataclass(frozen=True)
 class Columns:
-    """A ratio's numerator and denominator, one entry a text, all seeds of an arm added up; `seeds` holds the
-    ratio of each seed alone.
+    """A ratio's numerator and denominator, one entry a text, all seeds of an arm added up.
+
+    `seeds` holds the ratio of each seed alone.
     """
 
     numerator: Floats
@@ -82,16 +82,16 @@ class CategoryChange:
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One arm in figures.
+    """One arm in figures; None where an arm or a text is missing, or too short.
 
-    `kl` is KL(original || tuned) in nats a token on the original's own held-out answers; perplexities on
-    those answers and on texts of another hand; `top_accuracies[k][r]` is the share of head k + 1's held-out
-    targets among its r + 1 best; `gain` is tokens/step at the fixed tree over the arm `medusa1`'s, and
-    `original_text_gain` the same with every arm reading the original's answers instead of its own;
-    `start_gain` and `original_text_start_gain` are over the start's, which training on may have made better
-    or worse. `repetition` is the share of the own text's 4-grams that stood in the same answer before.
-    `kl_above` is the arm's divergence less that of the arm `ramped`, paired by text. None where an arm or a
-    text is missing, or too short.
+    `kl` is KL(original || tuned) in nats a token on the original's own held-out answers, and `kl_above` the
+    arm's divergence less that of the arm `ramped`, paired by text. Perplexities are on those answers, and on
+    texts that others wrote. `top_accuracies[k][r]` is the share of head k + 1's held-out targets among its r
+    + 1 best.
+    `gain` is tokens/step at the fixed tree over the arm `medusa1`'s, and `original_text_gain` the same with
+    every arm reading the original's answers instead of its own. `start_gain` and `original_text_start_gain`
+    are over the start's, which training on may have made better or worse. `repetition` is the share of the
+    own text's 4-grams that had occurred in the same answer before.
     """
 
     arm: str
@@ -170,8 +170,9 @@ def _row(record: AblationRecord, arm: str) -> AblationRow:
 
 
 def _gain(record: AblationRecord, arm: str, *, over: str, text: TextKind) -> Interval | None:
-    """Return an arm's tokens/step over another's; None for that arm itself, for the start, and where one of
-    them is missing.
+    """Return an arm's tokens/step over another's.
+
+    None for that arm itself, for the start, and where one of them is missing.
     """
     if arm in (over, START_ARM):
         return None
@@ -183,6 +184,7 @@ def _gain(record: AblationRecord, arm: str, *, over: str, text: TextKind) -> Int
 
 
 def _or_none(figure: Callable[[], Interval]) -> Interval | None:
+    """Return a figure, or None where the record lacks what it needs."""
     try:
         return figure()
     except NotTestable:
@@ -230,10 +232,10 @@ def best_rate_columns(
     max_depth: int | None = None,
     text: TextKind = "own",
 ) -> Columns:
-    """Return decoded tokens over steps at each seed's own best tree, grown on half of its prompts and judged
-    on the others, both ways.
+    """Return decoded tokens over steps at each seed's own best tree.
 
-    The halves share every category, every other prompt of it each.
+    The tree is grown on half of the seed's prompts and judged on the others, both ways. The halves share
+    every category, every other prompt of it each.
     Raises: NotTestable where the arm was not run, has fewer than four prompts, or its heads make no tree of
     that size.
     """
@@ -252,8 +254,9 @@ def best_rate_columns(
 
 
 def repetition_columns(record: AblationRecord, arm: str) -> Columns:
-    """Return, by prompt, how many 4-grams of the arm's own greedy answer stood in it before, over all of
-    them.
+    """Return how many 4-grams of the arm's own greedy answers had occurred before, over all of them.
+
+    Both are by prompt; a 4-gram counts where it occurred earlier in the same answer.
     """
     tables = []
     for result in _results(record, arm):
@@ -267,8 +270,9 @@ def repetition_columns(record: AblationRecord, arm: str) -> Columns:
 
 
 def perplexities(texts: Sequence[TextChange]) -> tuple[float, float]:
-    """Return exp of the mean negative log-likelihood under the original and the tuned model, over all
-    positions of the texts.
+    """Return the texts' perplexity under the original and under the tuned model.
+
+    It is exp of the mean negative log-likelihood over all positions of the texts.
     """
     count = sum(text.num_positions for text in texts)
     before, after = (
@@ -278,8 +282,9 @@ def perplexities(texts: Sequence[TextChange]) -> tuple[float, float]:
 
 
 def head_accuracies(results: Sequence[ArmResult]) -> tuple[tuple[float | None, ...], ...]:
-    """Return, per head, the share of held-out targets among its 1, 2, .., 10 best tokens, all seeds
-    together.
+    """Return each head's share of held-out targets among its 1, 2, .., 10 best tokens.
+
+    All seeds count together.
     """
     texts = [text for result in results for text in result.heads]
     targets = np.sum([text.num_targets for text in texts], axis=0)
@@ -323,7 +328,10 @@ def _trace(record: AblationRecord, result: ArmResult, text: TextKind) -> Trace:
 
 
 def _pooled(tables: Iterable[dict[str, tuple[float, float]]]) -> Columns:
-    """Add up the seeds of an arm by text, texts in the order of their keys, so that arms pair."""
+    """Return the seeds of an arm added up by text.
+
+    Texts stand in the order of their keys, so that arms pair.
+    """
     kept = list(tables)
     keys = sorted(kept[0])
     if any(sorted(table) != keys for table in kept):

@@ -1,8 +1,7 @@
-"""The named list of validity checks that every record must pass before a figure of it counts: each says what
-it found and needs.
+"""The validity checks that every record must pass before a figure of it counts.
 
-A check that does not apply (no such arm, no speed reported) is skipped and says why. One that fails makes the
-run invalid.
+Each says what it found and what it needs. A check that does not apply (no such arm, no speed reported) is
+skipped and says why. One that fails makes the run invalid.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jso
 
 
 def trials_complete(record: RunRecord) -> CheckOutcome:
-    """Every arm has an outcome for every prompt, round and seed, and the manifest counts them all."""
+    """Check that every arm has an outcome for every prompt, round and seed, and the manifest counts all."""
     trials = {outcome.trial for outcome in record.outcomes}
     prompts = sorted({trial.prompt_key for trial in trials})
     planned = {
@@ -58,7 +57,7 @@ def trials_complete(record: RunRecord) -> CheckOutcome:
 
 
 def no_failures(record: RunRecord) -> CheckOutcome:
-    """No trial is left failed."""
+    """Check that no trial is left failed."""
     failures = [f"{_name(failure.trial)}: {failure.error_type}" for failure in record.failures]
     return _none_wrong(
         "no_failures", failures, checked=f"{len(record.outcomes)} outcomes", need="no failed trial"
@@ -66,7 +65,7 @@ def no_failures(record: RunRecord) -> CheckOutcome:
 
 
 def seal_intact(record: RunRecord) -> CheckOutcome:
-    """The manifest is there, lists the files that matter, and every hash agrees."""
+    """Check that the manifest is there, lists the files that matter, and every hash agrees."""
     need = "a manifest whose SHA-256 agree with every file"
     try:
         record.check_seal()
@@ -83,7 +82,9 @@ def seal_intact(record: RunRecord) -> CheckOutcome:
 
 
 def token_counts(record: RunRecord) -> CheckOutcome:
-    """Steps add up: every step keeps at least one token, all of them n - 1, with one time each, within the
+    """Check that the tokens and times of the steps add up.
+
+    Every step keeps at least one token, all of them keep n - 1 and have one time each, and n lies within the
     budget.
     """
     budget = record.suite.max_new_tokens
@@ -103,7 +104,7 @@ def token_counts(record: RunRecord) -> CheckOutcome:
 
 
 def stop_rule(record: RunRecord) -> CheckOutcome:
-    """End-of-sequence ends a generation and stands nowhere else; any other generation fills the budget.
+    """Check that a generation ends at end-of-sequence or at the budget, and nowhere goes past its end.
 
     The end-of-sequence ids are the last ids of the generations that say they ended so.
     """
@@ -129,7 +130,7 @@ def stop_rule(record: RunRecord) -> CheckOutcome:
 
 
 def vanilla_steps(record: RunRecord) -> CheckOutcome:
-    """Vanilla takes n - 1 steps: one token each, the prefill yields the first."""
+    """Check that vanilla takes n - 1 steps: one token each, and the prefill yields the first."""
     generations = _of_arms(record, lambda arm: arm.method == "vanilla")
     wrong = [
         _name(generation.trial)
@@ -145,7 +146,7 @@ def vanilla_steps(record: RunRecord) -> CheckOutcome:
 
 
 def equal_prompts(record: RunRecord) -> CheckOutcome:
-    """All arms decode the same prompts: same keys, same number of prompt tokens, same category."""
+    """Check that all arms decode the same prompts: same keys, numbers of prompt tokens and categories."""
     seen = {
         arm.name: {_prompt(generation) for generation in _generations(record, arm=arm.name)}
         for arm in record.suite.arms
@@ -159,7 +160,10 @@ def equal_prompts(record: RunRecord) -> CheckOutcome:
 
 
 def equal_budgets(record: RunRecord) -> CheckOutcome:
-    """Every generation that the budget ended has as many tokens as any other, in the trace too."""
+    """Check that every generation that the budget ended has as many tokens as any other.
+
+    The trace counts as one more generation.
+    """
     lengths = {
         generation.num_tokens for generation in _generations(record) if generation.ended_by == "budget"
     }
@@ -169,10 +173,10 @@ def equal_budgets(record: RunRecord) -> CheckOutcome:
 
 
 def greedy_parity(record: RunRecord) -> CheckOutcome:
-    """Greedy arms yield their baseline's tokens, but for shown ties: few in float32; in half precision as
-    many as its rounding makes.
+    """Check that greedy arms yield their baseline's tokens, but for shown ties.
 
-    A tie of the baseline's text shows in every arm, so places and tokens are counted once, not once an arm.
+    Float32 allows few ties; half precision as many as its rounding makes. A tie of the baseline's text shows
+    in every arm, so positions and tokens are counted once, not once an arm.
     """
     report = parity_report(record)
     references = {
@@ -191,37 +195,38 @@ def greedy_parity(record: RunRecord) -> CheckOutcome:
         f"{row.arm} {row.prompt_key} at {row.position}" for row in report.divergences if row.kind == "bug"
     ]
     found = (
-        f"{report.num_identical} of {report.num_compared} identical, tokens part at {ties} ties in "
-        f"{num_tokens}"
+        f"{report.num_identical} of {report.num_compared} identical, texts differ at {ties} ties in "
+        f"{num_tokens:,} tokens"
     )
     found += _first(f", {len(bugs)} bugs", bugs)
     dtype, rounding = record.environment.dtype, report.rounding
     if rounding is not None:
         found += (
-            f"; {dtype} texts are equal only up to ties, {rounding.num_equal_tokens} tokens over "
-            "all arms; rounding moved gaps by "
-        )
-        found += (
-            f"{rounding.largest_shift:.3g}, and {rounding.share_below:.0%} of the places have one "
-            f"below {rounding.tie_margin:.3g}"
+            f"; {dtype} texts are equal only up to ties, {rounding.num_equal_tokens:,} tokens over all arms; "
+            f"rounding moved gaps by {rounding.largest_shift:.3g}, and {rounding.share_below:.0%} of the "
+            f"positions have a gap below {rounding.tie_margin:.3g}"
         )
         return _outcome(
             "greedy_parity",
             not bugs,
             found=found,
-            need=f"no divergence but at a gap below {rounding.tie_margin:.3g}",
+            need=f"no difference other than at a gap below {rounding.tie_margin:.3g}",
         )
     if dtype != "float32":
         return _skipped("greedy_parity", f"{found}; {dtype}, whose rounding is not measured here")
     allowed = ceil(num_tokens / TOKENS_PER_TIE)
     return _outcome(
-        "greedy_parity", not bugs and ties <= allowed, found=found, need=f"no bug, at most {allowed} ties"
+        "greedy_parity",
+        not bugs and ties <= allowed,
+        found=found,
+        need=f"no bug, at most {allowed} {'tie' if allowed == 1 else 'ties'}",
     )
 
 
 def replay_equals_decode(record: RunRecord) -> CheckOutcome:
-    """Replaying the trace gives every greedy Medusa generation's steps, but for shown ties and, between them,
-    ranks that rounding moved.
+    """Check that replaying the trace gives every greedy Medusa generation's steps.
+
+    Shown ties are excused and, between them, ranks that rounding moved.
     """
     generations = _of_arms(record, lambda arm: arm.method == "medusa" and is_deterministic(arm))
     if not generations:
@@ -249,7 +254,7 @@ def replay_equals_decode(record: RunRecord) -> CheckOutcome:
         row for row in generations if (backbone_of[row.trial.arm], row.trial.prompt_key) not in traced
     ]
     bugs += [f"{_name(generation.trial)} has no trace" for generation in untraced]
-    found = f"{len(generations)} generations, {len(differences)} with other steps" + _first(
+    found = f"{len(generations)} generations, {len(differences)} with other steps than replayed" + _first(
         ", unexplained", bugs
     )
     if (dtype := record.environment.dtype) != "float32":
@@ -257,15 +262,16 @@ def replay_equals_decode(record: RunRecord) -> CheckOutcome:
             return _skipped("replay_equals_decode", f"{found}; {dtype}, where replay is an approximation")
         num_steps, num_known = steps_known(record)
         found += (
-            f"; {dtype}, {num_steps} steps before the texts part, in {num_known} of which its "
-            "rounding leaves one length only"
+            f"; {dtype}, {num_steps:,} steps before the texts differ, and in {num_known:,} of them rounding "
+            "leaves one length only"
         )
     return _outcome("replay_equals_decode", not bugs, found=found, need="the replayed steps, or a shown tie")
 
 
 def heads_beat_random(record: RunRecord) -> CheckOutcome:
-    """Every trained head is right more often than a random one on held-out text, the first by three standard
-    errors.
+    """Check that every trained head is right more often than a random one on held-out text.
+
+    The first head must be so by three standard errors.
     """
     need = f"every head above random, the first by {STANDARD_ERRORS_OVER_RANDOM:.0f} standard errors"
     if all(arm.method != "medusa" for arm in record.suite.arms):
@@ -297,8 +303,9 @@ def heads_beat_random(record: RunRecord) -> CheckOutcome:
 
 
 def repeats_agree(record: RunRecord) -> CheckOutcome:
-    """A greedy arm gives the same tokens whenever it decodes the same prompt: in every round, in every
-    attempt.
+    """Check that a greedy arm gives the same tokens whenever it decodes the same prompt.
+
+    That holds in every round and in every attempt.
     """
     texts: dict[tuple[str, str], list[tuple[int, ...]]] = defaultdict(list)
     for generation in _attempts(record):
@@ -314,7 +321,7 @@ def repeats_agree(record: RunRecord) -> CheckOutcome:
 
 
 def seeds_matter(record: RunRecord) -> CheckOutcome:
-    """The seeds of a sampling arm give different texts on at least one prompt."""
+    """Check that the seeds of a sampling arm give different texts on at least one prompt."""
     sampling = [arm.name for arm in record.suite.arms if len(arm.seeds) > 1]
     if not sampling:
         return _skipped("seeds_matter", "no arm with several seeds")
@@ -328,7 +335,7 @@ def seeds_matter(record: RunRecord) -> CheckOutcome:
 
 
 def acceptance_within_tree(record: RunRecord) -> CheckOutcome:
-    """No step keeps more tokens than the longest path of the arm's tree, root counted."""
+    """Check that no step keeps more tokens than the longest path of the arm's tree, root counted."""
     arms = [arm for arm in record.suite.arms if arm.method == "medusa"]
     if not arms:
         return _skipped("acceptance_within_tree", "no Medusa arm")
@@ -348,8 +355,9 @@ def acceptance_within_tree(record: RunRecord) -> CheckOutcome:
 
 
 def timings_valid(record: RunRecord) -> CheckOutcome:
-    """Every time is positive and finite, and every trial has a timing that counts; timings marked invalid are
-    left out.
+    """Check that every time is positive and finite, and that every trial has a timing that counts.
+
+    Timings that are marked invalid are left out.
     """
     if not record.suite.reports_speed:
         return _skipped("timings_valid", "the suite reports no speed")
@@ -372,7 +380,10 @@ def timings_valid(record: RunRecord) -> CheckOutcome:
 
 
 def machine_quiet(record: RunRecord) -> CheckOutcome:
-    """The machine did not do far more than this measurement: median load per core within a generous bound."""
+    """Check that the machine did not do far more than this measurement.
+
+    The median load a core must stay within a generous bound.
+    """
     if not record.suite.reports_speed:
         return _skipped("machine_quiet", "the suite reports no speed")
     loads = [
@@ -392,7 +403,7 @@ def machine_quiet(record: RunRecord) -> CheckOutcome:
 
 
 def arms_interleaved(record: RunRecord) -> CheckOutcome:
-    """All arms decode one prompt before any decodes the next, and not always in the same order."""
+    """Check that all arms decode one prompt before any decodes the next, in changing order."""
     if not record.suite.reports_speed:
         return _skipped("arms_interleaved", "the suite reports no speed")
     blocks: dict[tuple[int, str], list[Generation]] = defaultdict(list)
@@ -416,8 +427,9 @@ def arms_interleaved(record: RunRecord) -> CheckOutcome:
 
 
 def provenance_agrees(record: RunRecord) -> CheckOutcome:
-    """The trace is of the model, heads and precision that the environment names; commit and dirty flag are
-    shown.
+    """Check that the trace is of the model, heads and precision that the environment names.
+
+    Commit and dirty flag are shown.
     """
     environment = record.environment
     wrong = []
@@ -448,7 +460,7 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
 
 
 def bandwidth_sane(record: RunRecord) -> CheckOutcome:
-    """Vanilla does not read its weights faster than the device can."""
+    """Check that vanilla does not read its weights faster than the device can."""
     if not record.suite.reports_speed:
         return _skipped("bandwidth_sane", "the suite reports no speed")
     shares = {
@@ -490,7 +502,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def run_checks(record: RunRecord) -> tuple[CheckOutcome, ...]:
-    """The outcome of every check, in order; one that cannot read what it judges has failed."""
+    """Return the outcome of every check, in order; one that cannot read what it judges has failed."""
     return tuple(_run(check, record) for check in CHECKS)
 
 
@@ -523,7 +535,7 @@ def _none_wrong(name: str, wrong: list[str], *, checked: str, need: str) -> Chec
 
 
 def _first(label: str, names: Iterable[str]) -> str:
-    """A label with the first of the names and how many more there are; nothing if there is none."""
+    """Return a label with the first name and how many more there are; nothing if there is none."""
     listed = list(names)
     more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
     return f"{label}: {listed[0]}{more}" if listed else ""
@@ -539,7 +551,7 @@ def _generations(record: RunRecord, *, arm: str | None = None) -> list[Generatio
 
 
 def _attempts(record: RunRecord) -> list[Generation]:
-    """Every generation on disk, those whose trial was repeated included."""
+    """Return every generation on disk, those whose trial was repeated included."""
     return [outcome for outcome in record.outcomes if isinstance(outcome, Generation)]
 
 

@@ -1,6 +1,4 @@
-"""The typed values that judging a record yields: intervals, metrics, comparisons, check outcomes,
-verdicts.
-"""
+"""What judging a record yields: metrics, comparisons, check outcomes, verdicts."""
 
 from __future__ import annotations
 
@@ -70,7 +68,7 @@ class Comparison(Frozen):
 
 
 class CheckStatus(StrEnum):
-    """What a validity check says."""
+    """How a validity check came out."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -87,7 +85,7 @@ class CheckOutcome(Frozen):
 
 
 class Divergence(Frozen):
-    """The first place where a greedy arm's tokens differ from its reference's, and its class."""
+    """The first position where a greedy arm's tokens differ from its reference's, and its class."""
 
     arm: str
     reference: str
@@ -100,10 +98,10 @@ class Divergence(Frozen):
 class ParityRounding(Frozen):
     """What parity in half precision was judged by: the run's own measured rounding.
 
-    `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes;
-    `share_below` is the share of the traced places whose gap lies below the margin, so that some other token
-    is a tie there; `num_equal_tokens` are those before texts part. With two backbones the larger shift and
-    margin are told, and each place counts under its own.
+    `tie_margin` is a multiple of `largest_shift`, the most that the top-two gap moved between shapes.
+    `share_below` is the share of the traced positions whose gap lies below the margin, so that some other
+    token is a tie there; `num_equal_tokens` are those before texts differ. With two backbones the larger
+    shift and margin are shown, and each position counts under its own.
     """
 
     dtype: str
@@ -131,7 +129,7 @@ FormName = Literal["literal", "transfer", "paper-only", "none"]
 
 
 class VerdictKind(StrEnum):
-    """What a claim's test says."""
+    """How a claim's test came out."""
 
     REPRODUCED = "reproduced"
     NOT_REPRODUCED = "not reproduced"
@@ -140,7 +138,7 @@ class VerdictKind(StrEnum):
 
 
 class ClaimVerdict(Frozen):
-    """One claim's verdict with its evidence in words and figures."""
+    """One claim's verdict with its evidence: our figure, its kind, and the reason."""
 
     claim_id: str
     stated: str
@@ -165,5 +163,5 @@ class Judgement(Frozen):
 
     @property
     def valid(self) -> bool:
-        """Whether no validity check failed."""
+        """Return whether no validity check failed."""
         return all(check.status is not CheckStatus.FAILED for check in self.checks)

@@ -46,8 +46,9 @@ class ModeRow:
 
 @dataclass(frozen=True)
 class BatchPoint:
-    """Vanilla and Medusa at one batch, from totals over the same texts; `speedup` is Medusa's tokens/s over
-    vanilla's, groups resampled.
+    """Vanilla and Medusa at one batch, from totals over the same texts.
+
+    `speedup` is Medusa's tokens/s over vanilla's, groups resampled.
     """
 
     batch: int
@@ -58,8 +59,9 @@ class BatchPoint:
 
 
 def mode_rows(record: LatencyRecord) -> tuple[ModeRow, ...]:
-    """Return the table of modes: per dtype first `generate`, then the modes in the spec's order; nothing
-    where it was not measured.
+    """Return the table of modes: for each dtype first `generate`, then the modes in the spec's order.
+
+    It is empty where no modes were measured.
     """
     if record.modes is None:
         return ()
@@ -72,8 +74,9 @@ def mode_rows(record: LatencyRecord) -> tuple[ModeRow, ...]:
 
 
 def batch_points(batches: BatchTrials, *, spec: IntervalSpec) -> tuple[BatchPoint, ...]:
-    """Return one point a batch, smallest first; tokens/step are Medusa's, for each row that a step
-    carries.
+    """Return one point a batch, smallest first.
+
+    Tokens/step are Medusa's, for each row that a step carries.
     """
     return tuple(
         _batch_point(batches.trials, batch, spec=spec)
@@ -85,7 +88,7 @@ def _batch_point(trials: Sequence[BatchTrial], batch: int, *, spec: IntervalSpec
     groups = dict.fromkeys(trial.prompt_keys for trial in trials if trial.batch == batch)
 
     def totals(name: str, method: str) -> list[float]:
-        """Each group's total over the rounds."""
+        """Return each group's total over the rounds."""
         mine = [trial for trial in trials if (trial.batch, trial.method) == (batch, method)]
         return [
             math.fsum(getattr(trial, name) for trial in mine if trial.prompt_keys == group)
@@ -158,16 +161,18 @@ def _totals(trials: Sequence[ModeTrial]) -> tuple[list[float], list[float]]:
 
 
 def prediction_of(record: LatencyRecord, point: LatencyPoint) -> Prediction | None:
-    """Return a point's backbone time beside the roofline's, with this run's limits; None where the run has
-    none.
+    """Return a point's backbone time and what the roofline predicts with this run's limits.
+
+    None where the run has none.
     """
     limits = measured_limits(record, point.dtype)
     return predict(record, point, limits) if limits is not None and point.backbone_s else None
 
 
 def read_share(record: LatencyRecord, point: LatencyPoint) -> float | None:
-    """Return the least time that reading weights, keys and values takes, as a share of the backbone's
-    time.
+    """Return the least time that a step's reading takes, as a share of the backbone's time.
+
+    A step reads weights, keys and values.
     """
     limits = record.limits(point.dtype)
     if limits is None or not point.backbone_s:

@@ -1,6 +1,4 @@
-"""From a record to the metrics of its arms and the comparisons with their baselines: counts first, ratios
-formed once from totals.
-"""
+"""The metrics of a run's arms and the comparisons with their baselines; ratios are formed from totals."""
 
 from __future__ import annotations
 
@@ -29,8 +27,8 @@ from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios
 LOW_ACCEPTANCE_TOKENS_PER_STEP = (
     1.3  # under 0.3 drafted tokens kept a step: less than a first head of 30 % gives alone
 )
-DEAR_STEP_COST = 1.5  # the verification alone takes a third of the tokens it yields at 1.5 a step
-DEAR_OWN_OVERHEAD = (
+COSTLY_STEP_COST = 1.5  # from here on the verification alone takes a third of the speed that its tokens give
+COSTLY_OWN_OVERHEAD = (
     1.25  # overhead over step cost: what heads, candidates, acceptance and compaction add to the backbone
 )
 SLOW_BASELINE_BANDWIDTH_SHARE = (
@@ -39,7 +37,7 @@ SLOW_BASELINE_BANDWIDTH_SHARE = (
 
 
 def comparisons(record: RunRecord) -> tuple[Comparison, ...]:
-    """Every arm against its baseline, paired by prompt; none where the suite reports no speed.
+    """Return every arm against its baseline, paired by prompt; none where the suite reports no speed.
 
     An arm without a prompt that both it and its baseline decoded with valid timing is left out.
     """
@@ -54,8 +52,9 @@ def comparisons(record: RunRecord) -> tuple[Comparison, ...]:
 
 
 def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
-    """Compare an arm with a vanilla arm, its own baseline or another, on the prompts that both have timed;
-    None without any.
+    """Return an arm against a vanilla arm, its own baseline or another, on the prompts that both timed.
+
+    None where there is no such prompt.
     """
     own, base = paired_totals(record, arm, baseline=baseline, timed=True)
     if not has_steps(own) or not has_steps(base):
@@ -90,8 +89,9 @@ def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
 
 
 def original_baseline(record: RunRecord, arm: ArmSpec) -> ArmSpec | None:
-    """Return the original backbone's vanilla arm of the arm's temperature: the second baseline of an arm on
-    the tuned one.
+    """Return the original backbone's vanilla arm of the arm's temperature.
+
+    It is the second baseline of an arm on the tuned backbone.
     """
     found = (
         other for other in record.suite.arms if other.method == "vanilla" and other.backbone == "original"
@@ -100,7 +100,7 @@ def original_baseline(record: RunRecord, arm: ArmSpec) -> ArmSpec | None:
 
 
 def arm_metrics(record: RunRecord) -> tuple[ArmMetrics, ...]:
-    """The metrics of every arm of the suite, in its order.
+    """Return the metrics of every arm of the suite, in its order.
 
     An arm that finished no generation, or took no step, has an acceleration rate of nan over (-inf, inf).
     """
@@ -113,8 +113,9 @@ def arm_metrics(record: RunRecord) -> tuple[ArmMetrics, ...]:
 
 
 def replayed_tokens_per_step(record: RunRecord, arm: str) -> float | None:
-    """The acceleration rate of the arm's tree replayed on the trace of its backbone; None unless the arm is a
-    greedy Medusa arm.
+    """Return the acceleration rate of the arm's tree replayed on the trace of its backbone.
+
+    None unless the arm is a greedy Medusa arm.
     """
     spec = record.suite.arm(arm)
     trace = record.trace_of(spec.backbone)
@@ -134,10 +135,10 @@ def diagnose(
     bandwidth_share: float | None,
     baseline_bandwidth_share: float | None,
 ) -> str:
-    """One line that says why an arm is as fast as it is; thresholds are the constants of this module.
+    """Return one line that says why an arm is as fast as it is.
 
-    `comparison` is None for a baseline, or where no speed is reported; `drafts` says whether the arm drafts
-    tokens at all.
+    The thresholds are the constants of this module. `comparison` is None for a baseline, or where no speed is
+    reported; `drafts` says whether the arm drafts tokens at all.
     """
     if comparison is None:
         if bandwidth_share is None:
@@ -163,10 +164,10 @@ def _causes(
     causes = []
     if acceleration_rate < LOW_ACCEPTANCE_TOKENS_PER_STEP:
         causes.append("low acceptance")
-    if step_cost is not None and step_cost > DEAR_STEP_COST:
-        causes.append("dear verification")
-    if step_cost is not None and overhead / step_cost > DEAR_OWN_OVERHEAD:
-        causes.append("dear heads and bookkeeping")
+    if step_cost is not None and step_cost > COSTLY_STEP_COST:
+        causes.append("costly verification")
+    if step_cost is not None and overhead / step_cost > COSTLY_OWN_OVERHEAD:
+        causes.append("costly heads and bookkeeping")
     if baseline_share is not None and baseline_share < SLOW_BASELINE_BANDWIDTH_SHARE:
         causes.append("slow baseline")
     return causes
@@ -287,5 +288,5 @@ def _tokens_per_s(record: RunRecord, totals: Sequence[PromptTotals]) -> Interval
 
 
 def _rng(record: RunRecord) -> np.random.Generator:
-    """A fresh generator of the suite's seed: no interval depends on which were formed before it."""
+    """Return a fresh generator of the suite's seed: no interval depends on those formed before it."""
     return np.random.default_rng(record.suite.interval.seed)

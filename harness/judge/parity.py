@@ -1,5 +1,6 @@
-"""Greedy parity of an arm with its baseline, and of decoding with replay: every difference is found, classed
-and shown.
+"""Greedy parity of an arm with its baseline, and of decoding with replay.
+
+Every difference is found, classed and shown.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class ReplayDifference(Frozen):
 
 
 def tie_margin_of(record: RunRecord, backbone: BackboneName = "original") -> float | None:
-    """Return the gap of a backbone's two best logits below which rounding explains a divergence in this
-    record's precision.
+    """Return the gap of a backbone's two best logits below which rounding explains a divergence.
 
-    A fixed one in float32; in half precision a multiple of what the run measured, None where it did not.
+    It is a fixed one in float32; in half precision a multiple of what the run measured, None where it did
+    not.
     """
     if record.environment.dtype == "float32":
         return TIE_MARGIN_FLOAT32
@@ -55,14 +56,13 @@ def tie_margin_of(record: RunRecord, backbone: BackboneName = "original") -> flo
 
 
 def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> ParityReport:
-    """Compare every generation of every deterministic arm with its baseline's on the same prompt, lengths
-    included.
+    """Compare every generation of every deterministic arm with its baseline's on the same prompt.
 
-    A first divergence is a `tie` where the trace's top-two gap of the reference is 0 or below `tie_margin`
-    (by default that of the record's precision, or float32's where it is not known), else a `bug`; so are a
-    text that stops early or goes on, and a divergence whose gap is not known. Where the trace's provenance
-    lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the margin of the best), any
-    other token is a bug too. `Divergence.position` is 0-based.
+    Lengths are compared too. A first divergence is a `tie` where the trace's top-two gap of the reference is
+    0 or below `tie_margin` (by default that of the record's precision, or float32's where it is not known),
+    else a `bug`; so are a text that stops early or goes on, and a divergence whose gap is not known. Where
+    the trace's provenance lists `extra["text_ties"]` (prompt key, position i, ids of the tokens within the
+    margin of the best), any other token is a bug too. `Divergence.position` is 0-based.
     """
     margins = {
         name: tie_margin if tie_margin is not None else tie_margin_of(record, name)
@@ -108,13 +108,13 @@ def parity_report(record: RunRecord, *, tie_margin: float | None = None) -> Pari
 
 
 def replay_differences(record: RunRecord, *, tie_margin: float | None = None) -> tuple[ReplayDifference, ...]:
-    """Compare the decoded steps of every greedy Medusa generation with the replay of its tree on the record's
-    trace, step by step.
+    """Compare the decoded steps of every greedy Medusa generation with its replay, step by step.
 
-    A difference is a `tie` where every step from there on, up to where the texts part at a shown tie, kept as
-    many tokens as the tree allows with ranks that rounding moved. How far it moves them is read from the
-    trace's provenance, `extra["head_ties"]`: rows of prompt key, position i, head k, lowest and highest rank.
-    Older traces have no ranks there: then the position excuses what follows it.
+    The replay is that of the arm's tree on the record's trace. A difference is a `tie` where every step from
+    there on, up to where the texts differ at a shown tie, kept as many tokens as the tree allows with ranks
+    that rounding moved. How far it moves them is read from the trace's provenance, `extra["head_ties"]`: rows
+    of prompt key, position i, head k, lowest and highest rank. Older traces have no ranks there: then the
+    position excuses what follows it.
     """
     divergences = parity_report(record, tie_margin=tie_margin).divergences
     parted = {(row.arm, row.prompt_key): (row.position, row.kind) for row in divergences}
@@ -153,11 +153,10 @@ def replay_differences(record: RunRecord, *, tie_margin: float | None = None) ->
 
 
 def steps_known(record: RunRecord) -> tuple[int, int]:
-    """Return how many greedy Medusa steps lie before their texts part, and in how many of them rounding
-    leaves one length only.
+    """Return how many greedy Medusa steps can be compared, and in how many rounding leaves one length.
 
-    The second over the first is what `replay_differences` can see: in the other steps more than one number of
-    tokens counts as a tie.
+    Steps are counted until their texts differ. The second over the first is what `replay_differences` can
+    see: in the other steps more than one number of tokens counts as a tie.
     """
     parted = {(row.arm, row.prompt_key): row.position for row in parity_report(record).divergences}
     num_steps = num_known = 0
@@ -203,8 +202,9 @@ def _first_divergence(
 def _rounding(
     record: RunRecord, *, margins: Mapping[BackboneName, float | None], num_equal_tokens: int
 ) -> ParityRounding | None:
-    """Sum up what parity was judged by; with two backbones the larger shift and margin are told, each place
-    counts under its own.
+    """Return what parity was judged by; None where that was not measured, or in float32.
+
+    With two backbones the larger shift and margin are shown, and each position counts under its own.
     """
     measured = {name: rounding for name in margins if (rounding := record.rounding_of(name)) is not None}
     known = {name: margin for name, margin in margins.items() if margin is not None}

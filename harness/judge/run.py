@@ -1,5 +1,6 @@
-"""From a record to everything that is said of it: metrics, comparisons, parity, checks, verdicts. Pure, and
-repeatable anywhere.
+"""Everything that follows from a run's record: metrics, comparisons, parity, checks, verdicts.
+
+It is a pure function of the record's files, so it can be repeated anywhere.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Ju
 
 
 def calibration_of(record: RunRecord) -> Trace | None:
-    """Return the calibration trace that the record's trees were grown on: a sealed file of the record; None
-    where there was none.
+    """Return the calibration trace that the record's trees were grown on; None where there was none.
+
+    It is a sealed file of the record.
     """
     path = record.folder / CALIBRATION_FILE
     return Trace.load(path) if path.exists() else None

@@ -1,6 +1,4 @@
-"""What a step costs an arm and how fast it reads its weights, from separately timed steps and from the run's
-own.
-"""
+"""What a step costs an arm, and how fast the arm reads its weights."""
 
 from __future__ import annotations
 
@@ -28,14 +26,13 @@ class SeparateCosts:
 
 
 def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
-    """Step cost (backbone alone) and overhead (whole step) of an arm from separately timed steps, over those
-    of one node.
+    """Return an arm's step cost (backbone alone) and overhead (whole step), timed apart from decoding.
 
     An arm is timed at several contexts (one a block); each context's median stands for it, and the ratio is
     that of sums over the contexts that arm and baseline share. Vanilla's rows are those of one node; a Medusa
     arm without a row of its own takes the backbone time of its node count. Arms on another engine have
     neither figure.
-    Units: ratios; seconds where the name ends in `_s`.
+    Units: ratios over the steps of one node; seconds where the name ends in `_s`.
     """
     rows = (
         record.step_costs.costs
@@ -66,15 +63,16 @@ def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
 
 
 def num_nodes(record: RunRecord, arm: str) -> int:
-    """Tokens that one step of the arm scores, root counted; 1 for every arm without a tree."""
+    """Return the tokens that one step of the arm scores, root counted; 1 for an arm without a tree."""
     return len(record.trees[arm].paths) if record.suite.arm(arm).method == "medusa" else 1
 
 
 def bandwidth_share(record: RunRecord, arm: str) -> float | None:
-    """The share of a median step in which the weights could just have been read at the measured bandwidth;
-    near 1 is memory-bound.
+    """Return the share of a median step in which the weights could just have been read.
 
-    Paper: Appendix G. None where no speed is reported, no step was timed, or the bandwidth was not measured.
+    Near 1 is memory-bound. None where no speed is reported, no step was timed, or the bandwidth was not
+    measured.
+    Paper: Appendix G.
     """
     times = [time for generation in timed_generations(record, arm) for time in generation.step_times_s]
     if record.device_limits is None or not times or not median(times) > 0:
@@ -86,7 +84,10 @@ def bandwidth_share(record: RunRecord, arm: str) -> float | None:
 
 
 def _cost_rows(rows: Iterable[StepCost], *, arm: str, num_nodes: int) -> dict[int, StepCost]:
-    """Rows by context: the arm's own; else those of as many nodes, rather ones that timed the whole step."""
+    """Return timed rows by context: the arm's own, else those of as many nodes.
+
+    Of these, rows that timed the whole step come last and so win.
+    """
     timed_rows = [row for row in rows if row.backbone_s]
     own = [row for row in timed_rows if row.arm == arm]
     same_size = sorted(

@@ -1,6 +1,4 @@
-"""What decoding for real says of the composition, and what a sweep is summed up in: pure functions of a
-sweep's record.
-"""
+"""What decoding for real says of a sweep's composition, and what a sweep is summed up in."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from harness.stats import Interval, bootstrap_ratio
 
 @dataclass(frozen=True)
 class DecodedCheck:
-    """One decoded point beside its composition: speedups on the decode clock over the same prompts; `gap` is
-    composed over measured - 1.
+    """The measured and the composed speedup of one decoded point, over the same prompts.
+
+    Both are on the decode clock.
     """
 
     tree: int
@@ -31,12 +30,12 @@ class DecodedCheck:
 
     @property
     def gap(self) -> float:
-        """How far the composition is off, as a share of the measured speedup."""
+        """Return how far the composition is off, as a share of the measured speedup."""
         return self.composed / self.measured.estimate - 1
 
     @property
     def is_within(self) -> bool:
-        """Whether the composed speedup lies within the run's interval."""
+        """Return whether the composed speedup lies within the run's interval."""
         return self.measured.low <= self.composed <= self.measured.high
 
 
@@ -73,27 +72,29 @@ class FamilyPoint:
 def family_points(
     record: SweepRecord, family: str, *, cell: ComposedCell | None = None, num_heads: int | None = None
 ) -> list[FamilyPoint]:
-    """Return the trees of a family in order of size, with their speed on a cell's curve; `num_heads` leaves
-    out trees that were allowed another number of heads.
+    """Return the trees of a family in order of size, with their speed on a cell's curve.
+
+    `num_heads` leaves out trees that were allowed another number of heads.
     """
     speeds = dict(zip(cell.trees, cell.tokens_per_s, strict=True)) if cell is not None else {}
     points = [
         FamilyPoint(
-            tree=place,
+            tree=index,
             num_nodes=len(sweep_tree.paths),
             depth=depth_of(sweep_tree),
-            tokens_per_step=record.trees.rate(place),
-            tokens_per_s=speeds.get(place),
+            tokens_per_step=record.trees.rate(index),
+            tokens_per_s=speeds.get(index),
         )
-        for place, sweep_tree in enumerate(record.trees.trees)
+        for index, sweep_tree in enumerate(record.trees.trees)
         if family in sweep_tree.families and (num_heads is None or sweep_tree.num_heads == num_heads)
     ]
     return sorted(points, key=lambda point: (point.num_nodes, point.depth))
 
 
 def sparse_points(record: SweepRecord, *, cell: ComposedCell | None = None) -> list[FamilyPoint]:
-    """Return, for each size, the grown tree with the most tokens/step on the calibration trace: never chosen
-    on what it is judged on.
+    """Return the grown tree of each size with the most tokens/step on the calibration trace.
+
+    So a tree is never chosen on what it is judged on.
     """
     best: dict[int, FamilyPoint] = {}
     for point in (*family_points(record, JOINT, cell=cell), *family_points(record, MARGINALS, cell=cell)):
@@ -109,11 +110,10 @@ def dense_points(record: SweepRecord, *, cell: ComposedCell | None = None) -> li
 
 
 def best_by_heads(record: SweepRecord, *, num_nodes: int) -> dict[int, FamilyPoint]:
-    """Return, for each number of heads allowed, the grown tree of a size with the most tokens/step on the
-    calibration trace.
+    """Return the best grown tree of a size for each number of heads allowed.
 
-    A tree stands with the fewest heads that allow it, so that a head which adds nothing repeats the tree of
-    the heads before it.
+    The best has the most tokens/step on the calibration trace. A tree stands with the fewest heads that allow
+    it, so that a head which adds nothing repeats the tree of the heads before it.
     """
     found: dict[int, FamilyPoint] = {}
     points = [
@@ -135,30 +135,35 @@ def depth_of(sweep_tree: SweepTree) -> int:
 
 
 def headline_cells(record: SweepRecord) -> list[ComposedCell]:
-    """Return the cells whose figures may stand in a headline: composed and predicted ones on the trace's own
-    lengths at batch 1.
+    """Return the cells whose figures may stand in a headline.
+
+    These are composed and predicted ones on the trace's own lengths at batch 1.
     """
     return [cell for cell in record.composed if cell.kind != "hypothetical" and cell.batch == 1]
 
 
 def hypothetical_cells(record: SweepRecord) -> list[ComposedCell]:
-    """Return the cells that join one model's trace with another's steps, or with lengths that the text did
-    not have.
+    """Return the cells that join a trace with steps or lengths that are not its own.
+
+    The steps are another model's, or the lengths are such that the text did not have.
     """
     return [cell for cell in record.composed if cell.kind == "hypothetical"]
 
 
 def drawn_cell(record: SweepRecord) -> ComposedCell | None:
-    """Return the cell that figures are drawn for: the first measured one, else the first that is not
-    hypothetical.
+    """Return the cell that figures are drawn for.
+
+    It is the first measured one, else the first that is not hypothetical.
     """
     cells = headline_cells(record)
     return next((cell for cell in cells if cell.curve.kind == "measured"), cells[0] if cells else None)
 
 
 def searches_compared(cells: Sequence[ComposedCell]) -> tuple[int, int, float]:
-    """Return on how many cells the search on joint hits yields more tokens/s than the exact one under
-    independence, on how many as many, and the median of the ratio.
+    """Return on how many cells the joint search is better than the exact one, and on how many equal.
+
+    Better is more tokens/s; the third figure is the median of their ratio. The exact search is exact under
+    independence.
     """
     ratios = []
     for cell in cells:

@@ -29,7 +29,10 @@ class PromptTotals:
 
 
 def prompt_totals(record: RunRecord, arm: str, *, timed: bool) -> dict[str, PromptTotals]:
-    """The totals of an arm by prompt key; with `timed` only generations whose timing is valid count."""
+    """Return the totals of an arm by prompt key.
+
+    With `timed` only generations whose timing is valid count.
+    """
     grouped: dict[str, list[Generation]] = {}
     for generation in record.generations:
         if generation.trial.arm == arm and (generation.timing_valid or not timed):
@@ -51,7 +54,7 @@ def prompt_totals(record: RunRecord, arm: str, *, timed: bool) -> dict[str, Prom
 def paired_totals(
     record: RunRecord, arm: str, *, baseline: str, timed: bool
 ) -> tuple[list[PromptTotals], list[PromptTotals]]:
-    """The totals of two arms on the prompts that both have, in the same order."""
+    """Return the totals of two arms on the prompts that both have, in the same order."""
     own, base = (prompt_totals(record, name, timed=timed) for name in (arm, baseline))
     shared = [key for key in own if key in base]
     return [own[key] for key in shared], [base[key] for key in shared]

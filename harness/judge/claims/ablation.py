@@ -1,6 +1,4 @@
-"""Transfer forms about training, judged on an ablation's record: pure functions of the record and the form's
-bounds.
-"""
+"""Transfer forms about training, judged on an ablation's record."""
 
 from __future__ import annotations
 
@@ -66,11 +64,10 @@ def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tu
 def decided_elsewhere(
     claims: Sequence[ClaimSpec], record: AblationRecord, others: Sequence[AblationRecord]
 ) -> dict[str, str]:
-    """Return, for each claim that a finished record of a larger budget tests too, the name of that record's
-    suite: it decides the claim.
+    """Return the suite of a larger budget that decides a claim, for each claim that one tests.
 
-    Only records of the same model and the same heads at the start are looked at. A claim is decided once, by
-    the largest budget.
+    Only finished records of the same model and the same heads at the start are looked at. A claim is decided
+    once, by the largest budget.
     """
     ours = record.environment
     larger = [
@@ -92,7 +89,7 @@ def decided_elsewhere(
 
 
 def _decide(form: TrainingForm, record: AblationRecord) -> Finding:
-    """Judge one claim, unless the record's budget or its missing arms leave everything open."""
+    """Return a claim's finding, unless the budget or missing arms leave everything open."""
     if not record.spec.decides_claims:
         raise NotTestable(
             f"{record.spec.name} shows signs and orders only: "
@@ -104,7 +101,7 @@ def _decide(form: TrainingForm, record: AblationRecord) -> Finding:
 
 
 def judge_training(form: TrainingForm, record: AblationRecord) -> Finding:
-    """Judge one claim.
+    """Return what an ablation's record finds on one claim.
 
     Raises: NotTestable where the record lacks what the form needs.
     """
@@ -123,8 +120,8 @@ def _more_tokens(form: MoreTokensForm, record: AblationRecord) -> Finding:
         for arm in (form.arm, form.over)
     ]
     prefix = (
-        f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, a step "
-        "costing both the same"
+        f"tokens/step of {form.arm} over {form.over} at {where} above {form.bound:g}, where a step costs "
+        "both the same"
     )
     repetition = f"4-grams repeated within an answer: {repeated[0]:.1%} against {repeated[1]:.1%}".replace(
         "%", " %"
@@ -140,7 +137,7 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
             replace(
                 gain,
                 ours=f"{arm} {gain.ours}",
-                reason=f"{arm}: more tokens/step than {form.over} {gain.reason}",
+                reason=f"{arm} yields more tokens/step than {form.over}: {gain.reason}",
             )
             for gain in gains
         ]
@@ -151,11 +148,11 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
         gained = combined(named)
         if gained.kind is VerdictKind.NOT_REPRODUCED:
             raise NotTestable(
-                f"{arm} yields no more tokens/step than {form.over} ({gained.ours}): its quality paid for "
-                "nothing"
+                f"{arm} yields no more tokens/step than {form.over} ({gained.ours}): there is no gain whose "
+                "price in quality could be judged"
             )
         if gained.kind is VerdictKind.INCONCLUSIVE:
-            open_reason = f"{divergence.reason}; counted only where tokens/step rose, and {gained.reason}"
+            open_reason = f"{divergence.reason}; this counts only where tokens/step rose: {gained.reason}"
             divergence = replace(
                 divergence,
                 kind=VerdictKind.INCONCLUSIVE,
@@ -170,7 +167,7 @@ def _keeps_quality(form: KeepsQualityForm, record: AblationRecord) -> Finding:
     control.append(divergence_part(form.control, record, max_kl=form.max_kl))
     return replace(
         found,
-        reason=f"{found.reason}; beside them, not judged, {form.control}: "
+        reason=f"{found.reason}; for comparison, not judged, {form.control}: "
         f"{'; '.join(part.ours for part in control)}",
     )
 
@@ -183,8 +180,8 @@ def _unchanged(form: UnchangedForm, record: AblationRecord) -> Finding:
     changed = sum(before != after for before, after in pairs)
     kind = VerdictKind.NOT_REPRODUCED if changed else VerdictKind.REPRODUCED
     reason = (
-        f"the backbone of {form.arm} hashed before and behind its training, where it was trained: "
-        f"one and the same {holds(kind)}"
+        f"the backbone has the same hash before and after the training of {form.arm}, on the machine that "
+        f"trained it: {holds(kind)}"
     )
     return Finding(
         kind=kind,
@@ -207,12 +204,25 @@ def _hurts_more(form: HurtsMoreForm, record: AblationRecord) -> Finding:
                 f"{', '.join(form.differ)}"
             )
     parts = [
-        worse_part(form, record, kl_of, bound=form.bound, words="further from the original", references=False)
+        worse_part(
+            form,
+            record,
+            kl_of,
+            bound=form.bound,
+            description="further from the original",
+            references=False,
+        )
     ]
     if form.on_references:
-        words = "less fit to predict texts of another hand"
         parts.append(
-            worse_part(form, record, lambda text: text.tuned_nll_sum, bound=0.0, words=words, references=True)
+            worse_part(
+                form,
+                record,
+                lambda text: text.tuned_nll_sum,
+                bound=0.0,
+                description="worse at predicting texts by others",
+                references=True,
+            )
         )
     if form.max_kl is not None:
         parts.append(divergence_part(form.over, record, max_kl=form.max_kl))
@@ -230,9 +240,8 @@ def _little_memory(form: LittleMemoryForm, record: AblationRecord) -> Finding:
     share = mean[0] / mean[1] - 1
     kind = VerdictKind.REPRODUCED if share <= form.margin else VerdictKind.NOT_REPRODUCED
     reason = (
-        f"{form.arm} holds {mean[0] / 1e6:,.0f} MB at most, {form.over} {mean[1] / 1e6:,.0f} MB; up to "
-        f"{form.margin:.0%} more "
-        f"{holds(kind)} ({record.environment.device.kind}, mean over seeds)"
+        f"{form.arm} takes {mean[0] / 1e6:,.0f} MB at most, {form.over} {mean[1] / 1e6:,.0f} MB "
+        f"({record.environment.device.kind}, mean over seeds); up to {form.margin:.0%} more: {holds(kind)}"
     )
     return Finding(
         kind=kind, ours=f"{share:+.1%} memory".replace("%", " %"), reason=reason, figure_kind="measured"
@@ -272,8 +281,8 @@ def _spare_head(form: SpareHeadForm, record: AblationRecord) -> Finding:
     kind = equivalence(relative, form.margin)
     reason = (
         f"{form.arm} with {form.with_heads} heads against {form.without_heads}, {form.num_nodes} nodes "
-        "each, trees grown on other text; "
-        f"the 90 % interval of the gain against +-{form.margin:.0%} {holds(kind)}"
+        "each, trees grown on other text; the 90 % interval of the gain lies within "
+        f"+-{form.margin:.0%}: {holds(kind)}"
     )
     return Finding(kind=kind, ours=percent(relative), reason=reason, figure_kind="replayed")
 

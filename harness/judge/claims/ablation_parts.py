@@ -1,5 +1,6 @@
-"""The parts that findings on an ablation are made of: what an arm gains, how far it went from the original,
-what got worse; each by its interval over texts and by the seeds apart.
+"""The parts of findings on an ablation: what an arm gains, how far it went, what got worse.
+
+Each part has its interval over texts and its figure by seed.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from harness.specs.claim_forms import HurtsMoreForm
 def gain_parts(
     record: AblationRecord, arm: str, *, over: str, bound: float, columns: Callable[..., Columns]
 ) -> list[Finding]:
-    """Judge an arm's gain in tokens/step on the text that each writes itself, and on the original's, which
-    both read.
+    """Return an arm's gain in tokens/step as two findings.
+
+    One is on the text that each arm writes itself, the other on the original model's, which both read.
     """
     texts: tuple[tuple[TextKind, str], ...] = (
-        ("own", "on the text of each"),
-        ("original", "on the original's"),
+        ("own", "on each one's own text"),
+        ("original", "on the original model's text"),
     )
     parts = []
-    for text, words in texts:
+    for text, where in texts:
         ours, theirs = (columns(record, name, text=text) for name in (arm, over))
-        gain, seeds = (
-            ours.over(theirs, spec=record.spec.interval),
-            _by_seed(record, arm, over=over, columns=(ours, theirs), relation=lambda a, b: a / b),
-        )
+        gain = ours.over(theirs, spec=record.spec.interval)
+        seeds = _by_seed(record, arm, over=over, columns=(ours, theirs), relation=lambda a, b: a / b)
         kind = _agreed(above(gain, bound), [seed > bound for seed in seeds])
-        reason = f"{words} {holds(kind)} ({_listed(seeds, 3)})"
+        reason = f"{holds(kind)} {where} ({_listed(seeds, 3)})"
         parts.append(
             Finding(
-                kind=kind, ours=f"{words} {shown(gain, 'x', digits=3)}", reason=reason, figure_kind="replayed"
+                kind=kind, ours=f"{shown(gain, 'x', digits=3)} {where}", reason=reason, figure_kind="replayed"
             )
         )
     return parts
 
 
 def divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Finding:
+    """Return whether an arm lies at most `max_kl` nats a token from the original."""
     columns = change_columns(record, arm, kl_of)
     kl = columns.interval(record.spec.interval)
     kind = _agreed(
@@ -49,7 +50,7 @@ def divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Findi
         [seed <= max_kl for seed in columns.seeds],
     )
     reason = (
-        f"{arm}: at most {max_kl:g} nats a token from the original {holds(kind)} "
+        f"{arm} lies at most {max_kl:g} nats a token from the original: {holds(kind)} "
         f"({_listed(columns.seeds, 4)})"
     )
     return Finding(
@@ -63,24 +64,27 @@ def worse_part(
     total: Callable[[TextChange], float],
     *,
     bound: float,
-    words: str,
+    description: str,
     references: bool,
 ) -> Finding:
+    """Return whether one arm's texts have a larger total a position than another's, by more than `bound`.
+
+    `description` says in the report what that means of the arm; `references` chooses texts by others instead
+    of the original's held-out answers.
+    """
     ours, theirs = (
         change_columns(record, arm, total, references=references) for arm in (form.arm, form.over)
     )
-    difference, seeds = (
-        ours.less(theirs, spec=record.spec.interval),
-        _by_seed(record, form.arm, over=form.over, columns=(ours, theirs), relation=lambda a, b: a - b),
-    )
+    difference = ours.less(theirs, spec=record.spec.interval)
+    seeds = _by_seed(record, form.arm, over=form.over, columns=(ours, theirs), relation=lambda a, b: a - b)
     kind = _agreed(above(difference, bound), [seed > bound for seed in seeds])
     reason = (
-        f"{form.arm} {words} than {form.over}, by more than {bound:g} nats a token, {holds(kind)} "
+        f"{form.arm} is {description} than {form.over}, by more than {bound:g} nats a token: {holds(kind)} "
         f"({_listed(seeds, 4)})"
     )
     return Finding(
         kind=kind,
-        ours=f"{words}: {shown(difference, ' nats', digits=4)} more",
+        ours=f"{description}: {shown(difference, ' nats', digits=4)} more",
         reason=reason,
         figure_kind="measured",
     )
@@ -94,8 +98,9 @@ def _by_seed(
     columns: tuple[Columns, Columns],
     relation: Callable[[float, float], float],
 ) -> list[float]:
-    """Return what two arms are to each other in each seed's training; the start, which has no seed, stands
-    for all.
+    """Return how two arms compare in each seed's training.
+
+    The start has no seed and is compared with each.
     """
     seeds = [[result.seed for result in record.of(name)] for name in (arm, over)]
     if None not in seeds[1] and seeds[0] != seeds[1]:
@@ -106,9 +111,7 @@ def _by_seed(
 
 
 def _agreed(kind: VerdictKind, seeds_hold: Sequence[bool]) -> VerdictKind:
-    """The word of an interval over texts, unless a seed's training says the opposite: then the claim is
-    open.
-    """
+    """Return an interval's verdict, unless a seed's training says the opposite: then the claim is open."""
     against = {VerdictKind.REPRODUCED: not all(seeds_hold), VerdictKind.NOT_REPRODUCED: any(seeds_hold)}
     return VerdictKind.INCONCLUSIVE if against.get(kind, False) else kind
 
@@ -118,7 +121,10 @@ def _listed(seeds: Sequence[float], digits: int) -> str:
 
 
 def check_step_cost(record: AblationRecord, arm: str, *, over: str) -> None:
-    """Raise NotTestable unless a step of both arms costs the same."""
+    """Refuse two arms whose steps do not cost the same.
+
+    Raises: NotTestable with the reason.
+    """
     recipes = [recipe_of(record, name) for name in (arm, over)]
     for name in ("num_heads", "num_layers", "architecture"):
         if recipes[0].get(name) != recipes[1].get(name):
@@ -134,6 +140,10 @@ def check_step_cost(record: AblationRecord, arm: str, *, over: str) -> None:
 
 
 def recipe_of(record: AblationRecord, arm: str) -> dict[str, Any]:
+    """Return an arm's recipe as the record keeps it; empty for the start.
+
+    Raises: NotTestable where the arm was not run.
+    """
     results = record.of(arm)
     if not results:
         raise NotTestable(f"the record has no arm {arm}")

@@ -1,5 +1,6 @@
-"""Transfer forms about curves over the number of nodes: tokens/step by replay, speed by composing it with
-measured step times.
+"""Transfer forms about curves over the number of nodes.
+
+Tokens/step come from replay; speed is composed of them and measured step times.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from harness.stats import Interval, bootstrap_totals
 
 
 def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
-    """Judge whether tokens/step of the best trees rises with log n.
+    """Return whether tokens/step of the best trees rises with log n.
 
     Raises: NotTestable without a trace or where no tree of the largest size can be grown.
     """
@@ -48,12 +49,12 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     rates = [float(tokens.sum() / steps.sum()) for tokens, steps in counts]
     ends = f"{rates[0]:.2f} tokens/step at {form.sizes[0]} nodes, {rates[-1]:.2f} at {form.sizes[-1]}"
     parts = [
-        _part(above(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"rising ({ends})"),
+        _part(above(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"tokens/step rise ({ends})"),
         _part(above(slowing, 0.0), "", name="ever more slowly"),
         _part(
             above(fit, form.min_r_squared),
             f"R^2 {shown(fit, digits=3)}",
-            name=f"R^2 of {form.min_r_squared:g}",
+            name=f"R^2 above {form.min_r_squared:g}",
         ),
     ]
     both = combined(parts)
@@ -61,13 +62,13 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
 
 
 def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
-    return Finding(kind=kind, ours=ours, reason=f"{name} {holds(kind)}", figure_kind="replayed")
+    return Finding(kind=kind, ours=ours, reason=f"{name}: {holds(kind)}", figure_kind="replayed")
 
 
 def early_less_late_gain(totals: Sequence[Floats], sizes: Sequence[int]) -> Floats:
-    """Return the gain a node over the first half of the sizes less that over the second: above 0 for a curve
-    that bends down.
+    """Return the gain a node over the first half of the sizes less that over the second.
 
+    It is above 0 for a curve that bends down.
     Shapes: as in `log_fit`.
     """
     rates = [np.asarray(top / bottom) for top, bottom in zip(totals[::2], totals[1::2], strict=True)]
@@ -91,16 +92,16 @@ def log_fit(totals: Sequence[Floats], sizes: Sequence[int]) -> tuple[Floats, Flo
     slope = rates @ centred / (centred @ centred)
     residuals = rates - mean[..., None] - slope[..., None] * centred
     spread = ((rates - mean[..., None]) ** 2).sum(axis=-1)
-    # a flat curve: nothing for the line to explain
+    # A flat curve leaves the line nothing to explain, and 0 / 0 must not pass for a perfect fit.
     fit = 1 - (residuals**2).sum(axis=-1) / np.where(spread > 0, spread, np.inf)
     fit = np.where(spread > 0, fit, 0.0)
     return np.asarray(mean - slope * logs.mean()), np.asarray(slope), np.asarray(fit)
 
 
 def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
-    """Judge whether speed, composed of replayed tokens/step and measured step times, peaks and falls while
-    tokens/step still rises.
+    """Return whether speed peaks and then falls while tokens/step still rises.
 
+    Speed is composed of replayed tokens/step and measured step times.
     Raises: NotTestable without speed, a trace, or step times at three of the sizes.
     """
     evidence.require_speed()
@@ -138,7 +139,7 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
     parts = []
     for name, interval in (
         (f"speed at {sizes[best]} over {sizes[last]} nodes", falls),
-        ("tokens/step the other way", rises),
+        (f"tokens/step at {sizes[last]} over {sizes[best]} nodes", rises),
     ):
         kind = above(interval, form.bound)
         reason = f"{name}: {holds(kind)}"
@@ -149,7 +150,7 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
 
 
 def _step_seconds(evidence: Evidence) -> dict[int, float]:
-    """The median separately timed step by nodes, heads included where they were timed."""
+    """Return the median separately timed step by nodes, heads included where they were timed."""
     costs = evidence.record.step_costs
     if costs is None:
         raise NotTestable("the record has no separately timed steps")

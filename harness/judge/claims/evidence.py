@@ -26,8 +26,9 @@ EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 %
 
 @dataclass(frozen=True)
 class Evidence:
-    """One record and what was derived from it; `calibration` is the trace that its trees were grown on, where
-    it is at hand.
+    """One record and what was derived from it.
+
+    `calibration` is the trace that its trees were grown on, where there is one.
     """
 
     record: RunRecord
@@ -83,8 +84,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """Two arms' decoded tokens, steps and seconds over the prompts that both have, the first arm first:
-    [prompts] each.
+    """Two arms' decoded tokens, steps and seconds over the prompts that both have.
+
+    Shapes: [prompts] each, the first arm first.
     """
 
     tokens: tuple[Floats, Floats]
@@ -132,9 +134,10 @@ class SearchSplit:
 
 
 def search_split(evidence: Evidence) -> SearchSplit:
-    """Split: the calibration trace for growth where it is at hand, else every other prompt of the record's
-    own trace.
+    """Return text to grow trees on, and other text to judge them on.
 
+    Trees grow on the calibration trace where there is one, else on every other prompt of the record's own
+    trace.
     Raises: NotTestable without a trace, with a calibration of other heads, or with too few prompts to halve.
     """
     trace = evidence.trace()
@@ -183,8 +186,9 @@ def replay_counts(replay: Replay) -> tuple[Floats, Floats]:
 def ratio_of_rates(
     rate: tuple[Floats, Floats], *, over: tuple[Floats, Floats], spec: IntervalSpec
 ) -> Interval:
-    """Return one rate over another, each from totals (numerator, denominator) of the same prompts, with its
-    interval.
+    """Return one rate over another with its interval.
+
+    Each is formed from totals (numerator, denominator) of the same prompts.
     """
     rng = np.random.default_rng(spec.seed)
     return bootstrap_ratio_of_ratios(

@@ -1,4 +1,4 @@
-"""What a claim's test says before it is put into a verdict, and how parts become one."""
+"""What a claim's test finds, and how findings on the parts of a claim become one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NotTestable(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One test's word, figure and reason; a claim of several parts has one finding a part."""
+    """One test's verdict, figure and reason; a claim of several parts has one finding a part."""
 
     kind: VerdictKind
     ours: str
@@ -45,14 +45,15 @@ def tested(test: Callable[[], Finding]) -> Finding:
 
 
 def worst(kinds: Sequence[VerdictKind]) -> VerdictKind:
-    """The word for a claim of several parts: a part that is not tested leaves the claim untested, then the
-    worst part decides.
+    """Return the verdict for a claim of several parts.
+
+    A part that is not tested leaves the claim untested; else the worst part decides.
     """
     return min(kinds, key=_WORST_FIRST.index)
 
 
 def combined(parts: Sequence[Finding]) -> Finding:
-    """One finding of several parts: all their figures, the worst word, and every part's reason."""
+    """Return one finding of several parts: all their figures, the worst verdict, every part's reason."""
     return Finding(
         kind=worst([part.kind for part in parts]),
         ours="; ".join(part.ours for part in parts),
@@ -62,30 +63,30 @@ def combined(parts: Sequence[Finding]) -> Finding:
 
 
 def shown(interval: Interval, unit: str = "", *, digits: int = 2) -> str:
-    """An interval as text, such as 1.43x [1.31, 1.55]."""
+    """Return an interval as text, such as 1.43x [1.31, 1.55]."""
     return f"{interval.estimate:.{digits}f}{unit} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def percent(interval: Interval) -> str:
-    """A relative difference as text, such as +1.2 % [-0.3, 2.8]."""
+    """Return a relative difference as text, such as +1.2 % [-0.3, 2.8]."""
     return f"{interval.estimate:+.1%} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]".replace(
         "%", " %"
     )
 
 
 def holds(kind: VerdictKind) -> str:
-    """How a part of a claim came out, in one word for a sentence."""
+    """Return how a part of a claim came out, in one word."""
     return {
         VerdictKind.REPRODUCED: "holds",
         VerdictKind.NOT_REPRODUCED: "fails",
-        VerdictKind.INCONCLUSIVE: "is open",
-    }.get(kind, "is untested")
+        VerdictKind.INCONCLUSIVE: "open",
+    }.get(kind, "untested")
 
 
 def equivalence(interval90: Interval, margin: float) -> VerdictKind:
-    """Whether a difference lies within +-margin, by its 90 % interval (two one-sided tests at 5 %).
+    """Return whether a difference lies within +-margin (two one-sided tests at 5 %).
 
-    Inside: reproduced. Wholly outside: not reproduced. Else inconclusive.
+    Its 90 % interval inside: reproduced. Wholly outside: not reproduced. Else inconclusive.
     Raises: ValueError if the margin is not positive or the interval is of another level.
     """
     if margin <= 0 or not math.isclose(interval90.level, 0.9):
@@ -100,8 +101,9 @@ def equivalence(interval90: Interval, margin: float) -> VerdictKind:
 
 
 def above(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies above a bound: reproduced if all of its interval does, not reproduced if none,
-    else inconclusive.
+    """Return whether an estimate lies above a bound.
+
+    It is reproduced if all of its interval does, not reproduced if none does, else inconclusive.
     """
     if interval.low > bound:
         return VerdictKind.REPRODUCED
@@ -109,8 +111,9 @@ def above(interval: Interval, bound: float) -> VerdictKind:
 
 
 def below(interval: Interval, bound: float) -> VerdictKind:
-    """Whether an estimate lies below a bound: reproduced if all of its interval does, not reproduced if none,
-    else inconclusive.
+    """Return whether an estimate lies below a bound.
+
+    It is reproduced if all of its interval does, not reproduced if none does, else inconclusive.
     """
     if interval.high < bound:
         return VerdictKind.REPRODUCED

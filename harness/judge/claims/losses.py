@@ -30,11 +30,12 @@ def rising_losses(
             raise NotTestable(f"no position has a target for head {head + 1}")
         interval = bootstrap_ratio(sums, counts, spec=spec, rng=np.random.default_rng(spec.seed))
         kind = above(interval, bound)
-        reason = f"head {head} to {head + 1} {holds(kind)}"
+        reason = f"{head} to {head + 1}: {holds(kind)}"
         parts.append(Finding(kind=kind, ours=shown(interval), reason=reason, figure_kind="measured"))
     both = combined(parts)
     return replace(
         both,
-        ours=f"+nats a head: {both.ours}",
-        reason=f"each rise in mean loss{whose} against {bound:g} nats: {both.reason}",
+        ours=f"rise in nats from head to head: {both.ours}",
+        reason=f"the mean loss{whose} rises by more than {bound:g} nats from one head to the next "
+        f"({both.reason})",
     )

@@ -1,5 +1,6 @@
-"""Paper-only forms: arithmetic on the paper's own figures, taken from the registry, and the roofline of
-Appendix G.
+"""Paper-only forms: arithmetic on the paper's own figures, and the roofline of Appendix G.
+
+The figures are taken from the registry of claims.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Figures:
 
 
 def judge_paper_only(claim: ClaimSpec, form: PaperOnlyForm, *, figures: Figures) -> Finding:
-    """Judge one claim by arithmetic; exact, so never inconclusive.
+    """Return what arithmetic finds on one claim; it is exact, so never inconclusive.
 
     Raises: NotTestable if a figure that the form needs is not in the registry.
     """
@@ -85,7 +86,7 @@ def _bound_missed(claim: ClaimSpec, form: BoundMissedForm, figures: Figures) -> 
     bound = figures.number(form.bound_claim)
     values = {claim_id: figures.number(claim_id) for claim_id in form.figures}
     below = [claim_id for claim_id, value in values.items() if value <= bound]
-    reason = f"{', '.join(below) or 'no figure'} is not above the stated {bound:g}"
+    reason = f"not above the stated {bound:g}: {', '.join(below) or 'no figure'}"
     return _exact(bool(below), ours=", ".join(f"{value:g}x" for value in values.values()), reason=reason)
 
 
@@ -114,8 +115,8 @@ def _implied_overheads(claim: ClaimSpec, form: ImpliedOverheadsForm, figures: Fi
         if high < printed - half or low > printed + half:
             apart.append(other)
     reason = (
-        f"{len(apart)} of {len(form.pairs)} lie outside the printed overhead beyond rounding "
-        f"({', '.join(apart)}), needed {form.min_apart}"
+        f"{len(apart)} of {len(form.pairs)} differ from the printed overhead by more than rounding "
+        f"({', '.join(apart)}); {form.min_apart} are needed"
     )
     return _exact(
         len(apart) >= form.min_apart, ours=", ".join(f"{value:.3f}" for value in implied), reason=reason
@@ -128,7 +129,7 @@ def _statements_differ(claim: ClaimSpec, form: StatementsDifferForm, figures: Fi
     return _exact(
         len(said) > 1,
         ours=ours,
-        reason=f"on {form.about} {len(form.statements)} places say {len(said)} different things",
+        reason=f"{len(form.statements)} places in the paper say {len(said)} different things on {form.about}",
     )
 
 
@@ -156,7 +157,7 @@ def _closed_forms(claim: ClaimSpec, form: ClosedFormsForm, figures: Figures) -> 
     reason = (
         f"largest error {worst:.4f} flop/byte over {len(errors)} printed figures, allowed {form.tolerance:g}"
     )
-    # a printed figure may lie exactly half a unit away, in binary
+    # A printed figure may lie exactly half a unit away, which binary fractions miss by a hair.
     holds = complete and worst <= form.tolerance + 1e-9
     return _exact(holds, ours=f"{len(errors)} figures within {worst:.4f}", reason=reason)
 
@@ -230,8 +231,7 @@ def _simulated_peak(claim: ClaimSpec, form: SimulatedPeakForm, figures: Figures)
     holds = abs(best / form.num_nodes - 1) <= form.tolerance
     reason = (
         f"on the ideal roofline the speedup peaks at {best} candidates, where the linear layers reach the "
-        "ridge; "
-        f"stated {form.num_nodes}, allowed {form.tolerance:.0%} off"
+        f"ridge; {form.num_nodes} is stated, {form.tolerance:.0%} off is allowed"
     )
     return _exact(holds, ours=f"peak {speedup:.2f}x at {best} candidates", reason=reason, predicted=True)
 
@@ -256,7 +256,7 @@ def _simulated_length(claim: ClaimSpec, form: SimulatedLengthForm, figures: Figu
     falls = all(more < less for less, more in pairwise(speedups))
     trend = "falls" if falls else "does not fall"
     reason = (
-        f"best sizes {min(sizes)} to {max(sizes)}, allowed {form.tolerance:.0%} apart; the speedup "
+        f"best sizes {min(sizes)} to {max(sizes)}, where {form.tolerance:.0%} apart is allowed; the speedup "
         f"{trend} with length"
     )
     ours = (

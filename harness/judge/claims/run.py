@@ -1,6 +1,4 @@
-"""Transfer forms: a claim's shape tested on one record, as pure functions of the record and the form's
-bounds.
-"""
+"""Transfer forms on a run: a claim's shape (an order, a trend, an identity) tested on one record."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ from medusa_impl.tree_search import random_dense
 
 
 def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
-    """Judge one claim on one record.
+    """Return what a run's record finds on one claim.
 
     Raises: NotTestable if the record lacks what the form needs.
     """
@@ -59,7 +57,7 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
     _require_known_rounding(evidence)
-    # a frozen backbone
+    # The claim is about a frozen backbone; a tuned one writes another text.
     medusa = [
         arm for arm in evidence.record.suite.arms if arm.method == "medusa" and arm.backbone == "original"
     ]
@@ -77,25 +75,26 @@ def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
         gap = "no known gap" if first.gap is None else f"a gap of {first.gap:.2g}"
         kind, reason = (
             VerdictKind.NOT_REPRODUCED,
-            f"{first.arm} leaves vanilla at token {first.position} of {first.prompt_key}, {gap}",
+            f"{first.arm} differs from vanilla at token {first.position} of {first.prompt_key}, with {gap}",
         )
     elif evidence.parity.rounding is not None:
         kind, reason = VerdictKind.REPRODUCED, _up_to_ties(evidence, decoded, divergences)
     elif num_ties > allowed:
         kind, reason = (
             VerdictKind.INCONCLUSIVE,
-            f"{num_ties} ties in {num_tokens} tokens, where rounding explains {allowed}",
+            f"{num_ties} ties in {num_tokens:,} tokens, and rounding explains {allowed}",
         )
     else:
         kind, reason = (
             VerdictKind.REPRODUCED,
-            f"all equal vanilla but {num_ties} shown ties, {allowed} allowed in {num_tokens} tokens",
+            f"all match vanilla but for {num_ties} shown ties; {allowed} allowed in {num_tokens:,} tokens",
         )
     ours = f"{len(decoded)} generations of {len(greedy)} arms, {num_ties} ties, {len(bugs)} other divergences"
     return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
 
 
 def _require_known_rounding(evidence: Evidence) -> None:
+    """Refuse half precision whose rounding was not measured: no divergence can be told from a bug there."""
     if (dtype := evidence.record.environment.dtype) != "float32" and evidence.parity.rounding is None:
         raise NotTestable(
             f"parity is exact in float32 only, and this run is in {dtype}, whose rounding was not measured"
@@ -103,8 +102,9 @@ def _require_known_rounding(evidence: Evidence) -> None:
 
 
 def _up_to_ties(evidence: Evidence, decoded: Sequence[Generation], divergences: Sequence[Divergence]) -> str:
-    """Say how far texts of half precision are equal: a tie ends what can be compared of a text, so tokens are
-    counted up to there.
+    """Return how far texts of half precision are equal.
+
+    A tie ends what can be compared of a text, so tokens are counted up to there.
     """
     assert evidence.parity.rounding is not None
     parted = {(row.arm, row.prompt_key): row.position for row in divergences}
@@ -120,13 +120,13 @@ def _faster(form: FasterForm, evidence: Evidence) -> Finding:
     comparison = evidence.comparison(form.arm)
     _require_known_rounding(evidence)
     kind = above(comparison.speedup, form.bound)
-    reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x {holds(kind)}"
+    reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x: {holds(kind)}"
     speed = Finding(kind=kind, ours=shown(comparison.speedup, "x"), reason=reason, figure_kind="measured")
     divergences = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm]
     bugs = [divergence for divergence in divergences if divergence.kind == "bug"]
     if not evidence.parity.num_compared:
         raise NotTestable(f"no output of {form.arm} was compared with vanilla, so its quality is open")
-    lossless, reason = "lossless", f"{len(bugs) or 'no'} outputs part from vanilla's but at a tie"
+    lossless, reason = "lossless", f"{len(bugs) or 'no'} outputs differ from vanilla's other than at a tie"
     if evidence.parity.rounding is not None and not bugs:
         lossless, reason = (
             "lossless up to ties",
@@ -149,7 +149,7 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
         raise NotTestable(f"the record has no tree of arm {form.arm}")
     if form.max_nodes is not None and max(sizes.values()) > form.max_nodes:
         raise NotTestable(
-            f"a tree of {max(sizes.values())} nodes stands where the rung allows {form.max_nodes}"
+            f"a tree has {max(sizes.values())} nodes, and this rung of the ladder allows {form.max_nodes}"
         )
     spec = evidence.record.suite.interval
     counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
@@ -159,7 +159,7 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
     if not evidence.record.suite.reports_speed:
         raise NotTestable(
             f"suite {evidence.record.suite.name} reports no speed; tokens/step alone, {shown(rate, 'x')}, "
-            "does not decide the rung"
+            "does not decide this rung of the ladder"
         )
     timed = paired_counts(evidence, form.arm, over=form.over, timed=True)
     speed = ratio_of_rates(
@@ -169,12 +169,12 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
     parts = []
     for name, interval in (("tokens/step", rate), ("speed", speed)):
         kind = above(interval, form.bound)
-        reason = f"{form.arm} over {form.over} in {name} {holds(kind)}"
+        reason = f"{name} of {form.arm} over {form.over}: {holds(kind)}"
         parts.append(
             Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="measured")
         )
     both = combined(parts)
-    return replace(both, reason=f"{both.reason} (bound {form.bound:g}, {nodes} nodes)")
+    return replace(both, reason=f"{both.reason} (bound {form.bound:g}; {nodes} nodes)")
 
 
 def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Finding:
@@ -194,10 +194,10 @@ def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Findi
     kind = above(interval, form.bound)
     num_below = sum(one.tokens_per_step < sparse.tokens_per_step for one in dense)
     reason = (
-        f"{sparse_tree.num_nodes} sparse nodes yield {sparse.tokens_per_step:.2f} tokens/step, "
-        f"{len(dense)} random dense trees of about "
-        f"{form.dense_nodes} pooled {float(tokens.sum() / steps.sum()):.2f}: the order {holds(kind)}; "
-        f"{num_below} lie below"
+        f"a sparse tree of {sparse_tree.num_nodes} nodes yields {sparse.tokens_per_step:.2f} tokens/step, "
+        f"{len(dense)} random dense trees of about {form.dense_nodes} nodes yield "
+        f"{float(tokens.sum() / steps.sum()):.2f} together ({num_below} of them less than the sparse one); "
+        f"the order: {holds(kind)}"
     )
     return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="replayed")
 
@@ -219,8 +219,8 @@ def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
     kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
     levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
     reason = (
-        f"with {num_heads} heads the search went to depth {tree.depth}, at most {form.max_depth} "
-        f"claimed; nodes a level {levels}"
+        f"with {num_heads} heads the search went to depth {tree.depth}, the claim is at most "
+        f"{form.max_depth}; nodes by level {levels}"
     )
     return Finding(
         kind=kind, ours=f"{tree.num_nodes} nodes, depth {tree.depth}", reason=reason, figure_kind="computed"
@@ -252,8 +252,8 @@ def _extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:
     reason = (
         f"{more.tokens_per_step:.3f} tokens/step with {form.with_heads} heads, {fewer.tokens_per_step:.3f} "
         f"with {form.without_heads}, "
-        f"{form.num_nodes} nodes each; the 90 % interval of the gain against +-{form.margin:.0%} "
-        f"{holds(kind)} ({split.origin})"
+        f"{form.num_nodes} nodes each ({split.origin}); the 90 % interval of the gain lies within "
+        f"+-{form.margin:.0%}: {holds(kind)}"
     )
     return Finding(kind=kind, ours=percent(gain), reason=reason, figure_kind="replayed")
 
@@ -278,11 +278,13 @@ def _speed_identity(form: SpeedIdentityForm, evidence: Evidence) -> Finding:
         )
         kind = equivalence(gap, form.margin)
         expected = float(counts.tokens[0].sum() / counts.steps[0].sum() / separate)
-        reason = f"{arm} {holds(kind)} (rate over overhead {expected:.2f}x, separate overhead {separate:.3f})"
+        reason = (
+            f"{arm}: {holds(kind)} (rate over overhead {expected:.2f}x, separate overhead {separate:.3f})"
+        )
         parts.append(Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured"))
     both = combined(parts)
-    prefix = f"measured speedup against rate over overhead, 90 % interval against +-{form.margin:.0%}"
-    return replace(both, reason=f"{prefix}: {both.reason}")
+    prefix = f"the measured speedup is rate over overhead, 90 % interval within +-{form.margin:.0%}"
+    return replace(both, reason=f"{prefix}; {both.reason}")
 
 
 _TESTS: dict[type, Callable[..., Finding]] = {

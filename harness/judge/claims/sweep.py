@@ -1,4 +1,4 @@
-"""Verdicts on what a sweep ran: thresholds, rules and temperatures, as pure functions of its sampled cells.
+"""Verdicts on a sweep's sampled cells: thresholds, rules and temperatures.
 
 Every figure is paired by prompt: the bootstrap draws prompts whole, with all settings and seeds of a prompt
 together.
@@ -41,16 +41,16 @@ Floats = NDArray[np.float64]
 
 
 def sampled_counts(cell: SampledCell, *, prompts: Sequence[str]) -> tuple[Floats, Floats, Floats, Floats]:
-    """Return a cell's decoded tokens, steps, all tokens and summed log-likelihood by prompt, all seeds of a
-    prompt together.
+    """Return a cell's decoded tokens, steps, all tokens and summed log-likelihood by prompt.
 
-    Shapes: [prompts] each; decoded tokens leave out each text's first, which the prefill made.
+    All seeds of a prompt count together; decoded tokens leave out each text's first, which the prefill made.
+    Shapes: [prompts] each.
     """
-    place = {key: number for number, key in enumerate(prompts)}
+    index = {key: number for number, key in enumerate(prompts)}
     table = np.zeros((4, len(prompts)))
     for row in cell.rows:
         figures = (row.num_tokens - 1, len(row.step_tokens), row.num_tokens, row.log_likelihood)
-        table[:, place[row.prompt_key]] += figures
+        table[:, index[row.prompt_key]] += figures
     return table[0], table[1], table[2], table[3]
 
 
@@ -71,11 +71,12 @@ def shared_prompts(cells: Sequence[SampledCell]) -> tuple[str, ...]:
 
 
 def slope(values: Sequence[Floats], at: Sequence[float]) -> Floats:
-    """Return the least-squares slope of values over `at`. Shapes: one array a place, all alike; the result is
-    like them.
+    """Return the least-squares slope of values over `at`.
+
+    Shapes: one array for each entry of `at`, all alike; the result is like them.
     """
-    places = np.asarray(at, dtype=np.float64)
-    centred = places - places.mean()
+    values_at = np.asarray(at, dtype=np.float64)
+    centred = values_at - values_at.mean()
     return np.asarray(
         sum(weight * value for weight, value in zip(centred / (centred @ centred), values, strict=True))
     )
@@ -118,8 +119,9 @@ def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
 
 
 def threshold_cells(record: SweepRecord) -> list[SampledCell]:
-    """Return the typical cells whose delta is the square root of epsilon, in order of temperature and
-    epsilon.
+    """Return the typical cells whose delta is the square root of epsilon.
+
+    They come in order of temperature and epsilon.
     """
     cells = [
         cell
@@ -194,8 +196,9 @@ def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Findi
 def _trends(
     record: SweepRecord, cells: Sequence[SampledCell], at: Sequence[float]
 ) -> tuple[Interval, Interval]:
-    """Return the slopes of tokens/step and of mean log-likelihood over the cells, with intervals over
-    prompts.
+    """Return the slopes of tokens/step and of mean log-likelihood over the cells.
+
+    Their intervals are over prompts.
     """
     prompts, spec = shared_prompts(cells), record.spec.interval
     counts = [sampled_counts(cell, prompts=prompts) for cell in cells]

@@ -29,7 +29,7 @@ def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[Cl
 
 
 def verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
-    """Return a claim's verdict by one of its forms: what the registry states beside what a test found."""
+    """Return a claim's verdict by one of its forms: what the registry states, and what a test found."""
     return ClaimVerdict(
         claim_id=claim.id,
         stated=claim.stated,

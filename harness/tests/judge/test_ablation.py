@@ -238,7 +238,7 @@ def test_a_divergence_that_bought_nothing_is_not_counted(
     claims: dict[str, ClaimSpec], tmp_path: Path
 ) -> None:
     record = write_fake_ablation(tmp_path / "record", arms={**ARMS, "two_stage": FakeArm(hits=5, kl=0.0)})
-    with pytest.raises(NotTestable, match="paid for nothing"):
+    with pytest.raises(NotTestable, match="no gain whose price"):
         judge_training(form(claims, "T2-Medusa-2-q"), record)
 
 

@@ -331,7 +331,7 @@ def test_parity_in_half_precision_is_judged_by_its_measured_rounding(
     )
     outcome = found["greedy_parity"]
     assert outcome.status is status, outcome
-    assert ("tokens part at 3 ties in" in outcome.found) is (status is CheckStatus.PASSED)
+    assert ("texts differ at 3 ties in" in outcome.found) is (status is CheckStatus.PASSED)
     assert "bfloat16 texts are equal only up to ties" in outcome.found and "below 0.25" in outcome.need
     assert found["replay_equals_decode"].status is CheckStatus.PASSED, found["replay_equals_decode"]
 
@@ -354,7 +354,7 @@ def test_replay_in_half_precision_is_judged_where_rounding_is_measured(tmp_path:
             one for one in record.generations if one.trial.arm in ("chain", "cartesian", "optimised_64")
         ]
         total = sum(one.num_steps for one in medusa)
-        assert f"{total} steps before the texts part, in {total} of which" in outcome.found
+        assert f"{total} steps before the texts differ, and in {total} of them" in outcome.found
 
 
 def test_a_rounding_of_another_precision_is_told(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def an_interval(estimate: float) -> Interval:
             3.1,
             1.2,
             0.8,
-            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear heads and "
+            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (costly heads and "
             "bookkeeping)",
         ),
         (
@@ -261,7 +261,7 @@ def an_interval(estimate: float) -> Interval:
             3.1,
             3.0,
             0.8,
-            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (dear "
+            "slower than vanilla: a step costs 3.10x and yields 1.90 tokens; needs > 3.10 (costly "
             "verification)",
         ),
         (
@@ -272,7 +272,7 @@ def an_interval(estimate: float) -> Interval:
             "slower than vanilla: a step costs 1.20x and yields 1.10 tokens; needs > 1.20 (low acceptance)",
         ),
         (1.2, 1.1, 1.1, 0.8, "low acceptance: a step costs 1.10x and yields 1.20 tokens"),
-        (2.6, 1.9, 1.8, 0.8, "dear verification: a step costs 1.90x and yields 2.60 tokens"),
+        (2.6, 1.9, 1.8, 0.8, "costly verification: a step costs 1.90x and yields 2.60 tokens"),
         (2.6, 1.1, 1.05, 0.2, "slow baseline: a step costs 1.10x and yields 2.60 tokens"),
         (2.6, 1.2, 1.1, 0.8, "balanced: a step costs 1.20x and yields 2.60 tokens"),
         (2.6, 1.2, None, None, "balanced: a step costs 1.20x and yields 2.60 tokens"),

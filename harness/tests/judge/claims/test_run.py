@@ -298,8 +298,8 @@ def test_a_rung_says_which_part_held(
     evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
 ) -> None:
     verdict = _judge(claims["T3-2"], evidence_of(step_s={"cartesian": 0.05}))
-    assert "tokens/step holds" in verdict.reason
-    assert "speed fails" in verdict.reason
+    assert "tokens/step of cartesian over chain: holds" in verdict.reason
+    assert "speed of cartesian over chain: fails" in verdict.reason
 
 
 def test_an_arm_that_was_not_run_is_named(evidence_of: Callable[..., Evidence]) -> None:
