@@ -131,14 +131,8 @@ def record_trace(
             heads, backbone.lm_head, states, text.token_ids, tie_margin=head_tie_margin
         )
         if text_tie_margin is not None:
-            near = (logits.float() >= best[:, :1] - text_tie_margin).cpu()
-            several = (near.sum(-1) > 1).nonzero().flatten().tolist()
-            text_ties += [[text.key, row + 1, *near[row].nonzero().flatten().tolist()] for row in several]
-        open_ranks = (ranges[..., 0] < ranges[..., 1]) & (ranges[..., 0] <= MAX_TREE_RANK)
-        head_ties += [
-            [text.key, row + 1, head + 1, *ranges[row, head].tolist()]
-            for row, head in open_ranks.nonzero().tolist()
-        ]
+            text_ties += _text_ties(text.key, logits, best[:, :1] - text_tie_margin)
+        head_ties += _head_ties(text.key, ranges)
         prompts.append(
             PromptTrace(
                 key=text.key,
@@ -165,3 +159,22 @@ def record_trace(
         extra={**extra, **extra_ties},
     )
     return Trace(provenance=provenance, prompts=tuple(prompts))
+
+
+def _text_ties(key: str, logits: Tensor, lowest: Tensor) -> list[JsonValue]:
+    """Return the positions at which several tokens reach the lowest logit of a tie, with their ids.
+
+    Shapes: logits `[n, V]`, lowest `[n, 1]`.
+    """
+    near = (logits.float() >= lowest).cpu()
+    several = (near.sum(-1) > 1).nonzero().flatten().tolist()
+    return [[key, row + 1, *near[row].nonzero().flatten().tolist()] for row in several]
+
+
+def _head_ties(key: str, ranges: Tensor) -> list[JsonValue]:
+    """Return the ranks that rounding leaves open and a tree may name, by position and head.
+
+    Shapes: ranges `[n, K, 2]`, lowest and highest rank.
+    """
+    is_open = (ranges[..., 0] < ranges[..., 1]) & (ranges[..., 0] <= MAX_TREE_RANK)
+    return [[key, row + 1, head + 1, *ranges[row, head].tolist()] for row, head in is_open.nonzero().tolist()]

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from harness.compose.trees import check_fixed_trees, resolve_trees
-from harness.device.arms import ArmRunner
+from harness.compose.trees import check_fixed_trees
 from harness.device.clock import device_clock
 from harness.device.doctor import require_own_gpu
 from harness.device.engine import (
@@ -21,37 +19,22 @@ from harness.device.engine import (
     load_tuned_engine,
 )
 from harness.device.environment import describe_engine
-from harness.device.limits import measure_device_limits
 from harness.device.locks import folder_held
 from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
-from harness.device.trace import HEAD_TIE_MARGIN, KeptText, calibration_of, record_trace
-from harness.errors import InvalidMeasurement, UserError
-from harness.files import DataPath, write_json
-from harness.measure import probes
+from harness.device.trace import calibration_of
+from harness.errors import UserError
+from harness.files import DataPath
+from harness.measure.follow_up import follow_up
 from harness.measure.plan import make_plan
-from harness.measure.rounding import measure_rounding
+from harness.measure.preparation import prepare
 from harness.measure.session import Session, device_turn, greedy_vanilla, suite_engine
-from harness.measure.trials import arm_runners, control_texts, run_blocks
+from harness.measure.trials import arm_runners, run_blocks
 from harness.paths import resolve_path
-from harness.records.folder import file_of
 from harness.records.provenance import Environment
 from harness.records.run import (
-    ARM_STEPS,
-    CALIBRATION_FILE,
-    HEADS_CONTROL_FILE,
-    ROUNDING_FILE,
     RUN,
-    TIE_SHIFTS,
-    TRACE_FILE,
-    ArmTree,
-    ArmTrees,
-    DeviceLimits,
-    Likelihood,
-    Likelihoods,
     Manifest,
-    Profile,
     RunRecord,
-    StepCosts,
 )
 from harness.records.store import Store
 from harness.records.trace import Trace
@@ -164,12 +147,12 @@ def _fill_record(
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
     with device_turn(session):
-        trees = _prepare(session, calibrations, base_folder=base_folder)
+        trees = prepare(session, calibrations, base_folder=base_folder)
     runners = arm_runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
     peak = run_blocks(session, runners, plan, started=started, budget_s=budget_s)
     with device_turn(session):
-        _after(session, runners)
+        follow_up(session, runners)
     outcomes = RunRecord(store.folder).outcomes
     done = len({outcome.trial.prompt_key for outcome in outcomes})
     rounds = 1 + max(outcome.trial.round for outcome in outcomes)
@@ -237,152 +220,3 @@ def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine])
                 where=f"arm {arm.name!r}",
                 do="name a tree of another kind",
             )
-
-
-def _prepare(
-    session: Session, calibrations: Mapping[BackboneName, Trace | None], *, base_folder: Path | None
-) -> dict[str, ArmTree]:
-    """Measure the device, refuse useless heads, choose the trees, measure rounding; on resume everything is
-    read back instead.
-    """
-    folder, suite, engine = session.store.folder, session.suite, session.engine
-    if (folder / "trees.json").exists():
-        session.console.print(f"resuming {folder.name}")
-        trees = RunRecord(folder).trees
-        _check_same_files(suite, trees, base_folder=base_folder)
-        return trees
-    for backbone, calibration in calibrations.items():
-        if calibration is not None:
-            calibration.save(folder / file_of(CALIBRATION_FILE, backbone))
-    session.console.print("measuring the device, the draft heads against random ones, and step costs")
-    limits: DeviceLimits = measure_device_limits(
-        session.device, engine.runner.backbone.dtype, clock=session.clock
-    )
-    write_json(folder / "device_limits.json", limits)
-    texts = {backbone: control_texts(session, one) for backbone, one in session.engines.items()}
-    for backbone, one in session.engines.items():
-        control = probes.control_heads(one, texts[backbone])
-        write_json(folder / file_of(HEADS_CONTROL_FILE, backbone), control)
-        if control.trained_top1[0] <= control.random_top1[0]:
-            raise InvalidMeasurement(
-                f"heads_beat_random: found top-1 {control.trained_top1[0]:.3f} of head 1 of the {backbone} "
-                "backbone on "
-                f"{control.num_positions} positions, need more than the {control.random_top1[0]:.3f} of "
-                "randomly weighted heads; "
-                "nothing was timed"
-            )
-    costs = probes.measure_step_costs(
-        engine,
-        suite.probes.step_nodes,
-        context_tokens=suite.probes.step_context_tokens,
-        repeats=suite.probes.step_repeats,
-        clock=session.clock,
-    )
-    write_json(folder / "step_costs.json", StepCosts(costs=costs))
-    found: dict[str, ArmTree] = {}
-    for backbone, one in session.engines.items():
-        num_heads = one.heads.num_heads
-        found |= resolve_trees(
-            suite.arms,
-            calibration=calibrations[backbone],
-            costs=costs,
-            num_heads=num_heads,
-            base_folder=base_folder,
-            backbone=backbone,
-        )
-    trees = {arm.name: found[arm.name] for arm in suite.arms if arm.name in found}
-    if engine.runner.backbone.dtype != torch.float32:
-        session.console.print("measuring this precision's rounding")
-        for backbone, one in session.engines.items():
-            own = [arm for arm in suite.arms if arm.backbone == backbone]
-            own_trees = {arm.name: trees[arm.name].tree() for arm in own if arm.name in trees}
-            write_json(
-                folder / file_of(ROUNDING_FILE, backbone),
-                measure_rounding(one, texts[backbone], arms=own, trees=own_trees),
-            )
-    write_json(folder / "trees.json", ArmTrees(trees=trees))
-    return trees
-
-
-def _check_same_files(suite: SuiteSpec, trees: Mapping[str, ArmTree], *, base_folder: Path | None) -> None:
-    """Refuse to go on with a tree file that has changed since the run began."""
-    for arm in suite.arms:
-        if (
-            isinstance(arm.tree, FileTree)
-            and DraftTree.from_json(resolve_path(arm.tree.path, base_folder=base_folder))
-            != trees[arm.name].tree()
-        ):
-            raise UserError(
-                found=f"another tree in {Path(arm.tree.path).name}",
-                need="the one that began the run",
-                where=f"arm {arm.name!r}",
-                do="restore it, or give the new tree another name",
-            )
-
-
-def _after(session: Session, runners: dict[str, ArmRunner]) -> None:
-    """Everything that follows the timed part: trace, profile, likelihoods, and the separately timed steps in
-    one file.
-    """
-    folder, suite = session.store.folder, session.suite
-    record = RunRecord(folder)
-    prompts = {prompt.key: prompt for prompt in session.prompts}
-    generations = record.generations
-    session.console.print("tracing the vanilla texts, profiling, scoring sampled texts")
-    for backbone, engine in session.engines.items():
-        rounding = record.rounding_of(backbone)
-        vanilla = greedy_vanilla(suite, backbone).name
-        texts = [
-            KeptText(
-                item.trial.prompt_key,
-                item.category,
-                prompts[item.trial.prompt_key].prompt_ids,
-                item.token_ids,
-                item.ended_by,
-            )
-            for item in generations
-            if item.trial.arm == vanilla and item.trial.round == 0
-        ]
-        if texts:
-            trace = record_trace(
-                engine,
-                texts,
-                max_new_tokens=suite.max_new_tokens,
-                extra={"suite": suite.name},
-                head_tie_margin=HEAD_TIE_MARGIN
-                if rounding is None
-                else TIE_SHIFTS * rounding.largest_head_shift,
-                text_tie_margin=None if rounding is None else TIE_SHIFTS * rounding.largest_gap_shift,
-            )
-            trace.save(folder / file_of(TRACE_FILE, backbone))
-    if suite.reports_speed:
-        chosen = [prompt.prompt_ids for prompt in session.prompts[: suite.probes.profile_prompts]]
-        failed = {failure.trial.arm for failure in record.failures}
-        rows = [
-            probes.profile_arm(runners[arm.name], chosen, seed=None, clock=session.clock)
-            for arm in suite.arms
-            if arm.method in ("vanilla", "medusa") and not arm.stochastic and arm.name not in failed
-        ]
-        write_json(folder / "profile.json", Profile(rows=tuple(row for row in rows if row.num_steps)))
-    sampled = [item for item in generations if suite.arm(item.trial.arm).stochastic]
-    if sampled:
-        scored = [
-            Likelihood(
-                trial=item.trial,
-                mean_log_likelihood=probes.mean_log_likelihood(
-                    session.engine,
-                    KeptText(
-                        item.trial.prompt_key,
-                        item.category,
-                        prompts[item.trial.prompt_key].prompt_ids,
-                        item.token_ids,
-                        item.ended_by,
-                    ),
-                ),
-            )
-            for item in sampled
-        ]
-        write_json(folder / "likelihoods.json", Likelihoods(rows=tuple(scored)))
-    costs = record.step_costs.costs if record.step_costs is not None else ()
-    by_size = tuple(cost for cost in costs if cost.arm is None)
-    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *ARM_STEPS.done(folder))))

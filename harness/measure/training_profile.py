@@ -68,15 +68,7 @@ def profile_training(
     the device held throughout.
     Raises: UserError for a recipe that cannot run here or whose text is not there.
     """
-    if isinstance(spec, JointRecipe):
-        check_runnable(spec.recipe)
-    if spec.packed_corpus is None and (isinstance(spec, HeadsRecipe) or spec.conversations is None):
-        raise UserError(
-            found="a recipe whose text is still to be made",
-            need="packed_corpus, or conversations",
-            where=f"{spec.name}.toml",
-            do="make it with medusa-repro distill and name it there",
-        )
+    _check_profiled(spec)
     device = best_device() if isinstance(spec, JointRecipe) else torch.device("cpu")
     clock = device_clock(device)
     console.print(
@@ -103,22 +95,36 @@ def profile_training(
             after = _limits(bench.dtypes, device=device, clock=clock)
     stages = bench.watch.profiles(bench.rates, parts=bench.parts)
     counted = {dtype for stage in stages for dtype in stage.flops}
+    throughput = tuple(
+        MatrixThroughput(
+            dtype=dtype,
+            before_flop_per_s=before[dtype].matmul_flop_per_s,
+            after_flop_per_s=after[dtype].matmul_flop_per_s,
+            method=before[dtype].method,
+        )
+        for dtype in bench.dtypes
+        if dtype in counted
+    )
     return TrainingProfile(
         recipe=spec.name,
         kind="heads" if isinstance(spec, HeadsRecipe) else "joint",
         environment=bench.environment,
-        throughput=tuple(
-            MatrixThroughput(
-                dtype=dtype,
-                before_flop_per_s=before[dtype].matmul_flop_per_s,
-                after_flop_per_s=after[dtype].matmul_flop_per_s,
-                method=before[dtype].method,
-            )
-            for dtype in bench.dtypes
-            if dtype in counted
-        ),
+        throughput=throughput,
         stages=stages,
     )
+
+
+def _check_profiled(spec: AnyRecipe) -> None:
+    """Refuse, before anything is loaded, a recipe that cannot run here or whose text is still to be made."""
+    if isinstance(spec, JointRecipe):
+        check_runnable(spec.recipe)
+    if spec.packed_corpus is None and (isinstance(spec, HeadsRecipe) or spec.conversations is None):
+        raise UserError(
+            found="a recipe whose text is still to be made",
+            need="packed_corpus, or conversations",
+            where=f"{spec.name}.toml",
+            do="make it with medusa-repro distill and name it there",
+        )
 
 
 def _limits(dtypes: Sequence[str], *, device: torch.device, clock: Clock) -> dict[str, DeviceLimits]:

@@ -15,13 +15,6 @@ STAND_TWICE = {
     ("harness/records/latency.py", "harness/specs/shapes.py"),
 }
 LONG = {
-    "harness/device/trace.py record_trace",
-    "harness/measure/ablation/bench.py _result",
-    "harness/measure/ablation/run.py run_ablation",
-    "harness/measure/run.py _after",
-    "harness/measure/run.py _prepare",
-    "harness/measure/sweep/cells.py decode_point",
-    "harness/measure/training_profile.py profile_training",
     "medusa_impl/stream.py decode_stream",
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from harness.measure.ablation.backbone_change import (
     text_change,
 )
 from harness.paths import cache_dir
-from harness.records.ablation import ArmResult
+from harness.records.ablation import ArmResult, HeadText, TextChange
 from harness.records.trace import Trace
 from harness.specs.ablation import START_ARM, AblationSpec
 from harness.specs.assets import load_asset_specs
@@ -106,6 +106,17 @@ class MeasuredArm:
     result: ArmResult
     trace: Trace
     original_text: Trace | None
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What training changed: by text of the held-out answers and the references, and what the heads make of
+    the former.
+    """
+
+    held_out: tuple[TextChange, ...]
+    references: tuple[TextChange, ...]
+    heads: tuple[HeadText, ...]
 
 
 class ArmBench:
@@ -202,7 +213,7 @@ class ArmBench:
         recipe: Medusa2Settings | None,
     ) -> MeasuredArm:
         arm = job.arm if job is not None else START_ARM
-        backbone, is_original = engine.runner.backbone, engine.loaded.model is self.engine.loaded.model
+        is_original = engine.loaded.model is self.engine.loaded.model
         columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(
@@ -213,37 +224,11 @@ class ArmBench:
             def advance() -> None:
                 progress.advance(task)
 
-            held_out, references, heads = [], [], []
-            for text in (*self.held_out, *self.references):
-                before = self._reading(text)
-                after = before if is_original else read_text(backbone, text)
-                change = text_change(text, original=before, tuned=after)
-                if text in self.references:
-                    references.append(change)
-                else:
-                    held_out.append(change)
-                    heads.append(head_text(text, engine.heads, after))
-                advance()
-            extra = {
-                "prompts": f"held-out prompts, {self.spec.held_out.source}, seed {self.spec.held_out.seed}",
-                "arm": arm,
-            }
-
-            def traced(samples: Sequence[CorpusSample]) -> Trace:
-                texts = [
-                    KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by)
-                    for one in samples
-                ]
-                return record_trace(
-                    engine,
-                    texts,
-                    max_new_tokens=self.spec.held_out.max_new_tokens,
-                    extra=extra,
-                    on_text=advance,
-                )
-
-            trace = traced(answers)
-            original_text = None if is_original else traced(self.answers)
+            changes = self._changes(engine, is_original=is_original, advance=advance)
+            trace = self._trace(engine, answers, arm=arm, advance=advance)
+            original_text = (
+                None if is_original else self._trace(engine, self.answers, arm=arm, advance=advance)
+            )
         greedy = tuple(
             greedy_text(ours.key, ours.token_ids, original=theirs.token_ids)
             for ours, theirs in zip(answers, self.answers, strict=True)
@@ -263,12 +248,48 @@ class ArmBench:
             backbone_sha256s=_trained_backbone(engine) if job is not None else None,
             heads_sha256=engine.heads_sha256 or "",
             adapter_sha256=engine.loaded.adapter_sha256,
-            held_out=tuple(held_out),
-            references=tuple(references),
+            held_out=changes.held_out,
+            references=changes.references,
             greedy=greedy,
-            heads=tuple(heads),
+            heads=changes.heads,
         )
         return MeasuredArm(result, trace, original_text)
+
+    def _changes(self, engine: Engine, *, is_original: bool, advance: Callable[[], None]) -> _Changes:
+        """Return what the engine's backbone and heads make of all texts, beside what the original does."""
+        held_out, references, heads = list[TextChange](), list[TextChange](), list[HeadText]()
+        for text in (*self.held_out, *self.references):
+            before = self._reading(text)
+            after = before if is_original else read_text(engine.runner.backbone, text)
+            change = text_change(text, original=before, tuned=after)
+            if text in self.references:
+                references.append(change)
+            else:
+                held_out.append(change)
+                heads.append(head_text(text, engine.heads, after))
+            advance()
+        return _Changes(tuple(held_out), tuple(references), tuple(heads))
+
+    def _trace(
+        self,
+        engine: Engine,
+        samples: Sequence[CorpusSample],
+        *,
+        arm: str,
+        advance: Callable[[], None],
+    ) -> Trace:
+        """Return the trace of answers as the engine reads them."""
+        wanted = self.spec.held_out
+        texts = [
+            KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by) for one in samples
+        ]
+        return record_trace(
+            engine,
+            texts,
+            max_new_tokens=wanted.max_new_tokens,
+            extra={"prompts": f"held-out prompts, {wanted.source}, seed {wanted.seed}", "arm": arm},
+            on_text=advance,
+        )
 
 
 def _trained_backbone(engine: Engine) -> tuple[str, str] | None:

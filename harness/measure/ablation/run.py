@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -49,6 +49,7 @@ from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
 from harness.training.joint import check_runnable
+from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusPrompt
 from medusa_impl.training_log import STEP_LOG
 from medusa_impl.tree import DraftTree
@@ -104,26 +105,8 @@ def run_ablation(
     work = (options.work or cache_dir() / "ablation") / spec.name / store.folder.name
     with folder_held(store.folder):
         write_json(store.folder / TREE_FILE, fixed_tree(spec, calibration, num_heads=engine.heads.num_heads))
-        done = {(result.arm, result.seed) for result in store.lines()}
         bench = ArmBench(spec, engine, prompts, references, work, console)
-        for arm, seed in spec.plan():
-            if (arm, seed) in done:
-                continue
-            if seed is None:
-                start = bench.measure_start()
-                _keep(store, start.result, trace=start.trace, step_log=None)
-                continue
-            job = ArmJob(spec, suite_file, arm, seed, work / f"{arm}-{seed}", options.allow_hub)
-            console.print(f"[bold]{arm}[/bold], seed {seed}")
-            _train(job, own_process=options.own_process)
-            found = bench.measure(job, recipes[arm])
-            _keep(
-                store,
-                found.result,
-                trace=found.trace,
-                original_text=found.original_text,
-                step_log=job.target / STEP_LOG,
-            )
+        _fill_record(store, bench, recipes, suite_file=suite_file, options=options)
         num_arms = len(AblationRecord(store.folder).results)
         elapsed_s = time.monotonic() - started
         store.seal(
@@ -134,6 +117,37 @@ def run_ablation(
             elapsed_s=elapsed_s,
         )
     return store.folder
+
+
+def _fill_record(
+    store: Store[ArmResult],
+    bench: ArmBench,
+    recipes: Mapping[str, Medusa2Settings],
+    *,
+    suite_file: Path | None,
+    options: AblateOptions,
+) -> None:
+    """Train and measure every arm and seed that is not done yet, one after another."""
+    done = {(result.arm, result.seed) for result in store.lines()}
+    for arm, seed in bench.spec.plan():
+        if (arm, seed) in done:
+            continue
+        if seed is None:
+            start = bench.measure_start()
+            _keep(store, start.result, trace=start.trace, step_log=None)
+            continue
+        work = bench.work / f"{arm}-{seed}"
+        job = ArmJob(bench.spec, suite_file, arm, seed, work, options.allow_hub)
+        bench.console.print(f"[bold]{arm}[/bold], seed {seed}")
+        _train(job, own_process=options.own_process)
+        found = bench.measure(job, recipes[arm])
+        _keep(
+            store,
+            found.result,
+            trace=found.trace,
+            original_text=found.original_text,
+            step_log=job.target / STEP_LOG,
+        )
 
 
 def _keep(

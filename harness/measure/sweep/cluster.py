@@ -27,10 +27,10 @@ from rich.console import Console
 
 from harness.device.machine import checkout_state
 from harness.errors import UserError
-from harness.measure.sweep.cells import CellInputs, RunTask, SampledTask, failed_cell
 from harness.measure.sweep.node import describe_node, measure_curve, run_cell
 from harness.measure.sweep.run import SweepOptions
 from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
+from harness.measure.sweep.tasks import CellInputs, RunTask, SampledTask, failed_cell
 from harness.paths import CACHE_VARIABLE, resolve_path
 from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec, load_latency_spec

@@ -16,7 +16,8 @@ from rich.console import Console
 from harness.device.engine import best_device
 from harness.device.machine import machine
 from harness.measure.latency.run import LatencyOptions, run_latency
-from harness.measure.sweep.cells import CellInputs, CellRunner, RunTask
+from harness.measure.sweep.cells import CellRunner
+from harness.measure.sweep.tasks import CellInputs, RunTask
 from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec
 

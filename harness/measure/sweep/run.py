@@ -27,7 +27,8 @@ from harness.device.machine import device_info, origin
 from harness.device.progress import progress_bar
 from harness.errors import UserError
 from harness.files import file_sha256, write_bytes
-from harness.measure.sweep.cells import CellInputs, CellRunner, DecodedTask, RunTask, SampledTask
+from harness.measure.sweep.cells import CellRunner
+from harness.measure.sweep.tasks import CellInputs, DecodedTask, RunTask, SampledTask
 from harness.paths import resolve_path
 from harness.records.store import Store
 from harness.records.sweep import (

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from harness.files import DataPath, ModelFolder, with_paths, write_json
-from harness.measure.sweep.cells import CellInputs
 from harness.measure.sweep.node import Shipment
+from harness.measure.sweep.tasks import CellInputs
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
 from harness.records.provenance import machine_slug

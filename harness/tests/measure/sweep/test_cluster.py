@@ -34,11 +34,11 @@ from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.judge.validate import validate_record
-from harness.measure.sweep.cells import CellInputs, DecodedTask, SampledTask
 from harness.measure.sweep.cluster import RayExecutor
 from harness.measure.sweep.node import unpacked
 from harness.measure.sweep.run import SweepOptions, cell_inputs, plan_runs, run_sweep
 from harness.measure.sweep.shipping import keep_record, packed
+from harness.measure.sweep.tasks import CellInputs, DecodedTask, SampledTask
 from harness.measure.trace import trace_suite
 from harness.records.latency import LatencyRecord
 from harness.records.store import Store, portable

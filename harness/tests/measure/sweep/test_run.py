@@ -29,8 +29,9 @@ from harness.files import file_sha256, write_json
 from harness.judge.schemas import json_schemas
 from harness.judge.sweep import decoded_checks
 from harness.judge.validate import validate_record
-from harness.measure.sweep.cells import arm_of, step_difference
+from harness.measure.sweep.decoded import step_difference
 from harness.measure.sweep.run import SweepOptions, run_sweep
+from harness.measure.sweep.sampled import arm_of
 from harness.measure.trace import trace_suite
 from harness.records.provenance import Environment
 from harness.records.store import Store
