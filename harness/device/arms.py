@@ -1,4 +1,7 @@
-"""How one arm decodes one prompt, timed step by step: the only place where a generation meets the clock."""
+"""How one arm decodes one prompt, timed step by step.
+
+No other module lets a generation meet the clock.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +60,9 @@ def acceptance_rule(arm: ArmSpec, *, seed: int | None, device: torch.device) -> 
 
 
 class ArmRunner:
-    """Decodes single prompts as one arm; keeps its cache between trials so that allocation is not timed
-    twice.
+    """Decodes single prompts as one arm.
+
+    It keeps its cache between trials, so that allocation is not timed twice.
     """
 
     def __init__(
@@ -134,8 +138,9 @@ class ArmRunner:
         )
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
-        """Decode with `generate` of transformers on the stock model; configured here, not by the model's
-        folder.
+        """Decode with `generate` of transformers on the stock model.
+
+        It is configured here, not by the model's folder.
         """
         eos_ids = self.engine.loaded.eos_ids
         lookup = (

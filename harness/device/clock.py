@@ -13,8 +13,9 @@ Clock = Callable[[], float]
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Return a clock that synchronises `device` before it reads the time, so that queued kernels count where
-    they were started.
+    """Return a clock that synchronises `device` before it reads the time.
+
+    So queued kernels count where they were started.
     """
     if device.type == "cuda":
 

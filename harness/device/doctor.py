@@ -33,10 +33,10 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
     device = device_info(best_device())
     busy = psutil.cpu_percent(interval=interval_s) / 100
     free_memory = psutil.virtual_memory().available
-    place = cache_dir()
-    while not place.exists():
-        place = place.parent
-    free_disk = shutil.disk_usage(place).free
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free_disk = shutil.disk_usage(folder).free
     threads, cores = (
         torch.get_num_threads(),
         len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
@@ -69,7 +69,7 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
             name="disk",
             fine=free_disk >= _NEEDED_DISK_BYTES,
             found=f"{free_disk / 1e9:.1f} GB free at the cache",
-            advice="set MEDUSA_REPRO_CACHE to a roomier place",
+            advice="set MEDUSA_REPRO_CACHE to a folder on a larger disk",
         ),
         DoctorLine(
             name="packed linear layers",
@@ -109,8 +109,9 @@ def require_own_gpu() -> None:
 
 
 def _gpu_processes(index: int) -> frozenset[int] | None:
-    """Return the numbers of the processes that compute on one of the GPUs that we see, or None where NVML
-    does not tell.
+    """Return the numbers of the processes that compute on one of the GPUs that we see.
+
+    It is None where NVML does not tell.
     """
     try:
         import pynvml

@@ -1,4 +1,4 @@
-"""From a suite's words to a loaded engine: model, tokenizer, heads, mode and hashes."""
+"""From a suite's description to a loaded engine: model, tokenizer, heads, mode and hashes."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Engine:
-    """Everything that decodes: the runner both arms share, the tokenizer, and what the record needs to know
-    of them.
+    """Everything that decodes, and what the record needs to know of it.
+
+    Both arms share the runner.
     """
 
     loaded: LoadedModel
@@ -83,8 +84,9 @@ class Engine:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the backbone's weights that one decoding step reads (an embedding table is read by rows,
-        not whole).
+        """Return the bytes of the backbone's weights that one decoding step reads.
+
+        An embedding table is read by rows, not whole.
         """
         model = self.loaded.model
         counted = {
@@ -110,8 +112,9 @@ class Engine:
 
 
 def embedding_weights(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Return the weights of the token embedding and of the LM head, `[V, H]` each; tied models return one
-    tensor twice.
+    """Return the weights of the token embedding and of the LM head, `[V, H]` each.
+
+    Tied models return one tensor twice.
     """
     embedding: Any = model.get_input_embeddings()
     lm_head: Any = model.get_output_embeddings()
@@ -134,9 +137,9 @@ def load_model(
     base_folder: Path | None = None,
     quantisation: Literal["4bit"] | None = None,
 ) -> LoadedModel:
-    """Load a backbone and its tokenizer from an asset, a local folder, or a tiny random configuration; an
-    adapter is merged into it.
+    """Return a backbone and its tokenizer, from an asset, a local folder or a tiny configuration.
 
+    A tiny model has random weights. An adapter is merged into the backbone.
     Raises: UserError for what is missing or does not load, and for 4-bit weights without bitsandbytes and a
     CUDA device.
     """
@@ -244,7 +247,7 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
 
 
 def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[str, str]]:
-    """Return where a model lies, what it is called, and the asset behind it with its hashes."""
+    """Return where a model lies, what it is called, and its asset with the hashes."""
     if spec.asset is None:
         assert spec.path is not None
         folder = Path(spec.path)
@@ -307,9 +310,9 @@ def load_engine(
 def load_tuned_engine(
     suite: SuiteSpec, *, device: torch.device, allow_hub: bool, base_folder: Path | None
 ) -> Engine | None:
-    """Load a suite's tuned backbone, a second copy of its model with the adapter merged, and its heads; None
-    where the suite has none.
+    """Return an engine of a suite's tuned backbone and its heads, or None.
 
+    The backbone is a second copy of the suite's model with the adapter merged.
     Raises: UserError for an adapter or heads that do not fit the model, or each other.
     """
     if suite.tuned is None:

@@ -21,11 +21,10 @@ _LONG_S = (
 
 
 def measure_device_limits(device: torch.device, dtype: torch.dtype, *, clock: Clock) -> DeviceLimits:
-    """Return the best read bandwidth and matrix throughput of several repeats, with all threads of this
-    process.
+    """Return the best read bandwidth and matrix throughput of several repeats.
 
-    On a GPU the work doubles in size until the figure grows no more: small work measures the launch and the
-    wait.
+    All threads of this process take part. On a GPU the work doubles in size until the figure grows no more:
+    small work measures the launch and the wait.
     """
     on_gpu = device.type == "cuda"
     # none: the first sizes only

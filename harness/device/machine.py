@@ -87,10 +87,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout that tracks `folder` and whether tracked files differ from it; None
-    outside a checkout.
+    """Return the commit of the checkout that tracks `folder`, and whether tracked files differ.
 
-    A checkout of something else around it (an environment inside a user's own project) does not count.
+    Both are None outside a checkout. A checkout of something else around it (an environment inside a user's
+    own project) does not count.
     """
 
     def git(*arguments: str) -> str | None:

@@ -62,8 +62,9 @@ def benchmark_prompts(
 def suite_prompts(
     suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False
 ) -> tuple[SuitePrompt, ...]:
-    """Return the suite's prompts rendered by the model's own chat template (first turns), or random ids for a
-    tiny model.
+    """Return the suite's prompts as token ids.
+
+    They are first turns in the model's own chat template, or random ids for a tiny model.
     """
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=suite.prompts.limit or NUM_RANDOM_PROMPTS, seed="measured")
@@ -84,8 +85,9 @@ def suite_prompts(
 
 
 def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, ...]:
-    """Return prompts for warming up and for the heads' control: held-out training prompts, none of them
-    measured.
+    """Return prompts for warming up and for the heads' control.
+
+    They are held-out training prompts, and none of them is measured.
     """
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=NUM_WARMUP, seed="warmup")
@@ -98,8 +100,9 @@ def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, 
 
 
 def check_lengths(prompts: Sequence[SuitePrompt], engine: Engine, *, max_new_tokens: int) -> None:
-    """Refuse, before anything is measured, a prompt that leaves too few of the model's positions for its
-    answer.
+    """Refuse a prompt that leaves too few of the model's positions for its answer.
+
+    This comes before anything is measured.
     """
     depth = engine.heads.num_heads
     for prompt in prompts:

@@ -1,5 +1,6 @@
-"""A model of a published shape with random weights: for dense models a step's time does not depend on the
-weights' values.
+"""A model of a published shape with random weights.
+
+A dense model's step takes as long whatever its weights are.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ def random_model(
     seed: int = 0,
     num_layers: int | None = None,
 ) -> PreTrainedModel:
-    """Return a model of that shape in evaluation mode, with no end-of-sequence token and at most `num_layers`
-    of its layers.
+    """Return a model of that shape in evaluation mode, with at most `num_layers` of its layers.
 
-    The weights are drawn in place on the device in their own dtype: no copy in float32 or on the host, no
-    default initialisation.
+    It has no end-of-sequence token. The weights are drawn in place on the device in their own dtype: no copy
+    in float32 or on the host, no default initialisation.
     Raises: UserError for a number of layers that the shape does not have.
     """
     num_layers = shape.num_layers if num_layers is None else num_layers
@@ -82,8 +82,9 @@ def transformers_config(
 
 
 def _buffers(shape: ShapeSpec) -> dict[str, Tensor]:
-    """Return the buffers (rotary frequencies) of a normally built model of that shape: one without layers and
-    of one token has them all.
+    """Return the buffers (rotary frequencies) of a normally built model of that shape.
+
+    A model without layers and of one token has them all.
     """
     stub = shape.model_copy(update={"vocab_size": 1})
     with torch.random.fork_rng(devices=[]):  # its one embedding row is drawn from the global generator

@@ -73,11 +73,10 @@ def rank_rows(
     *,
     tie_margin: float = HEAD_TIE_MARGIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ranks and losses of the true tokens under every head, and the ranks between which rounding could
-    move each.
+    """Return ranks and losses of the true tokens under every head, and the range of each rank.
 
-    The rank of a token is the number of tokens with a greater logit, or an equal logit and a lower id; tokens
-    within `tie_margin` of it may stand on either side.
+    The range is what rounding could make of it. The rank of a token is the number of tokens with a greater
+    logit, or an equal logit and a lower id; tokens within `tie_margin` of it may stand on either side.
     Shapes: states `[n, H]`; ranks `[n, K]` int32 with -1 beyond the end, losses `[n, K]` float32 in nats with
     nan there, ranges `[n, K, 2]` int32, lowest and highest rank, with -1 there.
     """
@@ -114,13 +113,13 @@ def record_trace(
     head_tie_margin: float = HEAD_TIE_MARGIN,
     text_tie_margin: float | None = None,
 ) -> Trace:
-    """Return the trace of greedy texts under the engine's heads, with the backbone's top-two gaps and the
-    heads' losses.
+    """Return the trace of greedy texts under the engine's heads.
 
-    Its provenance lists the head ties: where a rank that a tree may name has another token within
-    `head_tie_margin`, prompt key, position i, head k, and the lowest and highest rank that rounding allows.
-    With a `text_tie_margin` it also lists the text ties: where several tokens lie within that of the
-    backbone's best one, prompt key, position i, and their ids.
+    It holds the backbone's top-two gaps and the heads' losses too. Its provenance lists the head ties: where
+    a rank that a tree may name has another token within `head_tie_margin`, prompt key, position i, head k,
+    and the lowest and highest rank that rounding allows. With a `text_tie_margin` it also lists the text
+    ties: where several tokens lie within that of the backbone's best one, prompt key, position i, and their
+    ids.
     """
     backbone, heads = engine.runner.backbone, engine.heads
     prompts, head_ties, text_ties = [], list[JsonValue](), list[JsonValue]()

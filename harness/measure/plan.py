@@ -1,5 +1,6 @@
-"""Which trial runs when: arms interleaved within each block, in an order drawn once and saved with every
-record.
+"""Which trial runs when: arms interleaved within each block.
+
+The order is drawn once and saved with every record.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from harness.specs.suite import SuiteSpec
 
 
 class PlannedTrial(Frozen):
-    """A trial and its place in the run."""
+    """A trial, with its index in the run and its block."""
 
     order: int
     block: int
@@ -52,16 +53,18 @@ def make_plan(suite: SuiteSpec, prompt_keys: Sequence[str]) -> tuple[PlannedTria
             before = [(trial.arm, trial.seed) for trial in block]
             number, first = round_index * len(prompt_keys) + prompt_index, len(trials)
             trials.extend(
-                PlannedTrial(order=first + place, block=number, trial=trial)
-                for place, trial in enumerate(block)
+                PlannedTrial(order=first + index, block=number, trial=trial)
+                for index, trial in enumerate(block)
             )
     return tuple(trials)
 
 
 @dataclass(frozen=True)
 class FinishedBlocks:
-    """What a resume finds: the blocks that are done, how often each trial was tried, and the outcomes as the
-    record goes on with them.
+    """What a resume finds.
+
+    It is the blocks that are done, how often each trial was tried, and the outcomes as the record goes on
+    with them.
     """
 
     blocks: set[int]
@@ -70,8 +73,9 @@ class FinishedBlocks:
 
 
 def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[PlannedTrial]) -> FinishedBlocks:
-    """Return which blocks of a plan are done; of a block that a kill cut short the generations keep their
-    tokens, not their timings.
+    """Return which blocks of a plan are done.
+
+    Of a block that a kill cut short, the generations keep their tokens and not their timings.
     """
     blocks: dict[int, set[TrialKey]] = {}
     block_of: dict[TrialKey, int] = {}
@@ -95,11 +99,10 @@ def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[Pla
 def print_plan(
     suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console
 ) -> None:
-    """Print arms, trials and, where this machine has a sealed record of the suite's model, the minutes an arm
-    should take.
+    """Print arms, trials and the minutes that an arm should take.
 
-    The estimate takes each arm's seconds a generation from the newest such record, scaled by the token
-    budget; an arm that it lacks shows none.
+    Minutes need a sealed record of the suite's model. The estimate takes each arm's seconds a generation from
+    the newest such record, scaled by the token budget; an arm that it lacks shows none.
     """
     from harness.device.engine import best_device
 

@@ -1,5 +1,6 @@
-"""What is measured apart from the timed generations: device limits, step costs, the profile, the heads'
-control, likelihoods.
+"""What is measured apart from the timed generations.
+
+It is step costs, the profile, the heads' control and likelihoods.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from medusa_impl.tree_buffers import tree_buffers
 def measure_step_costs(
     engine: Engine, sizes: Sequence[int], *, context_tokens: int, repeats: int, clock: Clock
 ) -> tuple[StepCost, ...]:
-    """Time the backbone step, and the whole step around it, at each number of nodes at one context length,
-    sizes interleaved.
+    """Time the backbone step, and the whole step around it, at each number of nodes.
 
-    A step's cost depends on its number of nodes, not on the tree's shape (the mask is dense either way), so
-    any tree of that size serves. The whole step adds heads, candidates, acceptance and compaction; it is left
-    out for one node, which drafts nothing.
+    The context has one length, and sizes are interleaved. A step's cost depends on its number of nodes, not
+    on the tree's shape (the mask is dense either way), so any tree of that size serves. The whole step adds
+    heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
     """
     backbone = engine.runner.backbone
     cache = backbone.new_cache(batch_size=1, max_length=context_tokens + max(sizes))
@@ -82,7 +82,7 @@ def _tree_of(num_nodes: int, *, num_heads: int) -> DraftTree:
 def measure_arm_steps(
     runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock
 ) -> StepCost:
-    """Time a few whole steps of one arm behind a given context, with the backbone's part of each.
+    """Time a few whole steps of one arm after a given context, with the backbone's part of each.
 
     The context is kept text, so that acceptance and compaction do what they do in a generation. Prefill and
     first step are left out.
@@ -133,8 +133,9 @@ def profile_arm(
 
 
 def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -> HeadsControl:
-    """Compare the top-1 share of the trained heads with randomly weighted and with untrained (identity) ones
-    on kept text.
+    """Compare the top-1 share of the trained heads with that of others on kept text.
+
+    The others are heads with random weights and untrained ones, which predict what the model does.
     """
     trained = engine.heads
     torch.manual_seed(seed)
@@ -159,8 +160,9 @@ def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -
 
 
 def mean_log_likelihood(engine: Engine, text: KeptText) -> float:
-    """Return the mean log-likelihood of kept tokens under the original backbone at temperature 1, in nats a
-    token.
+    """Return the mean log-likelihood of kept tokens under the original backbone.
+
+    Units: nats a token, at temperature 1.
     """
     _, logits = kept_states(engine.runner.backbone, text)
     tokens = torch.tensor(text.token_ids, device=logits.device)

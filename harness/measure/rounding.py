@@ -1,10 +1,10 @@
-"""How far rounding moves logits between the shapes in which a run computes one position: measured before the
-trials, in half precision.
+"""How far rounding moves logits between the shapes in which a run computes one position.
 
-A token of a text is predicted by a step of one node (vanilla), at nodes of trees of several sizes (Medusa),
-by `generate` of transformers with its own kernels, and by the pass over the whole text that the trace reads.
-Each shape sums in an order of its own, and bfloat16 keeps 8 bits of every sum. Here kept texts are walked
-through in every shape, and what comes out is compared with the trace's pass.
+It is measured before the trials, in half precision. A token of a text is predicted by a step of one node
+(vanilla), at nodes of trees of several sizes (Medusa), by `generate` of transformers with its own kernels,
+and by the pass over the whole text that the trace reads. Each shape sums in an order of its own, and bfloat16
+keeps 8 bits of every sum. Here kept texts are walked through in every shape, and what comes out is compared
+with the trace's pass.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _STOCK_STEP_TOKENS = {"hf_greedy": 1, "hf_prompt_lookup": 1 + PROMPT_LOOKUP_TOKE
 
 @dataclass(frozen=True)
 class _Step:
-    """What one step says of a text, row r of which is what produced y_{r+1}: logits of some rows, and the
-    state that heads read next.
+    """What one step says of a text: logits of some rows, and the state that heads read next.
 
+    Row r is what produced y_{r+1}.
     Shapes: rows `[m]`, logits `[m, V]`; state `[H]`, of row `state_row`, None in a stock step.
     """
 
@@ -45,9 +45,9 @@ class _Step:
 
 @dataclass(frozen=True)
 class _WholePass:
-    """What the trace's pass gives for one text: the two best tokens of every row, and the heads' best
-    candidates in all rows but the last.
+    """What the trace's pass gives for one text.
 
+    It is the two best tokens of every row, and the heads' best candidates in all rows but the last.
     Shapes: best_ids `[n, 2]`, gaps `[n]`; candidate_ids and candidate_logits `[n - 1, K, C]`.
     """
 
@@ -62,10 +62,10 @@ class _WholePass:
 def measure_rounding(
     engine: Engine, texts: Sequence[KeptText], *, arms: Sequence[ArmSpec], trees: Mapping[str, DraftTree]
 ) -> Rounding:
-    """Return how far each shape of the greedy arms moves the backbone's top-two gaps and the heads'
-    candidates on kept texts.
+    """Return how far each shape of the greedy arms moves logits on kept texts.
 
-    A shape is a number of tokens a step: of trees of one size the first is walked.
+    These are the backbone's top-two gaps and the heads' candidates. A shape is a number of tokens a step: of
+    trees of one size the first is walked.
     Raises: InvalidMeasurement where a logit is not finite.
     """
     passes = [_whole_pass(engine, text) for text in texts if len(text.token_ids) > 1]
@@ -121,8 +121,9 @@ def _whole_pass(engine: Engine, text: KeptText) -> _WholePass:
 def _trees_by_size(
     greedy: Sequence[ArmSpec], trees: Mapping[str, DraftTree]
 ) -> Iterator[tuple[DraftTree, tuple[str, ...]]]:
-    """Yield a tree of every size in which these arms decode, with the arms' names; vanilla's is the root
-    alone.
+    """Yield a tree of every size in which these arms decode, with the arms' names.
+
+    Vanilla's is the root alone.
     """
     own = {
         arm.name: trees.get(arm.name, DraftTree.root_only())
@@ -135,11 +136,10 @@ def _trees_by_size(
 
 
 def _tree_steps(engine: Engine, text: KeptText, tree: DraftTree) -> Iterator[_Step]:
-    """Walk a text in steps of a tree all of whose nodes hold the text's own tokens, so that every node
-    predicts a token of the text.
+    """Walk a text in steps of a tree all of whose nodes hold the text's own tokens.
 
-    The steps keep 1, 2, .. depth + 1 tokens in turn, so that rows are computed at every depth, over a cache
-    that such steps filled.
+    So every node predicts a token of the text. The steps keep 1, 2, .. depth + 1 tokens in turn, so that rows
+    are computed at every depth, over a cache that such steps filled.
     """
     backbone = engine.runner.backbone
     buffers = tree_buffers(tree, device=backbone.device)
@@ -167,8 +167,9 @@ def _tree_steps(engine: Engine, text: KeptText, tree: DraftTree) -> Iterator[_St
 
 
 def _stock_steps(engine: Engine, text: KeptText, width: int) -> Iterator[_Step]:
-    """Walk a text as `generate` does: the prompt, then `width` tokens at a time, with the stock model's own
-    kernels and cache.
+    """Walk a text as `generate` does: the prompt, then `width` tokens at a time.
+
+    Kernels and cache are the stock model's own.
     """
     device, num_tokens = engine.runner.backbone.device, len(text.token_ids)
     tokens = torch.tensor([text.token_ids], device=device)
@@ -192,10 +193,10 @@ def _stock_steps(engine: Engine, text: KeptText, width: int) -> Iterator[_Step]:
 def _shifts(
     engine: Engine, one: _WholePass, steps: Iterable[_Step], *, num_heads: int
 ) -> tuple[list[float], list[float]]:
-    """Return how far steps move each row's gap, and the candidates of the first `num_heads` heads wherever
-    decoding could read them.
+    """Return how far steps move each row's gap, and the heads' candidates.
 
-    Of several nodes of a row, and of several heads and pairs of candidates, the largest counts.
+    Candidates are those of the first `num_heads` heads wherever decoding could read them. Of several nodes of
+    a row, and of several heads and pairs of candidates, the largest counts.
     """
     gap_shifts, head_shifts = torch.full_like(one.gaps, -1.0), list[float]()
     for step in steps:

@@ -207,8 +207,9 @@ def _calibration(
 
 
 def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine]) -> None:
-    """Refuse to choose a fastest tree for a backbone whose steps read other amounts than those that are
-    timed, the original's.
+    """Refuse a fastest tree for a backbone whose steps read other amounts than the timed ones.
+
+    The timed ones are the original's.
     """
     shapes = {name: (one.weight_bytes, one.heads_bytes, one.heads.num_heads) for name, one in engines.items()}
     for arm in suite.arms:

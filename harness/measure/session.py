@@ -23,9 +23,7 @@ from medusa_impl.engine.runner import Mode
 
 @dataclass
 class Session:
-    """A suite on a device: the engines of its backbones, its prompts, and the store that its outcomes go
-    to.
-    """
+    """A suite on a device: its engines, its prompts, and the store that its outcomes go to."""
 
     suite: SuiteSpec
     engines: Mapping[BackboneName, Engine]

@@ -1,5 +1,6 @@
-"""Profiles a step on the device: vanilla and trees of growing size, in turn, behind the same kept texts of
-the suite's own model.
+"""Profile a step on the device: vanilla and trees of growing size, in turn.
+
+All follow the same kept texts of the suite's own model.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def profile_suite(
     command: str,
     console: Console,
 ) -> StepProfile:
-    """Load a suite's model and heads, grow nested trees on its calibration trace, and time `num_steps` marked
-    steps of each size.
+    """Return the profile of a suite's steps, by size of the tree.
 
+    Nested trees are grown on the calibration trace, and `num_steps` marked steps of each size are timed.
     Raises: UserError for an unknown mode, a suite without a fitting calibration trace, or texts too short to
     time a step.
     """
@@ -97,8 +98,9 @@ def profile_suite(
 
 
 def nested_trees(calibration: Trace, *, sizes: Sequence[int], num_heads: int) -> tuple[ArmTree, ...]:
-    """Return the best tree of each size, all cut from one growth on the joint hits of the trace, with what
-    the trace predicts for it.
+    """Return the best tree of each size, with what the trace predicts for it.
+
+    All are cut from one growth on the joint hits of the trace.
     """
     grown = grow(calibration, num_nodes=max(sizes), values="joint", num_heads=num_heads)
     index = ReplayIndex(calibration)
@@ -115,8 +117,9 @@ def nested_trees(calibration: Trace, *, sizes: Sequence[int], num_heads: int) ->
 def kept_contexts(
     engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, clock: Clock
 ) -> tuple[tuple[int, ...], ...]:
-    """Return each prompt with the first half of its greedy answer: a step behind it does what a step in
-    mid-text does.
+    """Return each prompt with the first half of its greedy answer.
+
+    A step after it does what a step in the middle of a text does.
     """
     longest = max(len(prompt) for prompt in prompts)
     runner = ArmRunner(
@@ -136,12 +139,11 @@ def measure_sizes(
     held: Held = contextlib.nullcontext,
     console: Console | None = None,
 ) -> tuple[SizeProfile, ...]:
-    """Time at least `num_steps` marked steps of every tree, and as many without marks, fewer only where the
-    text ends.
+    """Time at least `num_steps` marked steps of every tree, and as many without marks.
 
-    Round by round every tree decodes behind the same context, each round beginning with another tree, so that
-    drift of the machine hits all alike; the device is held for a round. Every tree first decodes behind every
-    context untimed, so that all shapes have occurred.
+    There are fewer only where the text ends. Round by round every tree decodes after the same context, each
+    round beginning with another tree, so that drift of the machine hits all alike; the device is held for a
+    round. Every tree first decodes after every context untimed, so that all shapes have occurred.
     Raises: UserError where no step of some tree could be timed.
     """
     steps_a_visit = min(_VISIT_STEPS, num_steps)
@@ -154,9 +156,9 @@ def measure_sizes(
     for number in track(rounds, description="profiling", console=console or Console(quiet=True)):
         first = number % len(trees)
         with held():
-            for place in (*range(first, len(trees)), *range(first)):
+            for index in (*range(first, len(trees)), *range(first)):
                 context = contexts[number % len(contexts)]
-                _visit(runners[place], context, visits[place], num_steps=2 * steps_a_visit, clock=clock)
+                _visit(runners[index], context, visits[index], num_steps=2 * steps_a_visit, clock=clock)
     with held():
         busy_s = [_device_busy_s(runner, contexts[0], num_steps=steps_a_visit) for runner in runners]
     return tuple(
@@ -205,8 +207,9 @@ class _Marks:
 def _runner(
     engine: Engine, tree: ArmTree, contexts: Sequence[Sequence[int]], *, num_steps: int, clock: Clock
 ) -> ArmRunner:
-    """Return a runner of one tree with room for the prefill's token, a first step and `num_steps` more, all
-    of full depth.
+    """Return a runner of one tree with room for a visit.
+
+    That is the prefill's token, a first step and `num_steps` more, all of full depth.
     """
     drafted = tree.tree()
     arm, longest = _VANILLA, max(len(context) for context in contexts)
@@ -234,8 +237,9 @@ def _runner(
 def _visit(
     runner: ArmRunner, context: Sequence[int], visits: _Visits, *, num_steps: int, clock: Clock
 ) -> None:
-    """Time steps behind a context, marked and unmarked in turn; prefill and first step, which meet another
-    size's leavings, are dropped.
+    """Time steps after a context, marked and unmarked in turn.
+
+    Prefill and first step are dropped: they meet what another size left in the caches.
     """
     timer = SectionTimer(clock)
     marks = _Marks(timer)

@@ -21,8 +21,7 @@ _NUM_ROWS = 16
 def trace_suite(
     suite: SuiteSpec, *, suite_file: Path, out: Path, limit: int | None, allow_hub: bool, console: Console
 ) -> Trace:
-    """Decode every prompt of a suite with vanilla greedy decoding, record how its heads rank the texts, and
-    write the trace.
+    """Write the trace of a suite's prompts, answered by vanilla greedy decoding, and return it.
 
     Prompts share a batch: where two logits lie within rounding, a text may part from its batch-1 text.
     """

@@ -46,8 +46,9 @@ _NEVER = 1_000_000_000  # steps between two saves: none falls among the timed on
 
 @dataclass(frozen=True)
 class _Bench:
-    """A trainer that is ready to take the watched steps; `rates` are the stages' shares of the recipe's
-    steps.
+    """A trainer that is ready to take the watched steps.
+
+    `rates` are the stages' shares of the recipe's steps.
     """
 
     watch: StepWatch
@@ -61,9 +62,9 @@ class _Bench:
 def profile_training(
     spec: AnyRecipe, *, num_steps: int, allow_hub: bool, command: str, console: Console
 ) -> TrainingProfile:
-    """Take `num_steps` plain and as many marked steps of every stage of a recipe, count the products of one
-    more, and say what they reach.
+    """Return the profile of a recipe's training steps, by stage.
 
+    It takes `num_steps` plain and as many marked steps of every stage, and counts the products of one more.
     Heads alone train on the CPU, whatever else there is. Matrix throughput is measured just before and after,
     the device held throughout.
     Raises: UserError for a recipe that cannot run here or whose text is not there.
@@ -170,8 +171,9 @@ def _heads_bench(
 
 
 def heads_stages(recipe: Medusa1Settings, *, vocab_size: int) -> dict[str, float]:
-    """Return Medusa-1's stages, with their shares of the recipe's steps: a subset of the vocabulary, then all
-    of it.
+    """Return Medusa-1's stages, with their shares of the recipe's steps.
+
+    They are a subset of the vocabulary, then all of it.
     """
     full = (
         recipe.full_vocabulary_rate
@@ -213,8 +215,9 @@ def _features(
 def _joint_bench(
     spec: JointRecipe, loaded: LoadedModel, *, folder: Path, num_steps: int, clock: Clock, command: str
 ) -> _Bench:
-    """Return the joint trainer on one batch of the recipe's text, the same in every step, so that the counted
-    step is like the timed.
+    """Return the joint trainer on one batch of the recipe's text.
+
+    It is the same in every step, so that the counted step is like the timed ones.
     """
     recipe = spec.recipe
     text = read_text(spec, loaded, work=folder).train
@@ -253,8 +256,9 @@ def _joint_bench(
 
 
 def joint_stages(spec: JointRecipe) -> dict[str, float]:
-    """Return the joint stages, with their shares of the recipe's steps: the heads alone, then heads and
-    backbone.
+    """Return the joint stages, with their shares of the recipe's steps.
+
+    They are the heads alone, then heads and backbone.
     """
     if spec.recipe.backbone == "frozen":
         return {"heads": 1.0}

@@ -67,8 +67,9 @@ def arm_runners(session: Session, trees: dict[str, ArmTree]) -> dict[str, ArmRun
 def take_up(
     store: Store[Generation | Failure], plan: Sequence[PlannedTrial]
 ) -> tuple[set[int], dict[TrialKey, int]]:
-    """Make a store ready to go on; return the finished blocks and, for the other trials, how often each was
-    tried.
+    """Make a store ready to go on, and return the finished blocks.
+
+    The second value says of the other trials how often each was tried.
     """
     done = finished_blocks(store.lines(), plan)
     ARM_STEPS.done(store.folder)
@@ -179,8 +180,9 @@ def _run_trial(
 
 
 def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
-    """Time a few separate steps of vanilla and every greedy Medusa arm in the middle of its backbone's
-    vanilla text of this block.
+    """Time a few separate steps of vanilla and every greedy Medusa arm.
+
+    They follow the first half of the backbone's vanilla text of this block.
     """
     if not session.suite.reports_speed:
         return

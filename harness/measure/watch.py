@@ -1,5 +1,4 @@
-"""Watch a trainer's steps: seconds by the innermost part that runs, and the operations of matrix products as
-they run.
+"""Watch a trainer's steps: seconds by the innermost part, and operations of matrix products.
 
 The steps of a stage are
 
@@ -84,8 +83,9 @@ class PartClock:
 
 
 class ProductCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the floating-point operations of matrix products as they run, by part of the step and by dtype
-    of the factors.
+    """Counts the floating-point operations of matrix products as they run.
+
+    They are kept by part of the step and by dtype of the factors.
     """
 
     def __init__(self, parts: PartClock) -> None:
@@ -198,8 +198,9 @@ class StepWatch:
 
 @contextlib.contextmanager
 def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
-    """Mark the parts of Medusa-1's steps: `logits_loss` is the loss but for the heads' own states, with the
-    gradient that it forms.
+    """Mark the parts of Medusa-1's steps.
+
+    `logits_loss` is the loss with the gradient that it forms, without the heads' own states.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_timed(medusa_impl.training.medusa1, "medusa1_loss", parts, part="logits_loss"))
@@ -211,8 +212,9 @@ def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joint_marks(parts: PartClock, *, model: MedusaTrainingModel, accelerator: Any) -> Iterator[None]:
-    """Mark the parts of joint steps: `student` is the model's call but for losses and teacher; `backward`
-    computes logits again.
+    """Mark the parts of joint steps.
+
+    `student` is the model's call without losses and teacher; `backward` computes logits again.
     """
 
     def marked_teacher(teacher: Any) -> Any:

@@ -72,9 +72,9 @@ def once_over(recipe: Medusa2Settings, *, seed: int) -> Medusa2Settings:
 def budgeted(
     sequences: Sequence[TrainingSequence], *, answer_tokens: int, seed: int
 ) -> tuple[TrainingSequence, ...]:
-    """Return sequences drawn by a seed until their answers hold the budget: the same for every arm, each seen
-    once.
+    """Return sequences drawn by a seed until their answers hold the budget.
 
+    They are the same for every arm, and each is seen once.
     Raises: UserError for a corpus that holds less.
     """
     order = list(range(len(sequences)))

@@ -1,5 +1,6 @@
-"""What training did to a backbone, measured against the model that it was: divergence, likelihood, first
-choices, greedy text, heads.
+"""What training did to a backbone, measured against the model that it was.
+
+It is told by divergence, likelihood, first choices, greedy text and heads.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ class MeasuredText:
 
 @dataclass(frozen=True)
 class Reading:
-    """A text under one model: the states that its answers' tokens were read at, and the LM head that reads
-    them.
+    """A text under one model: the states at its answers' tokens, and the LM head that reads them.
 
     Shapes: states `[n, H]`, one row an answer token, in order.
     """
@@ -61,10 +61,10 @@ def read_text(backbone: Backbone, text: MeasuredText) -> Reading:
 
 @torch.inference_mode()
 def text_change(text: MeasuredText, *, original: Reading, tuned: Reading) -> TextChange:
-    """Return KL(original || tuned), likelihoods and agreement over a text's answers; exactly no change where
-    both are one reading.
+    """Return KL(original || tuned), likelihoods and agreement over a text's answers.
 
-    Logits are those of the LM head on the last hidden states, float32.
+    Where both are one reading there is exactly no change. Logits are those of the LM head on the last hidden
+    states, float32.
     """
     wanted = torch.tensor(text.targets())
     kl_sum = original_nll_sum = tuned_nll_sum = 0.0
@@ -91,8 +91,9 @@ def text_change(text: MeasuredText, *, original: Reading, tuned: Reading) -> Tex
 
 @torch.inference_mode()
 def head_text(text: MeasuredText, heads: MedusaHeads, reading: Reading) -> HeadText:
-    """Return how the heads rank a text's answers on a backbone's states, and their losses, over the whole
-    vocabulary.
+    """Return how the heads rank a text's answers on a backbone's states, and their losses.
+
+    Both are over the whole vocabulary.
     """
     num_heads = heads.num_heads
     losses, targets = torch.zeros(num_heads, dtype=torch.float64), torch.zeros(num_heads, dtype=torch.long)

@@ -1,5 +1,6 @@
-"""What every arm of an ablation is measured on, and measuring one: its files as they load from disk, beside
-the original model.
+"""What every arm of an ablation is measured on, and the measuring of one.
+
+An arm's files are loaded from disk and compared with the original model.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ _TEXT_ROWS = 32
 def held_out_prompts(
     spec: AblationSpec, loaded: LoadedModel, *, left_out: set[str]
 ) -> tuple[CorpusPrompt, ...]:
-    """Return the prompts that are answered to measure on; those that the tree was grown on, or recipes chosen
-    on, are left out.
+    """Return the prompts that are answered to measure on.
+
+    Those that the tree was grown on, or that recipes were chosen on, are left out.
     """
     wanted = spec.held_out
     if wanted.source == "random":
@@ -81,8 +83,9 @@ def held_out_prompts(
 
 
 def reference_texts(spec: AblationSpec, loaded: LoadedModel, *, allow_hub: bool) -> tuple[MeasuredText, ...]:
-    """Return MT-Bench's conversations with their reference answers, both turns as one text; none where the
-    suite wants none.
+    """Return MT-Bench's conversations with their reference answers, both turns as one text.
+
+    There are none where the suite wants none.
     """
     if spec.references is None:
         return ()
@@ -99,8 +102,9 @@ def reference_texts(spec: AblationSpec, loaded: LoadedModel, *, allow_hub: bool)
 
 @dataclass(frozen=True)
 class MeasuredArm:
-    """An arm's line, the trace of the text that it wrote, and, where its backbone was tuned, that of the
-    original's text as it reads it.
+    """An arm's result and the trace of the text that it wrote.
+
+    Where its backbone was tuned, `original_text` is the trace of the original's text as the arm reads it.
     """
 
     result: ArmResult
@@ -110,9 +114,7 @@ class MeasuredArm:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What training changed: by text of the held-out answers and the references, and what the heads make of
-    the former.
-    """
+    """What training changed in the held-out answers, the references and the heads."""
 
     held_out: tuple[TextChange, ...]
     references: tuple[TextChange, ...]
@@ -120,8 +122,9 @@ class _Changes:
 
 
 class ArmBench:
-    """What every arm is measured on, made once: prompts, the original's greedy answers, texts of another
-    hand.
+    """What every arm is measured on, made once.
+
+    It holds the prompts, the original's greedy answers, and reference texts that neither model wrote.
     """
 
     def __init__(
@@ -154,8 +157,9 @@ class ArmBench:
         return self._result(self.engine, self.answers, began=time.monotonic(), job=None, recipe=None)
 
     def measure(self, job: ArmJob, recipe: Medusa2Settings) -> MeasuredArm:
-        """Return what an arm's files are, loaded from disk as a user would; a frozen backbone is the original
-        itself.
+        """Return what an arm's files are, loaded from disk as a user would.
+
+        A frozen backbone is the original itself.
         """
         began = time.monotonic()
         adapter, base_folder = (
@@ -178,16 +182,18 @@ class ArmBench:
         return found
 
     def _reading(self, text: MeasuredText) -> Reading:
-        """Return a text's states under the original model, kept from the first time on: every arm is compared
-        with them.
+        """Return a text's states under the original model, with which every arm is compared.
+
+        They are kept from the first time on.
         """
         if text.key not in self._readings:
             self._readings[text.key] = read_text(self.engine.runner.backbone, text)
         return self._readings[text.key]
 
     def _answer(self, engine: Engine, folder: Path) -> tuple[CorpusSample, ...]:
-        """Return the engine's greedy answers to all prompts, in their order; what is on disk is not generated
-        again.
+        """Return the engine's greedy answers to all prompts, in their order.
+
+        What is on disk is not generated again.
         """
         store = CorpusStore(folder)
         spec, eos_ids = _greedy_corpus(self.spec), engine.loaded.eos_ids
@@ -256,7 +262,7 @@ class ArmBench:
         return MeasuredArm(result, trace, original_text)
 
     def _changes(self, engine: Engine, *, is_original: bool, advance: Callable[[], None]) -> _Changes:
-        """Return what the engine's backbone and heads make of all texts, beside what the original does."""
+        """Return what backbone and heads of the engine make of all texts, compared with the original."""
         held_out, references, heads = list[TextChange](), list[TextChange](), list[HeadText]()
         for text in (*self.held_out, *self.references):
             before = self._reading(text)

@@ -1,5 +1,4 @@
-"""`medusa-repro ablate`: train every arm at one token budget, then measure what became of its backbone and
-its heads.
+"""Train every arm at one token budget, then measure what became of its backbone and its heads.
 
 Each arm is trained in a process of its own, so that its memory and its random numbers are its own; it is
 measured here, as its files load from disk. One arm after another: a run that was cut off goes on with the
@@ -57,8 +56,9 @@ from medusa_impl.tree import DraftTree
 
 @dataclass(frozen=True)
 class AblateOptions:
-    """What the command line may say about an ablation, besides the suite; `own_process` trains each arm in a
-    process of its own.
+    """What the command line may say about an ablation, besides the suite.
+
+    `own_process` trains each arm in a process of its own.
     """
 
     results: Path

@@ -1,5 +1,6 @@
-"""From a latency spec to an engine to time, and to the facts about its model that arithmetic on the times
-needs.
+"""From a latency spec to an engine to time, and to the facts of its model.
+
+Arithmetic on the times needs those facts.
 """
 
 from __future__ import annotations
@@ -39,15 +40,17 @@ _SEED = 0
 
 
 def chosen_modes(spec: LatencySpec, available: Sequence[ModeName]) -> tuple[ModeName, ...]:
-    """Return the spec's modes; `auto` is what the device offers but `compiled`, whose first steps take
-    minutes.
+    """Return the spec's modes.
+
+    `auto` is all that the device offers except `compiled`, whose first steps take minutes.
     """
     return tuple(mode for mode in available if mode != "compiled") if spec.modes == "auto" else spec.modes
 
 
 def packs_weights(spec: LatencySpec, *, dtype: DtypeName, device: torch.device) -> bool:
-    """Whether a run of the spec holds prepacked copies of the weights, and so needs their bytes twice,
-    whatever mode is timed.
+    """Return whether a run of the spec holds prepacked copies of the weights.
+
+    It then needs their bytes twice, whatever mode is timed.
     """
     asked = spec.modes == "auto" or "packed" in spec.modes
     return asked and device.type == "cpu" and packing_available(getattr(torch, dtype))
@@ -141,9 +144,9 @@ def facts_of_engine(engine: Engine) -> ModelFacts:
 
 
 def planned_facts(spec: LatencySpec) -> ModelFacts:
-    """Return the facts of a spec's model without loading a weight: from the published shape, or from the
-    folder's configuration.
+    """Return the facts of a spec's model without loading a weight.
 
+    They come from the published shape, or from the folder's configuration.
     Raises: UserError for an unknown shape, an asset whose shape is not published, or a folder without a
     configuration.
     """
@@ -186,15 +189,16 @@ def known_shape(name: str) -> ShapeSpec:
 def describe_latency(
     engine: Engine, *, spec: LatencySpec, prompts: Sequence[LatencyPrompt], command: str
 ) -> Environment:
-    """Return where the record will come from; `engine` and `dtype` name all modes and dtypes, bytes are those
-    of the first dtype.
+    """Return where the record will come from.
+
+    `engine` and `dtype` name all modes and dtypes; bytes are those of the first dtype.
     """
     texts = [[prompt.key, list(prompt.prompt_ids)] for prompt in prompts]
     modes = ", ".join(chosen_modes(spec, engine.runner.available_modes()))
     return describe_engine(engine, modes=modes, dtype=", ".join(spec.dtypes), texts=texts, command=command)
 
 
-def model_words(spec: LatencySpec) -> str:
+def model_description(spec: LatencySpec) -> str:
     """Return what a spec's model is called while it loads."""
     if spec.shape is not None:
         return f"the shape {spec.shape} with random weights"
@@ -221,8 +225,9 @@ def _tiny_shape(tiny: TinyModelSpec) -> ShapeSpec:
 
 
 def _random_heads(form: LatencyHeads, loaded: LoadedModel) -> MedusaHeads:
-    """Return heads with random weights; zeros, as fresh heads have, would let some devices run cooler and
-    faster.
+    """Return heads with random weights.
+
+    Zeros, as fresh heads have, would let some devices run cooler and faster.
     """
     model = loaded.model
     _, lm_head = embedding_weights(model)

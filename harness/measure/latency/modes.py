@@ -1,5 +1,6 @@
-"""Measure the table of modes and the speed against batch: real decoding, everything that is compared taking
-turns on the same texts.
+"""Measure the table of modes and the speed against batch, by real decoding.
+
+Everything that is compared takes turns on the same texts.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class LatencyPrompt(Frozen):
 
 
 def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
-    """Return as many prompts as the spec's tables need, first turns in the model's chat template or random
-    token ids.
+    """Return as many prompts as the spec's tables need.
 
+    They are first turns in the model's chat template, or random token ids.
     Raises: UserError where there are too few, or one leaves too few positions for its answer.
     """
     tables = (spec.modes_table, spec.batch_table)
@@ -87,8 +88,9 @@ def measure_modes(
     clock: Clock,
     held: Held = contextlib.nullcontext,
 ) -> tuple[ModeTrial, ...]:
-    """Decode each prompt greedily in every mode and by Hugging Face `generate`, one after the other, each
-    prompt beginning with another.
+    """Decode each prompt greedily in every mode and by Hugging Face `generate`, in turn.
+
+    Each prompt begins with another of them.
     """
     names: list[str] = [STOCK, *modes]
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
@@ -139,11 +141,10 @@ def measure_batches(
     held: Held = contextlib.nullcontext,
     base_folder: Path | None = None,
 ) -> BatchTrials:
-    """Decode the same texts with vanilla and with Medusa, B at a time for each batch B, in the engine's
-    present mode.
+    """Decode the same texts with vanilla and with Medusa, B at a time for each batch B.
 
-    Every batch decodes all prompts, in as many groups as it takes; within a group the two take turns in being
-    first.
+    The engine keeps its present mode. Every batch decodes all prompts, in as many groups as it takes; within
+    a group the two take turns in being first.
     """
     table = spec.batch_table
     assert table is not None
@@ -196,9 +197,9 @@ def batch_tree(
     dtype: DtypeName,
     base_folder: Path | None,
 ) -> ArmTree:
-    """Return the tree that the batch table decodes with, resolved as a suite's is; `fastest` takes this run's
-    own whole steps at batch 1.
+    """Return the tree that the batch table decodes with, resolved as a suite's is.
 
+    `fastest` takes this run's own whole steps at batch 1.
     Raises: UserError where the calibration trace is of another model or other heads, or a tree is deeper than
     the heads.
     """
@@ -235,8 +236,9 @@ def batch_tree(
 
 
 def _whole_steps(points: Sequence[LatencyPoint]) -> tuple[StepCost, ...]:
-    """Return what a step costs at each measured size of the shortest context, with as many heads as were
-    measured and a tree can use.
+    """Return what a step costs at each measured size of the shortest context.
+
+    It has as many heads as were measured and a tree can use.
     """
     if not points:
         return ()
@@ -265,7 +267,7 @@ def _decode_together(
     max_new_tokens: int,
     clock: Clock,
 ) -> tuple[int, int, float]:
-    """Return tokens, steps and seconds behind the first token of every row."""
+    """Return tokens, steps and seconds after the first token of every row."""
     backbone, eos_ids, texts = (
         engine.runner.backbone,
         engine.loaded.eos_ids,
@@ -302,8 +304,10 @@ def _decode_together(
 
 
 def _warm_up(engine: Engine, runners: dict[str, ArmRunner], prompts: Sequence[LatencyPrompt]) -> None:
-    """Decode other texts first: a few tokens, or, where each size of a step has to be prepared, all the sizes
-    that will be timed.
+    """Decode other texts first.
+
+    A few tokens are enough, except where each size of a step has to be prepared: there all sizes that will be
+    timed.
     """
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     for name, runner in runners.items():

@@ -1,9 +1,8 @@
-"""Record a latency run: time backbone, heads and whole steps of every size on the device, then the tables of
-modes and of batches.
+"""Record a latency run: every size on the device, then the tables of modes and of batches.
 
-All sizes behind one context share a cache and are timed in turn. Its keys and values come from a real prefill
-of random tokens, in chunks, once a group; a timed step is dropped by forgetting it, so that every repeat sees
-the same context.
+Backbone, heads and whole steps are timed. All sizes after one context share a cache and are timed in turn.
+Its keys and values come from a real prefill of random tokens, in chunks, once a group; a timed step is
+dropped by forgetting it, so that every repeat sees the same context.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from harness.measure.latency.engine import (
     facts_of_engine,
     free_memory_bytes,
     load_latency_engine,
-    model_words,
+    model_description,
     packs_weights,
     planned_facts,
 )
@@ -78,7 +77,7 @@ def run_latency(
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
-    console.print(f"[bold]{spec.name}[/bold]: loading {model_words(spec)} in {first}")
+    console.print(f"[bold]{spec.name}[/bold]: loading {model_description(spec)} in {first}")
     free_bytes = free_memory_bytes(device)
     if spec.shape is not None:
         check_fits(spec, dtype=first, free_bytes=free_bytes)
@@ -97,7 +96,7 @@ def run_latency(
             if dtype != first:
                 release(device)
                 free_bytes = free_memory_bytes(device)
-                console.print(f"loading {model_words(spec)} in {dtype}")
+                console.print(f"loading {model_description(spec)} in {dtype}")
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
@@ -120,8 +119,7 @@ def run_latency(
 
 
 def print_latency_plan(spec: LatencySpec, *, console: Console) -> dict[str, int]:
-    """Print every point with the memory that it needs and why it would be skipped; return how many there are
-    and how many are skipped.
+    """Print every point with its memory and why it would be skipped, and return the counts.
 
     Nothing is loaded. Whether a mode is on offer shows only when the model is; `auto` is shown as `eager`.
     """

@@ -29,11 +29,10 @@ _BACKBONE_DEPTH = 5  # of trees that are timed without heads
 def measure_group(
     engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock
 ) -> tuple[LatencyPoint, ...]:
-    """Time the points of one group `repeats` times each, a few times at each visit, each round of visits
-    beginning somewhere else.
+    """Time the points of one group `repeats` times each, in rounds of a few times at each visit.
 
-    So what disturbs the machine for a moment meets a size in one round only, and with three rounds or more
-    its median stands.
+    Each round begins with another point. So what disturbs the machine for a moment meets a size in one round
+    only, and with three rounds or more its median stands.
 
     Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator,
     which no step of a decoding does (on a CPU in eager mode it takes half as long again). A point that runs
@@ -84,8 +83,9 @@ def _visits(repeats: int) -> list[int]:
 
 
 class _PointTimer:
-    """Times one size behind the shared context: the backbone's pass, the heads, and a step of the decoding
-    loop itself.
+    """Times one size after the shared context.
+
+    It times the backbone's pass, the heads, and a step of the decoding loop itself.
     """
 
     def __init__(self, engine: Engine, key: PointKey, cache: TreeCache, *, clock: Clock) -> None:
@@ -139,7 +139,7 @@ class _PointTimer:
         next(self._steps)
 
     def _decoding(self) -> Iterator[DecodingStep]:
-        """Return an endless decoding behind the context, its prefill of one token a row done."""
+        """Return an endless decoding after the context, its prefill of one token a row done."""
         prompts = [[row % self._engine.runner.backbone.vocab_size] for row in range(self._key.batch)]
         rewind(self._cache, context_tokens=self._key.context_tokens)
         backbone, cache, no_end = self._engine.runner.backbone, self._cache, frozenset[int]()
@@ -168,8 +168,9 @@ class _PointTimer:
 
 
 def filled_cache(backbone: Backbone, *, context_tokens: int, batch: int, room_tokens: int) -> TreeCache:
-    """Return a cache whose rows hold `context_tokens` random tokens each, read in chunks, with room for some
-    more.
+    """Return a cache whose rows hold `context_tokens` random tokens each, with room for more.
+
+    The tokens are read in chunks.
     """
     cache = backbone.new_cache(batch_size=batch, max_length=context_tokens + room_tokens)
     texts = torch.randint(
@@ -182,18 +183,17 @@ def filled_cache(backbone: Backbone, *, context_tokens: int, batch: int, room_to
 
 
 def rewind(cache: TreeCache, *, context_tokens: int) -> None:
-    """Forget all that was kept behind the first `context_tokens` of every row; their keys and values stay."""
+    """Forget all that was kept after the first `context_tokens` of every row; their keys and values stay."""
     cache.clear_rows()
     for row in range(cache.num_rows):
         cache.keep_all(row=row, count=context_tokens)
 
 
 def comb_tree(num_nodes: int, *, depth: int) -> DraftTree:
-    """Return a tree of that many nodes: the best path of `depth` levels, then the next best tokens of each
-    level beside it in turn.
+    """Return a tree of that many nodes.
 
-    A step's cost depends on its number of nodes and on how many of a head's tokens it sorts, not on where the
-    nodes hang.
+    It has the best path of `depth` levels, then the next best tokens of each level in turn. A step's cost
+    depends on its number of nodes and on how many of a head's tokens it sorts, not on where the nodes hang.
     """
     depth = min(depth, num_nodes - 1)
     teeth = ((0,) * level + (rank,) for rank in range(num_nodes) for level in range(depth))

@@ -46,8 +46,9 @@ class CellRunner:
         self._clock, self._first_mode = device_clock(device), self._engine.runner.mode
 
     def run(self, task: RunTask) -> AnyCell:
-        """Return the cell of a task; what goes wrong becomes a failed cell with no figure, and the others go
-        on.
+        """Return the cell of a task.
+
+        What goes wrong becomes a failed cell with no figure, and the others go on.
         """
         try:
             return self._run(task)

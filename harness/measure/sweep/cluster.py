@@ -1,9 +1,9 @@
-"""Run a sweep's cells, and measure the curves that it lacks, as tasks of a Ray cluster; the driver composes
-and keeps the one store.
+"""Run a sweep's cells, and measure the curves that it lacks, as tasks of a Ray cluster.
 
-Ray ships the code, places tasks, and runs again what a lost worker or node took with it. A task brings all it
-needs but model assets, which every node takes from its own cache, and gives its cell back; the driver appends
-cells as they come, so that a task that Ray runs twice is still counted once.
+The driver composes and keeps the one store. Ray ships the code, places tasks, and runs again what a lost
+worker or node took with it. A task brings all it needs but model assets, which every node takes from its own
+cache, and gives its cell back; the driver appends cells as they come, so that a task that Ray runs twice is
+still counted once.
 
     driver: measure missing curves -> compose -> tasks ---> nodes: load once a worker, run a cell
             sweep's folder <- append, one by one <--------- cell, or why there is none
@@ -51,7 +51,7 @@ class Sent:
 
 
 class _Lost(Exception):
-    """A task that ended without a result, in words that name no host and no address."""
+    """A task that ended without a result, in a message that names no host and no address."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class RayExecutor:
 
     `address` is `auto` (a cluster of this machine, or RAY_ADDRESS), `local` (one of this machine alone,
     started now), or HOST:PORT. A worker keeps its engine between cells, except where a node offers several
-    places with GPUs: there each cell has its own process, as is Ray's rule, since a process cannot move to
+    slots with GPUs: there each cell has its own process, as is Ray's rule, since a process cannot move to
     the next GPU and would keep memory on the last.
     Raises: UserError where Ray is not installed, or no cluster answers.
     """
@@ -107,9 +107,9 @@ class RayExecutor:
     def ready(
         self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
     ) -> Mapping[str | None, str]:
-        """Return the device of each accelerator type, once every curve is there that `cluster.latency` asks
-        for.
+        """Return the device of each accelerator type.
 
+        Every curve is then there that `cluster.latency` asks for.
         Raises: UserError where no node has a wanted type with room for a cell, or a curve cannot be measured.
         """
         self._cluster = spec.cluster or ClusterSpec()
@@ -138,9 +138,9 @@ class RayExecutor:
     def run(
         self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
     ) -> Generator[AnyCell]:
-        """Yield cells as they arrive: sampled settings are dealt out over the types, as many as each has
-        places for cells.
+        """Yield cells as they arrive.
 
+        Sampled settings are dealt out over the types, as many to each as it has room for cells.
         Raises: UserError where a node cannot load the engine, or a type's last node is gone and none comes.
         """
         if not tasks:
@@ -202,8 +202,9 @@ class RayExecutor:
     def _task(
         self, function: Callable[..., Any], accelerator_type: str | None, *, keeps_worker: bool = False
     ) -> Any:
-        """Return a function as a Ray task for a node of a type; without GPUs the worker outlives the task
-        anyway.
+        """Return a function as a Ray task for a node of a type.
+
+        Without GPUs the worker outlives the task anyway.
         """
         options: dict[str, Any] = {
             "num_gpus": self._cluster.num_gpus,
@@ -218,9 +219,9 @@ class RayExecutor:
         return self._ray.remote(**options)(function)
 
     def _each(self, sent: Mapping[Name, Sent]) -> Generator[tuple[Name, Any]]:
-        """Yield tasks as they end; what is left when it is closed is cancelled, so close it while there is a
-        connection.
+        """Yield tasks as they end.
 
+        What is left when it is closed is cancelled, so close it while there is a connection.
         Raises: UserError where tasks wait for a node that has been gone for minutes.
         """
         waiting = {one.ref: (name, one.accelerator_type) for name, one in sent.items()}
@@ -284,8 +285,9 @@ class RayExecutor:
         options: SweepOptions,
         console: Console,
     ) -> None:
-        """Measure a latency spec once on every device that has no sealed record of it; each record is kept as
-        it comes.
+        """Measure a latency spec once on every device that has no sealed record of it.
+
+        Each record is kept as it comes.
         """
         known = set(measured_devices(options.results, name=latency.name))
         missing = {node.device.name: kind for kind, node in nodes.items() if node.device.name not in known}

@@ -47,8 +47,8 @@ def traced_prompts(
             need="the suite that the trace was recorded with",
             where="suite",
         )
-    places = np.linspace(0, len(pairs) - 1, min(wanted.num_prompts, len(pairs))).round().astype(int)
-    return tuple(pairs[place] for place in dict.fromkeys(places.tolist()))
+    indices = np.linspace(0, len(pairs) - 1, min(wanted.num_prompts, len(pairs))).round().astype(int)
+    return tuple(pairs[index] for index in dict.fromkeys(indices.tolist()))
 
 
 def decode_point(
@@ -103,7 +103,7 @@ def decode_point(
             differences.append(difference)
     return DecodedCell(
         curve=task.curve.label,
-        tree=task.place,
+        tree=task.index,
         rows=tuple(rows),
         differences=tuple(differences),
         elapsed_s=clock() - started,
@@ -165,8 +165,9 @@ def _warm_up(runner: ArmRunner, warm_ups: Sequence[SuitePrompt], *, clock: Clock
 def step_difference(
     traced: PromptTrace, result: TimedGeneration, tree: DraftTree, *, replayed: Sequence[int], trace: Trace
 ) -> StepDifference | None:
-    """Return where decoding first took another step than the replay, and whether rounding explains it; None
-    where all steps agree.
+    """Return where decoding first took another step than the replay, or None.
+
+    It says whether rounding explains the difference.
     """
     found = decoded_difference(
         trace, traced, tree, token_ids=result.token_ids, step_tokens=result.step_tokens, replayed=replayed

@@ -1,5 +1,6 @@
-"""Run a sweep: compose what a replay gives, then decode what it cannot, on the device; every cell is on disk
-as soon as it is done.
+"""Run a sweep: compose what a replay gives, then decode on the device what it cannot.
+
+Every cell is on disk as soon as it is done.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ from harness.specs.sweep import SweepSpec
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What the command line may say about a sweep, besides the spec; `replay_only` leaves out all that the
-    device would have to run.
+    """What the command line may say about a sweep, besides the spec.
+
+    `replay_only` leaves out all that the device would have to run.
     """
 
     results: Path
@@ -69,8 +71,9 @@ class Executor(Protocol):
     def ready(
         self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
     ) -> Mapping[str | None, str]:
-        """Return the device's name by accelerator type, None for a machine that has no need of one, when all
-        is there to begin.
+        """Return the device's name by accelerator type, when all is there to begin.
+
+        The type is None for a machine that has no need of one.
         """
         ...
 
@@ -215,15 +218,15 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[str], None]:
 def plan_runs(
     plan: SweepPlan, *, devices: Mapping[str | None, str], base_folder: Path | None
 ) -> tuple[tuple[RunTask, ...], tuple[FailedCell, ...]]:
-    """Return what is run, in order, and a failed cell for each device that has no measured curve to check a
-    composition with.
+    """Return what is run, in order, and the cells that cannot be.
 
-    Every device decodes points that are drawn on its own curve; `devices` gives names by accelerator type.
+    There is a failed cell for each device that has no measured curve to check a composition with. Every
+    device decodes points that are drawn on its own curve; `devices` gives names by accelerator type.
     """
     spec, tasks, without_curve = plan.spec, list[RunTask](), list[FailedCell]()
     for setting in spec.sampled.settings if spec.sampled is not None else ():
         tree = plan.run_tree if setting.rule != "vanilla" else None
-        tasks.append(SampledTask(setting, tree=tree, place=plan.indices[tree] if tree is not None else None))
+        tasks.append(SampledTask(setting, tree=tree, index=plan.indices[tree] if tree is not None else None))
     if spec.decoded is None:
         return tuple(tasks), ()
     dtype = load_suite(resolve_path(spec.suite, base_folder=base_folder)).model.dtype
@@ -231,8 +234,8 @@ def plan_runs(
         curve = own_curve(plan, dtype=dtype, device=device)
         if curve is not None:
             tasks += [
-                DecodedTask(plan.drafts[place], place, curve, accelerator_type)
-                for place in drawn_points(plan, curve)
+                DecodedTask(plan.drafts[index], index, curve, accelerator_type)
+                for index in drawn_points(plan, curve)
             ]
             continue
         where = f"of {accelerator_type} nodes" if accelerator_type is not None else "of this device"
@@ -270,15 +273,16 @@ def own_curve(plan: SweepPlan, *, dtype: str, device: str) -> StepTimes | None:
 
 
 def drawn_points(plan: SweepPlan, curve: StepTimes) -> tuple[int, ...]:
-    """Return the trees to decode, drawn by the spec's seed from all that the curve covers, root alone left
-    out.
+    """Return the indices of the trees to decode, drawn by the spec's seed.
+
+    They are drawn from all that the curve covers; the root alone is left out.
     """
     wanted = plan.spec.decoded
     assert wanted is not None
     prices = KnotPrices(curve, knots=plan.composer.knots, context="trace", batch=1)
     offered = [
-        place
-        for place, tree in enumerate(plan.drafts)
+        index
+        for index, tree in enumerate(plan.drafts)
         if tree.depth and prices.step(tree.num_nodes, tree.depth) is not None
     ]
     rng = np.random.default_rng(wanted.seed)

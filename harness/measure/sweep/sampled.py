@@ -97,7 +97,7 @@ def run_sampled(
             with held():
                 result = runner.generate(prompt.prompt_ids, seed=seed)
                 rows.append(_sampled_row(engine, prompt, result, seed=seed))
-    return SampledCell(setting=task.setting, tree=task.place, rows=tuple(rows), elapsed_s=clock() - started)
+    return SampledCell(setting=task.setting, tree=task.index, rows=tuple(rows), elapsed_s=clock() - started)
 
 
 def _sampled_row(

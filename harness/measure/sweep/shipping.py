@@ -32,8 +32,8 @@ _NOT_SHIPPED = ("__pycache__", "tests", "corpus.safetensors")
 def code_to_ship() -> Iterator[Path]:
     """Give a temporary folder with the project's packages and their data, for Ray to copy to the nodes.
 
-    As a working directory it comes first there; beside modules alone Ray would put this process's own folder
-    before them, and a node that has something else at that place would run that.
+    As a working directory it comes first there; with modules alone Ray would put this process's own folder
+    before them, and a node that has something else there would run that.
     """
     with tempfile.TemporaryDirectory() as temporary:
         for name in _PACKAGES:
@@ -56,7 +56,7 @@ def ship(inputs: CellInputs) -> Shipment:
 def packed(spec: BaseModel, *, base_folder: Path | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return a spec's data with its paths in a folder of their own, and these files by name.
 
-    A model's folder is not packed: it has to lie at the same place on every node.
+    A model's folder is not packed: it has to lie at the same path on every node.
     Raises: UserError where a file is missing.
     """
     files: dict[str, bytes] = {}
@@ -84,11 +84,10 @@ def measured_devices(results: Path, *, name: str) -> Iterator[str]:
 def keep_record(
     results: Path, files: Mapping[str, bytes], *, checkout: tuple[str | None, bool | None]
 ) -> Path:
-    """Write the files of a latency record that a node measured to its place, whole or not at all, and return
-    its folder.
+    """Write the files of a latency record that a node measured, and return its folder.
 
-    `checkout` is the commit of the code that was shipped, which is no checkout on the node, and whether files
-    differed from it.
+    All are written or none. `checkout` is the commit of the code that was shipped, which is no checkout on
+    the node, and whether files differed from it.
     Raises: UserError where the record is not sealed, or not as it was sealed.
     """
     home = results / "latency"

@@ -16,11 +16,11 @@ from medusa_impl.tree import DraftTree
 
 @dataclass(frozen=True)
 class SampledTask:
-    """One setting to run, with the tree and its place in the sweep; vanilla has none."""
+    """One setting to run, with the tree and its index in the sweep; vanilla has none."""
 
     setting: SampledSetting
     tree: DraftTree | None
-    place: int | None
+    index: int | None
 
     @property
     def key(self) -> str:
@@ -35,25 +35,26 @@ class SampledTask:
 
 @dataclass(frozen=True)
 class DecodedTask:
-    """One tree to decode for real where its curve is from: on this machine, or on a cluster's node of that
-    accelerator type.
+    """One tree to decode for real where its curve is from.
+
+    That is this machine, or a cluster's node of that accelerator type.
     """
 
     tree: DraftTree
-    place: int
+    index: int
     curve: StepTimes
     accelerator_type: str | None = None
 
     @property
     def key(self) -> str:
         """The key of the cell that it becomes."""
-        return decoded_key(self.place, accelerator_type=self.accelerator_type)
+        return decoded_key(self.index, accelerator_type=self.accelerator_type)
 
     @property
     def words(self) -> str:
         """What is run, in one line."""
         where = f" on {self.accelerator_type}" if self.accelerator_type is not None else ""
-        return f"tree {self.place}, {self.tree.num_nodes} nodes, decoded{where}"
+        return f"tree {self.index}, {self.tree.num_nodes} nodes, decoded{where}"
 
 
 RunTask = SampledTask | DecodedTask

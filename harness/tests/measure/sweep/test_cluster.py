@@ -55,7 +55,7 @@ from medusa_impl.tree import DraftTree
 ray: Any = pytest.importorskip("ray", reason="needs medusa-repro[ray]")
 TYPES = ("A100", "H100")
 TASK_TITLE = "ray::run_cell"  # what Ray calls a worker's process while it runs a cell
-VANILLA = SampledTask(SampledSetting(rule="vanilla", temperature=0.7), tree=None, place=None)
+VANILLA = SampledTask(SampledSetting(rule="vanilla", temperature=0.7), tree=None, index=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -425,7 +425,7 @@ def test_a_cell_that_fails_stands_alone(
 ) -> None:
     """A tree that is deeper than the heads fails on its node; the next cell runs."""
     deep = DraftTree.from_paths([(0,) * depth for depth in range(9)])
-    bad = SampledTask(SampledSetting(rule="greedy"), tree=deep, place=0)
+    bad = SampledTask(SampledSetting(rule="greedy"), tree=deep, index=0)
     cells = {cell.key: cell for cell in executor.run(inputs, [bad, VANILLA], on_start=lambda words: None)}
     failed, done = cells[bad.key], cells[VANILLA.key]
     assert isinstance(failed, FailedCell) and failed.ran_on is not None and "heads" in failed.message
