@@ -68,17 +68,16 @@ _README_COLUMNS = (
     "step times",
     "nodes",
     "tokens/step",
-    "step cost",
     "overhead",
     "speedup",
     "tokens/s",
     "break-even batch",
 )
 _README_NOTE = """\
-The fastest tree of each device, chosen on other text than it is judged on. *step cost*: the backbone's
-pass over the tree against one node, without heads. *overhead*: a whole step against vanilla's, so that
-speedup = tokens/step / overhead. Brackets hold bootstrap intervals over prompts; they do not hold the
-error of the step times. *break-even*: speedups at growing batch with this tree."""
+The fastest tree of each device, chosen on other text than it is judged on. *overhead*: a whole step
+against vanilla's, so that speedup = tokens/step / overhead. Brackets hold bootstrap intervals over
+prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with this
+tree."""
 _HYPOTHETICAL_NOTE = """\
 This trace is of another model than these rows' shapes: what its tokens/step would be worth there. None of \
 it is a result."""
