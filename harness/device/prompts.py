@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from harness.assets.catalogue import training_prompts
@@ -18,7 +19,6 @@ from harness.assets.prompts import (
 )
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import UserError
-from harness.files import Frozen
 from harness.paths import cache_dir
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import PromptSpec, SuiteSpec
@@ -28,7 +28,8 @@ NUM_WARMUP, WARMUP_SEED = 4, 7
 _RANDOM_TOKENS = (6, 24)
 
 
-class SuitePrompt(Frozen):
+@dataclass(frozen=True)
+class Prompt:
     """One prompt as token ids."""
 
     key: str
@@ -61,7 +62,7 @@ def benchmark_prompts(
 
 def suite_prompts(
     suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False
-) -> tuple[SuitePrompt, ...]:
+) -> tuple[Prompt, ...]:
     """Return the suite's prompts as token ids.
 
     They are first turns in the model's own chat template, or random ids for a tiny model.
@@ -75,7 +76,7 @@ def suite_prompts(
             where=f"suite {suite.name!r}",
         )
     return tuple(
-        SuitePrompt(
+        Prompt(
             key=prompt.key,
             category=prompt.category,
             prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]),
@@ -84,7 +85,7 @@ def suite_prompts(
     )
 
 
-def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, ...]:
+def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[Prompt, ...]:
     """Return prompts for warming up and for the heads' control.
 
     They are held-out training prompts, and none of them is measured.
@@ -92,14 +93,14 @@ def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[SuitePrompt, 
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=NUM_WARMUP, seed="warmup")
     return tuple(
-        SuitePrompt(
+        Prompt(
             key=prompt.key, category=prompt.category, prompt_ids=render_chat(loaded.tokenizer, prompt.text)
         )
         for prompt in training_prompts(num_prompts=NUM_WARMUP, seed=WARMUP_SEED, split="held_out")
     )
 
 
-def check_lengths(prompts: Sequence[SuitePrompt], engine: Engine, *, max_new_tokens: int) -> None:
+def check_lengths(prompts: Sequence[Prompt], engine: Engine, *, max_new_tokens: int) -> None:
     """Refuse a prompt that leaves too few of the model's positions for its answer.
 
     This comes before anything is measured.
@@ -116,12 +117,12 @@ def check_lengths(prompts: Sequence[SuitePrompt], engine: Engine, *, max_new_tok
             ) from error
 
 
-def _random_prompts(suite: SuiteSpec, *, count: int, seed: str) -> tuple[SuitePrompt, ...]:
+def _random_prompts(suite: SuiteSpec, *, count: int, seed: str) -> tuple[Prompt, ...]:
     if suite.model.tiny is None:
         raise UserError(found="prompts.source = 'random'", need="a tiny model", where=f"suite {suite.name!r}")
     source, vocab_size = random.Random(f"{suite.plan_seed}-{seed}"), suite.model.tiny.vocab_size
     return tuple(
-        SuitePrompt(
+        Prompt(
             key=f"{seed}-{number}",
             category=f"random-{number % 2}",
             prompt_ids=tuple(source.randrange(vocab_size) for _ in range(source.randint(*_RANDOM_TOKENS))),

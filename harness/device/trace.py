@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness.device.engine import Engine
 from harness.device.machine import package_versions
+from harness.device.prompts import Prompt
 from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
@@ -27,12 +28,10 @@ CHUNK_POSITIONS = 32  # bounds the logits in flight to 32 * K * V values
 
 
 @dataclass(frozen=True)
-class KeptText:
-    """One prompt and the tokens y_1..y_n that greedy decoding kept."""
+class Text:
+    """A prompt and the tokens y_1..y_n that greedy decoding kept."""
 
-    key: str
-    category: str | None
-    prompt_ids: tuple[int, ...]
+    prompt: Prompt
     token_ids: tuple[int, ...]
     ended_by: Literal["eos", "budget"]
 
@@ -53,15 +52,15 @@ def calibration_of(engine: Engine, path: Path, *, where: str | None = None, do: 
 
 
 @torch.inference_mode()
-def kept_states(backbone: Backbone, text: KeptText) -> tuple[Tensor, Tensor]:
+def kept_states(backbone: Backbone, text: Text) -> tuple[Tensor, Tensor]:
     """Return the states that produced y_1..y_n and the backbone's logits there, from one teacher-forced pass.
 
     Shapes: states `[n, H]`, logits `[n, V]`.
     """
-    sequence = torch.tensor([*text.prompt_ids, *text.token_ids[:-1]])
+    sequence = torch.tensor([*text.prompt.prompt_ids, *text.token_ids[:-1]])
     cache = backbone.new_cache(batch_size=1, max_length=len(sequence))
     output = backbone.read(sequence, cache=cache, num_logits=len(text.token_ids))
-    return output.hidden[0, len(text.prompt_ids) - 1 :], output.logits[0]
+    return output.hidden[0, len(text.prompt.prompt_ids) - 1 :], output.logits[0]
 
 
 @torch.inference_mode()
@@ -105,7 +104,7 @@ def rank_rows(
 
 def record_trace(
     engine: Engine,
-    texts: Sequence[KeptText],
+    texts: Sequence[Text],
     *,
     max_new_tokens: int,
     extra: dict[str, str],
@@ -130,13 +129,13 @@ def record_trace(
             heads, backbone.lm_head, states, text.token_ids, tie_margin=head_tie_margin
         )
         if text_tie_margin is not None:
-            text_ties += _text_ties(text.key, logits, best[:, :1] - text_tie_margin)
-        head_ties += _head_ties(text.key, ranges)
+            text_ties += _text_ties(text.prompt.key, logits, best[:, :1] - text_tie_margin)
+        head_ties += _head_ties(text.prompt.key, ranges)
         prompts.append(
             PromptTrace(
-                key=text.key,
-                category=text.category,
-                prompt_tokens=len(text.prompt_ids),
+                key=text.prompt.key,
+                category=text.prompt.category,
+                prompt_tokens=len(text.prompt.prompt_ids),
                 tokens=np.array(text.token_ids),
                 ended_by=text.ended_by,
                 ranks=ranks.numpy(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from harness.device.arms import ArmRunner
-from harness.device.prompts import SuitePrompt
-from harness.device.trace import HEAD_TIE_MARGIN, KeptText, record_trace
+from harness.device.prompts import Prompt
+from harness.device.trace import HEAD_TIE_MARGIN, Text, record_trace
 from harness.files import write_json
 from harness.measure import probes
 from harness.measure.session import Session, greedy_vanilla
@@ -90,6 +90,5 @@ def _score_sampled(session: Session, generations: Sequence[Generation]) -> None:
         write_json(session.store.folder / "likelihoods.json", Likelihoods(rows=scored))
 
 
-def _kept_text(item: Generation, prompts: Mapping[str, SuitePrompt]) -> KeptText:
-    key = item.trial.prompt_key
-    return KeptText(key, item.category, prompts[key].prompt_ids, item.token_ids, item.ended_by)
+def _kept_text(item: Generation, prompts: Mapping[str, Prompt]) -> Text:
+    return Text(prompts[item.trial.prompt_key], item.token_ids, item.ended_by)

@@ -9,7 +9,7 @@ import torch
 
 from harness.compose.trees import resolve_trees
 from harness.device.limits import measure_device_limits
-from harness.device.trace import KeptText
+from harness.device.trace import Text
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import write_json
 from harness.measure import probes
@@ -32,7 +32,7 @@ from harness.records.trace import Trace
 from harness.specs.suite import BackboneName, FileTree, SuiteSpec
 from medusa_impl.tree import DraftTree
 
-Texts = Mapping[BackboneName, Sequence[KeptText]]
+Texts = Mapping[BackboneName, Sequence[Text]]
 
 
 def prepare(

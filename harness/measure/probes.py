@@ -14,7 +14,7 @@ from torch import nn
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer
 from harness.device.engine import Engine
-from harness.device.trace import KeptText, kept_states, rank_rows
+from harness.device.trace import Text, kept_states, rank_rows
 from harness.records.run import HeadsControl, ProfileRow, StepCost
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import draft_tokens
@@ -132,7 +132,7 @@ def profile_arm(
     )
 
 
-def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -> HeadsControl:
+def control_heads(engine: Engine, texts: Sequence[Text], *, seed: int = 0) -> HeadsControl:
     """Compare the top-1 share of the trained heads with that of others on kept text.
 
     The others are heads with random weights and untrained ones, which predict what the model does.
@@ -159,7 +159,7 @@ def control_heads(engine: Engine, texts: Sequence[KeptText], *, seed: int = 0) -
     )
 
 
-def mean_log_likelihood(engine: Engine, text: KeptText) -> float:
+def mean_log_likelihood(engine: Engine, text: Text) -> float:
     """Return the mean log-likelihood of kept tokens under the original backbone.
 
     Units: nats a token, at temperature 1.

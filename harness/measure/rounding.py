@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harness.device.arms import PROMPT_LOOKUP_TOKENS
 from harness.device.engine import Engine
-from harness.device.trace import CHUNK_POSITIONS, MAX_TREE_RANK, KeptText, kept_states
+from harness.device.trace import CHUNK_POSITIONS, MAX_TREE_RANK, Text, kept_states
 from harness.errors import InvalidMeasurement
 from harness.records.run import Rounding, ShapeShift
 from harness.specs.suite import ArmSpec, is_deterministic
@@ -51,7 +51,7 @@ class _WholePass:
     Shapes: best_ids `[n, 2]`, gaps `[n]`; candidate_ids and candidate_logits `[n - 1, K, C]`.
     """
 
-    text: KeptText
+    text: Text
     best_ids: Tensor
     gaps: Tensor
     candidate_ids: Tensor
@@ -60,7 +60,7 @@ class _WholePass:
 
 @torch.inference_mode()
 def measure_rounding(
-    engine: Engine, texts: Sequence[KeptText], *, arms: Sequence[ArmSpec], trees: Mapping[str, DraftTree]
+    engine: Engine, texts: Sequence[Text], *, arms: Sequence[ArmSpec], trees: Mapping[str, DraftTree]
 ) -> Rounding:
     """Return how far each shape of the greedy arms moves logits on kept texts.
 
@@ -100,7 +100,7 @@ def _num_candidates(engine: Engine) -> int:
     return min(MAX_TREE_RANK + 1, engine.heads.vocab_size)
 
 
-def _whole_pass(engine: Engine, text: KeptText) -> _WholePass:
+def _whole_pass(engine: Engine, text: Text) -> _WholePass:
     backbone, heads = engine.runner.backbone, engine.heads
     states, logits = kept_states(backbone, text)
     best = logits.float().topk(2, dim=-1)
@@ -135,7 +135,7 @@ def _trees_by_size(
         yield own[names[0]], names
 
 
-def _tree_steps(engine: Engine, text: KeptText, tree: DraftTree) -> Iterator[_Step]:
+def _tree_steps(engine: Engine, text: Text, tree: DraftTree) -> Iterator[_Step]:
     """Walk a text in steps of a tree all of whose nodes hold the text's own tokens.
 
     So every node predicts a token of the text. The steps keep 1, 2, .. depth + 1 tokens in turn, so that rows
@@ -146,8 +146,10 @@ def _tree_steps(engine: Engine, text: KeptText, tree: DraftTree) -> Iterator[_St
     path = max(tree.candidates, key=len)
     num_tokens, nodes = len(text.token_ids), torch.tensor([path], device=backbone.device)
     tokens = torch.tensor([*text.token_ids, *text.token_ids[-1:] * tree.depth], device=backbone.device)
-    cache = backbone.new_cache(batch_size=1, max_length=len(text.prompt_ids) + num_tokens + tree.num_nodes)
-    backbone.prefill(torch.tensor(text.prompt_ids), cache=cache)
+    cache = backbone.new_cache(
+        batch_size=1, max_length=len(text.prompt.prompt_ids) + num_tokens + tree.num_nodes
+    )
+    backbone.prefill(torch.tensor(text.prompt.prompt_ids), cache=cache)
     known, number = 1, 0
     while known < num_tokens:
         places = known - 1 + buffers.depths
@@ -166,7 +168,7 @@ def _tree_steps(engine: Engine, text: KeptText, tree: DraftTree) -> Iterator[_St
         known, number = known + kept, number + 1
 
 
-def _stock_steps(engine: Engine, text: KeptText, width: int) -> Iterator[_Step]:
+def _stock_steps(engine: Engine, text: Text, width: int) -> Iterator[_Step]:
     """Walk a text as `generate` does: the prompt, then `width` tokens at a time.
 
     Kernels and cache are the stock model's own.
@@ -175,7 +177,7 @@ def _stock_steps(engine: Engine, text: KeptText, width: int) -> Iterator[_Step]:
     tokens = torch.tensor([text.token_ids], device=device)
     with engine.runner.stock() as model:
         output = model(
-            input_ids=torch.tensor([text.prompt_ids], device=device), use_cache=True, logits_to_keep=1
+            input_ids=torch.tensor([text.prompt.prompt_ids], device=device), use_cache=True, logits_to_keep=1
         )
         yield _Step(
             rows=torch.zeros(1, dtype=torch.long, device=device),

@@ -20,7 +20,7 @@ from harness.device.engine import (
 )
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
-from harness.device.prompts import SuitePrompt, check_lengths, suite_prompts, warmup_prompts
+from harness.device.prompts import Prompt, check_lengths, suite_prompts, warmup_prompts
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import DataPath
@@ -182,7 +182,7 @@ def describe(
     engine: Engine,
     *,
     suite: SuiteSpec,
-    prompts: Sequence[SuitePrompt],
+    prompts: Sequence[Prompt],
     command: str,
     tuned: Engine | None = None,
 ) -> Environment:

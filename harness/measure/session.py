@@ -12,7 +12,7 @@ from rich.console import Console
 
 from harness.device.engine import Engine, LoadedModel, load_engine
 from harness.device.locks import device_turns
-from harness.device.prompts import SuitePrompt, warmup_prompts
+from harness.device.prompts import Prompt, warmup_prompts
 from harness.errors import UserError
 from harness.records.run import Failure, Generation
 from harness.records.store import Store
@@ -27,8 +27,8 @@ class Session:
 
     suite: SuiteSpec
     engines: Mapping[BackboneName, Engine]
-    prompts: tuple[SuitePrompt, ...]
-    warmup: tuple[SuitePrompt, ...]
+    prompts: tuple[Prompt, ...]
+    warmup: tuple[Prompt, ...]
     store: Store[Generation | Failure]
     console: Console
     clock: Callable[[], float]

@@ -9,7 +9,7 @@ from rich.progress import track
 
 from harness.device.engine import best_device, load_model
 from harness.device.prompts import check_lengths, suite_prompts
-from harness.device.trace import KeptText, record_trace
+from harness.device.trace import Text, record_trace
 from harness.measure.session import suite_engine
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec
@@ -45,16 +45,10 @@ def trace_suite(
         eos_ids=loaded.eos_ids,
     )
     texts = [
-        KeptText(
-            done.key,
-            rendered[done.key].category,
-            rendered[done.key].prompt_ids,
-            tuple(done.token_ids),
-            done.ended_by,
-        )
+        Text(rendered[done.key], tuple(done.token_ids), done.ended_by)
         for done in track(stream, total=len(prompts), description="vanilla texts", console=console)
     ]
-    texts.sort(key=lambda text: list(rendered).index(text.key))
+    texts.sort(key=lambda text: list(rendered).index(text.prompt.key))
     trace = record_trace(engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name})
     trace.save(out)
     return trace

@@ -14,8 +14,8 @@ from rich.markup import escape
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine
 from harness.device.progress import progress_bar
-from harness.device.prompts import SuitePrompt
-from harness.device.trace import KeptText
+from harness.device.prompts import Prompt
+from harness.device.trace import Text
 from harness.measure import probes
 from harness.measure.plan import PlannedTrial, finished_blocks
 from harness.measure.session import Session, device_turn, greedy_vanilla
@@ -29,7 +29,7 @@ from medusa_impl.tree import DraftTree
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
 
 
-def control_texts(session: Session, engine: Engine) -> list[KeptText]:
+def control_texts(session: Session, engine: Engine) -> list[Text]:
     """Return vanilla's greedy texts on prompts that are never measured."""
     arm = ArmSpec(name="control", method="vanilla")
     longest = max(len(prompt.prompt_ids) for prompt in session.warmup)
@@ -39,9 +39,7 @@ def control_texts(session: Session, engine: Engine) -> list[KeptText]:
     texts = []
     for prompt in session.warmup[:_CONTROL_PROMPTS]:
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(
-            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
-        )
+        texts.append(Text(prompt, result.token_ids, result.ended_by))
     return texts
 
 
@@ -146,7 +144,7 @@ def _run_trial(
     session: Session,
     runners: dict[str, ArmRunner],
     planned: PlannedTrial,
-    prompt: SuitePrompt,
+    prompt: Prompt,
     *,
     attempt: int,
 ) -> Generation | Failure:
@@ -179,7 +177,7 @@ def _run_trial(
     )
 
 
-def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: SuitePrompt) -> None:
+def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Prompt) -> None:
     """Time a few separate steps of vanilla and every greedy Medusa arm.
 
     They follow the first half of the backbone's vanilla text of this block.

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.device.engine import LoadedModel, best_device, engine_from_heads, load_model
-from harness.device.trace import KeptText, record_trace
+from harness.device.prompts import Prompt
+from harness.device.trace import Text, record_trace
 from harness.errors import UserError
 from harness.records.trace import Trace
 from harness.specs.recipe import AnyRecipe, CorpusSpec, JointRecipe
@@ -49,7 +50,7 @@ def calibrate(
     )
     samples = sorted(store.samples(with_states=False), key=lambda sample: sample.key)
     texts = [
-        KeptText(sample.key, sample.category, sample.prompt_ids, sample.token_ids, sample.ended_by)
+        Text(Prompt(sample.key, sample.category, sample.prompt_ids), sample.token_ids, sample.ended_by)
         for sample in samples
     ]
     trace = record_trace(

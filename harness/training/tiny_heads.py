@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.device.engine import LoadedModel
-from harness.device.prompts import SuitePrompt
+from harness.device.prompts import Prompt
 from harness.specs.suite import SuiteSpec
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
@@ -23,7 +23,7 @@ from medusa_impl.training.medusa1 import train_medusa1
 _NUM_TEXTS, _NUM_ROWS, _BATCH_POSITIONS = 96, 16, 256
 
 
-def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence[SuitePrompt]) -> MedusaHeads:
+def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence[Prompt]) -> MedusaHeads:
     """Return heads trained for `suite.heads.train_steps` steps on greedy text of the tiny model.
 
     The text answers random prompts of its own.

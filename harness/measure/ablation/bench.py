@@ -19,7 +19,8 @@ from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
 from harness.device.engine import Engine, LoadedModel, best_device, engine_from_heads, load_model
-from harness.device.trace import KeptText, record_trace
+from harness.device.prompts import Prompt
+from harness.device.trace import Text, record_trace
 from harness.errors import UserError
 from harness.measure.ablation.arm import ArmJob, once_over
 from harness.measure.ablation.backbone_change import (
@@ -287,7 +288,8 @@ class ArmBench:
         """Return the trace of answers as the engine reads them."""
         wanted = self.spec.held_out
         texts = [
-            KeptText(one.key, one.category, one.prompt_ids, one.token_ids, one.ended_by) for one in samples
+            Text(Prompt(one.key, one.category, one.prompt_ids), one.token_ids, one.ended_by)
+            for one in samples
         ]
         return record_trace(
             engine,

@@ -14,7 +14,7 @@ from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
-from harness.device.prompts import SuitePrompt
+from harness.device.prompts import Prompt
 from harness.errors import UserError
 from harness.measure.sweep.sampled import arm_of
 from harness.measure.sweep.tasks import CellInputs, DecodedTask
@@ -27,9 +27,7 @@ from medusa_impl.tree import DraftTree
 _WARMUP_TOKENS = 12
 
 
-def traced_prompts(
-    inputs: CellInputs, prompts: Sequence[SuitePrompt]
-) -> tuple[tuple[SuitePrompt, PromptTrace], ...]:
+def traced_prompts(inputs: CellInputs, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, PromptTrace], ...]:
     """Return the prompts to decode with their traces, spread evenly over the trace.
 
     Raises: UserError where the suite's prompts are not those of the trace.
@@ -55,8 +53,8 @@ def decode_point(
     inputs: CellInputs,
     engine: Engine,
     task: DecodedTask,
-    pairs: Sequence[tuple[SuitePrompt, PromptTrace]],
-    warm_ups: Sequence[SuitePrompt],
+    pairs: Sequence[tuple[Prompt, PromptTrace]],
+    warm_ups: Sequence[Prompt],
     *,
     clock: Clock,
     held: Held = contextlib.nullcontext,
@@ -140,7 +138,7 @@ def _composed_seconds(part: Composer, curve: StepTimes, tree: DraftTree) -> list
 
 
 def _in_turn(
-    vanilla: ArmRunner, medusa: ArmRunner, prompt: SuitePrompt, *, vanilla_first: bool
+    vanilla: ArmRunner, medusa: ArmRunner, prompt: Prompt, *, vanilla_first: bool
 ) -> tuple[TimedGeneration, TimedGeneration]:
     """Return what vanilla and the tree make of a prompt, one after the other."""
     if vanilla_first:
@@ -150,7 +148,7 @@ def _in_turn(
     return vanilla.generate(prompt.prompt_ids, seed=None), drafted
 
 
-def _warm_up(runner: ArmRunner, warm_ups: Sequence[SuitePrompt], *, clock: Clock) -> None:
+def _warm_up(runner: ArmRunner, warm_ups: Sequence[Prompt], *, clock: Clock) -> None:
     few = ArmRunner(
         runner.engine,
         runner.arm,

@@ -11,8 +11,8 @@ from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
-from harness.device.prompts import SuitePrompt
-from harness.device.trace import KeptText
+from harness.device.prompts import Prompt
+from harness.device.trace import Text
 from harness.errors import UserError
 from harness.measure import probes
 from harness.measure.sweep.tasks import CellInputs, SampledTask
@@ -23,7 +23,7 @@ from harness.specs.sweep import SampledSetting, SweepSpec
 _TREE = {"kind": "chain", "depth": 1}  # ArmSpec wants one; ArmRunner takes the resolved tree
 
 
-def sampled_prompts(spec: SweepSpec, prompts: Sequence[SuitePrompt]) -> tuple[SuitePrompt, ...]:
+def sampled_prompts(spec: SweepSpec, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Return the prompts of the sampled points.
 
     Raises: UserError where no prompt is of the wanted categories.
@@ -68,7 +68,7 @@ def run_sampled(
     inputs: CellInputs,
     engine: Engine,
     task: SampledTask,
-    prompts: Sequence[SuitePrompt],
+    prompts: Sequence[Prompt],
     *,
     clock: Clock,
     held: Held = contextlib.nullcontext,
@@ -100,10 +100,8 @@ def run_sampled(
     return SampledCell(setting=task.setting, tree=task.index, rows=tuple(rows), elapsed_s=clock() - started)
 
 
-def _sampled_row(
-    engine: Engine, prompt: SuitePrompt, result: TimedGeneration, *, seed: int | None
-) -> SampledRow:
-    text = KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
+def _sampled_row(engine: Engine, prompt: Prompt, result: TimedGeneration, *, seed: int | None) -> SampledRow:
+    text = Text(prompt, result.token_ids, result.ended_by)
     return SampledRow(
         prompt_key=prompt.key,
         category=prompt.category,

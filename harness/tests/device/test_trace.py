@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from harness.compose.replay import replay
 from harness.device.arms import ArmRunner
 from harness.device.engine import Engine, load_engine, load_model
-from harness.device.prompts import suite_prompts
+from harness.device.prompts import Prompt, suite_prompts
 from harness.device.trace import (
     HEAD_TIE_MARGIN,
     MAX_TREE_RANK,
-    KeptText,
+    Text,
     kept_states,
     rank_rows,
     record_trace,
@@ -28,15 +28,13 @@ from medusa_impl.heads import MedusaHeads, ordered_topk
 from medusa_impl.tree import DraftTree
 
 
-def texts_of(engine: Engine, *, budget: int = 12, count: int = 3) -> list[KeptText]:
+def texts_of(engine: Engine, *, budget: int = 12, count: int = 3) -> list[Text]:
     arm = smoke_suite().arm("vanilla")
     runner = ArmRunner(engine, arm, tree=None, max_new_tokens=budget, max_prompt_tokens=40, clock=TickClock())
     texts = []
     for prompt in suite_prompts(smoke_suite(), engine.loaded)[:count]:
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(
-            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
-        )
+        texts.append(Text(prompt, result.token_ids, result.ended_by))
     return texts
 
 
@@ -112,9 +110,9 @@ def test_kept_states_are_those_of_the_stock_model(engine: Engine) -> None:
     states, logits = kept_states(engine.runner.backbone, text)
     assert states.shape == (12, 64) and logits.shape == (12, 128)
     with engine.runner.stock() as model, torch.inference_mode():
-        ids = torch.tensor([[*text.prompt_ids, *text.token_ids[:-1]]])
+        ids = torch.tensor([[*text.prompt.prompt_ids, *text.token_ids[:-1]]])
         reference = model(input_ids=ids, output_hidden_states=True)
-    first = len(text.prompt_ids) - 1
+    first = len(text.prompt.prompt_ids) - 1
     torch.testing.assert_close(logits, reference.logits[0, first:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states, reference.hidden_states[-1][0, first:], rtol=1e-4, atol=1e-4)
     assert logits.argmax(-1).tolist() == list(text.token_ids)
@@ -129,9 +127,9 @@ def test_trace_holds_gaps_losses_and_origin(engine: Engine) -> None:
     assert len(seen) == len(trace.prompts) == 3
     for text, prompt in zip(texts, trace.prompts, strict=True):
         assert (prompt.key, prompt.category, prompt.prompt_tokens) == (
-            text.key,
-            text.category,
-            len(text.prompt_ids),
+            text.prompt.key,
+            text.prompt.category,
+            len(text.prompt.prompt_ids),
         )
         assert prompt.tokens.tolist() == list(text.token_ids) and prompt.ranks.shape == (12, 4)
         _, logits = kept_states(engine.runner.backbone, text)
@@ -161,7 +159,7 @@ def test_text_ties_are_the_tokens_near_the_best(engine: Engine) -> None:
             near = [token for token, logit in enumerate(row) if logit >= max(row) - 1.0]
             if len(near) > 1:
                 assert text.token_ids[place] in near
-                expected.append([text.key, place + 1, *near])
+                expected.append([text.prompt.key, place + 1, *near])
     assert expected and rows == expected
 
 
@@ -196,12 +194,14 @@ def test_ranks_that_rounding_could_move_are_listed_by_prompt_position_and_head(e
         int((prompt.ranks[:, 1] >= 0).sum()) - int((prompt.ranks[:, 1] > MAX_TREE_RANK).sum())
         for prompt in trace.prompts
     ]
-    assert len(twins) == sum(reachable) > 0 and {tie[0] for tie in twins} == {text.key for text in texts}
+    assert len(twins) == sum(reachable) > 0 and {tie[0] for tie in twins} == {
+        text.prompt.key for text in texts
+    }
 
 
 def test_trace_of_a_single_token(engine: Engine) -> None:
     text = texts_of(engine, count=1)[0]
-    one = KeptText(text.key, None, text.prompt_ids, text.token_ids[:1], "eos")
+    one = Text(Prompt(text.prompt.key, None, text.prompt.prompt_ids), text.token_ids[:1], "eos")
     (prompt,) = record_trace(engine, [one], max_new_tokens=12, extra={}).prompts
     assert prompt.ranks.tolist() == [[-1] * 4]
 
@@ -234,7 +234,7 @@ def test_any_tree_decodes_as_it_replays(engine: Engine) -> None:
     ):
         arm = smoke_suite().arm("chain")
         runner = ArmRunner(engine, arm, tree=tree, max_new_tokens=12, max_prompt_tokens=40, clock=TickClock())
-        decoded = [len(runner.generate(text.prompt_ids, seed=None).step_tokens) for text in texts]
+        decoded = [len(runner.generate(text.prompt.prompt_ids, seed=None).step_tokens) for text in texts]
         assert replay(trace, tree).num_steps.tolist() == decoded
 
 
@@ -261,4 +261,4 @@ def test_half_precision_model_is_traced_in_its_own_precision() -> None:
         max_prompt_tokens=40,
         clock=TickClock(),
     )
-    assert len(runner.generate(texts[0].prompt_ids, seed=None).token_ids) == 8
+    assert len(runner.generate(texts[0].prompt.prompt_ids, seed=None).token_ids) == 8

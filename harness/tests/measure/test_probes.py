@@ -13,8 +13,8 @@ from harness.device.arms import ArmRunner
 from harness.device.clock import device_clock
 from harness.device.engine import Engine
 from harness.device.limits import measure_device_limits
-from harness.device.prompts import suite_prompts, warmup_prompts
-from harness.device.trace import KeptText
+from harness.device.prompts import Prompt, suite_prompts, warmup_prompts
+from harness.device.trace import Text
 from harness.measure import probes
 from harness.records.run import Failure
 from harness.tests.device.test_trace import texts_of
@@ -95,7 +95,7 @@ def test_step_costs_are_those_of_their_nodes(engine: Engine) -> None:
 def test_arm_steps_are_timed_behind_the_context_and_after_the_first(engine: Engine) -> None:
     arm, tree = smoke_suite().arm("chain"), DraftTree.chain(4)
     context = texts_of(engine, budget=30, count=1)[0]
-    prompt = (*context.prompt_ids, *context.token_ids[:15])
+    prompt = (*context.prompt.prompt_ids, *context.token_ids[:15])
     with WorkClock(engine.loaded.model) as clock:
         runner = ArmRunner(
             engine, arm, tree=tree, max_new_tokens=40, max_prompt_tokens=len(prompt), clock=clock
@@ -156,7 +156,7 @@ def test_profile_counts_every_section(engine: Engine) -> None:
     assert row.step_s > sum(parts) and 0 < row.own_code_share < 1
 
 
-def control_texts(engine: Engine) -> list[KeptText]:
+def control_texts(engine: Engine) -> list[Text]:
     runner = ArmRunner(
         engine,
         smoke_suite().arm("vanilla"),
@@ -168,9 +168,7 @@ def control_texts(engine: Engine) -> list[KeptText]:
     texts = []
     for prompt in warmup_prompts(smoke_suite(), engine.loaded):
         result = runner.generate(prompt.prompt_ids, seed=None)
-        texts.append(
-            KeptText(prompt.key, prompt.category, prompt.prompt_ids, result.token_ids, result.ended_by)
-        )
+        texts.append(Text(prompt, result.token_ids, result.ended_by))
     return texts
 
 
@@ -197,13 +195,13 @@ def test_untrained_heads_are_told_as_such(engine: Engine) -> None:
 
 def test_likelihood_is_the_mean_of_token_log_probabilities(engine: Engine) -> None:
     text = texts_of(engine, count=1)[0]
-    sampled = KeptText(text.key, None, text.prompt_ids, (5, 9, 77, 3), "budget")
+    sampled = Text(Prompt(text.prompt.key, None, text.prompt.prompt_ids), (5, 9, 77, 3), "budget")
     with engine.runner.stock() as model, torch.inference_mode():
         total = 0.0
         for place, token in enumerate(sampled.token_ids):
-            logits = model(input_ids=torch.tensor([[*text.prompt_ids, *sampled.token_ids[:place]]])).logits[
-                0, -1
-            ]
+            logits = model(
+                input_ids=torch.tensor([[*text.prompt.prompt_ids, *sampled.token_ids[:place]]])
+            ).logits[0, -1]
             total += math.log(torch.softmax(logits.double(), -1)[token])
     assert probes.mean_log_likelihood(engine, sampled) == pytest.approx(total / 4, abs=1e-4)
 

@@ -13,7 +13,8 @@ from pytest import MonkeyPatch
 from torch import Tensor
 
 from harness.device.engine import Engine, load_engine, load_model
-from harness.device.trace import KeptText, kept_states
+from harness.device.prompts import Prompt
+from harness.device.trace import Text, kept_states
 from harness.errors import InvalidMeasurement
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
@@ -144,8 +145,8 @@ def test_a_known_shift_of_the_heads_is_what_is_found(engine: Engine, monkeypatch
 
 def test_texts_of_one_token_have_nothing_to_compare(engine: Engine) -> None:
     (text,) = texts_of(engine, budget=8, count=1)
-    short = KeptText("short", None, text.prompt_ids, text.token_ids[:1], "eos")
-    pair = KeptText("pair", None, text.prompt_ids, text.token_ids[:2], "budget")
+    short = Text(Prompt("short", None, text.prompt.prompt_ids), text.token_ids[:1], "eos")
+    pair = Text(Prompt("pair", None, text.prompt.prompt_ids), text.token_ids[:2], "budget")
     rounding = measure_rounding(engine, [short, pair], arms=FEW, trees=TREES)
     assert rounding.num_texts == 1
     assert [shape.num_positions for shape in rounding.gaps] == [1, 1] and rounding.heads == ()

@@ -79,7 +79,7 @@ def test_contexts_are_prompts_with_half_their_answers(
     engine: Engine, contexts: tuple[tuple[int, ...], ...]
 ) -> None:
     texts = texts_of(engine, budget=12, count=2)
-    assert contexts == tuple((*text.prompt_ids, *text.token_ids[:6]) for text in texts)
+    assert contexts == tuple((*text.prompt.prompt_ids, *text.token_ids[:6]) for text in texts)
 
 
 def test_a_clock_that_only_the_backbone_moves_gives_it_every_step(

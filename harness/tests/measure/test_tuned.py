@@ -15,7 +15,8 @@ import torch
 
 import harness.device.engine
 from harness.device.engine import Engine, LoadedModel, load_tuned_engine
-from harness.device.trace import KeptText, record_trace
+from harness.device.prompts import Prompt
+from harness.device.trace import Text, record_trace
 from harness.errors import UserError
 from harness.judge.checks import run_checks
 from harness.judge.claims.evidence import Evidence
@@ -193,7 +194,7 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
     assert tuned is not None
     prompts = [(1, 2, 3), (4, 5, 6), (7, 8, 9)]
     texts = [
-        KeptText(f"t{index}", "random", ids, tuple(range(10 + index, 22 + index)), "budget")
+        Text(Prompt(f"t{index}", "random", ids), tuple(range(10 + index, 22 + index)), "budget")
         for index, ids in enumerate(prompts)
     ]
     record_trace(tuned, texts, max_new_tokens=12, extra={}).save(tmp_path / "calibration.npz")

@@ -17,7 +17,8 @@ from torch.nn.functional import kl_div, log_softmax
 
 from harness.device.engine import Engine
 from harness.device.machine import git_state
-from harness.device.trace import KeptText, kept_states, rank_rows
+from harness.device.prompts import Prompt
+from harness.device.trace import Text, kept_states, rank_rows
 from harness.errors import ExitCode, UserError
 from harness.judge.ablation import ablation_rows, rate_columns
 from harness.judge.validate import validate_record
@@ -230,7 +231,7 @@ def test_heads_are_counted_as_traces_count_them(engine: Engine) -> None:
     text = MeasuredText("k", None, TrainingSequence(token_ids, ((3, 8),)))
     counted = head_text(text, engine.heads, read_text(engine.runner.backbone, text))
     states, _ = kept_states(
-        engine.runner.backbone, KeptText("k", None, token_ids[:3], token_ids[3:], "budget")
+        engine.runner.backbone, Text(Prompt("k", None, token_ids[:3]), token_ids[3:], "budget")
     )
     ranks, losses, _ = rank_rows(engine.heads, engine.runner.backbone.lm_head, states, token_ids[3:])
     assert counted.num_targets == (4, 3, 2, 1)
