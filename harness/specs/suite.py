@@ -244,7 +244,7 @@ class SuiteSpec(DataFile):
     warmup_prompts: int = Field(default=1, ge=0)
     plan_seed: int = 1
     engine: Literal["auto", "eager", "packed"] = "auto"
-    calibration_trace: str | None = None
+    calibration_trace: DataPath | None = None
     model: ModelSpec
     heads: HeadsSpec
     tuned: TunedSpec | None = None
