@@ -42,7 +42,7 @@ class Interval(Frozen):
 def bootstrap_ratio(
     numerator: ArrayLike, denominator: ArrayLike, *, spec: IntervalSpec, rng: np.random.Generator
 ) -> Interval:
-    """The ratio of two totals over prompts, such as tokens over seconds.
+    """Return the ratio of two totals over prompts, such as tokens over seconds.
 
     Shapes: [P] each, one entry a prompt.
     Raises: ValueError as `bootstrap_totals` does.
@@ -59,7 +59,7 @@ def bootstrap_ratio_of_ratios(
     spec: IntervalSpec,
     rng: np.random.Generator,
 ) -> Interval:
-    """One arm's ratio of totals over another's on the same prompts, such as a speedup.
+    """Return one arm's ratio of totals over another's on the same prompts, such as a speedup.
 
     Shapes: [P] each, entry p of all four from prompt p.
     Raises: ValueError as `bootstrap_totals` does.
@@ -71,11 +71,11 @@ def bootstrap_ratio_of_ratios(
 def bootstrap_totals(
     statistic: Callable[..., Floats], *columns: ArrayLike, spec: IntervalSpec, rng: np.random.Generator
 ) -> Interval:
-    """A statistic of column totals with its interval; prompts are resampled whole, all columns of a prompt
-    together.
+    """Return a statistic of column totals with its interval.
 
-    `statistic` maps one array of totals a column to an array of the same shape. A single prompt bounds
-    nothing: its interval is (-inf, inf). `spec.seed` is not read; the draws come from `rng`.
+    Prompts are resampled whole, all columns of a prompt together. `statistic` maps one array of totals a
+    column to an array of the same shape. A single prompt bounds nothing: its interval is (-inf, inf).
+    `spec.seed` is not read; the draws come from `rng`.
     Raises: ValueError if there is no prompt, the columns differ in length, or a value is not finite.
     """
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
@@ -105,7 +105,7 @@ def bootstrap_totals(
 
 
 def widened_level(level: float, *, num_prompts: int) -> float:
-    """The level at which to read a percentile interval so that it covers at about `level` with few prompts.
+    """Return the level at which a percentile interval of few prompts covers at about `level`.
 
     Departs: from the plain percentile interval; this is Hesterberg's expanded one ("What Teachers Should Know
     About the Bootstrap", 2015).
@@ -119,11 +119,10 @@ def _ratio(numerator: Floats, denominator: Floats) -> Floats:
 
 
 class Resamples:
-    """The draws of `num_units` units (prompts, or batches of prompts) with replacement; the same draws for
-    every statistic.
+    """The draws of `num_units` units with replacement, the same draws for every statistic.
 
-    Intervals are those of `intervals.bootstrap_totals`: percentiles, widened for few units. One unit bounds
-    nothing.
+    Units are prompts, or batches of prompts. Intervals are those of `bootstrap_totals`: percentiles, widened
+    for few units. One unit bounds nothing.
     """
 
     def __init__(self, num_units: int, *, spec: IntervalSpec) -> None:
@@ -133,14 +132,16 @@ class Resamples:
         self._times_drawn = rng.multinomial(num_units, shares, size=spec.num_resamples).astype(np.float64)
 
     def totals(self, columns: Floats) -> Floats:
-        """Return the totals of columns in every draw. Shapes: `columns` [units, C] or [units]; result [draws,
-        C] or [draws].
+        """Return the totals of columns in every draw.
+
+        Shapes: `columns` [units, C] or [units]; result [draws, C] or [draws].
         """
         return self._times_drawn @ columns
 
     def bounds(self, draws: Floats) -> tuple[Floats, Floats]:
-        """Return the bounds that a statistic's values in the draws give. Shapes: `draws` [.., draws]; results
-        [..].
+        """Return the bounds that a statistic's values in the draws give.
+
+        Shapes: `draws` [.., draws]; results [..].
         """
         if self.num_units == 1:
             return np.full(draws.shape[:-1], -math.inf), np.full(draws.shape[:-1], math.inf)
@@ -149,8 +150,9 @@ class Resamples:
         return np.asarray(low), np.asarray(high)
 
     def interval(self, estimate: float, draws: Floats) -> Interval:
-        """Return an estimate with the interval that a statistic's values in the draws give. Shapes: `draws`
-        [draws].
+        """Return an estimate with the interval that a statistic's values in the draws give.
+
+        Shapes: `draws` [draws].
         """
         low, high = self.bounds(draws)
         return Interval(

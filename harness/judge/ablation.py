@@ -25,8 +25,8 @@ from medusa_impl.tree import DraftTree
 
 Floats = NDArray[np.float64]
 TextKind = Literal["own", "original"]
-MEDUSA1_ARM = "medusa1"  # heads trained on alone, on the tokens of every other arm
-NGRAM_TOKENS = 4
+MEDUSA1_ARM = "medusa1"  # its heads alone train on, on as many tokens as every other arm
+NGRAM_TOKENS = 4  # long enough that ordinary phrases seldom recur, short enough to find loops
 
 
 @dataclass(frozen=True)

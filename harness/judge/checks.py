@@ -22,13 +22,12 @@ from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
 Check = Callable[[RunRecord], CheckOutcome]
 
-TOKENS_PER_TIE = 10_000  # design.md, section 7: at most 1 tie in 10,000 tokens, begun ones counted
+TOKENS_PER_TIE = 10_000  # at most 1 tie in 10,000 tokens, rounded up: float32 rounding makes fewer
 MAX_EOS_IDS = 4  # chat models have one to three; more means that ordinary tokens were taken for ends
 STANDARD_ERRORS_OVER_RANDOM = 3.0
 MAX_LOAD_PER_CORE = 1.5  # our own threads make at most 1; a competitor that takes all cores makes it 2
-MAX_BANDWIDTH_SHARE = (
-    1.1  # a step cannot read faster than the device; 10 % for the spread of the bandwidth benchmark
-)
+# A step cannot read faster than the device; the 10 % are for the spread of the bandwidth benchmark.
+MAX_BANDWIDTH_SHARE = 1.1
 SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jsonl")
 
 

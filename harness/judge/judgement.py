@@ -52,10 +52,12 @@ class ArmMetrics(Frozen):
 
 
 class Comparison(Frozen):
-    """An arm against its baseline, paired by prompt (design.md, section 7).
+    """An arm against its baseline, paired by prompt.
 
-    `speedup` is tokens/s over tokens/s from totals on the decode clock; `overhead` mean step latency over
-    mean step latency; `separate_overhead` the same from separately timed steps at one context length.
+    `speedup` is tokens/s over tokens/s from totals on the decode clock, `wall_speedup` the same with the
+    prefill, as the authors' script times it. `overhead` is mean step latency over mean step latency, and
+    `separate_overhead` the same from separately timed steps. `identity_gap` is how far the speedup lies from
+    acceleration rate over overhead, which it equals by definition.
     """
 
     arm: str

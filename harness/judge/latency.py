@@ -127,7 +127,7 @@ def _mode_row(record: LatencyRecord, trials: Sequence[ModeTrial], *, stock: Sequ
     )
     limits, table = record.limits(first.dtype), record.spec.modes_table
     costs: list[float | None] = []
-    if table is not None and first.mode != "hf_generate":  # the literal, so that the type shows what is left
+    if table is not None and first.mode != "hf_generate":  # the name itself, so that mypy knows the rest
         like = PointKey(
             dtype=first.dtype,
             mode=first.mode,

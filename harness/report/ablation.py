@@ -62,17 +62,15 @@ _README_NOTE = """\
 *tokens/step*: at one tree, replayed from the greedy text that each arm wrote itself. *gain*: over
 `medusa1`, whose heads learned from the same tokens on a frozen backbone; *on the original's text* every
 arm reads the same answers, so that text which has become easier to draft for adds nothing. *repeats
-itself*: 4-grams of an arm's answers that stood in the same answer before. *held-out KL*: KL(original ||
-tuned) a token, and *perplexity*, original to tuned, on the original's greedy answers."""
+itself*: 4-grams of an arm's answers that had occurred in the same answer before. *held-out KL*:
+KL(original || tuned) a token, and *perplexity*, original to tuned, on the original's greedy answers."""
 _SIGNS_ONLY = "**Signs and orders only**: the budget is too small to decide a claim."
 
 
 def render_ablation(
     record: AblationRecord, rows: Sequence[AblationRow], verdicts: Sequence[ClaimVerdict], *, has_curves: bool
 ) -> str:
-    """Return the whole report: what was compared, the table, seeds, texts of another hand, verdicts, curves,
-    provenance.
-    """
+    """Return the whole report of an ablation."""
     return page(
         f"# {record.spec.name}",
         _summary(record),
@@ -85,7 +83,7 @@ def render_ablation(
         section("Seeds", render_seeds(rows), SEEDS_NOTE),
         section("Heads", render_heads(rows), HEADS_NOTE),
         section(
-            "Texts of another hand",
+            "Texts by others",
             render_references(rows),
             REFERENCE_NOTE if any(row.categories for row in rows) else "",
         ),
@@ -96,8 +94,9 @@ def render_ablation(
 
 
 def outcome_in_words(rows: Sequence[AblationRow]) -> str:
-    """Return a sentence for each way of training the backbone to stay: how far it went from the original, and
-    what was gained by it.
+    """Return what became of each way of training the backbone so that it stays what it was.
+
+    A sentence says how far it went from the original, another what was gained by it.
     """
     by_arm = {row.arm: row for row in rows}
     sentences = []
@@ -105,24 +104,28 @@ def outcome_in_words(rows: Sequence[AblationRow]) -> str:
         if (row := by_arm.get(name)) is None:
             continue
         further = [
-            f"`{other.arm}`'s {ratio_interval(other.kl, digits=4)}"
+            f"`{other.arm}` {ratio_interval(other.kl, digits=4)}"
             + (_apart(other.kl_above) if name == "ramped" else "")
             for other in (by_arm.get("direct"), by_arm.get("hard_labels"))
             if other is not None
         ]
-        beside = f" beside {' and '.join(further)}" if further else ""
         gains = [
-            f"{ratio_interval(gain, digits=3)} on {words} ({_against_one(gain)})"
-            for gain, words in ((row.gain, "its own text"), (row.original_text_gain, "the original's"))
+            f"{ratio_interval(gain, digits=3)} on {text} ({_against_one(gain)})"
+            for gain, text in (
+                (row.gain, "its own text"),
+                (row.original_text_gain, "the original model's text"),
+            )
             if gain is not None
         ]
-        yields = f", and yields {', '.join(gains)} times the tokens/step of `{MEDUSA1_ARM}`" if gains else ""
-        distance = f"`{name}` lies {ratio_interval(row.kl, digits=4)} nats a token from the original"
-        sentences.append(f"{distance}{beside}{yields}.")
+        distance = f"`{name}` lies {ratio_interval(row.kl, digits=4)} nats a token from the original model"
+        sentences.append(f"{', '.join([distance, *further])}.")
+        if gains:
+            sentences.append(f"It has {' and '.join(gains)} times the tokens/step of `{MEDUSA1_ARM}`.")
     return " ".join(sentences)
 
 
 def _apart(kl_above: Interval | None) -> str:
+    """Return how much further from the original an arm went than `ramped`."""
     return "" if kl_above is None else f" ({ratio_interval(kl_above, digits=4)} more)"
 
 
@@ -138,11 +141,11 @@ def render_readme_ablation(
     base: Path,
     elsewhere: Mapping[str, str],
 ) -> str:
-    """Return what the README shows of an ablation: where it was run, the outcome, the table, the claims that
-    it decides, the picture.
+    """Return what the README shows of an ablation.
 
-    `base` is the README's folder, which links are given from; `elsewhere` names the suite that decides a
-    claim in this one's place.
+    That is where it was run, the outcome, the table, the claims that it decides, and the picture. `base` is
+    the README's folder, which links are given from; `elsewhere` names the suite that decides a claim instead
+    of this one.
     """
     environment, folder = record.environment, record.folder
     origin = (
@@ -224,17 +227,17 @@ def ablation_headline(
 
 def _summary(record: AblationRecord) -> str:
     spec, environment = record.spec, record.environment
-    words = (
+    about = (
         f"{cell(spec.description)} {cell(environment.model_name)} on {cell(describe_device(environment))}; "
         f"{count(len(spec.arms), 'arm')}, {count(len(spec.seeds), 'seed')}, {spec.answer_tokens:,} answer "
         "tokens each, "
         f"{count(spec.held_out.num_prompts, 'held-out prompt')} of {spec.held_out.max_new_tokens} tokens."
     )
     if record.manifest is None:
-        words += " **Unfinished**: the table has the arms that are done."
+        about += " **Unfinished**: the table has the arms that are done."
     if not spec.decides_claims:
-        words += f" {_SIGNS_ONLY}"
-    return words
+        about += f" {_SIGNS_ONLY}"
+    return about
 
 
 def _render_provenance(record: AblationRecord) -> str:
@@ -251,7 +254,7 @@ def _render_provenance(record: AblationRecord) -> str:
         ("texts", f"SHA-256 {environment.prompts_sha256[:16]}"),
         (
             "shared heads read",
-            ", ".join(f"{arm}: the {words} LM head" for arm, words in _lm_heads_read(record)),
+            ", ".join(f"{arm}: the {which} LM head" for arm, which in _lm_heads_read(record)),
         ),
         (
             "one tree",

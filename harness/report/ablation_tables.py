@@ -23,34 +23,31 @@ _HEADERS = (
     "KL above ramped's",
     "first choice agrees",
     "perplexity",
-    "on texts of another hand",
+    "on texts by others",
     "top-1 of each head",
 )
 ABLATION_NOTE = """\
-*tokens/step*: replayed from the greedy text that each arm wrote itself on prompts that no arm saw; *one \
-tree* is the same for all, *own
-best tree* is grown on one half of an arm's texts and judged on the other, both ways. *gain*: over \
-`medusa1`, whose heads trained on the
-same tokens on a frozen backbone; *over the start*: over the heads that all arms begin with, which had seen \
-this corpus before, so that
-training on may also set them back; *on the original's text* every arm reads the same answers, so that
-text which has become easier to draft for adds nothing. *repeats itself*: 4-grams of an arm's answers that \
-stood in the same answer
-before. *held-out KL*: KL(original || tuned) a token on the original's own
-greedy answers, *above ramped's* paired by text; *perplexity* of these answers, original to tuned: hard \
-labels lower it, since they
-are such answers; *on texts of another hand*: of MT-Bench's reference answers. Intervals are over texts, \
-seeds pooled; {seeds} has the
-seeds."""
+*tokens/step*: replayed from the greedy text that each arm wrote itself, on prompts that no arm saw. *one
+tree* is the same for all arms; *own best tree* is grown on one half of an arm's texts and judged on the other
+half, both ways. *gain*: over `medusa1`, whose heads trained on the same tokens on a frozen backbone. *over
+the start*: over the heads that all arms begin with. These had seen this corpus before, so that training on
+may also make them worse. *on the original's text*: every arm reads the same answers of the original model, so
+that text which has become easier to draft for adds nothing. *repeats itself*: the share of the 4-grams of an
+arm's answers that had occurred in the same answer before. *held-out KL*: KL(original || tuned) a token on the
+original's own greedy answers; *above ramped's* is paired by text. *perplexity*: of these answers, original to
+tuned; hard labels lower it, since they are such answers. *on texts by others*: of MT-Bench's reference
+answers. Intervals are over texts, seeds pooled; {seeds} shows each seed."""
 SEEDS_NOTE = (
-    "Each seed draws its own answers, their order and the first adapter: how far its figures "
-    "lie apart is what another training gives."
+    "Each seed draws its own answers, their order and the first adapter: the spread of its figures says what "
+    "another training would give."
 )
 _RANKS_SHOWN = (1, 2, 3, 5, 10)
 HEADS_NOTE = (
     "Share of the held-out answers' tokens among a head's 1, 2, 3, 5 and 10 best, over the whole vocabulary."
 )
-REFERENCE_NOTE = "Texts of another hand: MT-Bench's reference answers, both turns, original to tuned."
+REFERENCE_NOTE = (
+    "MT-Bench's reference answers, both turns. Perplexities are those of the original and the tuned model."
+)
 
 
 def render_ablation_table(rows: Sequence[AblationRow], *, columns: Sequence[str] | None = None) -> str:
@@ -59,6 +56,7 @@ def render_ablation_table(rows: Sequence[AblationRow], *, columns: Sequence[str]
 
 
 def row_cells(row: AblationRow) -> tuple[str, ...]:
+    """Return an arm's figures as the cells of its row."""
     return (
         row.arm,
         row.recipe_name or ABSENT,
@@ -80,6 +78,7 @@ def row_cells(row: AblationRow) -> tuple[str, ...]:
 
 
 def render_seeds(rows: Sequence[AblationRow]) -> str:
+    """Return what each seed's training gave; empty where only the start was measured."""
     kept = [row for row in rows if row.arm != START_ARM]
     cells = [
         (
@@ -99,13 +98,14 @@ def render_seeds(rows: Sequence[AblationRow]) -> str:
         "KL of each seed",
         "greedy texts unchanged",
         "answer tokens",
-        "tokens/s trained",
-        "MB at most",
+        "tokens/s in training",
+        "peak memory, MB",
     ]
     return table(headers, cells) if cells else ""
 
 
 def render_heads(rows: Sequence[AblationRow]) -> str:
+    """Return each head's share of targets among its best few tokens."""
     num_heads = len(rows[0].top_accuracies)
     cells = [
         (
@@ -121,6 +121,7 @@ def render_heads(rows: Sequence[AblationRow]) -> str:
 
 
 def render_references(rows: Sequence[AblationRow]) -> str:
+    """Return divergence and perplexity on texts by others, by category; empty where there are none."""
     names = sorted({change.category for row in rows for change in row.categories})
     if not names:
         return ""

@@ -1,6 +1,4 @@
-"""Figures, names and tables as text: sensible digits, units, and nothing that says who or where the reader
-is.
-"""
+"""Figures, names and tables as text: sensible digits and units, and no absolute path."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ from harness.stats import Interval
 ABSENT = "–"
 VERDICT_COLUMNS = ("claim", "what the paper states", "paper", "ours", "verdict")  # what a README shows
 _WIDE_CELL = 40
-_START_S = (
-    60.0  # between the two clocks: a start is noted in whole seconds, once the model is loaded or just before
-)
+# What may lie between the two clocks of a run that was not resumed: its start is noted in whole seconds, and
+# just before or after the model is loaded.
+_START_S = 60.0
 _TAG = re.compile(r"<(?=[A-Za-z/!])")
 
 
@@ -29,7 +27,7 @@ def significant(value: float | None, *, digits: int = 3) -> str:
         return ABSENT
     if value == 0:
         return "0"
-    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # after rounding: 9.996 counts as 10.0
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])  # of the rounded figure: 9.996 counts as 10.0
     return f"{value:,.{max(0, digits - 1 - exponent)}f}"
 
 
@@ -77,8 +75,9 @@ def count(number: int, noun: str, *, plural: str | None = None) -> str:
 
 
 def finished_words(started_utc: str, finished_utc: str, *, elapsed_s: float) -> str:
-    """Return when a run ended and how many minutes it took; a resumed run counts `elapsed_s` from its last
-    start, and that is said.
+    """Return when a run ended and how many minutes it took.
+
+    A resumed run counts `elapsed_s` from its last start, and the text says so.
     """
     between_s = (datetime.fromisoformat(finished_utc) - datetime.fromisoformat(started_utc)).total_seconds()
     resumed = between_s > elapsed_s + _START_S
@@ -116,12 +115,12 @@ def pairs(values: Mapping[str, str]) -> str:
 
 
 def paragraphs(*parts: str) -> str:
-    """Return the parts that say something, a blank line between them."""
+    """Return the parts that are not empty, a blank line between them."""
     return "\n\n".join(part for part in parts if part)
 
 
 def section(title: str, *parts: str) -> str:
-    """Return a second-level section of the parts that say something; empty where none does."""
+    """Return a second-level section of the parts that are not empty; empty where all are."""
     said = paragraphs(*parts)
     return f"## {title}\n\n{said}" if said else ""
 
@@ -133,5 +132,5 @@ def heading(title: str, description: str, facts: Mapping[str, str]) -> str:
 
 
 def page(*parts: str) -> str:
-    """Return a whole page of the parts that say something."""
+    """Return a whole page of the parts that are not empty."""
     return paragraphs(*parts) + "\n"

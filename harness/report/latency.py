@@ -1,6 +1,4 @@
-"""A latency record as Markdown, as a terminal table, and as one JSON object: step times, step costs, modes,
-speed against batch.
-"""
+"""A latency record as Markdown, as a terminal table, and as one JSON object."""
 
 from __future__ import annotations
 
@@ -46,21 +44,17 @@ from harness.report.provenance import (
 )
 
 _POINTS_NOTE = """\
-Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at \
-the same context and batch,
-without heads. *read limit*: the weights and the kept keys and values, read once at the bandwidth measured \
-in this run, as a share of the
-backbone's time. *predicted*: the roofline with this run's bandwidth and matrix throughput. *step*: a whole \
-step of the decoding loop
-(heads, candidates, backbone, acceptance, compaction); *overhead*: that against the vanilla step."""
+Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the
+same context and batch, without heads. *read limit*: the time to read the weights and the kept keys and values
+once, at the bandwidth measured in this run, as a share of the backbone's time. *predicted*: the roofline with
+this run's bandwidth and matrix throughput. *step*: a whole step of the decoding loop (heads, candidates,
+backbone, acceptance, compaction); *overhead*: its time against the vanilla step's."""
 _MODES_NOTE = """\
-Vanilla decoding on the decode clock, every mode and Hugging Face `generate` on the same prompts in turn; \
-brackets hold bootstrap
-intervals over prompts. *bandwidth*: the weights that a step must read, as a share of what the device can \
-read in that time. *N nodes*:
-step cost, the backbone's pass over N nodes against one, at {context} context tokens, batch 1, without \
-heads. *same text*: prompts whose
-tokens equal those of `generate`. The mode that `auto` takes is marked *."""
+Vanilla decoding on the decode clock; every mode and Hugging Face `generate` take the same prompts in turn.
+Brackets hold bootstrap intervals over prompts. *bandwidth*: the weights that a step must read, as a share of
+what the device can read in that time. *N nodes*: step cost, the backbone's pass over N nodes against one, at
+{context} context tokens, batch 1, without heads. *same text*: prompts whose tokens equal those of `generate`.
+The mode that `auto` takes is marked *."""
 
 
 def render_latency_report(record: LatencyRecord) -> str:
@@ -71,7 +65,7 @@ def render_latency_report(record: LatencyRecord) -> str:
             f"Step times: `{spec.name}`",
             spec.description,
             {
-                "Model": _model_words(record),
+                "Model": _model(record),
                 "Device": cell(describe_device(environment)),
                 "Date": environment.started_utc[:10],
                 "Commit": describe_commit(environment),
@@ -128,10 +122,10 @@ def render_batches(record: LatencyRecord) -> str:
         f"({cell(tree.origin)})"
     )
     note = (
-        f"{where}. All batches decode the same texts greedily, so many at a time; tokens/s of all rows "
-        "together, intervals over groups of "
-        "texts. A row that has ended idles until its batch has, and still counts in tokens/step. "
-        f"Break-even: {_break_even_words(record)}."
+        f"{where}. All batches decode the same texts greedily, so many at a time. Tokens/s are of all rows "
+        "together, intervals over groups of texts. A row that has ended waits for the rest of its batch, and "
+        "still counts in tokens/step. "
+        f"Break-even: {_break_even(record)}."
     )
     return f"{table(headers, rows)}\n\n{note}"
 
@@ -157,7 +151,7 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     lines = [table(headers, [_point_cells(record, point, among=points) for point in points]), _POINTS_NOTE]
     predictions = [made for point in points if (made := prediction_of(record, point)) is not None]
     if predictions:
-        lines.append(_error_words(prediction_error(predictions)))
+        lines.append(_roofline_error(prediction_error(predictions)))
     correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
     smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
     lines.append(
@@ -171,11 +165,11 @@ def render_readme_modes(record: LatencyRecord, *, base: Path) -> str:
     """Return what the README shows of a latency record; `base` is the README's folder."""
     environment = record.environment
     origin = (
-        f"{_model_words(record)} on {cell(describe_device(environment))}, {environment.started_utc[:10]}, "
+        f"{_model(record)} on {cell(describe_device(environment))}, {environment.started_utc[:10]}, "
         f"commit {describe_commit(environment)}."
     )
     batches = (
-        f"Break-even batch of Medusa over vanilla: {_break_even_words(record)}."
+        f"Break-even batch of Medusa over vanilla: {_break_even(record)}."
         if record.batches is not None
         else ""
     )
@@ -207,7 +201,7 @@ def print_latency(console: Console, record: LatencyRecord) -> None:
             soft_wrap=True,
         )
     if record.batches is not None:
-        console.print(f"break-even batch: {_break_even_words(record)}", highlight=False)
+        console.print(f"break-even batch: {_break_even(record)}", highlight=False)
 
 
 def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict[str, Any]:
@@ -294,7 +288,7 @@ def _mode_cells(row: ModeRow, *, sizes: Sequence[int]) -> tuple[object, ...]:
     )
 
 
-def _error_words(error: PredictionError) -> str:
+def _roofline_error(error: PredictionError) -> str:
     return (
         f"The roofline's prediction is off by {percent(error.median_error)} in the median and "
         f"{percent(error.worst_error)} at worst over "
@@ -303,7 +297,7 @@ def _error_words(error: PredictionError) -> str:
     )
 
 
-def _break_even_words(record: LatencyRecord) -> str:
+def _break_even(record: LatencyRecord) -> str:
     speedups = {point.batch: point.speedup for point in _batch_points(record)}
     found = break_even({batch: speedup.estimate for batch, speedup in speedups.items()})
     if found.largest_batch is None:
@@ -372,6 +366,6 @@ def _limits(record: LatencyRecord, dtype: str) -> str:
     return ABSENT if limits is None else describe_limits(limits)
 
 
-def _model_words(record: LatencyRecord) -> str:
+def _model(record: LatencyRecord) -> str:
     weights = "random weights of that shape" if record.facts.random_weights else "its own weights"
     return f"{cell(record.facts.name)} with {weights}"

@@ -1,6 +1,4 @@
-"""Training throughput as the README shows it: one row a stage of every profile, the device's matrix
-throughput beside.
-"""
+"""Where the time of training steps and of decoding steps goes, as tables."""
 
 from __future__ import annotations
 
@@ -44,27 +42,21 @@ _HEADERS = (
     "commit",
 )
 _NOTE = f"""\
-*of matrix throughput*: the operations of all matrix products, counted as they run, over what the device \
-does in the same time on one large
-product, measured in the same run; heads alone on cached states are to reach {HEADS_BOUND:.0%} over the \
-whole recipe. *the step's parts*:
-share of the step's time, and in brackets the share of the matrix throughput that the part reaches while it
-runs.""".replace("%", " %")
+*of matrix throughput*: the operations of all matrix products, counted as they run, over what the device does
+in the same time on one large product, measured in the same run. Heads alone on cached states should reach
+{HEADS_BOUND:.0%} over the whole recipe. *the step's parts*: the share of the step's time, and in brackets the
+share of the matrix throughput that the part reaches while it runs.""".replace("%", " %")
 
 _PARTS_NOTE = """\
-Median (mean) milliseconds of a step's parts. *mask*: positions and attention mask. *acceptance* ends with \
-the tokens on the host.
-*cache*: compaction to the kept path. *host*: what no part covers. On a GPU each mark waits for the device, \
-so these steps are a little
-longer than the unmarked ones."""
+Median (mean) milliseconds of a step's parts. *mask*: positions and attention mask. *acceptance* ends with the
+tokens on the host. *cache*: compaction to the kept path. *host*: what no part covers. On a GPU each mark
+waits for the device, so these steps are a little longer than the unmarked ones."""
 _SHARES_NOTE = "Shares of the summed step time. *own code* is all but the calls of backbone and heads."
 _FACTORS_NOTE = """\
-*step cost*: the backbone's call against one node's. *overhead*: mean latency of unmarked steps against \
-vanilla's, heads and bookkeeping
-included; a tree that yields as many tokens a step has a speedup of 1. *tokens/step predicted*: a replay of \
-the suite's calibration
-trace, on which the trees were grown, so a little flattering. *speedup predicted* is their quotient, \
-composed and not measured."""
+*step cost*: the backbone's call against one node's. *overhead*: mean latency of unmarked steps against
+vanilla's, heads and bookkeeping included; a tree that yields as many tokens a step has a speedup of 1.
+*tokens/step predicted*: a replay of the suite's calibration trace, on which the trees were grown, so a little
+flattering. *speedup predicted* is their quotient, composed and not measured."""
 
 
 def committed_profiles(results: Path) -> tuple[Path, ...]:
@@ -161,9 +153,7 @@ def training_headline(profile: TrainingProfile) -> dict[str, Any]:
 
 
 def print_training_profile(console: Console, profile: TrainingProfile) -> None:
-    """Print one table a stage: where the time goes, what is counted in it, and how much of the step each part
-    loses.
-    """
+    """Print one table a stage: where its time goes, what is counted in it, what each part loses."""
     for stage in profile.stages:
         rate = significant(stage.num_positions / stage.median_step_s)
         title = (
@@ -210,7 +200,7 @@ def print_training_profile(console: Console, profile: TrainingProfile) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    bound = f"; at least {percent(HEADS_BOUND)} are wanted" if profile.kind == "heads" else ""
+    bound = f"; at least {percent(HEADS_BOUND)} are needed" if profile.kind == "heads" else ""
     console.print(
         f"over the recipe: {percent(profile.share)} of the matrix throughput{bound}",
         highlight=False,
@@ -225,16 +215,13 @@ def _gflop(flops: Mapping[str, int]) -> str:
 
 
 def render_step_profile(profile: StepProfile) -> str:
-    """Return the profile as Markdown: parts in time, parts in share, and what each size costs and must
-    yield.
-    """
+    """Return the profile as Markdown: parts in time and in share, and what each size must yield."""
     environment = profile.environment
     head = (
         f"{environment.model_name}, {environment.dtype}, {environment.engine} mode, on "
-        f"{describe_device(environment)}; commit "
-        f"{describe_commit(environment)}. Greedy steps behind {count(len(profile.context_tokens), 'text')} "
-        "of "
-        f"{min(profile.context_tokens)} to {max(profile.context_tokens)} tokens, sizes in turn, "
+        f"{describe_device(environment)}; commit {describe_commit(environment)}. Greedy steps after "
+        f"{count(len(profile.context_tokens), 'text')} of {min(profile.context_tokens)} to "
+        f"{max(profile.context_tokens)} tokens, sizes in turn, "
         f"{min(len(size.step_s) for size in profile.sizes)} or more marked steps a size. One node is "
         "vanilla decoding."
     )
@@ -299,9 +286,9 @@ def _factors_table(profile: StepProfile) -> str:
 
 
 def _bound_line(profile: StepProfile) -> str:
-    beyond = [str(size.num_nodes) for size in profile.sizes if size.own_code_share > OWN_CODE_BOUND]
-    found = f"found more at {', '.join(beyond)} nodes" if beyond else "met at every size"
-    return f"Own code may take {percent(OWN_CODE_BOUND)} of a step: {found}."
+    more = [str(size.num_nodes) for size in profile.sizes if size.own_code_share > OWN_CODE_BOUND]
+    found = f"takes more at {', '.join(more)} nodes" if more else "does so at every size"
+    return f"Own code should take at most {percent(OWN_CODE_BOUND)} of a step; it {found}."
 
 
 def _time(seconds: tuple[float, ...]) -> str:

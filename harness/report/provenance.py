@@ -88,8 +88,9 @@ def path_within(path: Path, *, base: Path) -> str | None:
 
 
 def relative_folder(folder: Path, *, base: Path) -> str:
-    """Return a folder as seen from `base`, or its name alone where it lies elsewhere: never an absolute
-    path.
+    """Return a folder as seen from `base`, or its name alone where it lies elsewhere.
+
+    So no report holds an absolute path.
     """
     return path_within(folder, base=base) or folder.resolve().name
 
@@ -101,9 +102,7 @@ def record_link(folder: Path, *, base: Path, label: str) -> str:
 
 
 def render_provenance(record: RunRecord) -> str:
-    """Return the record's origin: command, code, versions, device, settings, hashes, and how to repeat the
-    run.
-    """
+    """Return the record's origin and how to repeat the run."""
     environment = record.environment
     rows: list[tuple[str, object]] = [
         ("command", f"`{environment.command}`"),

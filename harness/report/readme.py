@@ -1,13 +1,14 @@
 """The README's generated blocks, written between markers so that no figure in them is typed by hand.
 
-Every block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`:
+Every block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. `medusa-repro report RECORD --readme
+README.md` writes the block of a record of any kind:
 
-    NAME              shows                         written by
-    results           a run                         reproduce, report
-    modes             a latency record              latency
-    sweep             a sweep                       sweep
-    the suite's name  an ablation                   ablate
-    training          the profiles of trainings     profile-training
+    NAME              shows
+    results           a run
+    modes             a latency record
+    sweep             a sweep
+    the suite's name  an ablation
+    training          the profiles of trainings
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ rest on the paper's own figures, stand in the report."""
 _ARMS_NOTE = """\
 *tokens/step*: tokens that one decoding step yields on average; vanilla's is 1. *overhead*: mean step
 latency against the baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the
-baseline arm, from the first token on; it is tokens/step over overhead, so many tokens a step do not help
-where a step costs as many times more. `tuned` and `medusa2` arms decode on the backbone of Medusa-2."""
+baseline arm, from the first token on. It is tokens/step over overhead, so more tokens a step help only where
+the step does not become as much more expensive. `tuned` and `medusa2` arms decode on the backbone of
+Medusa-2."""
 README_FIGURES = ("figures/fig4_nodes.svg", "figures/devices.svg")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One generated block: the name in its markers, and its text for a README in a given folder, which links
-    start from.
+    """One generated block of a README: the name in its markers, and its text.
+
+    The text is given the README's folder, which links start from.
     """
 
     name: str
@@ -97,8 +100,9 @@ def ablation_block(
     *,
     elsewhere: Mapping[str, str],
 ) -> Block:
-    """Return an ablation's block; `elsewhere` names the suite that decides a claim in this one's place.
+    """Return an ablation's block.
 
+    `elsewhere` names the suite that decides a claim instead of this one.
     Raises: UserError for a record that is not sealed or was altered.
     """
     record.check_seal()
@@ -114,7 +118,7 @@ def training_block(paths: Sequence[Path]) -> Block:
 
 
 def update_readme(readme: Path, block: Block) -> None:
-    """Write a block into a README; one that says so already is not touched.
+    """Write a block into a README; a README that shows it already is not touched.
 
     Raises: UserError for a README that cannot be read or lacks the block's markers.
     """
@@ -158,12 +162,12 @@ def replace_block(text: str, *, name: str, content: str) -> str:
 
 
 def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> str:
-    """Return what a newcomer reads of a record: where it was measured, the verdicts that rest on it, the
-    arms.
+    """Return what a newcomer reads of a run: where it was measured, its verdicts, its arms.
 
-    The report has the other columns and the verdicts that rest on arithmetic alone.
-    `base` is the README's folder, which the link to the record is given from.
-    Raises: InvalidMeasurement for a run that failed a validity check: such a run has no place in a README.
+    The report has the other columns and the verdicts that rest on arithmetic alone. `base` is the README's
+    folder, which the link to the record is given from.
+    Raises: InvalidMeasurement for a run that failed a validity check: its figures may not be shown in a
+    README.
     """
     if failed := [check.name for check in judgement.checks if check.status is CheckStatus.FAILED]:
         raise InvalidMeasurement(

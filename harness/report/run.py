@@ -1,4 +1,4 @@
-"""A record and its judgement as one Markdown report, and as one JSON object for the last line of stdout."""
+"""A run's record and its judgement as one Markdown report, and as one JSON object for the last line."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ _STYLES = {
 
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:
-    """Return the whole report: heading, summary, verdicts, arms, the evidence behind them, and where all of
-    it comes from.
-    """
+    """Return the whole report of a run."""
     not_tested = render_not_tested_table(judgement)
     return page(
         render_heading(record),
@@ -59,7 +57,7 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
         section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
         section(
             "Not tested",
-            not_tested and "Claims that this suite cannot decide, by what each would take.",
+            not_tested and "Claims that this suite cannot decide, and what each would take.",
             not_tested,
         ),
         section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
@@ -92,8 +90,9 @@ def render_heading(record: RunRecord) -> str:
 
 
 def render_summary(record: RunRecord, judgement: Judgement) -> str:
-    """Return what the run says in a few lines; an invalid run names its failed checks first and no speed
-    figure at all.
+    """Return what the run says in a few lines.
+
+    An invalid run names its failed checks first and no speed figure at all.
     """
     verdicts = f"Verdicts: {verdicts_in_words(judgement)}"
     if not judgement.valid:
@@ -109,7 +108,7 @@ def render_summary(record: RunRecord, judgement: Judgement) -> str:
         return section("Summary", start, reasons, verdicts)
     passed = sum(check.status is CheckStatus.PASSED for check in judgement.checks)
     skipped = sum(check.status is CheckStatus.SKIPPED for check in judgement.checks)
-    rest = f", {skipped} skipped for want of what they look at" if skipped else ""
+    rest = f", {skipped} skipped because they do not apply" if skipped else ""
     start = f"**Valid**: {count(passed, 'validity check')} passed, none failed{rest}."
     return section("Summary", start, verdicts, render_best_arm(record, judgement), _no_speed_reason(record))
 
@@ -176,9 +175,7 @@ def _bounds(interval: Interval) -> dict[str, float | None]:
 
 
 def render_best_arm(record: RunRecord, judgement: Judgement) -> str:
-    """Return one sentence on the best greedy arm, with its intervals and what they are; empty where there is
-    none.
-    """
+    """Return a sentence on the best greedy arm, with its intervals; empty where there is none."""
     best = best_greedy_arm(record, judgement)
     if best is None:
         return ""

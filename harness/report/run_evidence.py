@@ -1,5 +1,6 @@
-"""The sections that let a reader check the figures: predictions, step times, draft heads, parity, likelihood,
-checks, failures.
+"""The sections that let a reader check a run's figures.
+
+These are predictions, step times, draft heads, parity, likelihood, checks and failures.
 """
 
 from __future__ import annotations
@@ -26,25 +27,22 @@ from harness.report.run_tables import comparisons_by_arm, is_greedy_medusa
 from harness.specs.suite import BackboneName
 
 _PREDICTIONS_NOTE = """\
-*Expected* is the tree on calibration text that shares no prompt with the suite; *replayed* is arithmetic \
-on the ranks of this run's
-own vanilla text, without a model; *decoded* is the run itself. Replayed and decoded must agree in float32; \
-expected may differ, since
-the texts do."""
+*Expected* are the tree's tokens/step on calibration text, which shares no prompt with the suite. *Replayed*
+is arithmetic on the ranks of this run's own vanilla text, without a model. *Decoded* is the run itself.
+Replayed and decoded must agree in float32; expected may differ, since the texts do."""
 _STEP_COSTS_NOTE = """\
-Medians of repeats, timed apart from the generations. *step cost* is the backbone over so many nodes \
-against one node at the same
-context length: 1.00 throughout would make verification free. *overhead* is the whole step against the \
-baseline arm's."""
+Medians of repeats, timed separately from the generations. *step cost* is the backbone over so many nodes
+against one node at the same context length: 1.00 throughout would make verification free. *overhead* is the
+whole step against the baseline arm's."""
 _LIKELIHOOD_NOTE = """\
-Under the original backbone at temperature 1, each generation counted once. Higher is likelier, not better: \
-typical acceptance raises
-it by design."""
+Under the original backbone at temperature 1, each generation counted once. Higher is likelier, not better:
+typical acceptance raises it by design."""
 
 
 def render_predictions(record: RunRecord, judgement: Judgement) -> str:
-    """Return, for each greedy arm, tokens/step as calibrated, replayed and decoded, and speedup as its
-    factors give it.
+    """Return tokens/step of each greedy arm as calibrated, replayed and decoded.
+
+    Where speed is reported, the speedup as its factors give it follows.
     """
     greedy = [arm for arm in judgement.arms if is_greedy_medusa(record, arm.arm)]
     if not greedy:
@@ -80,8 +78,9 @@ def render_predictions(record: RunRecord, judgement: Judgement) -> str:
 
 
 def render_profile(record: RunRecord) -> str:
-    """Return where the time of a decoding step goes, arm by arm; empty where nothing was profiled or no speed
-    is reported.
+    """Return where the time of a decoding step goes, arm by arm.
+
+    It is empty where nothing was profiled or no speed is reported.
     """
     if record.profile is None or not record.profile.rows or not record.suite.reports_speed:
         return ""
@@ -111,15 +110,16 @@ def render_profile(record: RunRecord) -> str:
         "own code",
     ]
     note = (
-        "From a profiling run apart from the timed ones. *Own code* is all but the backbone and heads "
-        "calls: what this implementation adds."
+        "From a profiling run of its own, not from the timed ones. *Own code* is all but the calls of "
+        "backbone and heads: what this implementation adds."
     )
     return f"{table(headers, rows)}\n\n{note}"
 
 
 def render_step_costs(record: RunRecord) -> str:
-    """Return the separately timed steps, by number of nodes and by arm; empty where none was timed or no
-    speed is reported.
+    """Return the separately timed steps, by number of nodes and by arm.
+
+    It is empty where none was timed or no speed is reported.
     """
     costs = record.step_costs.costs if record.step_costs and record.suite.reports_speed else ()
     curve = sorted(
@@ -158,8 +158,9 @@ def render_step_costs(record: RunRecord) -> str:
 
 
 def render_heads(record: RunRecord) -> str:
-    """Return each draft head's top-1 share against its controls, and its share and loss on this run's text;
-    empty without either.
+    """Return each draft head's top-1 share against its controls, and its share and loss on this text.
+
+    It is empty where neither is known.
     """
     parts = []
     for backbone in record.suite.backbones:
@@ -177,7 +178,7 @@ def _heads_of(record: RunRecord, backbone: BackboneName) -> str:
         return ""
     rows: list[list[object]] = [[f"head {head + 1}"] for head in range(num_heads)]
     headers = ["draft head"]
-    notes = ["Head k proposes the token k places after the one that the backbone has just chosen."]
+    notes = ["Head k proposes the token k positions after the one that the backbone has just chosen."]
     if control:
         headers += ["held-out top-1: trained", "random weights", "identity start"]
         for shares in (control.trained_top1, control.random_top1, control.identity_top1):
@@ -202,9 +203,7 @@ def _heads_of(record: RunRecord, backbone: BackboneName) -> str:
 
 
 def render_parity(judgement: Judgement) -> str:
-    """Return how many greedy generations equal their references, and every first divergence with its logit
-    gap.
-    """
+    """Return how many greedy generations equal their references, and every first divergence."""
     parity = judgement.parity
     if not parity.num_compared:
         return "No greedy generation had a reference to be compared with."
@@ -236,12 +235,11 @@ def render_parity(judgement: Judgement) -> str:
 def _half_precision_note(rounding: ParityRounding) -> str:
     return (
         f"In {rounding.dtype} a text is equal only up to ties. Before the trials, on other text, rounding "
-        "moved the top-two gap by at most "
-        f"{significant(rounding.largest_shift)} between the shapes of this run; a gap below "
-        f"{significant(rounding.tie_margin)} counts as a "
-        f"tie. {percent(rounding.share_below)} of the traced places have such a gap; a token farther from "
-        "the best is a bug there too. "
-        f"{count(rounding.num_equal_tokens, 'token')} lie before the texts part."
+        f"moved the top-two gap by at most {significant(rounding.largest_shift)} between the shapes of this "
+        f"run; a gap below {significant(rounding.tie_margin)} counts as a tie. "
+        f"{percent(rounding.share_below)} of the traced positions have such a gap; a token further from the "
+        "best is a bug there too. "
+        f"{count(rounding.num_equal_tokens, 'token')} lie before the texts differ."
     )
 
 
@@ -259,8 +257,9 @@ def render_checks(judgement: Judgement) -> str:
 
 
 def render_likelihoods(record: RunRecord) -> str:
-    """Return the mean log-likelihood of each sampled arm's text under the original backbone; empty where none
-    was scored.
+    """Return the mean log-likelihood of each sampled arm's text under the original backbone.
+
+    It is empty where none was scored.
     """
     if record.likelihoods is None or not record.likelihoods.rows:
         return ""
@@ -321,13 +320,13 @@ def _factors(record: RunRecord, judgement: Judgement) -> str:
     headers = [
         "arm",
         "tokens/step",
-        "overhead, timed apart",
+        "overhead, timed separately",
         "their quotient",
         "speedup measured",
         "measured over quotient",
     ]
     return (
-        "Speedup = tokens/step over overhead, with the overhead from steps timed apart at one "
+        "Speedup = tokens/step over overhead, with the overhead from steps that were timed separately at one "
         f"context length:\n\n{table(headers, rows)}"
     )
 

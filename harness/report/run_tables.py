@@ -20,14 +20,11 @@ from harness.report.formatting import (
 from harness.specs.suite import GreedyAcceptance
 
 VERDICT_NOTE = """\
-*Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and \
-measured step times;
-`predicted` by a model of the hardware; `computed` from the paper's own figures. In brackets the form of \
-the test: `literal` = the
-paper's own model and setting; `transfer` = the claim's shape (an order, a sign, a trend, an identity), \
-which should hold on any model;
-`paper-only` = arithmetic that needs no run. `inconclusive` = the interval straddles the bound that was \
-fixed before the run. A claim
+*Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and
+measured step times; `predicted` by a model of the hardware; `computed` from the paper's own figures. In
+brackets the form of the test: `literal` = the paper's own model and setting; `transfer` = the claim's shape
+(an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
+no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. A claim
 that fails is a finding, not an error."""
 
 TOKENS_NOTE = (
@@ -37,17 +34,15 @@ TOKENS_NOTE = (
 ARMS_NOTE = (
     TOKENS_NOTE
     + """
-*step cost*: the backbone's pass over all nodes of the tree against one node, timed apart. *overhead*: mean \
-step latency against the
-baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the baseline arm on the \
-decode clock, which starts
-at the first token; it equals tokens/step over overhead, so many tokens a step do not help where a step \
-costs as many times more."""
+*step cost*: the backbone's pass over all nodes of the tree against one node, timed separately. *overhead*:
+mean step latency against the baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s
+against the baseline arm on the decode clock, which starts at the first token. It equals tokens/step over
+overhead, so more tokens a step help only where the step does not become as much more expensive."""
 )
 
 
 def is_greedy_medusa(record: RunRecord, arm: str) -> bool:
-    """Whether the arm decodes with draft heads and keeps exactly the backbone's greedy choice."""
+    """Return whether the arm decodes with draft heads and keeps exactly the backbone's greedy choice."""
     spec = record.suite.arm(arm)
     return spec.method == "medusa" and isinstance(spec.acceptance, GreedyAcceptance)
 
@@ -76,8 +71,9 @@ def verdicts_in_words(judgement: Judgement) -> str:
 
 
 def render_verdict_table(judgement: Judgement) -> str:
-    """Return the claims that were tested, one a row, with the evidence for each verdict; those that rest on
-    this run first.
+    """Return the claims that were tested, one a row, with the evidence for each verdict.
+
+    Those that rest on this run come first.
     """
     tested = _tested(judgement)
     if not tested:
@@ -97,8 +93,9 @@ def render_verdicts(verdicts: Sequence[ClaimVerdict], *, columns: Sequence[str] 
 
 
 def render_not_tested_table(judgement: Judgement) -> str:
-    """Return the claims that this run cannot decide, grouped by what each would take; empty where there is
-    none.
+    """Return the claims that this run cannot decide, grouped by what each would take.
+
+    It is empty where there is none.
     """
     groups: dict[str, list[str]] = {}
     for verdict in judgement.verdicts:
@@ -116,8 +113,7 @@ def render_not_tested_table(judgement: Judgement) -> str:
 def render_arms_table(
     record: RunRecord, judgement: Judgement, *, columns: Sequence[str] | None = None
 ) -> str:
-    """Return one row an arm: tokens/step, what a step costs, the speedup that follows, and a diagnosis in
-    words.
+    """Return one row an arm: tokens/step, what a step costs, the speedup, and a diagnosis.
 
     Speed columns are left out where the suite reports no speed; `columns` names those to show of the others.
     """
@@ -145,8 +141,9 @@ def render_arms_table(
 
 
 def arms_note(record: RunRecord) -> str:
-    """Return what the columns of the arms' table mean, and how arms on a tuned backbone compare with the
-    original.
+    """Return what the columns of the arms' table mean.
+
+    Where there are arms on a tuned backbone, it says how they compare with the original.
     """
     note = ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE
     tuned = [arm for arm in record.suite.arms if arm.backbone == "tuned"]
@@ -154,9 +151,9 @@ def arms_note(record: RunRecord) -> str:
         return note
     names = ", ".join(f"`{arm.name}`" for arm in tuned)
     note += (
-        f"\n{names}: on the *tuned* backbone (Medusa-2); its Medusa arms stand against its own vanilla "
-        "arm, whose text greedy ones must "
-        "repeat. Both backbones are loaded throughout, and peak memory holds both."
+        f"\n{names}: on the *tuned* backbone (Medusa-2). Its Medusa arms are compared with its own vanilla "
+        "arm, whose text greedy ones must repeat. Both backbones are loaded throughout, and peak memory "
+        "counts both."
     )
     if not record.suite.reports_speed:
         return note
@@ -174,8 +171,9 @@ def arms_note(record: RunRecord) -> str:
 
 
 def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
-    """Return one row an arm: bandwidth, latencies and memory; latencies only where the suite reports
-    speed.
+    """Return one row an arm: bandwidth, latencies and memory.
+
+    Bandwidth and latencies are left out where the suite reports no speed.
     """
     rows: Sequence[Sequence[object]]
     if not record.suite.reports_speed:
@@ -208,8 +206,9 @@ def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
 
 
 def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
-    """Return tokens/step, and speedup where it is reported, by arm and prompt category; empty where prompts
-    have none.
+    """Return tokens/step by arm and prompt category, and speedup where it is reported.
+
+    It is empty where prompts have no category.
     """
     sizes: dict[str, int] = {}
     for arm in judgement.arms:

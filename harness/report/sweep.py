@@ -1,6 +1,4 @@
-"""A sweep's record as Markdown, as a terminal table and as one JSON object: which tree on which device, and
-how far to trust it.
-"""
+"""A sweep's record as Markdown, as a terminal table and as one JSON object."""
 
 from __future__ import annotations
 
@@ -52,17 +50,13 @@ from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.quoted import load_quoted
 
 _DEVICE_NOTE = """\
-*tree*: chosen for the device on the calibration trace, so never on the text it is judged on; tokens/step \
-are replayed on the trace.
-*step cost*: the backbone's pass over the tree against one node, without heads. *overhead*: a whole step \
-against vanilla's, so that
-speedup = tokens/step / overhead. *composed*: replay x measured step times of the same model. *predicted*: \
-replay x the roofline on the
-data sheet, a lower bound of the time that leaves launches, softmax, candidates and acceptance out. \
-Brackets hold bootstrap intervals
-over prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with \
-this tree; a batch takes as many
-steps as its slowest row."""
+*tree*: chosen for the device on the calibration trace, so never on the text it is judged on; tokens/step are
+replayed on the trace. *step cost*: the backbone's pass over the tree against one node, without heads.
+*overhead*: a whole step against vanilla's, so that speedup = tokens/step / overhead. *composed*: a replay
+priced by measured step times of the same model. *predicted*: a replay priced by the roofline on the device's
+data sheet. That is a lower bound of the time: launches, softmax, candidates and acceptance are left out.
+Brackets hold bootstrap intervals over prompts; the error of the step times is not in them. *break-even*: up
+to which batch this tree is faster than vanilla; a batch takes as many steps as its slowest row."""
 _README_COLUMNS = (
     "device",
     "step times",
@@ -74,19 +68,18 @@ _README_COLUMNS = (
     "break-even batch",
 )
 _README_NOTE = """\
-The fastest tree of each device, chosen on other text than it is judged on. *overhead*: a whole step
-against vanilla's, so that speedup = tokens/step / overhead. Brackets hold bootstrap intervals over
-prompts; they do not hold the error of the step times. *break-even*: speedups at growing batch with this
-tree."""
+The fastest tree of each device, chosen on other text than it is judged on. *overhead*: a whole step against
+vanilla's, so that speedup = tokens/step / overhead. Brackets hold bootstrap intervals over prompts; the error
+of the step times is not in them. *break-even*: up to which batch this tree is faster than vanilla."""
 _HYPOTHETICAL_NOTE = """\
-This trace is of another model than these rows' shapes: what its tokens/step would be worth there. None of \
-it is a result."""
+These rows join the trace with another model's steps, or with lengths that the text did not have: what its
+tokens/step would be worth there. None of it is a result."""
 
 
 def render_sweep_report(
     record: SweepRecord, *, claims: Sequence[ClaimSpec] | None = None, figures: Sequence[str] = ()
 ) -> str:
-    """Return the whole report of a sweep; `figures` are names of image files beside it."""
+    """Return the whole report of a sweep; `figures` are names of image files in its folder."""
     registry = tuple(claims if claims is not None else load_claims())
     origin, spec = record.origin, record.spec
     trace, apart = origin.trace, hypothetical_cells(record)
@@ -110,17 +103,17 @@ def render_sweep_report(
             "Which tree on which device",
             render_devices(headline_cells(record), record),
             _DEVICE_NOTE,
-            _beyond_words(record),
+            _beyond(record),
         ),
         section("Verdicts", render_sweep_verdicts(record, registry)),
         section("Figures", *(f"![{name}]({name})" for name in figures)),
         section("Quoted", render_quoted(load_quoted())),
-        section("Step times that are predicted", _error_words(origin.roofline_error)),
+        section("Step times that are predicted", _roofline_error(origin.roofline_error)),
         section("Decoded for real", render_decoded(record)),
         section("Thresholds and temperatures", render_sampled(record)),
         section("Sparse and dense trees", render_nodes(record)),
         section("Heads", render_heads(record)),
-        section("The two searches", _search_words(record)),
+        section("The two searches", _searches(record)),
         section("Appendix G simulated", render_appendix_g(simulate(registry))),
         section("Hypothetical", _HYPOTHETICAL_NOTE if apart else "", render_devices(apart, record)),
         section("Failed cells", _render_failed(record)),
@@ -134,7 +127,7 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
     The report has what is predicted or hypothetical, and the other columns.
     """
     origin = record.origin
-    words = (
+    about = (
         f"Heads of {record.spec.shape}, {count(origin.trace.num_prompts, 'prompt')}, "
         f"{len(record.trees.trees):,} trees, "
         f"{record.num_points:,} points; {origin.started_utc[:10]}, commit "
@@ -147,12 +140,12 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
     measured = [one for one in cells if one.kind == "composed"]
     predicted = len(cells) - len(measured)
     return paragraphs(
-        words,
+        about,
         render_devices(measured, record, columns=_README_COLUMNS),
         _README_NOTE,
         f"{count(predicted, 'row')} of devices that were not measured "
         f"{'stands' if predicted == 1 else 'stand'} in the report alone. "
-        + _error_words(origin.roofline_error)
+        + _roofline_error(origin.roofline_error)
         if predicted
         else "",
         *images,
@@ -220,7 +213,7 @@ def sweep_headline(
     }
 
 
-def _beyond_words(record: SweepRecord) -> str:
+def _beyond(record: SweepRecord) -> str:
     rows = [
         f"{one.curve.words}: {percent(one.beyond_share)}"
         for one in headline_cells(record)
@@ -229,19 +222,19 @@ def _beyond_words(record: SweepRecord) -> str:
     if not rows:
         return ""
     return (
-        "Steps at lengths that were not timed, priced at the nearest one that was (share of "
-        f"vanilla's): {'; '.join(rows)}."
+        "Share of vanilla's steps at lengths outside of the timed ones, which are priced at the nearest one: "
+        f"{'; '.join(rows)}."
     )
 
 
-def _error_words(error: RooflineError | None) -> str:
+def _roofline_error(error: RooflineError | None) -> str:
     if error is None:
-        return "No latency record is at hand, so the error of the roofline's predictions is not known."
+        return "There is no latency record, so the error of the roofline's predictions is not known."
     where = "; ".join(
         f"{device} ({limits} limits)" for device, limits in zip(error.devices, error.limits, strict=True)
     )
     seconds = error.seconds
-    words = (
+    told = (
         f"On measured devices ({where}) the roofline is off by {percent(seconds.median_error)} in the "
         "median and "
         f"{percent(seconds.worst_error)} at worst over {count(seconds.num_points, 'point')}: they take "
@@ -249,24 +242,23 @@ def _error_words(error: RooflineError | None) -> str:
         "as long as predicted."
     )
     if error.step_cost is None:
-        return words
+        return told
     return (
-        f"{words} Its step cost, on which a speedup rests, is off by "
+        f"{told} Its step cost, on which a speedup rests, is off by "
         f"{percent(error.step_cost.median_error)} in the median and "
         f"{percent(error.step_cost.worst_error)} at worst. Predicted rows are not corrected for either."
     )
 
 
-def _search_words(record: SweepRecord) -> str:
+def _searches(record: SweepRecord) -> str:
     better, same, middle = searches_compared(record.composed)
     total = sum(len(one.chosen) == 2 for one in record.composed)
     if not total:
         return ""
     return (
         "The tree chosen on joint hits decodes more tokens/s than the exact optimum under independence on "
-        f"{better} of {total} curves and "
-        f"as many on {same}; the median ratio is {middle:.3f}. Both chose on the calibration trace and are "
-        "compared on the other."
+        f"{better} of {total} curves and as many on {same}; the median ratio is {middle:.3f}. Both trees "
+        "were chosen on the calibration trace and are compared on the other one."
     )
 
 

@@ -1,5 +1,7 @@
-"""A sweep's tables, each usable alone: devices, what others published, what was decoded for real, sampled
-settings, tree sizes, heads, and Appendix G.
+"""A sweep's tables, each usable alone.
+
+They show devices, what others published, what was decoded for real, sampled settings, tree sizes, heads, and
+Appendix G.
 """
 
 from __future__ import annotations
@@ -42,15 +44,13 @@ _DEVICE_HEADERS = (
 )
 _DEVICE_HEADERS_END = ("tokens/s", "break-even batch")
 _SAMPLED_NOTE = """\
-One tree for all settings. *likelihood*: mean log-likelihood of the texts' tokens under the original \
-backbone at temperature 1, nats a
-token, which stands in for quality and need not follow a judge's score. Intervals and comparisons draw \
-prompts whole."""
+One tree for all settings. *likelihood*: mean log-likelihood of the texts' tokens under the original backbone
+at temperature 1, nats a token. It stands in for quality, and a judge's score need not follow it. Intervals
+and comparisons draw prompts whole."""
 _DECODED_NOTE = """\
-Trees drawn by seed, decoded for real with vanilla and Medusa in turn. *composed* is replay x the latency \
-record's step times on the same
-prompts; *gap* is composed over measured, less 1. *steps*: prompts on which decoding took another path than \
-the replay."""
+Trees drawn by seed, decoded for real with vanilla and Medusa in turn. *composed* is a replay priced by the
+latency record's step times on the same prompts; *gap* is composed over measured, less 1. *steps*: prompts on
+which decoding took another path than the replay."""
 
 
 def render_devices(
@@ -140,7 +140,7 @@ def render_quoted(rows: Sequence[QuotedRow]) -> str:
 
 
 def render_sweep_verdicts(record: SweepRecord, claims: Sequence[ClaimSpec]) -> str:
-    """Return the claims that this sweep decides, and those of Appendix G beside them."""
+    """Return the claims that this sweep decides, and those of Appendix G after them."""
     headers = ["claim", "what the paper states", "ours", "verdict", "why"]
     return table(headers, [_verdict_cells(verdict) for verdict in sweep_verdicts(record, claims=claims)])
 
@@ -157,7 +157,7 @@ def _verdict_cells(verdict: ClaimVerdict) -> tuple[object, ...]:
 
 
 def render_decoded(record: SweepRecord) -> str:
-    """Return the points that were decoded for real beside their composition; empty where none was."""
+    """Return the points that were decoded for real, measured and composed; empty where none was."""
     checks = decoded_checks(record)
     if not checks:
         return ""
@@ -183,14 +183,13 @@ def render_decoded(record: SweepRecord) -> str:
         )
     within = sum(check.is_within for check in checks)
     worst = max(abs(check.gap) for check in checks)
-    words = (
+    summary = (
         f"Of {count(len(checks), 'point')} {within} lie within the run's own interval; the largest gap is "
-        f"{percent(worst)}. "
-        f"Steps differ from the replay on {sum(check.num_bugs for check in checks)} prompts beyond "
-        "rounding ties."
+        f"{percent(worst)}. Beyond rounding ties, steps differ from the replay on "
+        f"{count(sum(check.num_bugs for check in checks), 'prompt')}."
     )
     headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps", "device"]
-    return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{words}"
+    return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{summary}"
 
 
 def render_sampled(record: SweepRecord) -> str:
@@ -280,17 +279,17 @@ def render_appendix_g(simulated: AppendixG) -> str:
         [(row.context_tokens, row.num_nodes, ratio(row.speedup)) for row in simulated.by_length],
     )
     at, lengths = simulated.by_candidates[0], simulated.by_length[0]
-    words = (
+    about = (
         f"Predicted, on the figures of {simulated.device}, one block of Llama-7B, with the paper's fitted "
-        "acceleration rate, which has no "
-        "intercept: it is 0 at one candidate, so only ratios between settings mean much."
+        "acceleration rate. That has no intercept: it is 0 at one candidate, so only ratios between settings "
+        "mean much."
     )
     titles = (
         f"Batch {at.batch}, sequence {at.context_tokens}:",
         f"Sequence {simulated.by_batch[0].context_tokens}:",
         f"Batch {lengths.batch}:",
     )
-    return paragraphs(words, titles[0], first, titles[1], second, titles[2], third)
+    return paragraphs(about, titles[0], first, titles[1], second, titles[2], third)
 
 
 def _mean_tokens(one: SampledCell) -> float:

@@ -45,7 +45,7 @@ def new_figure(*, width: float, height: float) -> Any:
 def save_figure(figure: Any, path: Path, *, dpi: int) -> None:
     """Write a figure as its file's ending says, whole or not at all; the same figure gives the same bytes."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    # matplotlib would write when it was drawn, and by which version
+    # Else matplotlib writes when it drew the picture and in which version, and no two files are alike.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     figure.savefig(temporary, dpi=dpi, metadata=metadata)
     temporary.replace(path)

@@ -35,16 +35,16 @@ _STYLE: Any = {
     "axes.spines.right": False,
 }
 _DPI = 140
-_LABELLED_NODES = 40  # beyond, ranks on the nodes of a drawn tree overlap
+_LABELLED_NODES = 40  # in larger trees the ranks that are written on the nodes overlap
 Draw = Callable[[Any, SweepRecord], bool]
 
 
 def draw_figures(
     record: SweepRecord, folder: Path, *, names: Sequence[str] | None = None, formats: Sequence[str] = FORMATS
 ) -> tuple[Path, ...]:
-    """Draw the figures that the record has data for into a folder, all or those named, and return the files
-    of the first format.
+    """Draw a record's figures into a folder and return the files of the first format.
 
+    All those that the record has data for are drawn, or those named.
     Raises: UserError without matplotlib.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,10 @@ def draw_figures(
 
 
 def draw_nodes(figure: Any, record: SweepRecord) -> bool:
-    """Tokens/step, and speed on one device, against nodes, for grown and for random dense trees (Fig. 4)."""
+    """Draw tokens/step, and speed on one device, against nodes (Fig. 4).
+
+    Grown and random dense trees are shown.
+    """
     one = drawn_cell(record)
     sparse, dense = sparse_points(record, cell=one), dense_points(record, cell=one)
     if not sparse:
@@ -77,7 +80,7 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
             )
             if points is sparse:
                 bars(left, sizes, intervals, mark=mark, colour=colour, name=name)
-            else:  # many at a size: their spread says more than each one's bars would
+            else:  # many at one size: the spread of the points says more than the bars of each would
                 left.plot(
                     sizes, [one.estimate for one in intervals], mark, color=colour, label=name, markersize=4
                 )
@@ -99,7 +102,7 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_thresholds(figure: Any, record: SweepRecord) -> bool:
-    """The threshold against tokens/step and against likelihood, other rules beside it (Fig. 5)."""
+    """Draw tokens/step and likelihood against the threshold, with the other rules (Fig. 5)."""
     cells = threshold_cells(record)
     temperatures = sorted({cell.setting.temperature for cell in cells})
     at = max(temperatures, key=lambda t: sum(cell.setting.temperature == t for cell in cells), default=None)
@@ -135,7 +138,7 @@ def draw_thresholds(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_heads(figure: Any, record: SweepRecord) -> bool:
-    """Tokens/step against the number of heads, for several sizes."""
+    """Draw tokens/step against the number of heads, for several sizes."""
     axes = figure.subplots()
     drawn = False
     for size, colour in ((8, _GREY), (16, _GREEN), (32, _ORANGE), (64, _BLUE)):
@@ -159,7 +162,7 @@ def draw_heads(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_chosen_tree(figure: Any, record: SweepRecord) -> bool:
-    """The tree that the search chose for one device, node by node (Fig. 6)."""
+    """Draw the tree that the search chose for one device, node by node (Fig. 6)."""
     one = drawn_cell(record)
     if one is None:
         return False
@@ -200,8 +203,9 @@ def draw_chosen_tree(figure: Any, record: SweepRecord) -> bool:
 
 
 def tree_layout(tree: DraftTree) -> list[float]:
-    """Return where each node stands from left to right: leaves one apart in the order of their paths, parents
-    amid their children.
+    """Return how far to the right each node stands.
+
+    Leaves stand one apart in the order of their paths, parents in the middle of their children.
     """
     across = [0.0] * tree.num_nodes
     leaves = sorted(tree.leaves, key=lambda leaf: tree.paths[leaf])
@@ -214,9 +218,7 @@ def tree_layout(tree: DraftTree) -> list[float]:
 
 
 def draw_roofline(figure: Any, record: SweepRecord) -> bool:
-    """What devices can do against operational intensity, and where steps of several sizes lie (Figs 9 to
-    17).
-    """
+    """Draw what devices can do against operational intensity, with steps of several sizes (Figs 9 to 17)."""
     axes = figure.subplots()
     devices = load_hardware()
     keys = dict.fromkeys(cell.curve.device for cell in record.composed if cell.curve.device in devices)
@@ -252,7 +254,10 @@ def draw_roofline(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_heat_map(figure: Any, record: SweepRecord) -> bool:
-    """The speedup of each device's own tree, by device and model shape; what is hypothetical is hatched."""
+    """Draw the speedup of each device's own tree, by device and model shape.
+
+    What is hypothetical is hatched.
+    """
     cells = [cell for cell in record.composed if cell.batch == 1 and cell.context == "trace"]
     if len(cells) < 2:
         return False
@@ -294,7 +299,7 @@ def draw_heat_map(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_decoded(figure: Any, record: SweepRecord) -> bool:
-    """Composed against measured speedups of the points that were decoded for real."""
+    """Draw composed against measured speedups of the points that were decoded for real."""
     checks = decoded_checks(record)
     if not checks:
         return False
@@ -320,9 +325,7 @@ def draw_decoded(figure: Any, record: SweepRecord) -> bool:
 
 
 def draw_simulated(figure: Any, record: SweepRecord) -> bool:
-    """The simulations of Appendix G: speedup against candidates, batch and sequence length (Figs 21 to
-    23).
-    """
+    """Draw Appendix G's speedup against candidates, batch and sequence length (Figs 21 to 23)."""
     simulated: AppendixG = simulate()
     first, second, third = figure.subplots(1, 3, sharey=True)
     first.plot(

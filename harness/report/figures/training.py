@@ -1,6 +1,4 @@
-"""A training's step log as one picture: losses and accuracies of every head, the backbone's term, weights,
-rates, speed and memory.
-"""
+"""A training's step log as one picture, and the curves of an ablation's arms."""
 
 from __future__ import annotations
 

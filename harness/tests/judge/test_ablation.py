@@ -516,8 +516,8 @@ def test_the_outcome_is_said_in_words(record: AblationRecord, tmp_path: Path) ->
     words = outcome_in_words(ablation_rows(record))
     assert (
         "`ramped` lies 0.0105 [" in words
-        and "beside `direct`'s 0.0525 [" in words
-        and "`hard_labels`'s 0.0840 [" in words
+        and "`direct` 0.0525 [" in words
+        and "`hard_labels` 0.0840 [" in words
     )
     assert words.count("(above one)") == 4 and "0.0735 [" in words
     arms = {

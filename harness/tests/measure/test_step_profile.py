@@ -186,15 +186,15 @@ def test_tables_say_what_the_record_holds(engine: Engine) -> None:
     assert times == ["4", "96.0 (96.0)", *(f"{ms}.00 ({ms}.00)" for ms in (1, 2, 3, 4, 5, 6, 4))]
     assert shares == ["4", "4.0 %", "8.0 %", "12.0 %", "16.0 %", "20.0 %", "24.0 %", "16.0 %", "80.0 %"]
     assert factors == ["4", "3", "1.00", "4.00", "2.00", "0.50"]
-    assert "may take 3.0 % of a step: found more at 1, 4 nodes." in text
-    assert "behind 2 texts of 20 to 31 tokens" in text and "device idle" not in text
+    assert "should take at most 3.0 % of a step; it takes more at 1, 4 nodes." in text
+    assert "after 2 texts of 20 to 31 tokens" in text and "device idle" not in text
     with_gpu = render_step_profile(
         hand_made(engine, [size(1, device_busy_s=0.012), size(4, device_busy_s=0.072)])
     )
     assert "device idle" in with_gpu and "| 25.0 %" in with_gpu
     lean = {part: (0.0,) for part in PARTS} | {"backbone": (0.98,)}
     within = size(1, parts_s=lean, step_s=(1.0,), kept_tokens=(1, 1))
-    assert "met at every size" in render_step_profile(hand_made(engine, [within]))
+    assert "it does so at every size" in render_step_profile(hand_made(engine, [within]))
 
 
 @pytest.mark.parametrize(

@@ -336,7 +336,7 @@ def test_parity_of_half_precision_says_what_a_tie_is_and_how_often_one_is_there(
     assert (
         "at most 0.375 " in text
         and "below 0.750 counts" in text
-        and "27.7 % of the traced places" in text
+        and "27.7 % of the traced positions" in text
         and "1,100 tokens" in text
     )
 

@@ -85,7 +85,7 @@ def test_the_table_of_devices_says_what_each_figure_is(record: SweepRecord, repo
         )
         == 2
     )
-    assert "priced at the nearest one that was" in devices  # the record times no length below 256
+    assert "priced at the nearest one: made-up CPU" in devices  # the record times no length below 256
 
 
 def test_hypothetical_rows_stand_apart(report: str, record: SweepRecord) -> None:
