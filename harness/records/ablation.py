@@ -98,7 +98,7 @@ class ArmResult(Versioned):
         description="SHA-256 of the adapter's tensors; null where the backbone is the original"
     )
     held_out: tuple[TextChange, ...] = Field(description="the original model's own greedy answers")
-    references: tuple[TextChange, ...] = Field(description="texts of another hand")
+    references: tuple[TextChange, ...] = Field(description="texts that neither model wrote")
     greedy: tuple[GreedyText, ...] = Field(description="one entry a held-out prompt")
     heads: tuple[HeadText, ...] = Field(description="one entry a held-out text")
 

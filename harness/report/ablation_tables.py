@@ -1,4 +1,4 @@
-"""An ablation's tables, each usable alone: the arms side by side, seeds, heads, texts of another hand."""
+"""An ablation's tables, each usable alone: arms, seeds, heads, texts that neither model wrote."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class HeldOutSpec(Frozen):
 
 
 class ReferenceSpec(Frozen):
-    """Texts of another hand that the likelihood is measured on: MT-Bench's reference answers, both turns."""
+    """Texts that neither model wrote, to measure likelihood on: MT-Bench's reference answers, both turns."""
 
     source: Literal["mt_bench"]
     limit: int | None = Field(default=None, ge=1)

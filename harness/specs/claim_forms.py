@@ -251,9 +251,9 @@ class UnchangedForm(Form):
 class HurtsMoreForm(Form):
     """An arm lies further from the original than `over`, by more than `bound` nats a token.
 
-    `over` lies within `max_kl`, where that is given.
-    `on_references` asks for the same order, bound 0, in the likelihood of texts of another hand. `differ` are
-    the settings of the recipe that the two arms may differ in, where the claim is about those alone.
+    `over` lies within `max_kl`, where that is given. `on_references` asks for the same order, bound 0, in the
+    likelihood of texts that neither model wrote. `differ` are the settings of the recipe that the two arms
+    may differ in, where the claim is about those alone.
     """
 
     test: Literal["hurts_more"]

@@ -11,6 +11,7 @@ import pytest
 
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
+from harness.records.folder import kind_of
 from harness.records.run import RunRecord
 from harness.report.readme import run_block
 from harness.tests.readme_blocks import shows
@@ -18,14 +19,18 @@ from harness.tests.readme_blocks import shows
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
     path.parent
-    for path in (ROOT / "results").glob("*/*/*/manifest.json")
-    if (path.parent / "generations.jsonl").exists() and path.parts[-4] != "smoke"
+    for path in (ROOT / "results").rglob("manifest.json")
+    if "smoke" not in path.relative_to(ROOT).parts
 )
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_committed_records_are_sealed_and_sound(folder: Path) -> None:
     assert validate_record(folder) == ()
+
+
+def test_records_of_every_kind_are_committed() -> None:
+    assert {kind_of(folder) for folder in FOLDERS} == {"suite", "latency", "sweep", "ablation"}
 
 
 def test_readme_tables_are_what_its_record_gives() -> None:
