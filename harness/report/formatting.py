@@ -74,7 +74,7 @@ def count(number: int, noun: str, *, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def finished_words(started_utc: str, finished_utc: str, *, elapsed_s: float) -> str:
+def describe_end(started_utc: str, finished_utc: str, *, elapsed_s: float) -> str:
     """Return when a run ended and how many minutes it took.
 
     A resumed run counts `elapsed_s` from its last start, and the text says so.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from harness.paths import without_paths
 from harness.records.provenance import Environment, Provenance
 from harness.records.run import DeviceLimits, RunRecord
-from harness.report.formatting import ABSENT, cell, count, finished_words, megabytes, pairs, paragraphs, table
+from harness.report.formatting import ABSENT, cell, count, describe_end, megabytes, pairs, paragraphs, table
 from harness.specs.suite import IntervalSpec
 
 
@@ -55,7 +55,7 @@ def describe_finish(origin: Provenance, manifest: Finished | None) -> str:
     """Return when a run ended and how long it took, or that it has not ended."""
     if manifest is None:
         return "not finished: the record has no manifest and no seal"
-    return finished_words(origin.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
+    return describe_end(origin.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
 
 
 def describe_limits(limits: DeviceLimits) -> str:

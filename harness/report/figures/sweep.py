@@ -97,7 +97,7 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
     for axes in (left, right):
         plain_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256])
         axes.legend(frameon=False)
-    left.set_title(_bars_words(record), fontsize=8)
+    left.set_title(_bars_note(record), fontsize=8)
     return True
 
 
@@ -133,7 +133,7 @@ def draw_thresholds(figure: Any, record: SweepRecord) -> bool:
         axes.legend(frameon=False, fontsize=7)
     rates.set_ylabel("tokens/step (measured)")
     likelihoods.set_ylabel("log-likelihood under the backbone, nats/token")
-    rates.set_title(f"{_bars_words(record, num_prompts=len(prompts))}", fontsize=8)
+    rates.set_title(f"{_bars_note(record, num_prompts=len(prompts))}", fontsize=8)
     return True
 
 
@@ -154,7 +154,7 @@ def draw_heads(figure: Any, record: SweepRecord) -> bool:
             )
             drawn = True
     axes.set(
-        xlabel="draft heads that the tree may use", ylabel="tokens/step (replayed)", title=_bars_words(record)
+        xlabel="draft heads that the tree may use", ylabel="tokens/step (replayed)", title=_bars_note(record)
     )
     axes.set_xticks(sorted(record.spec.num_heads))
     axes.legend(frameon=False)
@@ -319,7 +319,7 @@ def draw_decoded(figure: Any, record: SweepRecord) -> bool:
     axes.set(
         xlabel="speedup, composed",
         ylabel="speedup, measured",
-        title=_bars_words(record, num_prompts=measured[0].num_prompts),
+        title=_bars_note(record, num_prompts=measured[0].num_prompts),
     )
     return True
 
@@ -369,7 +369,7 @@ def _sampled_interval(
     return bootstrap_ratio(counts[top], counts[bottom], spec=spec, rng=np.random.default_rng(spec.seed))
 
 
-def _bars_words(record: SweepRecord, *, num_prompts: int | None = None) -> str:
+def _bars_note(record: SweepRecord, *, num_prompts: int | None = None) -> str:
     prompts = record.origin.trace.num_prompts if num_prompts is None else num_prompts
     return f"bars: {100 * record.spec.interval.level:g} % bootstrap over {prompts} prompts"
 

@@ -19,7 +19,7 @@ from harness.records.run import ArmTree, Failure, RunRecord
 from harness.report.formatting import (
     ABSENT,
     cell,
-    finished_words,
+    describe_end,
     megabytes,
     percent,
     ratio_interval,
@@ -429,5 +429,5 @@ def test_trees_without_an_entry_do_not_break_the_predictions(tmp_path: Path, jud
     [("14:43:00Z", "(10.2 minutes)"), ("17:33:04Z", "(10.2 minutes since it was resumed)")],
 )
 def test_minutes_of_a_resumed_run_say_what_they_count(finished: str, words: str) -> None:
-    shown = finished_words("2026-11-23T14:33:00Z", f"2026-11-23T{finished}", elapsed_s=612.0)
+    shown = describe_end("2026-11-23T14:33:00Z", f"2026-11-23T{finished}", elapsed_s=612.0)
     assert shown == f"2026-11-23T{finished} {words}"
