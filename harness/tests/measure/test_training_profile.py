@@ -404,7 +404,7 @@ def test_the_command_writes_its_record_and_ends_with_one_json_object(folder: Pat
     )
     assert TrainingProfile.model_validate_json(profile.model_dump_json()) == profile
     assert not holds_absolute_path(target.read_text())
-    assert "logits_loss" in ran.out and "at least 60.0 % are wanted" in " ".join(ran.out.split())
+    assert "logits_loss" in ran.out and "at least 60.0 % are needed" in " ".join(ran.out.split())
 
 
 def test_what_cannot_be_profiled_is_a_user_error(folder: Path, tmp_path: Path) -> None:
