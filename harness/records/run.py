@@ -27,7 +27,7 @@ from medusa_impl.tree import DraftTree
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 
-TIE_MARGIN_FLOAT32 = 5e-4  # design.md, section 7: rounding moved top-two gaps by at most 8e-5 in trials
+TIE_MARGIN_FLOAT32 = 5e-4  # rounding moved top-two gaps by at most 8e-5 in trials
 # Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred
 # positions miss the rarest shift.
 TIE_SHIFTS = 2.0

@@ -249,7 +249,7 @@ def test_bad_recipes_are_refused_with_their_key(old: str, new: str, found: str, 
     [
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds must be distinct"),
         ('name = "direct"', 'name = "start"', "arm names"),
-        ('calibration_trace = "../embedded/calibration.npz"\n', "", "needs a calibration_trace"),
+        ('calibration_trace = "embedded/calibration.npz"\n', "", "needs a calibration_trace"),
         ("answer_tokens = 10000", "answer_tokens = 0", "answer_tokens"),
         ("schema_version = 1", "schema_version = ", "invalid TOML"),
     ],
