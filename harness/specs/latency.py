@@ -1,4 +1,4 @@
-"""What a latency run times, as data: validated, frozen models of what `suites/latency_*.toml` may say."""
+"""What a latency run times, as data: validated, frozen models of what `suites/latency/*.toml` may say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep looks at, as data: validated, frozen models of what `suites/sweep_*.toml` may say."""
+"""What a sweep looks at, as data: validated, frozen models of what `suites/sweeps/*.toml` may say."""
 
 from __future__ import annotations
 
