@@ -23,8 +23,8 @@ from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
 from harness.records.trace import Trace
-from harness.records.versions import VERSION, ReadFrom, Versioned, read_versioned_lines
 from harness.specs.ablation import AblationSpec, parse_ablation
+from harness.versions import VERSION, ReadFrom, Versioned, read_versioned_lines
 
 ARMS_FILE, TREE_FILE = "arms.jsonl", "tree.json"
 

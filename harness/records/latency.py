@@ -16,9 +16,9 @@ from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, R
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree, DeviceLimits
 from harness.records.store import LineFile, StoreKind
-from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
+from harness.versions import VERSION, Versioned, read_versioned_lines
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"

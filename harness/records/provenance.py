@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from harness.files import Frozen
-from harness.records.versions import VERSION, Versioned
+from harness.versions import VERSION, Versioned
 
 
 class DeviceInfo(Frozen):

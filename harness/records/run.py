@@ -20,8 +20,8 @@ from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, R
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
-from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.suite import BackboneName, SuiteSpec, parse_suite
+from harness.versions import VERSION, Versioned, read_versioned_lines
 from medusa_impl.tree import DraftTree
 
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"

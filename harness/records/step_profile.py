@@ -23,7 +23,7 @@ from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import Environment
 from harness.records.run import ArmTree
-from harness.records.versions import VERSION, Versioned, read_versioned_file
+from harness.versions import VERSION, Versioned, read_versioned_file
 
 Part = Literal["mask", "backbone", "heads", "candidates", "acceptance", "cache"]
 PARTS: tuple[Part, ...] = get_args(Part)

@@ -24,9 +24,9 @@ from harness.records.sweep_cells import (
     SampledCell,
     read_cells,
 )
-from harness.records.versions import VERSION, Versioned
 from harness.specs.sweep import SweepSpec, parse_sweep
 from harness.stats import Interval
+from harness.versions import VERSION, Versioned
 from medusa_impl.tree import DraftTree, RankPath
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"

@@ -14,10 +14,10 @@ from pydantic import Field, TypeAdapter
 from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
-from harness.records.versions import VERSION, Versioned, read_versioned_lines
 from harness.specs.latency import DtypeName, ModeName
 from harness.specs.sweep import SampledSetting
 from harness.stats import FigureKind, Interval
+from harness.versions import VERSION, Versioned, read_versioned_lines
 
 Context = Literal["trace"] | int
 Method = Literal["independent", "joint"]

@@ -18,7 +18,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from harness.errors import UserError
 from harness.files import Frozen, write_bytes
-from harness.records.versions import VERSION, ReadFrom, Versioned
+from harness.versions import VERSION, ReadFrom, Versioned
 
 SCHEMA_VERSION = 1
 EndedBy = Literal["eos", "budget"]

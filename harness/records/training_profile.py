@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from harness.files import Frozen
 from harness.records.provenance import Environment
-from harness.records.versions import VERSION, Versioned, read_versioned_file
+from harness.versions import VERSION, Versioned, read_versioned_file
 
 HEADS_BOUND = 0.6  # of the matrix throughput: what heads alone on cached states are to reach
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUND = ("harness.errors", "harness.files", "harness.paths")
+GROUND = ("harness.errors", "harness.files", "harness.paths", "harness.versions")
 METHOD = ("medusa_impl",)
 PURE_METHOD = (
     "medusa_impl.errors",
@@ -47,6 +47,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "harness.errors": (),
     "harness.files": GROUND,
     "harness.paths": GROUND,
+    "harness.versions": GROUND,
     "harness.specs": (*GROUND, "medusa_impl.recipes"),
     "harness.stats": (*GROUND, "harness.specs"),
     "harness.assets": (*GROUND, "harness.specs"),

@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.folder import RecordFolder
-from harness.records.versions import (
+from harness.versions import (
     VERSION,
     ReadFrom,
     Versioned,
