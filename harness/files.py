@@ -101,7 +101,7 @@ def read_toml(
         raise UserError(found=f"no readable file ({why})", need=f"{noun} in TOML", where=path.name) from error
     data = _toml(text, noun=noun, where=path.name)
     if kind is not None:
-        _check_kind(data, kind, where=path.name)
+        _check_kind(data, kind, noun=noun, where=path.name)
     return _validated(
         data if prepare is None else prepare(data), model, noun=noun, where=path.name, key_of=key_of
     )
@@ -122,19 +122,19 @@ def _toml(text: str, *, noun: str, where: str) -> dict[str, Any]:
         raise UserError(found=f"invalid TOML ({error})", need=f"{noun} in TOML", where=where) from error
 
 
-def _check_kind(data: dict[str, Any], kind: str, *, where: str) -> None:
+def _check_kind(data: dict[str, Any], kind: str, *, noun: str, where: str) -> None:
     if data.get("kind") == kind:
         return
     need = f'kind = "{kind}"'
     if "kind" not in data:
-        raise UserError(
-            found="a file that does not say its kind", need=need, where=where, do=f"add the line {need}"
-        )
+        add = f"add the line {need}, if it is {noun}"
+        raise UserError(found="a file that does not say its kind", need=need, where=where, do=add)
     said = str(data["kind"])
     do = _OLD_KINDS.get(said)
     if do is None:
-        its_command = f"give it to medusa-repro {_COMMANDS[said]}, or " if said in _COMMANDS else ""
-        do = f"{its_command}name another file"
+        known = f"the kinds are {', '.join(_COMMANDS)};"
+        its_command = f"give it to medusa-repro {_COMMANDS[said]}, or" if said in _COMMANDS else known
+        do = f"{its_command} name another file"
     raise UserError(found=f'kind = "{said}"', need=need, where=where, do=do)
 
 

@@ -19,6 +19,7 @@ from harness.judge.schemas import write_schemas
 from harness.judge.validate import validate_record
 from harness.paths import cache_dir
 from harness.records.export import export
+from harness.records.folder import kind_of
 from harness.records.run import RunRecord
 from harness.specs.assets import load_asset_specs
 
@@ -56,12 +57,17 @@ def doctor() -> None:
     Console().print(table)
 
 
-def validate(record: Annotated[Path, typer.Argument(help="folder of the record")]) -> None:
+def validate(
+    record: Annotated[
+        str, typer.Argument(help="a record's folder, or a name under results/, which means its newest record")
+    ],
+) -> None:
     """Check every file of a record: its schema, its hash in the manifest, and its counts."""
-    faults = validate_record(record)
+    folder = find_record(record)
+    faults = validate_record(folder)
     for fault in faults:
         console.print(fault, markup=False)
-    print(json.dumps({"record": record.name, "valid": not faults, "num_faults": len(faults)}))
+    print(json.dumps({"record": folder.name, "valid": not faults, "num_faults": len(faults)}))
     if faults:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
@@ -69,7 +75,7 @@ def validate(record: Annotated[Path, typer.Argument(help="folder of the record")
 def export_command(
     record: Annotated[
         str,
-        typer.Argument(help="folder of a run's record, or the name of a suite, which means its newest one"),
+        typer.Argument(help="a run's folder, or a name under results/, which means its newest record"),
     ],
     target: Annotated[Path, typer.Argument(help=".csv or .parquet file to write")],
     steps: Annotated[
@@ -77,7 +83,12 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a run's record as one flat table, for pandas and the like."""
-    export(RunRecord(find_record(record)), target, table="steps" if steps else "generations")
+    folder = find_record(record)
+    if (kind := kind_of(folder)) != "suite":
+        raise UserError(
+            found=f"a record of kind {kind!r}", need="a run: only runs have a flat table", where=folder.name
+        )
+    export(RunRecord(folder), target, table="steps" if steps else "generations")
 
 
 def schemas(folder: Annotated[Path, typer.Argument(help="folder to write the schemas to")]) -> None:

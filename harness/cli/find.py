@@ -59,8 +59,13 @@ def find_data(text: str, *, kind: Kind) -> Path:
         )
     names = sorted(path.stem for path in home.glob("*.toml") if _says(path, kind))
     if text not in names:
-        found, need = f"no {kind} {text!r}", f"one of {names} or a TOML file"
-        raise UserError(found=found, need=need, where=f"suites/{_FOLDERS[kind]}")
+        bare = _without_old_prefix(text)
+        raise UserError(
+            found=f"no {kind} {text!r}",
+            need=f"one of {names} or a TOML file",
+            where=f"suites/{_FOLDERS[kind]}",
+            do=f"name {bare}, which it is called now" if bare in names else None,
+        )
     return home / f"{text}.toml"
 
 
@@ -69,9 +74,14 @@ def _says(path: Path, kind: Kind) -> bool:
         return tomllib.load(file).get("kind") == kind
 
 
+def _without_old_prefix(name: str) -> str:
+    """Return a name as it would be now if it is one of before 0.2.0: embedded for latency_embedded."""
+    prefix = next((prefix for prefix in _OLD_PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
+
+
 def _moved(path: Path) -> Path | None:
     """Return where a file that lay in suites/ before 0.2.0 lies now; None for any other."""
     folder = next((folder for prefix, folder in _OLD_PREFIXES.items() if path.stem.startswith(prefix)), None)
-    name = path.name.partition("_")[2] if folder is not None else path.name
-    candidate = Path(folder or "ablations", name)
+    candidate = Path(folder or "ablations", _without_old_prefix(path.name))
     return path.parent / candidate if shipped(candidate.as_posix()).is_file() else None

@@ -114,10 +114,13 @@ def _latency_faults(folder: Path) -> tuple[str, ...]:
         POINTS_FILE: lambda: record.points,
         "modes.json": lambda: record.modes,
         "batches.json": lambda: record.batches,
-        "device_limits.json": lambda: [record.limits(dtype) for dtype in record.spec.dtypes],
         "manifest.json": lambda: record.manifest,
     }
-    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    faults = _unreadable(loaders)
+    if _fault_of(lambda: record.spec) is None:  # the spec says which dtypes there are limits of
+        faults += _unreadable(
+            {"device_limits.json": lambda: [record.limits(dtype) for dtype in record.spec.dtypes]}
+        )
     if faults:
         return tuple(faults)
     if (fault := _fault_of(record.check_seal)) is not None:
@@ -151,7 +154,7 @@ def _ablation_faults(folder: Path) -> tuple[str, ...]:
         ARMS_FILE: lambda: record.results,
         "manifest.json": lambda: record.manifest,
     }
-    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    faults = _unreadable(loaders)
     if faults:
         return tuple(faults)
     if (fault := _fault_of(record.check_seal)) is not None:
@@ -186,7 +189,7 @@ def _sweep_faults(folder: Path) -> tuple[str, ...]:
         CELLS_FILE: lambda: record.cells,
         "manifest.json": lambda: record.manifest,
     }
-    faults = [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
+    faults = _unreadable(loaders)
     if faults:
         return tuple(faults)
     if (fault := _fault_of(record.check_seal)) is not None:
@@ -211,6 +214,10 @@ def _sweep_faults(folder: Path) -> tuple[str, ...]:
                 f"{len(record.trees.trees)}"
             )
     return (*faults, *_place_faults(record))
+
+
+def _unreadable(loaders: Mapping[str, Callable[[], object]]) -> list[str]:
+    return [f"{name}: {fault}" for name, load in loaders.items() if (fault := _fault_of(load)) is not None]
 
 
 def _fault_of(load: Callable[[], object]) -> str | None:

@@ -6,16 +6,16 @@ import contextlib
 import json
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from harness.errors import UserError
 from harness.files import file_sha256, first_fault
-from harness.records.versions import ReadFrom, check_version
 from harness.specs.suite import BackboneName
+from harness.versions import ReadFrom, check_version
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -28,6 +28,13 @@ _FILES_OF: Mapping[RecordKind, tuple[str, ...]] = {
     "sweep": ("sweep.toml", "cells.jsonl"),
     "ablation": ("arms.jsonl", "tree.json"),
     "suite": ("suite.toml", "generations.jsonl"),
+}
+
+_SPEC_OF: Mapping[RecordKind, str] = {
+    "latency": "spec.toml",
+    "sweep": "sweep.toml",
+    "ablation": "suite.toml",
+    "suite": "suite.toml",
 }
 
 # what every manifest says of itself
@@ -108,40 +115,54 @@ class RecordFolder(ABC):
 
 
 def kind_of(folder: Path) -> RecordKind:
-    """Return the kind of a record: what its manifest says, else what the files that it holds tell.
+    """Return the kind of a record: what its manifest says, else its spec, else what files it holds.
 
-    Raises: UserError for a folder that is none, that holds no record, or whose kind this version does not
-    know.
+    Raises: UserError for a folder that is none, that holds no record, whose kind this version does not know,
+    or that says a kind whose files it does not hold.
     """
     if not folder.is_dir():
         raise UserError(found="no such folder", need="a record folder", where=folder.name)
-    said = _said_kind(folder)
-    if said is None:
-        said = next(
-            (kind for kind, names in _FILES_OF.items() if any((folder / name).exists() for name in names)),
-            None,
+    held = [kind for kind, names in _FILES_OF.items() if any((folder / name).exists() for name in names)]
+    said, where = _said_kind(folder, specs=[_SPEC_OF[kind] for kind in held])
+    if said is None and not held:
+        first = ", ".join(names[0] for names in _FILES_OF.values())
+        inside = sorted(folder.rglob("manifest.json"), key=lambda path: path.parent.name)
+        raise UserError(
+            found="no record",
+            need=f"a folder with one of {first}",
+            where=folder.name,
+            do=f"name a record in it, such as {inside[-1].parent}" if inside else None,
         )
-        if said is None:
-            first = ", ".join(names[0] for names in _FILES_OF.values())
-            raise UserError(found="no record", need=f"a folder with one of {first}", where=folder.name)
-    for kind in _FILES_OF:
-        if kind == said:
-            return kind
-    raise UserError(
-        found=f"a record of kind {said!r}",
-        need=f"one of {', '.join(_FILES_OF)}",
-        where=f"{folder.name}/manifest.json",
-        do="update medusa-repro",
+    kind = next((kind for kind in _FILES_OF if kind == (held[0] if said is None else said)), None)
+    if kind is None:
+        raise UserError(
+            found=f"a record of kind {said!r}",
+            need=f"one of {', '.join(_FILES_OF)}",
+            where=f"{folder.name}/{where}",
+            do="update medusa-repro",
+        )
+    if said is not None and held and not (folder / _SPEC_OF[kind]).exists():
+        raise UserError(
+            found=f"kind {said!r} without {_SPEC_OF[kind]}",
+            need="a folder that holds what it says",
+            where=f"{folder.name}/{where}",
+            do="restore the record's files",
+        )
+    return kind
+
+
+def _said_kind(folder: Path, *, specs: Sequence[str]) -> tuple[object, str]:
+    """Return the kind that the manifest gives, or the first spec that gives one, and the file; else None."""
+    files: tuple[tuple[str, Callable[[str], Any]], ...] = (
+        ("manifest.json", json.loads),
+        *((name, tomllib.loads) for name in specs),
     )
-
-
-def _said_kind(folder: Path) -> object:
-    """Return what a manifest gives as kind; None without one, or where it is unreadable."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest.get("kind") if isinstance(manifest, dict) else None
+    for name, parse in files:
+        with contextlib.suppress(OSError, ValueError):  # missing or unreadable: no word of its kind
+            data = parse((folder / name).read_text(encoding="utf-8"))
+            if isinstance(data, dict) and data.get("kind") is not None:
+                return data["kind"], name
+    return None, ""
 
 
 def file_of(name: str, backbone: BackboneName) -> str:

@@ -82,7 +82,7 @@ def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
         (("train", "nosuch"), "found no recipe 'nosuch'; need one of ['embedded_direct'"),
         (("assets", "nosuch"), "found no asset 'nosuch'"),
         (("report", "[/red]"), "found no record '[/red]'"),  # looks like markup: once a traceback
-        (("validate", "nosuch"), "found no such folder"),
+        (("validate", "nosuch"), "found no record"),
         (("search-tree", "nosuch.npz"), "found no readable trace"),
         (("search-tree", "nosuch.npz", "--values", "magic"), "found --values magic"),
         (("reproduce", "smoke", "--claims", "nosuch.toml"), "need "),
@@ -124,13 +124,29 @@ def test_a_path_of_before_the_move_is_told_where_the_file_lies_now(
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "old", "now"), [("latency", "latency_gpu", "gpu"), ("sweep", "sweep_embedded", "embedded")]
+)
+def test_a_name_of_before_the_move_is_told_what_it_is_called_now(verb: str, old: str, now: str) -> None:
+    ran = command(verb, old)
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line.endswith(f"to mend it: name {now}, which it is called now")
+
+
+def test_only_runs_are_exported(tmp_path: Path) -> None:
+    (tmp_path / "sweep.toml").write_text("")
+    ran = command("export", tmp_path, tmp_path / "table.csv")
+    assert ran.code == ExitCode.USER_ERROR
+    assert "found a record of kind 'sweep'; need a run: only runs have a flat table" in ran.error_line
+
+
 def test_a_file_without_kind_is_told_the_line_to_add(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(SMOKE_FILE.read_text().replace('kind = "suite"\n', ""))
     ran = command("reproduce", tmp_path / "mine.toml")
     assert ran.code == ExitCode.USER_ERROR
     assert ran.error_line == (
         'error: found a file that does not say its kind; need kind = "suite"; in mine.toml; '
-        'to mend it: add the line kind = "suite"'
+        'to mend it: add the line kind = "suite", if it is a suite'
     )
 
 

@@ -76,6 +76,29 @@ def test_a_manifest_that_says_no_kind_leaves_it_to_the_files(tmp_path: Path, man
     assert kind_of(tmp_path) == "sweep"
 
 
+@pytest.mark.parametrize("kind", ["suite", "ablation"])
+def test_an_unfinished_record_is_told_by_its_spec(tmp_path: Path, kind: RecordKind) -> None:
+    """Both have a suite.toml and nothing else of their own before the first trial or arm."""
+    (tmp_path / "suite.toml").write_text(f'schema_version = 1\nkind = "{kind}"\n')
+    (tmp_path / "environment.json").write_text("{}")
+    assert kind_of(tmp_path) == kind
+
+
+def test_a_manifest_that_says_another_kind_than_the_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "sweep"}')
+    (tmp_path / "suite.toml").write_text("")
+    with pytest.raises(UserError, match=r"found kind 'sweep' without sweep.toml; need a folder that holds"):
+        kind_of(tmp_path)
+
+
+def test_a_folder_of_records_is_told_from_a_record(tmp_path: Path) -> None:
+    for name in ("20240101T000000Z-1", "20240102T000000Z-2"):
+        (tmp_path / "suite" / "cpu" / name).mkdir(parents=True)
+        (tmp_path / "suite" / "cpu" / name / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"name a record in it, such as .*20240102T000000Z-2"):
+        kind_of(tmp_path)
+
+
 def test_a_kind_that_is_not_known_yet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"kind": "quality"}')
     (tmp_path / "suite.toml").write_text("")
