@@ -54,8 +54,11 @@ def profile_training_command(
             help="how many steps of each stage are timed whole; as many again are timed part by part", min=1
         ),
     ] = 8,
-    output: Annotated[
-        Path | None, typer.Option(help="JSON file to write the record to; without it, one in results/profile")
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "--output", help="JSON file to write the record to; without it, one in results/profile"
+        ),
     ] = None,
     readme: Annotated[
         Path | None,
@@ -71,7 +74,7 @@ def profile_training_command(
     spec = load_recipe(find_data(recipe, kind="recipe"))
     profiled = profile_training(spec, num_steps=steps, allow_hub=hub, command=command_line(), console=console)
     name = f"training-{spec.name}-{machine_slug(profiled.environment.device)}.json"
-    target = output or default_results() / "profile" / name
+    target = out or default_results() / "profile" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, profiled)
     finish_training_profile(profiled, readme=readme)

@@ -17,7 +17,7 @@ from rich.table import Table
 from harness.cli.find import find_suite
 from harness.cli.options import HubOption, SuiteArgument, console
 from harness.compose.composer import KnotPrices, shared_knots, step_contexts
-from harness.compose.devices import StepTimes, find_curves
+from harness.compose.devices import DEFAULT_SHAPE, StepTimes, find_curves
 from harness.compose.plan import search_both
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import CostChoice, SearchSpace, cached_choices
@@ -63,22 +63,36 @@ class PricedChoice:
     choice: CostChoice
     vanilla_s: float
 
+    @property
+    def provenance(self) -> dict[str, str | float]:
+        """Return what a tree's file says of where the tree comes from."""
+        label = self.curve.label
+        return {
+            "device": label.device,
+            "shape": label.shape,
+            "dtype": label.dtype,
+            "curve": label.kind,
+            "method": self.choice.method,
+            "step_s": self.choice.step_s,
+        }
+
 
 def print_device_search(
     calibration: Path,
     *,
     device: str,
-    shape: str,
+    shape: str | None,
     dtype: str | None,
     max_nodes: int,
     check: Path | None,
     results: Path,
     cache: Path | None,
     console: Console,
-) -> CostChoice:
+) -> PricedChoice:
     """Print the fastest tree by both searches for every curve that the device's name means.
 
-    The first curve's tree by joint hits is returned.
+    Returned is the tree of the most tokens a second, among measured curves where there are any: a predicted
+    step is a lower bound of the real one.
     Choices are kept in `cache` by curve and trace.
     Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
     """
@@ -89,9 +103,15 @@ def print_device_search(
     )
     found = fastest_trees(index, curves, max_nodes=max_nodes, cache=cache)
     console.print(_table_of(found, index=index, other=other))
-    best = found[0].choice
-    console.print(best.tree().draw(), markup=False, highlight=False)
+    measured = [one for one in found if one.curve.label.kind == "measured"]
+    best = max(measured or found, key=lambda one: _tokens_per_s(one, index))
+    console.print(f"the fastest: {best.curve.label.words}, {best.choice.method}", highlight=False)
+    console.print(best.choice.tree().draw(), markup=False, highlight=False)
     return best
+
+
+def _tokens_per_s(priced: PricedChoice, index: ReplayIndex) -> float:
+    return index.replay(priced.choice.tree()).tokens_per_step / priced.choice.step_s
 
 
 def fastest_trees(
@@ -198,14 +218,14 @@ def search_tree(
         ),
     ] = None,
     shape: Annotated[
-        str, typer.Option(help="with --device, the published shape of the model")
-    ] = "smollm2-135m-instruct",
+        str | None,
+        typer.Option(
+            help=f"with --device, the shape of the model; without it, that of the record, or {DEFAULT_SHAPE}"
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="with --device, the only dtype to look at")] = None,
 ) -> None:
-    """Grow the best tree on a trace, or the fastest one for a device.
-
-    Prints what the tree promises and what it yields when a trace is replayed.
-    """
+    """Grow the best tree on a trace, or the fastest one for a device; print what it promises and yields."""
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
     trace_file = calibration or resolve_path("embedded/calibration.npz", base_folder=None)
@@ -213,7 +233,7 @@ def search_tree(
         tree = print_search(trace_file, num_nodes=num_nodes, values=values, check=check, console=console)
         text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
     else:
-        choice = print_device_search(
+        best = print_device_search(
             trace_file,
             device=device,
             shape=shape,
@@ -224,9 +244,7 @@ def search_tree(
             cache=cache_dir() / "trees",
             console=console,
         )
-        text = choice.tree().to_json(
-            provenance={"device": device, "shape": shape, "method": choice.method, "step_s": choice.step_s}
-        )
+        text = best.choice.tree().to_json(provenance=best.provenance)
     if out is not None:
         write_bytes(out, (text + "\n").encode())
     print(text)

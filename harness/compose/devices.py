@@ -35,6 +35,7 @@ from harness.specs.shapes import ShapeSpec, load_shapes
 _PREDICTED_CONTEXTS = tuple(
     sorted({*(2**power for power in range(18)), *(3 * 2**power for power in range(16))})
 )
+DEFAULT_SHAPE = "smollm2-135m-instruct"  # of the embedded model
 _MEMORY_SHARE = 0.9  # of a device's memory that weights, cache and logits may fill
 
 
@@ -224,47 +225,47 @@ def _decoding_mode(
 
 
 def find_curves(
-    name: str, *, results: Path, shape: str, dtype: str | None, heads: LatencyHeads
+    name: str, *, results: Path, shape: str | None, dtype: str | None, heads: LatencyHeads
 ) -> tuple[StepTimes, ...]:
     """Return the curves that a name on the command line means.
 
     It is a device of `hardware.toml` by key or driver's name, or a latency record by its folder or by the
-    folder of its machine under results/latency. A device's measured curves of that shape come first, then its
-    prediction.
-    Raises: UserError where nothing has that name.
+    folder of its machine under results/latency. A device's measured curves of the shape come first, then its
+    prediction. Without a shape, a record gives the curves that it has, and a device those of `DEFAULT_SHAPE`.
+    Raises: UserError where nothing has that name, or not for that shape or dtype.
     """
     if Path(name).is_dir() and (Path(name) / "manifest.json").exists():
-        return _wanted(measured_curves(LatencyRecord(Path(name))), dtype=dtype)
+        return _wanted(measured_curves(LatencyRecord(Path(name))), shape=shape, dtype=dtype)
     devices, shapes = load_hardware(), load_shapes()
     key = name if name in devices else match_device(name, devices)
     found: list[StepTimes] = []
     for record in find_latency_records(results):
         for curve in measured_curves(record):
             if record.folder.parent.name == name or (
-                curve.label.device in (key, name) and curve.label.shape == shape
+                curve.label.device in (key, name) and curve.label.shape == (shape or DEFAULT_SHAPE)
             ):
                 found.append(curve)
     if key is not None:
-        if shape not in shapes:
+        published = shape or DEFAULT_SHAPE
+        if published not in shapes:
             raise UserError(
                 found=f"shape {shape!r}", need=f"one of {sorted(shapes)}", where="the command line"
             )
         predicted: DtypeName = "bfloat16" if dtype == "bfloat16" else "float16"
-        found.append(PredictedCurve(key, devices[key], shapes[shape], dtype=predicted, heads=heads))
+        found.append(PredictedCurve(key, devices[key], shapes[published], dtype=predicted, heads=heads))
     if not found:
         need = f"one of {sorted(devices)}, or a machine or record under results/latency"
         raise UserError(found=f"device {name!r}", need=need, where="the command line")
-    return _wanted(found, dtype=dtype)
+    return _wanted(found, shape=shape, dtype=dtype)
 
 
-def _wanted(curves: Sequence[StepTimes], *, dtype: str | None) -> tuple[StepTimes, ...]:
-    wanted = tuple(curve for curve in curves if dtype is None or curve.label.dtype == dtype)
-    if not wanted:
-        raise UserError(
-            found=f"dtype {dtype!r}",
-            need=f"one of {sorted({curve.label.dtype for curve in curves})}",
-            where="the command line",
-        )
+def _wanted(curves: Sequence[StepTimes], *, shape: str | None, dtype: str | None) -> tuple[StepTimes, ...]:
+    wanted = tuple(curves)
+    for key, value in (("shape", shape), ("dtype", dtype)):
+        known = sorted({str(getattr(curve.label, key)) for curve in wanted})
+        wanted = tuple(curve for curve in wanted if value is None or getattr(curve.label, key) == value)
+        if not wanted:
+            raise UserError(found=f"{key} {value!r}", need=f"one of {known}", where="the command line")
     return wanted
 
 

@@ -108,6 +108,19 @@ class LocalExecutor:
             yield runner.run(task)
 
 
+def _planned(
+    spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
+) -> SweepPlan:
+    """Plan a sweep and say so; a results folder without latency records leaves predictions alone."""
+    console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
+    plan = plan_sweep(spec, base_folder=base_folder, results=options.results, cache=options.cache)
+    if spec.measured is not None and all(curve.label.kind != "measured" for curve in plan.curves):
+        where = f"{options.results.name}/latency"
+        note = f"found no latency record in {where}: no measured device is in this sweep"
+        console.print(note, soft_wrap=True)
+    return plan
+
+
 def run_sweep(
     spec: SweepSpec,
     *,
@@ -129,8 +142,7 @@ def run_sweep(
     devices = (
         executor.ready(spec, base_folder=base_folder, options=options, console=console) if runs_cells else {}
     )
-    console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
-    plan = plan_sweep(spec, base_folder=base_folder, results=options.results, cache=options.cache)
+    plan = _planned(spec, base_folder=base_folder, options=options, console=console)
     provenance = describe_sweep(plan, command=options.command, executor=executor.name)
     store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=provenance, resume=options.resume)
     with folder_held(store.folder):

@@ -184,11 +184,14 @@ def test_a_device_by_any_of_its_names(results: Path) -> None:
     assert kinds("some-machine") == kinds("made-up CPU") == [("made-up CPU", "measured")]
     (folder,) = (results / "latency").glob("*/*/20240112*")
     assert kinds(str(folder)) == [("made-up CPU", "measured")]
+    assert kinds(str(folder), shape=None) == [("made-up CPU", "measured")]
+    assert kinds("a40", shape=None) == [("a40", "predicted")]
     assert kinds("a40", dtype="bfloat16") == [("a40", "predicted")]
     for name, changes, found in (
         ("abacus", {}, "device 'abacus'"),
         ("a40", {"shape": "abacus"}, "shape 'abacus'"),
         ("some-machine", {"dtype": "bfloat16"}, "dtype 'bfloat16'"),
+        (str(folder), {"shape": "llama-3-8b"}, "shape 'llama-3-8b'"),
     ):
         with pytest.raises(UserError, match=found):
             kinds(name, **changes)

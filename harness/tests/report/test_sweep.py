@@ -262,7 +262,7 @@ def test_the_simulations_are_those_that_the_verdicts_rest_on() -> None:
 
 def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> None:
     out = StringIO()
-    choice = print_device_search(
+    best = print_device_search(
         home / "calibration.npz",
         device="made-up CPU",
         shape=SHAPE,
@@ -275,10 +275,8 @@ def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> Non
     )
     text = out.getvalue()
     assert "made-up CPU" in text and "independent" in text and "joint" in text and "root  #0" in text
-    assert (
-        choice.method == "joint"
-        and f"{plan.composer.index.replay(choice.tree()).tokens_per_step:.3f}" in text
-    )
+    assert f"{plan.composer.index.replay(best.choice.tree()).tokens_per_step:.3f}" in text
+    assert best.curve.label.kind == "measured" and f"the fastest: {best.curve.label.words}" in text
     assert len(list(tmp_path.iterdir())) == 1
 
 

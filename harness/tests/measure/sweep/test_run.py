@@ -328,6 +328,18 @@ def test_the_command(
     assert wrong.code == ExitCode.USER_ERROR and "need one of ['embedded']" in wrong.error_line
 
 
+def test_a_results_folder_without_latency_records_is_said(
+    home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Path
+) -> None:
+    shape = "smollm2-135m-instruct"
+    changes: dict[str, Any] = {"predicted": {"devices": ["a40"], "shapes": [shape]}, "shape": shape}
+    file = home / "sweep_predicted.toml"
+    file.write_text(tomli_w.dumps(tiny_sweep(tiny[0].name, name="predicted", **changes)))
+    ran = command("sweep", file, "--results", tmp_path / "elsewhere", "--replay-only")
+    assert ran.code == ExitCode.OK, ran.err
+    assert "found no latency record in elsewhere/latency: no measured device is in this sweep" in ran.err
+
+
 def test_damage_is_found(record: SweepRecord, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     folder.mkdir()
