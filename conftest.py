@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
-    """Returns what moves a micro-benchmark: device, threads, versions, packed operators.
+    """Return what moves a micro-benchmark: device, threads, versions, packed operators.
 
     It stands in for pytest-benchmark's own, which holds the host's name and clock rates that differ from run
     to run.
@@ -66,7 +66,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
 
 
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
-    """Returns the commit and whether the checkout differs from it; pytest-benchmark's own also names folder
+    """Return the commit and whether the checkout differs from it; pytest-benchmark's own also names folder
     and branch.
     """
     from harness.device.machine import git_state
@@ -79,7 +79,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 def pytest_benchmark_compare_machine_info(
     machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
-    """Refuses to compare with a result of another machine, of which pytest-benchmark itself only warns.
+    """Refuse to compare with a result of another machine, of which pytest-benchmark itself only warns.
 
     Raises: pytest.UsageError, which ends the session with exit code 4.
     """

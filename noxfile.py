@@ -27,7 +27,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 
 
 def shared_python(session: nox.Session) -> str:
-    """Returns the Python of the shared environment, made or brought up to date first where its stamp does not
+    """Return the Python of the shared environment, made or brought up to date first where its stamp does not
     match.
     """
     python = SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -70,7 +70,7 @@ def shared_python(session: nox.Session) -> str:
 
 
 def run_module(session: nox.Session, module: str, *args: str) -> None:
-    """Runs `python -m module args`, then what the user wrote after `--`, in the shared environment."""
+    """Run `python -m module args`, then what the user wrote after `--`, in the shared environment."""
     session.run(shared_python(session), "-m", module, *args, *session.posargs, external=True)
 
 

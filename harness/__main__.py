@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m harness` is `medusa-repro`."""
+"""Run the command line: `python -m harness` is `medusa-repro`."""
 
 from harness.cli.app import main
 

@@ -90,8 +90,3 @@ class Limits:
             raise UserError(
                 found=f"{self.bytes_per_s} bytes/s and {self.flop_per_s} flop/s", need="limits above 0"
             )
-
-    @property
-    def ridge(self) -> float:
-        """flop/byte."""
-        return self.flop_per_s / self.bytes_per_s
