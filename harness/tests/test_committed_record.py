@@ -4,7 +4,6 @@ they link gives.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from harness.judge.validate import validate_record
 from harness.records.folder import kind_of
 from harness.records.run import RunRecord
 from harness.report.readme import run_block
-from harness.tests.readme_blocks import shows
+from harness.tests.readme_blocks import shown_record, shows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
@@ -35,7 +34,5 @@ def test_records_of_every_kind_are_committed() -> None:
 
 def test_readme_tables_are_what_its_record_gives() -> None:
     readme = ROOT / "README.md"
-    linked = re.findall(r"\((results/embedded/[^)]+)/report\.md\)", readme.read_text())
-    assert len(linked) == 1, "the README's table links the one record that it shows"
-    record = RunRecord(ROOT / linked[0])
+    record = RunRecord(shown_record(readme, "results"))
     assert shows(readme, run_block(record, judge(record)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import subprocess
 import sys
 from io import StringIO
@@ -52,7 +51,7 @@ from harness.tests.fake_latency import (
     step_s,
     write_fake_latency,
 )
-from harness.tests.readme_blocks import shows
+from harness.tests.readme_blocks import shown_record, shows
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))
@@ -532,7 +531,4 @@ def test_committed_records_are_sealed_and_sound(folder: Path) -> None:
 @pytest.mark.skipif(not COMMITTED, reason="no latency record is committed yet")
 def test_readme_shows_what_its_latency_record_gives() -> None:
     readme = ROOT / "README.md"
-    block = readme.read_text().split("<!-- begin:modes -->")[1].split("<!-- end:modes -->")[0]
-    linked = re.findall(r"\((results/latency/[^)]+)/report\.md\)", block)
-    assert len(linked) == 1, "the README's table of modes links the one record that it shows"
-    assert shows(readme, latency_block(LatencyRecord(ROOT / linked[0])))
+    assert shows(readme, latency_block(LatencyRecord(shown_record(readme, "modes"))))

@@ -5,7 +5,6 @@ whenever they are drawn.
 from __future__ import annotations
 
 import json
-import re
 from io import StringIO
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
-from harness.tests.readme_blocks import shows
+from harness.tests.readme_blocks import shown_record, shows
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -288,8 +287,6 @@ def test_committed_sweeps_are_sealed_and_sound(folder: Path) -> None:
 @pytest.mark.skipif(not COMMITTED, reason="no sweep is committed yet")
 def test_readme_shows_what_its_sweep_gives() -> None:
     readme = ROOT / "README.md"
-    linked = re.findall(r"\((results/sweep/[^)]+)/report\.md\)", readme.read_text())
-    assert len(linked) == 1, "the README's table of devices links the one record that it shows"
-    folder = ROOT / linked[0]
+    folder = shown_record(readme, "sweep")
     figures = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
     assert shows(readme, sweep_block(SweepRecord(folder), figures=figures))
