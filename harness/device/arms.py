@@ -5,6 +5,7 @@ No other module lets a generation meet the clock.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -138,10 +139,7 @@ class ArmRunner:
         )
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
-        """Decode with `generate` of transformers on the stock model.
-
-        It is configured here, not by the model's folder.
-        """
+        """Decode with `generate` of transformers on the stock model, configured here alone."""
         eos_ids = self.engine.loaded.eos_ids
         lookup = (
             {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
@@ -160,13 +158,14 @@ class ArmRunner:
         with self.engine.runner.stock() as stock, torch.inference_mode():
             model: Any = stock
             marks = _Marks(self.clock, prompt_tokens=prompt.shape[1])
-            started = self.clock()
-            output = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=configuration,
-                streamer=marks,
-            )
+            with _without_defaults_of_its_own(model):
+                started = self.clock()
+                output = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=configuration,
+                    streamer=marks,
+                )
         token_ids = tuple(output[0, prompt.shape[1] :].tolist()[: self.max_new_tokens])
         ended_by: EndedBy = "eos" if token_ids[-1] in eos_ids else "budget"
         lengths = [min(length, len(token_ids)) for length in marks.lengths]
@@ -187,6 +186,19 @@ class ArmRunner:
             step_times_s=tuple(times),
             cache_bytes=None,
         )
+
+
+@contextlib.contextmanager
+def _without_defaults_of_its_own(model: Any) -> Iterator[None]:
+    """Take the generation configuration of a model's folder away for a while.
+
+    `generate` fills from it every field that it is not given, a repetition penalty or stop strings too.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Marks(BaseStreamer):

@@ -4,8 +4,11 @@ backbone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from harness.device.arms import ArmRunner, TimedGeneration, acceptance_rule, timed
 from harness.device.clock import Clock, SectionTimer, device_clock
@@ -90,6 +93,41 @@ def test_stock_greedy_decoding_writes_the_same_text_on_the_same_clock(
             reference.prefill_s,
         )
         assert (result.step_tokens, result.step_times_s) == (reference.step_tokens, reference.step_times_s)
+
+
+class _Poison:
+    """A value that is right for no field."""
+
+
+@pytest.mark.parametrize("arm", ["hf_greedy", "hf_prompt_lookup"])
+def test_generate_takes_no_field_from_the_models_own_configuration(
+    arm: str, engine: Engine, prompts: tuple[tuple[int, ...], ...], vanilla: list[TimedGeneration]
+) -> None:
+    """Qwen2.5's folder asks for a repetition penalty, which made a right engine look wrong."""
+    model: Any = engine.loaded.model
+    own = model.generation_config
+    fields = set(GenerationConfig().to_dict()) - {"transformers_version"}
+    assert {
+        "repetition_penalty",
+        "suppress_tokens",
+        "min_new_tokens",
+        "stop_strings",
+        "cache_config",
+    } <= fields
+    try:
+        model.generation_config = GenerationConfig()
+        for field in fields:
+            setattr(model.generation_config, field, _Poison())
+        poisoned = model.generation_config
+        assert on_work_clock(engine, arm, prompts[0]).token_ids == vanilla[0].token_ids
+        assert model.generation_config is poisoned
+        model.generation_config = GenerationConfig(repetition_penalty=1.8)
+        ids = torch.tensor([list(prompts[0])])
+        asked = GenerationConfig(max_new_tokens=BUDGET, do_sample=False, pad_token_id=0)
+        inherited = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=asked)
+        assert tuple(inherited[0, ids.shape[1] :].tolist()) != vanilla[0].token_ids  # so it matters
+    finally:
+        model.generation_config = own
 
 
 def test_prompt_lookup_counts_the_tokens_of_each_pass(
