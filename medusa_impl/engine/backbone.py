@@ -236,11 +236,19 @@ class Backbone:
         Prompts differ in length, so each is read on its own, and no padding is needed.
 
         Shapes: results `[B, V]` and `[B, H]`.
+        Raises: UserError where a logit is not finite; decoding would go on with text that means nothing.
         """
         outputs = [
             self.prefill(torch.tensor(prompt), cache=cache, row=row) for row, prompt in enumerate(prompts)
         ]
         logits = torch.cat([output.logits[:, -1] for output in outputs])
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                found="a logit that is not finite",
+                need="finite logits",
+                where="the model's pass over a prompt",
+                do="use float32 or bfloat16, or leave the prompt out",
+            )
         return logits, torch.cat([output.hidden[:, -1] for output in outputs])
 
     def call_model(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:

@@ -350,6 +350,21 @@ def test_models_that_cannot_follow_a_tree_are_refused_by_name(model_type: str) -
         Backbone(model)
 
 
+def test_a_prompt_without_finite_logits_is_refused_at_its_first_pass() -> None:
+    """Decoded on, its text would be that of an argmax over nothing."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    backbone = Backbone(model)
+    for prompts, fails in (([[1, 2, 3]], False), ([[1, 7, 3]], True), ([[1, 2], [7, 1]], True)):
+        steps = decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=1, eos_ids=frozenset())
+        if fails:
+            with pytest.raises(UserError, match="found a logit that is not finite"):
+                next(steps)
+        else:
+            assert len(next(steps).tokens[0]) == 1
+
+
 def test_position_limits_are_exact_about_what_is_asked() -> None:
     """Prompt, budget and tree depth must fit into learned positions, and the last one that fits works."""
     backbone = Backbone(build("gpt2"))
