@@ -16,7 +16,9 @@ class ExitCode(IntEnum):
     GATE_REGRESSION = 1
     INVALID_MEASUREMENT = 2
     USER_ERROR = 3
+    DEFECT = 70
     INTERRUPTED = 130
+    PIPE_CLOSED = 141
 
 
 class InvalidMeasurement(Exception):

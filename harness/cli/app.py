@@ -1,6 +1,7 @@
 """The application: its verbs, and errors turned into one line and an exit code.
 
-Exit codes: 0 ok, 1 gate regression, 2 invalid measurement or a failed trial, 3 user error, 130 Ctrl-C.
+Exit codes: 0 ok, 1 gate regression, 2 invalid measurement or a failed trial, 3 user error, 70 a defect of
+ours, 130 Ctrl-C, 141 the reader of a pipe is gone.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
+import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +31,7 @@ from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.errors import ExitCode, InvalidMeasurement, UserError
-from harness.paths import code_folder
+from harness.paths import code_folder, without_paths
 
 DISTRIBUTION = "medusa-repro"
 
@@ -83,52 +85,80 @@ def shared_options(
         bool,
         typer.Option("--version", help="print the version and exit", callback=print_version, is_eager=True),
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="print the traceback of an error; may stand anywhere in a command")
+    ] = False,
 ) -> None:
     """Test whether the Medusa paper's claims hold, on this model and this machine."""
 
 
 def main() -> None:
     """Run the command line and exit with the project's codes."""
+    debug = "--debug" in sys.argv
+    sys.argv = [word for word in sys.argv if word != "--debug"]  # it changes no figure, so no record keeps it
     try:
         code = app(standalone_mode=False)
-    except UserError as error:
-        _print_error("error", str(error))
-        code = ExitCode.USER_ERROR
-    except InvalidMeasurement as error:
-        _print_error("invalid measurement", str(error))
-        code = ExitCode.INVALID_MEASUREMENT
-    except OSError as error:
-        _print_error("error", _disk_message(error))
-        code = ExitCode.USER_ERROR
-    except (KeyboardInterrupt, typer.Abort):
-        code = ExitCode.INTERRUPTED
-    except Exception as error:
-        code = _usage_code(error)
+        sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
+    except SystemExit:  # so ends rich where the reader of its output is gone
+        code = ExitCode.PIPE_CLOSED
+    except BaseException as error:
+        if debug:
+            traceback.print_exception(error)
+        code = _told(error)
     if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
         console.print("interrupted: what was measured is on disk; the same command resumes", soft_wrap=True)
+    if code == ExitCode.PIPE_CLOSED:  # Python flushes once more at its end, and must not fail there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(int(code or 0))
 
 
-def _print_error(kind: str, message: str) -> None:
+def _told(error: BaseException) -> int:
+    """Print one line about an error, whatever it is, and return its exit code."""
+    if isinstance(error, BrokenPipeError):
+        return ExitCode.PIPE_CLOSED
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return ExitCode.INTERRUPTED
+    if isinstance(error, InvalidMeasurement):
+        return _print_error("invalid measurement", str(error), ExitCode.INVALID_MEASUREMENT)
+    show = getattr(error, "show", None)  # a usage error that typer raised
+    if show is not None:
+        show()
+        return ExitCode.USER_ERROR
+    message = str(error) if isinstance(error, UserError) else _about_the_machine(error)
+    if message is not None:
+        return _print_error("error", message, ExitCode.USER_ERROR)
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    message = (
+        f"found {type(error).__name__}: {without_paths(str(error))}; at {Path(frame.filename).name}, line "
+        f"{frame.lineno}; need none: this is a mistake in medusa-repro; to mend it: run the command with "
+        "--debug and report what it prints"
+    )
+    return _print_error("defect", message, ExitCode.DEFECT)
+
+
+def _print_error(kind: str, message: str, code: int) -> int:
     """Print one line; what a user typed may look like markup and is shown as it is."""
     console.print(f"[red]{kind}:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    return code
 
 
-def _disk_message(error: OSError) -> str:
-    name = Path(str(error.filename)).name if error.filename else "a file"
-    return (
-        f"found {error.strerror or error} at {name}; need a folder that can be written, with room on its "
-        "disk; what was measured before is kept"
-    )
-
-
-def _usage_code(error: Exception) -> int:
-    """Return the exit code of a usage error that typer raised.
-
-    Anything else is a defect, and goes on with its traceback.
-    """
-    show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if show is None or exit_code is None:
-        raise error
-    show()
-    return ExitCode.USER_ERROR
+def _about_the_machine(error: BaseException) -> str | None:
+    """Return what to tell of an error that no code expects and that is yet no defect; None for any other."""
+    if isinstance(error, OSError):
+        name = Path(str(error.filename)).name if error.filename else "a file"
+        return (
+            f"found {error.strerror or error} at {name}; need a folder that can be written, with room on its "
+            "disk; what was measured before is kept"
+        )
+    if isinstance(error, RecursionError):
+        return "found data nested too deeply; need a file whose lists and tables a person could follow"
+    if isinstance(error, UnicodeError):
+        return f"found text that cannot be read or written ({without_paths(str(error))}); need UTF-8"
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # PyTorch's, not imported
+        return (
+            "found too little memory; need more of it, or a smaller model, tree or batch; what was measured "
+            "before is kept"
+        )
+    return None

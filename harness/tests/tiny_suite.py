@@ -57,7 +57,7 @@ class Ran:
         lines = [
             line
             for line in self.err.splitlines()
-            if line.startswith(("error:", "invalid measurement:", "interrupted:"))
+            if line.startswith(("error:", "defect:", "invalid measurement:", "interrupted:"))
         ]
         assert len(lines) == 1 and self.err.rstrip().endswith(lines[0]), self.err
         return lines[0]

@@ -5,12 +5,16 @@ that was measured.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel
 from pytest import MonkeyPatch
 
@@ -42,7 +46,7 @@ def test_user_error_tells_what_where_and_how() -> None:
 
 
 def test_exit_codes_are_those_of_the_documentation() -> None:
-    assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 130]
+    assert [int(code) for code in ExitCode] == [0, 1, 2, 3, 70, 130, 141]
     assert not issubclass(InvalidMeasurement, UserError)
 
 
@@ -384,12 +388,52 @@ def test_recipe_of_another_schema(tmp_path: Path) -> None:
     assert ran.code == ExitCode.USER_ERROR and "schema_version" in ran.error_line
 
 
-def test_defects_keep_their_traceback(monkeypatch: MonkeyPatch) -> None:
-    """Only mistakes of the user are told in one line; a defect of ours must not pass for one."""
+def _fails(monkeypatch: MonkeyPatch, error: BaseException) -> None:
+    def fail(text: str) -> Path:
+        raise error
 
-    def defect(text: str) -> Path:
-        raise ZeroDivisionError("a defect")
+    monkeypatch.setattr("harness.cli.reproduce.find_record", fail)
 
-    monkeypatch.setattr("harness.cli.reproduce.find_record", defect)
-    with pytest.raises(ZeroDivisionError):
-        command("report", "any")
+
+def test_a_defect_is_one_line_with_a_code_of_its_own(monkeypatch: MonkeyPatch) -> None:
+    """Python's own code for a traceback is 1, which says that a gate found a regression."""
+    _fails(monkeypatch, ZeroDivisionError("a defect near /home/somebody/files"))
+    ran = command("report", "any")
+    assert ran.code == ExitCode.DEFECT and "Traceback" not in ran.err
+    assert ran.error_line.startswith(
+        "defect: found ZeroDivisionError: a defect near .../files; at test_errors.py"
+    )
+    shown = command("report", "any", "--debug")
+    assert shown.code == ExitCode.DEFECT and "Traceback" in shown.err and "in fail" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (RecursionError("maximum recursion depth exceeded"), "found data nested too deeply"),
+        (MemoryError(), "found too little memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "found too little memory"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "found text that cannot be read"),
+        (PermissionError(13, "Permission denied", "/somewhere/report.md"), "Permission denied at report.md"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_or_a_file_lacks_is_one_line(
+    error: BaseException, found: str, monkeypatch: MonkeyPatch
+) -> None:
+    _fails(monkeypatch, error)
+    ran = command("report", "any")
+    assert ran.code == ExitCode.USER_ERROR and found in ran.error_line and "Traceback" not in ran.err
+    assert "Traceback" in command("report", "any", "--debug").err
+
+
+@pytest.mark.parametrize("words", [("schemas", "--help"), ("assets",), ("report", "{record}")])
+def test_a_reader_that_goes_away_ends_the_command_quietly(words: tuple[str, ...], smoke: SmokeRun) -> None:
+    """As in `medusa-repro report RECORD | head -1`."""
+    typed = [word.format(record=smoke.record.folder) for word in words]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        typed = [sys.executable, "-m", "harness", *typed]
+        ran = subprocess.run(typed, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (ExitCode.PIPE_CLOSED, "")
