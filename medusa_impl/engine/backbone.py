@@ -119,6 +119,7 @@ class Backbone:
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(self.lm_head.get_parameter("weight").shape[1])
         self.vocab_size = int(config.vocab_size)
+        self._num_embeddings = int(model.get_input_embeddings().get_parameter("weight").shape[0])
         self.max_positions = position_limit(config)
         self._switches_rope = switch_position(config) is not None
         self._positions_end = self._switches_rope or has_learned_positions(model, self.max_positions)
@@ -223,8 +224,16 @@ class Backbone:
         The logits are those of its last `num_logits` tokens.
 
         Shapes: token_ids `[T]`; logits `[1, num_logits, V]`, hidden `[1, T, H]`.
-        Raises: UserError if the text needs a position that a table of positions does not hold.
+        Raises: UserError if the text needs a position that a table of positions does not hold, or a token
+        that the embedding does not.
         """
+        if token_ids.device.type == "cpu" and int(token_ids.max()) >= self._num_embeddings:
+            raise UserError(
+                found=f"token id {int(token_ids.max())}",
+                need=f"ids below {self._num_embeddings}, the rows of the embedding",
+                where="a text",
+                do="use the tokenizer that belongs to the model",
+            )
         end = cache.lengths[row] + token_ids.shape[0]
         if self._positions_end and self.max_positions is not None and end > self.max_positions:
             raise self._too_long(f"a text of {end} tokens")

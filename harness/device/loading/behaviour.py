@@ -74,13 +74,20 @@ OTHER_FIELDS = (  # noqa: SIM905
     "rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings "
     "sliding_window use_sliding_window max_window_layers num_key_value_heads tie_word_embeddings"
 ).split()
-# What of a fast tokenizer decides token ids. Padding and truncation are left out: a call may change them.
-_TOKENIZER_FIELDS = ("normalizer", "pre_tokenizer", "post_processor")
-_TOKENIZER_MODEL_FIELDS = (  # noqa: SIM905
-    "type unk_token unk_id continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges "
-    "max_input_chars_per_word vocab merges"
-).split()
-_TOKEN_FIELDS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_TOKEN_FIELDS = ("id", "content", "single_word", "lstrip", "rstrip", "special")
+# Texts whose token ids show what a tokenizer does besides its words: spaces, newlines, figures, case, code,
+# accents in one and in two characters, a ligature, other scripts, and what no vocabulary holds.
+_PROBES = (
+    "Hello, world!",
+    "  two spaces  and a tab\t, then\n\n lines \r\n",
+    "In 1984 it cost 12,345.67 or 8.9e-10",
+    "UPPER lower CamelCase snake_case don't we'll",
+    "def f(x):\n    return {'a': [x**2, -1]}  # done",
+    "caf\u00e9 cafe\u0301 na\u00efve \ufb01ne \u00bd \u2126",
+    "\u4f60\u597d \u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 \u3053\u3093",
+    "\U0001f600\u200d\U0001f680 \u2581 <s> </s> \ufffd",
+)
 _ADAPTER_FIELDS = (  # noqa: SIM905
     "peft_type r lora_alpha target_modules target_parameters exclude_modules layers_to_transform "
     "layers_pattern rank_pattern alpha_pattern use_rslora use_dora fan_in_fan_out bias lora_bias "
@@ -94,8 +101,11 @@ def behaviour_of(model: PreTrainedModel, tokenizer: Any, *, eos_ids: Iterable[in
     parts = {"forward": _sha256(_forward(model)), "end": _sha256(sorted(eos_ids))}
     if tokenizer is None:
         return parts
-    template = getattr(tokenizer, "chat_template", None)
-    return {**parts, "tokenizer": _sha256(_tokenizer(tokenizer)), "template": _sha256(template)}
+    return {
+        **parts,
+        "tokenizer": _sha256(_tokenizer(tokenizer)),
+        "template": _sha256(_template(tokenizer)),
+    }
 
 
 def adapter_behaviour(folder: Path) -> str:
@@ -179,21 +189,27 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    special = {
-        name: getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-    }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one in Python: its class and words are all that can be read
-        return {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), **special}
-    state = json.loads(backend.to_str())
-    model = state.get("model") or {}
+    """Return words, merges, added tokens, and the ids of texts that show the rest.
+
+    How the rest is written down differs between versions that do the same.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # one in Python has none
+    state = json.loads(backend.to_str()) if backend is not None else {}
     added = [{name: token.get(name) for name in _TOKEN_FIELDS} for token in state.get("added_tokens") or ()]
     return {
-        **special,
-        **{name: state.get(name) for name in _TOKENIZER_FIELDS},
-        "model": {name: model.get(name) for name in _TOKENIZER_MODEL_FIELDS},
+        "vocab": tokenizer.get_vocab(),
+        "merges": (state.get("model") or {}).get("merges"),
         "added_tokens": sorted(added, key=lambda token: int(token["id"])),
+        "probes": [tokenizer(text)["input_ids"] for text in _PROBES],
     }
+
+
+def _template(tokenizer: Any) -> dict[str, Any]:
+    """Return the chat template and the special tokens that it names."""
+    template = getattr(tokenizer, "chat_template", None)
+    text = json.dumps(template)
+    named = {name: getattr(tokenizer, name, None) for name in _SPECIAL_TOKENS if name in text}
+    return {"template": template, **named}
 
 
 def _sha256(value: Any) -> str:

@@ -51,7 +51,8 @@ def random_model(family: str, changes: dict[str, Any]) -> PreTrainedModel:
     config = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
     torch.manual_seed(0)
     model: PreTrainedModel = kind(config(**{**SMALL, **changes}))
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -76,7 +77,7 @@ def test_a_model_whose_positions_follow_cache_slots_is_refused() -> None:
     """A family that nobody has listed, and whose pass fails nowhere: its logits tell."""
 
     class BySlots(LlamaForCausalLM):
-        def forward(  # type: ignore[override]
+        def forward(
             self,
             input_ids: Any,
             attention_mask: Any,

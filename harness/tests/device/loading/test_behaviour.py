@@ -22,6 +22,8 @@ from harness.device.loading.behaviour import (
 )
 from harness.errors import UserError
 from harness.files import ModelFolder
+from harness.paths import shipped
+from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec
 from harness.tests.tiny_folder import edit_json, write_tiny_folder
 from harness.tests.tiny_suite import save_tiny_heads
@@ -33,8 +35,8 @@ from medusa_impl.heads import MedusaHeads
 PINNED = {
     "forward": "9864d1d53193b7448714f5434a4de33f50b973896caf3239fc35131a09f38403",
     "end": "d0bca111f8628137adc4c16f123496dcdd1d590d06cb5d9acd68b39fe656fb97",
-    "tokenizer": "66d2d2dc1e0755eefe10299e4be90009e7d06238156495e0046a49e586bded7f",
-    "template": "7d34e906b6cf9a5efedf0a18a1f80cd67852a455ec1de2564a88be7b507cf2d5",
+    "tokenizer": "fb3ec42f2c390042c63dde5b0a6897c38a576e9f471c5b304044123e1fc093d9",
+    "template": "db257f00e49caa34002b0683344a8df2f3634778fb9df775051bd93e6f3a594c",
 }
 FAMILIES = (  # noqa: SIM905
     "Llama Mistral Qwen2 Qwen3 Gemma2 Phi3 Olmo2 Granite GPTNeoX GPT2 OPT Falcon Mixtral Qwen3Moe StableLm "
@@ -162,3 +164,13 @@ def test_a_pinned_asset_is_held_to_its_behaviour() -> None:
     check_pinned({"forward": "a", "end": "b"}, {"forward": "a"}, name="mine")
     with pytest.raises(UserError, match=r"another behaviour .forward a. of the pinned tensors"):
         check_pinned({"forward": "a"}, {"forward": "b"}, name="mine")
+
+
+@pytest.mark.parametrize("name", ["medusa1.safetensors", "medusa2/heads.safetensors"])
+def test_shipped_heads_carry_the_behaviour_that_their_asset_is_pinned_to(name: str) -> None:
+    """They gained it without training: their tensors are what they were."""
+    pinned = load_asset_specs()["smollm2-135m-instruct"].behaviour_sha256s
+    carried = load_heads(shipped("embedded", name), backbone_sha256=None)[1].behaviour
+    assert carried is not None and set(pinned) == {"forward", "end", "tokenizer", "template"}
+    adapter = {"adapter": adapter_behaviour(shipped("embedded", "medusa2", "adapter"))}
+    assert carried == {**pinned, **(adapter if "medusa2" in name else {})}
