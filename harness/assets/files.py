@@ -22,6 +22,8 @@ from harness.paths import CACHE_VARIABLE
 
 PART = ".part"
 CHUNK_BYTES = 1 << 22
+_WEIGHT_FILES = (("model", "safetensors"), ("pytorch_model", "bin"))
+MODEL_INDEXES = tuple(f"{stem}.{suffix}.index.json" for stem, suffix in _WEIGHT_FILES)
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, the bytes done so far and the bytes in all (None where unknown)."""
@@ -134,34 +136,46 @@ def extract_member(
 
 
 def model_weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the weight files of a model folder in Hugging Face layout.
+    """Return the weight files of a model folder in Hugging Face layout, as transformers chooses them.
 
-    Shards are sorted; safetensors go before pickles.
-    Raises: UserError for a folder that holds none, or lacks a shard that its index names.
+    One file goes before shards with an index, safetensors before pickles. Shards are sorted.
+    Raises: UserError for a folder that holds none, a broken index, or a shard that the index names and that
+        is not there.
     """
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.is_file():
-            shards = sorted(
-                {
-                    folder / name
-                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                }
-            )
-            if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise UserError(
-                    found=f"no shard {', '.join(missing)}",
-                    need=f"every shard named by {index.name}",
-                    where=str(folder),
-                )
-            return tuple(shards)
+    for stem, suffix in _WEIGHT_FILES:
         if (folder / f"{stem}.{suffix}").is_file():
             return (folder / f"{stem}.{suffix}",)
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _shards(index)
     raise UserError(
         found="no model.safetensors and no pytorch_model.bin, in one file or in shards",
         need="a model folder in Hugging Face layout",
         where=str(folder),
     )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    folder = index.parent
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted({folder / name for name in names})
+        if not shards or any(folder.absolute() not in Path(os.path.abspath(path)).parents for path in shards):
+            raise ValueError("no shards of this folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            found=f"a broken {index.name} ({type(error).__name__})",
+            need="the index of the shards in this folder",
+            where=str(folder),
+            do="fetch or copy it again",
+        ) from error
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(
+            found=f"no shard {', '.join(missing)}",
+            need=f"every shard named by {index.name}",
+            where=str(folder),
+        )
+    return tuple(shards)
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,14 @@ from typing import Any
 from harness.assets.files import CHUNK_BYTES, file_sha256, model_weight_files
 from harness.errors import UserError
 from harness.specs.assets import AssetSpec, Source
+
+# Draft heads that a published model folder holds among the backbone's tensors.
+_HEAD_TENSOR = re.compile(r"((model\.)?medusa_heads?\.)\S+|\d+\.\d+\.(linear\.)?(weight|bias)")
+
+
+def is_head_tensor(name: str) -> bool:
+    """Return whether a tensor of a model folder belongs to draft heads, by its name."""
+    return _HEAD_TENSOR.fullmatch(name) is not None
 
 
 def content_sha256s(spec: AssetSpec, paths: Mapping[str, Path]) -> dict[str, str]:
@@ -73,6 +82,32 @@ def _update_digest(digest: Any, *, name: str, dtype: str, shape: list[int], num_
     digest.update(json.dumps([name, dtype, shape, num_bytes]).encode())
 
 
+def _pickled_tensors(file: Path) -> dict[str, Any]:
+    """Return the tensors of a pickle, which nothing else in it can make run.
+
+    Raises: UserError for a damaged file, or one that holds more than tensors.
+    """
+    import torch
+
+    def load(mmap: bool) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+    try:
+        with file.open("rb") as stream:
+            is_archive = stream.read(2) == b"PK"  # older files are no archives and cannot be mapped
+        found = load(mmap=is_archive)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+            raise TypeError("not all of it is tensors")
+    except Exception as error:  # pickle raises what the file makes it raise
+        raise UserError(
+            found=f"a file that is damaged or holds more than tensors ({type(error).__name__})",
+            need="weights alone: nothing else in a file is ever run",
+            where=file.name,
+            do="fetch it again, or use weights in safetensors",
+        ) from error
+    return dict(found)
+
+
 def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
     import torch
 
@@ -83,10 +118,13 @@ def _pickle_tensors_sha256(files: tuple[Path, ...]) -> str:
         torch.float16: "F16",
         torch.bfloat16: "BF16",
         torch.int64: "I64",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
     }
     tensors: dict[str, Any] = {}
     for file in files:
-        tensors.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        tensors.update(_pickled_tensors(file))
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_head_tensor(name)}
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -109,7 +147,7 @@ def tensors_sha256(folder: Path) -> str:
     """Return the SHA-256 of a model's tensors: in the order of their names, each with dtype, shape and bytes.
 
     Sharding, file order and metadata do not enter, so a re-saved model keeps its hash and a changed weight
-    does not.
+    does not. Draft heads among the tensors do not enter either: they are no part of the backbone.
 
     Raises: UserError for no weight file, a damaged one, or one tensor name in two shards.
     """
@@ -119,6 +157,8 @@ def tensors_sha256(folder: Path) -> str:
     entries: dict[str, tuple[Path, str, list[int], int, int]] = {}
     for file in files:
         for name, dtype, shape, start, num_bytes in _safetensors_entries(file):
+            if is_head_tensor(name):
+                continue
             if name in entries:
                 raise UserError(
                     found=f"the tensor {name} in {entries[name][0].name} and in {file.name}",

@@ -30,6 +30,7 @@ from harness.cli.reproduce import report, reproduce
 from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
+from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.paths import code_folder, without_paths
 
@@ -88,8 +89,17 @@ def shared_options(
     debug: Annotated[
         bool, typer.Option("--debug", help="print the traceback of an error; may stand anywhere in a command")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="run the code in a model's folder, where the suite asks for that as well",
+        ),
+    ] = False,
 ) -> None:
     """Test whether the Medusa paper's claims hold, on this model and this machine."""
+    if trust_remote_code:
+        os.environ[TRUST_VARIABLE] = "1"  # processes that a command starts know of it, too
 
 
 def main() -> None:

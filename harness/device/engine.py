@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
+from harness.device.loading.behaviour import (
+    adapter_behaviour,
+    behaviour_of,
+    check_pinned,
+    differing,
+    eos_ids_of,
+)
+from harness.device.loading.folder import ModelFolder, check_folder, model_folder, require_trust
+from harness.device.loading.tiny import tiny_model
+from harness.device.loading.weights import empty_model, load_folder
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.paths import cache_dir, resolve_path
-from harness.specs.assets import load_asset_specs
+from harness.paths import resolve_path
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads
@@ -36,9 +36,9 @@ from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa1Settings, Medusa2Settings
 
-# Embeddings that outweigh the layers make the next token depend mostly on the last one: text that tiny heads
-# can learn. A larger LM head makes the law sharp enough for sampling rules to accept drafts.
-_TINY_STD, _TINY_EMBEDDING_SCALE, _TINY_LM_HEAD_SCALE = 0.1, 20.0, 4.0
+_LOG = logging.getLogger(__name__)
+# What heads depend on: the states that they read, the tokens that they propose, the adapter under them.
+_HEADS_PARTS = ("forward", "tokenizer", "adapter")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class LoadedModel:
     """A backbone as it comes from disk, before an engine mode touches it.
 
     With an adapter merged into it, `sha256` stands for both, `base_sha256` for the backbone alone, and
-    `original_lm_head` is the LM head that the adapter changed, None where it changed none.
+    `original_lm_head` is the LM head that the adapter changed, None where it changed none. `behaviour` has
+    the hash of each part of what the model does with its tensors; none if the model is from no folder.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,27 @@ class LoadedModel:
     base_sha256: str | None = None
     adapter_sha256: str | None = None
     original_lm_head: nn.Module | None = None
+    behaviour: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def behaviour_sha256(self) -> str | None:
+        """Return the hash that stands for all parts of the behaviour, or None where there are none."""
+        return canonical_sha256(dict(self.behaviour)) if self.behaviour else None
+
+    def require_known_ids(self, token_ids: Iterable[int], *, where: str) -> None:
+        """Refuse token ids that the embedding has no row for: the tokenizer may know more words than it.
+
+        Raises: UserError that names the largest id.
+        """
+        num_rows = embedding_weights(self.model)[0].shape[0]
+        largest = max(token_ids, default=0)
+        if largest >= num_rows:
+            raise UserError(
+                found=f"token id {largest}",
+                need=f"ids below {num_rows}, the rows of the embedding of {self.name}",
+                where=where,
+                do="use the tokenizer that belongs to the model, or a chat template without that token",
+            )
 
 
 @dataclass(frozen=True)
@@ -147,6 +169,7 @@ def load_model(
     bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
     if spec.chat_template is not None and bare.tokenizer is not None:
         bare.tokenizer.chat_template = resolve_path(spec.chat_template, base_folder=base_folder).read_text()
+        bare = replace(bare, behaviour=behaviour_of(bare.model, bare.tokenizer, eos_ids=bare.eos_ids))
     if spec.adapter is None:
         return bare
     return with_adapter(bare, resolve_path(spec.adapter, base_folder=base_folder))
@@ -163,6 +186,7 @@ def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
         base_sha256=loaded.sha256,
         adapter_sha256=tuned.adapter_sha256,
         original_lm_head=tuned.original_lm_head,
+        behaviour={**loaded.behaviour, "adapter": adapter_behaviour(folder)} if loaded.behaviour else {},
     )
 
 
@@ -170,8 +194,29 @@ def heads_for(loaded: LoadedModel, path: Path) -> tuple[MedusaHeads, HeadsProven
     """Return the heads of a file, bound to the backbone, adapter and LM head that they were trained with."""
     base = loaded.base_sha256 or loaded.sha256
     heads, provenance = load_heads(path, backbone_sha256=base, adapter_sha256=loaded.adapter_sha256)
+    _check_behaviour(provenance, loaded, where=path.name)
     bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
     return heads, provenance
+
+
+def _check_behaviour(provenance: HeadsProvenance, loaded: LoadedModel, *, where: str) -> None:
+    """Refuse heads of a model with the same tensors that does something else with them."""
+    if not loaded.behaviour:
+        return
+    if provenance.behaviour is None:
+        _LOG.warning(
+            "%s does not say which %s its model had: only the tensors were compared",
+            where,
+            ", ".join(part for part in _HEADS_PARTS if part in loaded.behaviour),
+        )
+        return
+    if changed := differing(loaded.behaviour, provenance.behaviour, parts=_HEADS_PARTS):
+        raise UserError(
+            found=f"heads trained with another {' and '.join(changed)} of the same tensors",
+            need="the configuration, tokenizer and adapter that they were trained with",
+            where=where,
+            do=f"restore the files of {loaded.name}, or train heads for it as it is",
+        )
 
 
 def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
@@ -207,34 +252,43 @@ def _load_bare(
 ) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
-    folder, name, assets = _model_folder(spec, allow_hub=allow_hub)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, spec.dtype),
-            trust_remote_code=spec.trust_remote_code,
-            local_files_only=True,
-            **quantised,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            found=f"a model that does not load ({str(error).splitlines()[0]})",
-            need="a whole model folder",
-            where=name,
-        ) from error
-    sha256 = tensors_sha256(folder)  # of the stored tensors: the same whatever dtype they are loaded in
-    placed = model if quantised else model.to(device)
+    place = trusted_folder(spec, allow_hub=allow_hub)
+    weights = load_folder(place, spec, quantised=quantised)
+    placed: Any = weights.model
+    placed = placed if quantised else placed.to(device)
+    eos_ids = eos_ids_of(placed)
+    behaviour = behaviour_of(placed, weights.tokenizer, eos_ids=eos_ids)
+    check_pinned(behaviour, place.pinned_behaviour, name=place.name)
     return LoadedModel(
         model=placed.eval(),
-        tokenizer=tokenizer,
-        name=name,
-        sha256=sha256,
-        eos_ids=_eos_ids(model),
-        assets=assets,
+        tokenizer=weights.tokenizer,
+        name=place.name,
+        sha256=weights.sha256,
+        eos_ids=eos_ids,
+        assets=dict(place.assets),
+        behaviour=behaviour,
     )
+
+
+def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
+    model = tiny_model(spec, dtype=dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=f"tiny-random-{spec.seed}",
+        sha256=backbone_sha256(model),
+        eos_ids=frozenset(),
+        assets={},
+    )
+
+
+def trusted_folder(spec: ModelSpec, *, allow_hub: bool = False) -> ModelFolder:
+    """Return where a model lies, if the command line allows what the suite asks for.
+
+    Raises: UserError for a folder that is not there, or code in it that was not trusted.
+    """
+    require_trust(spec)
+    return model_folder(spec, allow_hub=allow_hub)
 
 
 def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None) -> str:
@@ -243,32 +297,14 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
         return load_model(
             spec, device=torch.device("cpu"), allow_hub=allow_hub, base_folder=base_folder
         ).sha256
-    return tensors_sha256(_model_folder(spec, allow_hub=allow_hub)[0])
+    place = trusted_folder(spec, allow_hub=allow_hub)
+    check_folder(place.path, name=place.name)
+    return tensors_sha256(place.path)
 
 
-def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[str, str]]:
-    """Return where a model lies, what it is called, and its asset with the hashes."""
-    if spec.asset is None:
-        assert spec.path is not None
-        folder = Path(spec.path)
-        if not folder.is_dir():
-            raise UserError(
-                found=f"no folder {folder.name!r}",
-                need="a folder with a model in Hugging Face format",
-                where="model.path",
-            )
-        return folder, folder.name, {}
-    specs = load_asset_specs()
-    if spec.asset not in specs:
-        raise UserError(
-            found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite"
-        )
-    fetched: FetchedAsset = fetch_asset(specs[spec.asset], cache_dir=cache_dir(), allow_hub=allow_hub)
-    return (
-        fetched.paths["model"],
-        spec.asset,
-        {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"},
-    )
+def model_without_weights(spec: ModelSpec) -> PreTrainedModel:
+    """Return the model of a local folder on the meta device. Raises: UserError as `load_model` does."""
+    return empty_model(trusted_folder(spec), spec)
 
 
 def engine_from_heads(
@@ -321,48 +357,6 @@ def load_tuned_engine(
     loaded = load_model(model, device=device, allow_hub=allow_hub, base_folder=base_folder)
     file = resolve_path(suite.tuned.heads_path, base_folder=base_folder)
     return engine_from_heads(loaded, file, mode=suite.engine)
-
-
-def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    generation: Any = model.generation_config
-    eos = getattr(generation, "eos_token_id", None)
-    eos = eos if eos is not None else model.config.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
-
-
-def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
-    torch.manual_seed(spec.seed)
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_attention_heads,
-        num_key_value_heads=spec.num_key_value_heads,
-        max_position_embeddings=spec.max_positions,
-        initializer_range=_TINY_STD,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        embedding, lm_head = embedding_weights(model)
-        embedding.mul_(_TINY_EMBEDDING_SCALE)
-        lm_head.mul_(_TINY_LM_HEAD_SCALE)
-    model = model.to(dtype).eval()
-    model.generation_config = GenerationConfig()
-    return LoadedModel(
-        model=model,
-        tokenizer=None,
-        name=f"tiny-random-{spec.seed}",
-        sha256=backbone_sha256(model),
-        eos_ids=frozenset(),
-        assets={},
-    )
 
 
 def new_heads(loaded: LoadedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:

@@ -72,6 +72,8 @@ def _environment(
         blas=blas_settings(),
         variables=settings(),
         backbone_sha256=loaded.sha256,
+        behaviour_sha256=loaded.behaviour_sha256,
+        behaviour=dict(loaded.behaviour),
         prompts_sha256=canonical_sha256(texts),
         model_name=loaded.name,
         assets=loaded.assets,
@@ -84,6 +86,8 @@ def _tuned_origin(tuned: Engine) -> TunedOrigin:
     return TunedOrigin(
         backbone_sha256=tuned.loaded.sha256,
         adapter_sha256=tuned.loaded.adapter_sha256,
+        behaviour_sha256=tuned.loaded.behaviour_sha256,
+        behaviour=dict(tuned.loaded.behaviour),
         heads_sha256=tuned.heads_sha256,
         heads_provenance=dict(tuned.heads_provenance),
         weight_bytes=tuned.weight_bytes,

@@ -101,12 +101,13 @@ def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[Prompt, ...]:
 
 
 def check_lengths(prompts: Sequence[Prompt], engine: Engine, *, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves too few of the model's positions for its answer.
+    """Refuse a prompt with unknown tokens, or that leaves too few of the model's positions for its answer.
 
     This comes before anything is measured.
     """
     depth = engine.heads.num_heads
     for prompt in prompts:
+        engine.loaded.require_known_ids(prompt.prompt_ids, where=f"prompt {prompt.key!r}")
         try:
             engine.runner.backbone.check_positions(
                 prompt_tokens=len(prompt.prompt_ids), max_new_tokens=max_new_tokens, depth=depth

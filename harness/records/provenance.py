@@ -29,6 +29,12 @@ class TunedOrigin(Frozen):
 
     backbone_sha256: str = Field(description="SHA-256 that stands for model and adapter together")
     adapter_sha256: str = Field(description="SHA-256 of the adapter's tensors")
+    behaviour_sha256: str | None = Field(
+        default=None, description="SHA-256 of all parts of the behaviour; null in older records"
+    )
+    behaviour: dict[str, str] = Field(
+        default={}, description="SHA-256 of each part of what model and adapter do with their tensors"
+    )
     heads_sha256: str = Field(description="SHA-256 of the heads' tensors")
     heads_provenance: dict[str, Any] = Field(
         default={}, description="what the heads' file says of their training"
@@ -63,6 +69,15 @@ class Environment(Provenance):
         description="environment variables that change threads or kernels, where set"
     )
     backbone_sha256: str = Field(description="SHA-256 of the backbone's stored tensors")
+    behaviour_sha256: str | None = Field(
+        default=None,
+        description="SHA-256 of all parts of the behaviour; null in older records and without a folder",
+    )
+    behaviour: dict[str, str] = Field(
+        default={},
+        description="SHA-256 of each part of what the model does with its tensors: numbers of the forward "
+        "pass, end tokens, tokenizer, template, adapter",
+    )
     heads_sha256: str | None = Field(description="SHA-256 of the heads' tensors; null without heads")
     prompts_sha256: str = Field(description="SHA-256 of keys and token ids of all texts that were read")
     model_name: str = Field(description="name of the backbone")
@@ -88,6 +103,7 @@ ENGINE_IDENTITY = (
     "engine",
     "dtype",
     "backbone_sha256",
+    "behaviour_sha256",
     "heads_sha256",
     "tuned",
     "prompts_sha256",

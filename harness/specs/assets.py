@@ -83,7 +83,8 @@ class AssetSpec(Frozen):
     """What an asset is: its kind, licence and sources in the order in which they are tried.
 
     A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`,
-    converted once. Prompts are files by role, the same roles in every source.
+    converted once. `tensors_sha256` pins its weights, `behaviour_sha256s` in parts what else decides its
+    texts. Prompts are files by role, the same roles in every source.
     """
 
     name: str
@@ -91,6 +92,7 @@ class AssetSpec(Frozen):
     licence: str
     note: str = ""
     tensors_sha256: Sha256 | None = None
+    behaviour_sha256s: dict[str, Sha256] = {}
     sources: tuple[Source, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -74,6 +74,7 @@ def train_heads(
         recipe=spec.recipe,
         training=figures,
         corpus_sha256=features.fingerprint(),
+        behaviour=dict(loaded.behaviour) or None,
         commit=commit,
         dirty=dirty,
     )

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from harness.assets.hashes import tensors_sha256
 from harness.device.engine import LoadedModel, best_device, heads_for, load_model, new_heads
+from harness.device.loading.behaviour import adapter_behaviour
 from harness.device.machine import checkout_state
 from harness.device.progress import progress_bar
 from harness.errors import UserError
@@ -285,7 +286,10 @@ def _write(
         return files
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(work / STEP_LOG, files.step_log)
-    adapter_sha256 = save_adapter(files.adapter, model.backbone) if files.adapter is not None else None
+    adapter_sha256, behaviour = None, dict(loaded.behaviour)
+    if files.adapter is not None:
+        adapter_sha256 = save_adapter(files.adapter, model.backbone)
+        behaviour = behaviour and {**behaviour, "adapter": adapter_behaviour(files.adapter)}
     backbone_sha256 = loaded.sha256
     if files.model is not None:
         model.model.save_pretrained(str(files.model))
@@ -302,6 +306,7 @@ def _write(
         lm_head_read=recipe.heads_lm_head if backbone != "frozen" else "original",
         lm_head_adapted=backbone == "full" or (backbone == "lora" and recipe.lora.lm_head),
         corpus_sha256=text.fingerprint(),
+        behaviour=behaviour or None,
         commit=commit,
         dirty=dirty,
     )

@@ -22,6 +22,7 @@ from harness.training.conversations import (
     turn_sequences,
 )
 from harness.training.workers import corpus_store
+from medusa_impl.engine.families import has_learned_positions, position_limit
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
@@ -66,7 +67,27 @@ class JointText:
 
 
 def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratch: bool = False) -> JointText:
-    """Return a recipe's text as sequences, split by the tokens of the first prompt."""
+    """Return a recipe's text as sequences, split by the tokens of the first prompt.
+
+    Raises: UserError for a text that the model cannot read: unknown tokens, or more than its table of
+    positions holds.
+    """
+    text = _read_text(spec, loaded, work=work, from_scratch=from_scratch)
+    limit = position_limit(loaded.model.config)
+    for sequence in (*text.train, *text.held_out):
+        loaded.require_known_ids(sequence.token_ids, where="the training text")
+    longest = max((len(sequence.token_ids) for sequence in (*text.train, *text.held_out)), default=0)
+    if limit is not None and longest > limit and has_learned_positions(loaded.model, limit):
+        raise UserError(
+            found=f"a training text of {longest} tokens",
+            need=f"at most {limit}, the positions of {loaded.name}",
+            where=f"{spec.name}.toml",
+            do=f"set max_length = {limit}",
+        )
+    return text
+
+
+def _read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratch: bool) -> JointText:
     length = spec.recipe.max_length
     if spec.conversations is not None:
         if loaded.tokenizer is None:

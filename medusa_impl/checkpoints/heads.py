@@ -28,6 +28,7 @@ class HeadsProvenance(BaseModel):
     lm_head_read: which LM head shared heads read, the original or the adapted one.
     lm_head_adapted: whether the two LM heads differ.
     corpus_sha256: the fingerprint of the features or sequences that the heads were trained on.
+    behaviour: the hash of each part of what the model did with its tensors; None in older files.
     commit, dirty: the git commit of the code, None outside a checkout; whether files differed from it.
     """
 
@@ -41,6 +42,7 @@ class HeadsProvenance(BaseModel):
     lm_head_read: HeadsLmHead = "original"
     lm_head_adapted: bool = False
     corpus_sha256: str | None = None
+    behaviour: dict[str, str] | None = None
     commit: str | None = None
     dirty: bool | None = None
     torch_version: str = torch.__version__

@@ -14,7 +14,6 @@ Paper: Section 2.1.2, tree attention.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,18 +23,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medusa_impl.engine.attention import GROUPED_ATTENTION
+from medusa_impl.engine.families import (
+    check_first_pass,
+    check_follows_trees,
+    has_learned_positions,
+    position_limit,
+    sliding_window,
+    switch_position,
+)
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.sections import Section, no_section
 from medusa_impl.engine.tree_mask import TreeMask
 from medusa_impl.errors import UserError
 from medusa_impl.tree import DraftTree
-
-# Models that take their position biases, or an own mask, from the order of the cache's slots. In a tree this
-# order is not that of the positions. MPT and GPT-Neo would give wrong logits without any error.
-_ALIBI_MODEL_TYPES = {"bloom", "mpt"}
-_SLOT_MASK_MODEL_TYPES = {"gpt_neo"}
-_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_NEEDED_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,23 @@ class _HiddenTap:
         self.hidden = output.last_hidden_state
 
     @staticmethod
-    def on(decoder: nn.Module) -> _HiddenTap:
-        """Return the tap of a decoder: one for the model, however many `Backbone`s share it."""
+    def on(decoder: nn.Module) -> tuple[_HiddenTap, bool]:
+        """Return the tap of a decoder, and whether it is new.
+
+        There is one for the model, however many `Backbone`s share it.
+        """
         for hook in decoder._forward_hooks.values():
             if isinstance(hook, _HiddenTap):
-                return hook
+                return hook, False
         tap = _HiddenTap()
         decoder.register_forward_hook(tap)
-        return tap
+        return tap, True
 
 
 class Backbone:
     """A causal LM in evaluation mode that scores N new tokens a row after those that a `TreeCache` keeps.
+
+    The first backbone of a model proves itself on a tree of three nodes.
 
     Raises: UserError for architectures that cannot follow a tree through the public interface, such as
     position biases by ALiBi or recurrent layers.
@@ -99,7 +104,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        _check_follows_trees(model)
+        check_follows_trees(model)
         model.eval()
         self.model = model
         implementation = config._attn_implementation
@@ -114,15 +119,18 @@ class Backbone:
         self.num_layers = int(config.num_hidden_layers)
         self.hidden_size = int(self.lm_head.get_parameter("weight").shape[1])
         self.vocab_size = int(config.vocab_size)
-        self.max_positions = int(getattr(config, "max_position_embeddings", 0)) or None
+        self._num_embeddings = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+        self.max_positions = position_limit(config)
+        self._switches_rope = switch_position(config) is not None
+        self._positions_end = self._switches_rope or has_learned_positions(model, self.max_positions)
         layer_types = set(getattr(config, "layer_types", None) or ())
-        # Some configurations name a window although none of their layers uses it.
-        window = None if layer_types == {"full_attention"} else getattr(config, "sliding_window", None)
-        self._mask = TreeMask(sliding_window=window, mixed_layers=len(layer_types) > 1)
+        self._mask = TreeMask(sliding_window=sliding_window(model), mixed_layers=len(layer_types) > 1)
         # Not `base_model`: OPT's LM calls the decoder inside its base model, and a hook on the base model
         # would never run.
-        self._tap = _HiddenTap.on(model.get_decoder())
+        self._tap, is_first = _HiddenTap.on(model.get_decoder())
         self.step_call: ModelCall = self.call_model
+        if is_first:
+            check_first_pass(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,13 +171,19 @@ class Backbone:
         """
         needed = prompt_tokens + max_new_tokens + depth
         if self.max_positions is not None and needed > self.max_positions:
-            raise UserError(
-                found=f"a prompt of {prompt_tokens} tokens with a budget of {max_new_tokens} and a tree of "
-                f"depth {depth}",
-                need=f"at most {self.max_positions} positions",
-                where="the backbone",
-                do="shorten the prompt or lower the token budget",
+            raise self._too_long(
+                f"a prompt of {prompt_tokens} tokens with a budget of {max_new_tokens} and a tree of depth "
+                f"{depth}"
             )
+
+    def _too_long(self, found: str) -> UserError:
+        after = " (the original length, from which on longrope changes)" if self._switches_rope else ""
+        return UserError(
+            found=found,
+            need=f"at most {self.max_positions} positions{after}",
+            where="the backbone",
+            do="shorten the prompt or lower the token budget",
+        )
 
     @torch.inference_mode()
     def forward(
@@ -210,7 +224,19 @@ class Backbone:
         The logits are those of its last `num_logits` tokens.
 
         Shapes: token_ids `[T]`; logits `[1, num_logits, V]`, hidden `[1, T, H]`.
+        Raises: UserError if the text needs a position that a table of positions does not hold, or a token
+        that the embedding does not.
         """
+        if token_ids.device.type == "cpu" and int(token_ids.max()) >= self._num_embeddings:
+            raise UserError(
+                found=f"token id {int(token_ids.max())}",
+                need=f"ids below {self._num_embeddings}, the rows of the embedding",
+                where="a text",
+                do="use the tokenizer that belongs to the model",
+            )
+        end = cache.lengths[row] + token_ids.shape[0]
+        if self._positions_end and self.max_positions is not None and end > self.max_positions:
+            raise self._too_long(f"a text of {end} tokens")
         # Texts have many lengths, so no mode that prepares for a fixed shape is used: the model is called
         # as it is.
         positions = torch.arange(token_ids.shape[0], device=self.device)
@@ -275,9 +301,14 @@ class Backbone:
     ) -> StepInputs:
         view_length = cache.begin_step(num_new=token_ids.shape[1], rows=rows)
         lengths = cache.device_lengths[rows]
+        position_ids = lengths[:, None] + depths
+        if self._positions_end and self.max_positions is not None:
+            # Only a row that has ended is written beyond the last position, while other rows go on. Its
+            # positions matter to nobody, but would change longrope for all rows, or miss the table.
+            position_ids = position_ids.clamp(max=self.max_positions - 1)
         return StepInputs(
             token_ids=token_ids,
-            position_ids=lengths[:, None] + depths,
+            position_ids=position_ids,
             mask=self._mask(lengths, depths, visible, slots=cache.slots[:view_length], dtype=self.dtype),
             num_logits=num_logits,
         )
@@ -291,37 +322,3 @@ class Backbone:
             yield
         finally:
             self.model.set_attn_implementation(ours)
-
-
-def _check_follows_trees(model: PreTrainedModel) -> None:
-    config = model.config
-    missing = _NEEDED_ARGUMENTS - set(inspect.signature(model.forward).parameters)
-    strange = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYER_TYPES
-    if config.model_type in _ALIBI_MODEL_TYPES or getattr(config, "alibi", False):
-        found, reason = (
-            "with ALiBi position biases",
-            "its biases would follow cache slots instead of tree depths",
-        )
-    elif config.model_type in _SLOT_MASK_MODEL_TYPES:
-        found, reason = (
-            "with a causal mask of its own",
-            "its mask would follow cache slots instead of tree depths",
-        )
-    elif missing:
-        found, reason = (
-            f"that takes no {', '.join(sorted(missing))}",
-            "a tree needs explicit positions and masks and a key-value cache",
-        )
-    elif strange:
-        found, reason = (
-            f"with layers of type {', '.join(sorted(strange))}",
-            "a tree needs attention that obeys a 4-D mask in every layer",
-        )
-    else:
-        return
-    raise UserError(
-        found=f"model type {config.model_type!r} {found}",
-        need="a model with rotary or learned positions and full or sliding-window attention",
-        where="the backbone",
-        do=f"choose another model: {reason}",
-    )

@@ -119,7 +119,8 @@ class StepRunner:
         heads = self.heads
 
         def short_pass() -> None:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            both = torch.tensor([[0, 0], [0, 1]], device=model.device)
+            model(input_ids=both[:1], position_ids=both[1:], use_cache=False)
             if heads is not None:
                 heads.states(torch.zeros(1, heads.hidden_size, dtype=model.dtype, device=model.device))
 

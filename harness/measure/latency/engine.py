@@ -12,7 +12,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.device.engine import (
     Engine,
@@ -20,6 +20,7 @@ from harness.device.engine import (
     embedding_weights,
     engine_from_heads,
     load_model,
+    model_without_weights,
 )
 from harness.device.environment import describe_engine
 from harness.device.random_model import random_model
@@ -32,6 +33,7 @@ from harness.records.provenance import Environment
 from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName
 from harness.specs.shapes import ShapeSpec, load_shapes
 from harness.specs.suite import TinyModelSpec
+from medusa_impl.engine.families import position_limit
 from medusa_impl.engine.packed_linear import packing_available
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
@@ -125,7 +127,7 @@ def facts_of_model(
         vocab_size=vocab_size,
         num_parameters=num_parameters,
         step_parameters=num_parameters - (0 if embedding is lm_head else embedding.numel()),
-        max_positions=int(getattr(config, "max_position_embeddings", 0)) or None,
+        max_positions=position_limit(config),
         num_heads=heads.num_heads,
         num_head_layers=heads.num_layers,
         head_architecture=heads.architecture,
@@ -155,20 +157,9 @@ def planned_facts(spec: LatencySpec) -> ModelFacts:
         return facts_of_shape(shape, heads=spec.heads, random_weights=spec.model is None)
     if spec.model.tiny is not None:
         return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads, random_weights=True)
-    folder = Path(spec.model.path or "")
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=spec.model.trust_remote_code, local_files_only=True
-            )
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            found=f"no readable configuration ({str(error).splitlines()[0]})",
-            need="a model's folder",
-            where=folder.name,
-        ) from error
-    return facts_of_model(model, name=folder.name, random_weights=False, heads=spec.heads)
+    model = model_without_weights(spec.model)
+    name = Path(spec.model.path or "").name
+    return facts_of_model(model, name=name, random_weights=False, heads=spec.heads)
 
 
 def known_shape(name: str) -> ShapeSpec:

@@ -72,6 +72,7 @@ def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tupl
         )
     budget = max(table.max_new_tokens for table in tables if table is not None)
     for prompt in prompts:
+        engine.loaded.require_known_ids(prompt.prompt_ids, where=f"prompt {prompt.key!r}")
         engine.runner.backbone.check_positions(
             prompt_tokens=len(prompt.prompt_ids), max_new_tokens=budget, depth=engine.heads.num_heads
         )
