@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from harness.errors import UserError
+from harness.files import read_text
 from harness.paths import CACHE_VARIABLE
 
 PART = ".part"
@@ -142,12 +143,7 @@ def model_weight_files(folder: Path) -> tuple[Path, ...]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            shards = sorted(
-                {
-                    folder / name
-                    for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                }
-            )
+            shards = sorted({folder / name for name in json.loads(read_text(index))["weight_map"].values()})
             if missing := [shard.name for shard in shards if not shard.is_file()]:
                 raise UserError(
                     found=f"no shard {', '.join(missing)}",

@@ -29,6 +29,7 @@ from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.errors import ExitCode, InvalidMeasurement, UserError
+from harness.files import read_text
 from harness.paths import code_folder
 
 DISTRIBUTION = "medusa-repro"
@@ -59,10 +60,10 @@ def code_version(code: Path) -> str:
     The checkout goes first, since the environment may hold another version of the same project.
     """
     try:
-        project = tomllib.loads((code.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads(read_text(code.parent / "pyproject.toml"))["project"]
         if project["name"] == DISTRIBUTION:
             return str(project["version"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
+    except (UserError, KeyError, tomllib.TOMLDecodeError):
         pass  # not a checkout of this project
     try:
         return metadata.version(DISTRIBUTION)

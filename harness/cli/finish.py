@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
-from harness.files import write_bytes
+from harness.files import read_text, write_bytes
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.folder import kind_of
@@ -91,7 +91,7 @@ def finish_profile(file: Path, *, readme: Path | None) -> None:
 
 def _is_training_profile(file: Path) -> bool:
     try:
-        return "stages" in json.loads(file.read_text(encoding="utf-8"))
+        return "stages" in json.loads(read_text(file))
     except ValueError as error:
         need = "a profile's file or a record's folder"
         raise UserError(found="a file that is no JSON", need=need, where=file.name) from error

@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from harness.assets.chat import fix_date
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import canonical_sha256, read_text
 from harness.paths import cache_dir, resolve_path
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
@@ -144,9 +145,11 @@ def load_model(
     CUDA device.
     """
     quantised = _quantised(quantisation)  # before anything is fetched
-    bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
+    bare = _load_bare(spec, device=device, allow_hub=allow_hub, base_folder=base_folder, quantised=quantised)
     if spec.chat_template is not None and bare.tokenizer is not None:
-        bare.tokenizer.chat_template = resolve_path(spec.chat_template, base_folder=base_folder).read_text()
+        bare.tokenizer.chat_template = read_text(resolve_path(spec.chat_template, base_folder=base_folder))
+    if spec.chat_date is not None and bare.tokenizer is not None:
+        fix_date(bare.tokenizer, spec.chat_date)
     if spec.adapter is None:
         return bare
     return with_adapter(bare, resolve_path(spec.adapter, base_folder=base_folder))
@@ -203,11 +206,16 @@ def _has_bitsandbytes() -> bool:
 
 
 def _load_bare(
-    spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    allow_hub: bool,
+    base_folder: Path | None,
+    quantised: dict[str, Any],
 ) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
-    folder, name, assets = _model_folder(spec, allow_hub=allow_hub)
+    folder, name, assets = _model_folder(spec, allow_hub=allow_hub, base_folder=base_folder)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -243,20 +251,16 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
         return load_model(
             spec, device=torch.device("cpu"), allow_hub=allow_hub, base_folder=base_folder
         ).sha256
-    return tensors_sha256(_model_folder(spec, allow_hub=allow_hub)[0])
+    return tensors_sha256(_model_folder(spec, allow_hub=allow_hub, base_folder=base_folder)[0])
 
 
-def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[str, str]]:
+def _model_folder(
+    spec: ModelSpec, *, allow_hub: bool, base_folder: Path | None
+) -> tuple[Path, str, dict[str, str]]:
     """Return where a model lies, what it is called, and its asset with the hashes."""
     if spec.asset is None:
         assert spec.path is not None
-        folder = Path(spec.path)
-        if not folder.is_dir():
-            raise UserError(
-                found=f"no folder {folder.name!r}",
-                need="a folder with a model in Hugging Face format",
-                where="model.path",
-            )
+        folder = model_folder(spec.path, base_folder=base_folder)
         return folder, folder.name, {}
     specs = load_asset_specs()
     if spec.asset not in specs:
@@ -269,6 +273,22 @@ def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[
         spec.asset,
         {spec.asset: f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"},
     )
+
+
+def model_folder(path: str, *, base_folder: Path | None) -> Path:
+    """Return the folder of a model that a data file names. Raises: UserError where there is none."""
+    try:
+        folder = resolve_path(path, base_folder=base_folder)
+    except UserError:
+        folder = None
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            found=f"no folder {Path(path).name!r}",
+            need="a folder with a model in Hugging Face format",
+            where="model.path, which goes from the folder of the data file unless it is absolute",
+            do="correct the path there",
+        )
+    return folder.absolute()
 
 
 def engine_from_heads(

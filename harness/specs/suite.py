@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,8 @@ class ModelSpec(Frozen):
     """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
 
     `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
-    `chat_template` names a Jinja file for a model whose tokenizer brings no template of its own.
+    `chat_template` names a Jinja file for a model whose tokenizer brings no template of its own. `chat_date`
+    is the day that a template which asks for the date writes; without it, that on which the work began.
     """
 
     asset: str | None = None
@@ -39,6 +41,7 @@ class ModelSpec(Frozen):
     trust_remote_code: bool = False
     adapter: DataPath | None = None
     chat_template: DataPath | None = None
+    chat_date: date | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:

@@ -20,6 +20,7 @@ from harness.device.engine import (
     embedding_weights,
     engine_from_heads,
     load_model,
+    model_folder,
 )
 from harness.device.environment import describe_engine
 from harness.device.random_model import random_model
@@ -143,7 +144,7 @@ def facts_of_engine(engine: Engine) -> ModelFacts:
     return facts_of_model(loaded.model, name=loaded.name, random_weights=loaded.tokenizer is None, heads=form)
 
 
-def planned_facts(spec: LatencySpec) -> ModelFacts:
+def planned_facts(spec: LatencySpec, *, base_folder: Path | None = None) -> ModelFacts:
     """Return the facts of a spec's model without loading a weight.
 
     They come from the published shape, or from the folder's configuration.
@@ -155,7 +156,7 @@ def planned_facts(spec: LatencySpec) -> ModelFacts:
         return facts_of_shape(shape, heads=spec.heads, random_weights=spec.model is None)
     if spec.model.tiny is not None:
         return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads, random_weights=True)
-    folder = Path(spec.model.path or "")
+    folder = model_folder(spec.model.path or "", base_folder=base_folder)
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(

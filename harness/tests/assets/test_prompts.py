@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from harness.assets.chat import render_chat
 from harness.assets.prompts import (
     BenchmarkPrompt,
     load_human_eval,
     load_mt_bench,
     load_prompt_file,
     overlap_report,
-    render_chat,
     select_prompts,
 )
 from harness.device.engine import LoadedModel
@@ -31,7 +31,7 @@ QUESTIONS = [
 
 
 def json_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -127,7 +127,7 @@ def test_own_prompts_as_json_lines(tmp_path: Path) -> None:
         ),
         ("mine.jsonl", b"", "no prompt"),
         ("mine.txt", b"\n \n", "no prompt"),
-        ("mine.txt", b"\xff\xfe\x00", "no readable text"),
+        ("mine.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("mine.json", b'["one", "two"]', "suffix '.json'"),  # once taken as text, brackets and all
     ],
 )
