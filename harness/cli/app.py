@@ -22,6 +22,7 @@ from rich.markup import escape
 from harness.cli.ablate import ablate
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.latency import latency
+from harness.cli.new_suite import new_suite
 from harness.cli.options import console
 from harness.cli.profile import profile, profile_training_command
 from harness.cli.reproduce import report, reproduce
@@ -36,6 +37,7 @@ DISTRIBUTION = "medusa-repro"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(assets)
+app.command("new-suite")(new_suite)
 app.command()(reproduce)
 app.command()(report)
 app.command()(train)

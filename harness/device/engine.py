@@ -322,9 +322,24 @@ def load_engine(
     if heads is None and suite.heads.path is not None:
         file = resolve_path(suite.heads.path, base_folder=base_folder)
         return engine_from_heads(loaded, file, mode=chosen)
+    if heads is None and suite.heads.absent:
+        heads = _idle_heads(loaded)
     digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=chosen)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})
+
+
+def _idle_heads(loaded: LoadedModel) -> MedusaHeads:
+    """Return one untrained head, for a suite none of whose arms drafts: probes and traces ask for one."""
+    lm_head: Any = loaded.model.get_output_embeddings()
+    vocab_size, hidden_size = lm_head.weight.shape
+    return MedusaHeads(
+        num_heads=1,
+        num_layers=1,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        architecture="shared",
+    )
 
 
 def load_tuned_engine(
