@@ -50,6 +50,21 @@ def resolve_path(text: str, *, base_folder: Path | None) -> Path:
     )
 
 
+def model_folder(path: str, *, base_folder: Path | None) -> Path:
+    """Return the folder of a model that a data file names. Raises: UserError where there is none."""
+    folder = None
+    with contextlib.suppress(UserError):
+        folder = resolve_path(path, base_folder=base_folder)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            found=f"no folder {Path(path).name!r}",
+            need="a folder with a model in Hugging Face format",
+            where="model.path, which goes from the folder of the data file unless it is absolute",
+            do="correct the path there",
+        )
+    return folder.absolute()
+
+
 def _below(folder: Path | None, path: Path) -> tuple[Path, ...]:
     return () if folder is None else (folder / path,)
 

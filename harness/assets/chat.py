@@ -10,6 +10,10 @@ from harness.errors import UserError
 
 _DAY = "medusa_repro_chat_date"  # attribute of a tokenizer
 _ASKS = "strftime_now"  # the function by which a template asks
+_CODES = (
+    *(f"%-{letter}" for letter in "dmyHIMSj"),
+    *(f"%{letter}" for letter in "aAbBcdDeFHIjmMpSTuUwWxXyY"),
+)
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -72,12 +76,18 @@ def taken_date(tokenizer: Any, *, begun: date | None) -> date | None:
     return day
 
 
+def _told(day: date) -> str:
+    """Return a macro that goes before a template and before the function by which it would ask for today."""
+    moment = datetime.combine(day, time())
+    told = "".join(f".replace('{code}', '{moment.strftime(code)}')" for code in _CODES)
+    return f"{{%- macro {_ASKS}(format) -%}}{{{{ format{told} }}}}{{%- endmacro -%}}"
+
+
 def _applied(tokenizer: Any, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:
     day = fixed_date(tokenizer)
-    if day is not None:
-        # a variable of a template goes before the function that transformers gives to all
-        how[_ASKS] = datetime.combine(day, time()).strftime
     try:
+        if day is not None and asks_for_date(tokenizer):
+            how["chat_template"] = _told(day) + tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, **how)
     except Exception as error:  # a template may raise whatever it likes
         reason = " ".join(str(error).split())[:200]

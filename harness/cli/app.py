@@ -23,7 +23,7 @@ from harness.cli.ablate import ablate
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
-from harness.cli.options import console
+from harness.cli.options import console, print_any_text
 from harness.cli.profile import profile, profile_training_command
 from harness.cli.reproduce import report, reproduce
 from harness.cli.sweep import sweep
@@ -92,6 +92,7 @@ def shared_options(
 
 def main() -> None:
     """Run the command line and exit with the project's codes."""
+    print_any_text()
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -114,7 +115,12 @@ def main() -> None:
 
 def _print_error(kind: str, message: str) -> None:
     """Print one line; what a user typed may look like markup and is shown as it is."""
-    console.print(f"[red]{kind}:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[red]{kind}:[/red] {escape(' '.join(message.split()))}",
+        markup=True,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _disk_message(error: OSError) -> str:

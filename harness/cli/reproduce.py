@@ -78,7 +78,7 @@ def reproduce(
             results=options.results,
             prompts_file=prompts,
             base_folder=file.parent,
-            console=Console(),
+            console=Console(markup=False),
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)

@@ -27,7 +27,7 @@ from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.hashes import tensors_sha256
 from harness.errors import UserError
 from harness.files import canonical_sha256, read_text
-from harness.paths import cache_dir, resolve_path
+from harness.paths import cache_dir, model_folder, resolve_path
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
@@ -275,22 +275,6 @@ def _model_folder(
     )
 
 
-def model_folder(path: str, *, base_folder: Path | None) -> Path:
-    """Return the folder of a model that a data file names. Raises: UserError where there is none."""
-    try:
-        folder = resolve_path(path, base_folder=base_folder)
-    except UserError:
-        folder = None
-    if folder is None or not folder.is_dir():
-        raise UserError(
-            found=f"no folder {Path(path).name!r}",
-            need="a folder with a model in Hugging Face format",
-            where="model.path, which goes from the folder of the data file unless it is absolute",
-            do="correct the path there",
-        )
-    return folder.absolute()
-
-
 def engine_from_heads(
     loaded: LoadedModel, heads_file: Path, *, mode: Mode | Literal["auto"] = "auto"
 ) -> Engine:
@@ -323,23 +307,11 @@ def load_engine(
         file = resolve_path(suite.heads.path, base_folder=base_folder)
         return engine_from_heads(loaded, file, mode=chosen)
     if heads is None and suite.heads.absent:
-        heads = _idle_heads(loaded)
+        # none of the arms drafts; probes and traces ask for a head
+        heads = new_heads(loaded, Medusa1Settings(num_heads=1, architecture="shared"))
     digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=chosen)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})
-
-
-def _idle_heads(loaded: LoadedModel) -> MedusaHeads:
-    """Return one untrained head, for a suite none of whose arms drafts: probes and traces ask for one."""
-    lm_head: Any = loaded.model.get_output_embeddings()
-    vocab_size, hidden_size = lm_head.weight.shape
-    return MedusaHeads(
-        num_heads=1,
-        num_layers=1,
-        hidden_size=hidden_size,
-        vocab_size=vocab_size,
-        architecture="shared",
-    )
 
 
 def load_tuned_engine(

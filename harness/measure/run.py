@@ -100,9 +100,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     device = best_device()
     require_own_gpu()
     base_folder = suite_file.parent if suite_file is not None else None
-    console.print(
-        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
-    )
+    console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
     take_date(
         loaded,

@@ -66,9 +66,7 @@ def profile_suite(
             found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}"
         )
     trace_file = resolve_path(suite.calibration_trace, base_folder=suite_file.parent)
-    console.print(
-        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
-    )
+    console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, base_folder=suite_file.parent)
     take_date(loaded)
     prompts = suite_prompts(

@@ -1,4 +1,4 @@
-"""A folder with a tiny model that reads text: the smoke suite's, whose trained heads fit it, and a tokenizer."""
+"""A folder with a tiny model that reads text: that of the smoke suite, and a tokenizer."""
 
 from __future__ import annotations
 

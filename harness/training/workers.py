@@ -172,7 +172,7 @@ def corpus_worker(
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
     # what heads alone learn from; with the backbone they learn from text
     keep_states = isinstance(spec, HeadsRecipe)
-    console = Console(stderr=True, quiet=index > 0)
+    console = Console(stderr=True, quiet=index > 0, markup=False)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
         backbone,

@@ -85,7 +85,7 @@ def run_ablation(
     for recipe in recipes.values():
         check_runnable(recipe)
     console.print(
-        f"[bold]{spec.name}[/bold]: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
+        f"{spec.name}: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
         "answer tokens each"
     )
     loaded = load_model(
@@ -149,7 +149,7 @@ def _fill_record(
             continue
         work = bench.work / f"{arm}-{seed}"
         job = ArmJob(bench.spec, suite_file, arm, seed, work, options.allow_hub)
-        bench.console.print(f"[bold]{arm}[/bold], seed {seed}")
+        bench.console.print(f"{arm}, seed {seed}")
         _train(job, own_process=options.own_process)
         found = bench.measure(job, recipes[arm])
         _keep(

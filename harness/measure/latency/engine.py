@@ -20,14 +20,13 @@ from harness.device.engine import (
     embedding_weights,
     engine_from_heads,
     load_model,
-    model_folder,
 )
 from harness.device.environment import describe_engine
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.measure.latency.modes import LatencyPrompt
-from harness.paths import resolve_path
+from harness.paths import model_folder, resolve_path
 from harness.records.latency import ModelFacts, facts_of_shape
 from harness.records.provenance import Environment
 from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName

@@ -79,7 +79,7 @@ def run_latency(
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
-    console.print(f"[bold]{spec.name}[/bold]: loading {model_description(spec)} in {first}")
+    console.print(f"{spec.name}: loading {model_description(spec)} in {first}")
     free_bytes = free_memory_bytes(device)
     if spec.shape is not None:
         check_fits(spec, dtype=first, free_bytes=free_bytes)
