@@ -15,7 +15,8 @@ from harness.device.engine import load_model
 from harness.tests.tiny_suite import smoke_suite
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-DATED = "Today is {{ strftime_now('%d %b %Y') }}. " + TEMPLATE
+# so many words that two days differ in their number, whatever words the tokenizer knows
+DATED = "It is {{ strftime_now('%d %b') }} {{ 'the ' * (strftime_now('%d') | int) }}. " + TEMPLATE
 
 
 def save_text_model(folder: Path, *, template: str | None = TEMPLATE) -> Path:
