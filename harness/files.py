@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -94,12 +95,7 @@ def read_toml(
     Raises: UserError for a file that cannot be read, is no TOML, is of another kind, or has a key or value
     that its schema does not know; the first fault is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(found=f"no readable file ({why})", need=f"{noun} in TOML", where=path.name) from error
-    data = _toml(text, noun=noun, where=path.name)
+    data = _toml(read_text(path, need=f"{noun} in TOML"), noun=noun, where=path.name)
     if kind is not None:
         _check_kind(data, kind, noun=noun, where=path.name)
     return _validated(
@@ -160,6 +156,42 @@ def first_fault(error: ValidationError) -> str:
     return f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}"
 
 
+def read_text(path: Path, *, need: str = "a text file in UTF-8") -> str:
+    """Return the text of a file: UTF-8, whatever the locale; a byte-order mark and carriage returns go.
+
+    `need` is what messages say is needed instead of a file that cannot be read.
+    Raises: UserError for a file that cannot be read or is not UTF-8.
+    """
+    try:
+        return text_of(path.read_bytes())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else _no_text(error)
+        raise UserError(found=f"no readable file ({why})", need=need, where=path.name) from error
+
+
+def text_of(content: bytes) -> str:
+    """Return bytes as text, without a byte-order mark and carriage returns. Raises: UnicodeDecodeError."""
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def _no_text(error: ValueError) -> str:
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text, which newlines alone end.
+
+    `splitlines` also splits at form feeds, U+0085, U+2028 and U+2029, which may stand raw in a JSON string.
+    """
+    *lines, tail = text.split("\n")
+    return [*lines, tail] if tail else lines
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text atomically, as UTF-8 with bare newlines, whatever the locale."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def read_lines(
     path: Path, parse: Callable[[bytes], Line], *, holds: str, allow_torn_tail: bool = False
 ) -> tuple[Line, ...]:
@@ -170,7 +202,8 @@ def read_lines(
     Raises: UserError naming file and line.
     """
     try:
-        *lines, tail = path.read_bytes().split(b"\n")  # bytes: a kill may cut a character in two
+        # bytes: a kill may cut a character in two
+        *lines, tail = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(
             found=f"no readable {path.name}", need="a record file", where=path.parent.name

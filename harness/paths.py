@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -29,20 +30,43 @@ def code_folder() -> Path:
 
 
 def resolve_path(text: str, *, base_folder: Path | None) -> Path:
-    """Return the file that a data file names: as given, from the base folder, or among the shipped data.
+    """Return the file that a data file names: absolute, from the base folder, or among the shipped data.
 
-    The base folder is that of the file which names the path; None where no file does.
+    The base folder is that of the file which names the path; None where no file does. The working directory
+    counts for no path in a file, so that a file means the same from everywhere.
     Raises: UserError where none of them exists.
     """
-    for candidate in (Path(text), *((base_folder / text,) if base_folder is not None else ()), shipped(text)):
-        if candidate.exists():
-            return Path(candidate)
+    named = Path(text)
+    candidates = [named] if named.is_absolute() else [*_below(base_folder, named), shipped(text)]
+    for candidate in candidates:
+        with contextlib.suppress(ValueError):  # a NUL character
+            if candidate.exists():
+                return candidate
     raise UserError(
         found=f"no file {text!r}",
-        need="a path that exists: absolute, or from here, from the folder of the data file, or from suites/",
+        need="a path that exists: absolute, from the folder of the data file, or from suites/",
         where="the data file that names it",
         do="correct the path there",
     )
+
+
+def model_folder(path: str, *, base_folder: Path | None) -> Path:
+    """Return the folder of a model that a data file names. Raises: UserError where there is none."""
+    folder = None
+    with contextlib.suppress(UserError):
+        folder = resolve_path(path, base_folder=base_folder)
+    if folder is None or not folder.is_dir():
+        raise UserError(
+            found=f"no folder {Path(path).name!r}",
+            need="a folder with a model in Hugging Face format",
+            where="model.path, which goes from the folder of the data file unless it is absolute",
+            do="correct the path there",
+        )
+    return folder.absolute()
+
+
+def _below(folder: Path | None, path: Path) -> tuple[Path, ...]:
+    return () if folder is None else (folder / path,)
 
 
 def default_results() -> Path:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen, first_fault, read_lines
+from harness.files import Frozen, first_fault, read_lines, text_of
 
 Data = dict[str, Any]
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -108,7 +108,7 @@ def read_versioned_file(path: Path, model: type[ModelT], *, noun: str) -> ModelT
     Raises: UserError for a missing or unreadable file, or one of another schema.
     """
     try:
-        return model.model_validate_json(path.read_text(encoding="utf-8"), context=ReadFrom(path.name))
+        return model.model_validate_json(text_of(path.read_bytes()), context=ReadFrom(path.name))
     except ValidationError as error:
         raise UserError(
             found=first_fault(error), need=f"a {model.__name__} record", where=path.name

@@ -10,6 +10,7 @@ from typing import Literal
 
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import Frozen
+from medusa_impl.text_files import read_lines
 
 STEP_LOG = "steps.jsonl"
 
@@ -123,7 +124,7 @@ def read_step_log(path: Path) -> tuple[JointStep, ...]:
     Raises: UserError for a file that cannot be read, or a line that is no step.
     """
     try:
-        return tuple(JointStep.model_validate_json(line) for line in path.read_text().splitlines())
+        return tuple(JointStep.model_validate_json(line) for line in read_lines(path))
     except (OSError, ValueError) as error:
         raise UserError(
             found=f"an unreadable step log ({error})",

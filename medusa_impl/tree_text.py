@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa_impl.errors import UserError
+from medusa_impl.text_files import read_text
 
 SCHEMA_VERSION = 1
 
@@ -42,7 +43,7 @@ def _read_text(text_or_path: str | Path) -> tuple[str, str]:
         return text_or_path, "tree given as text"
     where = str(text_or_path)
     try:
-        return Path(text_or_path).read_text(encoding="utf-8"), where
+        return read_text(Path(text_or_path)), where
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             found=f"no readable tree ({error})", need="a JSON file of rank paths", where=where

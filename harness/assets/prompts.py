@@ -1,4 +1,4 @@
-"""Benchmark prompts and the check that no training prompt overlaps with them."""
+"""Prompts of benchmarks and of the user's own, and the check that no training prompt overlaps with them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, lines_of, read_text
 
 
 class BenchmarkPrompt(Frozen):
@@ -100,8 +100,9 @@ def load_human_eval(path: Path) -> tuple[BenchmarkPrompt, ...]:
 def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
     """Return a user's own prompts out of a `.jsonl` or text file.
 
-    JSON lines hold `prompt` or `turns`, and perhaps `category` and `key`; a text file holds one prompt a
-    line.
+    JSON lines hold `prompt`, a text, or `turns`, a list of texts; perhaps `key`, a name of the prompt's own,
+    and `category`, which a limit is balanced over. Other keys are left aside. A text file holds one prompt a
+    line; its blank lines are left out.
     Raises: UserError naming the line at fault.
     """
     if not path.is_file() or path.suffix not in (".jsonl", ".txt"):
@@ -109,11 +110,11 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
         raise UserError(found=found, need="a .jsonl or .txt file of prompts", where=path.name)
     prompts: list[BenchmarkPrompt] = []
     if path.suffix == ".txt":
-        lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
-        prompts = [
-            BenchmarkPrompt(key=f"{path.stem}-{number}", category="own", turns=(line,))
-            for number, line in enumerate(lines)
-        ]
+        for number, line in enumerate(lines_of(read_text(path)), start=1):
+            if line.strip():
+                check_text(line, where=f"{path.name}:{number}")
+                key = f"{path.stem}-{len(prompts)}"
+                prompts.append(BenchmarkPrompt(key=key, category="own", turns=(line.strip(),)))
     else:
         for number, (row, where) in enumerate(_json_lines(path)):
             turns = row.get("turns") or ([row["prompt"]] if row.get("prompt") else None)
@@ -123,13 +124,10 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
                     need="a non-empty `prompt` string or `turns` list",
                     where=where,
                 )
-            prompts.append(
-                BenchmarkPrompt(
-                    key=str(row.get("key", f"{path.stem}-{number}")),
-                    category=str(row.get("category", "own")),
-                    turns=tuple(turns),
-                )
-            )
+            key, category = str(row.get("key", f"{path.stem}-{number}")), str(row.get("category", "own"))
+            for text in (*turns, key, category):
+                check_text(text, where=where)
+            prompts.append(BenchmarkPrompt(key=key, category=category, turns=tuple(turns)))
     if len({prompt.key for prompt in prompts}) != len(prompts):
         raise UserError(
             found="a key that two prompts have", need="a key of its own for each prompt", where=path.name
@@ -137,6 +135,34 @@ def load_prompt_file(path: Path) -> tuple[BenchmarkPrompt, ...]:
     if not prompts:
         raise UserError(found="no prompt", need="at least one prompt", where=path.name)
     return tuple(prompts)
+
+
+def check_text(text: str, *, where: str) -> None:
+    """Refuse a text that says nothing, or that no tokenizer reads: blank, with a NUL, or half a character.
+
+    Raises: UserError.
+    """
+    fault = next(_faults(text), None)
+    if fault is not None:
+        raise UserError(found=fault, need="text of whole characters", where=where, do="mend or drop the text")
+
+
+def _faults(text: str) -> Iterator[str]:
+    if not text.strip():
+        yield "a blank text"
+    if "\0" in text:
+        yield "a NUL character"
+    lone = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if lone is not None:
+        yield f"half of a surrogate pair (\\u{ord(lone):04x})"
+
+
+def turns_note(prompts: Sequence[BenchmarkPrompt], *, file: str) -> str | None:
+    """Return a line that says which prompts of a file have turns that nothing decodes; None without any."""
+    more = sum(len(prompt.turns) > 1 for prompt in prompts)
+    if not more:
+        return None
+    return f"{file}: {more} of {len(prompts)} prompts have further turns; only the first turn is decoded"
 
 
 def select_prompts(
@@ -152,19 +178,6 @@ def select_prompts(
             groups[prompt.category].append(prompt)
     interleaved = [prompt for row in zip_longest(*groups.values()) for prompt in row if prompt is not None]
     return tuple(interleaved[:limit])
-
-
-def render_chat(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Return one user message as token ids, through the tokenizer's chat template, ready for the answer.
-
-    A tokenizer without a template gets the plain text.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        return tuple(tokenizer(text)["input_ids"])
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-    )
-    return tuple(rendered["input_ids"])
 
 
 def overlap_report(
@@ -194,26 +207,18 @@ def _ngrams(text: str, size: int) -> list[tuple[str, ...]]:
     return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            found=f"no readable text ({type(error).__name__})", need="a UTF-8 text file", where=path.name
-        ) from error
-
-
 def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     rows = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(path)), start=1):
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise UserError(
-                found=f"invalid JSON ({error.msg})", need="one JSON object a line", where=where
+                found=f"invalid JSON ({why})", need="one JSON object a line", where=where
             ) from error
         if not isinstance(row, dict):
             raise UserError(found=f"a {type(row).__name__}", need="one JSON object a line", where=where)

@@ -24,6 +24,7 @@ from harness.assets.files import (
 )
 from harness.assets.hashes import content_sha256s, pinned_sha256s, tensors_sha256
 from harness.errors import UserError
+from harness.files import lines_of
 from harness.specs.assets import AssetSpec, PypiWheelSource
 
 POLL_S = 0.2
@@ -66,7 +67,7 @@ def _refuse(requirement: str, output: str) -> None:
             need="pip, which fetches the wheel",
             do="run `python -m ensurepip`, or name a local folder for the asset",
         )
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in lines_of(output) if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")]
     last = (errors or lines or ["no output"])[-1]
     unreached = "; an index did not answer" if "Retrying (" in output else ""

@@ -45,7 +45,7 @@ def ablate(
     spec = load_ablation(file)
     place = results or default_results()
     if dry_run:
-        minutes = print_ablation_plan(spec, results=place, console=Console())
+        minutes = print_ablation_plan(spec, results=place, console=Console(markup=False))
         print(
             json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)})
         )

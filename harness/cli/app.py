@@ -24,7 +24,8 @@ from rich.markup import escape
 from harness.cli.ablate import ablate
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.latency import latency
-from harness.cli.options import console
+from harness.cli.new_suite import new_suite
+from harness.cli.options import console, print_any_text
 from harness.cli.profile import profile, profile_training_command
 from harness.cli.reproduce import report, reproduce
 from harness.cli.sweep import sweep
@@ -32,12 +33,14 @@ from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, InvalidMeasurement, UserError
+from harness.files import read_text
 from harness.paths import code_folder, without_paths
 
 DISTRIBUTION = "medusa-repro"
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command()(assets)
+app.command("new-suite")(new_suite)
 app.command()(reproduce)
 app.command()(report)
 app.command()(train)
@@ -62,10 +65,10 @@ def code_version(code: Path) -> str:
     The checkout goes first, since the environment may hold another version of the same project.
     """
     try:
-        project = tomllib.loads((code.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project = tomllib.loads(read_text(code.parent / "pyproject.toml"))["project"]
         if project["name"] == DISTRIBUTION:
             return str(project["version"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
+    except (UserError, KeyError, tomllib.TOMLDecodeError):
         pass  # not a checkout of this project
     try:
         return metadata.version(DISTRIBUTION)
@@ -106,6 +109,7 @@ def main() -> None:
     """Run the command line and exit with the project's codes."""
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]  # it changes no figure, so no record keeps it
+    print_any_text()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
@@ -148,7 +152,12 @@ def _told(error: BaseException) -> int:
 
 def _print_error(kind: str, message: str, code: int) -> int:
     """Print one line; what a user typed may look like markup and is shown as it is."""
-    console.print(f"[red]{kind}:[/red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[red]{kind}:[/red] {escape(' '.join(message.split()))}",
+        markup=True,
+        highlight=False,
+        soft_wrap=True,
+    )
     return code
 
 

@@ -44,7 +44,7 @@ def assets(
         for row in asset_rows(specs, cache_dir()):
             size = f"{row.size_bytes / 1e6:.1f}" if row.size_bytes is not None else "-"
             table.add_row(row.name, row.kind, row.licence, "yes" if row.is_cached else "no", size, row.source)
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 def doctor() -> None:
@@ -54,7 +54,7 @@ def doctor() -> None:
     table = Table("", "what", "found", "advice")
     for line in examine():
         table.add_row("ok" if line.fine else "!", line.name, line.found, "" if line.fine else line.advice)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def validate(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.errors import UserError
+from harness.files import read_text
 from harness.paths import default_results, shipped
 from harness.specs.suite import SuiteSpec, load_suite
 
@@ -70,8 +71,7 @@ def find_data(text: str, *, kind: Kind) -> Path:
 
 
 def _says(path: Path, kind: Kind) -> bool:
-    with path.open("rb") as file:
-        return tomllib.load(file).get("kind") == kind
+    return tomllib.loads(read_text(path)).get("kind") == kind
 
 
 def _without_old_prefix(name: str) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
-from harness.files import write_bytes
+from harness.files import read_text, write_bytes
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.folder import kind_of
@@ -53,7 +53,7 @@ def finish_run(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None
     record = RunRecord(folder)
     judgement = judge(record, claims=claims)
     write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
-    print_verdicts(Console(), judgement)
+    print_verdicts(Console(markup=False), judgement)
     print(json.dumps(headline(judgement, record), allow_nan=False))
     if readme is not None:
         update_readme(readme, run_block(record, judgement))
@@ -66,7 +66,7 @@ def finish_latency(folder: Path, *, readme: Path | None) -> None:
     from harness.report.latency import latency_headline, print_latency
 
     record = write_latency_report(folder)
-    print_latency(Console(), record)
+    print_latency(Console(markup=False), record)
     if readme is not None:
         update_readme(readme, latency_block(record))
     print(json.dumps(latency_headline(record), allow_nan=False))
@@ -91,7 +91,7 @@ def finish_profile(file: Path, *, readme: Path | None) -> None:
 
 def _is_training_profile(file: Path) -> bool:
     try:
-        return "stages" in json.loads(file.read_text(encoding="utf-8"))
+        return "stages" in json.loads(read_text(file))
     except ValueError as error:
         need = "a profile's file or a record's folder"
         raise UserError(found="a file that is no JSON", need=need, where=file.name) from error
@@ -110,7 +110,7 @@ def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) ->
     """Print where the time of training steps goes, write the README's table, end with one JSON line."""
     from harness.report.profiles import committed_profiles, print_training_profile, training_headline
 
-    print_training_profile(Console(), profile)
+    print_training_profile(Console(markup=False), profile)
     if readme is not None:
         update_readme(readme, training_block(committed_profiles(default_results())))
     print(json.dumps(training_headline(profile), allow_nan=False))
@@ -145,7 +145,7 @@ def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path |
         console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
     text = render_ablation(record, rows, verdicts, has_curves=(folder / CURVES_FILE).exists())
     write_bytes(folder / "report.md", text.encode())
-    print_ablation(Console(), rows, verdicts)
+    print_ablation(Console(markup=False), rows, verdicts)
     if readme is not None:
         elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
         update_readme(readme, ablation_block(record, rows, verdicts, elsewhere=elsewhere))
@@ -168,7 +168,7 @@ def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | No
         console.print(f"no figures: {error}", highlight=False, markup=False, soft_wrap=True)
     names = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
     write_bytes(folder / "report.md", render_sweep_report(record, claims=claims, figures=names).encode())
-    print_sweep(Console(), record)
+    print_sweep(Console(markup=False), record)
     if readme is not None:
         update_readme(readme, sweep_block(record, figures=names))
     print(json.dumps(sweep_headline(record, claims=claims), allow_nan=False))

@@ -58,7 +58,8 @@ def latency(
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}
     wanted = overridden(load_latency_spec(file), shape=shape, dtypes=dtype, modes=modes, **changes)
     if dry_run:
-        print(json.dumps({"latency": wanted.name, **print_latency_plan(wanted, console=Console())}))
+        counts = print_latency_plan(wanted, console=Console(markup=False), base_folder=file.parent)
+        print(json.dumps({"latency": wanted.name, **counts}))
         return
     options = LatencyOptions(
         results=results or default_results(), resume=resume, allow_hub=hub, command=command_line()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -11,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-console = Console(stderr=True)
+# What is printed holds names and paths of a user's, whose brackets are no markup: no console reads any.
+console = Console(stderr=True, markup=False)
 
 SuiteArgument = Annotated[str, typer.Argument(help="name of a shipped suite, or a TOML file")]
 RecipeArgument = Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")]
@@ -21,6 +23,13 @@ ClaimsOption = Annotated[Path | None, typer.Option(help="TOML file of your own c
 HubOption = Annotated[
     bool, typer.Option("--hub", help="let missing models be fetched from the Hugging Face hub")
 ]
+
+
+def print_any_text() -> None:
+    """Let what a terminal's encoding lacks become a question mark, where it would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def command_line(*, address: str | None = None) -> str:

@@ -31,7 +31,13 @@ def reproduce(
     time_budget: Annotated[
         float | None, typer.Option(help="minutes after which no further prompt is begun", min=0.1)
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="file of your own prompts, .jsonl or .txt")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="file of your own prompts: .txt, a prompt a line; or .jsonl, an object a line with prompt "
+            "(or turns, of which the first is decoded) and, as you like, key and category"
+        ),
+    ] = None,
     tree: Annotated[
         Path | None, typer.Option(help="JSON file of a tree to use instead of the searched ones")
     ] = None,
@@ -68,7 +74,11 @@ def reproduce(
         from harness.measure.plan import print_plan
 
         print_plan(
-            effective_suite(spec, options), results=options.results, prompts_file=prompts, console=Console()
+            effective_suite(spec, options),
+            results=options.results,
+            prompts_file=prompts,
+            base_folder=file.parent,
+            console=Console(markup=False),
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)

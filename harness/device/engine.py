@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from harness.assets.chat import fix_date
 from harness.assets.hashes import tensors_sha256
 from harness.device.loading.behaviour import (
     adapter_behaviour,
@@ -26,7 +27,7 @@ from harness.device.loading.folder import ModelFolder, check_folder, model_folde
 from harness.device.loading.tiny import tiny_model
 from harness.device.loading.weights import empty_model, load_folder
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import canonical_sha256, read_text
 from harness.paths import resolve_path
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
@@ -166,10 +167,12 @@ def load_model(
     CUDA device.
     """
     quantised = _quantised(quantisation)  # before anything is fetched
-    bare = _load_bare(spec, device=device, allow_hub=allow_hub, quantised=quantised)
+    bare = _load_bare(spec, device=device, allow_hub=allow_hub, base_folder=base_folder, quantised=quantised)
     if spec.chat_template is not None and bare.tokenizer is not None:
-        bare.tokenizer.chat_template = resolve_path(spec.chat_template, base_folder=base_folder).read_text()
+        bare.tokenizer.chat_template = read_text(resolve_path(spec.chat_template, base_folder=base_folder))
         bare = replace(bare, behaviour=behaviour_of(bare.model, bare.tokenizer, eos_ids=bare.eos_ids))
+    if spec.chat_date is not None and bare.tokenizer is not None:
+        fix_date(bare.tokenizer, spec.chat_date)
     if spec.adapter is None:
         return bare
     return with_adapter(bare, resolve_path(spec.adapter, base_folder=base_folder))
@@ -248,11 +251,16 @@ def _has_bitsandbytes() -> bool:
 
 
 def _load_bare(
-    spec: ModelSpec, *, device: torch.device, allow_hub: bool, quantised: dict[str, Any]
+    spec: ModelSpec,
+    *,
+    device: torch.device,
+    allow_hub: bool,
+    base_folder: Path | None,
+    quantised: dict[str, Any],
 ) -> LoadedModel:
     if spec.tiny is not None:
         return _tiny_model(spec.tiny, dtype=getattr(torch, spec.dtype))
-    place = trusted_folder(spec, allow_hub=allow_hub)
+    place = trusted_folder(spec, allow_hub=allow_hub, base_folder=base_folder)
     weights = load_folder(place, spec, quantised=quantised)
     placed: Any = weights.model
     placed = placed if quantised else placed.to(device)
@@ -282,13 +290,15 @@ def _tiny_model(spec: TinyModelSpec, *, dtype: torch.dtype) -> LoadedModel:
     )
 
 
-def trusted_folder(spec: ModelSpec, *, allow_hub: bool = False) -> ModelFolder:
+def trusted_folder(
+    spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None
+) -> ModelFolder:
     """Return where a model lies, if the command line allows what the suite asks for.
 
     Raises: UserError for a folder that is not there, or code in it that was not trusted.
     """
     require_trust(spec)
-    return model_folder(spec, allow_hub=allow_hub)
+    return model_folder(spec, allow_hub=allow_hub, base_folder=base_folder)
 
 
 def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None) -> str:
@@ -297,14 +307,14 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
         return load_model(
             spec, device=torch.device("cpu"), allow_hub=allow_hub, base_folder=base_folder
         ).sha256
-    place = trusted_folder(spec, allow_hub=allow_hub)
+    place = trusted_folder(spec, allow_hub=allow_hub, base_folder=base_folder)
     check_folder(place.path, name=place.name)
     return tensors_sha256(place.path)
 
 
-def model_without_weights(spec: ModelSpec) -> PreTrainedModel:
+def model_without_weights(spec: ModelSpec, *, base_folder: Path | None = None) -> PreTrainedModel:
     """Return the model of a local folder on the meta device. Raises: UserError as `load_model` does."""
-    return empty_model(trusted_folder(spec), spec)
+    return empty_model(trusted_folder(spec, base_folder=base_folder), spec)
 
 
 def engine_from_heads(
@@ -338,6 +348,9 @@ def load_engine(
     if heads is None and suite.heads.path is not None:
         file = resolve_path(suite.heads.path, base_folder=base_folder)
         return engine_from_heads(loaded, file, mode=chosen)
+    if heads is None and suite.heads.absent:
+        # none of the arms drafts; probes and traces ask for a head
+        heads = new_heads(loaded, Medusa1Settings(num_heads=1, architecture="shared"))
     digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=chosen)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})

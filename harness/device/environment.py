@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from harness.assets.chat import taken_date
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import blas_settings, origin, settings
 from harness.files import canonical_sha256
@@ -77,6 +78,7 @@ def _environment(
         prompts_sha256=canonical_sha256(texts),
         model_name=loaded.name,
         assets=loaded.assets,
+        chat_date=taken_date(loaded.tokenizer, begun=None),
         **runs,
     )
 

@@ -12,6 +12,8 @@ from typing import TypedDict
 import psutil
 import torch
 
+from harness.errors import UserError
+from harness.files import lines_of, read_text
 from harness.paths import code_folder
 from harness.records.provenance import DeviceInfo
 from harness.records.store import utc_now
@@ -142,7 +144,7 @@ def blas_settings() -> str:
     shown = torch.__config__.show()
     parts = [
         line.strip(" -")
-        for line in shown.splitlines()
+        for line in lines_of(shown)
         if any(word in line for word in ("BLAS", "MKL", "capability", "OpenMP"))
     ]
     return "; ".join(
@@ -165,8 +167,8 @@ def python_version() -> str:
 def _cpu_name() -> str:
     try:
         line = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+            line for line in lines_of(read_text(Path("/proc/cpuinfo"))) if line.startswith("model name")
         )
         return line.split(":", 1)[1].strip()
-    except (OSError, StopIteration):
+    except (UserError, StopIteration):
         return platform.processor() or platform.machine()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from harness.assets.catalogue import training_prompts
+from harness.assets.chat import render_chat, taken_date
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import (
     BenchmarkPrompt,
     load_human_eval,
     load_mt_bench,
     load_prompt_file,
-    render_chat,
     select_prompts,
+    turns_note,
 )
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import UserError
-from harness.paths import cache_dir
+from harness.paths import cache_dir, resolve_path
+from harness.records.provenance import Environment, Provenance
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import PromptSpec, SuiteSpec
 
@@ -38,16 +42,26 @@ class Prompt:
 
 
 def benchmark_prompts(
-    spec: PromptSpec, *, prompts_file: Path | None = None, allow_hub: bool
+    spec: PromptSpec,
+    *,
+    prompts_file: Path | None = None,
+    base_folder: Path | None = None,
+    allow_hub: bool,
+    console: Console | None = None,
 ) -> tuple[BenchmarkPrompt, ...]:
-    """Return the selected prompts of a source, as text; `prompts_file` stands in for the spec's own file."""
+    """Return the selected prompts of a source, as text; `prompts_file` stands in for the spec's own file.
+
+    The console, where there is one, is told of turns in a file that will not be decoded.
+    """
     if spec.source == "file":
-        file = prompts_file or (Path(spec.path) if spec.path else None)
-        if file is None:
+        if prompts_file is None and not spec.path:
             raise UserError(
                 found="prompts.source = 'file' without a path", need="a path", where="prompts.path"
             )
+        file = prompts_file or resolve_path(spec.path or "", base_folder=base_folder)
         prompts = load_prompt_file(file)
+        if console is not None and (note := turns_note(prompts, file=file.name)) is not None:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     else:
         specs = load_asset_specs()
         name = {"mt_bench": "mt-bench", "human_eval": "human-eval"}[spec.source]
@@ -61,11 +75,19 @@ def benchmark_prompts(
 
 
 def suite_prompts(
-    suite: SuiteSpec, loaded: LoadedModel, *, prompts_file: Path | None = None, allow_hub: bool = False
+    suite: SuiteSpec,
+    loaded: LoadedModel,
+    *,
+    prompts_file: Path | None = None,
+    base_folder: Path | None = None,
+    allow_hub: bool = False,
+    console: Console | None = None,
 ) -> tuple[Prompt, ...]:
     """Return the suite's prompts as token ids.
 
-    They are first turns in the model's own chat template, or random ids for a tiny model.
+    They are first turns in the model's own chat template, or random ids for a tiny model. The console, where
+    there is one, is told of further turns in a file of the user's own.
+    Raises: UserError for prompts that cannot be read, or a template that fails.
     """
     if suite.prompts.source == "random":
         return _random_prompts(suite, count=suite.prompts.limit or NUM_RANDOM_PROMPTS, seed="measured")
@@ -75,14 +97,31 @@ def suite_prompts(
             need="prompts.source = 'random'",
             where=f"suite {suite.name!r}",
         )
-    return tuple(
-        Prompt(
-            key=prompt.key,
-            category=prompt.category,
-            prompt_ids=render_chat(loaded.tokenizer, prompt.turns[0]),
-        )
-        for prompt in benchmark_prompts(suite.prompts, prompts_file=prompts_file, allow_hub=allow_hub)
+    texts = benchmark_prompts(
+        suite.prompts,
+        prompts_file=prompts_file,
+        base_folder=base_folder,
+        allow_hub=allow_hub,
+        console=console,
     )
+    return tuple(
+        Prompt(key=text.key, category=text.category, prompt_ids=render_chat(loaded.tokenizer, text.turns[0]))
+        for text in texts
+    )
+
+
+def take_date(loaded: LoadedModel, begun: Iterable[Provenance] = ()) -> None:
+    """Settle which day the model's chat template writes, if it asks for the date, before it is first used.
+
+    It is the day that the data file gives, else that of the first of the runs in `begun` that has the same
+    model, else today.
+    """
+    dates = (
+        past.chat_date
+        for past in begun
+        if isinstance(past, Environment) and past.backbone_sha256 == loaded.sha256
+    )
+    taken_date(loaded.tokenizer, begun=next((day for day in dates if day is not None), None))
 
 
 def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[Prompt, ...]:

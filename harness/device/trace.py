@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from harness.assets.chat import taken_date
 from harness.device.engine import Engine
 from harness.device.machine import package_versions
 from harness.device.prompts import Prompt
@@ -22,6 +23,7 @@ from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Tra
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
 
+CHAT_DATE_KEY = "chat_date"  # of a trace's extra provenance: the day that the chat template wrote
 HEAD_TIE_MARGIN = 1e-4  # rounding moves a float32 logit by about 1e-5 between shapes
 MAX_TREE_RANK = 32
 CHUNK_POSITIONS = 32  # bounds the logits in flight to 32 * K * V values
@@ -154,9 +156,15 @@ def record_trace(
         dtype=str(backbone.dtype).removeprefix("torch."),
         max_new_tokens=max_new_tokens,
         versions=package_versions(),
-        extra={**extra, **extra_ties},
+        extra={**extra, **extra_ties, **_dated(engine.loaded.tokenizer)},
     )
     return Trace(provenance=provenance, prompts=tuple(prompts))
+
+
+def _dated(tokenizer: Any) -> dict[str, JsonValue]:
+    """Return the day that the chat template wrote into the prompts, where it asks for one."""
+    day = taken_date(tokenizer, begun=None)
+    return {} if day is None else {CHAT_DATE_KEY: day.isoformat()}
 
 
 def _text_ties(key: str, logits: Tensor, lowest: Tensor) -> list[JsonValue]:

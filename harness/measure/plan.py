@@ -97,7 +97,12 @@ def finished_blocks(outcomes: Sequence[Generation | Failure], plan: Sequence[Pla
 
 
 def print_plan(
-    suite: SuiteSpec, *, results: Path, prompts_file: Path | None = None, console: Console
+    suite: SuiteSpec,
+    *,
+    results: Path,
+    prompts_file: Path | None = None,
+    base_folder: Path | None = None,
+    console: Console,
 ) -> None:
     """Print arms, trials and the minutes that an arm should take.
 
@@ -108,7 +113,7 @@ def print_plan(
 
     device = device_info(best_device())
     seconds, origin = _known_seconds(suite, results=results, slug=machine_slug(device))
-    num_prompts = _num_prompts(suite, prompts_file=prompts_file)
+    num_prompts = _num_prompts(suite, prompts_file=prompts_file, base_folder=base_folder, console=console)
     table = Table("arm", "method", "tree", "seeds", "trials", "minutes")
     total = 0.0
     for arm in suite.arms:
@@ -137,11 +142,17 @@ def print_plan(
     )
 
 
-def _num_prompts(suite: SuiteSpec, *, prompts_file: Path | None) -> int:
+def _num_prompts(
+    suite: SuiteSpec, *, prompts_file: Path | None, base_folder: Path | None, console: Console
+) -> int:
     """Return how many prompts a suite runs, without fetching any."""
     spec = suite.prompts
     if spec.source == "file":
-        return len(benchmark_prompts(spec, prompts_file=prompts_file, allow_hub=False))
+        return len(
+            benchmark_prompts(
+                spec, prompts_file=prompts_file, base_folder=base_folder, allow_hub=False, console=console
+            )
+        )
     available, num_categories = {
         "mt_bench": (80, 8),
         "human_eval": (164, 1),

@@ -73,7 +73,12 @@ def prepare(
 
 
 def _control_heads(session: Session, texts: Texts) -> None:
-    """Write how the heads compare with random ones, and refuse to time any that do not beat them."""
+    """Write how the heads compare with random ones, and refuse to time any that do not beat them.
+
+    Heads that no arm drafts with are not compared.
+    """
+    if not session.suite.drafts:
+        return
     for backbone, engine in session.engines.items():
         control = probes.control_heads(engine, texts[backbone])
         write_json(session.store.folder / file_of(HEADS_CONTROL_FILE, backbone), control)

@@ -20,7 +20,8 @@ from harness.device.engine import (
 )
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
-from harness.device.prompts import Prompt, check_lengths, suite_prompts, warmup_prompts
+from harness.device.machine import device_info
+from harness.device.prompts import Prompt, check_lengths, suite_prompts, take_date, warmup_prompts
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import DataPath
@@ -36,7 +37,7 @@ from harness.records.run import (
     Manifest,
     RunRecord,
 )
-from harness.records.store import Store
+from harness.records.store import Store, begun_with
 from harness.records.trace import Trace
 from harness.specs.suite import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.engine.memory import peak_memory_bytes
@@ -62,7 +63,7 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     prompts, arms = suite.prompts, suite.arms
     if options.tree_file is not None:
         DraftTree.from_json(options.tree_file)
-        given = FileTree(kind="file", path=DataPath(options.tree_file))
+        given = FileTree(kind="file", path=DataPath(options.tree_file.absolute()))
         arms = tuple(
             arm.model_copy(update={"tree": given})
             if isinstance(arm.tree, SearchedTree | FastestTree)
@@ -99,11 +100,20 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     device = best_device()
     require_own_gpu()
     base_folder = suite_file.parent if suite_file is not None else None
-    console.print(
-        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
-    )
+    console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
-    prompts = suite_prompts(suite, loaded, prompts_file=options.prompts_file, allow_hub=options.allow_hub)
+    take_date(
+        loaded,
+        begun_with(options.results, kind=RUN, spec=suite, device=device_info(device), resume=options.resume),
+    )
+    prompts = suite_prompts(
+        suite,
+        loaded,
+        prompts_file=options.prompts_file,
+        base_folder=base_folder,
+        allow_hub=options.allow_hub,
+        console=console,
+    )
     warmup = warmup_prompts(suite, loaded)
     engine = suite_engine(suite, loaded, base_folder=base_folder)
     if engine.runner.note:

@@ -23,7 +23,7 @@ from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_model
 from harness.device.locks import Held, device_turns
-from harness.device.prompts import suite_prompts
+from harness.device.prompts import suite_prompts, take_date
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.measure.run import describe
@@ -66,11 +66,12 @@ def profile_suite(
             found="no calibration_trace", need="one to grow trees on", where=f"suite {suite.name!r}"
         )
     trace_file = resolve_path(suite.calibration_trace, base_folder=suite_file.parent)
-    console.print(
-        f"[bold]{suite.name}[/bold]: loading {suite.model.asset or suite.model.path or 'a tiny random model'}"
-    )
+    console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=best_device(), allow_hub=allow_hub, base_folder=suite_file.parent)
-    prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)[: suite.probes.profile_prompts]
+    take_date(loaded)
+    prompts = suite_prompts(
+        suite, loaded, base_folder=suite_file.parent, allow_hub=allow_hub, console=console
+    )[: suite.probes.profile_prompts]
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)
     engine = suite_engine(suite, loaded, base_folder=suite_file.parent, mode=chosen)
     if engine.runner.note:

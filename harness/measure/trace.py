@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 
 from harness.device.engine import best_device, load_model
-from harness.device.prompts import check_lengths, suite_prompts
+from harness.device.prompts import check_lengths, suite_prompts, take_date
 from harness.device.trace import Text, record_trace
 from harness.measure.session import suite_engine
 from harness.records.trace import Trace
@@ -29,7 +29,10 @@ def trace_suite(
         suite = suite.model_copy(update={"prompts": suite.prompts.model_copy(update={"limit": limit})})
     device = best_device()
     loaded = load_model(suite.model, device=device, allow_hub=allow_hub, base_folder=suite_file.parent)
-    prompts = suite_prompts(suite, loaded, allow_hub=allow_hub)
+    take_date(loaded)
+    prompts = suite_prompts(
+        suite, loaded, base_folder=suite_file.parent, allow_hub=allow_hub, console=console
+    )
     engine = suite_engine(suite, loaded, base_folder=suite_file.parent)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     rendered = {prompt.key: prompt for prompt in prompts}

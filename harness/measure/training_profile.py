@@ -72,9 +72,7 @@ def profile_training(
     _check_profiled(spec)
     device = best_device() if isinstance(spec, JointRecipe) else torch.device("cpu")
     clock = device_clock(device)
-    console.print(
-        f"[bold]{spec.name}[/bold]: loading {spec.model.asset or spec.model.path or 'a tiny random model'}"
-    )
+    console.print(f"{spec.name}: loading {spec.model.asset or spec.model.path or 'a tiny random model'}")
     quantisation = spec.recipe.quantisation if isinstance(spec, JointRecipe) else None
     loaded = load_model(spec.model, device=device, allow_hub=allow_hub, quantisation=quantisation)
     with tempfile.TemporaryDirectory() as text:

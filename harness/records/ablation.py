@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, lines_of, read_text
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder, kind_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
@@ -189,10 +189,10 @@ class AblationRecord(RecordFolder):
         """Return the training steps of an arm; none for the start."""
         path = self.folder / steps_file(result.label)
         try:
-            lines = path.read_text().splitlines() if path.exists() else []
+            lines = lines_of(read_text(path)) if path.exists() else []
             context = ReadFrom(path.name)
             return tuple(StepPoint.model_validate_json(line, context=context) for line in lines)
-        except (OSError, ValidationError) as error:
+        except (UserError, ValidationError) as error:
             raise UserError(
                 found="an unreadable step log", need="one step a line", where=path.name
             ) from error

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from harness.errors import UserError
-from harness.files import file_sha256, first_fault
+from harness.files import file_sha256, first_fault, text_of
 from harness.specs.suite import BackboneName
 from harness.versions import ReadFrom, check_version
 
@@ -91,7 +91,7 @@ class RecordFolder(ABC):
 
     def _text(self, name: str) -> str:
         try:
-            return (self.folder / name).read_text(encoding="utf-8")
+            return text_of((self.folder / name).read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(found=f"no readable {name}", need=self.noun, where=self.folder.name) from error
 
@@ -159,7 +159,7 @@ def _said_kind(folder: Path, *, specs: Sequence[str]) -> tuple[object, str]:
     )
     for name, parse in files:
         with contextlib.suppress(OSError, ValueError):  # missing or unreadable: no word of its kind
-            data = parse((folder / name).read_text(encoding="utf-8"))
+            data = parse(text_of((folder / name).read_bytes()))
             if isinstance(data, dict) and data.get("kind") is not None:
                 return data["kind"], name
     return None, ""

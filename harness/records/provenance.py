@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -93,6 +94,9 @@ class Environment(Provenance):
         default=None, description="the suite's tuned backbone; null without one"
     )
     assets: dict[str, str] = Field(default={}, description="source and SHA-256 of each asset, by name")
+    chat_date: date | None = Field(
+        default=None, description="day that the chat template wrote; null where it asks for no date"
+    )
 
 
 ENGINE_IDENTITY = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from harness.errors import UserError
 from harness.files import DataFile, file_sha256, with_paths, write_bytes, write_json
 from harness.records.folder import RecordKind
-from harness.records.provenance import Provenance, machine_slug
+from harness.records.provenance import DeviceInfo, Provenance, machine_slug
 
 MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
 
@@ -170,6 +170,25 @@ def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FIL
 def utc_now() -> str:
     """Return the time as records write it."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def begun_with(
+    results: Path, *, kind: StoreKind[LineT], spec: DataFile, device: DeviceInfo, resume: Path | None
+) -> Iterator[Provenance]:
+    """Yield where the unfinished runs of a spec on a device come from, the newest first.
+
+    What a run needs of them is what it may not take anew, such as the date. With `resume` it is that run
+    alone.
+    """
+    home = results.joinpath(*kind.home, spec.name, machine_slug(device))
+    ours = type(spec).model_validate(portable(spec))
+    for folder in sorted(home.glob("*"), reverse=True) if resume is None else (resume,):
+        if (folder / MANIFEST_FILE).exists():
+            continue
+        with contextlib.suppress(UserError):  # what cannot be read is no run to go on with
+            begun, then = kind.begun(folder)
+            if begun == ours:
+                yield then
 
 
 def _unfinished(

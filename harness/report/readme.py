@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import InvalidMeasurement, UserError
-from harness.files import write_bytes
+from harness.files import read_text, write_bytes
 from harness.judge.ablation import AblationRow
 from harness.judge.judgement import CheckStatus, ClaimVerdict, Judgement
 from harness.records.ablation import AblationRecord
@@ -122,14 +122,7 @@ def update_readme(readme: Path, block: Block) -> None:
 
     Raises: UserError for a README that cannot be read or lacks the block's markers.
     """
-    try:
-        text = readme.read_text()
-    except OSError as error:
-        raise UserError(
-            found=f"no readable README ({error.strerror})",
-            need="a Markdown file with markers",
-            where=readme.name,
-        ) from error
+    text = read_text(readme, need="a Markdown file with markers")
     content = block.render(readme.parent)
     try:
         updated = replace_block(text, name=block.name, content=content)

@@ -223,7 +223,7 @@ def overridden(
             data.pop(name, None)
         data["heads"].pop("path", None)
         data |= (
-            {"model": {"path": str(folder)}}
+            {"model": {"path": str(folder.absolute())}}
             if folder.is_dir()
             else {"shape": shape, "prompts": {**data["prompts"], "source": "random"}}
         )

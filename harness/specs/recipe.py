@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, RootModel, model_validator
 
 from harness.errors import UserError
-from harness.files import DataFile, DataPath, Frozen, read_toml
+from harness.files import DataFile, DataPath, Frozen, read_toml, with_paths
+from harness.paths import resolve_path
 from harness.specs.suite import ModelSpec
 from medusa_impl.recipes import Medusa1Settings, Medusa2Settings
 
@@ -129,8 +130,19 @@ class _RecipeFile(RootModel[Annotated[AnyRecipe, Field(discriminator="trains")]]
 
 
 def load_recipe(path: Path) -> AnyRecipe:
-    """Return the recipe in a file. Raises: UserError as `read_toml` does."""
-    return read_toml(path, _RecipeFile, noun="a recipe", kind="recipe", prepare=_of_heads).root
+    """Return the recipe in a file, its paths made absolute: those that are found from its own folder.
+
+    Raises: UserError as `read_toml` does.
+    """
+
+    def located(named: DataPath) -> str:
+        try:
+            return str(resolve_path(named, base_folder=path.parent).absolute())
+        except UserError:
+            return named  # whatever reads it says that it is not there
+
+    recipe = read_toml(path, _RecipeFile, noun="a recipe", kind="recipe", prepare=_of_heads).root
+    return recipe_of(with_paths(recipe, located))
 
 
 def recipe_of(data: dict[str, object]) -> AnyRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,7 +30,8 @@ class ModelSpec(Frozen):
     """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
 
     `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
-    `chat_template` names a Jinja file for a model whose tokenizer brings no template of its own.
+    `chat_template` names a Jinja file for a model whose tokenizer brings no template of its own. `chat_date`
+    is the day that a template which asks for the date writes; without it, that on which the work began.
     """
 
     asset: str | None = None
@@ -39,6 +41,7 @@ class ModelSpec(Frozen):
     trust_remote_code: bool = False
     adapter: DataPath | None = None
     chat_template: DataPath | None = None
+    chat_date: date | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSpec:
@@ -48,7 +51,10 @@ class ModelSpec(Frozen):
 
 
 class HeadsSpec(Frozen):
-    """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only)."""
+    """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only).
+
+    A suite none of whose arms drafts needs neither.
+    """
 
     path: DataPath | None = None
     train_steps: int | None = None
@@ -56,9 +62,14 @@ class HeadsSpec(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> HeadsSpec:
-        if (self.path is None) == (self.train_steps is None):
+        if self.path is not None and self.train_steps is not None:
             raise ValueError("give exactly one of path, train_steps")
         return self
+
+    @property
+    def absent(self) -> bool:
+        """Whether there are none."""
+        return self.path is None and self.train_steps is None
 
 
 class TunedSpec(Frozen):
@@ -246,7 +257,7 @@ class SuiteSpec(DataFile):
     engine: Literal["auto", "eager", "packed"] = "auto"
     calibration_trace: DataPath | None = None
     model: ModelSpec
-    heads: HeadsSpec
+    heads: HeadsSpec = HeadsSpec()
     tuned: TunedSpec | None = None
     prompts: PromptSpec
     interval: IntervalSpec = IntervalSpec()
@@ -275,6 +286,17 @@ class SuiteSpec(DataFile):
                     f"arm {arm.name!r}: its baseline {arm.baseline!r} decodes with another backbone"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _has_heads(self) -> SuiteSpec:
+        if self.heads.absent and self.drafts:
+            raise ValueError("a medusa arm needs [heads]: give exactly one of path, train_steps")
+        return self
+
+    @property
+    def drafts(self) -> bool:
+        """Whether an arm has draft heads."""
+        return any(arm.method == "medusa" for arm in self.arms)
 
     @model_validator(mode="after")
     def _tuned_consistent(self) -> SuiteSpec:

@@ -22,6 +22,7 @@ PURE_METHOD = (
     "medusa_impl.tree",
     "medusa_impl.tree_search",
     "medusa_impl.tree_text",
+    "medusa_impl.text_files",
     "medusa_impl.recipes",
     "medusa_impl.training_log",
 )
@@ -33,6 +34,7 @@ TOP = (
     "recipes",
     "rows",
     "stream",
+    "text_files",
     "training_log",
     "tree",
     "tree_buffers",

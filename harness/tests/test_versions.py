@@ -77,7 +77,7 @@ OLD = {
 
 
 def write(path: Path, data: object) -> Path:
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
     return path
 
 

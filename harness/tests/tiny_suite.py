@@ -192,7 +192,7 @@ def micro_data(
 
 def write_suite(path: Path, data: dict[str, Any]) -> Path:
     """Write a suite file."""
-    path.write_text(tomli_w.dumps(data))
+    path.write_text(tomli_w.dumps(data), encoding="utf-8")
     return path
 
 

@@ -12,7 +12,7 @@ from harness.device.trace import Text, record_trace
 from harness.errors import UserError
 from harness.records.trace import Trace
 from harness.specs.recipe import AnyRecipe, CorpusSpec, JointRecipe
-from harness.training.corpus import corpus_prompts, make_corpus
+from harness.training.corpus import corpus_prompts, keep_date, make_corpus
 from medusa_impl.training.distill import CorpusStore
 
 
@@ -82,13 +82,14 @@ def calibrate_folder(
             do="name the folder of --out, or train the recipe first",
         )
     changes = (
-        {"asset": None, "path": str(whole)}
+        {"asset": None, "path": str(whole.absolute())}
         if whole.exists()
-        else {"adapter": str(adapter)}
+        else {"adapter": str(adapter.absolute())}
         if adapter.exists()
         else {}
     )
     tuned = load_model(spec.model.model_copy(update=changes), device=best_device(), allow_hub=allow_hub)
+    keep_date(spec.model, tuned, work=work)
     if tuned.tokenizer is None:  # a tiny random model: no prompts of text
         return None
     file = folder / "calibration.npz"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.assets.prompts import render_chat
+from harness.assets.chat import has_template, render_chat, render_messages
+from harness.assets.prompts import check_text
 from harness.errors import UserError
-from harness.files import Frozen
+from harness.files import Frozen, lines_of, read_text
 from medusa_impl.training.distill import CorpusSample
 from medusa_impl.training.sequences import TrainingSequence
 
 # the key of an answer to a later turn: its conversation's, and "+2"
 _LATER_TURN = re.compile(r"(.+)\+([2-9]|[1-9][0-9]+)", re.DOTALL)
-_STAND_IN = "ANSWER"  # for an answer, while a template is rendered
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -33,26 +35,27 @@ def load_conversations(path: Path) -> tuple[Conversation, ...]:
     That is a JSON list, or one JSON object a line, of `conversations` with `from` and `value`.
     What comes before the first question, and a question without an answer at the end, are left out; so is a
     conversation whose speakers do not take turns.
-    Raises: UserError for a file that is no such thing or holds no conversation.
+    Raises: UserError for a file that is no such thing or holds no conversation, and for a text in it that no
+    tokenizer reads.
     """
+    text = read_text(path, need="a file of conversations in UTF-8")
     try:
-        text = path.read_text(encoding="utf-8")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            else [json.loads(line) for line in lines_of(text) if line.strip()]
         )
-        found = [
-            Conversation(key=str(row.get("id", index)), turns=_pairs(row["conversations"]))
-            for index, row in enumerate(rows)
-        ]
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = [(str(row.get("id", index)), _pairs(row["conversations"])) for index, row in enumerate(rows)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             found=f"no readable conversations ({type(error).__name__}: {error})",
             need="objects with `conversations`, a list of `from` and `value`",
             where=path.name,
         ) from error
-    kept = tuple(conversation for conversation in found if conversation.turns)
+    for key, turns in found:
+        for said in (key or "-", *itertools.chain.from_iterable(turns)):
+            check_text(said, where=f"{path.name}, conversation {key!r}")
+    kept = tuple(Conversation(key=key, turns=turns) for key, turns in found if turns)
     if not kept:
         raise UserError(
             found="no conversation in which user and assistant take turns",
@@ -68,7 +71,7 @@ def check_has_template(tokenizer: Any, *, where: str) -> None:
 
     Raises: UserError.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_template(tokenizer):
         raise UserError(
             found="a tokenizer without a chat template",
             need="a chat template, for conversations of several turns",
@@ -103,22 +106,24 @@ def follow_up_ids(tokenizer: Any, question: str) -> tuple[int, ...]:
     These are the template's own text around the next question.
     A tokenizer without a template gets the plain text.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_template(tokenizer):
         return tuple(tokenizer(question, add_special_tokens=False)["input_ids"])
+    # for the answer, while the template is rendered; no template and no question can hold it
+    stand_in = "answer" + hashlib.sha256(question.encode()).hexdigest()
     messages = [
         {"role": "user", "content": "-"},
-        {"role": "assistant", "content": _STAND_IN},
+        {"role": "assistant", "content": stand_in},
         {"role": "user", "content": question},
     ]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    _, stand_in, after = text.partition(_STAND_IN)
-    if not stand_in:
+    _, *rest = render_messages(tokenizer, messages).split(stand_in)
+    if len(rest) != 1:
         raise UserError(
-            found="a chat template that drops earlier answers",
-            need="a template that keeps them",
+            found=f"a chat template that writes earlier answers {len(rest)} times",
+            need="a template that keeps each once",
             where="the tokenizer",
             do="name another Jinja file in model.chat_template",
         )
+    after = rest[0]
     # some templates set a space before the end
     end, unspaced = (
         getattr(tokenizer, "eos_token", None),
@@ -191,7 +196,8 @@ def _pairs(messages: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
     first = next((index for index, (role, _) in enumerate(spoken) if role == "user"), len(spoken))
     spoken = spoken[first:]
     spoken = spoken[: len(spoken) - len(spoken) % 2]
-    if any(role != ("user", "assistant")[index % 2] or not text for index, (role, text) in enumerate(spoken)):
+    turns = zip(spoken, itertools.cycle(("user", "assistant")), strict=False)
+    if any(role != expected or not text.strip() for (role, text), expected in turns):
         return ()
     return tuple((spoken[index][1], spoken[index + 1][1]) for index in range(0, len(spoken), 2))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.assets.catalogue import TrainingPrompt, training_prompts
-from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, overlap_report, render_chat
+from harness.assets.chat import asks_for_date, render_chat, taken_date
+from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, overlap_report
+from harness.device.engine import LoadedModel
 from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import canonical_sha256, read_text, write_text
 from harness.paths import resolve_path
 from harness.specs.recipe import AnyRecipe, CorpusSpec
-from harness.specs.suite import PromptSpec
+from harness.specs.suite import ModelSpec, PromptSpec
 from harness.training.conversations import (
     check_has_template,
     conversation_and_turn,
@@ -27,6 +30,23 @@ from harness.training.conversations import (
 )
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
+
+_DATE_FILE = "chat_date.txt"
+
+
+def keep_date(spec: ModelSpec, loaded: LoadedModel, *, work: Path) -> None:
+    """Make the model's chat template write the day of the recipe, else that on which the work began.
+
+    The work folder keeps that day, so that text made after midnight is of one kind with the text before.
+    """
+    if loaded.tokenizer is None or spec.chat_date is not None or not asks_for_date(loaded.tokenizer):
+        return
+    path = work / _DATE_FILE
+    begun = date.fromisoformat(read_text(path).strip()) if path.exists() else None
+    day = taken_date(loaded.tokenizer, begun=begun)
+    if begun is None:
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{day}\n")
 
 
 def amount(spec: CorpusSpec, samples: Iterable[CorpusSample]) -> int:
@@ -214,7 +234,7 @@ def make_corpus(
             rate = num_made / max(time.monotonic() - started, 1e-9)
             progress.update(task, completed=held, rate=f"{rate:.0f}")
             if rate_file is not None:
-                rate_file.write_text(f"{rate:.3f}\n")
+                write_text(rate_file, f"{rate:.3f}\n")
 
         if held < spec.goal:
             generate_corpus(

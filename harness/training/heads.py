@@ -16,7 +16,7 @@ from harness.device.machine import checkout_state
 from harness.device.progress import progress_bar
 from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
-from harness.training.corpus import check_overlap
+from harness.training.corpus import check_overlap, keep_date
 from harness.training.held_out import print_figures
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
@@ -53,6 +53,7 @@ def train_heads(
     heads.
     """
     loaded = load_model(spec.model, device=best_device(), allow_hub=allow_hub)
+    keep_date(spec.model, loaded, work=work)
     check_overlap(spec, allow_hub=allow_hub)
     files = TrainingFiles(
         target / "medusa1.safetensors", target / "calibration.npz", target / "corpus.safetensors"

@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
-from harness.training.corpus import check_overlap
+from harness.training.corpus import check_overlap, keep_date
 from harness.training.held_out import evaluate_joint, print_joint_figures
 from harness.training.resume import check_same_run, last_checkpoint
 from harness.training.text import JointText, read_text, token_subset
@@ -86,6 +86,7 @@ def train_both(
     loaded = load_model(
         spec.model, device=_loading_device(), allow_hub=allow_hub, quantisation=spec.recipe.quantisation
     )
+    keep_date(spec.model, loaded, work=work)
     text = read_text(spec, loaded, work=work, from_scratch=from_scratch)
     start = resolve_path(spec.start_heads, base_folder=None) if spec.start_heads is not None else None
     files = train_joint(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import write_bytes
+from harness.files import read_text, write_bytes
 from harness.training.text import JointText
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.sequences import WINDOW_BATCHES
@@ -27,9 +27,9 @@ def last_checkpoint(folder: Path) -> LastCheckpoint | None:
     found = []
     for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
         try:
-            state = json.loads(state_file.read_text())
+            state = json.loads(read_text(state_file))
             step, num_steps = int(state["global_step"]), int(state["max_steps"])
-        except (OSError, ValueError, KeyError):
+        except (UserError, ValueError, KeyError):
             continue
         found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
@@ -55,7 +55,7 @@ def check_same_run(
         write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
         return
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(read_text(path))
     except ValueError:
         theirs = {}
     if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):

@@ -16,7 +16,7 @@ from harness.device.clock import device_clock
 from harness.device.engine import LoadedModel, best_device, load_model, model_sha256
 from harness.device.limits import measure_device_limits
 from harness.errors import UserError
-from harness.files import canonical_sha256, write_bytes
+from harness.files import canonical_sha256, read_text, write_bytes
 from harness.specs.recipe import AnyRecipe, CorpusSpec, HeadsRecipe, needed_corpus, recipe_of
 from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import (
@@ -24,6 +24,7 @@ from harness.training.corpus import (
     check_overlap,
     corpus_prompts,
     fingerprint,
+    keep_date,
     make_corpus,
     next_questions,
     next_turn_prompts,
@@ -84,7 +85,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 
     # prompts may run out and conversations end early: then the workers have no more to do
     done = store.folder / _DONE_FILE
-    if done.exists() and done.read_text() == state(sample.key for sample in samples):
+    if done.exists() and read_text(done) == state(sample.key for sample in samples):
         return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
@@ -115,7 +116,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 def corpus_backbone(store: CorpusStore) -> str | None:
     """Return the hash of the model that answers into a corpus; None for one from before it was noted."""
     path = store.folder / _BACKBONE_FILE
-    return path.read_text() if path.exists() else None
+    return read_text(path) if path.exists() else None
 
 
 def worker_device(index: int, *, num_gpus: int) -> torch.device:
@@ -158,6 +159,7 @@ def corpus_worker(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     loaded = load_model(spec.model, device=device)
+    keep_date(spec.model, loaded, work=Path(work))
     backbone = StepRunner(loaded.model, None).backbone
     prompts = corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())
     # all, so that no worker starts where another refuses
@@ -170,7 +172,7 @@ def corpus_worker(
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
     # what heads alone learn from; with the backbone they learn from text
     keep_states = isinstance(spec, HeadsRecipe)
-    console = Console(stderr=True, quiet=index > 0)
+    console = Console(stderr=True, quiet=index > 0, markup=False)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
         backbone,
@@ -241,7 +243,7 @@ def announce(
     missing = (
         0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
     )
-    rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
+    rates = [float(read_text(path)) for path in sorted((work / "corpus").glob("rate-*.txt"))]
     tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens
     if missing and rates:
         console.print(

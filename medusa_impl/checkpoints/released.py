@@ -170,7 +170,7 @@ def _configured_num_heads(config_file: Path) -> int | None:
     if not config_file.is_file():
         return None
     try:
-        value = json.loads(config_file.read_text()).get("medusa_num_heads")
+        value = json.loads(config_file.read_text(encoding="utf-8-sig")).get("medusa_num_heads")
         return None if value is None else int(value)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(

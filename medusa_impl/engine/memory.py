@@ -20,7 +20,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        _CLEAR_REFS.write_text("5")
+        _CLEAR_REFS.write_text("5", encoding="ascii")
     except OSError:
         return
 
@@ -35,7 +35,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(
+            line for line in _STATUS.read_text(encoding="utf-8").split("\n") if line.startswith("VmHWM:")
+        )
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return int(psutil.Process().memory_info().rss)

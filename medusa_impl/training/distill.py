@@ -24,6 +24,7 @@ from medusa_impl.checkpoints.tensors import write_by_rename
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.stream import StreamRequest, decode_stream
+from medusa_impl.text_files import read_lines
 
 SCHEMA_VERSION = 1
 _METADATA_KEY, _BACKBONE_KEY = "medusa_repro_corpus", "backbone_sha256"
@@ -77,9 +78,7 @@ class CorpusStore:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of all answers on disk."""
-        return {
-            json.loads(line)["key"] for shard in self.shard_files() for line in shard.read_text().splitlines()
-        }
+        return {json.loads(line)["key"] for shard in self.shard_files() for line in read_lines(shard)}
 
     def add(self, sample: CorpusSample) -> None:
         """Take one answer; a full shard is written at once."""
@@ -100,7 +99,9 @@ class CorpusStore:
             write_by_rename(self.folder / f"states-{index}.safetensors", lambda path: save_file(states, path))
         lines = [json.dumps(_row(sample), separators=(",", ":")) for sample in self._pending]
         text = "\n".join(lines) + "\n"
-        write_by_rename(self.folder / f"corpus-{index}.jsonl", lambda path: path.write_text(text))
+        write_by_rename(
+            self.folder / f"corpus-{index}.jsonl", lambda path: path.write_text(text, encoding="utf-8")
+        )
         self._pending = []
 
     def samples(self, *, with_states: bool = True) -> Iterator[CorpusSample]:
@@ -113,7 +114,7 @@ class CorpusStore:
                 ".safetensors"
             )
             states = load_file(states_file) if with_states and states_file.exists() else {}
-            for index, line in enumerate(shard.read_text().splitlines()):
+            for index, line in enumerate(read_lines(shard)):
                 yield _sample(line, states.get(str(index)), where=f"{shard.name}:{index + 1}")
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from harness.assets.fetch import FetchedAsset, fetch_asset
 from harness.assets.files import MODEL_INDEXES, model_weight_files
 from harness.errors import UserError
+from harness.files import text_of
 from harness.paths import cache_dir
+from harness.paths import model_folder as named_folder
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec
 
@@ -49,20 +51,15 @@ class ModelFolder:
     pinned_behaviour: Mapping[str, str] = field(default_factory=dict)
 
 
-def model_folder(spec: ModelSpec, *, allow_hub: bool) -> ModelFolder:
+def model_folder(spec: ModelSpec, *, allow_hub: bool, base_folder: Path | None) -> ModelFolder:
     """Return where a model lies, fetched if it is an asset that is not here yet.
 
+    A path goes from the base folder, that of the data file which names it, unless it is absolute.
     Raises: UserError for a folder or an asset that is not there.
     """
     if spec.asset is None:
         assert spec.path is not None
-        folder = Path(spec.path)
-        if not folder.is_dir():
-            raise UserError(
-                found=f"no folder {folder.name!r}",
-                need="a folder with a model in Hugging Face format",
-                where="model.path",
-            )
+        folder = named_folder(spec.path, base_folder=base_folder)
         return ModelFolder(folder, folder.name)
     specs = load_asset_specs()
     if spec.asset not in specs:
@@ -115,7 +112,7 @@ def read_json_object(path: Path, *, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(text_of(path.read_bytes()))
         if not isinstance(data, dict):
             raise ValueError(f"a {type(data).__name__}")
     except (OSError, ValueError, RecursionError) as error:

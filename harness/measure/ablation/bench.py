@@ -173,7 +173,7 @@ class ArmBench:
                 self.answers,
             )
         else:
-            model = self.spec.model.model_copy(update={"adapter": str(adapter)})
+            model = self.spec.model.model_copy(update={"adapter": str(adapter.absolute())})
             tuned = load_model(model, device=best_device(), allow_hub=job.allow_hub, base_folder=base_folder)
             engine = engine_from_heads(tuned, job.target / "heads.safetensors")
             answers = self._answer(engine, job.work / "answers")

@@ -24,6 +24,7 @@ from harness.device.engine import Engine, best_device, engine_from_heads, load_m
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
+from harness.device.prompts import take_date
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import write_json
@@ -43,7 +44,7 @@ from harness.records.ablation import (
 )
 from harness.records.provenance import Environment, machine_slug
 from harness.records.run import ArmTree
-from harness.records.store import Store
+from harness.records.store import Store, begun_with
 from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
@@ -84,7 +85,7 @@ def run_ablation(
     for recipe in recipes.values():
         check_runnable(recipe)
     console.print(
-        f"[bold]{spec.name}[/bold]: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
+        f"{spec.name}: {len(spec.arms)} arms, {len(spec.seeds)} seeds, {spec.answer_tokens} "
         "answer tokens each"
     )
     loaded = load_model(
@@ -92,6 +93,16 @@ def run_ablation(
     )
     engine = engine_from_heads(loaded, resolve_path(spec.start_heads, base_folder=base_folder))
     calibration = _calibration(spec, engine, base_folder=base_folder)
+    take_date(
+        loaded,
+        begun_with(
+            options.results,
+            kind=ABLATION,
+            spec=spec,
+            device=device_info(best_device()),
+            resume=options.resume,
+        ),
+    )
     prompts = held_out_prompts(
         spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set()
     )
@@ -138,7 +149,7 @@ def _fill_record(
             continue
         work = bench.work / f"{arm}-{seed}"
         job = ArmJob(bench.spec, suite_file, arm, seed, work, options.allow_hub)
-        bench.console.print(f"[bold]{arm}[/bold], seed {seed}")
+        bench.console.print(f"{arm}, seed {seed}")
         _train(job, own_process=options.own_process)
         found = bench.measure(job, recipes[arm])
         _keep(

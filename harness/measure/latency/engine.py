@@ -145,7 +145,7 @@ def facts_of_engine(engine: Engine) -> ModelFacts:
     return facts_of_model(loaded.model, name=loaded.name, random_weights=loaded.tokenizer is None, heads=form)
 
 
-def planned_facts(spec: LatencySpec) -> ModelFacts:
+def planned_facts(spec: LatencySpec, *, base_folder: Path | None = None) -> ModelFacts:
     """Return the facts of a spec's model without loading a weight.
 
     They come from the published shape, or from the folder's configuration.
@@ -157,7 +157,7 @@ def planned_facts(spec: LatencySpec) -> ModelFacts:
         return facts_of_shape(shape, heads=spec.heads, random_weights=spec.model is None)
     if spec.model.tiny is not None:
         return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads, random_weights=True)
-    model = model_without_weights(spec.model)
+    model = model_without_weights(spec.model, base_folder=base_folder)
     name = Path(spec.model.path or "").name
     return facts_of_model(model, name=name, random_weights=False, heads=spec.heads)
 

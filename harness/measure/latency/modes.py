@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.assets.prompts import render_chat
+from harness.assets.chat import render_chat
 from harness.compose.curve import LatencyCurve
 from harness.compose.trees import resolve_trees
 from harness.device.arms import ArmRunner

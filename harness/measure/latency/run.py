@@ -21,6 +21,8 @@ from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
 from harness.device.limits import measure_device_limits
 from harness.device.locks import Held, device_turns, folder_held
+from harness.device.machine import device_info
+from harness.device.prompts import take_date
 from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.engine import (
@@ -47,7 +49,7 @@ from harness.records.latency import (
     ModeTrials,
     limits_file,
 )
-from harness.records.store import Store
+from harness.records.store import Store, begun_with
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.engine.memory import peak_memory_bytes
 
@@ -77,12 +79,18 @@ def run_latency(
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
-    console.print(f"[bold]{spec.name}[/bold]: loading {model_description(spec)} in {first}")
+    console.print(f"{spec.name}: loading {model_description(spec)} in {first}")
     free_bytes = free_memory_bytes(device)
     if spec.shape is not None:
         check_fits(spec, dtype=first, free_bytes=free_bytes)
     engine = load_latency_engine(
         spec, dtype=first, device=device, base_folder=base_folder, allow_hub=options.allow_hub
+    )
+    take_date(
+        engine.loaded,
+        begun_with(
+            options.results, kind=LATENCY, spec=spec, device=device_info(device), resume=options.resume
+        ),
     )
     prompts = table_prompts(spec, engine, allow_hub=options.allow_hub)
     environment = describe_latency(engine, spec=spec, prompts=prompts, command=options.command)
@@ -118,12 +126,14 @@ def run_latency(
     return store.folder
 
 
-def print_latency_plan(spec: LatencySpec, *, console: Console) -> dict[str, int]:
+def print_latency_plan(
+    spec: LatencySpec, *, console: Console, base_folder: Path | None = None
+) -> dict[str, int]:
     """Print every point with its memory and why it would be skipped, and return the counts.
 
     Nothing is loaded. Whether a mode is on offer shows only when the model is; `auto` is shown as `eager`.
     """
-    device, facts = best_device(), planned_facts(spec)
+    device, facts = best_device(), planned_facts(spec, base_folder=base_folder)
     free_bytes = free_memory_bytes(device)
     table = Table("dtype", "mode", "batch", "context", "nodes", "heads", "GB", "skipped")
     counts = {"points": 0, "skipped": 0}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import date
 
+from harness.assets.chat import taken_date
 from harness.device.clock import device_clock
 from harness.device.engine import best_device, load_engine, load_model
 from harness.device.locks import device_held
 from harness.device.machine import device_info
 from harness.device.prompts import check_lengths, suite_prompts, warmup_prompts
+from harness.device.trace import CHAT_DATE_KEY
 from harness.errors import UserError
 from harness.measure.sweep.decoded import decode_point, traced_prompts
 from harness.measure.sweep.sampled import run_sampled, sampled_prompts
@@ -37,7 +40,9 @@ class CellRunner:
             where="trace",
             noun="trace",
         )
-        prompts = suite_prompts(suite, loaded, allow_hub=inputs.allow_hub)
+        traced = inputs.trace.provenance.extra.get(CHAT_DATE_KEY)
+        taken_date(loaded.tokenizer, begun=date.fromisoformat(str(traced)) if traced is not None else None)
+        prompts = suite_prompts(suite, loaded, base_folder=inputs.base_folder, allow_hub=inputs.allow_hub)
         self._sampled_prompts = sampled_prompts(spec, prompts) if spec.sampled is not None else ()
         if spec.sampled is not None:
             check_lengths(self._sampled_prompts, self._engine, max_new_tokens=spec.sampled.max_new_tokens)

@@ -112,7 +112,7 @@ def _planned(
     spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
 ) -> SweepPlan:
     """Plan a sweep and say so; a results folder without latency records leaves predictions alone."""
-    console.print(f"[bold]{spec.name}[/bold]: traces, trees and searches")
+    console.print(f"{spec.name}: traces, trees and searches")
     plan = plan_sweep(spec, base_folder=base_folder, results=options.results, cache=options.cache)
     if spec.measured is not None and all(curve.label.kind != "measured" for curve in plan.curves):
         where = f"{options.results.name}/latency"

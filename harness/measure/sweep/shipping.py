@@ -63,7 +63,7 @@ def packed(spec: BaseModel, *, base_folder: Path | None) -> tuple[dict[str, Any]
 
     def place(path: DataPath) -> str:
         if isinstance(path, ModelFolder):
-            return str(Path(path).absolute())
+            return str(((base_folder or Path()) / path).absolute())
         found, given = resolve_path(path, base_folder=base_folder), Path(path)
         name = (
             f"{len(files)}/{found.name}" if given.is_absolute() or ".." in given.parts else given.as_posix()

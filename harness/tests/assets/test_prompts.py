@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from harness.assets.chat import render_chat
 from harness.assets.prompts import (
     BenchmarkPrompt,
     load_human_eval,
     load_mt_bench,
     load_prompt_file,
     overlap_report,
-    render_chat,
     select_prompts,
+    turns_note,
 )
 from harness.device.engine import LoadedModel
 from harness.device.prompts import NUM_RANDOM_PROMPTS, suite_prompts, warmup_prompts
@@ -31,7 +32,7 @@ QUESTIONS = [
 
 
 def json_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -127,7 +128,7 @@ def test_own_prompts_as_json_lines(tmp_path: Path) -> None:
         ),
         ("mine.jsonl", b"", "no prompt"),
         ("mine.txt", b"\n \n", "no prompt"),
-        ("mine.txt", b"\xff\xfe\x00", "no readable text"),
+        ("mine.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("mine.json", b'["one", "two"]', "suffix '.json'"),  # once taken as text, brackets and all
     ],
 )
@@ -246,3 +247,44 @@ def test_random_prompts_need_a_tiny_model() -> None:
     real = suite.model_copy(update={"model": suite.model.model_copy(update={"tiny": None, "asset": "x"})})
     with pytest.raises(UserError, match="need a tiny model"):
         suite_prompts(real, tiny(suite))
+
+
+def test_a_byte_order_mark_and_odd_separators_stay_out_of_prompts(tmp_path: Path) -> None:
+    """Regression: the mark was part of the first prompt; a raw U+2028, U+2029 or U+0085 cut a line in two."""
+    (tmp_path / "mine.txt").write_bytes(b"\xef\xbb\xbfName three\xe2\x80\xa8rivers.\r\nName a lake.\n")
+    assert [prompt.turns[0] for prompt in load_prompt_file(tmp_path / "mine.txt")] == [
+        "Name three\u2028rivers.",
+        "Name a lake.",
+    ]
+    for separator in ("\u2028", "\u2029", "\x85"):
+        line = f'{{"prompt": "first{separator}second"}}\n'
+        (tmp_path / "mine.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+        (prompt,) = load_prompt_file(tmp_path / "mine.jsonl")
+        assert prompt.turns == (f"first{separator}second",)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"prompt": "   "}', "a blank text"),
+        (r'{"turns": ["hi", "\n"]}', "a blank text"),
+        (r'{"prompt": "a\u0000b"}', "a NUL character"),
+        (r'{"prompt": "bad \ud83d half"}', r"half of a surrogate pair \(\\ud83d\)"),
+        (r'{"prompt": "hi", "key": "\ud83d"}', "half of a surrogate pair"),
+        (r'{"prompt": "hi", "category": "\ud83d"}', "half of a surrogate pair"),
+        ("[" * 100_000, "invalid JSON"),
+    ],
+)
+def test_text_that_no_tokenizer_reads_is_refused(line: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(f'{{"prompt": "hi"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=found) as caught:
+        load_prompt_file(tmp_path / "mine.jsonl")
+    assert caught.value.where == "mine.jsonl:2"
+
+
+def test_further_turns_are_not_left_out_without_a_word(tmp_path: Path) -> None:
+    rows = [{"prompt": "one"}, {"turns": ["two", "three"]}, {"turns": ["four"]}]
+    prompts = load_prompt_file(json_lines(tmp_path / "mine.jsonl", rows))
+    note = turns_note(prompts, file="mine.jsonl")
+    assert note == "mine.jsonl: 1 of 3 prompts have further turns; only the first turn is decoded"
+    assert turns_note(prompts[:1], file="mine.jsonl") is None

@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, StepCost,
 from harness.records.store import Store
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
+from harness.tests.tiny_text import DATED, save_text_model
 
 ROOT = Path(__file__).resolve().parents[3]
 SLOW_START_S = 240.0
@@ -260,3 +264,20 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monke
     alone = RunRecord(run({**data, "prompts": {"source": "random", "limit": 6}}, tmp_path / "alone"))
     finished = texts(record)
     assert all(finished[trial] == tokens for trial, tokens in texts(alone).items())
+
+
+def test_a_resume_after_midnight_goes_on(steady_checkout: None, tmp_path: Path) -> None:
+    """A chat template that asks for the date made other prompts on another day, and so another run."""
+    model = save_text_model(tmp_path / "model", template=DATED)
+    (tmp_path / "mine.txt").write_text("Name three rivers\n", encoding="utf-8")
+    data = micro_data(tmp_path / "none", arms=[VANILLA], prompts={"source": "file", "path": "mine.txt"})
+    file = write_suite(
+        tmp_path / "mine.toml", {**data, "model": {"path": model.name}, "heads": {}, "warmup_prompts": 0}
+    )
+    words = ("reproduce", file, "--results", tmp_path / "results")
+    with patch.object(Store, "seal", side_effect=KeyboardInterrupt):
+        assert command(*words).code == ExitCode.INTERRUPTED
+    with patch("harness.assets.chat.date", SimpleNamespace(today=lambda: date.today() + timedelta(days=1))):
+        assert command(*words).code == ExitCode.OK
+    (folder,) = (tmp_path / "results" / "micro").glob("*/*")
+    assert RunRecord(folder).environment.chat_date in (date.today(), date.today() - timedelta(days=1))

@@ -229,20 +229,22 @@ def copy(source: Path, target: Path, *names: str) -> None:
 
 
 def read(path: Path) -> Data:
-    data: Data = json.loads(path.read_text())
+    data: Data = json.loads(path.read_text(encoding="utf-8"))
     return data
 
 
 def read_lines(path: Path) -> list[Data]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write(path: Path, data: Data) -> None:
-    path.write_text(json.dumps(data, separators=(",", ":")) + "\n")
+    path.write_text(json.dumps(data, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def write_lines(path: Path, lines: Iterable[Data]) -> None:
-    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    path.write_text(
+        "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -128,13 +128,19 @@ def raised(path: Path) -> None:
         np.savez(buffer, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), **arrays)
         path.write_bytes(buffer.getvalue())
     elif path.suffix == ".toml":
-        path.write_text(path.read_text().replace("schema_version = 1", "schema_version = 99"))
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("schema_version = 1", "schema_version = 99"),
+            encoding="utf-8",
+        )
     elif path.suffix == ".jsonl":
-        first, *rest = path.read_text().splitlines()
+        first, *rest = path.read_text(encoding="utf-8").splitlines()
         newer = json.dumps({**json.loads(first), "schema_version": 99})
-        path.write_text("\n".join((newer, *rest, "")))
+        path.write_text("\n".join((newer, *rest, "")), encoding="utf-8")
     else:
-        path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+        path.write_text(
+            json.dumps({**json.loads(path.read_text(encoding="utf-8")), "schema_version": 99}),
+            encoding="utf-8",
+        )
 
 
 FILES = sorted(

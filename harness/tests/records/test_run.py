@@ -20,7 +20,7 @@ def record(tmp_path: Path) -> RunRecord:
 
 
 def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
 def test_a_whole_record_is_read_back(record: RunRecord) -> None:

@@ -316,3 +316,39 @@ def test_a_corpus_has_one_goal() -> None:
     samples = [sample("k", (1,), (2, 0)), sample("k" + SECOND_TURN, (1, 2, 0, 3), (2, 0))]
     assert amount(answers, samples) == 1 and amount(CorpusSpec(num_tokens=9), samples) == 2
     assert (answers.goal, answers.unit) == (3, "answers")
+
+
+class WordyTokenizer(ChatTokenizer):
+    """Its template begins with a sentence that holds what once stood for the answer."""
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> Any:
+        told = super().apply_chat_template(messages, **{**options, "tokenize": False})
+        text = "ANSWER each question.\n" + told
+        return self(text) if options.get("tokenize", True) else text
+
+
+def test_a_template_that_holds_the_stand_in_word_changes_no_later_turn() -> None:
+    """Regression: all of the template after the word ANSWER, the first turn too, went into the second."""
+    assert follow_up_ids(WordyTokenizer(), "ANSWER me") == follow_up_ids(ChatTokenizer(), "ANSWER me")
+
+
+def test_a_byte_order_mark_and_odd_separators_stay_out_of_conversations(tmp_path: Path) -> None:
+    row = {
+        "id": "a",
+        "conversations": [{"from": "human", "value": "x\u2028y\x85"}, {"from": "gpt", "value": "z"}],
+    }
+    for name, text in (
+        ("list.json", json.dumps([row])),
+        ("lines.jsonl", json.dumps(row, ensure_ascii=False)),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        (found,) = load_conversations(tmp_path / name)
+        assert found.turns == (("x\u2028y\x85", "z"),)
+
+
+@pytest.mark.parametrize("said", [r"x \ud83d", r"x \u0000"])
+def test_conversations_that_no_tokenizer_reads_are_refused(said: str, tmp_path: Path) -> None:
+    text = f'[{{"conversations": [{{"from": "human", "value": "{said}"}}, {{"from": "gpt", "value": "y"}}]}}]'
+    (tmp_path / "wrong.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"wrong\.json, conversation '0'"):
+        load_conversations(tmp_path / "wrong.json")

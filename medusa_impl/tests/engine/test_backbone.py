@@ -354,7 +354,7 @@ def test_a_prompt_without_finite_logits_is_refused_at_its_first_pass() -> None:
     """Decoded on, its text would be that of an argmax over nothing."""
     model = tiny_llama()
     with torch.no_grad():
-        model.get_input_embeddings().weight[7] = float("nan")
+        model.model.embed_tokens.weight[7] = float("nan")
     backbone = Backbone(model)
     for prompts, fails in (([[1, 2, 3]], False), ([[1, 7, 3]], True), ([[1, 2], [7, 1]], True)):
         steps = decode_vanilla(backbone, prompts, rule=GreedyRule(), max_new_tokens=1, eos_ids=frozenset())

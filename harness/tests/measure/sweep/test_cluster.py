@@ -26,7 +26,6 @@ from pytest import MonkeyPatch
 
 import harness.device.machine
 import harness.measure.sweep.cluster
-import harness.measure.sweep.run
 import harness.report.figures.sweep
 from harness.compose.devices import measured_curves
 from harness.compose.plan import SweepPlan, plan_sweep
