@@ -30,7 +30,8 @@ from harness.paths import cache_dir, resolve_path
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
-from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads
+from medusa_impl.checkpoints.released import PublishedProvenance, open_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
@@ -166,11 +167,23 @@ def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
     )
 
 
-def heads_for(loaded: LoadedModel, path: Path) -> tuple[MedusaHeads, HeadsProvenance]:
-    """Return the heads of a file, bound to the backbone, adapter and LM head that they were trained with."""
-    base = loaded.base_sha256 or loaded.sha256
-    heads, provenance = load_heads(path, backbone_sha256=base, adapter_sha256=loaded.adapter_sha256)
-    bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
+def heads_for(
+    loaded: LoadedModel, path: Path, *, num_heads: int | None = None
+) -> tuple[MedusaHeads, HeadsProvenance | PublishedProvenance]:
+    """Return the heads of a file or folder, the first `num_heads` of them or all, and their provenance.
+
+    Heads of this project are bound to the backbone, adapter and LM head that they were trained with.
+    Published ones say nothing of these; where shared, they read the LM head of the model that runs.
+    """
+    heads, provenance = open_heads(
+        path,
+        backbone_sha256=loaded.base_sha256 or loaded.sha256,
+        adapter_sha256=loaded.adapter_sha256,
+        vocab_size=embedding_weights(loaded.model)[1].shape[0],
+        num_heads=num_heads,
+    )
+    if isinstance(provenance, HeadsProvenance):
+        bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
     return heads, provenance
 
 
@@ -272,13 +285,17 @@ def _model_folder(spec: ModelSpec, *, allow_hub: bool) -> tuple[Path, str, dict[
 
 
 def engine_from_heads(
-    loaded: LoadedModel, heads_file: Path, *, mode: Mode | Literal["auto"] = "auto"
+    loaded: LoadedModel,
+    heads_file: Path,
+    *,
+    mode: Mode | Literal["auto"] = "auto",
+    num_heads: int | None = None,
 ) -> Engine:
-    """Return an engine of a loaded model and the heads of a file.
+    """Return an engine of a loaded model and the heads of a file, the first `num_heads` of them or all.
 
-    Raises: UserError for heads of another backbone or adapter.
+    Raises: UserError for heads of another backbone or adapter, or of another shape than the model's.
     """
-    heads, stored = heads_for(loaded, heads_file)
+    heads, stored = heads_for(loaded, heads_file, num_heads=num_heads)
     digest = backbone_sha256(heads)  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=mode)
     return Engine(
@@ -301,7 +318,7 @@ def load_engine(
     chosen = mode or suite.engine
     if heads is None and suite.heads.path is not None:
         file = resolve_path(suite.heads.path, base_folder=base_folder)
-        return engine_from_heads(loaded, file, mode=chosen)
+        return engine_from_heads(loaded, file, mode=chosen, num_heads=suite.heads.num_heads)
     digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=chosen)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})

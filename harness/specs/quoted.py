@@ -10,13 +10,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Spec
 
 QUOTED_FILE = shipped("quoted.toml")
 
 
-class QuotedRow(Frozen):
+class QuotedRow(Spec):
     """What someone else published of Medusa on a device; absent is None.
 
     `evidence` says how the figure was read off.
@@ -40,7 +41,7 @@ class QuotedRow(Frozen):
     source: str = Field(min_length=1)
 
 
-class _QuotedFile(Frozen):
+class _QuotedFile(Spec):
     schema_version: Literal[1]
     quoted: tuple[QuotedRow, ...]
 
