@@ -67,7 +67,7 @@ class PypiWheelSource(Spec):
     project: str
     version: str
     wheel_sha256: Sha256
-    wheel_bytes: int = Field(gt=0)
+    wheel_bytes: int = Field(gt=0, le=10**13)
     files: dict[str, SourceFile] = Field(min_length=1)
 
     @model_validator(mode="after")

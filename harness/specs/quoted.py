@@ -31,12 +31,12 @@ class QuotedRow(Spec):
     model: str = Field(min_length=1)
     method: str = Field(min_length=1)
     benchmark: str = ""
-    tokens_per_step: float | None = Field(default=None, gt=0)
-    overhead: float | None = Field(default=None, gt=0)
-    speedup: float | None = Field(default=None, gt=0)
-    tokens_per_s: float | None = Field(default=None, gt=0)
-    read_bandwidth_gb_per_s: float | None = Field(default=None, gt=0)
-    dense_fp16_tflop_per_s: float | None = Field(default=None, gt=0)
+    tokens_per_step: float | None = Field(default=None, gt=0, le=1e9)
+    overhead: float | None = Field(default=None, gt=0, le=1e9)
+    speedup: float | None = Field(default=None, gt=0, le=1e9)
+    tokens_per_s: float | None = Field(default=None, gt=0, le=1e9)
+    read_bandwidth_gb_per_s: float | None = Field(default=None, gt=0, le=1e9)
+    dense_fp16_tflop_per_s: float | None = Field(default=None, gt=0, le=1e9)
     evidence: Literal["read", "read-from-figure", "digitised", "computed", "secondary", "memory"]
     source: str = Field(min_length=1)
 
