@@ -20,6 +20,7 @@ from harness.errors import UserError
 Line = TypeVar("Line")
 Location = tuple[int | str, ...]
 ModelT = TypeVar("ModelT", bound=BaseModel)
+_MAX_DEPTH = 20  # of the values in a data file; the deepest that ship have 6
 # the command that takes a data file of each kind
 _COMMANDS = {
     "suite": "reproduce",
@@ -58,7 +59,12 @@ class ModelFolder(DataPath):
 
 
 class DataFile(Frozen):
-    """What every data file that a command runs says of itself; its `kind` says which command that is."""
+    """What every data file that a command runs says of itself; its `kind` says which command that is.
+
+    No number in it is infinite or NaN.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     schema_version: Literal[1]
     kind: str
@@ -113,9 +119,31 @@ def parse_toml(text: str, model: type[ModelT], *, noun: str, where: str) -> Mode
 
 def _toml(text: str, *, noun: str, where: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = tomllib.loads(text)
+        _check_plain(data)
+    except RecursionError as error:  # in the parser, which follows every bracket
+        raise UserError(found="values nested too deeply", need=f"{noun} in TOML", where=where) from error
+    except ValueError as error:  # which a TOMLDecodeError is, and a number of thousands of digits
         raise UserError(found=f"invalid TOML ({error})", need=f"{noun} in TOML", where=where) from error
+    return data
+
+
+def _check_plain(data: dict[str, Any]) -> None:
+    """Refuse what TOML cannot hold and its parser lets through, or what no data file is nested like."""
+    level: list[Any] = [data]
+    for _ in range(_MAX_DEPTH):
+        for value in level:
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise ValueError("an integer beyond 64 bits")
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError(f"values nested more than {_MAX_DEPTH} deep")
 
 
 def _check_kind(data: dict[str, Any], kind: str, *, noun: str, where: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_impl.errors import UserError
-from medusa_impl.recipes import HeadArchitecture
+from medusa_impl.recipes import MAX_HEADS, MAX_LAYERS, HeadArchitecture
 
 
 class ResBlock(nn.Module):
@@ -64,10 +64,10 @@ class MedusaHeads(nn.Module):
         lm_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or num_layers < 1:
+        if not (1 <= num_heads <= MAX_HEADS and 1 <= num_layers <= MAX_LAYERS):
             raise UserError(
                 found=f"{num_heads} heads of {num_layers} layers",
-                need="at least one of each",
+                need=f"at least one of each, and at most {MAX_HEADS} heads of {MAX_LAYERS} layers",
                 where="the heads' configuration",
             )
         self.num_heads, self.num_layers = num_heads, num_layers

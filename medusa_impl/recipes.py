@@ -6,13 +6,21 @@ Paper: Section 2.2 and Appendix B. The defaults are those of this project; the s
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HeadsLmHead = Literal["original", "adapted"]
 
 HeadArchitecture = Literal["own", "shared"]
+
+# More than any heads that were published (5 of 1 layer), and few enough to be built without a second thought.
+MAX_HEADS, MAX_LAYERS = 64, 64
+MAX_STEPS = 10**9  # of a training
+MAX_SEED = 2**32 - 1  # the greatest that every generator takes
+_MAX_ROWS = 10**8  # positions, sequences or tokens of one batch
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
@@ -47,22 +55,22 @@ class Medusa1Settings(Frozen):
     the embedded model, found by one short trial for each of a few rates; it was not tried on `own` heads.
     """
 
-    num_heads: int = Field(default=5, ge=1)
-    num_layers: int = Field(default=1, ge=1)
+    num_heads: int = Field(default=5, ge=1, le=MAX_HEADS)
+    num_layers: int = Field(default=1, ge=1, le=MAX_LAYERS)
     architecture: HeadArchitecture = "shared"
     lambda_base: float = Field(default=0.8, gt=0)  # lambda_k = 0.8^k in Section 2.2.1
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    batch_positions: int = Field(default=1024, ge=1)
-    num_epochs: float | None = Field(default=6.0, gt=0)
-    num_steps: int | None = Field(default=None, ge=1)
-    warmup_steps: int = Field(default=40, ge=0)  # Appendix B, 7B and 13B
-    subset_size: int | None = Field(default=8192, ge=1)
+    batch_positions: int = Field(default=1024, ge=1, le=_MAX_ROWS)
+    num_epochs: float | None = Field(default=6.0, gt=0, le=MAX_STEPS)
+    num_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    warmup_steps: int = Field(default=40, ge=0, le=MAX_STEPS)  # Appendix B, 7B and 13B
+    subset_size: int | None = Field(default=8192, ge=1, le=_MAX_ROWS)
     full_vocabulary_rate: float = Field(default=0.1, ge=0, le=1)
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Medusa1Settings:
@@ -104,8 +112,8 @@ class LoraSettings(Frozen):
     Paper: Appendix B: rank 32, alpha 16, dropout 0.05, on every linear layer and the LM head.
     """
 
-    rank: int = Field(default=32, ge=1)
-    alpha: int = Field(default=16, ge=1)
+    rank: int = Field(default=32, ge=1, le=65_536)
+    alpha: int = Field(default=16, ge=1, le=1_000_000)
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     lm_head: bool = True
@@ -134,8 +142,8 @@ class Medusa2Settings(Frozen):
     confirmed (FasterDecoding/Medusa, issue 74): the heads are.
     """
 
-    num_heads: int = Field(default=5, ge=1)
-    num_layers: int = Field(default=1, ge=1)
+    num_heads: int = Field(default=5, ge=1, le=MAX_HEADS)
+    num_layers: int = Field(default=1, ge=1, le=MAX_LAYERS)
     architecture: HeadArchitecture = "shared"
     backbone: Literal["frozen", "lora", "full"] = "lora"
     lora: LoraSettings = LoraSettings()
@@ -150,20 +158,20 @@ class Medusa2Settings(Frozen):
     heads_learning_rate: float = Field(default=2e-3, gt=0)  # Appendix B: 4 times the backbone's
     backbone_learning_rate: float = Field(default=5e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=40, ge=0)  # Appendix B, 7B and 13B
+    warmup_steps: int = Field(default=40, ge=0, le=MAX_STEPS)  # Appendix B, 7B and 13B
     schedule: Literal["whole", "each_stage"] = "whole"
     max_gradient_norm: float = Field(default=1.0, gt=0)
-    batch_sequences: int = Field(default=8, ge=1)
-    accumulation_steps: int = Field(default=1, ge=1)
-    max_length: int = Field(default=2048, ge=2)
-    num_epochs: float | None = Field(default=None, gt=0)
-    num_steps: int | None = Field(default=None, ge=1)
+    batch_sequences: int = Field(default=8, ge=1, le=_MAX_ROWS)
+    accumulation_steps: int = Field(default=1, ge=1, le=_MAX_ROWS)
+    max_length: int = Field(default=2048, ge=2, le=_MAX_ROWS)
+    num_epochs: float | None = Field(default=None, gt=0, le=MAX_STEPS)
+    num_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     quantisation: Literal["4bit"] | None = None
     autocast: Literal["bfloat16"] | None = None
     gradient_checkpointing: bool = False
-    subset_size: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    subset_size: int | None = Field(default=None, ge=1, le=_MAX_ROWS)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Medusa2Settings:

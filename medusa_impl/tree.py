@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,8 +37,9 @@ from medusa_impl.tree_text import paths_to_json, read_paths
 
 RankPath = tuple[int, ...]
 
-# Guards against widths that would exhaust memory. One verification uses a few hundred nodes at the most.
-MAX_NODES = 65_536
+# Guards against trees that would exhaust memory. One verification uses a few hundred nodes at the most, and
+# no heads reach deeper than a few levels.
+MAX_NODES, MAX_DEPTH = 65_536, 256
 _ROOT: RankPath = ()
 
 
@@ -69,8 +71,8 @@ class DraftTree:
     @classmethod
     def chain(cls, depth: int) -> DraftTree:
         """Return a tree without branches: the best token of each of the first `depth` heads."""
-        if depth < 0:
-            raise UserError(found=f"a chain of depth {depth}", need="0 or more")
+        if not 0 <= depth <= MAX_DEPTH:  # before so many widths are written down
+            raise UserError(found=f"a chain of depth {depth}", need=f"0 to {MAX_DEPTH}")
         return cls.cartesian((1,) * depth)
 
     @classmethod
@@ -79,9 +81,11 @@ class DraftTree:
 
         Every node of depth k - 1 has the `widths[k - 1]` best tokens of head k as children.
 
-        Raises: UserError on a width below 1 or on more than MAX_NODES nodes.
+        Raises: UserError on a width below 1, on more than MAX_NODES nodes or more than MAX_DEPTH levels.
         Paper: Section 2.1.2, where `widths[k - 1]` is s_k.
         """
+        if len(widths) > MAX_DEPTH:
+            raise UserError(found=f"{len(widths)} widths", need=f"at most {MAX_DEPTH}", do="drop some levels")
         for level, width in enumerate(widths, start=1):
             if _as_int(width) is None or width < 1:
                 raise UserError(
@@ -124,14 +128,14 @@ class DraftTree:
     def from_json(cls, text_or_path: str | Path) -> DraftTree:
         """Return the tree of a JSON file, or of the text itself.
 
-        The text is what `to_json` writes, a plain JSON list of lists, or a Python literal of tuples, which is
-        how the authors publish their trees.
+        The text is what `to_json` writes, a plain JSON list of lists, or a Python list of tuples, as the
+        authors publish their trees. A file may hold it with its name: `name = [(0,), (0, 0), ..]`.
 
         Raises: UserError on anything else, on an unknown key or version, and as `from_paths` does.
         """
         paths, where = read_paths(text_or_path)
         if isinstance(paths, str) or not isinstance(paths, Iterable):
-            raise UserError(found=f"paths = {paths!r}", need="a list of rank paths", where=where)
+            raise UserError(found=f"paths = {reprlib.repr(paths)}", need="a list of rank paths", where=where)
         return cls.from_paths(paths, where=where)
 
     def to_json(self, *, provenance: Mapping[str, Any] | None = None) -> str:
@@ -351,10 +355,15 @@ def _as_int(rank: object) -> int | None:
 def _as_path(path: object, *, where: str | None) -> RankPath:
     if isinstance(path, str) or not isinstance(path, Iterable):
         raise UserError(
-            found=f"{path!r} in the list of paths", need="a list of ranks, such as [0, 1]", where=where
+            found=f"{reprlib.repr(path)} in the list of paths",
+            need="a list of ranks, such as [0, 1]",
+            where=where,
         )
     given = tuple(path)
+    if len(given) > MAX_DEPTH:
+        raise UserError(found=f"a path of {len(given)} ranks", need=f"at most {MAX_DEPTH}", where=where)
     ranks = tuple(rank for item in given if (rank := _as_int(item)) is not None and rank >= 0)
     if len(ranks) != len(given):
-        raise UserError(found=f"node {given!r}", need="ranks that are whole numbers from 0 up", where=where)
+        need = "ranks that are whole numbers from 0 up"
+        raise UserError(found=f"node {reprlib.repr(given)}", need=need, where=where)
     return ranks

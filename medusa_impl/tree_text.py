@@ -1,4 +1,7 @@
-"""Draft trees as text: our canonical JSON, and the Python lists of tuples that the authors publish."""
+"""Draft trees as text: our canonical JSON, and the Python lists of tuples that the authors publish.
+
+These stand alone or after a name, as in `mc_sim_7b_63 = [(0,), (0, 0), ..]`.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +53,41 @@ def _read_text(text_or_path: str | Path) -> tuple[str, str]:
         ) from error
 
 
+def _python_literal(text: str, *, where: str) -> object:
+    """Return a tree as it is published: a Python list of tuples, with or without a name. No code runs.
+
+    Raises: UserError for anything else, and for a file of several trees.
+    """
+    try:
+        statements = ast.parse(text.strip()).body
+        if len(statements) > 1:
+            names = [name for statement in statements for name in _assigned_names(statement)]
+            raise UserError(
+                found=f"{len(statements)} statements ({', '.join(names[:4]) or 'no tree among them'})",
+                need="one tree a file",
+                where=where,
+                do="copy the tree that you mean into a file of its own",
+            )
+        only = statements[0] if statements else None
+        if not isinstance(only, ast.Assign | ast.AnnAssign | ast.Expr) or only.value is None:
+            raise ValueError("no list of tuples")
+        value: object = ast.literal_eval(only.value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        need = "JSON, or a Python list of tuples such as [(0,), (0, 1)]"
+        raise UserError(found=f"text that cannot be read ({error})", need=need, where=where) from error
+    return value
+
+
+def _assigned_names(statement: ast.stmt) -> list[str]:
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def _parse(text: str, *, where: str) -> object:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
-        # Published trees are Python lists of tuples. `literal_eval` reads these and runs no code.
-        try:
-            data = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            need = "JSON, or a Python list of tuples such as [(0,), (0, 1)]"
-            raise UserError(found=f"text that cannot be read ({error})", need=need, where=where) from error
+        data = _python_literal(text, where=where)
     if not isinstance(data, dict):
         return data
     if unknown := sorted(map(str, set(data) - {"schema_version", "paths", "provenance"})):

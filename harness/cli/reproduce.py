@@ -39,7 +39,8 @@ def reproduce(
         ),
     ] = None,
     tree: Annotated[
-        Path | None, typer.Option(help="JSON file of a tree to use instead of the searched ones")
+        Path | None,
+        typer.Option(help="file of a tree to use, in an arm of its name, instead of the searched ones"),
     ] = None,
     claims: ClaimsOption = None,
     resume: ResumeOption = None,

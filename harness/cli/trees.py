@@ -26,7 +26,7 @@ from harness.errors import UserError
 from harness.files import write_bytes
 from harness.paths import cache_dir, default_results, resolve_path
 from harness.records.trace import Trace
-from harness.specs.latency import LatencyHeads
+from harness.specs.latency import HeadsForm
 from medusa_impl.tree import DraftTree
 
 
@@ -99,7 +99,7 @@ def print_device_search(
     index = ReplayIndex(Trace.load(calibration))
     other = ReplayIndex(Trace.load(check)) if check is not None else None
     curves = find_curves(
-        device, results=results, shape=shape, dtype=dtype, heads=LatencyHeads(architecture="shared")
+        device, results=results, shape=shape, dtype=dtype, heads=HeadsForm(architecture="shared")
     )
     found = fastest_trees(index, curves, max_nodes=max_nodes, cache=cache)
     console.print(_table_of(found, index=index, other=other))

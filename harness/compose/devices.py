@@ -28,7 +28,7 @@ from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, fa
 from harness.records.sweep import RooflineError
 from harness.records.sweep_cells import CurveLabel
 from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_device
-from harness.specs.latency import DtypeName, LatencyHeads, ModeName, PointKey
+from harness.specs.latency import DtypeName, HeadsForm, ModeName, PointKey
 from harness.specs.shapes import ShapeSpec, load_shapes
 
 # Each length is 4/3 or 3/2 of the one before: lines between them stay close to the roofline.
@@ -65,7 +65,7 @@ class PredictedCurve:
     """
 
     def __init__(
-        self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: LatencyHeads
+        self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: HeadsForm
     ) -> None:
         if dtype not in device.dtypes:
             raise UserError(
@@ -225,7 +225,7 @@ def _decoding_mode(
 
 
 def find_curves(
-    name: str, *, results: Path, shape: str | None, dtype: str | None, heads: LatencyHeads
+    name: str, *, results: Path, shape: str | None, dtype: str | None, heads: HeadsForm
 ) -> tuple[StepTimes, ...]:
     """Return the curves that a name on the command line means.
 

@@ -118,14 +118,15 @@ def check_fixed_trees(
     suite: SuiteSpec,
     *,
     num_heads: int,
+    vocab_size: int,
     base_folder: Path | None,
     has_calibration: bool,
     backbone: BackboneName = "original",
 ) -> None:
     """Refuse a tree or a search that cannot work, before anything is measured.
 
-    A tree is refused where it is no tree or is deeper than its heads, a search where it has no calibration
-    trace.
+    A tree is refused where it is no tree, is deeper than its heads or names ranks beyond the vocabulary, a
+    search where it has no calibration trace.
     """
     for arm in suite.arms:
         if (
@@ -137,6 +138,7 @@ def check_fixed_trees(
         heads = min(num_heads, arm.num_heads or num_heads)
         tree, _ = _resolve(arm, None, costs=(), num_heads=heads, base_folder=base_folder)
         _check_depth(tree, arm, num_heads=heads)
+        tree.check_fits(num_heads=heads, vocab_size=vocab_size)
 
 
 def _check_depth(tree: DraftTree, arm: ArmSpec, *, num_heads: int) -> None:

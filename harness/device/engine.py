@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.assets.chat import fix_date
 from harness.assets.hashes import tensors_sha256
@@ -25,13 +24,14 @@ from harness.device.loading.behaviour import (
 )
 from harness.device.loading.folder import ModelFolder, check_folder, model_folder, require_trust
 from harness.device.loading.tiny import tiny_model
-from harness.device.loading.weights import empty_model, load_folder
+from harness.device.loading.weights import empty_model, load_folder, quantised_options
 from harness.errors import UserError
 from harness.files import canonical_sha256, read_text
 from harness.paths import resolve_path
 from harness.specs.suite import ModelSpec, SuiteSpec, TinyModelSpec
 from medusa_impl.checkpoints.adapter import TunedModel, load_adapter
-from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads, load_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, bind_heads
+from medusa_impl.checkpoints.released import PublishedProvenance, open_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.heads import MedusaHeads
@@ -166,7 +166,7 @@ def load_model(
     Raises: UserError for what is missing or does not load, and for 4-bit weights without bitsandbytes and a
     CUDA device.
     """
-    quantised = _quantised(quantisation)  # before anything is fetched
+    quantised = quantised_options(quantisation, device=device)  # before anything is fetched
     bare = _load_bare(spec, device=device, allow_hub=allow_hub, base_folder=base_folder, quantised=quantised)
     if spec.chat_template is not None and bare.tokenizer is not None:
         bare.tokenizer.chat_template = read_text(resolve_path(spec.chat_template, base_folder=base_folder))
@@ -193,12 +193,24 @@ def with_adapter(loaded: LoadedModel, folder: Path) -> LoadedModel:
     )
 
 
-def heads_for(loaded: LoadedModel, path: Path) -> tuple[MedusaHeads, HeadsProvenance]:
-    """Return the heads of a file, bound to the backbone, adapter and LM head that they were trained with."""
-    base = loaded.base_sha256 or loaded.sha256
-    heads, provenance = load_heads(path, backbone_sha256=base, adapter_sha256=loaded.adapter_sha256)
-    _check_behaviour(provenance, loaded, where=path.name)
-    bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
+def heads_for(
+    loaded: LoadedModel, path: Path, *, num_heads: int | None = None
+) -> tuple[MedusaHeads, HeadsProvenance | PublishedProvenance]:
+    """Return the heads of a file or folder, the first `num_heads` of them or all, and their provenance.
+
+    Heads of this project are bound to the backbone, adapter and LM head that they were trained with.
+    Published ones say nothing of these; where shared, they read the LM head of the model that runs.
+    """
+    heads, provenance = open_heads(
+        path,
+        backbone_sha256=loaded.base_sha256 or loaded.sha256,
+        adapter_sha256=loaded.adapter_sha256,
+        vocab_size=embedding_weights(loaded.model)[1].shape[0],
+        num_heads=num_heads,
+    )
+    if isinstance(provenance, HeadsProvenance):
+        _check_behaviour(provenance, loaded, where=path.name)
+        bind_heads(heads, provenance, original_lm_head=loaded.original_lm_head)
     return heads, provenance
 
 
@@ -220,34 +232,6 @@ def _check_behaviour(provenance: HeadsProvenance, loaded: LoadedModel, *, where:
             where=where,
             do=f"restore the files of {loaded.name}, or train heads for it as it is",
         )
-
-
-def _quantised(quantisation: Literal["4bit"] | None) -> dict[str, Any]:
-    if quantisation is None:
-        return {}
-    missing = [
-        name
-        for name, there in (
-            ("bitsandbytes", _has_bitsandbytes()),
-            ("a CUDA device", torch.cuda.is_available()),
-        )
-        if not there
-    ]
-    if missing:
-        raise UserError(
-            found=f"no {' and no '.join(missing)}",
-            need="both for a 4-bit backbone",
-            where="the recipe",
-            do="leave out quantisation, or train where they are",
-        )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    return {"quantization_config": config, "device_map": {"": best_device().index or 0}}
-
-
-def _has_bitsandbytes() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def _load_bare(
@@ -318,13 +302,17 @@ def model_without_weights(spec: ModelSpec, *, base_folder: Path | None = None) -
 
 
 def engine_from_heads(
-    loaded: LoadedModel, heads_file: Path, *, mode: Mode | Literal["auto"] = "auto"
+    loaded: LoadedModel,
+    heads_file: Path,
+    *,
+    mode: Mode | Literal["auto"] = "auto",
+    num_heads: int | None = None,
 ) -> Engine:
-    """Return an engine of a loaded model and the heads of a file.
+    """Return an engine of a loaded model and the heads of a file, the first `num_heads` of them or all.
 
-    Raises: UserError for heads of another backbone or adapter.
+    Raises: UserError for heads of another backbone or adapter, or of another shape than the model's.
     """
-    heads, stored = heads_for(loaded, heads_file)
+    heads, stored = heads_for(loaded, heads_file, num_heads=num_heads)
     digest = backbone_sha256(heads)  # before the runner casts them
     runner = StepRunner(loaded.model, heads, mode=mode)
     return Engine(
@@ -347,7 +335,7 @@ def load_engine(
     chosen = mode or suite.engine
     if heads is None and suite.heads.path is not None:
         file = resolve_path(suite.heads.path, base_folder=base_folder)
-        return engine_from_heads(loaded, file, mode=chosen)
+        return engine_from_heads(loaded, file, mode=chosen, num_heads=suite.heads.num_heads)
     if heads is None and suite.heads.absent:
         # none of the arms drafts; probes and traces ask for a head
         heads = new_heads(loaded, Medusa1Settings(num_heads=1, architecture="shared"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
@@ -39,7 +41,7 @@ from harness.records.run import (
 )
 from harness.records.store import Store, begun_with
 from harness.records.trace import Trace
-from harness.specs.suite import BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
+from harness.specs.suite import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.engine.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
 
@@ -63,13 +65,7 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     prompts, arms = suite.prompts, suite.arms
     if options.tree_file is not None:
         DraftTree.from_json(options.tree_file)
-        given = FileTree(kind="file", path=DataPath(options.tree_file.absolute()))
-        arms = tuple(
-            arm.model_copy(update={"tree": given})
-            if isinstance(arm.tree, SearchedTree | FastestTree)
-            else arm
-            for arm in arms
-        )
+        arms = _with_tree(suite.arms, options.tree_file)
         if arms == suite.arms:
             raise UserError(
                 found="no arm with a searched tree",
@@ -83,6 +79,37 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
     return suite.model_copy(update={"prompts": prompts, "arms": arms})
+
+
+def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[ArmSpec, ...]:
+    """Return the arms with a file's tree in place of those that are searched.
+
+    Arms that only their trees told apart become one. It is named after the file, since the names that the
+    suite gave say how its trees were found.
+    """
+    tree = FileTree(kind="file", path=DataPath(file.absolute()))
+    stem = re.sub(r"[^a-z0-9]+", "_", file.stem.lower()).strip("_") or "tree"
+    names = {arm.name for arm in arms if not isinstance(arm.tree, SearchedTree | FastestTree)}
+    found: list[ArmSpec] = []
+    for arm in arms:
+        if not isinstance(arm.tree, SearchedTree | FastestTree):
+            found.append(arm)
+            continue
+        words = [stem, "tuned" if arm.backbone == "tuned" else "", _sampled_rule(arm)]
+        name = "_".join(filter(None, words))
+        with_tree = arm.model_copy(update={"tree": tree, "name": name})
+        if with_tree in found:
+            continue
+        number = count(2)
+        while with_tree.name in names:
+            with_tree = with_tree.model_copy(update={"name": f"{name}_{next(number)}"})
+        names.add(with_tree.name)
+        found.append(with_tree)
+    return tuple(found)
+
+
+def _sampled_rule(arm: ArmSpec) -> str:
+    return arm.acceptance.rule if arm.acceptance is not None and arm.acceptance.rule != "greedy" else ""
 
 
 def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions, console: Console) -> Path:
@@ -130,11 +157,13 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         check_fixed_trees(
             suite,
             num_heads=one.heads.num_heads,
+            vocab_size=one.heads.vocab_size,
             base_folder=base_folder,
             has_calibration=has_calibration,
             backbone=name,
         )
         check_lengths(prompts, one, max_new_tokens=suite.max_new_tokens)
+        _check_probes(suite, one)
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
@@ -214,6 +243,28 @@ def _calibration(
         where="calibration_trace" if is_original else f"{backbone}.calibration_trace",
         do=None if is_original else "name the one that medusa-repro train wrote with it",
     )
+
+
+def _check_probes(suite: SuiteSpec, engine: Engine) -> None:
+    """Refuse to time steps after more tokens than the model has positions for, or of too wide a tree."""
+    widest, vocab_size = max(suite.probes.step_nodes), engine.heads.vocab_size
+    if widest > vocab_size:
+        raise UserError(
+            found=f"{widest} nodes",
+            need=f"at most {vocab_size}, the size of the vocabulary",
+            where="probes.step_nodes",
+        )
+    try:
+        engine.runner.backbone.check_positions(
+            prompt_tokens=suite.probes.step_context_tokens, max_new_tokens=0, depth=engine.heads.num_heads
+        )
+    except UserError as error:
+        raise UserError(
+            found=f"{suite.probes.step_context_tokens} tokens before a timed step",
+            need=error.need,
+            where="probes.step_context_tokens",
+            do="lower it",
+        ) from error
 
 
 def _check_step_shapes(suite: SuiteSpec, engines: Mapping[BackboneName, Engine]) -> None:

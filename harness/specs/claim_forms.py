@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.files import Frozen
+from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed, Spec
 from harness.specs.paper_forms import Form, Share
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _SweepForm(Frozen):
+class _SweepForm(Spec):
     """What every form carries: why its bounds, margins and settings are what they are."""
 
     reason: str = Field(min_length=1)
@@ -27,7 +27,7 @@ class TemperatureTrendForm(_SweepForm):
     test: Literal["temperature_trend"]
     epsilon: float = Field(gt=0, lt=1)
     delta: float = Field(gt=0)
-    min_temperatures: int = Field(ge=3)
+    min_temperatures: int = Field(ge=3, le=MAX_ENTRIES)
 
 
 class ThresholdTrendForm(_SweepForm):
@@ -38,7 +38,7 @@ class ThresholdTrendForm(_SweepForm):
 
     test: Literal["threshold_trend"]
     temperature: float = Field(gt=0)
-    min_epsilons: int = Field(ge=3)
+    min_epsilons: int = Field(ge=3, le=MAX_ENTRIES)
 
 
 class TypicalBeatsRejectionForm(_SweepForm):
@@ -107,7 +107,7 @@ class LadderStepForm(Form):
     arm: str
     over: str
     bound: float
-    max_nodes: int | None = None
+    max_nodes: NodeCount | None = None
 
 
 class SparseBeatsDenseForm(Form):
@@ -118,10 +118,10 @@ class SparseBeatsDenseForm(Form):
 
     test: Literal["sparse_beats_dense"]
     tree: str
-    max_nodes: int
-    dense_nodes: int
-    num_dense: int = Field(ge=2)
-    seed: int
+    max_nodes: NodeCount
+    dense_nodes: NodeCount
+    num_dense: int = Field(ge=2, le=10_000)
+    seed: Seed
     bound: float
 
 
@@ -130,8 +130,8 @@ class SearchDepthForm(Form):
 
     test: Literal["search_depth"]
     tree: str
-    num_nodes: int
-    max_depth: int
+    num_nodes: NodeCount
+    max_depth: HeadCount
 
 
 class LossGrowsForm(Form):
@@ -148,10 +148,10 @@ class ExtraHeadForm(Form):
     """
 
     test: Literal["extra_head"]
-    num_nodes: int
-    with_heads: int
-    without_heads: int
-    max_rank: int
+    num_nodes: NodeCount
+    with_heads: HeadCount
+    without_heads: HeadCount
+    max_rank: NodeCount
     margin: Share
 
 
@@ -173,8 +173,8 @@ class LogGrowthForm(Form):
     """
 
     test: Literal["log_growth"]
-    sizes: tuple[int, ...] = Field(min_length=4)
-    max_rank: int
+    sizes: tuple[NodeCount, ...] = Field(min_length=4, max_length=MAX_ENTRIES)
+    max_rank: NodeCount
     min_r_squared: Share
 
 
@@ -185,8 +185,8 @@ class SpeedPeaksForm(Form):
     """
 
     test: Literal["speed_peaks"]
-    sizes: tuple[int, ...] = Field(min_length=3)
-    max_rank: int
+    sizes: tuple[NodeCount, ...] = Field(min_length=3, max_length=MAX_ENTRIES)
+    max_rank: NodeCount
     bound: float
 
 
@@ -293,9 +293,9 @@ class SpareHeadForm(Form):
 
     test: Literal["spare_head"]
     arm: str
-    num_nodes: int
-    with_heads: int
-    without_heads: int
+    num_nodes: NodeCount
+    with_heads: HeadCount
+    without_heads: HeadCount
     margin: Share
 
 

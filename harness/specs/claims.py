@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Spec
 from harness.specs.claim_forms import LiteralForm, SweepForm, TrainingForm, TransferForm
 from harness.specs.paper_forms import PaperOnlyForm
 
@@ -21,7 +23,7 @@ Kind = Literal["claim", "repo", "definition", "hyperparameter", "derived", "thir
 Reading = Literal["read", "read-from-figure", "digitised", "computed", "secondary", "memory"]
 
 
-class OperatorTable(Frozen):
+class OperatorTable(Spec):
     """A table of Appendix G: throughput and intensity of one operator.
 
     A row is a context length or batch, a column a number of candidates.
@@ -40,7 +42,7 @@ class OperatorTable(Frozen):
         return self
 
 
-class ClaimSpec(Frozen):
+class ClaimSpec(Spec):
     """One claim: what is stated and where, the figure, and the forms in which it can be judged.
 
     `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a
@@ -72,7 +74,7 @@ class ClaimSpec(Frozen):
         return self
 
 
-class ClaimsFile(Frozen):
+class ClaimsFile(Spec):
     """A registry: roles of arms, shared texts and literal forms by name, and the claims."""
 
     schema_version: Literal[1]
@@ -108,7 +110,9 @@ def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = N
     return read_toml(path, ClaimsFile, noun="a claims file", prepare=prepare, key_of=_key).claims
 
 
-def _overridden(given: Mapping[str, str], roles: Mapping[str, str], *, where: str) -> dict[str, str]:
+def _overridden(given: Any, roles: Mapping[str, str], *, where: str) -> dict[str, str]:
+    if not isinstance(given, dict):
+        raise UserError(found=f"roles = {reprlib.repr(given)}", need="a table [roles]", where=where)
     if unknown := sorted(set(roles) - set(given)):
         raise UserError(found=f"role {unknown[0]!r}", need=f"one of {', '.join(sorted(given))}", where=where)
     return {**given, **roles}
@@ -130,6 +134,10 @@ def _filled(data: dict[str, Any], *, where: str) -> dict[str, Any]:
 def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) -> dict[str, Any]:
     def look_up(table: str, name: str) -> Any:
         entries = data.get(table, {})
+        if not isinstance(entries, dict):
+            raise UserError(
+                found=f"{table} = {reprlib.repr(entries)}", need=f"a table [{table}]", where=where
+            )
         if name not in entries:
             raise UserError(
                 found=f"{table} {name!r}", need=f"one of {', '.join(sorted(entries))}", where=where
@@ -155,5 +163,6 @@ def _key(data: dict[str, Any], location: tuple[int | str, ...]) -> str:
     """The key at fault, with a claim's id in place of its index."""
     parts = [str(part) for part in location] or ["claims file"]
     if len(location) > 1 and location[0] == "claims" and isinstance(location[1], int):
-        parts[1] = str(data["claims"][location[1]].get("id", location[1]))
+        claim = data["claims"][location[1]]
+        parts[1] = str(claim.get("id", location[1])) if isinstance(claim, dict) else str(location[1])
     return ".".join(parts)

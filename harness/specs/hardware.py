@@ -10,13 +10,14 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from harness.errors import UserError
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Spec
 
 HARDWARE_FILE = shipped("hardware.toml")
 
 
-class DeviceSpec(Frozen):
+class DeviceSpec(Spec):
     """One device's published limits, with the source of each figure.
 
     `name` and `aliases` are what drivers print for it, so that a measured device finds its row; `dtypes` are
@@ -27,10 +28,10 @@ class DeviceSpec(Frozen):
 
     name: str
     aliases: tuple[str, ...] = ()
-    read_bandwidth_gb_per_s: float = Field(gt=0)
-    dense_fp16_tflop_per_s: float = Field(gt=0)
+    read_bandwidth_gb_per_s: float = Field(gt=0, le=1e9)
+    dense_fp16_tflop_per_s: float = Field(gt=0, le=1e9)
     dtypes: tuple[Literal["float16", "bfloat16"], ...] = Field(min_length=1)
-    memory_gb: int = Field(gt=0)
+    memory_gb: int = Field(gt=0, le=10**9)
     source: str = Field(min_length=1)
 
     @property
@@ -41,7 +42,7 @@ class DeviceSpec(Frozen):
         )
 
 
-class _HardwareFile(Frozen):
+class _HardwareFile(Spec):
     schema_version: Literal[1]
     devices: dict[str, DeviceSpec]
 

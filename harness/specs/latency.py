@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,57 +12,97 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.errors import UserError
 from harness.files import DataFile, DataPath, Frozen, first_fault, parse_toml, read_toml
+from harness.specs.bounds import (
+    BatchSize,
+    Distinct,
+    HeadCount,
+    LayerCount,
+    NodeCount,
+    PromptCount,
+    Repeats,
+    Some,
+    SomeDistinct,
+    Spec,
+    TextLength,
+    TokenCount,
+)
 from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
+from medusa_impl.recipes import MAX_HEADS, HeadArchitecture
 
 # the modes of medusa_impl.engine.runner, which needs torch
 ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+MAX_POINTS = 100_000  # of a grid: hours of timing
+BatchSizes = SomeDistinct[BatchSize]
 
 
-class LatencyGrid(Frozen):
+class LatencyGrid(Spec):
     """Sizes whose product is timed; `dtypes` and `modes` narrow it to some of the spec's, empty means all."""
 
-    num_nodes: Counts
-    num_heads: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    context_tokens: Counts
-    batch: Counts = (1,)
-    dtypes: tuple[DtypeName, ...] = ()
-    modes: tuple[ModeName, ...] = ()
+    num_nodes: SomeDistinct[NodeCount]
+    num_heads: SomeDistinct[Annotated[int, Field(ge=0, le=MAX_HEADS)]] = (0,)
+    context_tokens: SomeDistinct[TokenCount]
+    batch: BatchSizes = (1,)
+    dtypes: Distinct[DtypeName] = ()
+    modes: Distinct[ModeName] = ()
+
+    @model_validator(mode="after")
+    def _ends(self) -> LatencyGrid:
+        sizes = (self.num_nodes, self.num_heads, self.context_tokens, self.batch)
+        if (num_points := math.prod(len(entries) for entries in sizes)) > MAX_POINTS:
+            raise ValueError(f"{num_points:,} points in a grid, at most {MAX_POINTS:,} can be timed")
+        return self
 
 
-class LatencyHeads(Frozen):
-    """The draft heads: a checkpoint, else random ones of this form, which cost the same."""
+class HeadsForm(Spec):
+    """The form of draft heads, whatever their values."""
+
+    num_heads: HeadCount = 5
+    num_layers: LayerCount = 1
+    architecture: HeadArchitecture = "own"
+
+
+class LatencyHeads(Spec):
+    """The draft heads: a checkpoint, else random ones of a form, which cost the same.
+
+    What is left out is as the checkpoint has it, or as `HeadsForm` has it. `num_heads` takes the first heads
+    of a checkpoint; layers and architecture have to be the checkpoint's own.
+    """
 
     path: DataPath | None = None
-    num_heads: int = Field(default=5, ge=1)
-    num_layers: int = Field(default=1, ge=1)
-    architecture: Literal["own", "shared"] = "own"
+    num_heads: HeadCount | None = None
+    num_layers: LayerCount | None = None
+    architecture: HeadArchitecture | None = None
+
+    @property
+    def form(self) -> HeadsForm:
+        """The form that is said, with defaults for what is left out."""
+        return HeadsForm.model_validate(self.model_dump(exclude={"path"}, exclude_none=True))
 
 
-class LatencyPrompts(Frozen):
+class LatencyPrompts(Spec):
     """Which texts the tables decode.
 
     `random` means token ids, `prompt_tokens` of them each; random weights can use no others.
     """
 
     source: Literal["mt_bench", "human_eval", "random"] = "random"
-    prompt_tokens: int = Field(default=128, ge=1)
+    prompt_tokens: TokenCount = 128
 
 
-class ModesTable(Frozen):
+class ModesTable(Spec):
     """The table of modes: prompts that each mode and Hugging Face `generate` decode in turn.
 
     Step costs are read at `context_tokens`.
     """
 
-    num_prompts: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=2)
-    context_tokens: int = Field(ge=1)
-    sizes: Counts = (1, 8, 16, 32, 64)
+    num_prompts: PromptCount
+    max_new_tokens: TextLength
+    context_tokens: TokenCount
+    sizes: SomeDistinct[NodeCount] = (1, 8, 16, 32, 64)
 
 
-class BatchTable(Frozen):
+class BatchTable(Spec):
     """Vanilla and Medusa over the same `num_prompts` texts, B of them decoded together.
 
     Without `num_prompts` there are as many as the largest batch.
@@ -69,11 +110,11 @@ class BatchTable(Frozen):
     nothing.
     """
 
-    batches: Counts = (1, 2, 4, 8)
+    batches: BatchSizes = (1, 2, 4, 8)
     tree: TreeSpec
-    max_new_tokens: int = Field(ge=2)
-    num_prompts: int | None = Field(default=None, ge=1)
-    rounds: int = Field(default=1, ge=1)
+    max_new_tokens: TextLength
+    num_prompts: PromptCount | None = None
+    rounds: Repeats = 1
 
     @property
     def num_texts(self) -> int:
@@ -119,10 +160,10 @@ class LatencySpec(DataFile):
     model: ModelSpec | None = None
     shape: str | None = None
     heads: LatencyHeads = LatencyHeads()
-    dtypes: Annotated[tuple[DtypeName, ...], Field(min_length=1)]
-    modes: Literal["auto"] | Annotated[tuple[ModeName, ...], Field(min_length=1)] = "auto"
-    grids: Annotated[tuple[LatencyGrid, ...], Field(min_length=1)]
-    repeats: int = Field(default=5, ge=1)
+    dtypes: SomeDistinct[DtypeName]
+    modes: Literal["auto"] | SomeDistinct[ModeName] = "auto"
+    grids: Some[LatencyGrid]
+    repeats: Repeats = 5
     memory_share: float = Field(default=0.8, gt=0, le=1)
     calibration_trace: DataPath | None = None
     prompts: LatencyPrompts = LatencyPrompts()
@@ -147,8 +188,10 @@ class LatencySpec(DataFile):
                 f"batch_table.tree of kind {self.batch_table.tree.kind!r} needs a calibration_trace"
             )
         asked = max(heads for grid in self.grids for heads in grid.num_heads)
-        if self.heads.path is None and asked > self.heads.num_heads:
-            raise ValueError(f"the grids ask for {asked} heads, heads.num_heads is {self.heads.num_heads}")
+        if self.heads.path is None and asked > self.heads.form.num_heads:
+            raise ValueError(
+                f"the grids ask for {asked} heads, heads.num_heads is {self.heads.form.num_heads}"
+            )
         return self
 
     def points(self, dtype: DtypeName, modes: Sequence[ModeName]) -> tuple[PointKey, ...]:

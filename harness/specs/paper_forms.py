@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.files import Frozen
+from harness.specs.bounds import BatchSize, NodeCount, Some, Spec, TokenCount
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Form(Frozen):
+class Form(Spec):
     """What every form carries: why its bounds, margins and settings are what they are."""
 
     reason: str = Field(min_length=1)
@@ -22,14 +22,14 @@ class BoundMissedForm(Form):
 
     test: Literal["bound_missed"]
     bound_claim: str
-    figures: tuple[str, ...]
+    figures: Some[str]
 
 
 class QuotientsForm(Form):
     """Rate over overhead gives the printed speedup of every model to within a relative `tolerance`."""
 
     test: Literal["quotients"]
-    models: tuple[str, ...]
+    models: Some[str]
     tolerance: Share
 
 
@@ -40,12 +40,12 @@ class ImpliedOverheadsForm(Form):
     """
 
     test: Literal["implied_overheads"]
-    pairs: tuple[tuple[str, str], ...]
+    pairs: Some[tuple[str, str]]
     min_apart: int
     half_unit: float
 
 
-class Statement(Frozen):
+class Statement(Spec):
     """What one place says, in one word or two."""
 
     place: str
@@ -79,7 +79,7 @@ class ClosedFormsForm(Form):
     by_length: str
     by_batch: str
     linear: str
-    table_context_tokens: int
+    table_context_tokens: TokenCount
     tolerance: float
 
 
@@ -109,8 +109,8 @@ class LogConstantForm(Form):
 
     test: Literal["log_constant"]
     slope: float
-    bases: tuple[float, ...]
-    num_nodes: int
+    bases: Some[float]
+    num_nodes: NodeCount
     rate: str
     tolerance: Share
 
@@ -128,9 +128,9 @@ class SimulatedPeakForm(_SimulationForm):
     """
 
     test: Literal["simulated_peak"]
-    num_nodes: int
-    context_tokens: int
-    batch: int
+    num_nodes: NodeCount
+    context_tokens: TokenCount
+    batch: BatchSize
     tolerance: Share
 
 
@@ -141,8 +141,8 @@ class SimulatedBatchForm(_SimulationForm):
     """
 
     test: Literal["simulated_batch"]
-    batch: int
-    context_tokens: int
+    batch: BatchSize
+    context_tokens: TokenCount
 
 
 class SimulatedLengthForm(_SimulationForm):
@@ -152,8 +152,8 @@ class SimulatedLengthForm(_SimulationForm):
     """
 
     test: Literal["simulated_length"]
-    batch: int
-    context_tokens: tuple[int, ...]
+    batch: BatchSize
+    context_tokens: Some[TokenCount]
     tolerance: Share
 
 

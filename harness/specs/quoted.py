@@ -10,13 +10,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Spec
 
 QUOTED_FILE = shipped("quoted.toml")
 
 
-class QuotedRow(Frozen):
+class QuotedRow(Spec):
     """What someone else published of Medusa on a device; absent is None.
 
     `evidence` says how the figure was read off.
@@ -30,17 +31,17 @@ class QuotedRow(Frozen):
     model: str = Field(min_length=1)
     method: str = Field(min_length=1)
     benchmark: str = ""
-    tokens_per_step: float | None = Field(default=None, gt=0)
-    overhead: float | None = Field(default=None, gt=0)
-    speedup: float | None = Field(default=None, gt=0)
-    tokens_per_s: float | None = Field(default=None, gt=0)
-    read_bandwidth_gb_per_s: float | None = Field(default=None, gt=0)
-    dense_fp16_tflop_per_s: float | None = Field(default=None, gt=0)
+    tokens_per_step: float | None = Field(default=None, gt=0, le=1e9)
+    overhead: float | None = Field(default=None, gt=0, le=1e9)
+    speedup: float | None = Field(default=None, gt=0, le=1e9)
+    tokens_per_s: float | None = Field(default=None, gt=0, le=1e9)
+    read_bandwidth_gb_per_s: float | None = Field(default=None, gt=0, le=1e9)
+    dense_fp16_tflop_per_s: float | None = Field(default=None, gt=0, le=1e9)
     evidence: Literal["read", "read-from-figure", "digitised", "computed", "secondary", "memory"]
     source: str = Field(min_length=1)
 
 
-class _QuotedFile(Frozen):
+class _QuotedFile(Spec):
     schema_version: Literal[1]
     quoted: tuple[QuotedRow, ...]
 

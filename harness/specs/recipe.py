@@ -11,23 +11,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, RootModel, model_validator
 
 from harness.errors import UserError
-from harness.files import DataFile, DataPath, Frozen, read_toml, with_paths
+from harness.files import DataFile, DataPath, read_toml, with_paths
 from harness.paths import resolve_path
+from harness.specs.bounds import PromptCount, Seed, Spec, TextLength, TokenCount
 from harness.specs.suite import ModelSpec
 from medusa_impl.recipes import Medusa1Settings, Medusa2Settings
 
 Split = Literal["train", "held_out"]
 
 
-class CalibrationSpec(Frozen):
+class CalibrationSpec(Spec):
     """The text that trees are searched on: greedy answers to held-out training prompts.
 
     It has nothing in common with the training text or a benchmark.
     """
 
-    num_prompts: int = 160
-    max_new_tokens: int = 128
-    seed: int = 3
+    num_prompts: PromptCount = 160
+    max_new_tokens: TextLength = 128
+    seed: Seed = 3
 
 
 class _Recipe(DataFile):
@@ -35,11 +36,11 @@ class _Recipe(DataFile):
     description: str
     model: ModelSpec
     calibration: CalibrationSpec = CalibrationSpec()
-    num_workers: int | None = None
+    num_workers: int | None = Field(default=None, ge=1, le=1024)
     packed_corpus: DataPath | None = None
 
 
-class CorpusSpec(Frozen):
+class CorpusSpec(Spec):
     """What text to make: prompts are drawn until `num_tokens` or `num_samples` are answered.
 
     A share of the answers is sampled, the rest is greedy.
@@ -50,14 +51,14 @@ class CorpusSpec(Frozen):
     the model has too few positions for all that was said and another answer.
     """
 
-    num_tokens: int | None = Field(default=None, ge=1)
-    num_samples: int | None = Field(default=None, ge=1)
-    max_new_tokens: int = 160
-    max_prompt_tokens: int = 512
-    sampled_share: float = 0.34
-    temperature: float = 0.3
-    num_rows: int = 48
-    seed: int = 1
+    num_tokens: int | None = Field(default=None, ge=1, le=10**12)
+    num_samples: int | None = Field(default=None, ge=1, le=10**9)
+    max_new_tokens: TextLength = 160
+    max_prompt_tokens: TokenCount = 512
+    sampled_share: float = Field(default=0.34, ge=0, le=1)
+    temperature: float = Field(default=0.3, ge=0, le=1000)
+    num_rows: int = Field(default=48, ge=1, le=65_536)
+    seed: Seed = 1
     split: Split = "train"
     prompts_file: DataPath | None = None
     second_turn_share: float = Field(default=0.0, ge=0, le=1)

@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from harness.files import Frozen, read_toml
+from harness.files import read_toml
 from harness.paths import shipped
+from harness.specs.bounds import Size, Spec
 
 SHAPES_FILE = shipped("shapes.toml")
 
 
-class ShapeSpec(Frozen):
+class ShapeSpec(Spec):
     """The sizes of one published model.
 
     Weights of that shape cost what the model costs, whatever their values.
@@ -25,17 +26,17 @@ class ShapeSpec(Frozen):
 
     name: str
     model_type: Literal["llama", "qwen2", "mistral"]
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_size: int = Field(ge=2, multiple_of=2)
-    intermediate_size: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=10_000)
+    hidden_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_size: int = Field(ge=2, le=65_536, multiple_of=2)
+    intermediate_size: Size
+    vocab_size: Size
     tie_word_embeddings: bool
-    max_positions: int = Field(ge=1)
+    max_positions: Size
     rope_theta: float = Field(gt=0)
-    sliding_window: int | None = Field(default=None, ge=1)
+    sliding_window: Size | None = None
     source: str = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -99,7 +100,7 @@ class ShapeSpec(Frozen):
         return self.vocab_size * self.hidden_size
 
 
-class _ShapesFile(Frozen):
+class _ShapesFile(Spec):
     schema_version: Literal[1]
     shapes: dict[str, ShapeSpec]
 

@@ -8,25 +8,60 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.files import DataFile, DataPath, Frozen, ModelFolder, parse_toml, read_toml
+from harness.errors import UserError
+from harness.files import DataFile, DataPath, ModelFolder, parse_toml, read_toml
+from harness.specs.bounds import (
+    MAX_PROMPTS,
+    MAX_RESAMPLES,
+    MAX_TREE_NODES,
+    Distinct,
+    HeadCount,
+    NodeCount,
+    PromptCount,
+    Repeats,
+    Seed,
+    Some,
+    SomeDistinct,
+    Spec,
+    Temperature,
+    TextLength,
+    TokenCount,
+    Width,
+)
 
 BackboneName = Literal["original", "tuned"]
+MAX_TINY_SIZE, MAX_TINY_PARAMETERS = 2**17, 10**8
+DEFAULT_HEADS = 5  # that are trained where a suite does not say how many
 
 
-class TinyModelSpec(Frozen):
+class TinyModelSpec(Spec):
     """A random Llama-shaped model made on the spot, for suites that test the machinery and time nothing."""
 
-    vocab_size: int = Field(ge=8)
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    max_positions: int
-    seed: int
+    vocab_size: int = Field(ge=8, le=MAX_TINY_SIZE)
+    hidden_size: int = Field(ge=1, le=MAX_TINY_SIZE)
+    num_layers: int = Field(ge=1, le=64)
+    num_attention_heads: int = Field(ge=1, le=1024)
+    num_key_value_heads: int = Field(ge=1, le=1024)
+    intermediate_size: int = Field(ge=1, le=MAX_TINY_SIZE)
+    max_positions: TokenCount
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> TinyModelSpec:
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads) or heads % self.num_key_value_heads:
+            raise ValueError(
+                "hidden_size must be an even multiple of num_attention_heads, and that a multiple of "
+                "num_key_value_heads"
+            )
+        block = 4 * self.hidden_size + 3 * self.intermediate_size
+        numbers = self.hidden_size * (2 * self.vocab_size + self.num_layers * block)
+        if numbers > MAX_TINY_PARAMETERS:
+            raise ValueError(f"about {numbers:,} parameters, at most {MAX_TINY_PARAMETERS:,} are tiny")
+        return self
 
 
-class ModelSpec(Frozen):
+class ModelSpec(Spec):
     """The backbone: an asset of `assets.toml`, a local folder, or a tiny random model; exactly one of them.
 
     `adapter` names the folder of a LoRA adapter that is merged into it: the backbone of Medusa-2.
@@ -50,15 +85,22 @@ class ModelSpec(Frozen):
         return self
 
 
-class HeadsSpec(Frozen):
+class HeadsSpec(Spec):
     """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only).
 
-    A suite none of whose arms drafts needs neither.
+    A checkpoint is a file that this project wrote, or a file or folder as others publish it. `num_heads` is
+    how many to train, or the first heads of a checkpoint; left out, all of them. A suite none of whose arms
+    drafts needs neither.
     """
 
     path: DataPath | None = None
-    train_steps: int | None = None
-    num_heads: int = Field(default=5, ge=1)
+    train_steps: int | None = Field(default=None, ge=1, le=100_000)
+    num_heads: HeadCount | None = None
+
+    @property
+    def num_trained(self) -> int:
+        """How many heads a short training makes."""
+        return self.num_heads or DEFAULT_HEADS
 
     @model_validator(mode="after")
     def _one_source(self) -> HeadsSpec:
@@ -72,7 +114,7 @@ class HeadsSpec(Frozen):
         return self.path is None and self.train_steps is None
 
 
-class TunedSpec(Frozen):
+class TunedSpec(Spec):
     """Medusa-2 next to Medusa-1: the suite's model with an adapter, and the heads trained with it.
 
     The adapter is merged into the model.
@@ -83,23 +125,23 @@ class TunedSpec(Frozen):
     calibration_trace: DataPath | None = None
 
 
-class PromptSpec(Frozen):
+class PromptSpec(Spec):
     """Which prompts are decoded; `path` names a file of the user's own, `source` a known set."""
 
     source: Literal["mt_bench", "human_eval", "random", "file"]
     path: DataPath | None = None
-    per_category: int | None = Field(default=None, ge=1)
-    limit: int | None = Field(default=None, ge=1)
+    per_category: PromptCount | None = None
+    limit: PromptCount | None = None
 
 
-class ChainTree(Frozen):
+class ChainTree(Spec):
     """A chain of the first `depth` heads: the best token of each and no branches."""
 
     kind: Literal["chain"]
-    depth: int = Field(ge=1)
+    depth: HeadCount
 
 
-class CartesianTree(Frozen):
+class CartesianTree(Spec):
     """All combinations of the top `widths[k]` tokens of head k + 1.
 
     With `max_nodes` it is the best such tree of at most that many nodes on the calibration trace, or the
@@ -107,8 +149,8 @@ class CartesianTree(Frozen):
     """
 
     kind: Literal["cartesian"]
-    widths: tuple[int, ...] | None = None
-    max_nodes: int | None = None
+    widths: Some[Width] | None = None
+    max_nodes: NodeCount | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> CartesianTree:
@@ -117,29 +159,29 @@ class CartesianTree(Frozen):
         return self
 
 
-class FileTree(Frozen):
+class FileTree(Spec):
     """A tree from a JSON file."""
 
     kind: Literal["file"]
     path: DataPath
 
 
-class SearchedTree(Frozen):
+class SearchedTree(Spec):
     """The tree grown on the calibration trace to `num_nodes` nodes, root included (paper, Section 2.3.3)."""
 
     kind: Literal["searched"]
-    num_nodes: int = Field(ge=2)
+    num_nodes: int = Field(ge=2, le=MAX_TREE_NODES)
     values: Literal["marginals", "joint"] = "joint"
 
 
-class FastestTree(Frozen):
+class FastestTree(Spec):
     """The tree with the most calibrated tokens a step over this machine's own step time.
 
     Step times are measured before the arms run.
     """
 
     kind: Literal["fastest"]
-    max_nodes: int = Field(ge=2)
+    max_nodes: int = Field(ge=2, le=MAX_TREE_NODES)
 
 
 TreeSpec = Annotated[
@@ -147,27 +189,27 @@ TreeSpec = Annotated[
 ]
 
 
-class GreedyAcceptance(Frozen):
+class GreedyAcceptance(Spec):
     """Accept a draft token where it is the backbone's argmax; lossless."""
 
     rule: Literal["greedy"] = "greedy"
 
 
-class TypicalAcceptance(Frozen):
+class TypicalAcceptance(Spec):
     """Accept x where p(x) > min(epsilon, delta * exp(-H)); lossy (paper, Section 2.3.1)."""
 
     rule: Literal["typical"]
-    temperature: float = Field(gt=0)
+    temperature: Temperature
     epsilon: float = Field(gt=0, lt=1)
-    delta: float = Field(gt=0)
+    delta: float = Field(gt=0, le=1000)
     root: Literal["sampled", "greedy"] = "sampled"
 
 
-class RejectionAcceptance(Frozen):
+class RejectionAcceptance(Spec):
     """Rejection sampling with point-mass proposals; lossless in distribution."""
 
     rule: Literal["rejection"]
-    temperature: float = Field(gt=0)
+    temperature: Temperature
 
 
 AcceptanceSpec = Annotated[
@@ -175,7 +217,7 @@ AcceptanceSpec = Annotated[
 ]
 
 
-class ArmSpec(Frozen):
+class ArmSpec(Spec):
     """One configuration that decodes every prompt.
 
     `baseline` names the vanilla arm that it is compared with, on the same `backbone`; `temperature` is that
@@ -188,10 +230,10 @@ class ArmSpec(Frozen):
     backbone: BackboneName = "original"
     baseline: str | None = None
     tree: TreeSpec | None = None
-    num_heads: int | None = Field(default=None, ge=1)
+    num_heads: HeadCount | None = None
     acceptance: AcceptanceSpec | None = None
-    temperature: float = Field(default=0.0, ge=0)
-    seeds: tuple[int, ...] = ()
+    temperature: float = Field(default=0.0, ge=0, le=1000)
+    seeds: Distinct[Seed] = ()
 
     @property
     def stochastic(self) -> bool:
@@ -227,21 +269,21 @@ class ArmSpec(Frozen):
         return self
 
 
-class IntervalSpec(Frozen):
+class IntervalSpec(Spec):
     """How intervals are formed: bootstrap over prompts, both arms of a prompt drawn together."""
 
     level: float = Field(default=0.95, gt=0.5, lt=1)
-    num_resamples: int = Field(default=4000, ge=100)
-    seed: int = 20240119
+    num_resamples: int = Field(default=4000, ge=100, le=MAX_RESAMPLES)
+    seed: Seed = 20240119
 
 
-class ProbeSpec(Frozen):
+class ProbeSpec(Spec):
     """What is measured apart from the timed generations."""
 
-    step_nodes: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-    step_context_tokens: int = 192
-    step_repeats: int = 12
-    profile_prompts: int = 2
+    step_nodes: SomeDistinct[NodeCount] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+    step_context_tokens: TokenCount = 192
+    step_repeats: Repeats = 12
+    profile_prompts: int = Field(default=2, ge=0, le=MAX_PROMPTS)
 
 
 class SuiteSpec(DataFile):
@@ -250,10 +292,10 @@ class SuiteSpec(DataFile):
     kind: Literal["suite"] = "suite"
     description: str
     reports_speed: bool = True
-    max_new_tokens: int = Field(ge=2)
-    rounds: int = Field(default=1, ge=1)
-    warmup_prompts: int = Field(default=1, ge=0)
-    plan_seed: int = 1
+    max_new_tokens: TextLength
+    rounds: Repeats = 1
+    warmup_prompts: int = Field(default=1, ge=0, le=MAX_PROMPTS)
+    plan_seed: Seed = 1
     engine: Literal["auto", "eager", "packed"] = "auto"
     calibration_trace: DataPath | None = None
     model: ModelSpec
@@ -262,7 +304,7 @@ class SuiteSpec(DataFile):
     prompts: PromptSpec
     interval: IntervalSpec = IntervalSpec()
     probes: ProbeSpec = ProbeSpec()
-    arms: tuple[ArmSpec, ...]
+    arms: Some[ArmSpec]
 
     @model_validator(mode="after")
     def _arms_consistent(self) -> SuiteSpec:
@@ -321,8 +363,15 @@ class SuiteSpec(DataFile):
         return self.tuned.calibration_trace if self.tuned is not None else None
 
     def arm(self, name: str) -> ArmSpec:
-        """Return the arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+        """Return the arm of that name.
+
+        Raises: UserError where there is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        need = f"one of {', '.join(arm.name for arm in self.arms)}"
+        raise UserError(found=f"arm {name!r}", need=need, where=f"suite {self.name!r}")
 
 
 def load_suite(path: Path) -> SuiteSpec:

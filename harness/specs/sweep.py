@@ -8,34 +8,49 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.files import DataFile, DataPath, Frozen, parse_toml, read_toml
-from harness.specs.latency import Counts, LatencyHeads
+from harness.files import DataFile, DataPath, parse_toml, read_toml
+from harness.specs.bounds import (
+    MAX_PROMPTS,
+    Distinct,
+    HeadCount,
+    Many,
+    PromptCount,
+    Seed,
+    Some,
+    SomeDistinct,
+    Spec,
+    Temperature,
+    TextLength,
+    TokenCount,
+)
+from harness.specs.latency import BatchSizes, HeadsForm
 from harness.specs.suite import IntervalSpec
 
 MAX_NODES = 256  # the widest tree of Fig. 4
-Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_NODES)], ...], Field(min_length=1)]
-Widths = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-Temperature = Annotated[float, Field(gt=0)]
+MAX_SAMPLED = 100_000  # settings times seeds: days of decoding
+Sizes = SomeDistinct[Annotated[int, Field(ge=1, le=MAX_NODES)]]
+Widths = Some[Annotated[int, Field(ge=1, le=MAX_NODES)]]
+Thresholds = SomeDistinct[Annotated[float, Field(gt=0, lt=1)]]
 SampledRule = Literal["greedy", "vanilla", "typical", "rejection"]
 PredictedDtype = Literal["float16", "bfloat16"]
 
 
-class ChainTrees(Frozen):
+class ChainTrees(Spec):
     """Chains: the best token of each of the first heads and no branches."""
 
     kind: Literal["chain"]
-    depths: Counts
+    depths: SomeDistinct[HeadCount]
 
 
-class CartesianTrees(Frozen):
+class CartesianTrees(Spec):
     """Cartesian trees of these s-vectors, and the best one for each of `max_nodes`.
 
     Best is the one with the most tokens/step on the calibration trace.
     """
 
     kind: Literal["cartesian"]
-    widths: tuple[Widths, ...] = ()
-    max_nodes: tuple[Annotated[int, Field(ge=2, le=MAX_NODES)], ...] = ()
+    widths: Many[Widths] = ()
+    max_nodes: Distinct[Annotated[int, Field(ge=2, le=MAX_NODES)]] = ()
 
     @model_validator(mode="after")
     def _says_something(self) -> CartesianTrees:
@@ -44,16 +59,16 @@ class CartesianTrees(Frozen):
         return self
 
 
-class RandomDenseTrees(Frozen):
+class RandomDenseTrees(Spec):
     """Dense trees drawn at random, the control of Fig. 4: `draws` of each size and each number of heads."""
 
     kind: Literal["random_dense"]
-    num_nodes: Annotated[tuple[Annotated[int, Field(ge=3, le=MAX_NODES)], ...], Field(min_length=1)]
-    draws: int = Field(default=1, ge=1)
-    seed: int
+    num_nodes: SomeDistinct[Annotated[int, Field(ge=3, le=MAX_NODES)]]
+    draws: int = Field(default=1, ge=1, le=1000)
+    seed: Seed
 
 
-class GrownTrees(Frozen):
+class GrownTrees(Spec):
     """Trees grown on the calibration trace.
 
     By head accuracies (`marginals`, the paper's way), by hits of whole paths (`joint`), or both.
@@ -61,7 +76,7 @@ class GrownTrees(Frozen):
 
     kind: Literal["grown"]
     num_nodes: Sizes
-    values: Annotated[tuple[Literal["marginals", "joint"], ...], Field(min_length=1)] = ("marginals", "joint")
+    values: SomeDistinct[Literal["marginals", "joint"]] = ("marginals", "joint")
 
 
 TreeFamily = Annotated[
@@ -69,46 +84,51 @@ TreeFamily = Annotated[
 ]
 
 
-class CostAwareSearch(Frozen):
+class CostAwareSearch(Spec):
     """The search for each device's own tree, of at most `max_nodes` nodes, on the calibration trace."""
 
     max_nodes: int = Field(default=MAX_NODES, ge=1, le=MAX_NODES)
 
 
-class MeasuredDevices(Frozen):
+class MeasuredDevices(Spec):
     """Which latency records supply measured curves, and in which dtypes.
 
     All sealed records, or those of the named specs.
     """
 
-    records: Literal["all"] | tuple[str, ...] = "all"
-    dtypes: tuple[str, ...] = ()
+    records: Literal["all"] | Some[str] = "all"
+    dtypes: Distinct[str] = ()
 
 
-class PredictedDevices(Frozen):
+class PredictedDevices(Spec):
     """Which devices of `hardware.toml` carry which published shapes, as the roofline predicts.
 
     `heads` is the form of the draft heads.
     """
 
-    devices: Literal["all"] | tuple[str, ...] = "all"
-    shapes: Annotated[tuple[str, ...], Field(min_length=1)]
-    dtypes: Annotated[tuple[PredictedDtype, ...], Field(min_length=1)] = ("float16",)
-    heads: LatencyHeads = LatencyHeads()
+    devices: Literal["all"] | Some[str] = "all"
+    shapes: SomeDistinct[str]
+    dtypes: SomeDistinct[PredictedDtype] = ("float16",)
+    heads: HeadsForm = HeadsForm()
 
 
-class SampledSetting(Frozen):
+class SampledSetting(Spec):
     """One way to decode whose text a replay cannot give: a rule at a temperature."""
 
     rule: SampledRule = Field(
         description="rule of acceptance; for comparison greedy, at temperature 0, and vanilla, without a tree"
     )
-    temperature: float = Field(default=0.0, ge=0, description="what logits are divided by; 0 is greedy")
+    temperature: float = Field(
+        default=0.0, ge=0, le=1000, description="what logits are divided by; 0 is greedy"
+    )
     epsilon: float | None = Field(
         default=None, gt=0, lt=1, description="hard threshold of typical acceptance, a probability"
     )
     delta: float | None = Field(
-        default=None, gt=0, description="factor of typical acceptance's threshold delta * exp(-entropy)"
+        default=None,
+        gt=0,
+        le=1000,
+        description="factor of typical acceptance's threshold delta * exp(-entropy)",
     )
 
     @model_validator(mode="after")
@@ -130,17 +150,15 @@ class SampledSetting(Frozen):
         return f"{self.rule}, T {self.temperature:g}{thresholds}"
 
 
-class TypicalGrid(Frozen):
+class TypicalGrid(Spec):
     """Thresholds of typical acceptance, of which every combination is run.
 
     With `deltas` "sqrt" delta is the square root of epsilon, as in Fig. 5.
     """
 
-    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)]
-    epsilons: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
-    deltas: (
-        Literal["sqrt"] | Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
-    ) = "sqrt"
+    temperatures: SomeDistinct[Temperature]
+    epsilons: Thresholds
+    deltas: Literal["sqrt"] | Thresholds = "sqrt"
 
     @property
     def settings(self) -> tuple[SampledSetting, ...]:
@@ -153,7 +171,7 @@ class TypicalGrid(Frozen):
         )
 
 
-class SampledPoints(Frozen):
+class SampledPoints(Spec):
     """Points that change the text and so are run: which tree, which prompts of the suite, which settings.
 
     `vanilla` and `rejection` are temperatures. Of the suite's prompts those of `categories` (empty means all)
@@ -161,14 +179,27 @@ class SampledPoints(Frozen):
     """
 
     tree_nodes: int = Field(ge=2, le=MAX_NODES)
-    categories: tuple[str, ...] = ()
-    num_prompts: int = Field(ge=1)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
-    max_new_tokens: int = Field(ge=2)
+    categories: Distinct[str] = ()
+    num_prompts: PromptCount
+    seeds: SomeDistinct[Seed]
+    max_new_tokens: TextLength
     greedy: bool = True
-    vanilla: tuple[Temperature, ...] = ()
-    rejection: tuple[Temperature, ...] = ()
-    typical: tuple[TypicalGrid, ...] = ()
+    vanilla: Distinct[Temperature] = ()
+    rejection: Distinct[Temperature] = ()
+    typical: Annotated[tuple[TypicalGrid, ...], Field(max_length=100)] = ()
+
+    @model_validator(mode="after")
+    def _ends(self) -> SampledPoints:
+        grids = (
+            len(grid.temperatures) * len(grid.epsilons) * (1 if grid.deltas == "sqrt" else len(grid.deltas))
+            for grid in self.typical
+        )
+        num_settings = len(self.vanilla) + len(self.rejection) + sum(grids)
+        if num_settings * len(self.seeds) > MAX_SAMPLED:
+            raise ValueError(
+                f"{num_settings:,} settings with {len(self.seeds):,} seeds, need at most {MAX_SAMPLED:,} runs"
+            )
+        return self
 
     @property
     def settings(self) -> tuple[SampledSetting, ...]:
@@ -182,18 +213,18 @@ class SampledPoints(Frozen):
         return tuple(dict.fromkeys(wanted))
 
 
-class DecodedChecks(Frozen):
+class DecodedChecks(Spec):
     """Greedy points, drawn by seed, that are decoded for real.
 
     Steps are compared with the replay, speedup with the composition.
     """
 
-    num_points: int = Field(default=12, ge=1)
-    seed: int
-    num_prompts: int = Field(ge=2)
+    num_points: int = Field(default=12, ge=1, le=10_000)
+    seed: Seed
+    num_prompts: int = Field(ge=2, le=MAX_PROMPTS)
 
 
-class ClusterSpec(Frozen):
+class ClusterSpec(Spec):
     """What every run cell asks of a Ray cluster; another executor reads none of it.
 
     `accelerator_types` are names as Ray spells them, such as "A100"; empty means any node, and a cluster
@@ -203,10 +234,10 @@ class ClusterSpec(Frozen):
     it is measured first, so that the sweep composes with it.
     """
 
-    accelerator_types: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    num_gpus: float = Field(default=1, ge=0)
-    num_cpus: int = Field(default=1, ge=1)
-    max_retries: int = Field(default=3, ge=0)
+    accelerator_types: Many[Annotated[str, Field(min_length=1)]] = ()
+    num_gpus: float = Field(default=1, ge=0, le=1024)
+    num_cpus: int = Field(default=1, ge=1, le=65_536)
+    max_retries: int = Field(default=3, ge=0, le=1000)
     latency: DataPath | None = None
 
     @model_validator(mode="after")
@@ -234,14 +265,12 @@ class SweepSpec(DataFile):
     shape: str
     trace: DataPath
     calibration_trace: DataPath
-    num_heads: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
-    trees: Annotated[tuple[TreeFamily, ...], Field(min_length=1)]
+    num_heads: SomeDistinct[HeadCount]
+    trees: Some[TreeFamily]
     search: CostAwareSearch = CostAwareSearch()
-    contexts: Annotated[tuple[Literal["trace"] | Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
-        "trace",
-    )
-    batches: Counts = (1,)
-    break_even_batches: Counts = (1, 2, 4, 8, 16, 32, 64)
+    contexts: SomeDistinct[Literal["trace"] | TokenCount] = ("trace",)
+    batches: BatchSizes = (1,)
+    break_even_batches: BatchSizes = (1, 2, 4, 8, 16, 32, 64)
     measured: MeasuredDevices | None = None
     predicted: PredictedDevices | None = None
     sampled: SampledPoints | None = None

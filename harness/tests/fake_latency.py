@@ -100,7 +100,7 @@ def fake_point(key: PointKey) -> LatencyPoint:
 def fake_facts() -> ModelFacts:
     """The embedded model under five heads that share its unembedding."""
     spec = LatencySpec.model_validate(spec_data())
-    return facts_of_shape(load_shapes()[SHAPE], heads=spec.heads, random_weights=False)
+    return facts_of_shape(load_shapes()[SHAPE], heads=spec.heads.form, random_weights=False)
 
 
 def fake_modes(dtype: DtypeName = "float32") -> ModeTrials:

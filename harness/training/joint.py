@@ -5,7 +5,6 @@ Text, training on the Trainer, held-out figures, then heads, adapter and step lo
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from harness.device.loading.behaviour import adapter_behaviour
 from harness.device.machine import checkout_state
 from harness.device.progress import progress_bar
 from harness.errors import UserError
+from harness.files import canonical_sha256, file_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
@@ -31,6 +31,7 @@ from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.adapter import save_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
+from medusa_impl.checkpoints.released import PublishedProvenance
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa2Settings
@@ -218,7 +219,7 @@ def first_heads(
     """
     if start_heads is None:
         return new_heads(loaded, recipe).to(loaded.model.device), "fresh"
-    heads, _ = heads_for(loaded, start_heads)
+    heads, origin = heads_for(loaded, start_heads)
     found, need = ((one.num_heads, one.num_layers, one.architecture) for one in (heads, recipe))
     if found != need:
         raise UserError(
@@ -227,7 +228,10 @@ def first_heads(
             where=start_heads.name,
             do="change the recipe, or start from other heads",
         )
-    return heads.to(loaded.model.device).train(), hashlib.sha256(start_heads.read_bytes()).hexdigest()
+    # Published heads may lie in a folder of several files.
+    files = origin.files if isinstance(origin, PublishedProvenance) else None
+    word = canonical_sha256(files) if files is not None else file_sha256(start_heads)
+    return heads.to(loaded.model.device).train(), word
 
 
 def check_runnable(recipe: Medusa2Settings) -> None:

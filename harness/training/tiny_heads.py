@@ -47,7 +47,7 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
         for number in range(_NUM_TEXTS)
     ]
     heads = MedusaHeads(
-        num_heads=suite.heads.num_heads,
+        num_heads=suite.heads.num_trained,
         num_layers=1,
         hidden_size=spec.hidden_size,
         vocab_size=spec.vocab_size,
@@ -55,7 +55,7 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
     )
     backbone = Backbone(loaded.model)
     recipe = Medusa1Settings(
-        num_heads=suite.heads.num_heads,
+        num_heads=suite.heads.num_trained,
         num_epochs=None,
         num_steps=suite.heads.train_steps,
         batch_positions=_BATCH_POSITIONS,
@@ -72,7 +72,7 @@ def train_tiny_heads(loaded: LoadedModel, suite: SuiteSpec, *, prompts: Sequence
             max_new_tokens=suite.max_new_tokens,
             eos_ids=loaded.eos_ids,
         )
-        features = load_features(store, num_heads=suite.heads.num_heads)
+        features = load_features(store, num_heads=suite.heads.num_trained)
         train_medusa1(
             features,
             heads,

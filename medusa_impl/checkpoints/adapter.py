@@ -5,6 +5,7 @@ Paper: Appendix B.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,34 +112,64 @@ def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat1
 def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
     """Return the model with an adapter merged into it, ready for decoding; the given model is changed.
 
-    If the adapter changes the LM head, it is untied from the embedding first.
+    If the adapter has matrices of the LM head or of the embedding, the two are untied first: the merge of one
+    of them would change the other as well.
 
-    Raises: UserError if the folder holds no adapter, or one that does not fit the model.
+    Raises: UserError if the folder holds no adapter, one that does not fit the model, or one that cannot be
+    merged: its LM head and embedding are adapted as one.
     """
     from peft import PeftConfig, PeftModel  # imported here because it takes seconds
 
     # First, so that a folder that does not exist is refused: peft would look for it on the Hugging Face hub.
-    digest = adapter_sha256(folder)
-    lm_head: Any = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is lm_head)
-    original: nn.Module | None = None
+    tensors = read_safetensors(folder / ADAPTER_FILE)[0]
+    before = _lm_head_copy(model)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
-        if name in config.target_modules:
+        if _adapts_the_vocabulary(model, tensors):
+            _check_separate(model, config, where=folder.name)
             untie_lm_head(model)
-            weight = lm_head.weight.detach()
-            original = nn.Linear(
-                weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device
-            )
-            original.load_state_dict({"weight": weight})
-            original.requires_grad_(False)
         merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what peft raises on a damaged configuration has no common class
         raise UserError(
-            found=f"an adapter that does not fit ({str(error).splitlines()[0]})",
+            found=f"an adapter that does not fit ({(str(error) or type(error).__name__).splitlines()[0]})",
             need="the adapter of this model",
             where=folder.name,
         ) from error
+    # Compared, not read off the configuration: an LM head can be named there in many ways, or be saved whole.
+    is_changed = not torch.equal(merged.get_output_embeddings().weight, before.weight)
     return TunedModel(
-        model=merged.eval().requires_grad_(False), adapter_sha256=digest, original_lm_head=original
+        model=merged.eval().requires_grad_(False),
+        adapter_sha256=tensors_sha256(tensors),
+        original_lm_head=before if is_changed else None,
     )
+
+
+def _lm_head_copy(model: PreTrainedModel) -> nn.Linear:
+    """Return a frozen copy of a model's LM head."""
+    lm_head: Any = model.get_output_embeddings()
+    weight = lm_head.weight.detach()
+    copy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+    copy.load_state_dict({"weight": weight})
+    return copy.requires_grad_(False)
+
+
+def _adapts_the_vocabulary(model: PreTrainedModel, tensors: Iterable[str]) -> bool:
+    """Return whether an adapter has low-rank matrices of the LM head or of the embedding."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"base_model.model.{name}." for name, module in model.named_modules() if module in ends]
+    return any("lora_" in tensor and tensor.startswith(tuple(names)) for tensor in tensors)
+
+
+def _check_separate(model: PreTrainedModel, config: Any, *, where: str) -> None:
+    """Refuse an adapter that changes a tied LM head and embedding as one: peft merges it twice."""
+    embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = lm_head.get_parameter("weight") is embedding.get_parameter("weight")
+    if is_tied and getattr(config, "ensure_weight_tying", False):
+        raise UserError(
+            found="an adapter with ensure_weight_tying, for a model whose LM head is its embedding",
+            need="an adapter that changes the two apart, or neither of them",
+            where=where,
+            do="train it again without ensure_weight_tying",
+        )

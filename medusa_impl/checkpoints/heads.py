@@ -9,15 +9,16 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from medusa_impl.checkpoints.tensors import read_safetensors, some, tensors_sha256, write_by_rename
+from medusa_impl.checkpoints.heads_shape import HeadsShape, check_storage, make_heads, named_tensors, shape_of
+from medusa_impl.checkpoints.tensors import read_safetensors, tensors_sha256, write_by_rename
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, HeadsLmHead, Medusa1Settings, Medusa2Settings
 from medusa_impl.training_log import JointFigures, TrainingFigures
 
-_METADATA_KEY = "medusa_repro"
+METADATA_KEY = "medusa_repro"
 
 
 class HeadsProvenance(BaseModel):
@@ -71,7 +72,7 @@ def save_heads(
     """
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous().clone()
-        for name, tensor in _named_tensors(heads).items()
+        for name, tensor in named_tensors(heads).items()
     }
     header = _FileHeader(
         schema_version=1,
@@ -85,23 +86,29 @@ def save_heads(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # All in one key, because safetensors writes several keys in no fixed order.
-    metadata = {_METADATA_KEY: header.model_dump_json()}
+    metadata = {METADATA_KEY: header.model_dump_json()}
     write_by_rename(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def load_heads(
-    path: Path, *, backbone_sha256: str | None, adapter_sha256: str | None = None
+    path: Path,
+    *,
+    backbone_sha256: str | None,
+    adapter_sha256: str | None = None,
+    num_heads: int | None = None,
 ) -> tuple[MedusaHeads, HeadsProvenance]:
     """Return the heads of a file that `save_heads` wrote, and their provenance.
 
     The heads are in float32 and evaluation mode. With `backbone_sha256` None neither backbone nor adapter is
-    compared: for looking at a file without its backbone.
+    compared: for looking at a file without its backbone. `num_heads` keeps only the first heads.
 
-    Raises: UserError for a file that is missing, cut short, altered or of another schema, or for heads that
-    were trained on another backbone or adapter.
+    Raises: UserError for a file that is missing, cut short, altered, of another schema, or whose header says
+    another shape than its tensors have; for heads that were trained on another backbone or adapter; and for
+    more heads than the file has.
     """
     tensors, metadata = read_safetensors(path)
     header = _read_header(metadata, where=path.name)
+    check_storage(tensors, where=path.name)
     if tensors_sha256(tensors) != header.tensors_sha256:
         raise UserError(
             found="tensors that differ from their own hash",
@@ -112,26 +119,30 @@ def load_heads(
     # Names and shapes alone would let heads of another backbone pass: they would draft nonsense.
     if backbone_sha256 is not None:
         _check_made_for(header.provenance, backbone_sha256, adapter_sha256, where=path.name)
-    heads = MedusaHeads(
-        num_heads=header.num_heads,
-        num_layers=header.num_layers,
-        hidden_size=header.hidden_size,
-        vocab_size=header.vocab_size,
-        architecture=header.architecture,
-    )
-    fill(heads, tensors, where=path.name)
-    return heads.eval(), header.provenance
+    shape = shape_of(tensors, where=path.name)
+    _check_header(header, shape, where=path.name)
+    heads = make_heads(shape, tensors, vocab_size=header.vocab_size, num_heads=num_heads, where=path.name)
+    return heads, header.provenance
+
+
+def _check_header(header: _FileHeader, shape: HeadsShape, *, where: str) -> None:
+    """Refuse a header that says another shape than the tensors have, before anything is built."""
+    for name in ("num_heads", "num_layers", "hidden_size", "vocab_size", "architecture"):
+        said, there = getattr(header, name), getattr(shape, name)
+        if there is not None and said != there:
+            found = f"{name} = {said!r} in the header"
+            raise UserError(found=found, need=f"{there!r}, as the tensors have", where=where)
 
 
 def _read_header(metadata: Mapping[str, str], *, where: str) -> _FileHeader:
     try:
-        return _FileHeader.model_validate_json(metadata[_METADATA_KEY])
+        return _FileHeader.model_validate_json(metadata[METADATA_KEY])
     except KeyError as error:
         raise UserError(
             found="a safetensors file without this project's metadata",
             need="heads written by this project",
             where=where,
-            do="read published heads with load_released_heads",
+            do="read published heads with load_published_heads",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -176,43 +187,3 @@ def bind_heads(
 
 def _with_adapter(digest: str | None) -> str:
     return "without an adapter" if digest is None else f"with the adapter {digest[:16]}"
-
-
-def _named_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
-    """Return the heads' tensors under the names that files have; the tensors themselves, not copies."""
-    tensors = {
-        f"{head}.{name}": tensor
-        for head, blocks in enumerate(heads.blocks)
-        for name, tensor in blocks.state_dict().items()
-    }
-    for head, unembedding in enumerate(heads.unembeddings):
-        tensors[f"{head}.{heads.num_layers}.weight"] = unembedding.weight
-    return tensors
-
-
-def fill(heads: MedusaHeads, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy tensors into the heads.
-
-    Raises: UserError if a tensor is missing or left over, has another shape, or holds a value that is not
-    finite.
-    """
-    own = _named_tensors(heads)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unknown:
-        raise UserError(
-            found=f"tensors missing: {some(missing)}; unknown: {some(unknown)}",
-            need=f"exactly those of {heads.num_heads} heads of {heads.num_layers} layers",
-            where=where,
-        )
-    for name, tensor in tensors.items():
-        # `copy_` would broadcast a smaller tensor without an error.
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                found=f"{name} of shape {list(tensor.shape)}",
-                need=f"shape {list(own[name].shape)}",
-                where=where,
-            )
-        if not torch.isfinite(tensor).all():
-            raise UserError(found=f"values in {name} that are not finite", need="finite weights", where=where)
-        with torch.no_grad():
-            own[name].copy_(tensor)

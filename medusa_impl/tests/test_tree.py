@@ -274,3 +274,50 @@ def test_the_pure_half_does_not_load_torch() -> None:
     )
     root = Path(tree_module.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mc_small = [(0,), (1,), (0, 0)]\n",
+        "# as it is published\nmc_small: list = [(0,), (0, 0), (1,)]",
+        "mc_small=[[0],[1],[0,0]] # lists do too",
+        "[(0,), (1,), (0, 0)]",
+    ],
+)
+def test_published_trees_are_read_as_they_are_published(tmp_path: Path, text: str) -> None:
+    (tmp_path / "choices.py").write_text(text)
+    assert DraftTree.from_json(tmp_path / "choices.py").paths == ((), (0,), (1,), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a = [(0,)]\nb = [(1,)]", r"2 statements \(a, b\); need one tree a file"),
+        ("import os", "no list of tuples"),
+        ("a = list(range(3))", "cannot be read"),
+        ("a: list", "no list of tuples"),
+        ("", "no list of tuples"),
+        ("[" * 100_000, "cannot be read"),
+        ("a = " + "[" * 3000, "cannot be read"),
+        ("[" * 900 + "]" * 900, "ranks that are whole numbers"),
+        ("[[" + "9" * 5000 + "]]", "cannot be read"),
+        ("[[" + "0," * 300 + "0]]", "a path of 301 ranks; need at most 256"),
+    ],
+)
+def test_text_that_is_no_tree_is_refused_in_one_line(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "choices.py").write_text(text)
+    with pytest.raises(UserError, match=found) as caught:
+        DraftTree.from_json(tmp_path / "choices.py")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_huge_trees_are_refused_before_they_are_built() -> None:
+    """A chain of depth 10^9 once took all memory."""
+    with pytest.raises(UserError, match="a chain of depth 1000000000; need 0 to 256"):
+        DraftTree.chain(10**9)
+    with pytest.raises(UserError, match="1000 widths; need at most 256"):
+        DraftTree.cartesian((1,) * 1000)
+    with pytest.raises(UserError, match="need at most 65536"):
+        DraftTree.cartesian((10**18, 10**18))
+    assert DraftTree.chain(256).depth == 256

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from harness.assets.hashes import is_head_tensor, tensors_sha256
@@ -143,3 +150,35 @@ def _one_line(name: str) -> Iterator[None]:
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def quantised_options(quantisation: Literal["4bit"] | None, *, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` needs for a quantised backbone; nothing without quantisation.
+
+    Raises: UserError without bitsandbytes or a CUDA device.
+    """
+    if quantisation is None:
+        return {}
+    missing = [
+        name
+        for name, there in (
+            ("bitsandbytes", _has_bitsandbytes()),
+            ("a CUDA device", torch.cuda.is_available()),
+        )
+        if not there
+    ]
+    if missing:
+        raise UserError(
+            found=f"no {' and no '.join(missing)}",
+            need="both for a 4-bit backbone",
+            where="the recipe",
+            do="leave out quantisation, or train where they are",
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": config, "device_map": {"": device.index or 0}}
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None

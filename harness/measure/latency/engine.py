@@ -30,7 +30,7 @@ from harness.measure.latency.modes import LatencyPrompt
 from harness.paths import resolve_path
 from harness.records.latency import ModelFacts, facts_of_shape
 from harness.records.provenance import Environment
-from harness.specs.latency import DtypeName, LatencyHeads, LatencySpec, ModeName
+from harness.specs.latency import DtypeName, HeadsForm, LatencyHeads, LatencySpec, ModeName
 from harness.specs.shapes import ShapeSpec, load_shapes
 from harness.specs.suite import TinyModelSpec
 from medusa_impl.engine.families import position_limit
@@ -93,9 +93,11 @@ def load_latency_engine(
     # which copies nothing
     mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"
     if spec.heads.path is None:
-        runner = StepRunner(loaded.model, _random_heads(spec.heads, loaded), mode=mode)
+        runner = StepRunner(loaded.model, _random_heads(spec.heads.form, loaded), mode=mode)
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
-    engine = engine_from_heads(loaded, resolve_path(spec.heads.path, base_folder=base_folder), mode=mode)
+    file = resolve_path(spec.heads.path, base_folder=base_folder)
+    engine = engine_from_heads(loaded, file, mode=mode, num_heads=spec.heads.num_heads)
+    _check_form(spec.heads, engine.heads, where=file.name)
     asked = max(count for grid in spec.grids for count in grid.num_heads)
     if asked > engine.heads.num_heads:
         raise UserError(
@@ -106,8 +108,18 @@ def load_latency_engine(
     return engine
 
 
+def _check_form(said: LatencyHeads, heads: MedusaHeads, *, where: str) -> None:
+    """Refuse a spec that says another form of the checkpoint's heads than they have."""
+    for name in ("num_layers", "architecture"):
+        wanted, there = getattr(said, name), getattr(heads, name)
+        if wanted is not None and wanted != there:
+            raise UserError(
+                found=f"heads.{name} = {wanted!r}", need=f"{there!r}, as the checkpoint has", where=where
+            )
+
+
 def facts_of_model(
-    model: PreTrainedModel, *, name: str, random_weights: bool, heads: LatencyHeads
+    model: PreTrainedModel, *, name: str, random_weights: bool, heads: HeadsForm
 ) -> ModelFacts:
     """Return the facts of a model, which may stand on the meta device, under heads of a form."""
     config: Any = model.config
@@ -136,7 +148,7 @@ def facts_of_model(
 
 def facts_of_engine(engine: Engine) -> ModelFacts:
     """Return the facts of what an engine runs; a model without a tokenizer has random weights."""
-    form = LatencyHeads(
+    form = HeadsForm(
         num_heads=engine.heads.num_heads,
         num_layers=engine.heads.num_layers,
         architecture=engine.heads.architecture,
@@ -154,12 +166,12 @@ def planned_facts(spec: LatencySpec, *, base_folder: Path | None = None) -> Mode
     """
     if spec.model is None or spec.model.asset is not None:
         shape = known_shape(spec.shape or (spec.model.asset if spec.model and spec.model.asset else ""))
-        return facts_of_shape(shape, heads=spec.heads, random_weights=spec.model is None)
+        return facts_of_shape(shape, heads=spec.heads.form, random_weights=spec.model is None)
     if spec.model.tiny is not None:
-        return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads, random_weights=True)
+        return facts_of_shape(_tiny_shape(spec.model.tiny), heads=spec.heads.form, random_weights=True)
     model = model_without_weights(spec.model, base_folder=base_folder)
     name = Path(spec.model.path or "").name
-    return facts_of_model(model, name=name, random_weights=False, heads=spec.heads)
+    return facts_of_model(model, name=name, random_weights=False, heads=spec.heads.form)
 
 
 def known_shape(name: str) -> ShapeSpec:
@@ -215,7 +227,7 @@ def _tiny_shape(tiny: TinyModelSpec) -> ShapeSpec:
     )
 
 
-def _random_heads(form: LatencyHeads, loaded: LoadedModel) -> MedusaHeads:
+def _random_heads(form: HeadsForm, loaded: LoadedModel) -> MedusaHeads:
     """Return heads with random weights.
 
     Zeros, as fresh heads have, would let some devices run cooler and faster.

@@ -189,8 +189,9 @@ def test_a_recipe_of_an_older_kind_is_told_what_to_write(tmp_path: Path) -> None
         ("[[0, 1]]", "(0, 1)"),
         (
             "[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0, 0]]",
-            "a tree of depth 5; need at most 4, the number of heads; in arm 'fastest'",
+            "a tree of depth 5; need at most 4, the number of heads; in arm 'tree'",
         ),
+        ("[[500]]", "rank 500 in node (500,); need a rank below the vocabulary size 128"),
         ("[[-1]]", "-1"),
         ("not a tree", "need "),
         ("[]", "no path"),
@@ -227,6 +228,22 @@ def no_heads_file(data: dict[str, Any]) -> None:
     data["heads"]["path"] = "nowhere.safetensors"
 
 
+def more_heads_than_the_file_has(data: dict[str, Any]) -> None:
+    data["heads"]["num_heads"] = 5
+
+
+def vocabulary_of_2_to_the_40(data: dict[str, Any]) -> None:
+    data["model"]["tiny"]["vocab_size"] = 2**40
+
+
+def more_steps_than_positions(data: dict[str, Any]) -> None:
+    data["probes"]["step_context_tokens"] = 100_000
+
+
+def wider_steps_than_the_vocabulary(data: dict[str, Any]) -> None:
+    data["probes"]["step_nodes"] = [1, 129]
+
+
 def random_prompts_without_tiny_model(data: dict[str, Any]) -> None:
     data["model"] = {"asset": "nosuch"}
 
@@ -243,6 +260,13 @@ def random_prompts_without_tiny_model(data: dict[str, Any]) -> None:
             "'measured-",
         ),
         (no_heads_file, "found no file 'nowhere.safetensors'"),
+        (more_heads_than_the_file_has, "found num_heads = 5 and 4 heads in the file; need 1 to 4 heads"),
+        (vocabulary_of_2_to_the_40, "found model.tiny.vocab_size: Input should be less than or equal to"),
+        (
+            more_steps_than_positions,
+            "found 100000 tokens before a timed step; need at most 256 positions; in probes.step_context",
+        ),
+        (wider_steps_than_the_vocabulary, "found 129 nodes; need at most 128, the size of the vocabulary"),
         (random_prompts_without_tiny_model, "found model asset 'nosuch'; need one of"),
     ],
 )

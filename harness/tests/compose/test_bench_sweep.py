@@ -21,7 +21,7 @@ from harness.compose.search import SearchSpace
 from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
 from harness.specs.hardware import load_hardware
-from harness.specs.latency import LatencyHeads
+from harness.specs.latency import HeadsForm
 from harness.specs.shapes import load_shapes
 from harness.specs.suite import IntervalSpec
 from harness.specs.sweep import SweepSpec
@@ -41,7 +41,7 @@ def _trace(num_prompts: int) -> Trace:
 
 @cache
 def _curves() -> tuple[StepTimes, ...]:
-    heads = LatencyHeads(architecture="shared")
+    heads = HeadsForm(architecture="shared")
     fitting = [key for key, device in load_hardware().items() if device.memory_gb >= 24]
     return tuple(
         PredictedCurve(key, load_hardware()[key], load_shapes()[shape], dtype="float16", heads=heads)

@@ -24,12 +24,12 @@ from harness.judge.latency import prediction_of
 from harness.records.latency import LatencyRecord
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.hardware import load_hardware
-from harness.specs.latency import LatencyHeads
+from harness.specs.latency import HeadsForm
 from harness.specs.quoted import load_quoted
 from harness.specs.shapes import load_shapes
 from harness.tests.fake_latency import SHAPE, backbone_s, heads_s, step_s, write_fake_latency
 
-HEADS = LatencyHeads(num_heads=5, architecture="own")
+HEADS = HeadsForm(num_heads=5, architecture="own")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_fingerprints_follow_every_figure() -> None:
         predicted("a40").label.fingerprint,
         predicted(shape="vicuna-13b-v1.5").label.fingerprint,
         predicted(dtype="bfloat16").label.fingerprint,
-        predicted(heads=LatencyHeads(num_heads=4)).label.fingerprint,
+        predicted(heads=HeadsForm(num_heads=4)).label.fingerprint,
     }
     assert len(same) == 1 and len(others) == 4 and not same & others
 

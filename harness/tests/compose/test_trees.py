@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from harness.tests.tiny_suite import CHAIN, VANILLA, smoke_suite
 from medusa_impl.tree import DraftTree
 
 NUM_TOKENS, NUM_HEADS = 40, 4
+CHECK_TREES = partial(check_fixed_trees, num_heads=NUM_HEADS, vocab_size=99, base_folder=None)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,8 @@ def test_a_search_needs_a_calibration_trace(kind: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="need a calibration_trace; in arm 'arm0'"):
         resolve(suite(kind), None)
     with pytest.raises(UserError, match="need a calibration_trace"):
-        check_fixed_trees(suite(kind), num_heads=NUM_HEADS, base_folder=None, has_calibration=False)
-    check_fixed_trees(suite(kind), num_heads=NUM_HEADS, base_folder=None, has_calibration=True)
+        CHECK_TREES(suite(kind), has_calibration=False)
+    CHECK_TREES(suite(kind), has_calibration=True)
 
 
 def test_trees_deeper_than_the_heads_of_their_arm_are_refused(trace: Trace) -> None:
@@ -115,7 +117,7 @@ def test_trees_deeper_than_the_heads_of_their_arm_are_refused(trace: Trace) -> N
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
             resolve(spec, trace)
         with pytest.raises(UserError, match=f"need at most {need}, the number of heads"):
-            check_fixed_trees(spec, num_heads=NUM_HEADS, base_folder=None, has_calibration=True)
+            CHECK_TREES(spec, has_calibration=True)
 
 
 def test_a_search_stays_within_the_heads_of_its_arm(trace: Trace) -> None:
@@ -156,3 +158,10 @@ def test_fastest_tree_maximises_tokens_a_second_over_all_sizes(trace: Trace) -> 
 def test_fastest_tree_needs_step_times(trace: Trace) -> None:
     with pytest.raises(UserError, match="no step times of this machine"):
         fastest_tree(trace, costs=(), max_nodes=8, num_heads=NUM_HEADS)
+
+
+def test_a_rank_beyond_the_vocabulary_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "wide.json").write_text("[[99]]")
+    spec = suite({"kind": "file", "path": str(tmp_path / "wide.json")})
+    with pytest.raises(UserError, match=r"rank 99 in node .*need a rank below the vocabulary size 99"):
+        CHECK_TREES(spec, has_calibration=False)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from pytest import MonkeyPatch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -25,12 +26,16 @@ from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode, UserError
+from harness.files import file_sha256
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
 from harness.judge.validate import validate_record
 from harness.measure.plan import make_plan
+from harness.measure.run import RunOptions, effective_suite
+from harness.paths import shipped
 from harness.records.run import RunRecord
 from harness.report.run import render_report
+from harness.specs.suite import FastestTree, FileTree, SearchedTree, SuiteSpec, load_suite
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,
@@ -302,13 +307,80 @@ def test_tree_from_the_command_line_stands_in_for_searched_ones_only(
     tree.write_text("[[0], [1], [0, 0]]")
     data = micro_data(heads_file, arms=[VANILLA, CHAIN, FASTEST], prompts={"source": "random", "limit": 1})
     record = RunRecord(run(data, tmp_path / "results", tree_file=tree))
-    assert (
-        record.trees["fastest"].paths == ((), (0,), (1,), (0, 0))
-        and record.trees["fastest"].origin == "file mine.json"
-    )
+    assert [arm.name for arm in record.suite.arms] == ["vanilla", "chain", "mine"]
+    assert record.trees["mine"].paths == ((), (0,), (1,), (0, 0))
+    assert record.trees["mine"].origin == "file mine.json" and validate_record(record.folder) == ()
     assert record.trees["chain"].paths[-1] == (0, 0, 0, 0)
     with pytest.raises(UserError, match="no arm with a searched tree"):
         run(micro_data(heads_file, arms=[VANILLA, CHAIN]), tmp_path / "other", tree_file=tree)
+
+
+def test_arms_that_one_tree_makes_the_same_become_one_named_after_the_file(tmp_path: Path) -> None:
+    """`--tree` made four arms of the embedded suite the same, under the names of other trees."""
+    tree = tmp_path / "My Tree.v2.json"
+    tree.write_text("[[0], [1]]")
+    suite = load_suite(shipped("embedded.toml"))
+    arms = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tree)).arms
+    own = [arm for arm in arms if isinstance(arm.tree, FileTree)]
+    assert [arm.name for arm in own] == [
+        "my_tree_v2",
+        "my_tree_v2_tuned",
+        "my_tree_v2_typical",
+        "my_tree_v2_rejection",
+    ]
+    assert {arm.baseline for arm in own} == {"vanilla", "vanilla_tuned", "vanilla_sampled"}
+    others = [arm for arm in suite.arms if not isinstance(arm.tree, SearchedTree | FastestTree)]
+    assert [arm for arm in arms if arm not in own] == others
+    SuiteSpec.model_validate(suite.model_dump() | {"arms": [arm.model_dump() for arm in arms]})
+
+
+def test_the_name_of_a_tree_never_takes_that_of_another_arm(tmp_path: Path) -> None:
+    suite = load_suite(shipped("embedded.toml"))
+    for name, expected in (("chain.json", "chain_2"), ("...", "tree")):
+        (tmp_path / name).write_text("[[0]]")
+        arms = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tmp_path / name)).arms
+        own = [arm.name for arm in arms if isinstance(arm.tree, FileTree)]
+        assert own[0] == expected and len({arm.name for arm in arms}) == len(arms)
+
+
+@pytest.mark.parametrize("layout", ["pickled", "folder"])
+def test_published_heads_decode_and_the_record_says_what_they_are(
+    micro: MicroRun, heads_file: Path, tmp_path: Path, layout: str
+) -> None:
+    """Their door used to say "fetch or make it again"."""
+    file = tmp_path / ("medusa_lm_head.pt" if layout == "pickled" else "model.safetensors")
+    tensors = load_file(heads_file)
+    if layout == "pickled":
+        torch.save(tensors, file)
+    else:
+        save_file({f"medusa_head.{name}": tensor for name, tensor in tensors.items()}, file)
+        (tmp_path / "config.json").write_text('{"medusa_num_heads": 2}')
+    heads = {"path": str(file if layout == "pickled" else tmp_path)}
+    record = RunRecord(run(micro_data(file, arms=[VANILLA, CHAIN], heads=heads), tmp_path / "results"))
+    origin = record.environment.heads_provenance
+    assert origin["training"] == "published heads, training unknown"
+    assert origin["files"] == {file.name: file_sha256(file)} and origin["num_heads"] == 4
+    assert origin["configured_num_heads"] == (None if layout == "pickled" else 2)
+    assert record.environment.heads_sha256 == micro.record.environment.heads_sha256
+    wanted = {
+        (one.trial.arm, one.trial.prompt_key): (one.token_ids, one.step_tokens)
+        for one in micro.record.generations
+    }
+    for one in record.generations:
+        assert (one.token_ids, one.step_tokens) == wanted[one.trial.arm, one.trial.prompt_key]
+    assert validate_record(record.folder) == ()
+    assert "published heads, training unknown" in render_report(record, judge(record))
+
+
+def test_fewer_heads_than_the_file_has_are_honoured(heads_file: Path, tmp_path: Path) -> None:
+    arms = [VANILLA, {**CHAIN, "tree": {"kind": "chain", "depth": 2}}]
+    data = micro_data(heads_file, arms=arms, heads={"path": str(heads_file), "num_heads": 2})
+    record = RunRecord(run(data, tmp_path / "results"))
+    assert record.heads_control is not None and len(record.heads_control.trained_top1) == 2
+    assert record.trace is not None and record.trace.num_heads == 2
+    data["arms"] = [VANILLA, {**CHAIN, "tree": {"kind": "chain", "depth": 3}}]
+    with pytest.raises(UserError, match="a tree of depth 3; need at most 2, the number of heads"):
+        run(data, tmp_path / "results")
 
 
 def test_seeds_change_the_text_and_nothing_else_does(micro: MicroRun) -> None:

@@ -33,7 +33,7 @@ from harness.training.joint import (
 )
 from harness.training.resume import last_checkpoint
 from harness.training.text import read_text
-from medusa_impl.checkpoints.heads import load_heads
+from medusa_impl.checkpoints.heads import HeadsProvenance, load_heads
 from medusa_impl.tests.training.test_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
 from medusa_impl.training.trainer import MedusaTrainer
 from medusa_impl.training_log import JointFigures, JointStep, read_step_log
@@ -85,6 +85,7 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
     model = smoke_suite().model.model_copy(update={"adapter": str(tmp_path / "out" / "adapter")})
     tuned, bare = load_model(model, device=CPU), load_model(smoke_suite().model, device=CPU)
     heads, provenance = heads_for(tuned, tmp_path / "out" / "heads.safetensors")
+    assert isinstance(provenance, HeadsProvenance)
     assert (
         heads.num_heads == 4
         and provenance.adapter_sha256 == tuned.adapter_sha256
@@ -335,6 +336,7 @@ def test_a_frozen_backbone_writes_heads_alone(folder: Path, heads_file: Path, tm
     assert files.adapter is None and files.model is None and not (tmp_path / "out" / "adapter").exists()
     bare = load_model(smoke_suite().model, device=CPU)
     heads, provenance = heads_for(bare, files.heads)
+    assert isinstance(provenance, HeadsProvenance)
     before, _ = heads_for(bare, heads_file)
     assert (
         provenance.adapter_sha256 is None

@@ -92,6 +92,65 @@ def test_a_merged_adapter_computes_what_it_computed_before_it_was_saved(
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def peft_adapter(folder: Path, **config: Any) -> torch.Tensor:
+    """Save an adapter as peft itself makes and saves it; return the logits of the model with it, unmerged."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(
+        base(tied=True), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config)
+    )
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.04 * torch.randn(parameter.shape, generator=generator))
+        logits: torch.Tensor = model.eval()(input_ids=TOKENS).logits
+    model.save_pretrained(str(folder))
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of the ties that this is about
+@pytest.mark.parametrize(
+    ("config", "changes_lm_head"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, True),
+        ({"target_modules": r".*(q_proj|lm_head)"}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    ],
+)
+def test_lora_on_tied_embeddings_merges_to_the_same_model(
+    tmp_path: Path, config: dict[str, Any], changes_lm_head: bool
+) -> None:
+    """An adapter of the embedding alone was merged into the LM head as well, which is the same tensor."""
+    expected = peft_adapter(tmp_path / "adapter", **config)
+    loaded = load_adapter(base(tied=True), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(input_ids=TOKENS).logits, expected, atol=1e-5, rtol=0)
+    assert (loaded.original_lm_head is not None) == changes_lm_head
+    if loaded.original_lm_head is not None:
+        original: Any = base(tied=True).get_output_embeddings()
+        assert torch.equal(loaded.original_lm_head.get_parameter("weight"), original.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_that_keeps_embeddings_tied_is_refused_by_name(tmp_path: Path) -> None:
+    """peft merges such an adapter into the one tensor twice."""
+    peft_adapter(tmp_path / "adapter", target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    with pytest.raises(UserError, match="an adapter with ensure_weight_tying"):
+        load_adapter(base(tied=True), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"peft_type": "SOME"}', "[" * 100_000, '{"peft_type": 3}'])
+def test_a_damaged_adapter_configuration_is_one_line(tmp_path: Path, text: str) -> None:
+    save_adapter(tmp_path / "adapter", tuned().backbone)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="an adapter that does not fit") as caught:
+        load_adapter(base(), tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
 def test_in_bfloat16_it_is_small_and_still_one_model(tmp_path: Path) -> None:
     """An adapter is rounded only once, when it is saved: merged or not, the reloaded model is the same."""
     from peft import PeftModel

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets.hashes import tensors_sha256 as folder_sha256
 from medusa_impl.checkpoints.heads import HeadsProvenance, load_heads, save_heads
-from medusa_impl.checkpoints.released import load_released_heads
 from medusa_impl.checkpoints.tensors import backbone_sha256
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
@@ -47,7 +46,7 @@ PROVENANCE = HeadsProvenance(
 )
 
 
-def _heads(
+def make_heads(
     architecture: HeadArchitecture = "shared", *, num_heads: int = 2, num_layers: int = 2
 ) -> MedusaHeads:
     torch.manual_seed(0)
@@ -63,12 +62,12 @@ def _heads(
     return heads
 
 
-def _same(ours: MedusaHeads, theirs: MedusaHeads) -> bool:
+def same(ours: MedusaHeads, theirs: MedusaHeads) -> bool:
     pairs = zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True)
     return all(a_name == b_name and torch.equal(a, b) for (a_name, a), (b_name, b) in pairs)
 
 
-def _released_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
+def released_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
     """Return tensors under the authors' names, written out here and not taken from the code under test."""
     tensors = {}
     for i in range(heads.num_heads):
@@ -84,19 +83,19 @@ def _released_tensors(heads: MedusaHeads) -> dict[str, Tensor]:
 def test_round_trip_keeps_every_bit_and_the_provenance(
     tmp_path: Path, architecture: HeadArchitecture
 ) -> None:
-    heads = _heads(architecture)
+    heads = make_heads(architecture)
     save_heads(tmp_path / "heads.safetensors", heads, provenance=PROVENANCE)
     loaded, provenance = load_heads(tmp_path / "heads.safetensors", backbone_sha256=OURS)
-    assert _same(loaded, heads)
+    assert same(loaded, heads)
     assert loaded.architecture == architecture and not loaded.training
     assert provenance == PROVENANCE
     with safe_open(tmp_path / "heads.safetensors", framework="pt") as file:
-        assert set(file.keys()) == set(_released_tensors(heads))
+        assert set(file.keys()) == set(released_tensors(heads))
     assert [path.name for path in tmp_path.iterdir()] == ["heads.safetensors"]
 
 
 def test_half_size_storage_loads_as_float32_within_its_rounding(tmp_path: Path) -> None:
-    heads = _heads()
+    heads = make_heads()
     save_heads(tmp_path / "heads.safetensors", heads, provenance=PROVENANCE, dtype=torch.bfloat16)
     loaded, _ = load_heads(tmp_path / "heads.safetensors", backbone_sha256=OURS)
     for ours, theirs in zip(loaded.parameters(), heads.parameters(), strict=True):
@@ -106,7 +105,7 @@ def test_half_size_storage_loads_as_float32_within_its_rounding(tmp_path: Path) 
 
 def test_heads_of_another_backbone_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "heads.safetensors"
-    save_heads(path, _heads(), provenance=PROVENANCE)
+    save_heads(path, make_heads(), provenance=PROVENANCE)
     with pytest.raises(UserError, match="trained on tiny"):
         load_heads(path, backbone_sha256="cd" * 32)
     load_heads(path, backbone_sha256=None)
@@ -115,7 +114,7 @@ def test_heads_of_another_backbone_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kept_bytes", [0, 5, 300, -1])
 def test_truncated_files_are_clear_errors(tmp_path: Path, kept_bytes: int) -> None:
     path = tmp_path / "heads.safetensors"
-    save_heads(path, _heads(), provenance=PROVENANCE)
+    save_heads(path, make_heads(), provenance=PROVENANCE)
     path.write_bytes(path.read_bytes()[:kept_bytes])
     with pytest.raises(UserError, match="no readable safetensors"):
         load_heads(path, backbone_sha256=OURS)
@@ -123,7 +122,7 @@ def test_truncated_files_are_clear_errors(tmp_path: Path, kept_bytes: int) -> No
 
 def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "heads.safetensors"
-    save_heads(path, _heads(), provenance=PROVENANCE)
+    save_heads(path, make_heads(), provenance=PROVENANCE)
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -135,15 +134,15 @@ def test_missing_files_foreign_files_and_other_schemas_are_clear_errors(tmp_path
     with pytest.raises(UserError, match="no readable safetensors"):
         load_heads(tmp_path / "none.safetensors", backbone_sha256=OURS)
     foreign = tmp_path / "foreign.safetensors"
-    save_file(_released_tensors(_heads()), foreign)
-    with pytest.raises(UserError, match="load_released_heads"):
+    save_file(released_tensors(make_heads()), foreign)
+    with pytest.raises(UserError, match="load_published_heads"):
         load_heads(foreign, backbone_sha256=OURS)
     path = tmp_path / "heads.safetensors"
-    save_heads(path, _heads(), provenance=PROVENANCE)
+    save_heads(path, make_heads(), provenance=PROVENANCE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["medusa_repro"])
     save_file(
-        _released_tensors(_heads()),
+        released_tensors(make_heads()),
         path,
         metadata={"medusa_repro": json.dumps({**header, "schema_version": 99})},
     )
@@ -153,106 +152,8 @@ def test_missing_files_foreign_files_and_other_schemas_are_clear_errors(tmp_path
 
 def test_file_names_no_absolute_path(tmp_path: Path) -> None:
     path = tmp_path / "heads.safetensors"
-    save_heads(path, _heads(), provenance=PROVENANCE)
+    save_heads(path, make_heads(), provenance=PROVENANCE)
     assert str(tmp_path).encode() not in path.read_bytes()
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-@pytest.mark.parametrize("architecture", ["own", "shared"])
-def test_released_files_tell_their_heads_and_layers(
-    tmp_path: Path, architecture: HeadArchitecture, suffix: str
-) -> None:
-    heads = _heads(architecture, num_heads=3)
-    path = tmp_path / f"medusa_lm_head.{suffix}"
-    if suffix == "pt":
-        torch.save(_released_tensors(heads), path)
-    else:
-        save_file(_released_tensors(heads), path)
-    for place in (path, tmp_path):
-        released = load_released_heads(place, vocab_size=VOCAB)
-        assert _same(released.heads, heads)
-        assert released.configured_num_heads is None and released.repeated_blocks == ()
-
-
-def test_heads_inside_a_whole_model_are_found_across_shards(tmp_path: Path) -> None:
-    heads = _heads("own", num_heads=2, num_layers=1)
-    tensors = {f"medusa_head.{name}": tensor for name, tensor in _released_tensors(heads).items()}
-    names = sorted(tensors)
-    backbone = {"model.norm.weight": torch.ones(HIDDEN)}
-    save_file(
-        {**backbone, **{name: tensors[name] for name in names[:3]}},
-        tmp_path / "model-00001-of-00002.safetensors",
-    )
-    save_file({name: tensors[name] for name in names[3:]}, tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
-    released = load_released_heads(tmp_path)
-    assert _same(released.heads, heads)
-    assert released.configured_num_heads == 2
-
-
-def test_wrong_number_of_heads_in_the_configuration_needs_an_override(tmp_path: Path) -> None:
-    """A published configuration says 2 where the file has 5 heads."""
-    heads = _heads("own", num_heads=5, num_layers=1)
-    torch.save(_released_tensors(heads), tmp_path / "medusa_lm_head.pt")
-    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    with pytest.raises(UserError, match=r"found 5 heads in the file and medusa_num_heads = 2.*num_heads=5"):
-        load_released_heads(tmp_path)
-    assert _same(load_released_heads(tmp_path, num_heads=5).heads, heads)
-    assert load_released_heads(tmp_path, num_heads=4).heads.num_heads == 4
-    with pytest.raises(UserError, match="at least the 6"):
-        load_released_heads(tmp_path, num_heads=6)
-
-
-def test_layers_saved_from_one_repeated_module_are_reported(tmp_path: Path) -> None:
-    """`[Block] * L` writes one block under L names."""
-    tensors = _released_tensors(_heads("own", num_heads=2, num_layers=3))
-    for part in ("weight", "bias"):
-        tensors[f"1.2.linear.{part}"] = tensors[f"1.0.linear.{part}"]
-    torch.save(tensors, tmp_path / "medusa_lm_head.pt")
-    released = load_released_heads(tmp_path)
-    assert released.repeated_blocks == ((1, 2),)
-    assert len({parameter.data_ptr() for parameter in released.heads.parameters()}) == 2 * (3 * 2 + 1)
-
-
-def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    """Elsewhere, loading that was not strict left heads random without a message."""
-    path = tmp_path / "medusa_lm_head.safetensors"
-    whole = _released_tensors(_heads("own"))
-
-    def refused(tensors: dict[str, Tensor], match: str) -> None:
-        save_file(tensors, path)
-        with pytest.raises(UserError, match=match):
-            load_released_heads(path, vocab_size=VOCAB)
-
-    refused(
-        {name: tensor for name, tensor in whole.items() if name != "1.1.linear.bias"},
-        r"missing: 1\.1\.linear\.bias",
-    )
-    refused({**whole, "0.0.linear.scale": torch.ones(1)}, r"unknown: 0\.0\.linear\.scale")
-    refused({**whole, "1.2.weight": torch.ones(VOCAB, HIDDEN + 1)}, r"1\.2\.weight of shape \[20, 9\]")
-    refused({**whole, "0.1.linear.bias": torch.full((HIDDEN,), float("nan"))}, "not finite")
-    refused(
-        {name: tensor for name, tensor in whole.items() if not name.startswith("0.")},
-        r"no tensor 0\.0\.linear\.weight",
-    )
-    save_file(_released_tensors(_heads("shared")), path)
-    with pytest.raises(UserError, match="need vocab_size"):
-        load_released_heads(path)
-
-
-def test_pickles_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    torch.save({"0.0.linear.weight": Path("x")}, tmp_path / "medusa_lm_head.pt")
-    with pytest.raises(UserError, match="no readable checkpoint"):
-        load_released_heads(tmp_path)
-    (tmp_path / "medusa_lm_head.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="no readable checkpoint"):
-        load_released_heads(tmp_path)
-
-
-def test_folder_without_heads_is_a_clear_error(tmp_path: Path) -> None:
-    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="no Medusa heads"):
-        load_released_heads(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -274,3 +175,59 @@ def test_hash_of_a_model_equals_the_hash_of_its_saved_folder(tmp_path: Path, tie
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     assert backbone_sha256(model) != before
+
+
+def _with_header(path: Path, **changes: object) -> None:
+    """Write heads whose header says something else than their tensors, with a hash that fits."""
+    save_heads(path, make_heads(), provenance=PROVENANCE)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["medusa_repro"])
+    metadata = {"medusa_repro": json.dumps({**header, **changes})}
+    save_file(released_tensors(make_heads()), path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 10_000_000),
+        ("num_heads", 3),
+        ("num_layers", 10**9),
+        ("hidden_size", 2**40),
+        ("architecture", "own"),
+    ],
+)
+def test_a_header_that_claims_other_sizes_is_refused_before_anything_is_built(
+    tmp_path: Path, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header of ten million heads once took all memory."""
+    path = tmp_path / "heads.safetensors"
+    _with_header(path, **{name: value})
+    built: list[object] = []
+    monkeypatch.setattr(MedusaHeads, "__init__", lambda *_, **options: built.append(options))
+    with pytest.raises(UserError, match=f"found {name} = .* in the header; need .*as the tensors have"):
+        load_heads(path, backbone_sha256=OURS)
+    assert not built
+
+
+def test_tensors_of_an_unknown_dtype_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "heads.safetensors"
+    _with_header(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) for name, tensor in released_tensors(make_heads()).items()
+    }
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="of float8_e4m3fn; need floating-point weights"):
+        load_heads(path, backbone_sha256=OURS)
+
+
+def test_fewer_heads_than_the_file_has_are_its_first_and_more_are_refused(tmp_path: Path) -> None:
+    heads = make_heads("own", num_heads=3)
+    save_heads(tmp_path / "heads.safetensors", heads, provenance=PROVENANCE)
+    fewer, _ = load_heads(tmp_path / "heads.safetensors", backbone_sha256=OURS, num_heads=2)
+    kept = {name: tensor for name, tensor in released_tensors(heads).items() if not name.startswith("2.")}
+    assert fewer.num_heads == 2 and released_tensors(fewer).keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in released_tensors(fewer).items())
+    with pytest.raises(UserError, match="num_heads = 4 and 3 heads in the file; need 1 to 3 heads"):
+        load_heads(tmp_path / "heads.safetensors", backbone_sha256=OURS, num_heads=4)

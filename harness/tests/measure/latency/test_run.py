@@ -47,7 +47,7 @@ from harness.records.latency import (
     read_points,
 )
 from harness.records.store import Store
-from harness.specs.latency import LatencyHeads, LatencySpec, ModeName, PointKey, parse_latency_spec
+from harness.specs.latency import HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ShapeSpec
 from harness.tests.tiny_suite import (
     QUIET,
@@ -306,7 +306,7 @@ def test_other_errors_are_not_mistaken_for_memory(engine: Engine, monkeypatch: M
 
 
 def test_points_beyond_memory_or_positions_are_not_tried() -> None:
-    facts = facts_of_shape(TINY_SHAPE, heads=LatencyHeads(), random_weights=False)
+    facts = facts_of_shape(TINY_SHAPE, heads=HeadsForm(), random_weights=False)
     fits: dict[str, Any] = {"packs": True, "free_bytes": 10**9, "memory_share": 0.5}
     assert skip_reason(key(4), facts, **fits) is None
     assert skip_reason(key(44), facts, **fits) is None
@@ -621,7 +621,7 @@ def test_published_shape_runs_in_two_dtypes_with_random_weights(
         )
     record = LatencyRecord(folder)
     assert validate_record(folder) == () and record.facts == facts_of_shape(
-        TINY_SHAPE, heads=record.spec.heads, random_weights=True
+        TINY_SHAPE, heads=record.spec.heads.form, random_weights=True
     )
     assert [(point.dtype, point.num_nodes) for point in record.points] == [
         (d, n) for d in ("float32", "bfloat16") for n in (1, 4)
