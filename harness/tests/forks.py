@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 MEMORY_BYTES = 6 * 2**30  # of address space on top of what the parent has
 BUSY_FACTOR = 6  # times the limit, for a process that gets less than half a processor
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,10 +37,9 @@ class Ended:
 
 
 def warm_up() -> None:
-    """Import what the commands import, and hold torch to one thread: a fork has no others."""
+    """Import what the commands import."""
     import accelerate.utils  # noqa: F401
     import peft  # noqa: F401
-    import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import harness.cli.app
@@ -51,8 +52,6 @@ def warm_up() -> None:
     import harness.report.figures.sweep
     import harness.training.heads
     import harness.training.joint  # noqa: F401
-
-    torch.set_num_threads(1)
 
 
 def keep_apart(folder: Path) -> None:
@@ -131,6 +130,7 @@ def _be_the_child(body: Callable[[], None], *, folder: Path, out: Path, err: Pat
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + memory_bytes, held + memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        torch.set_num_threads(1)  # a fork has no others
         body()
         code = 0
     except SystemExit as end:

@@ -27,9 +27,9 @@ def last_checkpoint(folder: Path) -> LastCheckpoint | None:
     found = []
     for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
         try:
-            state = json.loads(state_file.read_text())
+            state = json.loads(state_file.read_text(encoding="utf-8"))
             step, num_steps = int(state["global_step"]), int(state["max_steps"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
@@ -55,9 +55,16 @@ def check_same_run(
         write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
         return
     try:
-        theirs = json.loads(path.read_text())
-    except ValueError:
-        theirs = {}
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise UserError(
+            found="no readable run.json",
+            need="what the training in this folder began with",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
     if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
         raise UserError(
             found=f"a training of another {differing[0]}",

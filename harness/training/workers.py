@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
@@ -84,7 +87,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 
     # prompts may run out and conversations end early: then the workers have no more to do
     done = store.folder / _DONE_FILE
-    if done.exists() and done.read_text() == state(sample.key for sample in samples):
+    if done.exists() and _word(done) == state(sample.key for sample in samples):
         return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
@@ -115,7 +118,37 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 def corpus_backbone(store: CorpusStore) -> str | None:
     """Return the hash of the model that answers into a corpus; None for one from before it was noted."""
     path = store.folder / _BACKBONE_FILE
-    return path.read_text() if path.exists() else None
+    return _word(path) if path.exists() else None
+
+
+def _word(path: Path) -> str:
+    """Return what a small file of a work folder says; what a kill left of it fits nothing."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _rates(folder: Path) -> list[float]:
+    """Return the tokens a second that each worker noted last; a note that a kill cut short is passed over."""
+    found = []
+    for path in sorted(folder.glob("rate-*.txt")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(float(_word(path)))
+    return [rate for rate in found if 0 < rate < math.inf]
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, be it by kill -9.
+
+    Else it would go on to write into a folder that the same command, run again, writes into.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def worker_device(index: int, *, num_gpus: int) -> torch.device:
@@ -135,6 +168,7 @@ def _corpus_process(
     num_gpus: int,
 ) -> None:
     """Be a corpus worker in a process of its own: what the user can mend is told to the one that waits."""
+    end_with_parent()
     if num_workers > 1:
         torch.set_num_threads(1)
     try:
@@ -241,7 +275,7 @@ def announce(
     missing = (
         0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
     )
-    rates = [float(path.read_text()) for path in sorted((work / "corpus").glob("rate-*.txt"))]
+    rates = _rates(work / "corpus")
     tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens
     if missing and rates:
         console.print(

@@ -161,11 +161,10 @@ class SafetensorsFormat:
 
     def meaning(self, data: bytes) -> Any:
         try:
-            (length,) = struct.unpack("<Q", data[:8])
-            header = json.loads(data[8 : 8 + length])
-            return json.dumps(header, sort_keys=True), self.tensors(data)
+            header = self.load(data)["header"]
         except (ValueError, struct.error, RecursionError, TypeError, KeyError, AttributeError):
             return unreadable()
+        return json.dumps(header, sort_keys=True), self.tensors(data)
 
     def tensors(self, data: bytes) -> Any:
         """Return name, dtype, shape and hash of every tensor."""

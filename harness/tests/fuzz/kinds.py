@@ -34,7 +34,7 @@ class Target:
     """One file that is altered and the commands that read it.
 
     `strict` are the mutations after which no command may succeed, but for what they change in `open_tables`,
-    dotted names of tables that may hold any key. `checked` reads the part of the file that is held to
+    the names of tables that may hold any key. `checked` reads the part of the file that is held to
     something else (a hash, another file): where that differs, no command may succeed either. `sealed_by` is
     the manifest to write the altered file's hash into, for what is left to check after a right seal.
     """
@@ -102,11 +102,11 @@ _SAID_ONLY_HERE = ("finished_utc", "elapsed_s", "kind", "peak_memory_bytes")
 def _manifest_parts(data: bytes) -> Any:
     """Return what other files can tell of a manifest: all but when and how long, where those can be."""
     try:
-        value = JSON.load(data)
+        value = {"schema_version": 1, **JSON.load(data)}  # which the first records do not say
         kept = {key: one for key, one in value.items() if key not in _SAID_ONLY_HERE}
         loose = [type(value.get(key)) for key in ("finished_utc", "elapsed_s")]
         return json.dumps([kept, loose], sort_keys=True, default=str)
-    except (ValueError, RecursionError, AttributeError):
+    except (ValueError, RecursionError, TypeError):
         return unreadable()
 
 
@@ -135,7 +135,7 @@ KINDS: dict[str, Kind] = {
                     TOML,
                     (("report", f"{kind}-record", "--claims", "claims.toml"),),
                     SCHEMA,
-                    open_tables=("roles", "needs", "literal"),
+                    open_tables=("roles", "needs", "literal", "value"),
                 )
                 for kind in ("suite", "sweep", "ablation")
             ),
@@ -201,7 +201,7 @@ KINDS: dict[str, Kind] = {
                         ("search-tree", "trace.npz", "--num-nodes", "8", "--values", "marginals"),
                     ),
                     SCHEMA | {"nan"},
-                    open_tables=("header.provenance.versions", "header.provenance.extra"),
+                    open_tables=("versions", "extra"),
                 ),
                 _sealed("suite", "trace.npz", TRACE),
                 _sealed("ablation", "trace-start.npz", TRACE),
@@ -215,7 +215,7 @@ KINDS: dict[str, Kind] = {
                     "heads.safetensors",
                     TENSORS,
                     (_trace("suite.toml"), RUN),
-                    SCHEMA,
+                    frozenset(("version",)),
                     checked=TENSORS.tensors,
                 ),
             ),

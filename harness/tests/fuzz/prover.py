@@ -1,4 +1,4 @@
-"""Alters files and runs the commands that read them: what is wrong with how each case ended, and the table."""
+"""Alters files and runs the commands that read them: what is wrong with how each ended, and the table."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Prover:
         if altered == whole or target.form.meaning(altered) == target.form.meaning(whole):
             return Case(kind, mutation, number, target.file, " ".join(command), same=True)
         ended = self._run(target, altered, command, own_process=own_process)
-        fault = _fault(ended, command, strict=is_strict(target, mutation, whole, altered), own=own_process)
+        fault = fault_of(ended, command, strict=is_strict(target, mutation, whole, altered), own=own_process)
         told = _told(ended)
         case = Case(
             kind,
@@ -185,18 +185,18 @@ def _only_in_open_tables(target: Target, whole: bytes, altered: bytes) -> bool:
             value = target.form.load(data)
         except (ValueError, RecursionError, OSError, KeyError, zipfile.BadZipFile, zlib.error):
             return False
-        for name in target.open_tables:
-            *path, last = name.split(".")
-            table = value
-            for part in path:
-                table = table.get(part) if isinstance(table, dict) else None
-            if isinstance(table, dict):
-                table.pop(last, None)
-        contents.append(json.dumps(value, sort_keys=True, default=str))
+        contents.append(json.dumps(_without(value, target.open_tables), sort_keys=True, default=str))
     return contents[0] == contents[1]
 
 
-def _fault(ended: Ended, command: Command, *, strict: bool, own: bool) -> str:
+def _without(value: Any, names: Sequence[str]) -> Any:
+    """Return a value without what tables of these names hold."""
+    if isinstance(value, dict):
+        return {key: None if key in names else _without(one, names) for key, one in value.items()}
+    return [_without(one, names) for one in value] if isinstance(value, list) else value
+
+
+def fault_of(ended: Ended, command: Command, *, strict: bool, own: bool) -> str:
     """Return what is wrong with how a command ended; empty for nothing."""
     if ended.hung:
         return "hang"

@@ -43,13 +43,18 @@ class Job:
     prepare: Callable[[Path, Path], None] | None = None
 
 
+def write_run(inputs: Path, heads: Path) -> None:
+    """Write a suite of the smoke model and of its trained heads."""
+    _write_toml(inputs / "micro.toml", micro_data(heads, prompts={"source": "random", "limit": 3}))
+
+
 def build(inputs: Path) -> None:
     """Write what the commands read."""
     inputs.mkdir(parents=True)
     loaded, engine = train_tiny_engine()
     heads = inputs / "heads.safetensors"
     save_tiny_heads(heads, engine.heads, backbone_sha256=loaded.sha256)
-    _write_toml(inputs / "micro.toml", micro_data(heads, prompts={"source": "random", "limit": 3}))
+    write_run(inputs, heads)
     _write_toml(inputs / "latency.toml", _latency_data(heads))
     write_corpus(inputs / "corpus.safetensors", engine)
     write_recipe(inputs, "joint", num_steps=24, autocast="bfloat16")

@@ -81,8 +81,8 @@ class Prover:
     def whole(self, job: Job) -> Whole:
         """Return the run of a job that nothing disturbs, made once. Raises: RuntimeError where it fails."""
         if job.name not in self._whole:
-            folder = self._folder(job, "whole")
-            ended = self._command(job, folder, around=lambda body: _counting(body, folder))
+            folder = self.folder(job, "whole")
+            ended = self.command(job, folder, around=lambda body: _counting(body, folder))
             if ended.code not in (0, 2) or ended.hung:
                 raise RuntimeError(f"{job.name}: exit code {ended.code}: {ended.err[-2000:]}")
             events = json.loads((folder / _EVENTS).read_text())
@@ -100,22 +100,23 @@ class Prover:
         where: float = rng.uniform(0, whole.seconds)
         if chosen != "random":
             where = at or rng.randrange(1, whole.events[chosen] + 1)
-        folder = self._folder(job, str(number))
+        folder = self.folder(job, str(number))
         if chosen == "random":
-            ended = self._command(job, folder, limit_s=where, busy=False)
+            ended = self.command(job, folder, limit_s=where, busy=False)
         else:
-            ended = self._command(job, folder, around=lambda body: _killing(body, folder, chosen, int(where)))
+            ended = self.command(job, folder, around=lambda body: _killing(body, folder, chosen, int(where)))
         struck = ended.code == -signal.SIGKILL
         held = job.held(folder)
-        again = self._command(job, folder)
-        faults = tuple(_faults(job, folder, whole, held=held, again=again))
+        again = self.command(job, folder)
+        faults = tuple(faults_of(job, folder, whole, held=held, again=again))
         if faults:
             (folder / "stderr.txt").write_text(again.err, encoding="utf-8")
         else:
             shutil.rmtree(folder)
         return Kill(job.name, number, chosen, where, faults, struck)
 
-    def _folder(self, job: Job, name: str) -> Path:
+    def folder(self, job: Job, name: str) -> Path:
+        """Return a new folder with what the job needs to find in it."""
         folder = self.out / f"{job.name}-{name}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -123,7 +124,7 @@ class Prover:
             job.prepare(self.inputs, folder)
         return folder
 
-    def _command(
+    def command(
         self,
         job: Job,
         folder: Path,
@@ -132,13 +133,14 @@ class Prover:
         limit_s: float = LIMIT_S,
         busy: bool = True,
     ) -> Ended:
+        """Run a job in its folder, with `around` about it, for so many seconds at most."""
         body = around(command_line(job.arguments(self.inputs)))
         return forked(
             body, folder=folder, scratch=self.out, limit_s=limit_s, memory_bytes=MEMORY_BYTES, busy=busy
         )
 
 
-def _faults(job: Job, folder: Path, whole: Whole, *, held: dict[str, Any], again: Ended) -> Iterator[str]:
+def faults_of(job: Job, folder: Path, whole: Whole, *, held: dict[str, Any], again: Ended) -> Iterator[str]:
     """Say what is wrong after a kill and the same command again."""
     if again.hung or again.code != whole.code:
         yield f"exit code {again.code} of the resume, not {whole.code}: {again.err.strip()[-300:]}"
