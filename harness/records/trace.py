@@ -310,7 +310,8 @@ class Trace:
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file, header included, once it is sure that they fit into memory."""
     if not path.is_file():  # a pipe would hang
-        raise UserError(found="no such file" if not path.exists() else "no regular file", need="a .npz trace")
+        why = "no regular file" if path.exists() else "no such file"
+        raise UserError(found=f"no readable trace ({why})", need="a whole .npz trace", do="record it again")
     with zipfile.ZipFile(path) as archive:
         num_bytes = sum(member.file_size for member in archive.infolist())
     if num_bytes > _MOST_BYTES:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 MEMORY_BYTES = 6 * 2**30  # of address space on top of what the parent has
-BUSY_FACTOR = 6  # times the limit, for a process that gets less than half a processor
+BUSY_FACTOR = 6  # times the limit, for a process that gets little of a processor
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -101,7 +101,7 @@ def _ends_within(child: int, limit_s: float, *, busy: bool) -> bool:
         for _ in range(BUSY_FACTOR if busy else 1):
             if select.select([watch], [], [], limit_s)[0]:
                 return True
-            if _processor_s(child) > limit_s / 2:
+            if _processor_s(child) > 0.8 * limit_s:
                 return False
         return False
     finally:
