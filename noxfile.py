@@ -118,6 +118,18 @@ def smoke(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Alter files in ten ways and run the commands that read them; --limit, --kind and others follow --."""
+    run_module(session, "harness.tests.fuzz")
+
+
+@nox.session
+def kill(session: nox.Session) -> None:
+    """Kill commands where they write and anywhere, and run them again; --limit and --job follow --."""
+    run_module(session, "harness.tests.kill")
+
+
+@nox.session
 def reproduce(session: nox.Session) -> None:
     """Fetch, measure, judge and report: the embedded suite, or the one named after --."""
     run_module(session, "harness", "reproduce")

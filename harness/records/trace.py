@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,10 @@ from harness.versions import VERSION, ReadFrom, Versioned
 SCHEMA_VERSION = 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
+HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
+
+_LARGEST = 2**31 - 1  # of ranks, token ids and counts
+_MOST_BYTES = 2**31  # that the arrays of a file may take: a small file can unpack to any size
 
 
 class TraceProvenance(Frozen):
@@ -32,7 +37,9 @@ class TraceProvenance(Frozen):
     heads_hash: str = Field(description="SHA-256 of the draft heads' tensors")
     dtype: str = Field(description="dtype of the forward pass, such as float32")
     max_new_tokens: int = Field(
-        ge=1, description="most tokens of every answer, the first and the end of sequence counted"
+        ge=1,
+        le=_LARGEST,
+        description="most tokens of every answer, the first and the end of sequence counted",
     )
     versions: Mapping[str, str] = Field(
         default_factory=dict, description="versions of the libraries, by name"
@@ -47,9 +54,11 @@ class PromptHeader(Frozen):
 
     key: str = Field(description="which prompt, such as mt_bench-81")
     category: str | None = Field(description="category of the prompt; null where it has none")
-    prompt_tokens: int = Field(description="number of tokens of the prompt")
+    prompt_tokens: int = Field(le=_LARGEST, description="number of tokens of the prompt")
     ended_by: EndedBy = Field(description="end of sequence, or the budget of tokens")
-    num_kept_tokens: int = Field(ge=1, description="kept tokens of its answer: its rows of the arrays")
+    num_kept_tokens: int = Field(
+        ge=1, le=_LARGEST, description="kept tokens of its answer: its rows of the arrays"
+    )
 
 
 class TraceHeader(Versioned):
@@ -95,6 +104,8 @@ class PromptTrace:
             self._refuse(
                 "a rank where there is no token, or none where there is one", "-1 exactly where i + k > n"
             )
+        if (tokens < 0).any() or max(tokens.max(), ranks.max()) > _LARGEST:
+            self._refuse("a token id or a rank out of bounds", f"token ids and ranks from 0 to {_LARGEST}")
         if self.prompt_tokens < 1 or self.ended_by not in ("eos", "budget"):
             self._refuse(
                 f"{self.prompt_tokens} prompt tokens, ended by {self.ended_by!r}",
@@ -103,9 +114,13 @@ class PromptTrace:
         for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
             if (array := getattr(self, name)) is not None and np.shape(array) != shape:
                 self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
-        if self.nll is not None and not np.array_equal(np.isnan(self.nll), beyond):
+        if self.gaps is not None and not (np.isfinite(self.gaps) & (np.asarray(self.gaps) >= 0)).all():
+            self._refuse("a gap that is negative or no finite number", "the best logit less the second")
+        if self.nll is not None and not (
+            np.array_equal(np.isnan(self.nll), beyond) and np.isfinite(np.asarray(self.nll)[~beyond]).all()
+        ):
             self._refuse(
-                "a likelihood that is no number, or one beyond the end", "nan exactly where i + k > n"
+                "a likelihood that is no finite number, or one beyond the end", "nan exactly where i + k > n"
             )
         for name, dtype in (
             ("tokens", np.int64),
@@ -171,6 +186,7 @@ class Trace:
                     found=found, need=f"at most {budget} tokens, exactly as many where the budget ended it"
                 )
             seen.add(prompt.key)
+        _check_ties(self)
 
     @property
     def num_heads(self) -> int:
@@ -256,8 +272,7 @@ class Trace:
         of a trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = _arrays(Path(path))
             header = TraceHeader.model_validate(
                 json.loads(arrays.pop("header").tobytes()), context=ReadFrom(str(path))
             )
@@ -277,13 +292,60 @@ class Trace:
             KeyError,
             AttributeError,
             TypeError,
+            NotImplementedError,  # a way to compress that zipfile does not know
+            RuntimeError,  # an encrypted member
+            OverflowError,
+            RecursionError,
+            MemoryError,
             zipfile.BadZipFile,
             zlib.error,
+            lzma.LZMAError,
         ) as error:
             found = f"no readable trace ({type(error).__name__}: {error})"
             raise UserError(
                 found=found, need="a whole .npz trace", where=str(path), do="record it again"
             ) from error
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file, header included, once it is sure that they fit into memory."""
+    if not path.is_file():  # a pipe would hang
+        why = "no regular file" if path.exists() else "no such file"
+        raise UserError(found=f"no readable trace ({why})", need="a whole .npz trace", do="record it again")
+    with zipfile.ZipFile(path) as archive:
+        num_bytes = sum(member.file_size for member in archive.infolist())
+    if num_bytes > _MOST_BYTES:
+        raise UserError(found=f"arrays of {num_bytes} bytes", need=f"at most {_MOST_BYTES}")
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _check_ties(trace: Trace) -> None:
+    """Refuse ties that name a position, head, rank or token that there cannot be.
+
+    Raises: UserError.
+    """
+    for name, num_named in ((HEAD_TIES_KEY, 2), (TEXT_TIES_KEY, 1)):  # position and head, or position alone
+        listed = trace.provenance.extra.get(name)
+        if listed is None:
+            continue
+        highest = {prompt.key: (prompt.num_kept_tokens, trace.num_heads) for prompt in trace.prompts}
+        for row in listed if isinstance(listed, list) else [listed]:
+            key, *numbers = row if isinstance(row, list) and row else [None]
+            whole = [one for one in numbers if isinstance(one, int) and 0 <= one <= _LARGEST]
+            named, others = whole[:num_named], whole[num_named:]
+            fits = (
+                isinstance(key, str)
+                and len(whole) == len(numbers) >= num_named
+                and all(1 <= one <= most for one, most in zip(named, highest.get(key, ()), strict=False))
+                and (name == TEXT_TIES_KEY or not others or (len(others) == 2 and others[0] <= others[1]))
+            )
+            if not fits:
+                raise UserError(
+                    found=f"{name} with {str(row)[:60]}",
+                    need="rows of a prompt's key, a position of it, and whole numbers within their bounds",
+                    where="the trace",
+                )
 
 
 def _split(headers: Iterable[PromptHeader], arrays: Mapping[str, NDArray[Any]]) -> list[PromptTrace]:
@@ -315,6 +377,3 @@ def _split(headers: Iterable[PromptHeader], arrays: Mapping[str, NDArray[Any]]) 
 
 def _is_integer(array: ArrayLike) -> bool:
     return bool(np.issubdtype(np.asarray(array).dtype, np.integer))
-
-
-HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"

@@ -29,7 +29,7 @@ def last_checkpoint(folder: Path) -> LastCheckpoint | None:
         try:
             state = json.loads(read_text(state_file))
             step, num_steps = int(state["global_step"]), int(state["max_steps"])
-        except (UserError, ValueError, KeyError):
+        except (UserError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)
@@ -56,8 +56,15 @@ def check_same_run(
         return
     try:
         theirs = json.loads(read_text(path))
-    except ValueError:
-        theirs = {}
+    except (UserError, ValueError, RecursionError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise UserError(
+            found="no readable run.json",
+            need="what the training in this folder began with",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
     if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
         raise UserError(
             found=f"a training of another {differing[0]}",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
@@ -16,7 +19,7 @@ from harness.device.clock import device_clock
 from harness.device.engine import LoadedModel, best_device, load_model, model_sha256
 from harness.device.limits import measure_device_limits
 from harness.errors import UserError
-from harness.files import canonical_sha256, read_text, write_bytes
+from harness.files import canonical_sha256, write_bytes
 from harness.specs.recipe import AnyRecipe, CorpusSpec, HeadsRecipe, needed_corpus, recipe_of
 from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import (
@@ -85,7 +88,7 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 
     # prompts may run out and conversations end early: then the workers have no more to do
     done = store.folder / _DONE_FILE
-    if done.exists() and read_text(done) == state(sample.key for sample in samples):
+    if done.exists() and _word(done) == state(sample.key for sample in samples):
         return
     console.print(f"corpus: {held} of {corpus.goal} {corpus.unit}; {num_workers} workers")
     context = multiprocessing.get_context("spawn")
@@ -116,7 +119,37 @@ def fill_corpus(spec: AnyRecipe, *, work: Path, console: Console, allow_hub: boo
 def corpus_backbone(store: CorpusStore) -> str | None:
     """Return the hash of the model that answers into a corpus; None for one from before it was noted."""
     path = store.folder / _BACKBONE_FILE
-    return read_text(path) if path.exists() else None
+    return _word(path) if path.exists() else None
+
+
+def _word(path: Path) -> str:
+    """Return what a small file of a work folder says; what a kill left of it fits nothing."""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _rates(folder: Path) -> list[float]:
+    """Return the tokens a second that each worker noted last; a note that a kill cut short is passed over."""
+    found = []
+    for path in sorted(folder.glob("rate-*.txt")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(float(_word(path)))
+    return [rate for rate in found if 0 < rate < math.inf]
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it is gone, be it by kill -9.
+
+    Else it would go on to write into a folder that the same command, run again, writes into.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def worker_device(index: int, *, num_gpus: int) -> torch.device:
@@ -136,6 +169,7 @@ def _corpus_process(
     num_gpus: int,
 ) -> None:
     """Be a corpus worker in a process of its own: what the user can mend is told to the one that waits."""
+    end_with_parent()
     if num_workers > 1:
         torch.set_num_threads(1)
     try:
@@ -243,7 +277,7 @@ def announce(
     missing = (
         0 if spec.packed_corpus is not None and not held and not from_scratch else max(0, corpus.goal - held)
     )
-    rates = [float(read_text(path)) for path in sorted((work / "corpus").glob("rate-*.txt"))]
+    rates = _rates(work / "corpus")
     tokens = missing if corpus.num_tokens is not None else missing * corpus.max_new_tokens
     if missing and rates:
         console.print(

@@ -17,14 +17,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from medusa_impl.checkpoints.tensors import write_by_rename
+from medusa_impl.checkpoints.tensors import read_safetensors, write_by_rename
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.stream import StreamRequest, decode_stream
-from medusa_impl.text_files import read_lines
 
 SCHEMA_VERSION = 1
 _METADATA_KEY, _BACKBONE_KEY = "medusa_repro_corpus", "backbone_sha256"
@@ -78,7 +77,7 @@ class CorpusStore:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of all answers on disk."""
-        return {json.loads(line)["key"] for shard in self.shard_files() for line in read_lines(shard)}
+        return {sample.key for sample in self.samples(with_states=False)}
 
     def add(self, sample: CorpusSample) -> None:
         """Take one answer; a full shard is written at once."""
@@ -113,9 +112,18 @@ class CorpusStore:
             states_file = shard.with_name(shard.name.replace("corpus-", "states-")).with_suffix(
                 ".safetensors"
             )
-            states = load_file(states_file) if with_states and states_file.exists() else {}
-            for index, line in enumerate(read_lines(shard)):
+            states = read_safetensors(states_file)[0] if with_states and states_file.exists() else {}
+            for index, line in enumerate(_shard_lines(shard)):
                 yield _sample(line, states.get(str(index)), where=f"{shard.name}:{index + 1}")
+
+
+def _shard_lines(shard: Path) -> list[str]:
+    """Return the lines of a text shard. Raises: UserError for one that cannot be read."""
+    try:
+        return read_lines(shard)
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"an unreadable shard ({type(error).__name__})"
+        raise UserError(found=found, need="answers, one JSON object a line", where=shard.name) from error
 
 
 def generate_corpus(
@@ -227,8 +235,12 @@ def _sample(line: str, states: Tensor | None, *, where: str) -> CorpusSample:
         if row.pop("schema_version") != SCHEMA_VERSION:
             raise ValueError("unknown schema version")
         row["prompt_ids"], row["token_ids"] = tuple(row["prompt_ids"]), tuple(row["token_ids"])
+        if not all(type(token) is int and token >= 0 for token in (*row["prompt_ids"], *row["token_ids"])):
+            raise ValueError("a token id that is no whole number from 0")
+        if not isinstance(row["key"], str):
+            raise ValueError("a key that is no text")
         sample = CorpusSample(**row, states=states)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             found=f"an unreadable answer ({error})", need="one JSON object a line, schema 1", where=where
         ) from error
@@ -282,7 +294,10 @@ def unpack_corpus(path: Path, *, backbone_sha256: str | None) -> Iterator[Corpus
             metadata = file.metadata()
             rows, theirs = json.loads(metadata[_METADATA_KEY]), metadata.get(_BACKBONE_KEY, "")
             tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        for flat, lengths in (("prompt_ids", "prompt_lengths"), ("token_ids", "lengths")):
+            if (len(tensors[lengths]), sum(tensors[lengths])) != (len(rows), len(tensors[flat])):
+                raise ValueError(f"{lengths} that do not add up to {flat}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             found=f"an unreadable corpus ({error})", need="a file of pack_corpus", where=path.name
         ) from error

@@ -49,6 +49,7 @@ from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
 from harness.training.joint import check_runnable
+from harness.training.workers import end_with_parent
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.distill import CorpusPrompt
 from medusa_impl.training_log import STEP_LOG
@@ -262,6 +263,7 @@ def _train(job: ArmJob, *, own_process: bool) -> None:
 
 def _train_apart(refusals: SimpleQueue[UserError], job: ArmJob) -> None:
     """Train an arm as a process of its own does: what the user can mend is told to the one that waits."""
+    end_with_parent()
     try:
         train_arm(job)
     except UserError as error:

@@ -5,8 +5,12 @@ prompts to sequences.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import select
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +32,14 @@ from harness.tests.tiny_suite import QUIET, command
 from harness.training.conversations import conversation_and_turn, conversation_sequence, turn_key
 from harness.training.corpus import goes_on
 from harness.training.text import read_text
-from harness.training.workers import corpus_backbone, corpus_worker, distill_corpus, fill_corpus
+from harness.training.workers import (
+    _rates,
+    corpus_backbone,
+    corpus_worker,
+    distill_corpus,
+    end_with_parent,
+    fill_corpus,
+)
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.training.distill import CorpusSample, CorpusStore, unpack_corpus
 
@@ -376,3 +387,42 @@ def test_a_whole_corpus_starts_no_worker(
 def test_a_recipe_without_a_corpus_has_nothing_to_distil(tmp_path: Path) -> None:
     ran = command("distill", "embedded_direct", "--work", tmp_path / "work")
     assert ran.code == ExitCode.USER_ERROR and "without a corpus to make" in ran.error_line
+
+
+@pytest.mark.parametrize("note", ["", "12", "nan\n", "0.000\n", "-3.0\n", "\x00"])
+def test_a_rate_that_a_kill_cut_short_is_passed_over(tmp_path: Path, note: str) -> None:
+    (tmp_path / "rate-0.txt").write_text("20.5\n")
+    (tmp_path / "rate-1.txt").write_text(note)
+    assert _rates(tmp_path) == ([20.5, 12.0] if note == "12" else [20.5])
+
+
+def test_a_worker_ends_with_the_command_that_started_it(tmp_path: Path) -> None:
+    """After kill -9 of the command it once went on, into a folder that the next command writes into."""
+    told = tmp_path / "worker"
+    context = multiprocessing.get_context("fork")
+    command = context.Process(target=_start_a_worker, args=(told,))
+    command.start()
+    deadline = time.monotonic() + 60
+    while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker = int(told.read_text())
+    watch = os.pidfd_open(worker)
+    command.kill()
+    command.join()
+    try:
+        assert select.select([watch], [], [], 60)[0], "it goes on"
+    finally:
+        os.close(watch)
+
+
+def _start_a_worker(told: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_work_for_ever, args=(told,))
+    worker.start()
+    worker.join()
+
+
+def _work_for_ever(told: Path) -> None:
+    end_with_parent()
+    told.write_text(str(os.getpid()), encoding="utf-8")
+    while True:
+        time.sleep(0.01)
