@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from harness.paths import code_folder
-from harness.records.provenance import DeviceInfo
+from harness.records.provenance import VARIABLES, DeviceInfo
 from harness.records.store import utc_now
 
 _PACKAGES = (
@@ -27,18 +27,6 @@ _PACKAGES = (
     "scipy",
     "gguf",
     "medusa-repro",
-)
-_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "KMP_AFFINITY",
-    "OPENBLAS_CORETYPE",
-    "MALLOC_ARENA_MAX",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "CUDA_VISIBLE_DEVICES",
 )
 
 
@@ -154,7 +142,7 @@ def blas_settings() -> str:
 
 def settings() -> dict[str, str]:
     """Return the environment variables that change threading or kernels, where set."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def python_version() -> str:

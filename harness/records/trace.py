@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, JsonValue, ValidationError
 
+from harness.bounds import Count
 from harness.errors import UserError
 from harness.files import Frozen, write_bytes
+from harness.records.folder import regular_file
 from harness.versions import VERSION, ReadFrom, Versioned
 
 SCHEMA_VERSION = 1
+_LARGEST_RANK = 2**31 - 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
 
@@ -31,7 +34,7 @@ class TraceProvenance(Frozen):
     model_hash: str = Field(description="SHA-256 of the backbone's tensors")
     heads_hash: str = Field(description="SHA-256 of the draft heads' tensors")
     dtype: str = Field(description="dtype of the forward pass, such as float32")
-    max_new_tokens: int = Field(
+    max_new_tokens: Count = Field(
         ge=1, description="most tokens of every answer, the first and the end of sequence counted"
     )
     versions: Mapping[str, str] = Field(
@@ -47,9 +50,9 @@ class PromptHeader(Frozen):
 
     key: str = Field(description="which prompt, such as mt_bench-81")
     category: str | None = Field(description="category of the prompt; null where it has none")
-    prompt_tokens: int = Field(description="number of tokens of the prompt")
+    prompt_tokens: Count = Field(description="number of tokens of the prompt")
     ended_by: EndedBy = Field(description="end of sequence, or the budget of tokens")
-    num_kept_tokens: int = Field(ge=1, description="kept tokens of its answer: its rows of the arrays")
+    num_kept_tokens: Count = Field(ge=1, description="kept tokens of its answer: its rows of the arrays")
 
 
 class TraceHeader(Versioned):
@@ -103,6 +106,12 @@ class PromptTrace:
         for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
             if (array := getattr(self, name)) is not None and np.shape(array) != shape:
                 self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
+        if (tokens < 0).any() or ranks.max() > _LARGEST_RANK:
+            self._refuse(
+                "a token id below 0 or a rank beyond any vocabulary", "ids and ranks of a vocabulary"
+            )
+        if self.gaps is not None and not (np.asarray(self.gaps) >= 0).all():
+            self._refuse("a gap that is no number or negative", "gaps of 0 or more")
         if self.nll is not None and not np.array_equal(np.isnan(self.nll), beyond):
             self._refuse(
                 "a likelihood that is no number, or one beyond the end", "nan exactly where i + k > n"
@@ -256,7 +265,7 @@ class Trace:
         of a trace.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(regular_file(Path(path)), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             header = TraceHeader.model_validate(
                 json.loads(arrays.pop("header").tobytes()), context=ReadFrom(str(path))

@@ -38,6 +38,7 @@ from harness.report.run_tables import (
     verdicts_on_run,
 )
 from harness.report.sweep import render_readme_sweep
+from harness.safe_text import page_text
 
 _ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
 _VERDICT_NOTE = """\
@@ -130,7 +131,7 @@ def update_readme(readme: Path, block: Block) -> None:
             need="a Markdown file with markers",
             where=readme.name,
         ) from error
-    content = block.render(readme.parent)
+    content = page_text(block.render(readme.parent))
     try:
         updated = replace_block(text, name=block.name, content=content)
     except UserError as error:

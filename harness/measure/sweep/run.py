@@ -31,7 +31,7 @@ from harness.files import file_sha256, write_bytes
 from harness.measure.sweep.cells import CellRunner
 from harness.measure.sweep.tasks import CellInputs, DecodedTask, RunTask, SampledTask
 from harness.paths import resolve_path
-from harness.records.store import Store
+from harness.records.store import NO_REPORT, Store
 from harness.records.sweep import (
     SWEEP,
     TREES_FILE,
@@ -145,6 +145,9 @@ def run_sweep(
     plan = _planned(spec, base_folder=base_folder, options=options, console=console)
     provenance = describe_sweep(plan, command=options.command, executor=executor.name)
     store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=provenance, resume=options.resume)
+    if store.is_sealed:
+        console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
+        return store.folder
     with folder_held(store.folder):
         done = _take_up(store, tree_rates(plan))
         tasks, without_curve = plan_runs(plan, devices=devices, base_folder=base_folder)

@@ -21,11 +21,12 @@ from pytest import MonkeyPatch
 
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.plan import PlannedTrial, make_plan
 from harness.measure.trials import take_up
+from harness.records.probes import StepCost
 from harness.records.provenance import DeviceInfo
-from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, StepCost, TrialKey, read_outcomes
+from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, TrialKey, read_outcomes
 from harness.records.store import Store
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite

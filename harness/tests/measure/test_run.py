@@ -28,7 +28,7 @@ from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode, UserError
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.plan import make_plan
 from harness.records.run import RunRecord
 from harness.report.run import render_report

@@ -14,7 +14,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.judge.schemas import json_schemas, write_schemas
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.run import ArmTree
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 
@@ -73,7 +73,7 @@ def _orphan_tree(parts: FakeParts) -> None:
         (_change_trial(seed=7), "found seed 7"),
         (_change_trial(round=5), "found round 5, need 0 to 0"),
         (lambda parts: parts.trees.pop("cartesian"), "trees.json: found no tree of arm 'cartesian'"),
-        (_orphan_tree, "trees.json: tree of arm 'chain'"),
+        (_orphan_tree, "trees.json: found node (0, 0) without its parent"),
         (_swap_vanilla_text, "trace.npz: found other tokens for prompt"),
         (
             _environment(command="run /data/jane/s.toml"),
@@ -155,7 +155,7 @@ def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
         "profile.json: found rows: Field required",
         "trace.npz: found no readable trace",
         "generations.jsonl: found a truncated last line",
-        "device_limits.json: found SHA-256 no file",
+        "device_limits.json: found no file",
         "profile.json: found SHA-256",
     ):
         assert any(fault in line for line in faults), (fault, faults)
@@ -165,7 +165,7 @@ def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
 def test_unfinished_record_is_told(tmp_path: Path) -> None:
     write_fake_record(tmp_path / "run", omit=["manifest.json"], num_prompts=8, rounds=1, jitter=0.0)
     (fault,) = validate_record(tmp_path / "run")
-    assert "need the seal" in fault and "resume" in fault
+    assert "its seal is written last" in fault and "resume" in fault
 
 
 def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
