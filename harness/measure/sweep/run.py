@@ -172,17 +172,21 @@ def run_sweep(
                     for cell in chain(run, (failed for failed in without_curve if failed.key not in done)):
                         store.append(cell)
                         progress.advance(running)
-        record = SweepRecord(store.folder)
-        store.seal(
-            SweepManifest,
-            sweep=spec.name,
-            num_planned=num_planned,
-            num_done=len(record.cells) - len(record.failed),
-            num_failed=len(record.failed),
-            num_points=record.num_points,
-            elapsed_s=time.monotonic() - started,
-        )
+        _seal(store, spec, num_planned=num_planned, elapsed_s=time.monotonic() - started)
     return store.folder
+
+
+def _seal(store: Store[AnyCell], spec: SweepSpec, *, num_planned: int, elapsed_s: float) -> None:
+    record = SweepRecord(store.folder)
+    store.seal(
+        SweepManifest,
+        sweep=spec.name,
+        num_planned=num_planned,
+        num_done=len(record.cells) - len(record.failed),
+        num_failed=len(record.failed),
+        num_points=record.num_points,
+        elapsed_s=elapsed_s,
+    )
 
 
 def _take_up(store: Store[AnyCell], trees: SweepTrees) -> frozenset[str]:
