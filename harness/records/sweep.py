@@ -28,7 +28,7 @@ from harness.records.sweep_cells import (
 from harness.specs.sweep import SweepSpec, parse_sweep
 from harness.stats import Interval
 from harness.versions import VERSION, Versioned
-from medusa_impl.tree import DraftTree, RankPath
+from medusa_impl.tree import DraftTree
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 
@@ -108,7 +108,7 @@ class TreeRate(Frozen):
 class SweepTree(Frozen):
     """One tree of a sweep."""
 
-    paths: tuple[RankPath, ...] = Field(
+    paths: tuple[tuple[Count, ...], ...] = Field(
         description="each node's ranks from the root on, counted from 0; the root is the empty path"
     )
     num_heads: Count = Field(description="draft heads that it was allowed")
