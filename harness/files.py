@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -260,16 +260,17 @@ def write_json(path: Path, record: BaseModel) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes atomically; on any error nothing half-written stays."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    """Write bytes atomically, readable to whom the user's umask says; on any error nothing of it stays."""
+    # A name of its own for each writer, and not from `tempfile`, whose files only their owner may read.
+    temporary = path.with_name(f"{path.name}{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -13,9 +13,20 @@ import platformdirs
 
 from harness.errors import UserError
 
+# An address on the network is no path of this machine; file: is one.
+_ADDRESS = r"(?P<address>(?<![\w+.-])(?!file:|[\w.-]*\+file:)[A-Za-z][\w+.-]*://[^\s\"'<>|]*)"
+# One folder's or file's name: with an apostrophe only inside of it, and with blanks only before a separator.
+_NAME = r"(?:[^\s/\\\"'`<>|:;,()\[\]{}=]|'(?=\w))+"
+_SPACED = rf"{_NAME}(?: {{1,2}}{_NAME}){{0,3}}"
+_FILE_SCHEME = r"(?:(?:[\w.-]+\+)?file:(?://[\w.-]*)?)"
+_POSIX = rf"(?:~[\w.-]*)?(?:/{_SPACED}(?=/))*(?:/{_NAME})"
+_DRIVE = rf"(?<!\w)(?:[A-Za-z]:[/\\]|\\\\(?=\w))(?:{_SPACED}[/\\])*(?:{_NAME})?"
 _ABSOLUTE_PATH = re.compile(
-    r"(?<![\w.:/~])(?:~[\w.-]*)?(?:/[\w.+@-]+){2,}/?|(?<![\w])[A-Za-z]:\\[^\s\"'|]+|(?<![\w.:/])/(?:root|home)\b"
+    rf"{_ADDRESS}"
+    rf"|(?P<path>{_FILE_SCHEME}{_POSIX}/?|{_DRIVE}"
+    rf"|(?<![\w./~])(?:(?:~[\w.-]*)?/{_SPACED}(?=/)(?:/{_SPACED}(?=/))*/{_NAME}|~[\w.-]*/{_NAME}|/(?:root|home)\b)/?)"
 )
+_HOMES = ("home", "users", "root")  # folders whose members have the names of users
 CACHE_VARIABLE = "MEDUSA_REPRO_CACHE"
 
 
@@ -76,15 +87,25 @@ def default_results() -> Path:
 
 
 def without_paths(text: str) -> str:
-    """Return the text with every absolute path cut to its last part, which names no user and no machine."""
-    return _ABSOLUTE_PATH.sub(
-        lambda match: ".../" + re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text
-    )
+    """Return the text with every absolute path cut to its last part, which names no user and no machine.
+
+    Nothing is left of a path that ends in a user's own folder. A blank may be part of a folder's name: words
+    between two parts of a path go with it.
+    """
+    return _ABSOLUTE_PATH.sub(_cut, text)
+
+
+def _cut(match: re.Match[str]) -> str:
+    if match["path"] is None:
+        return match.group()
+    parts = [part for part in re.split(r"[/\\]", match["path"]) if part]
+    is_user = len(parts) > 1 and parts[-2].lower() in _HOMES
+    return "..." if is_user or not parts else f".../{parts[-1]}"
 
 
 def holds_absolute_path(text: str) -> bool:
     """Return whether the text holds a path that is absolute, and so true on one machine only."""
-    return _ABSOLUTE_PATH.search(text) is not None
+    return any(match["path"] is not None for match in _ABSOLUTE_PATH.finditer(text))
 
 
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:

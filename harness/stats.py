@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 from scipy import stats
 
+from harness.bounds import Count, Share
 from harness.files import Frozen
 from harness.specs.suite import IntervalSpec
 
@@ -35,8 +36,8 @@ class Interval(Frozen):
     estimate: float = Field(description="the figure, formed from totals")
     low: float = Field(description="lower bound; -inf where a single unit bounds nothing")
     high: float = Field(description="upper bound; inf where a single unit bounds nothing")
-    level: float = Field(description="nominal coverage, a share")
-    num_prompts: int = Field(description="units that were resampled: prompts, or batches of prompts")
+    level: Share = Field(description="nominal coverage, a share")
+    num_prompts: Count = Field(description="units that were resampled: prompts, or batches of prompts")
 
 
 def bootstrap_ratio(

@@ -212,6 +212,8 @@ def convert_gguf(gguf_file: Path, target: Path) -> Path:
         model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False)
         part.mkdir(parents=True)
         model.save_pretrained(part)
+        for weights in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
+            weights.chmod((part / "config.json").stat().st_mode & 0o777)
         tokenizer.save_pretrained(part)
         os.replace(part, target)
     finally:

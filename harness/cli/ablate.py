@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli.find import find_data
-from harness.cli.finish import finish_ablation
+from harness.cli.finish import finish
 from harness.cli.options import ClaimsOption, HubOption, ResultsOption, ResumeOption, command_line, console
 from harness.paths import default_results
+from harness.safe_text import SafeConsole
 from harness.specs.claims import load_claims
 
 
@@ -45,12 +45,11 @@ def ablate(
     spec = load_ablation(file)
     place = results or default_results()
     if dry_run:
-        minutes = print_ablation_plan(spec, results=place, console=Console(markup=False))
+        minutes = print_ablation_plan(spec, results=place, console=SafeConsole())
         print(
             json.dumps({"ablation": spec.name, "trainings": len(spec.plan()) - 1, "minutes": round(minutes)})
         )
         return
     options = AblateOptions(results=place, work=work, resume=resume, allow_hub=hub, command=command_line())
-    finish_ablation(
-        run_ablation(spec, suite_file=file, options=options, console=console), claims=registry, readme=readme
-    )
+    folder = run_ablation(spec, suite_file=file, options=options, console=console)
+    finish(folder, claims=registry, readme=readme)

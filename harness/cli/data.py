@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
 from harness.assets.fetch import fetch_asset
 from harness.assets.listing import asset_rows
 from harness.cli.find import find_record
-from harness.cli.options import HubOption, console
+from harness.cli.marked import marked_lines
+from harness.cli.options import HubOption, UnsealedOption, console
 from harness.errors import ExitCode, UserError
 from harness.judge.schemas import write_schemas
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.paths import cache_dir
 from harness.records.export import export
 from harness.records.folder import kind_of
+from harness.records.opened import open_record
 from harness.records.run import RunRecord
+from harness.safe_text import SafeConsole
 from harness.specs.assets import load_asset_specs
 
 
@@ -44,7 +46,7 @@ def assets(
         for row in asset_rows(specs, cache_dir()):
             size = f"{row.size_bytes / 1e6:.1f}" if row.size_bytes is not None else "-"
             table.add_row(row.name, row.kind, row.licence, "yes" if row.is_cached else "no", size, row.source)
-        Console(markup=False).print(table)
+        SafeConsole().print(table)
 
 
 def doctor() -> None:
@@ -54,7 +56,7 @@ def doctor() -> None:
     table = Table("", "what", "found", "advice")
     for line in examine():
         table.add_row("ok" if line.fine else "!", line.name, line.found, "" if line.fine else line.advice)
-    Console(markup=False).print(table)
+    SafeConsole().print(table)
 
 
 def validate(
@@ -66,7 +68,7 @@ def validate(
     folder = find_record(record)
     faults = validate_record(folder)
     for fault in faults:
-        console.print(fault, markup=False)
+        console.print(fault, markup=False, highlight=False, soft_wrap=True)
     print(json.dumps({"record": folder.name, "valid": not faults, "num_faults": len(faults)}))
     if faults:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
@@ -81,6 +83,7 @@ def export_command(
     steps: Annotated[
         bool, typer.Option("--steps", help="write one row for each decoding step, not for each trial")
     ] = False,
+    unsealed: UnsealedOption = False,
 ) -> None:
     """Write a run's record as one flat table, for pandas and the like."""
     folder = find_record(record)
@@ -88,7 +91,13 @@ def export_command(
         raise UserError(
             found=f"a record of kind {kind!r}", need="a run: only runs have a flat table", where=folder.name
         )
-    export(RunRecord(folder), target, table="steps" if steps else "generations")
+    opened = open_record(folder, unsealed=unsealed)
+    assert isinstance(opened, RunRecord)  # its kind says so
+    export(opened, target, table="steps" if steps else "generations")
+    if opened.unsealed is not None:
+        with marked_lines(opened.unsealed):
+            print(f"{target.name}: every row says so in its column record")
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
 def schemas(folder: Annotated[Path, typer.Argument(help="folder to write the schemas to")]) -> None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
-from rich.console import Console
 
+from harness.cli.marked import marked_lines
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import read_text, write_bytes
 from harness.judge.run import judge
 from harness.paths import default_results
-from harness.records.folder import kind_of
+from harness.records.ablation import AblationRecord, newest_ablations
+from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFolder
 from harness.records.latency import LatencyRecord
+from harness.records.opened import AnyRecord, open_record
 from harness.records.run import RunRecord
 from harness.records.step_profile import StepProfile, read_step_profile
+from harness.records.sweep import SweepRecord
 from harness.records.training_profile import TrainingProfile, read_training_profile
+from harness.report.formatting import marked_page
 from harness.report.readme import (
+    Block,
     ablation_block,
     latency_block,
     run_block,
@@ -28,57 +35,133 @@ from harness.report.readme import (
     update_readme,
 )
 from harness.report.run import headline, print_verdicts, render_report
+from harness.safe_text import SafeConsole, page_text
 from harness.specs.claims import ClaimSpec
 
 
-def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Tell of a record of any kind: its folder, or the file of a profile.
+@dataclass(frozen=True)
+class Told:
+    """What is left to say of a record whose report is written: the JSON line, the README's block."""
 
-    Raises: UserError for a folder or file that holds no record.
+    headline: dict[str, Any]
+    block: Block | None
+    is_valid: bool = True
+
+
+def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None, unsealed: bool = False) -> None:
+    """Write the report of a record, print its figures, end with one JSON line and its exit code.
+
+    `record` is the folder of a record of any kind, or the file of a profile. With `unsealed` an unfinished or
+    altered record is told of too: every line, the JSON and the report say so, the exit code is 2, and neither
+    the report of the sealed record nor a README is touched.
+    Raises: UserError for a folder or file that holds no record, or one that is not as it was sealed.
     """
+    if unsealed and readme is not None:
+        raise UserError(
+            found="--unsealed with --readme", need="a whole seal for a README", where="the command line"
+        )
     if record.is_file():
         finish_profile(record, readme=readme)
-    elif (kind := kind_of(record)) == "latency":
-        finish_latency(record, readme=readme)
-    elif kind == "sweep":
-        finish_sweep(record, claims=claims, readme=readme)
-    elif kind == "ablation":
-        finish_ablation(record, claims=claims, readme=readme)
-    else:
-        finish_run(record, claims=claims, readme=readme)
-
-
-def finish_run(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Write report and README tables, print the verdicts, end with one JSON line and the run's exit code."""
-    record = RunRecord(folder)
-    judgement = judge(record, claims=claims)
-    write_bytes(record.folder / "report.md", render_report(record, judgement).encode())
-    print_verdicts(Console(markup=False), judgement)
-    print(json.dumps(headline(judgement, record), allow_nan=False))
-    if readme is not None:
-        update_readme(readme, run_block(record, judgement))
-    if not judgement.valid or record.failures:
+        return
+    opened = open_record(record, unsealed=unsealed)
+    with marked_lines(opened.unsealed):
+        told = _tell(opened, claims, shows_block=readme is not None)
+    mark = {"unsealed": opened.unsealed} if opened.unsealed is not None else {}
+    print(json.dumps({**mark, **told.headline}, allow_nan=False))
+    if readme is not None and told.block is not None:
+        update_readme(readme, told.block)
+    if opened.unsealed is not None or not told.is_valid:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
-def finish_latency(folder: Path, *, readme: Path | None) -> None:
-    """Write a latency record's report and README table, print its step costs, end with one JSON line."""
-    from harness.report.latency import latency_headline, print_latency
+def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:
+    if isinstance(record, LatencyRecord):
+        return _tell_latency(record, shows_block=shows_block)
+    if isinstance(record, SweepRecord):
+        return _tell_sweep(record, claims, shows_block=shows_block)
+    if isinstance(record, AblationRecord):
+        return _tell_ablation(record, claims, shows_block=shows_block)
+    return _tell_run(record, claims)
 
-    record = write_latency_report(folder)
-    print_latency(Console(markup=False), record)
-    if readme is not None:
-        update_readme(readme, latency_block(record))
-    print(json.dumps(latency_headline(record), allow_nan=False))
+
+def _write_report(record: RecordFolder, text: str) -> None:
+    """Write a report; that of an unsealed record has another name, and says first what is wrong."""
+    name = REPORT_FILE if record.unsealed is None else UNSEALED_REPORT_FILE
+    write_bytes(record.folder / name, marked_page(text, unsealed=record.unsealed).encode())
 
 
-def write_latency_report(folder: Path) -> LatencyRecord:
-    """Write the report of a latency record and return the record."""
+def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec]) -> Told:
+    judgement = judge(record, claims=claims)
+    _write_report(record, render_report(record, judgement))
+    print_verdicts(SafeConsole(), judgement)
+    is_valid = judgement.valid and not record.failures
+    return Told(headline(judgement, record), run_block(record, judgement), is_valid)
+
+
+def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:
+    from harness.report.latency import latency_headline, print_latency, render_latency_report
+
+    _write_report(record, render_latency_report(record))
+    print_latency(SafeConsole(), record)
+    return Told(latency_headline(record), latency_block(record) if shows_block else None)
+
+
+def write_latency_report(folder: Path) -> None:
+    """Write the report of a sealed latency record."""
     from harness.report.latency import render_latency_report
 
-    record = LatencyRecord(folder)
-    write_bytes(folder / "report.md", render_latency_report(record).encode())
-    return record
+    record = LatencyRecord.open(folder)
+    _write_report(record, render_latency_report(record))
+
+
+def _tell_ablation(record: AblationRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:
+    """Write picture and report, print arms and verdicts."""
+    from harness.judge.ablation import ablation_rows
+    from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
+    from harness.report.ablation import ablation_headline, print_ablation, render_ablation
+    from harness.report.figures.training import CURVES_FILE, draw_curves
+
+    folder = record.folder
+    rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
+    if record.unsealed is None:
+        try:
+            draw_curves(record, folder / CURVES_FILE)
+        except UserError as error:
+            _say_no("picture", error)
+    has_curves = record.unsealed is None and (folder / CURVES_FILE).exists()
+    _write_report(record, render_ablation(record, rows, verdicts, has_curves=has_curves))
+    print_ablation(SafeConsole(), rows, verdicts)
+    block = None
+    if shows_block:
+        elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
+        block = ablation_block(record, rows, verdicts, elsewhere=elsewhere)
+    return Told(ablation_headline(record, rows, verdicts), block)
+
+
+def _tell_sweep(record: SweepRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:
+    """Write figures and report, print the devices; a run cell that failed makes it invalid."""
+    from harness.report.figures.sweep import draw_figures
+    from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
+
+    names: list[str] = []
+    if record.unsealed is None:
+        figures = record.folder / "figures"
+        try:
+            draw_figures(record, figures)
+        except UserError as error:
+            _say_no("figures", error)
+        names = [f"figures/{path.name}" for path in sorted(figures.glob("*.svg"))]
+    _write_report(record, render_sweep_report(record, claims=claims, figures=names))
+    print_sweep(SafeConsole(), record)
+    return Told(
+        sweep_headline(record, claims=claims),
+        sweep_block(record, figures=names) if shows_block else None,
+        all(failed.key.startswith("curve ") for failed in record.failed),
+    )
+
+
+def _say_no(what: str, error: UserError) -> None:
+    console.print(f"no {what}: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def finish_profile(file: Path, *, readme: Path | None) -> None:
@@ -91,10 +174,11 @@ def finish_profile(file: Path, *, readme: Path | None) -> None:
 
 def _is_training_profile(file: Path) -> bool:
     try:
-        return "stages" in json.loads(read_text(file))
-    except ValueError as error:
+        data = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
         need = "a profile's file or a record's folder"
         raise UserError(found="a file that is no JSON", need=need, where=file.name) from error
+    return isinstance(data, dict) and "stages" in data
 
 
 def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> None:
@@ -102,7 +186,7 @@ def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> Non
     from harness.report.profiles import profile_headline, render_step_profile
 
     if not only_json:
-        print(render_step_profile(profile))
+        print(page_text(render_step_profile(profile)))
     print(json.dumps(profile_headline(profile), allow_nan=False))
 
 
@@ -110,7 +194,7 @@ def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) ->
     """Print where the time of training steps goes, write the README's table, end with one JSON line."""
     from harness.report.profiles import committed_profiles, print_training_profile, training_headline
 
-    print_training_profile(Console(markup=False), profile)
+    print_training_profile(SafeConsole(), profile)
     if readme is not None:
         update_readme(readme, training_block(committed_profiles(default_results())))
     print(json.dumps(training_headline(profile), allow_nan=False))
@@ -124,53 +208,6 @@ def draw_steps(log: Path) -> Path | None:
     try:
         draw_step_log(log, picture)
     except UserError as error:
-        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
+        _say_no("picture", error)
         return None
     return picture
-
-
-def finish_ablation(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Write an ablation's picture, report and README table, print arms and verdicts, end with a JSON line."""
-    from harness.judge.ablation import ablation_rows
-    from harness.judge.claims.ablation import decided_elsewhere, training_verdicts
-    from harness.records.ablation import AblationRecord, newest_ablations
-    from harness.report.ablation import ablation_headline, print_ablation, render_ablation
-    from harness.report.figures.training import CURVES_FILE, draw_curves
-
-    record = AblationRecord(folder)
-    rows, verdicts = ablation_rows(record), training_verdicts(claims, record)
-    try:
-        draw_curves(record, folder / CURVES_FILE)
-    except UserError as error:
-        console.print(f"no picture: {error}", highlight=False, markup=False, soft_wrap=True)
-    text = render_ablation(record, rows, verdicts, has_curves=(folder / CURVES_FILE).exists())
-    write_bytes(folder / "report.md", text.encode())
-    print_ablation(Console(markup=False), rows, verdicts)
-    if readme is not None:
-        elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
-        update_readme(readme, ablation_block(record, rows, verdicts, elsewhere=elsewhere))
-    print(json.dumps(ablation_headline(record, rows, verdicts), allow_nan=False))
-
-
-def finish_sweep(folder: Path, *, claims: Sequence[ClaimSpec], readme: Path | None) -> None:
-    """Write a sweep's figures, report and README table, print its devices, end with one JSON line.
-
-    A run cell that failed is exit code 2.
-    """
-    from harness.records.sweep import SweepRecord
-    from harness.report.figures.sweep import draw_figures
-    from harness.report.sweep import print_sweep, render_sweep_report, sweep_headline
-
-    record = SweepRecord(folder)
-    try:
-        draw_figures(record, folder / "figures")
-    except UserError as error:
-        console.print(f"no figures: {error}", highlight=False, markup=False, soft_wrap=True)
-    names = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
-    write_bytes(folder / "report.md", render_sweep_report(record, claims=claims, figures=names).encode())
-    print_sweep(Console(markup=False), record)
-    if readme is not None:
-        update_readme(readme, sweep_block(record, figures=names))
-    print(json.dumps(sweep_headline(record, claims=claims), allow_nan=False))
-    if any(not failed.key.startswith("curve ") for failed in record.failed):
-        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli.find import find_data
-from harness.cli.finish import finish_latency
+from harness.cli.finish import finish
 from harness.cli.options import HubOption, ResultsOption, ResumeOption, command_line, console
 from harness.paths import default_results
+from harness.safe_text import SafeConsole
 
 
 def latency(
@@ -58,10 +58,11 @@ def latency(
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}
     wanted = overridden(load_latency_spec(file), shape=shape, dtypes=dtype, modes=modes, **changes)
     if dry_run:
-        counts = print_latency_plan(wanted, console=Console(markup=False), base_folder=file.parent)
+        counts = print_latency_plan(wanted, console=SafeConsole(), base_folder=file.parent)
         print(json.dumps({"latency": wanted.name, **counts}))
         return
     options = LatencyOptions(
         results=results or default_results(), resume=resume, allow_hub=hub, command=command_line()
     )
-    finish_latency(run_latency(wanted, spec_file=file, options=options, console=console), readme=readme)
+    folder = run_latency(wanted, spec_file=file, options=options, console=console)
+    finish(folder, claims=(), readme=readme)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-# What is printed holds names and paths of a user's, whose brackets are no markup: no console reads any.
-console = Console(stderr=True, markup=False)
+from harness.safe_text import SafeConsole
+
+console = SafeConsole(stderr=True)
 
 SuiteArgument = Annotated[str, typer.Argument(help="name of a shipped suite, or a TOML file")]
 RecipeArgument = Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")]
@@ -22,6 +22,11 @@ ResumeOption = Annotated[Path | None, typer.Option(help="folder of the unfinishe
 ClaimsOption = Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")]
 HubOption = Annotated[
     bool, typer.Option("--hub", help="let missing models be fetched from the Hugging Face hub")
+]
+
+UnsealedOption = Annotated[
+    bool,
+    typer.Option("--unsealed", help="look at an unfinished or altered record; every line then says so"),
 ]
 
 

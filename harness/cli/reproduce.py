@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from harness.cli.find import find_record, find_suite
-from harness.cli.finish import finish, finish_run
+from harness.cli.finish import finish
 from harness.cli.options import (
     ClaimsOption,
     HubOption,
     ResultsOption,
     ResumeOption,
     SuiteArgument,
+    UnsealedOption,
     command_line,
     console,
 )
 from harness.paths import default_results
+from harness.safe_text import SafeConsole
 from harness.specs.claims import load_claims
 
 
@@ -79,11 +80,11 @@ def reproduce(
             results=options.results,
             prompts_file=prompts,
             base_folder=file.parent,
-            console=Console(markup=False),
+            console=SafeConsole(),
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
-    finish_run(folder, claims=registry, readme=readme)
+    finish(folder, claims=registry, readme=readme)
 
 
 def report(
@@ -98,6 +99,10 @@ def report(
     readme: Annotated[
         Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
     ] = None,
+    unsealed: UnsealedOption = False,
 ) -> None:
-    """Judge a record of any kind again and write its report. This needs no device."""
-    finish(find_record(record), claims=load_claims(claims), readme=readme)
+    """Judge a record of any kind again and write its report. This needs no device.
+
+    A record that is not as it was sealed is refused.
+    """
+    finish(find_record(record), claims=load_claims(claims), readme=readme, unsealed=unsealed)

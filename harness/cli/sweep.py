@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.find import find_data
-from harness.cli.finish import finish_sweep, write_latency_report
+from harness.cli.finish import finish, write_latency_report
 from harness.cli.options import ClaimsOption, HubOption, ResumeOption, command_line, console
 from harness.errors import UserError
 from harness.paths import cache_dir, default_results
@@ -72,4 +72,4 @@ def sweep(
             finally:
                 for latency in cluster.brought:
                     write_latency_report(latency)
-    finish_sweep(folder, claims=registry, readme=readme)
+    finish(folder, claims=registry, readme=readme)

@@ -15,32 +15,33 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.cli.find import find_suite
-from harness.cli.options import HubOption, SuiteArgument, console
+from harness.cli.marked import marked_lines
+from harness.cli.options import HubOption, SuiteArgument, UnsealedOption, console
 from harness.compose.composer import KnotPrices, shared_knots, step_contexts
 from harness.compose.devices import DEFAULT_SHAPE, StepTimes, find_curves
 from harness.compose.plan import search_both
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import CostChoice, SearchSpace, cached_choices
 from harness.compose.trees import grow
-from harness.errors import UserError
+from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
 from harness.paths import cache_dir, default_results, resolve_path
+from harness.records.opened import open_trace, seal_fault_of
 from harness.records.trace import Trace
 from harness.specs.latency import HeadsForm
 from medusa_impl.tree import DraftTree
 
 
 def print_search(
-    calibration: Path, *, num_nodes: int, values: str, check: Path | None, console: Console
+    trace: Trace, *, num_nodes: int, values: str, check: Trace | None, console: Console
 ) -> DraftTree:
     """Print what grown trees of nested sizes up to `num_nodes` promise and yield; return the largest.
 
     The expectation weighs all positions alike and, for `marginals`, takes heads as independent; the replay on
     `check` (or, without it, on the calibration trace itself, which flatters) is what decoding would do.
     """
-    trace = Trace.load(calibration)
     grown = grow(trace, num_nodes=num_nodes, values=values, num_heads=trace.num_heads)
-    own, other = ReplayIndex(trace), ReplayIndex(Trace.load(check)) if check is not None else None
+    own, other = ReplayIndex(trace), ReplayIndex(check) if check is not None else None
     table = Table("nodes", "depth", "expected acceptance length", "replayed, calibration", "replayed, check")
     sizes = sorted({size for size in (2, 4, 8, 16, 32, 64, 128, 256) if size < num_nodes} | {num_nodes})
     for size in sizes:
@@ -78,13 +79,13 @@ class PricedChoice:
 
 
 def print_device_search(
-    calibration: Path,
+    calibration: Trace,
     *,
     device: str,
     shape: str | None,
     dtype: str | None,
     max_nodes: int,
-    check: Path | None,
+    check: Trace | None,
     results: Path,
     cache: Path | None,
     console: Console,
@@ -96,8 +97,8 @@ def print_device_search(
     Choices are kept in `cache` by curve and trace.
     Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
     """
-    index = ReplayIndex(Trace.load(calibration))
-    other = ReplayIndex(Trace.load(check)) if check is not None else None
+    index = ReplayIndex(calibration)
+    other = ReplayIndex(check) if check is not None else None
     curves = find_curves(
         device, results=results, shape=shape, dtype=dtype, heads=HeadsForm(architecture="shared")
     )
@@ -202,8 +203,7 @@ def search_tree(
     values: Annotated[
         str,
         typer.Option(
-            help="what a path is worth: joint (how often all of it was right) or marginals (the "
-            "paper's product of each head's accuracy)"
+            help="joint (how often a whole path was right) or marginals (product of the heads' accuracies)"
         ),
     ] = "joint",
     check: Annotated[
@@ -224,27 +224,42 @@ def search_tree(
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="with --device, the only dtype to look at")] = None,
+    unsealed: UnsealedOption = False,
 ) -> None:
     """Grow the best tree on a trace, or the fastest one for a device; print what it promises and yields."""
     if values not in ("joint", "marginals"):
         raise UserError(found=f"--values {values}", need="joint or marginals", where="the command line")
-    trace_file = calibration or resolve_path("embedded/calibration.npz", base_folder=None)
-    if device is None:
-        tree = print_search(trace_file, num_nodes=num_nodes, values=values, check=check, console=console)
-        text = tree.to_json(provenance={"values": values, "num_nodes": num_nodes})
-    else:
-        best = print_device_search(
-            trace_file,
-            device=device,
-            shape=shape,
-            dtype=dtype,
-            max_nodes=num_nodes,
-            check=check,
-            results=default_results(),
-            cache=cache_dir() / "trees",
-            console=console,
-        )
-        text = best.choice.tree().to_json(provenance=best.provenance)
+    file = calibration or resolve_path("embedded/calibration.npz", base_folder=None)
+    trace = open_trace(file, unsealed=unsealed)
+    checked = open_trace(check, unsealed=unsealed) if check is not None else None
+    fault = seal_fault_of(file) or (seal_fault_of(check) if check is not None else None)
+    with marked_lines(fault):
+        if device is None:
+            tree = print_search(trace, num_nodes=num_nodes, values=values, check=checked, console=console)
+            origin: dict[str, str | float] = {"values": values, "num_nodes": num_nodes}
+        else:
+            best = print_device_search(
+                trace,
+                device=device,
+                shape=shape,
+                dtype=dtype,
+                max_nodes=num_nodes,
+                check=checked,
+                results=default_results(),
+                cache=cache_dir() / "trees",
+                console=console,
+            )
+            tree, origin = best.choice.tree(), best.provenance
+    _give_tree(tree, origin, out=out, fault=fault)
+
+
+def _give_tree(
+    tree: DraftTree, origin: dict[str, str | float], *, out: Path | None, fault: str | None
+) -> None:
+    """Print a tree as JSON, and write it; one that was grown on an unsealed record says so."""
+    text = tree.to_json(provenance=origin if fault is None else {**origin, "unsealed": fault})
     if out is not None:
         write_bytes(out, (text + "\n").encode())
     print(text)
+    if fault is not None:
+        raise typer.Exit(ExitCode.INVALID_MEASUREMENT)

@@ -24,9 +24,9 @@ from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
+from harness.records.opened import open_trace
 from harness.records.sweep import CHOSEN, JOINT, RooflineError, SweepTree, SweepTrees, TreeRate
 from harness.records.sweep_cells import Context, FailedCell, composed_key
-from harness.records.trace import Trace
 from harness.specs.hardware import HARDWARE_FILE, load_hardware
 from harness.specs.shapes import SHAPES_FILE, load_shapes
 from harness.specs.sweep import SweepSpec
@@ -80,7 +80,7 @@ def plan_sweep(
     trace_file, calibration_file = (
         resolve_path(name, base_folder=base_folder) for name in (spec.trace, spec.calibration_trace)
     )
-    trace, calibration = Trace.load(trace_file), ReplayIndex(Trace.load(calibration_file))
+    trace, calibration = open_trace(trace_file), ReplayIndex(open_trace(calibration_file))
     calibration.trace.require_same(
         backbone_sha256=trace.provenance.model_hash,
         heads_sha256=trace.provenance.heads_hash,

@@ -10,7 +10,8 @@ import numpy as np
 from harness.compose.replay import ReplayIndex
 from harness.errors import UserError
 from harness.paths import resolve_path
-from harness.records.run import ArmTree, StepCost
+from harness.records.probes import StepCost
+from harness.records.run import ArmTree
 from harness.records.trace import Trace
 from harness.specs.suite import (
     ArmSpec,

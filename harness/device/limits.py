@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from harness.device.clock import Clock
-from harness.records.run import DeviceLimits
+from harness.records.probes import DeviceLimits
 from medusa_impl.engine.memory import reset_peak_memory
 
 _BANDWIDTH_BYTES, _MATMUL_SIZE, _LIMIT_REPEATS = 512 * 2**20, 1536, 8

@@ -15,7 +15,7 @@ import torch
 from harness.errors import UserError
 from harness.files import lines_of, read_text
 from harness.paths import code_folder
-from harness.records.provenance import DeviceInfo
+from harness.records.provenance import VARIABLES, DeviceInfo
 from harness.records.store import utc_now
 
 _PACKAGES = (
@@ -29,18 +29,6 @@ _PACKAGES = (
     "scipy",
     "gguf",
     "medusa-repro",
-)
-_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "KMP_AFFINITY",
-    "OPENBLAS_CORETYPE",
-    "MALLOC_ARENA_MAX",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "MALLOC_TRIM_THRESHOLD_",
-    "CUDA_VISIBLE_DEVICES",
 )
 
 
@@ -156,7 +144,7 @@ def blas_settings() -> str:
 
 def settings() -> dict[str, str]:
     """Return the environment variables that change threading or kernels, where set."""
-    return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def python_version() -> str:

@@ -19,6 +19,7 @@ from harness.assets.chat import taken_date
 from harness.device.engine import Engine
 from harness.device.machine import package_versions
 from harness.device.prompts import Prompt
+from harness.records.opened import open_trace
 from harness.records.trace import HEAD_TIES_KEY, TEXT_TIES_KEY, PromptTrace, Trace, TraceProvenance
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.heads import MedusaHeads
@@ -43,7 +44,7 @@ def calibration_of(engine: Engine, path: Path, *, where: str | None = None, do: 
 
     Raises: UserError where it is of another model or other heads than the engine's.
     """
-    trace = Trace.load(path)
+    trace = open_trace(path)
     trace.require_same(
         backbone_sha256=engine.loaded.sha256,
         heads_sha256=engine.heads_sha256,

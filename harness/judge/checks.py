@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.judge.parity import parity_report, replay_differences, steps_known
 from harness.judge.step_costs import bandwidth_share
-from harness.records.run import Generation, RunRecord, TrialKey
+from harness.records.run import Generation, RunRecord, TrialKey, planned_trials
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
@@ -35,18 +35,14 @@ def trials_complete(record: RunRecord) -> CheckOutcome:
     """Check that every arm has an outcome for every prompt, round and seed, and the manifest counts all."""
     trials = {outcome.trial for outcome in record.outcomes}
     prompts = sorted({trial.prompt_key for trial in trials})
-    planned = {
-        TrialKey(arm=arm.name, prompt_key=key, round=number, seed=seed)
-        for arm in record.suite.arms
-        for key in prompts
-        for number in range(record.suite.rounds)
-        for seed in (arm.seeds or (None,))
-    }
+    planned = planned_trials(record.suite, prompts)
     counted = record.manifest.num_planned if record.manifest is not None else 0
     missing, strange = sorted(map(_name, planned - trials)), sorted(map(_name, trials - planned))
     found = f"{len(trials)} trials with an outcome"
     found += _first(", missing", missing) + _first(", not planned", strange)
+    found += _first(", told of twice in line", [str(number) for number in record.repeated])
     is_whole = bool(trials) and not missing and not strange and counted == len(planned)
+    is_whole = is_whole and not record.repeated
     return _outcome(
         "trials_complete",
         is_whole,

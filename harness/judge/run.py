@@ -13,7 +13,7 @@ from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import Judgement
 from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report
-from harness.records.run import CALIBRATION_FILE, RunRecord
+from harness.records.run import RunRecord
 from harness.records.trace import Trace
 from harness.specs.claims import ClaimSpec, load_claims
 
@@ -39,5 +39,4 @@ def calibration_of(record: RunRecord) -> Trace | None:
 
     It is a sealed file of the record.
     """
-    path = record.folder / CALIBRATION_FILE
-    return Trace.load(path) if path.exists() else None
+    return record.calibration_of("original")

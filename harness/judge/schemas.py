@@ -13,20 +13,9 @@ from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
+from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
 from harness.records.provenance import Environment
-from harness.records.run import (
-    ArmTree,
-    ArmTrees,
-    DeviceLimits,
-    HeadsControl,
-    Likelihoods,
-    Manifest,
-    Profile,
-    Rounding,
-    StepCost,
-    StepCosts,
-    TrialOutcome,
-)
+from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest, TrialOutcome
 from harness.records.step_profile import StepProfile
 from harness.records.sweep import SweepManifest, SweepOrigin, SweepTrees
 from harness.records.sweep_cells import SweepCell

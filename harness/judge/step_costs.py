@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from harness.judge.totals import ratio_of_sums, timed_generations
-from harness.records.run import RunRecord, StepCost
+from harness.records.probes import StepCost
+from harness.records.run import RunRecord
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from harness.files import write_json
 from harness.measure import probes
 from harness.measure.session import Session, greedy_vanilla
 from harness.records.folder import file_of
+from harness.records.probes import Profile, StepCosts
 from harness.records.run import (
     ARM_STEPS,
     TIE_SHIFTS,
@@ -18,9 +19,7 @@ from harness.records.run import (
     Generation,
     Likelihood,
     Likelihoods,
-    Profile,
     RunRecord,
-    StepCosts,
 )
 
 

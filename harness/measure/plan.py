@@ -167,11 +167,11 @@ def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[
     newest = sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
     here = [path for path in newest if path.parent.parent.name == slug]
     for path in here + [path for path in newest if path not in here]:
-        record = RunRecord(path.parent)
         try:
+            record = RunRecord.open(path.parent)
             is_other = record.suite.model != suite.model
         except UserError:
-            continue  # a record of an older version says nothing about this suite
+            continue  # an altered record, or one of another version, says nothing about this suite
         if is_other:
             continue
         scale = suite.max_new_tokens / record.suite.max_new_tokens

@@ -18,6 +18,7 @@ from harness.measure.session import Session
 from harness.measure.trials import control_texts
 from harness.paths import resolve_path
 from harness.records.folder import file_of
+from harness.records.probes import StepCost, StepCosts
 from harness.records.run import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
@@ -25,8 +26,6 @@ from harness.records.run import (
     ArmTree,
     ArmTrees,
     RunRecord,
-    StepCost,
-    StepCosts,
 )
 from harness.records.trace import Trace
 from harness.specs.suite import BackboneName, FileTree, SuiteSpec

@@ -15,7 +15,7 @@ from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, SectionTimer
 from harness.device.engine import Engine
 from harness.device.trace import Text, kept_states, rank_rows
-from harness.records.run import HeadsControl, ProfileRow, StepCost
+from harness.records.probes import HeadsControl, ProfileRow, StepCost
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import draft_tokens
 from medusa_impl.heads import MedusaHeads

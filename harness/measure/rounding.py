@@ -21,7 +21,7 @@ from harness.device.arms import PROMPT_LOOKUP_TOKENS
 from harness.device.engine import Engine
 from harness.device.trace import CHUNK_POSITIONS, MAX_TREE_RANK, Text, kept_states
 from harness.errors import InvalidMeasurement
-from harness.records.run import Rounding, ShapeShift
+from harness.records.probes import Rounding, ShapeShift
 from harness.specs.suite import ArmSpec, is_deterministic
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import tree_buffers

@@ -39,7 +39,7 @@ from harness.records.run import (
     Manifest,
     RunRecord,
 )
-from harness.records.store import Store, begun_with
+from harness.records.store import NO_REPORT, Store, begun_with
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.engine.memory import peak_memory_bytes
@@ -168,7 +168,11 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
     session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
+    if store.is_sealed:
+        console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
+        return store.folder
     with folder_held(store.folder):
+        store.restore_spec()
         _fill_record(
             session, calibrations, base_folder=base_folder, started=started, budget_s=options.time_budget_s
         )
@@ -203,7 +207,7 @@ def _fill_record(
         suite = suite.model_copy(
             update={"prompts": suite.prompts.model_copy(update={"limit": done}), "rounds": rounds}
         )
-        store.write_spec(suite)
+        store.shorten_spec(suite)
         plan = make_plan(suite, [prompt.key for prompt in prompts[:done]])
     record = RunRecord(store.folder)
     store.seal(

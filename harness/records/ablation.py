@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from harness.bounds import Count, FileName, Finite, Seconds, Sha256, Utc, Whole
 from harness.errors import UserError
 from harness.files import Frozen, lines_of, read_text
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder, kind_of
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
-from harness.records.store import MANIFEST_FILE, REPORT_FILE, LineFile, StoreKind
+from harness.records.store import UNSEALED, LineFile, StoreKind
 from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec, parse_ablation
 from harness.versions import VERSION, ReadFrom, Versioned, read_versioned_lines
@@ -34,24 +35,24 @@ class TextChange(Frozen):
 
     key: str = Field(description="which text")
     category: str | None = Field(description="category of its prompt; null where it has none")
-    num_positions: int = Field(description="tokens of the text's answers, which the sums run over")
-    kl_sum: float = Field(description="summed KL(original || tuned) of the next token, nats")
-    original_nll_sum: float = Field(
+    num_positions: Count = Field(description="tokens of the text's answers, which the sums run over")
+    kl_sum: Finite = Field(description="summed KL(original || tuned) of the next token, nats")
+    original_nll_sum: Finite = Field(
         description="summed negative log-likelihood of the text's tokens under the original model, nats"
     )
-    tuned_nll_sum: float = Field(
+    tuned_nll_sum: Finite = Field(
         description="summed negative log-likelihood of the text's tokens under the tuned model, nats"
     )
-    num_agreements: int = Field(description="positions at which both models have the same first choice")
+    num_agreements: Count = Field(description="positions at which both models have the same first choice")
 
 
 class GreedyText(Frozen):
     """One prompt's greedy answers by the tuned and by the original model."""
 
     key: str = Field(description="which prompt")
-    num_tokens: int = Field(description="tokens of the tuned model's answer")
-    num_original_tokens: int = Field(description="tokens of the original model's answer")
-    num_shared: int = Field(description="tokens before the answers part; all of them where they are equal")
+    num_tokens: Count = Field(description="tokens of the tuned model's answer")
+    num_original_tokens: Count = Field(description="tokens of the original model's answer")
+    num_shared: Count = Field(description="tokens before the answers part; all of them where they are equal")
 
     @property
     def is_equal(self) -> bool:
@@ -63,11 +64,11 @@ class HeadText(Frozen):
     """The heads on one held-out text, over the whole vocabulary: sums over their targets."""
 
     key: str = Field(description="which text")
-    loss_sums: tuple[float, ...] = Field(
+    loss_sums: tuple[Finite, ...] = Field(
         description="summed negative log-likelihood of its targets, nats, one entry a head"
     )
-    num_targets: tuple[int, ...] = Field(description="targets of each head")
-    rank_hits: tuple[tuple[int, ...], ...] = Field(
+    num_targets: tuple[Count, ...] = Field(description="targets of each head")
+    rank_hits: tuple[tuple[Count, ...], ...] = Field(
         description="of each head, the number of targets that it ranks at 0, 1, .., 9"
     )
 
@@ -77,15 +78,15 @@ class ArmResult(Versioned):
 
     schema_version: Annotated[Literal[1], VERSION] = 1
     arm: str = Field(description="name that the suite gives the arm; start is the untouched model")
-    seed: int | None = Field(description="seed of its training; null for the start")
+    seed: Whole | None = Field(description="seed of its training; null for the start")
     recipe_name: str | None = Field(description="name of its recipe; null for the start")
     recipe: dict[str, Any] | None = Field(description="the [recipe] table as it ran; null for the start")
-    num_steps: int = Field(description="optimiser steps")
-    num_sequences: int = Field(description="sequences that it trained on")
-    num_answer_tokens: int = Field(description="answer tokens that it learned from")
-    train_s: float = Field(description="seconds of its training steps")
-    evaluate_s: float = Field(description="seconds that its measurement took")
-    memory_bytes: int | None = Field(
+    num_steps: Count = Field(description="optimiser steps")
+    num_sequences: Count = Field(description="sequences that it trained on")
+    num_answer_tokens: Count = Field(description="answer tokens that it learned from")
+    train_s: Seconds = Field(description="seconds of its training steps")
+    evaluate_s: Seconds = Field(description="seconds that its measurement took")
+    memory_bytes: Count | None = Field(
         description="most bytes that a step of training held (on a CPU: resident); null for the start"
     )
     backbone_sha256s: tuple[str, str] | None = Field(
@@ -113,16 +114,16 @@ class StepPoint(Versioned):
 
     model_config = ConfigDict(extra="ignore")
 
-    step: int = Field(description="optimiser step, from 1")
-    loss: float = Field(description="the training's loss, nats a position")
-    backbone_loss: float | None = Field(
+    step: Count = Field(description="optimiser step, from 1")
+    loss: Finite = Field(description="the training's loss, nats a position")
+    backbone_loss: Finite | None = Field(
         description="mean loss of the backbone, nats; null where it did not learn"
     )
-    head_losses: tuple[float | None, ...] = Field(
+    head_losses: tuple[Finite | None, ...] = Field(
         description="mean loss of each head over its own targets, nats; null where it had none"
     )
-    lambda_0: float = Field(description="weight of the heads' losses in the whole loss")
-    memory_bytes: int = Field(
+    lambda_0: Finite = Field(description="weight of the heads' losses in the whole loss")
+    memory_bytes: Count = Field(
         description="most bytes held since training began: of the GPU's allocator, else resident in memory"
     )
 
@@ -133,11 +134,11 @@ class AblationManifest(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Annotated[Literal["ablation"] | None, KIND] = None
     suite: str = Field(description="name of the ablation")
-    num_planned: int = Field(description="arms times seeds that were to be run, the start included")
-    num_arms: int = Field(description="arms times seeds that are done")
-    finished_utc: Annotated[str, FINISHED_UTC]
-    elapsed_s: Annotated[float, ELAPSED_S]
-    sha256: Annotated[dict[str, str], FILE_HASHES]
+    num_planned: Count = Field(description="arms times seeds that were to be run, the start included")
+    num_arms: Count = Field(description="arms times seeds that are done")
+    finished_utc: Annotated[Utc, FINISHED_UTC]
+    elapsed_s: Annotated[Seconds, ELAPSED_S]
+    sha256: Annotated[dict[FileName, Sha256], FILE_HASHES]
 
 
 class AblationRecord(RecordFolder):
@@ -145,6 +146,8 @@ class AblationRecord(RecordFolder):
 
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
+
+    core = ("suite.toml", "environment.json", TREE_FILE, ARMS_FILE)
 
     @cached_property
     def spec(self) -> AblationSpec:
@@ -165,7 +168,7 @@ class AblationRecord(RecordFolder):
 
     @cached_property
     def results(self) -> tuple[ArmResult, ...]:
-        return read_results(self.folder / ARMS_FILE)
+        return read_results(self.file(ARMS_FILE), allow_torn_tail=self.unsealed is not None)
 
     def of(self, arm: str) -> tuple[ArmResult, ...]:
         """Return an arm's results, one a seed; none where it was not run."""
@@ -173,7 +176,7 @@ class AblationRecord(RecordFolder):
 
     def trace(self, result: ArmResult) -> Trace:
         """Return the trace of the greedy text that an arm wrote itself."""
-        return Trace.load(self.folder / trace_file(result.label))
+        return Trace.load(self.file(trace_file(result.label)))
 
     def original_text_trace(self, result: ArmResult) -> Trace | None:
         """Return the trace of the original model's greedy answers as this arm reads them.
@@ -182,12 +185,12 @@ class AblationRecord(RecordFolder):
         """
         if result.adapter_sha256 is None:
             return self.trace(result)
-        path = self.folder / original_text_file(result.label)
+        path = self.file(original_text_file(result.label))
         return Trace.load(path) if path.exists() else None
 
     def steps(self, result: ArmResult) -> tuple[StepPoint, ...]:
         """Return the training steps of an arm; none for the start."""
-        path = self.folder / steps_file(result.label)
+        path = self.file(steps_file(result.label))
         try:
             lines = lines_of(read_text(path)) if path.exists() else []
             context = ReadFrom(path.name)
@@ -205,7 +208,7 @@ def newest_ablations(results: Path) -> tuple[AblationRecord, ...]:
         with contextlib.suppress(UserError):  # a folder of something else, or of a kind yet to come
             if kind_of(manifest.parent) == "ablation":
                 newest[manifest.parents[2].name] = manifest.parent
-    return tuple(AblationRecord(newest[suite]) for suite in sorted(newest))
+    return tuple(AblationRecord.open(newest[suite]) for suite in sorted(newest))
 
 
 def trace_file(label: str) -> str:
@@ -239,5 +242,5 @@ ABLATION = StoreKind(
     lines=LineFile[ArmResult](ARMS_FILE, read_results),
     begun=lambda folder: (AblationRecord(folder).spec, AblationRecord(folder).environment),
     identity=ENGINE_IDENTITY,
-    unsealed=(MANIFEST_FILE, REPORT_FILE, "curves.png"),
+    unsealed=(*UNSEALED, "curves.png"),
 )

@@ -19,7 +19,7 @@ from harness.records.run import Failure, Generation, RunRecord
 ExportTable = Literal["generations", "steps"]
 
 TRIAL_COLUMNS: Mapping[str, str] = {
-    "record": "name of the record folder",
+    "record": "name of the record folder, with the word unsealed after it where its seal is not whole",
     "suite": "name of the suite",
     "device": "device under test",
     "commit": "commit of the code; empty outside a git checkout",
@@ -91,6 +91,12 @@ def steps_frame(record: RunRecord) -> pd.DataFrame:
     """Return one row a decoding step of every finished trial; the columns are those of `STEP_COLUMNS`."""
     rows: list[dict[str, Any]] = []
     for generation in record.generations:
+        if len(generation.step_times_s) != generation.num_steps:
+            raise UserError(
+                found=f"{len(generation.step_times_s)} times of {generation.num_steps} steps",
+                need="one a step",
+                where=f"prompt {generation.trial.prompt_key!r}, arm {generation.trial.arm!r}",
+            )
         origin, known = _origin(record, generation), generation.prompt_tokens + 1
         for step, (tokens, seconds) in enumerate(
             zip(generation.step_tokens, generation.step_times_s, strict=True)
@@ -139,7 +145,7 @@ def _last_failures(record: RunRecord) -> tuple[Failure, ...]:
 def _origin(record: RunRecord, outcome: Generation | Failure) -> dict[str, Any]:
     trial = outcome.trial
     return {
-        "record": record.folder.name,
+        "record": record.folder.name + (" (unsealed)" if record.unsealed is not None else ""),
         "suite": record.suite.name,
         "device": record.environment.device.name,
         "commit": record.environment.commit,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -20,6 +21,11 @@ from harness.versions import ReadFrom, check_version
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 RecordKind = Literal["suite", "latency", "sweep", "ablation"]
+
+MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE = "manifest.json", "report.md", "report-unsealed.md"
+# what was asked for, where the spec in the record is shorter: a time budget was used up
+ASKED_FILE = "asked.toml"
+_SEALED_ENDINGS = (".json", ".jsonl", ".toml", ".npz")  # of a record's data; a note next to them is no fault
 
 # Files that only a record of one kind holds, asked for in this order; a run comes last, since an ablation's
 # spec is a suite.toml too.
@@ -54,16 +60,37 @@ class SealedFiles(Protocol):
 class RecordFolder(ABC):
     """The folder of a record, read lazily and validated.
 
-    `noun`, `finished` and `again` are how errors speak of it.
+    `noun`, `finished` and `again` are how errors speak of it; `core` are the files that every record of its
+    kind has. Whoever reads a record that is there takes `open`, which checks its seal; the plain constructor
+    is for a record under way.
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
     noun, finished, again = "a record folder", "a finished run", "run the suite again"
+    core: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.unsealed: str | None = None
         if not folder.is_dir():
             raise UserError(found="no such folder", need=self.noun, where=folder.name)
+
+    @classmethod
+    def open(cls, folder: Path, *, unsealed: bool = False) -> Self:
+        """Return a record whose seal is whole.
+
+        With `unsealed` an unfinished or altered one is returned as well; its attribute `unsealed` then says
+        what is wrong with the seal, and whoever prints anything of it has to say so.
+        Raises: UserError as the class does, and for a record that is not as its manifest seals it.
+        """
+        record = cls(folder)
+        try:
+            record.check_seal()
+        except UserError as error:
+            if not unsealed:
+                raise
+            record.unsealed = f"found {error.found} in {error.where}, need {error.need}"
+        return record
 
     @property
     @abstractmethod
@@ -72,26 +99,45 @@ class RecordFolder(ABC):
 
     def check_seal(self) -> None:
         """Refuse a record whose files differ from what its manifest says."""
+        for fault in self.seal_faults():
+            raise fault
+
+    def seal_faults(self) -> Iterator[UserError]:
+        """Yield everything in which the folder differs from what its manifest says."""
         if self.manifest is None:
-            raise UserError(
+            yield UserError(
                 found="no manifest.json",
-                need=self.finished,
+                need=f"{self.finished}: its seal is written last",
                 where=self.folder.name,
                 do="resume it with the same command",
             )
-        for name, digest in self.manifest.sha256.items():
-            found = file_sha256(self.folder / name) if (self.folder / name).exists() else "no file"
-            if found != digest:
-                raise UserError(
-                    found=f"SHA-256 {found[:12]}",
-                    need=digest[:12],
-                    where=name,
-                    do=f"restore the file or {self.again}",
-                )
+            return
+        do, sealed = f"restore the file or {self.again}", self.manifest.sha256
+        for name, digest in sealed.items():
+            found = self._digest(name)
+            if found != f"SHA-256 {digest}":
+                yield UserError(found=found[:20], need=f"SHA-256 {digest[:12]} as sealed", where=name, do=do)
+        held = [path.name for path in self.folder.iterdir() if path.suffix in _SEALED_ENDINGS]
+        for name in sorted({*held, *self.core} - {*sealed, MANIFEST_FILE}):
+            what = "a file that the manifest does not seal" if name in held else f"no {name} in the manifest"
+            yield UserError(found=what, need="its SHA-256 there", where=name, do=do)
+
+    def _digest(self, name: str) -> str:
+        path = self.folder / name
+        if not path.exists():
+            return "no file"
+        try:
+            return f"SHA-256 {file_sha256(regular_file(path))}"
+        except UserError as error:
+            return error.found
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the record, which need not exist, and is no device, pipe or link."""
+        return regular_file(self.folder / name)
 
     def _text(self, name: str) -> str:
         try:
-            return text_of((self.folder / name).read_bytes())
+            return text_of(self.file(name).read_bytes())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(found=f"no readable {name}", need=self.noun, where=self.folder.name) from error
 
@@ -109,9 +155,31 @@ class RecordFolder(ABC):
     def _spec(self, name: str, model: type[ModelT], parse: Callable[..., ModelT]) -> ModelT:
         """Return what the record was asked for; a spec of a newer version is refused as other files are."""
         text = self._text(name)
-        with contextlib.suppress(tomllib.TOMLDecodeError):  # which `parse` tells of
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):  # which `parse` tells of
             check_version(tomllib.loads(text), model, where=name)
         return parse(text, where=name)
+
+
+def regular_file(path: Path) -> Path:
+    """Return a path that names a regular file, or nothing yet.
+
+    Raises: UserError for anything else, such as a pipe or a device: to read one may never end.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return path  # not there, or not to be looked at: whoever opens it says so
+    if stat.S_ISREG(mode):
+        return path
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFLNK: "a link",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    found = kinds.get(stat.S_IFMT(mode), "no file")
+    raise UserError(found=found, need="a regular file", where=path.name, do="restore the file")
 
 
 def kind_of(folder: Path) -> RecordKind:
@@ -158,8 +226,9 @@ def _said_kind(folder: Path, *, specs: Sequence[str]) -> tuple[object, str]:
         *((name, tomllib.loads) for name in specs),
     )
     for name, parse in files:
-        with contextlib.suppress(OSError, ValueError):  # missing or unreadable: no word of its kind
-            data = parse(text_of((folder / name).read_bytes()))
+        # missing, unreadable or too deep: no word of its kind
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            data = parse(text_of(regular_file(folder / name).read_bytes()))
             if isinstance(data, dict) and data.get("kind") is not None:
                 return data["kind"], name
     return None, ""

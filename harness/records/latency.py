@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from harness.bounds import Count, FileName, Seconds, Sha256, StepSeconds, Utc
 from harness.files import Frozen
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
+from harness.records.probes import DeviceLimits
 from harness.records.provenance import ENGINE_IDENTITY, Environment
-from harness.records.run import ArmTree, DeviceLimits
+from harness.records.run import ArmTree
 from harness.records.store import LineFile, StoreKind
 from harness.specs.latency import DtypeName, HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
@@ -29,18 +31,18 @@ class LatencyPoint(Versioned, PointKey):
     """Raw times of one combination, or why it was skipped."""
 
     schema_version: Annotated[Literal[1], VERSION] = 1
-    backbone_s: tuple[float, ...] = Field(
+    backbone_s: tuple[StepSeconds, ...] = Field(
         default=(), description="seconds of each forward pass over the nodes of every row"
     )
-    heads_s: tuple[float, ...] = Field(
+    heads_s: tuple[StepSeconds, ...] = Field(
         default=(), description="seconds of each call of the heads at one state a row; empty without heads"
     )
-    step_s: tuple[float, ...] = Field(
+    step_s: tuple[StepSeconds, ...] = Field(
         default=(),
         description="seconds of each whole step of the decoding loop: heads, candidates, backbone, "
         "acceptance, compaction; a vanilla step for one node; empty for more nodes without heads",
     )
-    peak_memory_bytes: int | None = Field(
+    peak_memory_bytes: Count | None = Field(
         default=None,
         description="most bytes allocated while the points of the same dtype, mode, context and batch were "
         "timed (on a CPU: resident in memory)",
@@ -59,18 +61,18 @@ class ModelFacts(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     name: str = Field(description="name of the model or of the published shape")
     random_weights: bool = Field(description="whether the weights were drawn instead of loaded")
-    num_layers: int = Field(description="decoder layers of the backbone")
-    hidden_size: int = Field(description="numbers of one hidden state")
-    num_attention_heads: int = Field(description="heads of attention that queries have")
-    num_key_value_heads: int = Field(description="heads of attention that keys and values have")
-    head_size: int = Field(description="numbers of one key of one head")
-    intermediate_size: int = Field(description="numbers between the two layers of a feed-forward block")
-    vocab_size: int = Field(description="tokens of the vocabulary")
-    num_parameters: int = Field(description="numbers that the backbone owns")
-    step_parameters: int = Field(description="numbers of the backbone that one decoding step reads")
-    max_positions: int | None = Field(description="most tokens that a text may have; null where unbounded")
-    num_heads: int = Field(description="draft heads")
-    num_head_layers: int = Field(description="residual blocks of a draft head")
+    num_layers: Count = Field(description="decoder layers of the backbone")
+    hidden_size: Count = Field(description="numbers of one hidden state")
+    num_attention_heads: Count = Field(description="heads of attention that queries have")
+    num_key_value_heads: Count = Field(description="heads of attention that keys and values have")
+    head_size: Count = Field(description="numbers of one key of one head")
+    intermediate_size: Count = Field(description="numbers between the two layers of a feed-forward block")
+    vocab_size: Count = Field(description="tokens of the vocabulary")
+    num_parameters: Count = Field(description="numbers that the backbone owns")
+    step_parameters: Count = Field(description="numbers of the backbone that one decoding step reads")
+    max_positions: Count | None = Field(description="most tokens that a text may have; null where unbounded")
+    num_heads: Count = Field(description="draft heads")
+    num_head_layers: Count = Field(description="residual blocks of a draft head")
     head_architecture: Literal["own", "shared"] = Field(
         description="own: each draft head has its unembedding; shared: all use the backbone's LM head"
     )
@@ -130,11 +132,11 @@ class ModeTrial(Frozen):
     dtype: DtypeName = Field(description="dtype of the model")
     mode: ModeName | Literal["hf_generate"] = Field(description="mode of the engine, or hf_generate")
     prompt_key: str = Field(description="which prompt; pairs the modes")
-    prompt_tokens: int = Field(description="tokens of the prompt")
-    token_ids: tuple[int, ...] = Field(description="ids of the kept tokens, the prefill's first")
-    step_tokens: tuple[int, ...] = Field(description="kept tokens of each decoding step after the prefill")
-    step_times_s: tuple[float, ...] = Field(description="seconds of each of these steps")
-    prefill_s: float = Field(description="seconds until the first token is on the host")
+    prompt_tokens: Count = Field(description="tokens of the prompt")
+    token_ids: tuple[Count, ...] = Field(description="ids of the kept tokens, the prefill's first")
+    step_tokens: tuple[Count, ...] = Field(description="kept tokens of each decoding step after the prefill")
+    step_times_s: tuple[StepSeconds, ...] = Field(description="seconds of each of these steps")
+    prefill_s: StepSeconds = Field(description="seconds until the first token is on the host")
 
 
 class ModeTrials(Versioned):
@@ -149,12 +151,12 @@ class BatchTrial(Frozen):
     """Some prompts decoded together."""
 
     method: Literal["vanilla", "medusa"] = Field(description="plain decoding, or with the record's tree")
-    batch: int = Field(description="prompts that were decoded together")
-    round: int = Field(description="which pass over all batches, from 0")
+    batch: Count = Field(description="prompts that were decoded together")
+    round: Count = Field(description="which pass over all batches, from 0")
     prompt_keys: tuple[str, ...] = Field(description="the prompts of the batch")
-    num_tokens: int = Field(description="tokens after the first of each prompt, of all prompts together")
-    num_steps: int = Field(description="decoding steps, the prefill left out")
-    decode_s: float = Field(description="seconds that these steps took together")
+    num_tokens: Count = Field(description="tokens after the first of each prompt, of all prompts together")
+    num_steps: Count = Field(description="decoding steps, the prefill left out")
+    decode_s: StepSeconds = Field(description="seconds that these steps took together")
 
 
 class BatchTrials(Versioned):
@@ -173,13 +175,13 @@ class LatencyManifest(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Annotated[Literal["latency"] | None, KIND] = None
     spec: str = Field(description="name of the latency spec")
-    num_planned: int = Field(description="points that were to be timed, those to be skipped among them")
-    num_measured: int = Field(description="points that were timed")
-    num_skipped: int = Field(description="points that were skipped, with a reason")
-    finished_utc: Annotated[str, FINISHED_UTC]
-    elapsed_s: Annotated[float, ELAPSED_S]
-    peak_memory_bytes: int = Field(description="most bytes allocated in that session (on a CPU: resident)")
-    sha256: Annotated[dict[str, str], FILE_HASHES]
+    num_planned: Count = Field(description="points that were to be timed, those to be skipped among them")
+    num_measured: Count = Field(description="points that were timed")
+    num_skipped: Count = Field(description="points that were skipped, with a reason")
+    finished_utc: Annotated[Utc, FINISHED_UTC]
+    elapsed_s: Annotated[Seconds, ELAPSED_S]
+    peak_memory_bytes: Count = Field(description="most bytes allocated in that session (on a CPU: resident)")
+    sha256: Annotated[dict[FileName, Sha256], FILE_HASHES]
 
 
 class LatencyRecord(RecordFolder):
@@ -189,6 +191,7 @@ class LatencyRecord(RecordFolder):
     """
 
     noun, again = "a latency record", "measure again"
+    core = ("spec.toml", "environment.json", MODEL_FILE, POINTS_FILE)
 
     @cached_property
     def spec(self) -> LatencySpec:
@@ -204,7 +207,7 @@ class LatencyRecord(RecordFolder):
 
     @cached_property
     def points(self) -> tuple[LatencyPoint, ...]:
-        return read_points(self.folder / POINTS_FILE)
+        return read_points(self.file(POINTS_FILE), allow_torn_tail=self.unsealed is not None)
 
     @cached_property
     def modes(self) -> ModeTrials | None:

@@ -8,8 +8,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from harness.bounds import Count, Utc
 from harness.files import Frozen
 from harness.versions import VERSION, Versioned
+
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "KMP_AFFINITY",
+    "OPENBLAS_CORETYPE",
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "CUDA_VISIBLE_DEVICES",
+)
+"""The environment variables that change threads or kernels: a record keeps those, and no other."""
 
 
 class DeviceInfo(Frozen):
@@ -17,9 +32,9 @@ class DeviceInfo(Frozen):
 
     kind: Literal["cpu", "cuda"] = Field(description="which backend of PyTorch runs it")
     name: str = Field(description="its own name, such as NVIDIA A100-SXM4-80GB")
-    num_cores: int = Field(description="logical cores of the host's CPU")
-    num_threads: int = Field(description="threads that PyTorch uses on the CPU")
-    memory_bytes: int = Field(description="bytes of memory: of the GPU, else of the host")
+    num_cores: Count = Field(description="logical cores of the host's CPU")
+    num_threads: Count = Field(description="threads that PyTorch uses on the CPU")
+    memory_bytes: Count = Field(description="bytes of memory: of the GPU, else of the host")
     details: dict[str, str] = Field(
         default={}, description="instruction set or compute capability, CUDA version"
     )
@@ -40,9 +55,9 @@ class TunedOrigin(Frozen):
     heads_provenance: dict[str, Any] = Field(
         default={}, description="what the heads' file says of their training"
     )
-    weight_bytes: int = Field(description="bytes of the backbone's weights that one decoding step reads")
-    packed_bytes: int = Field(description="bytes of packed copies of weights that the engine keeps as well")
-    heads_bytes: int = Field(description="bytes that one call of all heads reads")
+    weight_bytes: Count = Field(description="bytes of the backbone's weights that one decoding step reads")
+    packed_bytes: Count = Field(description="bytes of packed copies of weights that the engine keeps as well")
+    heads_bytes: Count = Field(description="bytes that one call of all heads reads")
 
 
 class Provenance(Versioned):
@@ -57,7 +72,7 @@ class Provenance(Versioned):
     python: str = Field(description="version of Python")
     packages: dict[str, str] = Field(description="versions of the packages that can move a figure, by name")
     device: DeviceInfo = Field(description="the machine that measured or, for a sweep, composed")
-    started_utc: str = Field(description="time at which the record was begun, ISO 8601, in UTC")
+    started_utc: Utc = Field(description="time at which the record was begun, ISO 8601, in UTC")
 
 
 class Environment(Provenance):
@@ -82,11 +97,11 @@ class Environment(Provenance):
     heads_sha256: str | None = Field(description="SHA-256 of the heads' tensors; null without heads")
     prompts_sha256: str = Field(description="SHA-256 of keys and token ids of all texts that were read")
     model_name: str = Field(description="name of the backbone")
-    weight_bytes: int = Field(description="bytes of the backbone's weights that one decoding step reads")
-    packed_bytes: int = Field(
+    weight_bytes: Count = Field(description="bytes of the backbone's weights that one decoding step reads")
+    packed_bytes: Count = Field(
         default=0, description="bytes of packed copies of weights that the engine keeps"
     )
-    heads_bytes: int = Field(description="bytes that one call of all heads reads; 0 without heads")
+    heads_bytes: Count = Field(description="bytes that one call of all heads reads; 0 without heads")
     heads_provenance: dict[str, Any] = Field(
         default={}, description="what the heads' file says of their training"
     )

@@ -4,19 +4,41 @@ A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generatio
 line), what is measured apart from the trials (`step_costs.json`, `profile.json`, `device_limits.json`,
 `heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last, `manifest.json`, which seals
 it with the SHA-256 of every other file. What a suite's tuned backbone has of its own has `-tuned` in its name
-(`file_of`). No clock, device or torch is needed to read one.
+(`file_of`). Where a time budget was used up, `suite.toml` is what was run and `asked.toml` what was asked.
+No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from harness.bounds import (
+    Amount,
+    Count,
+    FileName,
+    Finite,
+    Seconds,
+    Sha256,
+    Utc,
+    Whole,
+)
+from harness.errors import UserError
 from harness.files import Frozen
-from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder, file_of
+from harness.records.folder import (
+    ASKED_FILE,
+    ELAPSED_S,
+    FILE_HASHES,
+    FINISHED_UTC,
+    KIND,
+    RecordFolder,
+    file_of,
+)
+from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
@@ -25,6 +47,7 @@ from harness.versions import VERSION, Versioned, read_versioned_lines
 from medusa_impl.tree import DraftTree
 
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
+GENERATIONS_FILE, ARM_STEPS_FILE = "generations.jsonl", "arm_steps.jsonl"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
 
 TIE_MARGIN_FLOAT32 = 5e-4  # rounding moved top-two gaps by at most 8e-5 in trials
@@ -38,8 +61,8 @@ class TrialKey(Frozen):
 
     arm: str = Field(description="name that the suite gives the arm")
     prompt_key: str = Field(description="prompt, such as mt_bench-81; pairs the arms")
-    round: int = Field(description="which pass over all arms and prompts, from 0")
-    seed: int | None = Field(default=None, description="seed of the draws; null where nothing is drawn")
+    round: Count = Field(description="which pass over all arms and prompts, from 0")
+    seed: Whole | None = Field(default=None, description="seed of the draws; null where nothing is drawn")
 
 
 class Generation(Versioned):
@@ -48,25 +71,25 @@ class Generation(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Literal["generation"] = Field(default="generation", description="tells it from a failure")
     trial: TrialKey = Field(description="what was run")
-    order: int = Field(description="index in the order in which the run takes its trials, from 0")
-    attempt: int = Field(default=0, description="0 for the first try, one more for each repeat")
+    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
+    attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
     category: str | None = Field(description="category of the prompt; null where it has none")
-    prompt_tokens: int = Field(description="number of tokens of the prompt")
-    token_ids: tuple[int, ...] = Field(
+    prompt_tokens: Count = Field(description="number of tokens of the prompt")
+    token_ids: tuple[Count, ...] = Field(
         description="ids of the kept tokens y_1..y_n, cut after the end of sequence or at the budget"
     )
     ended_by: Literal["eos", "budget"] = Field(description="end of sequence, or the budget of tokens")
-    step_tokens: tuple[int, ...] = Field(
+    step_tokens: tuple[Count, ...] = Field(
         description="kept tokens of each decoding step; their sum is n - 1, since the prefill yields y_1"
     )
-    step_times_s: tuple[float, ...] = Field(description="seconds of each decoding step, as in step_tokens")
-    prefill_s: float = Field(description="seconds until y_1 is on the host; then the decode clock starts")
+    step_times_s: tuple[Seconds, ...] = Field(description="seconds of each decoding step, as in step_tokens")
+    prefill_s: Seconds = Field(description="seconds until y_1 is on the host; then the decode clock starts")
     timing_valid: bool = Field(default=True, description="false where a kill cut its block of trials")
-    peak_memory_bytes: int | None = Field(
+    peak_memory_bytes: Count | None = Field(
         default=None, description="most bytes allocated during the trial (on a CPU: resident in memory)"
     )
-    cache_bytes: int | None = Field(default=None, description="bytes of the key-value cache")
-    load_average: float | None = Field(default=None, description="one-minute load average at its end")
+    cache_bytes: Count | None = Field(default=None, description="bytes of the key-value cache")
+    load_average: Amount | None = Field(default=None, description="one-minute load average at its end")
 
     @property
     def num_tokens(self) -> int:
@@ -95,8 +118,8 @@ class Failure(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Literal["failure"] = Field(default="failure", description="tells it from a generation")
     trial: TrialKey = Field(description="what was run")
-    order: int = Field(description="index in the order in which the run takes its trials, from 0")
-    attempt: int = Field(default=0, description="0 for the first try, one more for each repeat")
+    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
+    attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
     error_type: str = Field(description="class of the exception")
     message: str = Field(description="what the exception said, without paths, at most 500 characters")
 
@@ -105,126 +128,14 @@ TrialOutcome = Annotated[Generation | Failure, Field(discriminator="kind")]
 _OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
 
 
-class StepCost(Versioned):
-    """Separately timed steps of one shape."""
-
-    arm: str | None = Field(default=None, description="arm whose steps they are; null for a shape alone")
-    num_nodes: int = Field(description="nodes of the tree, root included; 1 is vanilla")
-    num_heads: int = Field(description="draft heads that the tree reads")
-    context_tokens: int = Field(description="tokens in the cache before the steps")
-    backbone_s: tuple[float, ...] = Field(description="seconds of the backbone in each step")
-    step_s: tuple[float, ...] = Field(
-        default=(),
-        description="seconds of each whole step, with heads, candidates, acceptance and compaction; empty "
-        "where only the backbone was timed",
-    )
-
-
-class StepCosts(Versioned):
-    """All separately timed steps of a run."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    costs: tuple[StepCost, ...] = Field(description="one entry a shape; shapes were timed in turn")
-
-
-class ProfileRow(Frozen):
-    """Where one arm's step time goes, in a profiling run apart from the timed ones."""
-
-    arm: str = Field(description="name that the suite gives the arm")
-    num_steps: int = Field(description="decoding steps that were timed")
-    step_s: float = Field(description="seconds of all steps together")
-    backbone_s: float = Field(description="seconds in calls of the backbone, over all steps")
-    heads_s: float = Field(description="seconds in calls of the draft heads, over all steps")
-    candidates_s: float = Field(description="seconds for candidates, positions and mask, over all steps")
-    acceptance_s: float = Field(description="seconds for acceptance, over all steps")
-    cache_s: float = Field(description="seconds for compaction of the cache, over all steps")
-
-    @property
-    def own_code_share(self) -> float:
-        """Return 1 - (backbone + heads) / step: what our own code costs."""
-        return 1 - (self.backbone_s + self.heads_s) / self.step_s
-
-
-class Profile(Versioned):
-    """The profiling run."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    rows: tuple[ProfileRow, ...] = Field(description="one entry an arm")
-
-
-class DeviceLimits(Versioned):
-    """What this device can do, measured in the same run."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    read_bandwidth_bytes_per_s: float = Field(description="bytes read a second, the best of several repeats")
-    matmul_flop_per_s: float = Field(
-        description="floating-point operations of a matrix product a second, the best of several repeats"
-    )
-    method: str = Field(description="sizes and repeats of the two measurements, in words")
-
-
-class HeadsControl(Versioned):
-    """Trained heads against useless ones on held-out text, before any timing is kept."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    num_positions: int = Field(description="positions at which the first head was read")
-    trained_top1: tuple[float, ...] = Field(
-        description="share of positions, one entry a head, at which the trained head's best token is right"
-    )
-    random_top1: tuple[float, ...] = Field(description="the same share, of heads with random weights")
-    identity_top1: tuple[float, ...] = Field(description="the same share, of heads before any training")
-
-
-class ShapeShift(Frozen):
-    """How far steps of one shape move a figure from what the trace's pass gives at the same positions.
-
-    A position's value is the largest of the nodes that hold it, or of the heads read there.
-    """
-
-    arms: tuple[str, ...] = Field(description="arms that decode in steps of this shape")
-    num_nodes: int = Field(description="tokens of a step: nodes of the tree, root included")
-    num_positions: int = Field(description="positions that were compared")
-    p50: float = Field(description="median of the absolute differences of logits")
-    p90: float = Field(description="90th percentile of the absolute differences of logits")
-    p99: float = Field(description="99th percentile of the absolute differences of logits")
-    largest: float = Field(description="largest of the absolute differences of logits")
-
-
-class Rounding(Versioned):
-    """How far this dtype's rounding moves logits between the shapes in which a run computes one position."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    dtype: str = Field(description="dtype of the steps, such as bfloat16")
-    num_texts: int = Field(description="texts that were compared, of no benchmark prompt")
-    num_candidates: int = Field(description="ranks of a head that were compared: those a tree may name")
-    gaps: tuple[ShapeShift, ...] = Field(
-        min_length=1,
-        description="shifts of the difference of the two tokens that the trace's pass finds best; also with "
-        "generate of transformers, where an arm uses it",
-    )
-    heads: tuple[ShapeShift, ...] = Field(
-        description="shifts of the difference of any two of a draft head's best candidates"
-    )
-
-    @property
-    def largest_gap_shift(self) -> float:
-        """Return the largest shift of a gap in any shape."""
-        return max(shape.largest for shape in self.gaps)
-
-    @property
-    def largest_head_shift(self) -> float:
-        """Return the largest shift of a head in any shape; 0 where no arm reads a head."""
-        return max((shape.largest for shape in self.heads), default=0.0)
-
-
 class ArmTree(Versioned):
     """The tree an arm decoded with, and where it came from."""
 
-    paths: tuple[tuple[int, ...], ...] = Field(
+    paths: tuple[tuple[Count, ...], ...] = Field(
         description="each node's ranks from the root on, counted from 0; the root is the empty path"
     )
     origin: str = Field(description="how the tree was chosen, in words")
-    predicted_tokens_per_step: float | None = Field(
+    predicted_tokens_per_step: Amount | None = Field(
         default=None, description="tokens a step in a replay of the calibration trace; null without one"
     )
 
@@ -244,7 +155,7 @@ class Likelihood(Frozen):
     """How likely the original backbone finds one sampled generation, at temperature 1."""
 
     trial: TrialKey = Field(description="the trial that was scored")
-    mean_log_likelihood: float = Field(description="mean log-likelihood, nats a token")
+    mean_log_likelihood: Finite = Field(description="mean log-likelihood, nats a token")
 
 
 class Likelihoods(Versioned):
@@ -260,20 +171,32 @@ class Manifest(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Annotated[Literal["suite"] | None, KIND] = None
     suite: str = Field(description="name of the suite")
-    num_planned: int = Field(description="trials that were to be run")
-    num_generations: int = Field(description="trials that finished")
-    num_failures: int = Field(description="trials that failed and were not repeated with success")
-    finished_utc: Annotated[str, FINISHED_UTC]
-    elapsed_s: Annotated[float, ELAPSED_S]
-    peak_memory_bytes: int = Field(
+    num_planned: Count = Field(description="trials that were to be run")
+    num_generations: Count = Field(description="trials that finished")
+    num_failures: Count = Field(description="trials that failed and were not repeated with success")
+    finished_utc: Annotated[Utc, FINISHED_UTC]
+    elapsed_s: Annotated[Seconds, ELAPSED_S]
+    peak_memory_bytes: Count = Field(
         description="most bytes allocated in that session (on a CPU: resident in memory)"
     )
-    sha256: Annotated[dict[str, str], FILE_HASHES]
+    sha256: Annotated[dict[FileName, Sha256], FILE_HASHES]
 
     @property
     def complete(self) -> bool:
         """Return whether every planned trial has an outcome."""
         return self.num_generations + self.num_failures >= self.num_planned
+
+
+def planned_trials(suite: SuiteSpec, prompt_keys: Iterable[str]) -> frozenset[TrialKey]:
+    """Return every trial that a suite asks for on some prompts."""
+    keys = tuple(prompt_keys)
+    return frozenset(
+        TrialKey(arm=arm.name, prompt_key=key, round=number, seed=seed)
+        for arm in suite.arms
+        for key in keys
+        for number in range(suite.rounds)
+        for seed in (arm.seeds or (None,))
+    )
 
 
 class RunRecord(RecordFolder):
@@ -282,9 +205,17 @@ class RunRecord(RecordFolder):
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
+    core = ("suite.toml", "environment.json", "trees.json", GENERATIONS_FILE)
+
     @cached_property
     def suite(self) -> SuiteSpec:
         return self._spec("suite.toml", SuiteSpec, parse_suite)
+
+    @cached_property
+    def asked(self) -> SuiteSpec:
+        """Return the suite that was asked for; `suite` is shorter where a time budget was used up."""
+        is_shorter = self.file(ASKED_FILE).exists()
+        return self._spec(ASKED_FILE, SuiteSpec, parse_suite) if is_shorter else self.suite
 
     @cached_property
     def environment(self) -> Environment:
@@ -296,7 +227,7 @@ class RunRecord(RecordFolder):
 
     @cached_property
     def outcomes(self) -> tuple[Generation | Failure, ...]:
-        return read_outcomes(self.folder / "generations.jsonl")
+        return read_outcomes(self.file(GENERATIONS_FILE), allow_torn_tail=self.unsealed is not None)
 
     @property
     def failures(self) -> tuple[Failure, ...]:
@@ -318,8 +249,45 @@ class RunRecord(RecordFolder):
         return tuple(sorted(chosen.values(), key=lambda generation: generation.order))
 
     @cached_property
+    def arm_steps(self) -> tuple[StepCost, ...]:
+        """Return the separately timed steps of arms, as they were taken; none where no speed is reported."""
+        path = self.file(ARM_STEPS_FILE)
+        return read_arm_steps(path, allow_torn_tail=self.unsealed is not None) if path.exists() else ()
+
+    @cached_property
     def trees(self) -> dict[str, ArmTree]:
-        return dict(self._read("trees.json", ArmTrees).trees)
+        """Return the tree of each Medusa arm, by the arm's name.
+
+        Raises: UserError where one is missing or is no tree.
+        """
+        trees = dict(self._read("trees.json", ArmTrees).trees)
+        missing = [arm.name for arm in self.suite.arms if arm.method == "medusa" and arm.name not in trees]
+        if missing:
+            raise UserError(
+                found=f"no tree of arm {missing[0]!r}",
+                need="one of each Medusa arm",
+                where="trees.json",
+                do=f"restore the file or {self.again}",
+            )
+        for name, tree in trees.items():
+            try:
+                tree.tree()
+            except UserError as error:
+                raise UserError(
+                    found=error.found, need=error.need, where=f"trees.json: tree of arm {name!r}"
+                ) from error
+        return trees
+
+    @property
+    def repeated(self) -> tuple[int, ...]:
+        """Return the lines of the trials' file, from 1, whose attempt at a trial an earlier line tells of."""
+        seen: set[tuple[TrialKey, int]] = set()
+        found = []
+        for number, outcome in enumerate(self.outcomes, start=1):
+            if (outcome.trial, outcome.attempt) in seen:
+                found.append(number)
+            seen.add((outcome.trial, outcome.attempt))
+        return tuple(found)
 
     @cached_property
     def step_costs(self) -> StepCosts | None:
@@ -362,9 +330,14 @@ class RunRecord(RecordFolder):
     def trace_of(self, backbone: BackboneName) -> Trace | None:
         """Return the trace of one backbone's greedy vanilla generations; it is read once."""
         if backbone not in self._traces:
-            path = self.folder / file_of(TRACE_FILE, backbone)
+            path = self.file(file_of(TRACE_FILE, backbone))
             self._traces[backbone] = Trace.load(path) if path.exists() else None
         return self._traces[backbone]
+
+    def calibration_of(self, backbone: BackboneName) -> Trace | None:
+        """Return the trace that one backbone's trees were grown on; None where there was none."""
+        path = self.file(file_of(CALIBRATION_FILE, backbone))
+        return Trace.load(path) if path.exists() else None
 
     @cached_property
     def _traces(self) -> dict[BackboneName, Trace | None]:
@@ -391,8 +364,8 @@ RUN = StoreKind(
     spec_noun="suite",
     spec_file="suite.toml",
     provenance_file="environment.json",
-    lines=LineFile[Generation | Failure]("generations.jsonl", read_outcomes),
-    begun=lambda folder: (RunRecord(folder).suite, RunRecord(folder).environment),
+    lines=LineFile[Generation | Failure](GENERATIONS_FILE, read_outcomes),
+    begun=lambda folder: (RunRecord(folder).asked, RunRecord(folder).environment),
     identity=ENGINE_IDENTITY,
 )
-ARM_STEPS = LineFile[StepCost]("arm_steps.jsonl", read_arm_steps)
+ARM_STEPS = LineFile[StepCost](ARM_STEPS_FILE, read_arm_steps)

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from harness.bounds import Count, Seconds, StepSeconds
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import Environment
@@ -38,16 +39,16 @@ class SizeProfile(Frozen):
     """
 
     tree: ArmTree = Field(description="the tree, with what the calibration trace predicts for it")
-    parts_s: dict[Part, tuple[float, ...]] = Field(
+    parts_s: dict[Part, tuple[Seconds, ...]] = Field(
         description="seconds of each part in every marked step, aligned with step_s"
     )
-    step_s: tuple[float, ...] = Field(min_length=1, description="seconds of every marked step")
-    unmarked_step_s: tuple[float, ...] = Field(
+    step_s: tuple[StepSeconds, ...] = Field(min_length=1, description="seconds of every marked step")
+    unmarked_step_s: tuple[StepSeconds, ...] = Field(
         min_length=1, description="seconds of every step without marks"
     )
-    kept_tokens: tuple[int, ...] = Field(description="tokens that each timed step kept, in order")
-    device_busy_s: float | None = Field(
-        default=None, ge=0, description="summed seconds of the kernels of a step; null on a CPU"
+    kept_tokens: tuple[Count, ...] = Field(description="tokens that each timed step kept, in order")
+    device_busy_s: Seconds | None = Field(
+        default=None, description="summed seconds of the kernels of a step; null on a CPU"
     )
 
     @model_validator(mode="after")
@@ -131,7 +132,7 @@ class StepProfile(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     suite: str = Field(description="name of the suite whose model and heads were profiled")
     environment: Environment = Field(description="where the profile comes from")
-    context_tokens: tuple[int, ...] = Field(
+    context_tokens: tuple[Count, ...] = Field(
         min_length=1, description="tokens of each kept text that steps were timed after"
     )
     sizes: tuple[SizeProfile, ...] = Field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from pydantic import BaseModel
 
 from harness.errors import UserError
 from harness.files import DataFile, file_sha256, with_paths, write_bytes, write_json
-from harness.records.folder import RecordKind
+from harness.records.folder import ASKED_FILE, MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE, RecordKind
 from harness.records.provenance import DeviceInfo, Provenance, machine_slug
 
-MANIFEST_FILE, REPORT_FILE = "manifest.json", "report.md"
+UNSEALED = (MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE)
+NO_REPORT = "found {} measured and sealed, and without a report: only that is left to be written"
 
 LineT = TypeVar("LineT", bound=BaseModel)
 ReadT = TypeVar("ReadT", bound=BaseModel, covariant=True)
@@ -86,7 +88,7 @@ class StoreKind(Generic[LineT]):
     begun: Callable[[Path], tuple[DataFile, Provenance]]
     identity: tuple[str, ...]
     home: tuple[str, ...] = ()
-    unsealed: tuple[str, ...] = (MANIFEST_FILE, REPORT_FILE)
+    unsealed: tuple[str, ...] = UNSEALED
 
 
 class Store(Generic[LineT]):
@@ -106,14 +108,16 @@ class Store(Generic[LineT]):
     ) -> Store[LineT]:
         """Return the store to write to.
 
-        It is `resume`, else the newest unfinished run of the same spec and identity, else a new folder.
+        It is `resume`, else the newest unfinished run of the same spec and identity, else a new folder. A
+        run that was sealed and has no report yet is unfinished, too: only its report is left to be written,
+        which `is_sealed` tells.
         Raises: UserError where `resume` names a run that is finished or that was begun with something else.
         """
         home = results.joinpath(*kind.home, spec.name, machine_slug(provenance.device))
         folder = _unfinished(home, kind=kind, spec=spec, provenance=provenance, resume=resume)
         if folder is None:
-            folder = home / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(provenance.commit or 'nocommit')[:8]}"
-            folder.mkdir(parents=True)
+            stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(provenance.commit or 'nocommit')[:8]}"
+            folder = new_folder(home, stem)
             store = Store(folder, kind=kind)
             store.write_spec(spec)
             write_json(folder / kind.provenance_file, provenance)
@@ -123,6 +127,26 @@ class Store(Generic[LineT]):
     def write_spec(self, spec: DataFile) -> None:
         """Write the spec as it is run, command-line changes included."""
         write_bytes(self.folder / self.kind.spec_file, tomli_w.dumps(portable(spec)).encode())
+
+    @property
+    def is_sealed(self) -> bool:
+        """Return whether all is measured and sealed, so that only the report is left to be written."""
+        return (self.folder / MANIFEST_FILE).exists()
+
+    def shorten_spec(self, spec: DataFile) -> None:
+        """Write the spec as far as it was run; what was asked for is kept next to it.
+
+        The second is on disk before the first changes: a kill in between leaves a run that can be resumed.
+        """
+        write_bytes(self.folder / ASKED_FILE, (self.folder / self.kind.spec_file).read_bytes())
+        self.write_spec(spec)
+
+    def restore_spec(self) -> None:
+        """Undo `shorten_spec` in a run that goes on after all."""
+        asked = self.folder / ASKED_FILE
+        if asked.exists():
+            write_bytes(self.folder / self.kind.spec_file, asked.read_bytes())
+            asked.unlink()
 
     def lines(self) -> tuple[LineT, ...]:
         """Return the lines that are done.
@@ -153,12 +177,23 @@ class Store(Generic[LineT]):
         return sealed
 
 
+def new_folder(home: Path, stem: str) -> Path:
+    """Make a folder of that name and return it; a number follows where another run has the name already."""
+    home.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = home / (stem if number == 1 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable: the numbers do not end")
+
+
 def portable(spec: BaseModel) -> dict[str, Any]:
     """Return a spec as a record keeps it: absolute paths cut to their last part, so none names a user."""
     return with_paths(spec, lambda path: Path(path).name if Path(path).is_absolute() else str(path))
 
 
-def hashes(folder: Path, *, unsealed: Sequence[str] = (MANIFEST_FILE, REPORT_FILE)) -> dict[str, str]:
+def hashes(folder: Path, *, unsealed: Sequence[str] = UNSEALED) -> dict[str, str]:
     """Return the SHA-256 of every file that a manifest seals, by name.
 
     It seals all but itself and what can be made from the others again.
@@ -196,10 +231,11 @@ def _unfinished(
 ) -> Path | None:
     """Return the folder to go on in; None where there is none.
 
-    It is the one to `resume`, or the newest unfinished one of the same run.
+    It is the one to `resume`, or the newest unfinished one of the same run. Of sealed ones only the newest
+    folder of all may lack its report: an older one was left so on purpose.
     """
     if resume is not None:
-        if (resume / MANIFEST_FILE).exists():
+        if (resume / MANIFEST_FILE).exists() and (resume / REPORT_FILE).exists():
             raise UserError(found=f"a finished {kind.noun}", need="an unfinished one", where=resume.name)
         if other := _difference(resume, kind=kind, spec=spec, provenance=provenance):
             need = f"the one that began the {kind.noun}"
@@ -207,8 +243,8 @@ def _unfinished(
                 found=f"another {other}", need=need, where=resume.name, do=f"start a new {kind.noun}"
             )
         return resume
-    for folder in sorted(home.glob("*"), reverse=True) if home.exists() else []:
-        if (folder / MANIFEST_FILE).exists():
+    for index, folder in enumerate(sorted(home.glob("*"), reverse=True) if home.exists() else []):
+        if (folder / MANIFEST_FILE).exists() and (index > 0 or (folder / REPORT_FILE).exists()):
             continue
         # what another version or a damaged disk left must not stop a new run
         with contextlib.suppress(UserError):

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from harness.bounds import Amount, Count, FileName, Rate, Seconds, Sha256, Utc
 from harness.files import Frozen
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
 from harness.records.provenance import Provenance
@@ -27,7 +28,7 @@ from harness.records.sweep_cells import (
 from harness.specs.sweep import SweepSpec, parse_sweep
 from harness.stats import Interval
 from harness.versions import VERSION, Versioned
-from medusa_impl.tree import DraftTree, RankPath
+from medusa_impl.tree import DraftTree
 
 SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE = "sweep.toml", "origin.json", "trees.json", "cells.jsonl"
 
@@ -47,22 +48,22 @@ class TraceFacts(Frozen):
     model_sha256: str = Field(description="SHA-256 of the backbone's tensors")
     heads_sha256: str = Field(description="SHA-256 of the heads' tensors")
     dtype: str = Field(description="dtype of the pass that ranked the text")
-    max_new_tokens: int = Field(description="most tokens that an answer may have")
-    num_prompts: int = Field(description="prompts whose answers it holds")
-    num_positions: int = Field(description="tokens of all answers together")
-    num_heads: int = Field(description="draft heads that were ranked")
+    max_new_tokens: Count = Field(description="most tokens that an answer may have")
+    num_prompts: Count = Field(description="prompts whose answers it holds")
+    num_positions: Count = Field(description="tokens of all answers together")
+    num_heads: Count = Field(description="draft heads that were ranked")
 
 
 class PredictionError(Frozen):
     """How far predictions are off."""
 
-    num_points: int = Field(ge=1, description="predictions that were compared with a measurement")
-    median_error: float = Field(
-        ge=0, description="median of |predicted - measured| / measured, a share of the measured time"
+    num_points: Count = Field(ge=1, description="predictions that were compared with a measurement")
+    median_error: Amount = Field(
+        description="median of |predicted - measured| / measured, a share of the measured time"
     )
-    worst_error: float = Field(ge=0, description="largest |predicted - measured| / measured")
-    median_ratio: float = Field(
-        gt=0, description="median of measured / predicted: times this, half of the predictions are too short"
+    worst_error: Amount = Field(description="largest |predicted - measured| / measured")
+    median_ratio: Rate = Field(
+        description="median of measured / predicted: times this, half of the predictions are too short"
     )
 
 
@@ -97,20 +98,20 @@ class SweepOrigin(Provenance):
 class TreeRate(Frozen):
     """Replayed tokens/step of one tree."""
 
-    batch: int = Field(
+    batch: Count = Field(
         description="rows that decode together, where a batch takes as many steps as its slowest row"
     )
-    tree: int = Field(description="index of the tree in the file's trees")
+    tree: Count = Field(description="index of the tree in the file's trees")
     tokens_per_step: Interval = Field(description="kept tokens a step and row, with its interval")
 
 
 class SweepTree(Frozen):
     """One tree of a sweep."""
 
-    paths: tuple[RankPath, ...] = Field(
+    paths: tuple[tuple[Count, ...], ...] = Field(
         description="each node's ranks from the root on, counted from 0; the root is the empty path"
     )
-    num_heads: int = Field(description="draft heads that it was allowed")
+    num_heads: Count = Field(description="draft heads that it was allowed")
     families: tuple[str, ...] = Field(description="every family that came up with it, the first one first")
 
     @property
@@ -128,7 +129,7 @@ class SweepTrees(Versioned):
 
     schema_version: Annotated[Literal[1], VERSION] = 1
     trees: tuple[SweepTree, ...] = Field(description="each tree once")
-    calibrated: tuple[float, ...] = Field(
+    calibrated: tuple[Amount, ...] = Field(
         description="replayed tokens a step on the calibration trace, one entry a tree"
     )
     rates: tuple[TreeRate, ...] = Field(description="tokens a step on the sweep's trace, by tree and batch")
@@ -144,13 +145,13 @@ class SweepManifest(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Annotated[Literal["sweep"] | None, KIND] = None
     sweep: str = Field(description="name of the sweep")
-    num_planned: int = Field(description="cells that were asked for, run cells included")
-    num_done: int = Field(description="cells that hold figures")
-    num_failed: int = Field(description="cells that hold a reason instead")
-    num_points: int = Field(description="figures of a tree on a curve at a context and a batch")
-    finished_utc: Annotated[str, FINISHED_UTC]
-    elapsed_s: Annotated[float, ELAPSED_S]
-    sha256: Annotated[dict[str, str], FILE_HASHES]
+    num_planned: Count = Field(description="cells that were asked for, run cells included")
+    num_done: Count = Field(description="cells that hold figures")
+    num_failed: Count = Field(description="cells that hold a reason instead")
+    num_points: Count = Field(description="figures of a tree on a curve at a context and a batch")
+    finished_utc: Annotated[Utc, FINISHED_UTC]
+    elapsed_s: Annotated[Seconds, ELAPSED_S]
+    sha256: Annotated[dict[FileName, Sha256], FILE_HASHES]
 
 
 class SweepRecord(RecordFolder):
@@ -160,6 +161,7 @@ class SweepRecord(RecordFolder):
     """
 
     noun, finished, again = "a sweep's record", "a finished sweep", "sweep again"
+    core = (SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE)
 
     @cached_property
     def spec(self) -> SweepSpec:
@@ -175,7 +177,7 @@ class SweepRecord(RecordFolder):
 
     @cached_property
     def cells(self) -> tuple[AnyCell, ...]:
-        return read_cells(self.folder / CELLS_FILE)
+        return read_cells(self.file(CELLS_FILE), allow_torn_tail=self.unsealed is not None)
 
     @cached_property
     def manifest(self) -> SweepManifest | None:

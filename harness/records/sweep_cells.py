@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from harness.bounds import Amount, Count, Finite, Rate, Seconds, Share, StepSeconds, Whole
 from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
@@ -19,7 +20,7 @@ from harness.specs.sweep import SampledSetting
 from harness.stats import FigureKind, Interval
 from harness.versions import VERSION, Versioned, read_versioned_lines
 
-Context = Literal["trace"] | int
+Context = Literal["trace"] | Count
 Method = Literal["independent", "joint"]
 
 RAN_ON = Field(description="node of the cluster that ran the cell; null on the record's own machine")
@@ -29,16 +30,16 @@ class ChosenTree(Frozen):
     """What one search chose for a cell, and what that tree yields on the trace."""
 
     method: Method = Field(description="the search: by independent marginals, or by joint hits")
-    tree: int = Field(description="index of the tree in trees.json")
-    promised: float = Field(description="tokens a step that the search believed in")
-    step_cost: float | None = Field(
+    tree: Count = Field(description="index of the tree in trees.json")
+    promised: Amount = Field(description="tokens a step that the search believed in")
+    step_cost: Amount | None = Field(
         description="the backbone's seconds over those for one node, at the median context; null where the "
         "curve does not tell them"
     )
-    overhead: float = Field(description="seconds of a mean step over those of vanilla's mean step")
+    overhead: Amount = Field(description="seconds of a mean step over those of vanilla's mean step")
     tokens_per_s: Interval = Field(description="tokens a second, with its interval")
     speedup: Interval = Field(description="tokens a second over vanilla's, with its interval")
-    speedups: dict[int, float] = Field(
+    speedups: dict[Count, Amount] = Field(
         default={}, description="speedup by batch; empty where the cell was not asked for it"
     )
 
@@ -79,24 +80,24 @@ class ComposedCell(Versioned):
     context: Context = Field(
         description="tokens before every step; trace where each step is priced at the length its text had"
     )
-    batch: int = Field(description="rows that decode together")
+    batch: Count = Field(description="rows that decode together")
     kind: FigureKind = Field(
         description="kind of figure that speedups and tokens/s are; tokens/step are replayed in any case, "
         "and step times are of the curve's kind"
     )
-    beyond_share: float = Field(
+    beyond_share: Share = Field(
         description="share of vanilla steps at lengths that the curve does not cover, priced at the nearest "
         "one that it does"
     )
-    vanilla_step_s: float = Field(description="seconds of vanilla's mean step")
-    vanilla_tokens_per_s: float = Field(description="vanilla's tokens a second")
-    trees: tuple[int, ...] = Field(description="indices in trees.json of the trees that the curve covers")
-    step_s: tuple[float, ...] = Field(description="seconds of a mean replayed step, one entry a tree")
-    tokens_per_s: tuple[float, ...] = Field(description="tokens a second, one entry a tree")
-    speedup: tuple[float, ...] = Field(description="tokens a second over vanilla's, one entry a tree")
-    speedup_low: tuple[float, ...] = Field(description="lower bounds of the speedups, one entry a tree")
-    speedup_high: tuple[float, ...] = Field(description="upper bounds of the speedups, one entry a tree")
-    num_uncovered: int = Field(description="trees of the sweep that the curve does not cover")
+    vanilla_step_s: StepSeconds = Field(description="seconds of vanilla's mean step")
+    vanilla_tokens_per_s: Rate = Field(description="vanilla's tokens a second")
+    trees: tuple[Count, ...] = Field(description="indices in trees.json of the trees that the curve covers")
+    step_s: tuple[StepSeconds, ...] = Field(description="seconds of a mean replayed step, one entry a tree")
+    tokens_per_s: tuple[Amount, ...] = Field(description="tokens a second, one entry a tree")
+    speedup: tuple[Amount, ...] = Field(description="tokens a second over vanilla's, one entry a tree")
+    speedup_low: tuple[Amount, ...] = Field(description="lower bounds of the speedups, one entry a tree")
+    speedup_high: tuple[Amount, ...] = Field(description="upper bounds of the speedups, one entry a tree")
+    num_uncovered: Count = Field(description="trees of the sweep that the curve does not cover")
     chosen: tuple[ChosenTree, ...] = Field(description="what the searches chose for this cell")
 
     @property
@@ -125,14 +126,14 @@ class SampledRow(Frozen):
 
     prompt_key: str = Field(description="which prompt; pairs the settings")
     category: str | None = Field(description="category of the prompt; null where it has none")
-    seed: int | None = Field(description="seed of the draws; null where nothing is drawn")
-    prompt_tokens: int = Field(description="tokens of the prompt")
-    num_tokens: int = Field(description="kept tokens of the answer, the prefill's included")
+    seed: Whole | None = Field(description="seed of the draws; null where nothing is drawn")
+    prompt_tokens: Count = Field(description="tokens of the prompt")
+    num_tokens: Count = Field(description="kept tokens of the answer, the prefill's included")
     ended_by: Literal["eos", "budget"] = Field(description="end of sequence, or the budget of tokens")
-    step_tokens: tuple[int, ...] = Field(
+    step_tokens: tuple[Count, ...] = Field(
         description="kept tokens of each decoding step; their sum is num_tokens - 1"
     )
-    log_likelihood: float = Field(
+    log_likelihood: Finite = Field(
         description="summed log-likelihood of the tokens under the original backbone at temperature 1, nats"
     )
     text_sha256: str = Field(description="start of the SHA-256 of the token ids")
@@ -144,9 +145,9 @@ class SampledCell(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     cell: Literal["sampled"] = Field(default="sampled", description="tells the kinds of cells apart")
     setting: SampledSetting = Field(description="rule of acceptance and temperature")
-    tree: int | None = Field(description="index of the tree in trees.json; null for vanilla")
+    tree: Count | None = Field(description="index of the tree in trees.json; null for vanilla")
     rows: tuple[SampledRow, ...] = Field(description="one entry a prompt and seed")
-    elapsed_s: float = Field(description="seconds that the whole cell took")
+    elapsed_s: Seconds = Field(description="seconds that the whole cell took")
     ran_on: Annotated[RanOn | None, RAN_ON] = None
 
     @property
@@ -159,9 +160,11 @@ class StepDifference(Frozen):
     """The first step at which decoding took another path than the replay."""
 
     prompt_key: str = Field(description="the prompt whose answer it is")
-    position: int = Field(description="index in the answer of the last step start that both share, in tokens")
-    decoded_steps: int = Field(description="decoding steps of the answer")
-    replayed_steps: int = Field(description="steps of its replay")
+    position: Count = Field(
+        description="index in the answer of the last step start that both share, in tokens"
+    )
+    decoded_steps: Count = Field(description="decoding steps of the answer")
+    replayed_steps: Count = Field(description="steps of its replay")
     kind: Literal["tie", "bug"] = Field(description="tie: within rounding; bug: anything else")
 
 
@@ -169,12 +172,12 @@ class DecodedRow(Frozen):
     """One prompt decoded by vanilla and with the tree in turn, and what was composed for the same steps."""
 
     prompt_key: str = Field(description="which prompt")
-    num_tokens: int = Field(description="kept tokens of the answer with the tree, the prefill's included")
-    vanilla_s: float = Field(description="seconds of vanilla on the decode clock")
-    medusa_s: float = Field(description="seconds with the tree on the decode clock")
-    medusa_steps: int = Field(description="decoding steps with the tree")
-    composed_vanilla_s: float = Field(description="seconds that were composed for vanilla")
-    composed_medusa_s: float = Field(description="seconds that were composed for the tree")
+    num_tokens: Count = Field(description="kept tokens of the answer with the tree, the prefill's included")
+    vanilla_s: StepSeconds = Field(description="seconds of vanilla on the decode clock")
+    medusa_s: StepSeconds = Field(description="seconds with the tree on the decode clock")
+    medusa_steps: Count = Field(description="decoding steps with the tree")
+    composed_vanilla_s: StepSeconds = Field(description="seconds that were composed for vanilla")
+    composed_medusa_s: StepSeconds = Field(description="seconds that were composed for the tree")
 
 
 class DecodedCell(Versioned):
@@ -183,10 +186,10 @@ class DecodedCell(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     cell: Literal["decoded"] = Field(default="decoded", description="tells the kinds of cells apart")
     curve: CurveLabel = Field(description="the curve that the point was composed with")
-    tree: int = Field(description="index of the tree in trees.json")
+    tree: Count = Field(description="index of the tree in trees.json")
     rows: tuple[DecodedRow, ...] = Field(description="one entry a prompt")
     differences: tuple[StepDifference, ...] = Field(description="where decoding left its replay, by prompt")
-    elapsed_s: float = Field(description="seconds that the whole cell took")
+    elapsed_s: Seconds = Field(description="seconds that the whole cell took")
     ran_on: Annotated[RanOn | None, RAN_ON] = None
 
     @property

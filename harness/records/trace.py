@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, JsonValue, ValidationError
 
+from harness.bounds import Count
 from harness.errors import UserError
 from harness.files import Frozen, write_bytes
+from harness.records.folder import regular_file
 from harness.versions import VERSION, ReadFrom, Versioned
 
 SCHEMA_VERSION = 1
+_LARGEST_RANK = 2**31 - 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
 HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
@@ -36,10 +39,8 @@ class TraceProvenance(Frozen):
     model_hash: str = Field(description="SHA-256 of the backbone's tensors")
     heads_hash: str = Field(description="SHA-256 of the draft heads' tensors")
     dtype: str = Field(description="dtype of the forward pass, such as float32")
-    max_new_tokens: int = Field(
-        ge=1,
-        le=_LARGEST,
-        description="most tokens of every answer, the first and the end of sequence counted",
+    max_new_tokens: Count = Field(
+        ge=1, description="most tokens of every answer, the first and the end of sequence counted"
     )
     versions: Mapping[str, str] = Field(
         default_factory=dict, description="versions of the libraries, by name"
@@ -54,11 +55,9 @@ class PromptHeader(Frozen):
 
     key: str = Field(description="which prompt, such as mt_bench-81")
     category: str | None = Field(description="category of the prompt; null where it has none")
-    prompt_tokens: int = Field(le=_LARGEST, description="number of tokens of the prompt")
+    prompt_tokens: Count = Field(description="number of tokens of the prompt")
     ended_by: EndedBy = Field(description="end of sequence, or the budget of tokens")
-    num_kept_tokens: int = Field(
-        ge=1, le=_LARGEST, description="kept tokens of its answer: its rows of the arrays"
-    )
+    num_kept_tokens: Count = Field(ge=1, description="kept tokens of its answer: its rows of the arrays")
 
 
 class TraceHeader(Versioned):
@@ -114,6 +113,10 @@ class PromptTrace:
         for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
             if (array := getattr(self, name)) is not None and np.shape(array) != shape:
                 self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
+        if (tokens < 0).any() or ranks.max() > _LARGEST_RANK:
+            self._refuse(
+                "a token id below 0 or a rank beyond any vocabulary", "ids and ranks of a vocabulary"
+            )
         if self.gaps is not None and not (np.isfinite(self.gaps) & (np.asarray(self.gaps) >= 0)).all():
             self._refuse("a gap that is negative or no finite number", "the best logit less the second")
         if self.nll is not None and not (
@@ -272,7 +275,7 @@ class Trace:
         of a trace.
         """
         try:
-            arrays = _arrays(Path(path))
+            arrays = _arrays(regular_file(Path(path).resolve()))
             header = TraceHeader.model_validate(
                 json.loads(arrays.pop("header").tobytes()), context=ReadFrom(str(path))
             )
@@ -309,9 +312,6 @@ class Trace:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file, header included, once it is sure that they fit into memory."""
-    if not path.is_file():  # a pipe would hang
-        why = "no regular file" if path.exists() else "no such file"
-        raise UserError(found=f"no readable trace ({why})", need="a whole .npz trace", do="record it again")
     with zipfile.ZipFile(path) as archive:
         num_bytes = sum(member.file_size for member in archive.infolist())
     if num_bytes > _MOST_BYTES:

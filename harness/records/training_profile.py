@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from harness.bounds import Count, Rate, Seconds, Share, StepSeconds
 from harness.files import Frozen
 from harness.records.provenance import Environment
 from harness.versions import VERSION, Versioned, read_versioned_file
@@ -26,8 +27,8 @@ class MatrixThroughput(Frozen):
     """Matrix throughput in one dtype, measured in the same run before the steps and after them."""
 
     dtype: str = Field(description="dtype of the factors")
-    before_flop_per_s: float = Field(gt=0, description="floating-point operations a second, before the steps")
-    after_flop_per_s: float = Field(gt=0, description="floating-point operations a second, after the steps")
+    before_flop_per_s: Rate = Field(description="floating-point operations a second, before the steps")
+    after_flop_per_s: Rate = Field(description="floating-point operations a second, after the steps")
     method: str = Field(description="sizes and repeats of the measurement, in words")
 
     @property
@@ -43,8 +44,8 @@ class PartProfile(Frozen):
     """One part of a stage's steps."""
 
     name: str = Field(description="the part, such as backward; other is what no part covers")
-    seconds: tuple[float, ...] = Field(min_length=1, description="seconds of the part in every marked step")
-    flops: dict[str, int] = Field(
+    seconds: tuple[Seconds, ...] = Field(min_length=1, description="seconds of the part in every marked step")
+    flops: dict[str, Count] = Field(
         description="floating-point operations of its matrix products in one step, by dtype of the factors"
     )
 
@@ -53,9 +54,11 @@ class StageProfile(Frozen):
     """The timed steps of one stage."""
 
     name: str = Field(description="the stage of the training")
-    step_rate: float = Field(gt=0, le=1, description="share of the recipe's steps that are of this stage")
-    num_positions: int = Field(ge=1, description="positions that one step learns from")
-    step_s: tuple[float, ...] = Field(min_length=1, description="seconds of every step that nothing touched")
+    step_rate: Share = Field(gt=0, description="share of the recipe's steps that are of this stage")
+    num_positions: Count = Field(ge=1, description="positions that one step learns from")
+    step_s: tuple[StepSeconds, ...] = Field(
+        min_length=1, description="seconds of every step that nothing touched"
+    )
     parts: tuple[PartProfile, ...] = Field(
         min_length=1, description="the parts of marked steps, which took turns with the untouched ones"
     )

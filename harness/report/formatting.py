@@ -10,6 +10,7 @@ from datetime import datetime
 from tabulate import tabulate
 
 from harness.paths import without_paths
+from harness.safe_text import field_text, page_text
 from harness.stats import Interval
 
 ABSENT = "–"
@@ -18,7 +19,6 @@ _WIDE_CELL = 40
 # What may lie between the two clocks of a run that was not resumed: its start is noted in whole seconds, and
 # just before or after the model is loaded.
 _START_S = 60.0
-_TAG = re.compile(r"<(?=[A-Za-z/!])")
 
 
 def significant(value: float | None, *, digits: int = 3) -> str:
@@ -85,9 +85,8 @@ def describe_end(started_utc: str, finished_utc: str, *, elapsed_s: float) -> st
 
 
 def cell(value: object) -> str:
-    """Return a value as one table cell: one line, no column mark, no HTML tag, no absolute path."""
-    text = without_paths(" ".join(str(value).split()))
-    return _TAG.sub("&lt;", text).replace("|", "\\|")
+    """Return a value as one table cell: one line, no column mark, no link or tag, no absolute path."""
+    return field_text(without_paths(" ".join(str(value).split()))).replace("|", "\\|")
 
 
 def table(
@@ -131,6 +130,13 @@ def heading(title: str, description: str, facts: Mapping[str, str]) -> str:
     return paragraphs(f"# {title}", cell(description), listed)
 
 
+def marked_page(text: str, *, unsealed: str | None) -> str:
+    """Return a page that says first, and loudly, what is wrong with its record's seal; else as it is."""
+    if unsealed is None:
+        return text
+    return paragraphs(f"**UNSEALED: {cell(unsealed)}. No figure on this page may be cited.**", text)
+
+
 def page(*parts: str) -> str:
-    """Return a whole page of the parts that are not empty."""
-    return paragraphs(*parts) + "\n"
+    """Return a whole page of the parts that are not empty, safe to be shown."""
+    return page_text(paragraphs(*parts)) + "\n"

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.paths import without_paths
+from harness.records.probes import DeviceLimits
 from harness.records.provenance import Environment, Provenance
-from harness.records.run import DeviceLimits, RunRecord
+from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, describe_end, megabytes, pairs, paragraphs, table
 from harness.specs.suite import IntervalSpec
 
@@ -78,7 +79,7 @@ def how_to_repeat(origin: Provenance, *, where: str) -> str:
         if origin.commit
         else "# the commit is not known; take the current code"
     )
-    return f"To repeat it{where}:\n\n```\n{checkout}\n{without_paths(origin.command)}\n```"
+    return f"To repeat it{where}:\n\n```\n{checkout}\n{' '.join(without_paths(origin.command).split())}\n```"
 
 
 def path_within(path: Path, *, base: Path) -> str | None:

@@ -38,6 +38,7 @@ from harness.report.run_tables import (
     verdicts_on_run,
 )
 from harness.report.sweep import render_readme_sweep
+from harness.safe_text import page_text
 
 _ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
 _VERDICT_NOTE = """\
@@ -123,7 +124,7 @@ def update_readme(readme: Path, block: Block) -> None:
     Raises: UserError for a README that cannot be read or lacks the block's markers.
     """
     text = read_text(readme, need="a Markdown file with markers")
-    content = block.render(readme.parent)
+    content = page_text(block.render(readme.parent))
     try:
         updated = replace_block(text, name=block.name, content=content)
     except UserError as error:

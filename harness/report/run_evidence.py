@@ -12,7 +12,8 @@ import numpy as np
 
 from harness.judge.judgement import CheckStatus, Judgement, ParityRounding
 from harness.judge.step_costs import SeparateCosts, separate_costs
-from harness.records.run import RunRecord, StepCost
+from harness.records.probes import StepCost
+from harness.records.run import RunRecord
 from harness.report.formatting import (
     ABSENT,
     count,

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from harness.bounds import Count
 from harness.errors import UserError
 from harness.files import DataFile, DataPath, Frozen, first_fault, parse_toml, read_toml
 from harness.specs.bounds import (
@@ -136,10 +137,10 @@ class PointKey(Frozen):
 
     dtype: DtypeName = Field(description="dtype of the model")
     mode: ModeName = Field(description="mode of the engine")
-    num_nodes: int = Field(description="nodes of the tree, root included; 1 is vanilla")
-    num_heads: int = Field(description="draft heads that a step reads; 0 where only the backbone is timed")
-    context_tokens: int = Field(description="tokens of each row in the cache before the step")
-    batch: int = Field(description="rows that are computed together")
+    num_nodes: Count = Field(description="nodes of the tree, root included; 1 is vanilla")
+    num_heads: Count = Field(description="draft heads that a step reads; 0 where only the backbone is timed")
+    context_tokens: Count = Field(description="tokens of each row in the cache before the step")
+    batch: Count = Field(description="rows that are computed together")
 
     @property
     def group(self) -> tuple[str, str, int, int]:

@@ -29,8 +29,9 @@ from harness.records.latency import (
     ModeTrials,
     facts_of_shape,
 )
+from harness.records.probes import DeviceLimits
 from harness.records.provenance import DeviceInfo, Environment
-from harness.records.run import ArmTree, DeviceLimits
+from harness.records.run import ArmTree
 from harness.specs.latency import DtypeName, LatencySpec, PointKey
 from harness.specs.shapes import load_shapes
 

@@ -22,23 +22,25 @@ from numpy.typing import NDArray
 
 from harness.compose.replay import replay
 from harness.files import file_sha256, write_bytes, write_json
+from harness.records.probes import (
+    DeviceLimits,
+    HeadsControl,
+    Profile,
+    ProfileRow,
+    Rounding,
+    ShapeShift,
+    StepCost,
+    StepCosts,
+)
 from harness.records.provenance import DeviceInfo, Environment
 from harness.records.run import (
     ArmTree,
     ArmTrees,
-    DeviceLimits,
     Failure,
     Generation,
-    HeadsControl,
     Likelihood,
     Likelihoods,
-    Profile,
-    ProfileRow,
-    Rounding,
     RunRecord,
-    ShapeShift,
-    StepCost,
-    StepCosts,
     TrialKey,
 )
 from harness.records.trace import PromptTrace, Trace, TraceProvenance

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.folder import kind_of
 from harness.records.run import RunRecord
 from harness.report.readme import run_block

@@ -15,7 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUND = ("harness.errors", "harness.files", "harness.paths", "harness.versions")
+GROUND = (
+    "harness.bounds",
+    "harness.errors",
+    "harness.files",
+    "harness.paths",
+    "harness.safe_text",
+    "harness.versions",
+)
 METHOD = ("medusa_impl",)
 PURE_METHOD = (
     "medusa_impl.errors",
@@ -47,6 +54,8 @@ TOP_OF_METHOD = tuple(f"medusa_impl.{name}" for name in TOP)
 # forbidden.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "harness.errors": (),
+    "harness.bounds": (),
+    "harness.safe_text": (),
     "harness.files": GROUND,
     "harness.paths": GROUND,
     "harness.versions": GROUND,

@@ -32,7 +32,7 @@ from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.adapter import save_adapter
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
 from medusa_impl.checkpoints.released import PublishedProvenance
-from medusa_impl.checkpoints.tensors import backbone_sha256
+from medusa_impl.checkpoints.tensors import backbone_sha256, share_like
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.medusa2 import MedusaTrainingModel
@@ -298,6 +298,7 @@ def _write(
     backbone_sha256 = loaded.sha256
     if files.model is not None:
         model.model.save_pretrained(str(files.model))
+        share_like(files.model / "config.json")
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(files.model))
         backbone_sha256 = tensors_sha256(files.model)

@@ -20,6 +20,7 @@ from harness.device.engine import LoadedModel, best_device, load_model, model_sh
 from harness.device.limits import measure_device_limits
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes
+from harness.safe_text import SafeConsole
 from harness.specs.recipe import AnyRecipe, CorpusSpec, HeadsRecipe, needed_corpus, recipe_of
 from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import (
@@ -206,7 +207,7 @@ def corpus_worker(
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
     # what heads alone learn from; with the backbone they learn from text
     keep_states = isinstance(spec, HeadsRecipe)
-    console = Console(stderr=True, quiet=index > 0, markup=False)
+    console = SafeConsole(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
         backbone,

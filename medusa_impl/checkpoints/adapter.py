@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from medusa_impl.checkpoints.tensors import read_safetensors, tensors_sha256
+from medusa_impl.checkpoints.tensors import read_safetensors, share_like, tensors_sha256
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import LoraSettings
 
@@ -105,6 +105,7 @@ def save_adapter(folder: Path, model: Any, *, dtype: torch.dtype = torch.bfloat1
     # peft would write the folder that the model was loaded from, which is a path of this machine.
     model.peft_config["default"].base_model_name_or_path = ""
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
+    share_like(folder / "adapter_config.json")
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card, an empty form
     return adapter_sha256(folder)
 

@@ -91,13 +91,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def share_like(text_file: Path) -> None:
+    """Let those read the weights in a folder who may read a text file there; the text has the user's umask.
+
+    safetensors writes files for their owner alone.
+    """
+    for weights in text_file.parent.glob("*.safetensors"):
+        weights.chmod(text_file.stat().st_mode & 0o777)
+
+
 def write_by_rename(target: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it appears complete or not at all, whenever the process is killed.
 
-    `write` gets the path of a temporary file, which is renamed at the end.
+    `write` gets the path of a temporary file, which is renamed at the end. Those may read it whom
+    the user's umask lets: safetensors writes files for their owner alone.
     """
     temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode
     write(temporary)
+    temporary.chmod(mode & 0o777)
     # On disk before it gets its name: else a power failure could leave the name with an empty file.
     with temporary.open("rb") as file:
         os.fsync(file.fileno())

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from harness.device.engine import best_device, load_model
 from harness.errors import UserError
 from harness.paths import resolve_path, shipped
+from harness.safe_text import SafeConsole
 from harness.specs.ablation import AblationSpec
 from harness.specs.recipe import JointRecipe, load_recipe
 from harness.training.joint import train_joint
@@ -60,7 +59,7 @@ def train_arm(job: ArmJob) -> None:
         start_heads=start,
         work=job.work / "training",
         target=job.target,
-        console=Console(stderr=True, quiet=multiprocessing.parent_process() is None),
+        console=SafeConsole(stderr=True, quiet=multiprocessing.parent_process() is None),
     )
 
 

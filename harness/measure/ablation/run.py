@@ -44,7 +44,7 @@ from harness.records.ablation import (
 )
 from harness.records.provenance import Environment, machine_slug
 from harness.records.run import ArmTree
-from harness.records.store import Store, begun_with
+from harness.records.store import NO_REPORT, Store, begun_with
 from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
@@ -114,6 +114,9 @@ def run_ablation(
     store = Store.open(
         options.results, kind=ABLATION, spec=spec, provenance=environment, resume=options.resume
     )
+    if store.is_sealed:
+        console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
+        return store.folder
     work = (options.work or cache_dir() / "ablation") / spec.name / store.folder.name
     with folder_held(store.folder):
         write_json(store.folder / TREE_FILE, fixed_tree(spec, calibration, num_heads=engine.heads.num_heads))
@@ -221,8 +224,8 @@ def _known_rates(spec: AblationSpec, *, results: Path) -> tuple[float, float, st
     for path in sorted(
         results.glob(f"*/{slug}/*/arms.jsonl"), key=lambda path: path.parent.name, reverse=True
     ):
-        record = AblationRecord(path.parent)
         try:
+            record = AblationRecord.open(path.parent, unsealed=True)  # its rates count while it is under way
             trained = [result for result in record.results if result.num_answer_tokens]
             if record.spec.model != spec.model or not trained:
                 continue

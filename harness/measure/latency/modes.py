@@ -23,7 +23,8 @@ from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
-from harness.records.run import ArmTree, StepCost
+from harness.records.probes import StepCost
+from harness.records.run import ArmTree
 from harness.specs.latency import DtypeName, LatencySpec, ModeName
 from harness.specs.suite import ArmSpec, GreedyAcceptance, PromptSpec
 from medusa_impl.acceptance import GreedyRule

@@ -49,7 +49,7 @@ from harness.records.latency import (
     ModeTrials,
     limits_file,
 )
-from harness.records.store import Store, begun_with
+from harness.records.store import NO_REPORT, Store, begun_with
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.engine.memory import peak_memory_bytes
 
@@ -97,6 +97,9 @@ def run_latency(
     store = Store.open(
         options.results, kind=LATENCY, spec=spec, provenance=environment, resume=options.resume
     )
+    if store.is_sealed:
+        console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
+        return store.folder
     with folder_held(store.folder):
         write_json(store.folder / MODEL_FILE, facts_of_engine(engine))
         done, num_planned, peak = {point.key for point in store.lines()}, 0, 0

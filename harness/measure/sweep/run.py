@@ -31,7 +31,7 @@ from harness.files import file_sha256, write_bytes
 from harness.measure.sweep.cells import CellRunner
 from harness.measure.sweep.tasks import CellInputs, DecodedTask, RunTask, SampledTask
 from harness.paths import resolve_path
-from harness.records.store import Store
+from harness.records.store import NO_REPORT, Store
 from harness.records.sweep import (
     SWEEP,
     TREES_FILE,
@@ -145,6 +145,9 @@ def run_sweep(
     plan = _planned(spec, base_folder=base_folder, options=options, console=console)
     provenance = describe_sweep(plan, command=options.command, executor=executor.name)
     store = Store.open(options.results, kind=SWEEP, spec=spec, provenance=provenance, resume=options.resume)
+    if store.is_sealed:
+        console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
+        return store.folder
     with folder_held(store.folder):
         done = _take_up(store, tree_rates(plan))
         tasks, without_curve = plan_runs(plan, devices=devices, base_folder=base_folder)
@@ -169,17 +172,21 @@ def run_sweep(
                     for cell in chain(run, (failed for failed in without_curve if failed.key not in done)):
                         store.append(cell)
                         progress.advance(running)
-        record = SweepRecord(store.folder)
-        store.seal(
-            SweepManifest,
-            sweep=spec.name,
-            num_planned=num_planned,
-            num_done=len(record.cells) - len(record.failed),
-            num_failed=len(record.failed),
-            num_points=record.num_points,
-            elapsed_s=time.monotonic() - started,
-        )
+        _seal(store, spec, num_planned=num_planned, elapsed_s=time.monotonic() - started)
     return store.folder
+
+
+def _seal(store: Store[AnyCell], spec: SweepSpec, *, num_planned: int, elapsed_s: float) -> None:
+    record = SweepRecord(store.folder)
+    store.seal(
+        SweepManifest,
+        sweep=spec.name,
+        num_planned=num_planned,
+        num_done=len(record.cells) - len(record.failed),
+        num_failed=len(record.failed),
+        num_points=record.num_points,
+        elapsed_s=elapsed_s,
+    )
 
 
 def _take_up(store: Store[AnyCell], trees: SweepTrees) -> frozenset[str]:

@@ -21,7 +21,7 @@ from harness.measure.sweep.tasks import CellInputs
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
 from harness.records.provenance import machine_slug
-from harness.records.store import hashes
+from harness.records.store import hashes, new_folder
 from harness.specs.suite import SuiteSpec
 
 _PACKAGES = ("harness", "medusa_impl", "suites")
@@ -78,7 +78,7 @@ def packed(spec: BaseModel, *, base_folder: Path | None) -> tuple[dict[str, Any]
 def measured_devices(results: Path, *, name: str) -> Iterator[str]:
     """Yield the names of the devices of which there is a sealed latency record of a spec."""
     for manifest in results.glob(f"latency/{name}/*/*/manifest.json"):
-        yield LatencyRecord(manifest.parent).environment.device.name
+        yield LatencyRecord.open(manifest.parent).environment.device.name
 
 
 def keep_record(
@@ -98,8 +98,7 @@ def keep_record(
         part.mkdir()
         for name, content in files.items():
             (part / name).write_bytes(content)
-        arrived = LatencyRecord(part)
-        arrived.check_seal()
+        arrived = LatencyRecord.open(part)
         manifest = arrived.manifest
         assert manifest is not None  # it is sealed
         write_json(
@@ -107,14 +106,9 @@ def keep_record(
             arrived.environment.model_copy(update={"commit": commit, "dirty": dirty}),
         )
         write_json(part / "manifest.json", manifest.model_copy(update={"sha256": hashes(part)}))
-        record = LatencyRecord(part)
+        record = LatencyRecord.open(part)
         began = record.environment.started_utc.replace("-", "").replace(":", "")
-        folder = (
-            home
-            / record.spec.name
-            / machine_slug(record.environment.device)
-            / f"{began}-{(commit or 'nocommit')[:8]}"
-        )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part.rename(folder)
+        of_machine = home / record.spec.name / machine_slug(record.environment.device)
+        folder = new_folder(of_machine, f"{began}-{(commit or 'nocommit')[:8]}")
+        part.replace(folder)
     return folder

@@ -24,7 +24,7 @@ from harness.compose.curve import LatencyCurve, curve_of, step_cost_of
 from harness.errors import UserError
 from harness.judge.latency import batch_points, mode_rows, prediction_of, read_share
 from harness.judge.schemas import json_schemas
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.report.latency import latency_headline, print_latency, render_latency_report

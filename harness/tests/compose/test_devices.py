@@ -105,7 +105,9 @@ def test_an_altered_record_gives_no_curve(tmp_path: Path) -> None:
     record = write_fake_latency(tmp_path / "record")
     (record.folder / "device_limits.json").write_text("{}")
     with pytest.raises(UserError, match=r"need .*; in device_limits"):
-        measured_curves(record)
+        measured_curves(LatencyRecord.open(record.folder))
+    with pytest.raises(UserError, match=r"need .*; in device_limits"):
+        find_curves(str(record.folder), results=tmp_path, shape=None, dtype=None, heads=HEADS)
 
 
 def test_predicted_times_are_the_rooflines() -> None:

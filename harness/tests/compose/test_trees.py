@@ -12,7 +12,8 @@ import pytest
 from harness.compose.replay import replay
 from harness.compose.trees import check_fixed_trees, fastest_tree, grow, resolve_trees
 from harness.errors import UserError
-from harness.records.run import ArmTree, StepCost
+from harness.records.probes import StepCost
+from harness.records.run import ArmTree
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, smoke_suite

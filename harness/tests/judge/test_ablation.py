@@ -21,9 +21,10 @@ from harness.judge.claims.ablation import decided_elsewhere, judge_training, tra
 from harness.judge.claims.evidence import replays
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import VerdictKind
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
-from harness.records.ablation import AblationRecord, StepPoint, newest_ablations
+from harness.records.ablation import ABLATION, AblationRecord, StepPoint, newest_ablations
+from harness.records.store import hashes
 from harness.records.trace import Trace
 from harness.report.ablation import (
     ablation_headline,
@@ -486,6 +487,9 @@ def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) 
     )
     environment = json.loads((other.folder / "environment.json").read_text())
     (other.folder / "environment.json").write_text(json.dumps({**environment, "heads_sha256": "9" * 64}))
+    sealed = json.loads((other.folder / "manifest.json").read_text())
+    hashed = {**sealed, "sha256": hashes(other.folder, unsealed=ABLATION.unsealed)}
+    (other.folder / "manifest.json").write_text(json.dumps(hashed))
     claims, others = load_claims(), newest_ablations(tmp_path / "results")
     assert len(others) == 4
     elsewhere = decided_elsewhere(claims, small, others)

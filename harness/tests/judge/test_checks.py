@@ -15,7 +15,8 @@ import pytest
 
 from harness.judge.checks import CHECKS, run_checks
 from harness.judge.judgement import CheckOutcome, CheckStatus
-from harness.records.run import Failure, Generation, HeadsControl, RunRecord
+from harness.records.probes import HeadsControl
+from harness.records.run import Failure, Generation, RunRecord
 from harness.records.trace import Trace
 from harness.tests.fake_record import EOS_ID, FakeParts, fake_rounding, write_fake_record
 
@@ -181,7 +182,7 @@ SPOILT = (
     SpoiltRecord(
         "timings_valid", edits(lambda row: {"step_times_s": (0.0, *row.step_times_s[1:])}), "unusable: "
     ),
-    SpoiltRecord("timings_valid", edits(lambda row: {"prefill_s": -1.0}), "unusable: "),
+    SpoiltRecord("timings_valid", edits(lambda row: {"prefill_s": -1.0}), "prefill_s: Input should be "),
     SpoiltRecord("timings_valid", edits(lambda row: {"timing_valid": False}), "1 timings left out, unusable"),
     SpoiltRecord("machine_quiet", edits(lambda row: {"load_average": 9.0}, limit=None), "median load 9.0"),
     SpoiltRecord("arms_interleaved", one_arm_after_another, "overlap"),
@@ -243,7 +244,7 @@ def test_an_unsealed_extra_file_is_named(tmp_path: Path) -> None:
         parts.manifest_changes["sha256"] = {}
 
     found = outcomes(write_fake_record(tmp_path, spoil=forget_trees, num_prompts=NUM_PROMPTS))["seal_intact"]
-    assert "not sealed: suite.toml and 3 more" in found.found
+    assert "a file that the manifest does not seal" in found.found
 
 
 def test_a_check_that_cannot_read_its_file_fails(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from harness.judge.judgement import ArmMetrics, Comparison
 from harness.judge.metrics import arm_metrics, comparisons, diagnose, replayed_tokens_per_step
 from harness.judge.step_costs import bandwidth_share, separate_costs
 from harness.judge.totals import paired_totals, prompt_totals
-from harness.records.run import Failure, Generation, RunRecord, StepCosts
+from harness.records.probes import StepCosts
+from harness.records.run import Failure, Generation, RunRecord
 from harness.stats import Interval
 from harness.tests.fake_record import (
     HEADS_BYTES,

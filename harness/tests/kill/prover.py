@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.store import LineFile
 from harness.tests.forks import Ended, command_line, forked
 from harness.tests.kill.jobs import JOBS, OUT, RESULTS, Job

@@ -24,11 +24,12 @@ from pytest import MonkeyPatch
 
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.plan import PlannedTrial, make_plan
 from harness.measure.trials import take_up
+from harness.records.probes import StepCost
 from harness.records.provenance import DeviceInfo
-from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, StepCost, TrialKey, read_outcomes
+from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, TrialKey, read_outcomes
 from harness.records.store import Store
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
@@ -281,3 +282,45 @@ def test_a_resume_after_midnight_goes_on(steady_checkout: None, tmp_path: Path) 
         assert command(*words).code == ExitCode.OK
     (folder,) = (tmp_path / "results" / "micro").glob("*/*")
     assert RunRecord(folder).environment.chat_date in (date.today(), date.today() - timedelta(days=1))
+
+
+def test_a_failure_after_a_used_up_time_budget_loses_nothing(
+    heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """The suite was rewritten before the seal: after a failure there no command found the run again."""
+    data = micro_data(heads_file)
+
+    def full(*args: object, **counts: object) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "seal", full)
+        with pytest.raises(OSError, match="no room"):
+            run(data, tmp_path, time_budget_s=1e-6)
+    (folder,) = tmp_path.glob("micro/*/*")
+    before = RunRecord(folder)
+    assert (before.suite.prompts.limit, before.asked.prompts.limit) == (1, 4)
+    assert run(data, tmp_path) == folder
+    record = RunRecord.open(folder)
+    assert record.outcomes[:4] == before.outcomes and len(record.outcomes) == 16
+    assert validate_record(folder) == () and not (folder / "asked.toml").exists()
+
+
+def test_a_shortened_run_is_sealed_with_what_was_asked_for(heads_file: Path, tmp_path: Path) -> None:
+    folder = run(micro_data(heads_file), tmp_path, time_budget_s=1e-6)
+    record = RunRecord.open(folder)
+    assert (record.suite.prompts.limit, record.asked.prompts.limit) == (1, 4)
+    assert validate_record(folder) == ()
+    (folder / "asked.toml").write_text((folder / "asked.toml").read_text().replace('"micro"', '"other"'))
+    assert any("found another suite than suite.toml" in fault for fault in validate_record(folder))
+
+
+def test_a_run_killed_between_seal_and_report_gets_its_report(micro: MicroRun, tmp_path: Path) -> None:
+    """The same command once began a new run."""
+    folder = tmp_path / "micro" / micro.record.folder.parent.name / micro.record.folder.name
+    shutil.copytree(micro.record.folder, folder)
+    (folder / "report.md").unlink(missing_ok=True)
+    suite = write_suite(tmp_path / "micro.toml", micro.data)
+    assert command("reproduce", suite, "--results", tmp_path).out
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "report.md").read_text().startswith("# ")

@@ -18,7 +18,7 @@ from harness.device.trace import Text, kept_states
 from harness.errors import InvalidMeasurement
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.rounding import measure_rounding
 from harness.records.run import RunRecord
 from harness.report.run import render_report

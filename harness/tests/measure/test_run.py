@@ -29,7 +29,7 @@ from harness.errors import ExitCode, UserError
 from harness.files import file_sha256
 from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.plan import make_plan
 from harness.measure.run import RunOptions, effective_suite
 from harness.paths import shipped

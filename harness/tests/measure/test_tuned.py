@@ -25,7 +25,7 @@ from harness.judge.judgement import CheckStatus
 from harness.judge.metrics import compare, original_baseline
 from harness.judge.parity import parity_report
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
 from harness.report.run import best_greedy_arm, render_report

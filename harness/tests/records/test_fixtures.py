@@ -20,7 +20,7 @@ from harness.errors import UserError
 from harness.judge.ablation import ablation_rows
 from harness.judge.claims.ablation import training_verdicts
 from harness.judge.run import judge
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import RecordKind, kind_of
 from harness.records.latency import LatencyRecord

@@ -11,7 +11,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.files import write_json
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.ablation import ABLATION, AblationManifest, newest_ablations
 from harness.records.folder import RecordKind, kind_of
 from harness.records.latency import LATENCY, LatencyManifest

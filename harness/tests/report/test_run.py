@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from harness.errors import UserError
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, without_paths
-from harness.records.run import ArmTree, Failure, RunRecord
+from harness.records.run import Failure, RunRecord
 from harness.report.formatting import (
     ABSENT,
     cell,
@@ -409,19 +410,16 @@ def test_cells_stay_in_their_column() -> None:
     assert len(table(["a"], [["x" * 50 + "  y"]]).splitlines()) == 3
 
 
-def test_trees_without_an_entry_do_not_break_the_predictions(tmp_path: Path, judgement: Judgement) -> None:
-    def spoil(parts: FakeParts) -> None:
-        parts.trees = {
-            name: ArmTree(paths=tree.paths, origin="o")
-            for name, tree in parts.trees.items()
-            if name != "chain"
-        }
-
-    record = write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=8, rounds=1, jitter=0.0)
-    assert _rows(render_predictions(record, judgement).split("Speedup =")[0])["chain"][1:3] == [
-        ABSENT,
-        ABSENT,
-    ]
+def test_a_run_without_the_tree_of_an_arm_is_told_in_one_line(tmp_path: Path) -> None:
+    record = write_fake_record(
+        tmp_path / "run",
+        spoil=lambda parts: parts.trees.pop("chain"),
+        num_prompts=8,
+        rounds=1,
+        jitter=0.0,
+    )
+    with pytest.raises(UserError, match="found no tree of arm 'chain'"):
+        render_report(record, judge(record))
 
 
 @pytest.mark.parametrize(

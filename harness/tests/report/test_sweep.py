@@ -17,9 +17,10 @@ from harness.compose.plan import SweepPlan
 from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.sweep import SweepRecord
+from harness.records.trace import Trace
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
 from harness.report.readme import sweep_block, update_readme
 from harness.report.sweep import (
@@ -262,12 +263,12 @@ def test_the_simulations_are_those_that_the_verdicts_rest_on() -> None:
 def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> None:
     out = StringIO()
     best = print_device_search(
-        home / "calibration.npz",
+        Trace.load(home / "calibration.npz"),
         device="made-up CPU",
         shape=SHAPE,
         dtype=None,
         max_nodes=24,
-        check=home / "trace.npz",
+        check=Trace.load(home / "trace.npz"),
         results=home / "results",
         cache=tmp_path,
         console=Console(file=out, width=220),

@@ -17,7 +17,8 @@ from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
-from harness.records.run import ArmTree, StepCosts
+from harness.records.probes import StepCosts
+from harness.records.run import ArmTree
 from harness.records.trace import Trace
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record

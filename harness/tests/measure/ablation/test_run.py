@@ -21,7 +21,7 @@ from harness.device.prompts import Prompt
 from harness.device.trace import Text, kept_states, rank_rows
 from harness.errors import ExitCode, UserError
 from harness.judge.ablation import ablation_rows, rate_columns
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.ablation.arm import ArmJob, budgeted, train_arm
 from harness.measure.ablation.backbone_change import (
     MeasuredText,

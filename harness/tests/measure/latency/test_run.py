@@ -26,7 +26,7 @@ from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
 from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.measure.latency.modes import (
     LatencyPrompt,

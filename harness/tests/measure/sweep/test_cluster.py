@@ -32,7 +32,7 @@ from harness.compose.plan import SweepPlan, plan_sweep
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import git_state
 from harness.errors import ExitCode, UserError
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.sweep.cluster import RayExecutor
 from harness.measure.sweep.node import unpacked
 from harness.measure.sweep.run import SweepOptions, cell_inputs, plan_runs, run_sweep

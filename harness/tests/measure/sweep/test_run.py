@@ -28,7 +28,7 @@ from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
 from harness.judge.schemas import json_schemas
 from harness.judge.sweep import decoded_checks
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.measure.sweep.decoded import step_difference
 from harness.measure.sweep.run import SweepOptions, run_sweep
 from harness.measure.sweep.sampled import arm_of

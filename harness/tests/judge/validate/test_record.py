@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
+from harness.files import file_sha256
 from harness.judge.schemas import json_schemas, write_schemas
-from harness.judge.validate import validate_record
+from harness.judge.validate.record import validate_record
 from harness.records.run import ArmTree
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 
@@ -73,7 +75,7 @@ def _orphan_tree(parts: FakeParts) -> None:
         (_change_trial(seed=7), "found seed 7"),
         (_change_trial(round=5), "found round 5, need 0 to 0"),
         (lambda parts: parts.trees.pop("cartesian"), "trees.json: found no tree of arm 'cartesian'"),
-        (_orphan_tree, "trees.json: tree of arm 'chain'"),
+        (_orphan_tree, "trees.json: found node (0, 0) without its parent"),
         (_swap_vanilla_text, "trace.npz: found other tokens for prompt"),
         (
             _environment(command="run /data/jane/s.toml"),
@@ -155,7 +157,7 @@ def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
         "profile.json: found rows: Field required",
         "trace.npz: found no readable trace",
         "generations.jsonl: found a truncated last line",
-        "device_limits.json: found SHA-256 no file",
+        "device_limits.json: found no file",
         "profile.json: found SHA-256",
     ):
         assert any(fault in line for line in faults), (fault, faults)
@@ -165,7 +167,7 @@ def test_several_faults_are_all_told_at_once(tmp_path: Path) -> None:
 def test_unfinished_record_is_told(tmp_path: Path) -> None:
     write_fake_record(tmp_path / "run", omit=["manifest.json"], num_prompts=8, rounds=1, jitter=0.0)
     (fault,) = validate_record(tmp_path / "run")
-    assert "need the seal" in fault and "resume" in fault
+    assert "its seal is written last" in fault and "resume" in fault
 
 
 def test_missing_folder_is_a_user_error(tmp_path: Path) -> None:
@@ -197,3 +199,91 @@ def test_schemas_in_no_place_are_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="failed write"):
         write_schemas(tmp_path / "file")
+
+
+FIXTURE = Path(__file__).resolve().parents[2] / "records" / "fixtures" / "v1"
+
+
+def _lines(change: Callable[[list[Any]], object]) -> Callable[[str], str]:
+    def changed(text: str) -> str:
+        rows = [json.loads(line) for line in text.splitlines()]
+        change(rows)
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    return changed
+
+
+def _data(change: Callable[[Any], object]) -> Callable[[str], str]:
+    def changed(text: str) -> str:
+        data = json.loads(text)
+        change(data)
+        return json.dumps(data)
+
+    return changed
+
+
+def _value(name: str, value: str) -> Callable[[str], str]:
+    """Put another value after the first key of a name, or into its list."""
+    return lambda text: re.sub(rf'("{name}":\s*\[?)\s*-?[\d.e+-]+', rf"\g<1>{value}", text, count=1)
+
+
+def _faster(rows: list[Any]) -> None:
+    times = [seconds / 10 for seconds in rows[0]["step_times_s"]]
+    rows.append({**rows[0], "step_times_s": times})
+
+
+def _next_attempt(rows: list[Any]) -> None:
+    rows.append({**rows[0], "attempt": 1})
+
+
+SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
+    ("suite", "arm_steps.jsonl", lambda text: '{"any": "thing"}\n', "arm_steps.jsonl: found "),
+    ("suite", "arm_steps.jsonl", lambda text: text + text, "need it once"),
+    ("suite", "arm_steps.jsonl", _lines(lambda rows: rows[0].update(arm="other")), "found arm 'other'"),
+    ("suite", "generations.jsonl", lambda text: text + text, "a second line of the same attempt"),
+    ("suite", "generations.jsonl", _lines(_faster), "a second line of the same attempt"),
+    ("suite", "generations.jsonl", _lines(_next_attempt), "found a valid timing of"),
+    ("suite", "generations.jsonl", _lines(lambda rows: rows.pop()), "need one of each"),
+    ("suite", "generations.jsonl", _lines(lambda rows: rows[0].update(order=rows[1]["order"])), "of another"),
+    *(
+        ("suite", "generations.jsonl", _value("prefill_s", value), "prefill_s")
+        for value in ("NaN", "Infinity", "-1", "1e400")
+    ),
+    ("suite", "generations.jsonl", _value("step_times_s", "NaN"), "step_times_s"),
+    ("suite", "generations.jsonl", _value("peak_memory_bytes", "9" * 30), "peak_memory_bytes"),
+    ("suite", "device_limits.json", _value("read_bandwidth_bytes_per_s", "-1"), "read_bandwidth"),
+    ("suite", "device_limits.json", _value("read_bandwidth_bytes_per_s", "0"), "read_bandwidth"),
+    ("suite", "step_costs.json", _value("backbone_s", "NaN"), "backbone_s"),
+    ("suite", "environment.json", _data(lambda data: data.update(started_utc="yesterday")), "started_utc"),
+    ("suite", "environment.json", _data(lambda data: data["variables"].update(SECRET="x")), "'SECRET'"),
+    ("suite", "environment.json", _data(lambda data: data.update(command="a file:///h/jane")), "'command'"),
+    ("latency", "points.jsonl", lambda text: text + text, "found a point twice"),
+    ("latency", "points.jsonl", _value("backbone_s", "Infinity"), "backbone_s"),
+    ("latency", "points.jsonl", _lines(lambda rows: rows[0].update(batch=99)), "does not ask for"),
+    ("latency", "points.jsonl", _lines(lambda rows: rows.pop()), "need as many as in"),
+    ("latency", "modes.json", _value("step_times_s", "-1"), "step_times_s"),
+    ("latency", "batches.json", _value("decode_s", "NaN"), "decode_s"),
+    ("sweep", "cells.jsonl", lambda text: text + text, "found a cell twice"),
+    ("sweep", "cells.jsonl", _value("vanilla_step_s", "NaN"), "vanilla_step_s"),
+    ("sweep", "cells.jsonl", _lines(lambda rows: rows[0]["speedup"].pop()), "columns of other lengths"),
+    ("ablation", "arms.jsonl", lambda text: text + text, "need each planned arm and seed once"),
+    ("ablation", "arms.jsonl", _value("kl_sum", "NaN"), "kl_sum"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "change", "fault"), SEALED_LIES)
+def test_what_no_run_writes_is_a_fault_although_it_is_sealed(
+    kind: str, name: str, change: Callable[[str], str], fault: str, tmp_path: Path
+) -> None:
+    """Whoever alters a record can seal it again: the files themselves have to be sound."""
+    shutil.copytree(FIXTURE / kind, tmp_path / "record")
+    path, manifest = tmp_path / "record" / name, tmp_path / "record" / "manifest.json"
+    text = path.read_text()
+    path.write_text(change(text))
+    assert path.read_text() != text
+    sealed = json.loads(manifest.read_text())
+    sealed["sha256"][name] = file_sha256(path)
+    manifest.write_text(json.dumps(sealed))
+    faults = validate_record(tmp_path / "record")
+    assert any(fault in line for line in faults), faults
+    assert not any("SHA-256" in line for line in faults)

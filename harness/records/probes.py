@@ -1,0 +1,125 @@
+"""What a run measures apart from its trials: the device, the heads, step costs, a profile, rounding."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from harness.bounds import Amount, Count, Rate, Seconds, Share, StepSeconds
+from harness.files import Frozen
+from harness.versions import VERSION, Versioned
+
+
+class StepCost(Versioned):
+    """Separately timed steps of one shape."""
+
+    arm: str | None = Field(default=None, description="arm whose steps they are; null for a shape alone")
+    num_nodes: Count = Field(description="nodes of the tree, root included; 1 is vanilla")
+    num_heads: Count = Field(description="draft heads that the tree reads")
+    context_tokens: Count = Field(description="tokens in the cache before the steps")
+    backbone_s: tuple[StepSeconds, ...] = Field(
+        min_length=1, description="seconds of the backbone in each step"
+    )
+    step_s: tuple[StepSeconds, ...] = Field(
+        default=(),
+        description="seconds of each whole step, with heads, candidates, acceptance and compaction; empty "
+        "where only the backbone was timed",
+    )
+
+
+class StepCosts(Versioned):
+    """All separately timed steps of a run."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    costs: tuple[StepCost, ...] = Field(description="one entry a shape; shapes were timed in turn")
+
+
+class ProfileRow(Frozen):
+    """Where one arm's step time goes, in a profiling run apart from the timed ones."""
+
+    arm: str = Field(description="name that the suite gives the arm")
+    num_steps: Count = Field(description="decoding steps that were timed")
+    step_s: StepSeconds = Field(description="seconds of all steps together")
+    backbone_s: Seconds = Field(description="seconds in calls of the backbone, over all steps")
+    heads_s: Seconds = Field(description="seconds in calls of the draft heads, over all steps")
+    candidates_s: Seconds = Field(description="seconds for candidates, positions and mask, over all steps")
+    acceptance_s: Seconds = Field(description="seconds for acceptance, over all steps")
+    cache_s: Seconds = Field(description="seconds for compaction of the cache, over all steps")
+
+    @property
+    def own_code_share(self) -> float:
+        """Return 1 - (backbone + heads) / step: what our own code costs."""
+        return 1 - (self.backbone_s + self.heads_s) / self.step_s
+
+
+class Profile(Versioned):
+    """The profiling run."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    rows: tuple[ProfileRow, ...] = Field(description="one entry an arm")
+
+
+class DeviceLimits(Versioned):
+    """What this device can do, measured in the same run."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    read_bandwidth_bytes_per_s: Rate = Field(description="bytes read a second, the best of several repeats")
+    matmul_flop_per_s: Rate = Field(
+        description="floating-point operations of a matrix product a second, the best of several repeats"
+    )
+    method: str = Field(description="sizes and repeats of the two measurements, in words")
+
+
+class HeadsControl(Versioned):
+    """Trained heads against useless ones on held-out text, before any timing is kept."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    num_positions: Count = Field(description="positions at which the first head was read")
+    trained_top1: tuple[Share, ...] = Field(
+        description="share of positions, one entry a head, at which the trained head's best token is right"
+    )
+    random_top1: tuple[Share, ...] = Field(description="the same share, of heads with random weights")
+    identity_top1: tuple[Share, ...] = Field(description="the same share, of heads before any training")
+
+
+class ShapeShift(Frozen):
+    """How far steps of one shape move a figure from what the trace's pass gives at the same positions.
+
+    A position's value is the largest of the nodes that hold it, or of the heads read there.
+    """
+
+    arms: tuple[str, ...] = Field(description="arms that decode in steps of this shape")
+    num_nodes: Count = Field(description="tokens of a step: nodes of the tree, root included")
+    num_positions: Count = Field(description="positions that were compared")
+    p50: Amount = Field(description="median of the absolute differences of logits")
+    p90: Amount = Field(description="90th percentile of the absolute differences of logits")
+    p99: Amount = Field(description="99th percentile of the absolute differences of logits")
+    largest: Amount = Field(description="largest of the absolute differences of logits")
+
+
+class Rounding(Versioned):
+    """How far this dtype's rounding moves logits between the shapes in which a run computes one position."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    dtype: str = Field(description="dtype of the steps, such as bfloat16")
+    num_texts: Count = Field(description="texts that were compared, of no benchmark prompt")
+    num_candidates: Count = Field(description="ranks of a head that were compared: those a tree may name")
+    gaps: tuple[ShapeShift, ...] = Field(
+        min_length=1,
+        description="shifts of the difference of the two tokens that the trace's pass finds best; also with "
+        "generate of transformers, where an arm uses it",
+    )
+    heads: tuple[ShapeShift, ...] = Field(
+        description="shifts of the difference of any two of a draft head's best candidates"
+    )
+
+    @property
+    def largest_gap_shift(self) -> float:
+        """Return the largest shift of a gap in any shape."""
+        return max(shape.largest for shape in self.gaps)
+
+    @property
+    def largest_head_shift(self) -> float:
+        """Return the largest shift of a head in any shape; 0 where no arm reads a head."""
+        return max((shape.largest for shape in self.heads), default=0.0)

@@ -1,0 +1,95 @@
+"""What is said of a record that is not as it was sealed: nothing, or marked on every line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from harness.cli.marked import MARK
+from harness.errors import ExitCode
+from harness.tests.tiny_suite import command
+
+FIXTURES = Path(__file__).resolve().parents[1] / "records" / "fixtures" / "v1"
+DATA = {"suite": "trees.json", "latency": "model.json", "sweep": "trees.json", "ablation": "tree.json"}
+
+
+@pytest.fixture(params=DATA)
+def altered(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    folder = tmp_path / str(request.param)
+    shutil.copytree(FIXTURES / folder.name, folder)
+    path = folder / DATA[folder.name]
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    return folder
+
+
+def test_a_report_of_an_altered_record_is_refused_in_one_line(altered: Path) -> None:
+    """Latency runs, sweeps and ablations were once reported as if whole, with exit code 0."""
+    ran = command("report", altered)
+    assert ran.code == ExitCode.USER_ERROR and ran.out == ""
+    assert "--unsealed" in ran.error_line and "as sealed" in ran.error_line
+    assert not (altered / "report-unsealed.md").exists()
+
+
+def test_an_altered_record_is_looked_at_with_a_mark_on_every_line(altered: Path) -> None:
+    before = sorted(path.name for path in altered.iterdir())
+    ran = command("report", altered, "--unsealed")
+    assert ran.code == ExitCode.INVALID_MEASUREMENT
+    *lines, last = ran.out.splitlines()
+    assert all(line.startswith(MARK) for line in [*lines, *ran.err.splitlines()])
+    assert json.loads(last)["unsealed"].startswith("found ")
+    report = (altered / "report-unsealed.md").read_text()
+    assert report.startswith("**UNSEALED: found ")
+    after = sorted(path.name for path in altered.iterdir())
+    assert after == sorted([*before, "report-unsealed.md"]), "the sealed record's own report is not touched"
+
+
+def test_no_readme_shows_an_unsealed_record(altered: Path, tmp_path: Path) -> None:
+    ran = command("report", altered, "--unsealed", "--readme", tmp_path / "README.md")
+    assert ran.code == ExitCode.USER_ERROR and "found --unsealed with --readme" in ran.error_line
+
+
+def test_an_unfinished_run_is_looked_at_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    shutil.copytree(FIXTURES / "suite", folder)
+    (folder / "manifest.json").unlink()
+    with (folder / "generations.jsonl").open("a") as file:
+        file.write('{"torn')
+    assert command("report", folder).code == ExitCode.USER_ERROR
+    ran = command("report", folder, "--unsealed")
+    assert ran.code == ExitCode.INVALID_MEASUREMENT and "no manifest.json" in ran.out.splitlines()[-1]
+
+
+def test_an_altered_run_is_exported_only_marked(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "suite", tmp_path / "suite")
+    (tmp_path / "suite" / "trees.json").write_text(
+        json.dumps(json.loads((tmp_path / "suite" / "trees.json").read_text()))
+    )
+    table = tmp_path / "table.csv"
+    assert command("export", tmp_path / "suite", table).code == ExitCode.USER_ERROR and not table.exists()
+    assert command("export", tmp_path / "suite", table, "--unsealed").code == ExitCode.INVALID_MEASUREMENT
+    assert all("(unsealed)" in line for line in table.read_text().splitlines()[1:])
+
+
+def test_a_tree_is_grown_on_an_altered_record_only_marked(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "suite", tmp_path / "suite")
+    trace, out = tmp_path / "suite" / "trace.npz", tmp_path / "tree.json"
+    words = ("search-tree", trace, "--num-nodes", "4", "--out", out)
+    assert command(*words).code == ExitCode.OK
+    (tmp_path / "suite" / "generations.jsonl").write_text("")
+    assert command(*words).code == ExitCode.USER_ERROR
+    ran = command(*words, "--unsealed")
+    assert ran.code == ExitCode.INVALID_MEASUREMENT and "unsealed" in out.read_text()
+    assert all(line.startswith(MARK) for line in ran.err.splitlines())
+
+
+def test_faults_are_not_wrapped_in_a_pipe(tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    shutil.copytree(FIXTURES / "suite", folder)
+    (folder / "environment.json").write_text("{}")
+    ran = command("validate", folder)
+    assert ran.code == ExitCode.INVALID_MEASUREMENT
+    assert len(ran.err.splitlines()) == json.loads(ran.out.splitlines()[-1])["num_faults"]
+    assert all(line.split(": ")[1].startswith("found ") for line in ran.err.splitlines())
