@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.files import Frozen
 from harness.specs.paper_forms import Form, Share
@@ -125,13 +125,32 @@ class SparseBeatsDenseForm(Form):
     bound: float
 
 
-class SearchDepthForm(Form):
-    """The tree that the search grew to `num_nodes` nodes is at most `max_depth` deep."""
+class VariedForm(Form):
+    """A form with settings that a claim does not give.
+
+    It is judged again with each value of `vary`, setting by setting; a verdict that turns says so.
+    """
+
+    vary: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> VariedForm:
+        if unknown := sorted(set(self.vary) - set(type(self).model_fields)):
+            raise ValueError(f"vary names {unknown[0]!r}, which is no setting of this form")
+        return self
+
+
+class SearchDepthForm(VariedForm):
+    """The tree of `num_nodes` nodes that a search grows on the calibration text is at most `max_depth` deep.
+
+    `values` is what the search adds up: `marginals`, the paper's products of accuracies, or `joint` hits.
+    """
 
     test: Literal["search_depth"]
-    tree: str
+    values: Literal["marginals", "joint"]
     num_nodes: int
     max_depth: int
+    max_rank: int
 
 
 class LossGrowsForm(Form):
@@ -141,7 +160,7 @@ class LossGrowsForm(Form):
     bound: float
 
 
-class ExtraHeadForm(Form):
+class ExtraHeadForm(VariedForm):
     """With `with_heads` heads tokens/step is that of `without_heads`, to within a relative `margin`.
 
     Each number of heads has its own best tree.
@@ -166,7 +185,7 @@ class SpeedIdentityForm(Form):
     margin: Share
 
 
-class LogGrowthForm(Form):
+class LogGrowthForm(VariedForm):
     """Tokens/step of the best trees of `sizes` nodes fits a + b log n, with R^2 above the bound.
 
     It rises, and a node late adds less than a node early.
@@ -178,7 +197,7 @@ class LogGrowthForm(Form):
     min_r_squared: Share
 
 
-class SpeedPeaksForm(Form):
+class SpeedPeaksForm(VariedForm):
     """Tokens/step over the measured step time peaks before the largest of `sizes`.
 
     It is less at the largest than at the peak.

@@ -12,9 +12,13 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Form(Frozen):
-    """What every form carries: why its bounds, margins and settings are what they are."""
+    """What every form carries: why its bounds, margins and settings are what they are.
+
+    `states` says what the form tests where that is not the claim as the paper states it.
+    """
 
     reason: str = Field(min_length=1)
+    states: str | None = None
 
 
 class BoundMissedForm(Form):

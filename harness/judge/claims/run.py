@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from harness.judge.claims.findings import (
     holds,
     percent,
     shown,
+    tested,
 )
 from harness.judge.claims.losses import rising_losses
 from harness.judge.judgement import Divergence, VerdictKind
@@ -43,6 +45,7 @@ from harness.specs.claim_forms import (
     SpeedIdentityForm,
     SpeedPeaksForm,
     TransferForm,
+    VariedForm,
 )
 from medusa_impl.tree_search import random_dense
 
@@ -50,9 +53,22 @@ from medusa_impl.tree_search import random_dense
 def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
     """Return what a run's record finds on one claim.
 
+    A verdict that turns with a setting which the claim does not give says so.
     Raises: NotTestable if the record lacks what the form needs.
     """
-    return _TESTS[type(form)](form, evidence)
+    test = _TESTS[type(form)]
+    found = test(form, evidence)
+    if not isinstance(form, VariedForm) or not form.vary:
+        return found
+    turns, tried = [], []
+    for setting, values in form.vary.items():
+        for value in values:
+            other = tested(partial(test, form.model_copy(update={setting: value}), evidence))
+            tried.append(f"{setting} {value}")
+            if other.kind not in (found.kind, VerdictKind.NOT_TESTED):
+                turns.append(f"{other.kind.value} with {setting} {value}")
+    note = f"it turns: {', '.join(turns)}" if turns else f"the same with {', '.join(tried)}"
+    return replace(found, reason=f"{found.reason}; {note}")
 
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
@@ -203,23 +219,17 @@ def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Findi
 
 
 def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
-    tree = evidence.tree(form.tree)
-    if evidence.record.suite.arm(form.tree).tree is None or evidence.record.trees[
-        form.tree
-    ].origin.startswith("file "):
-        raise NotTestable(f"the tree of arm {form.tree} came from a file, not from the search")
-    if tree.num_nodes != form.num_nodes:
-        raise NotTestable(
-            f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}"
-        )
-    if (num_heads := evidence.trace().num_heads) <= form.max_depth:
+    split = search_split(evidence)
+    if (num_heads := split.growth.num_heads) <= form.max_depth:
         raise NotTestable(
             f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice"
         )
+    tree = split.grow(form.num_nodes, max_rank=form.max_rank, values=form.values).tree
     kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
     levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
+    how = {"marginals": "products of the heads' accuracies", "joint": "joint hits"}[form.values]
     reason = (
-        f"with {num_heads} heads the search went to depth {tree.depth}, the claim is at most "
+        f"with {num_heads} heads the search by {how} went to depth {tree.depth}, the claim is at most "
         f"{form.max_depth}; nodes by level {levels}"
     )
     return Finding(
