@@ -109,6 +109,26 @@ def _with_steps(*, of_arms: float = 1.0, per_node: float | None = None) -> Spoil
     return spoil
 
 
+def _with_steps_a_block(*, jitter: float, of_arms: float = 1.0, keyed: bool = True) -> Spoil:
+    """Give every arm steps after each prompt's block, their level off by `jitter` from prompt to prompt.
+
+    Without `keyed` the rows do not name their prompts, as in records from before they did.
+    """
+
+    def spoil(parts: FakeParts) -> None:
+        assert parts.step_costs is not None
+        rng = np.random.default_rng(3)
+        rows = [cost for cost in parts.step_costs.costs if cost.arm is None]
+        for key in dict.fromkeys(outcome.trial.prompt_key for outcome in parts.outcomes):
+            for cost in (cost for cost in parts.step_costs.costs if cost.arm is not None):
+                level = float(np.exp(rng.normal(0.0, jitter))) * (of_arms if cost.arm in parts.trees else 1.0)
+                steps = {"step_s": tuple(level * step_s for step_s in cost.step_s)}
+                rows.append(cost.model_copy(update={**steps, "prompt_key": key if keyed else None}))
+        parts.step_costs = StepCosts(costs=tuple(rows))
+
+    return spoil
+
+
 def _other_first_token(parts: FakeParts) -> None:
     parts.edit(
         lambda one: {"token_ids": (one.token_ids[0] + 1, *one.token_ids[1:])}, arm="optimised_64", limit=1
@@ -150,7 +170,11 @@ CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
     ("DEF-nheads", UNTESTED, {"head_hits": (0.6, 0.5, 0.4, 0.3)}),
     ("DEF-spd", YES, {"rounds": 2}),
     ("DEF-spd", NO, {"spoil": _with_steps(of_arms=1.2)}),
-    ("DEF-spd", OPEN, {"spoil": _with_steps(of_arms=1.02)}),
+    ("DEF-spd", OPEN, {"spoil": _with_steps(of_arms=1.05)}),
+    ("DEF-spd", YES, {"num_prompts": 16, "spoil": _with_steps_a_block(jitter=0.03)}),
+    ("DEF-spd", OPEN, {"num_prompts": 16, "spoil": _with_steps_a_block(jitter=0.4)}),
+    ("DEF-spd", OPEN, {"num_prompts": 16, "spoil": _with_steps_a_block(jitter=0.4, keyed=False)}),
+    ("DEF-spd", NO, {"num_prompts": 16, "spoil": _with_steps_a_block(jitter=0.03, of_arms=1.2)}),
     ("DEF-spd", UNTESTED, {"reports_speed": False}),
     ("DEF-spd", UNTESTED, {"omit": ("step_costs.json",)}),
     ("RL-acc", YES, {"head_hits": (0.4, 0.3, 0.25, 0.2, 0.2), "num_prompts": 32}),
