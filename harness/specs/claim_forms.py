@@ -6,19 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.files import Frozen
 from harness.specs.paper_forms import Form, Share
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _SweepForm(Frozen):
-    """What every form carries: why its bounds, margins and settings are what they are."""
-
-    reason: str = Field(min_length=1)
-
-
-class TemperatureTrendForm(_SweepForm):
+class TemperatureTrendForm(Form):
     """Tokens/step of typical acceptance rises with temperature, and that of rejection falls.
 
     Both slopes lie beyond 0, over at least `min_temperatures` temperatures.
@@ -30,10 +23,11 @@ class TemperatureTrendForm(_SweepForm):
     min_temperatures: int = Field(ge=3)
 
 
-class ThresholdTrendForm(_SweepForm):
-    """Tokens/step falls with the threshold, and likelihood rises; delta is the square root of the threshold.
+class ThresholdTrendForm(Form):
+    """Tokens/step falls with the threshold; delta is the square root of the threshold.
 
-    Both slopes lie beyond 0, over at least `min_epsilons` thresholds.
+    Its slope lies below 0, over at least `min_epsilons` thresholds. Likelihood under the backbone is shown
+    and not judged: a stricter threshold raises it by construction.
     """
 
     test: Literal["threshold_trend"]
@@ -41,12 +35,10 @@ class ThresholdTrendForm(_SweepForm):
     min_epsilons: int = Field(ge=3)
 
 
-class TypicalBeatsRejectionForm(_SweepForm):
+class TypicalBeatsRejectionForm(Form):
     """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature.
 
-    Its text is no less likely.
-    Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no
-    less.
+    Its text is as likely: means a token under the original backbone, in nats, differ by at most `margin`.
     """
 
     test: Literal["typical_beats_rejection"]
