@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from harness.specs.paper_forms import Form, Share
+from harness.specs.paper_forms import Form, Share, VariedForm
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 
@@ -115,21 +115,6 @@ class SparseBeatsDenseForm(Form):
     num_dense: int = Field(ge=2)
     seed: int
     bound: float
-
-
-class VariedForm(Form):
-    """A form with settings that a claim does not give.
-
-    It is judged again with each value of `vary`, setting by setting; a verdict that turns says so.
-    """
-
-    vary: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _known_settings(self) -> VariedForm:
-        if unknown := sorted(set(self.vary) - set(type(self).model_fields)):
-            raise ValueError(f"vary names {unknown[0]!r}, which is no setting of this form")
-        return self
 
 
 class SearchDepthForm(VariedForm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.files import Frozen
 
@@ -19,6 +19,21 @@ class Form(Frozen):
 
     reason: str = Field(min_length=1)
     states: str | None = None
+
+
+class VariedForm(Form):
+    """A form with settings that a claim does not give.
+
+    It is judged again with each value of `vary`, setting by setting; a verdict that turns says so.
+    """
+
+    vary: dict[str, tuple[int | float, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> VariedForm:
+        if unknown := sorted(set(self.vary) - set(type(self).model_fields)):
+            raise ValueError(f"vary names {unknown[0]!r}, which is no setting of this form")
+        return self
 
 
 class BoundMissedForm(Form):
@@ -119,7 +134,7 @@ class LogConstantForm(Form):
     tolerance: Share
 
 
-class _SimulationForm(Form):
+class _SimulationForm(VariedForm):
     device: str
     slope: float
     log_base: float = Field(gt=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from harness.judge.claims.findings import (
     holds,
     percent,
     shown,
-    tested,
+    varied,
 )
 from harness.judge.claims.losses import rising_losses
 from harness.judge.judgement import Comparison, Divergence, VerdictKind
@@ -48,7 +47,6 @@ from harness.specs.claim_forms import (
     SpeedIdentityForm,
     SpeedPeaksForm,
     TransferForm,
-    VariedForm,
 )
 from harness.stats import bootstrap_totals
 from medusa_impl.tree_search import random_dense
@@ -57,22 +55,9 @@ from medusa_impl.tree_search import random_dense
 def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
     """Return what a run's record finds on one claim.
 
-    A verdict that turns with a setting which the claim does not give says so.
     Raises: NotTestable if the record lacks what the form needs.
     """
-    test = _TESTS[type(form)]
-    found = test(form, evidence)
-    if not isinstance(form, VariedForm) or not form.vary:
-        return found
-    turns, tried = [], []
-    for setting, values in form.vary.items():
-        for value in values:
-            other = tested(partial(test, form.model_copy(update={setting: value}), evidence))
-            tried.append(f"{setting} {value}")
-            if other.kind not in (found.kind, VerdictKind.NOT_TESTED):
-                turns.append(f"{other.kind.value} with {setting} {value}")
-    note = f"it turns: {', '.join(turns)}" if turns else f"the same with {', '.join(tried)}"
-    return replace(found, reason=f"{found.reason}; {note}")
+    return varied(form, lambda one: _TESTS[type(one)](one, evidence))
 
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
