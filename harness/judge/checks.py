@@ -18,7 +18,7 @@ from harness.judge.parity import parity_report, replay_differences, steps_known
 from harness.judge.step_costs import bandwidth_share
 from harness.records.run import Generation, RunRecord, TrialKey, planned_trials
 from harness.records.trace import Trace
-from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
+from harness.specs.suite import ArmSpec, BackboneName, RejectionAcceptance, is_deterministic
 
 Check = Callable[[RunRecord], CheckOutcome]
 
@@ -215,6 +215,42 @@ def greedy_parity(record: RunRecord) -> CheckOutcome:
         not bugs and ties <= allowed,
         found=found,
         need=f"no bug, at most {allowed} {'tie' if allowed == 1 else 'ties'}",
+    )
+
+
+def sampled_parity(record: RunRecord) -> CheckOutcome:
+    """Check that rejection sampling yields the tokens of its baseline, sampled with the same seed.
+
+    On a CPU both draw once a token from one generator, in the order of the text, so in float32 they part only
+    where rounding decides a draw: as rare as a tie. On a GPU the rule draws on after a path has ended.
+    """
+    arms = {
+        arm.name: arm.baseline
+        for arm in record.suite.arms
+        if isinstance(arm.acceptance, RejectionAcceptance) and arm.baseline is not None
+    }
+    if not arms:
+        return _skipped("sampled_parity", "no arm with rejection and a baseline")
+    if (dtype := record.environment.dtype) != "float32":
+        return _skipped("sampled_parity", f"{dtype} rounds draws differently in passes of other sizes")
+    if record.environment.device.kind != "cpu":
+        return _skipped("sampled_parity", "a GPU draws on after a path has ended, so seeds do not pair texts")
+    texts = {one.trial: one.token_ids for one in _generations(record)}
+    pairs = [
+        (trial, tokens, base)
+        for trial, tokens in texts.items()
+        if trial.arm in arms
+        and (base := texts.get(trial.model_copy(update={"arm": arms[trial.arm]}))) is not None
+    ]
+    if not pairs:
+        return _skipped("sampled_parity", "no generation of rejection has a baseline's of the same seed")
+    wrong = [_name(trial) for trial, tokens, base in pairs if tokens != base]
+    allowed = ceil(sum(len(base) for _, _, base in pairs) / TOKENS_PER_TIE)
+    return _outcome(
+        "sampled_parity",
+        len(wrong) <= allowed,
+        found=f"{len(pairs) - len(wrong)} of {len(pairs)} identical" + _first(", other", wrong),
+        need=f"the tokens of sampled vanilla, at most {allowed} parted by rounding",
     )
 
 
@@ -483,6 +519,7 @@ CHECKS: tuple[Check, ...] = (
     equal_prompts,
     equal_budgets,
     greedy_parity,
+    sampled_parity,
     replay_equals_decode,
     heads_beat_random,
     repeats_agree,

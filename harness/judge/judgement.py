@@ -140,7 +140,11 @@ class VerdictKind(StrEnum):
 
 
 class ClaimVerdict(Frozen):
-    """One claim's verdict with its evidence: our figure, its kind, and the reason."""
+    """One claim's verdict with its evidence: our figure, its kind, and the reason.
+
+    Where `decides` is false, it is the verdict of a further form, which is shown and does not count.
+    `is_ours` marks a statement of this project about the paper's figures, which does not count either.
+    """
 
     claim_id: str
     stated: str
@@ -151,6 +155,13 @@ class ClaimVerdict(Frozen):
     ours: str
     figure_kind: FigureKind | None
     reason: str
+    decides: bool = True
+    is_ours: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Return whether it is one of the verdicts on the paper's claims, one a claim."""
+        return self.decides and not self.is_ours
 
 
 class Judgement(Frozen):

@@ -63,6 +63,24 @@ def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
     )
 
 
+def step_s_by_prompt(record: RunRecord, arm: str) -> dict[str, float] | None:
+    """Return an arm's separately timed step by prompt, in seconds: medians of a block's steps, rounds added.
+
+    Records from before prompts were noted have a row a block, in the order of the blocks. None where rows and
+    blocks do not match.
+    """
+    costs = record.step_costs.costs if record.step_costs is not None else ()
+    rows = [row for row in costs if row.arm == arm and row.step_s]
+    blocks = list(dict.fromkeys((one.trial.round, one.trial.prompt_key) for one in record.outcomes))
+    if any(row.prompt_key is None for row in rows) and len(rows) != len(blocks):
+        return None
+    keys = [row.prompt_key or key for row, (_, key) in zip(rows, blocks, strict=False)]
+    found: dict[str, float] = {}
+    for key, row in zip(keys, rows, strict=True):
+        found[key] = found.get(key, 0.0) + median(row.step_s)
+    return found or None
+
+
 def num_nodes(record: RunRecord, arm: str) -> int:
     """Return the tokens that one step of the arm scores, root counted; 1 for an arm without a tree."""
     return len(record.trees[arm].paths) if record.suite.arm(arm).method == "medusa" else 1

@@ -79,34 +79,50 @@ def _tree_of(num_nodes: int, *, num_heads: int) -> DraftTree:
     return DraftTree.from_paths([(), *chain, *((rank,) for rank in range(1, num_nodes - len(chain)))])
 
 
-def measure_arm_steps(
-    runner: ArmRunner, prompt_ids: Sequence[int], *, num_steps: int, seed: int | None, clock: Clock
-) -> StepCost:
-    """Time a few whole steps of one arm after a given context, with the backbone's part of each.
+class ArmSteps:
+    """Whole steps of one arm after a given context, timed apart from decoding, and the backbone's part.
 
     The context is kept text, so that acceptance and compaction do what they do in a generation. Prefill and
     first step are left out.
     """
-    timer = SectionTimer(clock)
-    backbone_s: list[float] = []
-    step_s: list[float] = []
-    mark = clock()
-    for number, step in enumerate(runner.steps(prompt_ids, seed=seed, section=timer)):
-        now = clock()
-        if number >= 2:
-            backbone_s.append(timer.last["backbone"])
-            step_s.append(now - mark)
-        if len(step_s) == num_steps or step.ended[0] is not None:
-            break
-        mark = clock()
-    return StepCost(
-        arm=runner.arm.name,
-        num_nodes=runner.tree.num_nodes if runner.tree is not None else 1,
-        num_heads=runner.tree.depth if runner.tree is not None else 0,
-        context_tokens=len(prompt_ids),
-        backbone_s=tuple(backbone_s),
-        step_s=tuple(step_s),
-    )
+
+    def __init__(
+        self, runner: ArmRunner, prompt_ids: Sequence[int], *, seed: int | None, clock: Clock
+    ) -> None:
+        self.runner, self.context_tokens = runner, len(prompt_ids)
+        self._clock, self._timer = clock, SectionTimer(clock)
+        self._steps = runner.steps(prompt_ids, seed=seed, section=self._timer)
+        self._backbone_s: list[float] = []
+        self._step_s: list[float] = []
+        self._ended = False
+        for _ in range(2):
+            self._advance()
+
+    def time_one(self) -> None:
+        """Time the next step; nothing happens where the text has ended."""
+        if self._ended:
+            return
+        started = self._clock()
+        self._advance()
+        self._step_s.append(self._clock() - started)
+        self._backbone_s.append(self._timer.last["backbone"])
+
+    def cost(self, *, prompt_key: str | None = None) -> StepCost:
+        """Return what was timed so far."""
+        tree = self.runner.tree
+        return StepCost(
+            arm=self.runner.arm.name,
+            prompt_key=prompt_key,
+            num_nodes=tree.num_nodes if tree is not None else 1,
+            num_heads=tree.depth if tree is not None else 0,
+            context_tokens=self.context_tokens,
+            backbone_s=tuple(self._backbone_s),
+            step_s=tuple(self._step_s),
+        )
+
+    def _advance(self) -> None:
+        step = next(self._steps, None)
+        self._ended = step is None or step.ended[0] is not None
 
 
 def profile_arm(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import psutil
@@ -26,7 +27,7 @@ from harness.specs.suite import ArmSpec
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
 
-_WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 3
+_WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 6
 
 
 def control_texts(session: Session, engine: Engine) -> list[Text]:
@@ -178,7 +179,7 @@ def _run_trial(
 
 
 def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Prompt) -> None:
-    """Time a few separate steps of vanilla and every greedy Medusa arm.
+    """Time a few separate steps of vanilla and every greedy Medusa arm, one of each in turn.
 
     They follow the first half of the backbone's vanilla text of this block.
     """
@@ -198,20 +199,35 @@ def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Pro
         )
         if text is not None:
             contexts[backbone] = [*prompt.prompt_ids, *text[: len(text) // 2]]
-    for arm in session.suite.arms:
-        context = contexts.get(arm.backbone)
-        if context is not None and arm.method in ("vanilla", "medusa") and not arm.stochastic:
-            try:
-                cost = probes.measure_arm_steps(
-                    runners[arm.name], context, num_steps=_ARM_STEPS, seed=None, clock=session.clock
-                )
-            except (
-                Exception
-            ) as error:  # a broken arm costs only its own figures; its trials are Failures of their own
-                session.console.print(
-                    f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}",
-                    markup=False,
-                )
-                continue
-            if cost.step_s:
-                ARM_STEPS.append(session.store.folder, cost)
+    arms = [
+        arm
+        for arm in session.suite.arms
+        if arm.backbone in contexts and arm.method in ("vanilla", "medusa") and not arm.stochastic
+    ]
+    steps = {}
+    for arm in arms:
+        with _telling(session, arm):
+            steps[arm.name] = probes.ArmSteps(
+                runners[arm.name], contexts[arm.backbone], seed=None, clock=session.clock
+            )
+    order = random.Random(f"{session.suite.plan_seed}-{prompt.key}")
+    for _ in range(_ARM_STEPS):  # in turns, so that a drift of the machine falls on all arms alike
+        for arm in order.sample(arms, len(arms)):
+            if arm.name in steps:
+                with _telling(session, arm):
+                    steps[arm.name].time_one()
+    for one in steps.values():
+        if (cost := one.cost(prompt_key=prompt.key)).step_s:
+            ARM_STEPS.append(session.store.folder, cost)
+
+
+@contextlib.contextmanager
+def _telling(session: Session, arm: ArmSpec) -> Iterator[None]:
+    """Tell of an arm that is broken: it costs only its own figures; its trials are Failures of their own."""
+    try:
+        yield
+    except Exception as error:
+        session.console.print(
+            f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}",
+            markup=False,
+        )

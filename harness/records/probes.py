@@ -15,6 +15,10 @@ class StepCost(Versioned):
     """Separately timed steps of one shape."""
 
     arm: str | None = Field(default=None, description="arm whose steps they are; null for a shape alone")
+    prompt_key: str | None = Field(
+        default=None,
+        description="prompt whose block the steps follow; null for a shape alone, and in older records",
+    )
     num_nodes: Count = Field(description="nodes of the tree, root included; 1 is vanilla")
     num_heads: Count = Field(description="draft heads that the tree reads")
     context_tokens: Count = Field(description="tokens in the cache before the steps")

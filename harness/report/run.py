@@ -26,6 +26,7 @@ from harness.report.run_evidence import (
     render_step_costs,
 )
 from harness.report.run_tables import (
+    CONSISTENCY_NOTE,
     VERDICT_NOTE,
     arms_note,
     comparisons_by_arm,
@@ -33,6 +34,7 @@ from harness.report.run_tables import (
     is_greedy_medusa,
     render_arms_table,
     render_category_tables,
+    render_consistency_table,
     render_latency_table,
     render_not_tested_table,
     render_verdict_table,
@@ -50,11 +52,12 @@ _STYLES = {
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:
     """Return the whole report of a run."""
-    not_tested = render_not_tested_table(judgement)
+    not_tested, own = render_not_tested_table(judgement), render_consistency_table(judgement)
     return page(
         render_heading(record),
         render_summary(record, judgement),
         section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
+        section("Is the paper consistent?", own, CONSISTENCY_NOTE) if own else "",
         section(
             "Not tested",
             not_tested and "Claims that this suite cannot decide, and what each would take.",
@@ -235,12 +238,12 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
 
 
 def print_verdicts(console: Console, judgement: Judgement) -> None:
-    """Print the tested claims with their verdicts, and in one line how many were not tested."""
+    """Print the paper's claims that were tested with their verdicts, and how many were not."""
     grid = Table(title=f"Claims tested by suite {judgement.suite}")
     for column in ("claim", "what the paper states", "paper", "ours", "verdict"):
         grid.add_column(column, no_wrap=column in ("claim", "verdict"))
     for verdict in judgement.verdicts:
-        if verdict.kind is not VerdictKind.NOT_TESTED:
+        if verdict.kind is not VerdictKind.NOT_TESTED and verdict.counts:
             figures = (
                 verdict.claim_id,
                 verdict.stated,

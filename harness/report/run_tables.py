@@ -25,7 +25,15 @@ measured step times; `predicted` by a model of the hardware; `computed` from the
 brackets the form of the test: `literal` = the paper's own model and setting; `transfer` = the claim's shape
 (an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
 no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. A claim
-that fails is a finding, not an error."""
+that fails is a finding, not an error. *also* = a further form of the claim above it: it decides nothing and
+is not counted."""
+
+PAPER_STATES, WE_STATE = "what the paper states", "what we state of the paper"
+_OWN_COLUMNS = ("claim", WE_STATE, "paper", "ours", "verdict", "why")
+CONSISTENCY_NOTE = (
+    "Statements of this project about figures that the paper prints, checked by arithmetic. They are no "
+    "claims of the paper's, and are not counted above."
+)
 
 TOKENS_NOTE = (
     "*tokens/step*: tokens that one decoding step yields on average, the paper's acceleration "
@@ -53,13 +61,14 @@ def comparisons_by_arm(judgement: Judgement) -> dict[str, Comparison]:
 
 
 def count_verdicts(judgement: Judgement) -> dict[str, int]:
-    """Return how many claims got each verdict, kinds without any included."""
-    return {kind.value: sum(verdict.kind is kind for verdict in judgement.verdicts) for kind in VerdictKind}
+    """Return how many of the paper's claims got each verdict, kinds without any included."""
+    counted = [verdict for verdict in judgement.verdicts if verdict.counts]
+    return {kind.value: sum(verdict.kind is kind for verdict in counted) for kind in VerdictKind}
 
 
 def verdicts_in_words(judgement: Judgement) -> str:
     """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
-    tested = _tested(judgement)
+    tested = [verdict for verdict in _tested(judgement) if verdict.counts]
     counts = ", ".join(f"{number} {kind}" for kind, number in count_verdicts(judgement).items())
     alone = sum(verdict.form == "paper-only" for verdict in tested)
     if not alone:
@@ -71,24 +80,37 @@ def verdicts_in_words(judgement: Judgement) -> str:
 
 
 def render_verdict_table(judgement: Judgement) -> str:
-    """Return the claims that were tested, one a row, with the evidence for each verdict.
+    """Return the paper's claims that were tested, with the evidence for each verdict.
 
-    Those that rest on this run come first.
+    Those that rest on this run come first. A claim's further forms follow it.
     """
-    tested = _tested(judgement)
+    tested = [verdict for verdict in _tested(judgement) if not verdict.is_ours]
     if not tested:
         return "No claim of the registry was tested by this run."
     return render_verdicts(tested)
 
 
+def render_consistency_table(judgement: Judgement) -> str:
+    """Return this project's own statements about the paper's figures; empty where none was tested."""
+    ours = [verdict for verdict in _tested(judgement) if verdict.is_ours]
+    return render_verdicts(ours, columns=_OWN_COLUMNS, stated=WE_STATE) if ours else ""
+
+
 def verdicts_on_run(judgement: Judgement) -> tuple[ClaimVerdict, ...]:
     """Return the verdicts of the claims that this run tested, without those that rest on arithmetic alone."""
-    return tuple(verdict for verdict in _tested(judgement) if verdict.form != "paper-only")
+    tested = [verdict for verdict in _tested(judgement) if not verdict.is_ours]
+    on_run = {verdict.claim_id for verdict in tested if verdict.decides and verdict.form != "paper-only"}
+    return tuple(verdict for verdict in tested if verdict.claim_id in on_run)
 
 
-def render_verdicts(verdicts: Sequence[ClaimVerdict], *, columns: Sequence[str] | None = None) -> str:
-    """Return one row a verdict, with all columns or those that `columns` names."""
-    headers = ["claim", "what the paper states", "paper", "ours", "kind of figure", "verdict", "why"]
+def render_verdicts(
+    verdicts: Sequence[ClaimVerdict], *, columns: Sequence[str] | None = None, stated: str = PAPER_STATES
+) -> str:
+    """Return one row a verdict, with all columns or those that `columns` names.
+
+    `stated` is the header of what the verdict is about.
+    """
+    headers = ["claim", stated, "paper", "ours", "kind of figure", "verdict", "why"]
     return table(headers, [_verdict_row(verdict) for verdict in verdicts], columns=columns)
 
 
@@ -236,14 +258,15 @@ def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
 
 def _tested(judgement: Judgement) -> list[ClaimVerdict]:
     tested = [verdict for verdict in judgement.verdicts if verdict.kind is not VerdictKind.NOT_TESTED]
-    return sorted(tested, key=lambda verdict: verdict.form == "paper-only")
+    alone = {verdict.claim_id for verdict in tested if verdict.decides and verdict.form == "paper-only"}
+    return sorted(tested, key=lambda verdict: verdict.claim_id in alone)
 
 
 def _verdict_row(verdict: ClaimVerdict) -> tuple[object, ...]:
     claim = f"{verdict.claim_id} ({verdict.place})" if verdict.place else verdict.claim_id
     form = "" if verdict.form == "none" else f" ({verdict.form})"
     kind = f"{verdict.figure_kind or ABSENT}{form}"
-    marked = f"**{verdict.kind.value}**"
+    marked = f"**{verdict.kind.value}**" if verdict.decides else f"also: {verdict.kind.value}"
     return (
         claim,
         verdict.stated,

@@ -39,6 +39,7 @@ from harness.report.provenance import (
 from harness.report.sweep_tables import (
     render_appendix_g,
     render_decoded,
+    render_decoded_gap,
     render_devices,
     render_heads,
     render_nodes,
@@ -103,6 +104,7 @@ def render_sweep_report(
             "Which tree on which device",
             render_devices(headline_cells(record), record),
             _DEVICE_NOTE,
+            render_decoded_gap(record),
             _beyond(record),
         ),
         section("Verdicts", render_sweep_verdicts(record, registry)),
@@ -143,6 +145,7 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
         about,
         render_devices(measured, record, columns=_README_COLUMNS),
         _README_NOTE,
+        render_decoded_gap(record),
         f"{count(predicted, 'row')} of devices that were not measured "
         f"{'stands' if predicted == 1 else 'stand'} in the report alone. "
         + _roofline_error(origin.roofline_error)

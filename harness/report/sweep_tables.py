@@ -192,6 +192,19 @@ def render_decoded(record: SweepRecord) -> str:
     return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{summary}"
 
 
+def render_decoded_gap(record: SweepRecord) -> str:
+    """Return in a sentence how far composed speedups lie from decoded ones; empty where none was decoded."""
+    gaps = [check.gap for check in decoded_checks(record)]
+    if not gaps:
+        return ""
+    below = sum(gap < 0 for gap in gaps)
+    low, high = (percent(gap, signed=True) for gap in (min(gaps), max(gaps)))
+    return (
+        f"Composed speedups against decoding: of {count(len(gaps), 'point')} decoded for real {below} came "
+        f"out faster than composed; the composed figure is off by {low} to {high}."
+    )
+
+
 def render_sampled(record: SweepRecord) -> str:
     """Return every sampled setting; empty where none was run."""
     if not record.sampled:

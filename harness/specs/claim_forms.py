@@ -6,19 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed, Spec
-from harness.specs.paper_forms import Form, Share
+from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed
+from harness.specs.paper_forms import Form, Share, VariedForm
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 
 
-class _SweepForm(Spec):
-    """What every form carries: why its bounds, margins and settings are what they are."""
-
-    reason: str = Field(min_length=1)
-
-
-class TemperatureTrendForm(_SweepForm):
+class TemperatureTrendForm(Form):
     """Tokens/step of typical acceptance rises with temperature, and that of rejection falls.
 
     Both slopes lie beyond 0, over at least `min_temperatures` temperatures.
@@ -30,10 +24,11 @@ class TemperatureTrendForm(_SweepForm):
     min_temperatures: int = Field(ge=3, le=MAX_ENTRIES)
 
 
-class ThresholdTrendForm(_SweepForm):
-    """Tokens/step falls with the threshold, and likelihood rises; delta is the square root of the threshold.
+class ThresholdTrendForm(Form):
+    """Tokens/step falls with the threshold; delta is the square root of the threshold.
 
-    Both slopes lie beyond 0, over at least `min_epsilons` thresholds.
+    Its slope lies below 0, over at least `min_epsilons` thresholds. Likelihood under the backbone is shown
+    and not judged: a stricter threshold raises it by construction.
     """
 
     test: Literal["threshold_trend"]
@@ -41,12 +36,10 @@ class ThresholdTrendForm(_SweepForm):
     min_epsilons: int = Field(ge=3, le=MAX_ENTRIES)
 
 
-class TypicalBeatsRejectionForm(_SweepForm):
+class TypicalBeatsRejectionForm(Form):
     """Typical acceptance yields more than `bound` times rejection's tokens/step at one temperature.
 
-    Its text is no less likely.
-    Likelihoods are means a token under the original backbone, in nats; less by at most `margin` counts as no
-    less.
+    Its text is as likely: means a token under the original backbone, in nats, differ by at most `margin`.
     """
 
     test: Literal["typical_beats_rejection"]
@@ -125,13 +118,17 @@ class SparseBeatsDenseForm(Form):
     bound: float
 
 
-class SearchDepthForm(Form):
-    """The tree that the search grew to `num_nodes` nodes is at most `max_depth` deep."""
+class SearchDepthForm(VariedForm):
+    """The tree of `num_nodes` nodes that a search grows on the calibration text is at most `max_depth` deep.
+
+    `values` is what the search adds up: `marginals`, the paper's products of accuracies, or `joint` hits.
+    """
 
     test: Literal["search_depth"]
-    tree: str
+    values: Literal["marginals", "joint"]
     num_nodes: NodeCount
     max_depth: HeadCount
+    max_rank: NodeCount
 
 
 class LossGrowsForm(Form):
@@ -141,7 +138,7 @@ class LossGrowsForm(Form):
     bound: float
 
 
-class ExtraHeadForm(Form):
+class ExtraHeadForm(VariedForm):
     """With `with_heads` heads tokens/step is that of `without_heads`, to within a relative `margin`.
 
     Each number of heads has its own best tree.
@@ -166,7 +163,7 @@ class SpeedIdentityForm(Form):
     margin: Share
 
 
-class LogGrowthForm(Form):
+class LogGrowthForm(VariedForm):
     """Tokens/step of the best trees of `sizes` nodes fits a + b log n, with R^2 above the bound.
 
     It rises, and a node late adds less than a node early.
@@ -178,7 +175,7 @@ class LogGrowthForm(Form):
     min_r_squared: Share
 
 
-class SpeedPeaksForm(Form):
+class SpeedPeaksForm(VariedForm):
     """Tokens/step over the measured step time peaks before the largest of `sizes`.
 
     It is less at the largest than at the peak.

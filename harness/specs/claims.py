@@ -46,7 +46,8 @@ class ClaimSpec(Spec):
     """One claim: what is stated and where, the figure, and the forms in which it can be judged.
 
     `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a
-    sweep. `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
+    sweep. `also` are further forms on the record of a suite: shown with the claim, they decide nothing.
+    `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
     """
 
     id: str = Field(min_length=1)
@@ -61,6 +62,7 @@ class ClaimSpec(Spec):
     table: OperatorTable | None = None
     literal: LiteralForm | None = None
     transfer: TransferForm | None = None
+    also: tuple[TransferForm, ...] = ()
     training: TrainingForm | None = None
     sweep: SweepForm | None = None
     paper_only: PaperOnlyForm | None = None
@@ -68,6 +70,8 @@ class ClaimSpec(Spec):
 
     @model_validator(mode="after")
     def _judged_somehow(self) -> ClaimSpec:
+        if unsaid := [form.test for form in self.also if form.states is None]:
+            raise ValueError(f"claim {self.id!r}: its further form {unsaid[0]!r} does not say what it states")
         forms = (self.literal, self.transfer, self.training, self.sweep, self.paper_only)
         if all(form is None for form in forms) and not self.needs:
             raise ValueError(f"claim {self.id!r}: give a form, or needs: what it would take")
@@ -148,14 +152,21 @@ def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) ->
     for table in ("needs", "literal"):
         if isinstance(filled.get(table), str):
             filled[table] = look_up(table, filled[table])
-    if isinstance(transfer := filled.get("transfer"), dict):
-        filled["transfer"] = dict(transfer)
+
+    def with_arms(form: dict[str, Any]) -> dict[str, Any]:
+        named = dict(form)
         for key in ROLE_KEYS:
-            role = transfer.get(key)
+            role = form.get(key)
             if isinstance(role, str):
-                filled["transfer"][key] = look_up("roles", role)
+                named[key] = look_up("roles", role)
             elif isinstance(role, list) and all(isinstance(name, str) for name in role):
-                filled["transfer"][key] = [look_up("roles", name) for name in role]
+                named[key] = [look_up("roles", name) for name in role]
+        return named
+
+    if isinstance(transfer := filled.get("transfer"), dict):
+        filled["transfer"] = with_arms(transfer)
+    if isinstance(also := filled.get("also"), list) and all(isinstance(form, dict) for form in also):
+        filled["also"] = [with_arms(form) for form in also]
     return filled
 
 

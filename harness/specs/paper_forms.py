@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.specs.bounds import BatchSize, NodeCount, Some, Spec, TokenCount
 
@@ -12,9 +12,28 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Form(Spec):
-    """What every form carries: why its bounds, margins and settings are what they are."""
+    """What every form carries: why its bounds, margins and settings are what they are.
+
+    `states` says what the form tests where that is not the claim as the paper states it.
+    """
 
     reason: str = Field(min_length=1)
+    states: str | None = None
+
+
+class VariedForm(Form):
+    """A form with settings that a claim does not give.
+
+    It is judged again with each value of `vary`, setting by setting; a verdict that turns says so.
+    """
+
+    vary: dict[str, Some[int | float]] = Field(default_factory=dict, max_length=8)
+
+    @model_validator(mode="after")
+    def _known_settings(self) -> VariedForm:
+        if unknown := sorted(set(self.vary) - set(type(self).model_fields)):
+            raise ValueError(f"vary names {unknown[0]!r}, which is no setting of this form")
+        return self
 
 
 class BoundMissedForm(Form):
@@ -115,7 +134,7 @@ class LogConstantForm(Form):
     tolerance: Share
 
 
-class _SimulationForm(Form):
+class _SimulationForm(VariedForm):
     device: str
     slope: float
     log_base: float = Field(gt=1)

@@ -44,7 +44,7 @@ from harness.records.run import (
     TrialKey,
 )
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
-from harness.specs.suite import SuiteSpec, parse_suite
+from harness.specs.suite import RejectionAcceptance, SuiteSpec, parse_suite
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits
 
@@ -444,6 +444,11 @@ def _outcomes(
         for prompt in trace.prompts
         for seed in arm.seeds
     }
+    for arm_name, key, seed in sampled:  # rejection keeps to its baseline's law, draw for draw
+        arm = suite.arm(arm_name)
+        if arm.method == "medusa" and isinstance(arm.acceptance, RejectionAcceptance) and arm.baseline:
+            tokens, _ = sampled[arm.baseline, key, seed]
+            sampled[arm_name, key, seed] = (tokens, sampled[arm_name, key, seed][1])
     generations: list[Generation] = []
     for round_number in range(suite.rounds):
         for number, prompt in enumerate(trace.prompts):

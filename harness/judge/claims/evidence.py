@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,12 @@ from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
-from medusa_impl.tree_search import GrownTree, grow_by_joint_hits
+from medusa_impl.tree_search import (
+    GrownTree,
+    grow_by_joint_hits,
+    grow_by_marginals,
+    marginal_accuracies,
+)
 
 Floats = NDArray[np.float64]
 EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 %
@@ -123,9 +129,23 @@ class SearchSplit:
     held_out: Trace
     origin: str
 
-    def grow(self, num_nodes: int, *, max_rank: int, max_depth: int | None = None) -> GrownTree:
-        """Return the best trees up to `num_nodes` nodes on the text for growth."""
+    def grow(
+        self,
+        num_nodes: int,
+        *,
+        max_rank: int,
+        max_depth: int | None = None,
+        values: Literal["joint", "marginals"] = "joint",
+    ) -> GrownTree:
+        """Return the best trees up to `num_nodes` nodes on the text for growth.
+
+        `marginals` adds up products of the heads' accuracies, as the paper does; `joint` counts how often all
+        of a path was right.
+        """
         try:
+            if values == "marginals":
+                accuracies = marginal_accuracies(self.growth.ranks, max_rank=max_rank)
+                return grow_by_marginals(accuracies, num_nodes=num_nodes, max_depth=max_depth)
             return grow_by_joint_hits(
                 self.growth.ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth
             )

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from harness.judge.judgement import VerdictKind
+from harness.specs.paper_forms import Form, VariedForm
 from harness.stats import FigureKind, Interval
+
+FormT = TypeVar("FormT", bound=Form)
 
 _WORST_FIRST = (
     VerdictKind.NOT_TESTED,
@@ -42,6 +47,26 @@ def tested(test: Callable[[], Finding]) -> Finding:
         return test()
     except NotTestable as gap:
         return not_tested(str(gap))
+
+
+def varied(form: FormT, test: Callable[[FormT], Finding]) -> Finding:
+    """Return what a form's test finds, and how it comes out with other values of settings that we chose.
+
+    Raises: NotTestable where the form itself cannot be tested.
+    """
+    found = test(form)
+    if not isinstance(form, VariedForm) or not form.vary:
+        return found
+    turns, tried = [], []
+    for setting, values in form.vary.items():
+        for value in values:
+            name = f"{setting} {value:.3g}" if isinstance(value, float) else f"{setting} {value}"
+            other = tested(partial(test, form.model_copy(update={setting: value})))
+            tried.append(name)
+            if other.kind not in (found.kind, VerdictKind.NOT_TESTED):
+                turns.append(f"{other.kind.value} with {name}")
+    note = f"it turns: {', '.join(turns)}" if turns else f"the same with {', '.join(tried)}"
+    return replace(found, reason=f"{found.reason}; {note}")
 
 
 def worst(kinds: Sequence[VerdictKind]) -> VerdictKind:

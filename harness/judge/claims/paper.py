@@ -13,7 +13,7 @@ from statistics import fmean, harmonic_mean
 
 from harness.compose.appendix_g import simulation
 from harness.compose.roofline import Simulation, attention_intensity, linear_intensity
-from harness.judge.claims.findings import Finding, NotTestable
+from harness.judge.claims.findings import Finding, NotTestable, varied
 from harness.judge.judgement import VerdictKind
 from harness.specs.claims import ClaimSpec, OperatorTable
 from harness.specs.hardware import load_hardware
@@ -74,7 +74,7 @@ def judge_paper_only(claim: ClaimSpec, form: PaperOnlyForm, *, figures: Figures)
 
     Raises: NotTestable if a figure that the form needs is not in the registry.
     """
-    return _TESTS[type(form)](claim, form, figures)
+    return varied(form, lambda one: _TESTS[type(one)](claim, one, figures))
 
 
 def _exact(holds: bool, *, ours: str, reason: str, predicted: bool = False) -> Finding:

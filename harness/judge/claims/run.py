@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
 from harness.judge.claims.evidence import (
+    EQUIVALENCE_LEVEL,
     Evidence,
     paired_counts,
     ratio_of_rates,
@@ -27,9 +28,12 @@ from harness.judge.claims.findings import (
     holds,
     percent,
     shown,
+    varied,
 )
 from harness.judge.claims.losses import rising_losses
-from harness.judge.judgement import Divergence, VerdictKind
+from harness.judge.judgement import Comparison, Divergence, VerdictKind
+from harness.judge.step_costs import step_s_by_prompt
+from harness.judge.totals import column, prompt_totals, ratio_of_sums
 from harness.records.run import Generation
 from harness.specs.claim_forms import (
     ExtraHeadForm,
@@ -44,6 +48,7 @@ from harness.specs.claim_forms import (
     SpeedPeaksForm,
     TransferForm,
 )
+from harness.stats import bootstrap_totals
 from medusa_impl.tree_search import random_dense
 
 
@@ -52,7 +57,7 @@ def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
 
     Raises: NotTestable if the record lacks what the form needs.
     """
-    return _TESTS[type(form)](form, evidence)
+    return varied(form, lambda one: _TESTS[type(one)](one, evidence))
 
 
 def _lossless(form: LosslessForm, evidence: Evidence) -> Finding:
@@ -203,23 +208,17 @@ def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Findi
 
 
 def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
-    tree = evidence.tree(form.tree)
-    if evidence.record.suite.arm(form.tree).tree is None or evidence.record.trees[
-        form.tree
-    ].origin.startswith("file "):
-        raise NotTestable(f"the tree of arm {form.tree} came from a file, not from the search")
-    if tree.num_nodes != form.num_nodes:
-        raise NotTestable(
-            f"the searched tree has {tree.num_nodes} nodes, the claim is about {form.num_nodes}"
-        )
-    if (num_heads := evidence.trace().num_heads) <= form.max_depth:
+    split = search_split(evidence)
+    if (num_heads := split.growth.num_heads) <= form.max_depth:
         raise NotTestable(
             f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice"
         )
+    tree = split.grow(form.num_nodes, max_rank=form.max_rank, values=form.values).tree
     kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
     levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
+    how = {"marginals": "products of the heads' accuracies", "joint": "joint hits"}[form.values]
     reason = (
-        f"with {num_heads} heads the search went to depth {tree.depth}, the claim is at most "
+        f"with {num_heads} heads the search by {how} went to depth {tree.depth}, the claim is at most "
         f"{form.max_depth}; nodes by level {levels}"
     )
     return Finding(
@@ -264,27 +263,47 @@ def _speed_identity(form: SpeedIdentityForm, evidence: Evidence) -> Finding:
     arms = [arm for arm in dict.fromkeys(form.arms) if arm in known]
     if not arms:
         raise NotTestable(f"the record compares none of {', '.join(form.arms)} with a baseline")
-    parts = []
-    for arm in arms:
-        separate = known[arm].separate_overhead
-        if separate is None:
-            raise NotTestable(f"no separately timed steps of {arm} or its baseline")
-        counts = paired_counts(evidence, arm, over=known[arm].baseline, timed=True)
-        gap = relative_gain(
-            (counts.steps[0], counts.seconds[0]),
-            over=(counts.steps[1], counts.seconds[1]),
-            spec=evidence.record.suite.interval,
-            scale=separate,
-        )
-        kind = equivalence(gap, form.margin)
-        expected = float(counts.tokens[0].sum() / counts.steps[0].sum() / separate)
-        reason = (
-            f"{arm}: {holds(kind)} (rate over overhead {expected:.2f}x, separate overhead {separate:.3f})"
-        )
-        parts.append(Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured"))
-    both = combined(parts)
+    both = combined([_identity_of(known[arm], form, evidence) for arm in arms])
     prefix = f"the measured speedup is rate over overhead, 90 % interval within +-{form.margin:.0%}"
     return replace(both, reason=f"{prefix}; {both.reason}")
+
+
+def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Evidence) -> Finding:
+    arm, separate = compared.arm, compared.separate_overhead
+    if separate is None:
+        raise NotTestable(f"no separately timed steps of {arm} or its baseline")
+    record, spec = evidence.record, evidence.record.suite.interval
+    apart = [step_s_by_prompt(record, name) for name in (arm, compared.baseline)]
+    own, base = (prompt_totals(record, name, timed=True) for name in (arm, compared.baseline))
+    keys = [key for key in own if key in base and own[key].steps and base[key].steps]
+    if apart[0] is not None and apart[1] is not None:
+        keys = [key for key in keys if key in apart[0] and key in apart[1]]
+        apart_s = [np.array([one[key] for key in keys]) for one in apart if one is not None]
+        note = ""
+    else:
+        apart_s = [np.full(len(keys), separate), np.ones(len(keys))]
+        note = "; the error of the separate steps is left out: the record does not say whose they are"
+    if not keys:
+        raise NotTestable(f"no prompt has separately timed steps and a timed generation of {arm}")
+    totals = [[side[key] for key in keys] for side in (own, base)]
+    gap = bootstrap_totals(
+        lambda own_s, base_s, steps, seconds, base_steps, base_seconds: (
+            (own_s / base_s) * (steps / seconds) / (base_steps / base_seconds) - 1
+        ),
+        *apart_s,
+        *(column(side, name) for side in totals for name in ("steps", "decode_s")),
+        spec=spec.model_copy(update={"level": EQUIVALENCE_LEVEL}),
+        rng=np.random.default_rng(spec.seed),
+    )
+    kind = equivalence(gap, form.margin)
+    overhead = float(apart_s[0].sum() / apart_s[1].sum())
+    rate = ratio_of_sums(column(totals[0], "decode_tokens"), column(totals[0], "steps"))
+    assert rate is not None
+    reason = (
+        f"{arm}: {holds(kind)} (rate over overhead {rate / overhead:.2f}x, separate overhead {overhead:.3f}"
+        f"{note})"
+    )
+    return Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured")
 
 
 _TESTS: dict[type, Callable[..., Finding]] = {

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.appendix_g import VERDICTS
+from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import (
     Finding,
     NotTestable,
     above,
     below,
     combined,
+    equivalence,
     holds,
     shown,
     tested,
@@ -86,7 +89,7 @@ def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple
     """Return one verdict for each claim that has a form for sweeps, then those on the simulations."""
     figures = Figures({claim.id: claim for claim in claims})
     decided = [
-        verdict(claim, "transfer", tested(partial(_TESTS[type(form)], form, record)))
+        verdict(claim, "transfer", tested(partial(_TESTS[type(form)], form, record)), states=form.states)
         for claim in claims
         if (form := claim.sweep) is not None
     ]
@@ -107,15 +110,12 @@ def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
         )
     at = [_epsilon(cell) for cell in cells]
     rate, likelihood = _trends(record, cells, at)
-    parts = [
-        _part(below(rate, 0.0), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls"),
-        _part(
-            above(likelihood, 0.0),
-            f"likelihood {shown(likelihood)} nats a unit",
-            name="likelihood under the backbone rises",
-        ),
-    ]
-    return combined(parts)
+    found = _part(below(rate, 0.0), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls")
+    return replace(
+        found,
+        reason=f"{found.reason}; not judged: the likelihood under the backbone moves by {shown(likelihood)} "
+        "nats a unit, as a stricter threshold makes it by construction; quality needs a judge",
+    )
 
 
 def threshold_cells(record: SweepRecord) -> list[SampledCell]:
@@ -146,13 +146,13 @@ def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecor
         spec=spec,
         rng=np.random.default_rng(spec.seed),
     )
-    gain = bootstrap_totals(
+    apart = bootstrap_totals(
         lambda a, b, c, d: a / b - c / d,
         ours[3],
         ours[2],
         theirs[3],
         theirs[2],
-        spec=spec,
+        spec=spec.model_copy(update={"level": EQUIVALENCE_LEVEL}),
         rng=np.random.default_rng(spec.seed),
     )
     parts = [
@@ -162,9 +162,9 @@ def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecor
             name="typical over rejection in tokens/step",
         ),
         _part(
-            above(gain, -form.margin),
-            f"likelihood {shown(gain)} nats a token",
-            name=f"no less likely by more than {form.margin:g}",
+            equivalence(apart, form.margin),
+            f"likelihood {shown(apart)} nats a token",
+            name=f"as likely to within {form.margin:g} nats, by the 90 % interval",
         ),
     ]
     return combined(parts)

@@ -1,13 +1,15 @@
 """Verdicts: every claim of a registry judged on one record, as a pure function of both.
 
 A claim is judged by its transfer form where the record allows it, else by its paper-only form; where neither
-decides, the verdict is `not tested` and says what it would take. Literal forms are data so far: no suite of
-this project runs the published weights yet.
+decides, the verdict is `not tested` and says what it would take. Its other forms follow, with verdicts of
+their own that do not count. Literal forms are data so far: no suite of this project runs the published
+weights yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.findings import Finding, not_tested, tested
@@ -15,24 +17,33 @@ from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
 from harness.judge.judgement import ClaimVerdict, FormName, VerdictKind
 from harness.specs.claim_forms import LiteralForm
-from harness.specs.claims import ClaimSpec
+from harness.specs.claims import ClaimSpec, Kind
+from harness.specs.paper_forms import Form
+
+# Statements that this project derived from the paper's figures: checked, and no claim of the paper's.
+_OURS: tuple[Kind, ...] = ("derived", "inconsistency")
 
 
 def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[ClaimVerdict, ...]:
-    """Return one verdict a claim, in the order of the registry.
+    """Return the verdict of each claim, in the order of the registry, with those of its further forms.
 
-    What the evidence lacks makes a verdict `not tested` with the reason.
+    What the evidence lacks makes a verdict `not tested` with the reason; a further form is left out then.
     Raises: UserError for a record file that cannot be read.
     """
     figures = Figures({claim.id: claim for claim in claims})
-    return tuple(_judge(claim, evidence, figures=figures) for claim in claims)
+    return tuple(row for claim in claims for row in _judge(claim, evidence, figures=figures))
 
 
-def verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
-    """Return a claim's verdict by one of its forms: what the registry states, and what a test found."""
+def verdict(
+    claim: ClaimSpec, form: FormName, finding: Finding, *, states: str | None = None, decides: bool = True
+) -> ClaimVerdict:
+    """Return a claim's verdict by one of its forms: what the registry states, and what a test found.
+
+    `states` stands in for what the paper states where the form tests something else.
+    """
     return ClaimVerdict(
         claim_id=claim.id,
-        stated=claim.stated,
+        stated=states or claim.stated,
         place=claim.place,
         paper_figure=claim.figure,
         form=form,
@@ -40,24 +51,39 @@ def verdict(claim: ClaimSpec, form: FormName, finding: Finding) -> ClaimVerdict:
         ours=finding.ours,
         figure_kind=finding.figure_kind,
         reason=finding.reason,
+        decides=decides,
+        is_ours=claim.kind in _OURS,
     )
 
 
-def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> ClaimVerdict:
-    tries: list[tuple[FormName, Callable[[], Finding]]] = []
-    if (transfer := claim.transfer) is not None:
-        tries.append(("transfer", lambda: judge_transfer(transfer, evidence=evidence)))
-    if (paper_only := claim.paper_only) is not None:
-        tries.append(("paper-only", lambda: judge_paper_only(claim, paper_only, figures=figures)))
-    missing = []
-    for form, test in tries:
-        finding = tested(test)
-        if finding.kind is not VerdictKind.NOT_TESTED:
-            return verdict(claim, form, finding)
-        missing.append(finding.reason)
-    form = tries[0][0] if tries else ("literal" if claim.literal is not None else "none")
-    needs = "; ".join(missing) or claim.needs or _literal_needs(claim.literal)
-    return verdict(claim, form, not_tested(needs))
+def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> Iterator[ClaimVerdict]:
+    tried = [(name, form, tested(test)) for name, form, test in _tests(claim, evidence, figures)]
+    shown = [one for one in tried if one[2].kind is not VerdictKind.NOT_TESTED]
+    first = next((one for one in shown if one[1] not in claim.also), None)
+    if first is None:
+        missing = [finding.reason for _, form, finding in tried if form not in claim.also]
+        form: FormName = tried[0][0] if tried else ("literal" if claim.literal is not None else "none")
+        needs = "; ".join(missing) or claim.needs or _literal_needs(claim.literal)
+        yield verdict(claim, form, not_tested(needs))
+    for one in sorted(shown, key=lambda one: one is not first):
+        name, tested_form, finding = one
+        yield verdict(claim, name, finding, states=tested_form.states, decides=one is first)
+
+
+def _tests(
+    claim: ClaimSpec, evidence: Evidence, figures: Figures
+) -> Iterator[tuple[FormName, Form, Callable[[], Finding]]]:
+    """Yield the forms of a claim that a run's record may decide, then those that are only shown."""
+    if claim.transfer is not None:
+        yield "transfer", claim.transfer, partial(judge_transfer, claim.transfer, evidence=evidence)
+    if claim.paper_only is not None:
+        yield (
+            "paper-only",
+            claim.paper_only,
+            partial(judge_paper_only, claim, claim.paper_only, figures=figures),
+        )
+    for form in claim.also:
+        yield "transfer", form, partial(judge_transfer, form, evidence=evidence)
 
 
 def _literal_needs(form: LiteralForm | None) -> str:

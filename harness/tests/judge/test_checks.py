@@ -167,6 +167,9 @@ SPOILT = (
         edits(lambda row: {"token_ids": row.token_ids[:-2]}, arm="hf_greedy"),
         "1 bugs: hf_greedy",
     ),
+    SpoiltRecord(
+        "sampled_parity", edits(part_a_text, arm="rejection", limit=2), "identical, other: rejection"
+    ),
     SpoiltRecord("replay_equals_decode", edits(swap_unequal_steps, arm="chain"), "unexplained: chain"),
     SpoiltRecord("replay_equals_decode", without("trace"), "no trace"),
     SpoiltRecord("heads_beat_random", weak_heads, "0.010 over 0.002"),

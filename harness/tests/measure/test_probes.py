@@ -100,7 +100,11 @@ def test_arm_steps_are_timed_behind_the_context_and_after_the_first(engine: Engi
         runner = ArmRunner(
             engine, arm, tree=tree, max_new_tokens=40, max_prompt_tokens=len(prompt), clock=clock
         )
-        cost = probes.measure_arm_steps(runner, prompt, num_steps=3, seed=None, clock=clock)
+        steps = probes.ArmSteps(runner, prompt, seed=None, clock=clock)
+        for _ in range(3):
+            steps.time_one()
+        cost = steps.cost(prompt_key="a")
+    assert cost.prompt_key == "a"
     assert (cost.arm, cost.num_nodes, cost.num_heads, cost.context_tokens) == ("chain", 5, 4, len(prompt))
     assert cost.step_s == cost.backbone_s == (5.0,) * 3
 
@@ -112,7 +116,10 @@ def test_arm_steps_end_with_the_text(engine: Engine) -> None:
         runner = ArmRunner(
             engine, arm, tree=None, max_new_tokens=4, max_prompt_tokens=len(prompt), clock=clock
         )
-        cost = probes.measure_arm_steps(runner, prompt, num_steps=50, seed=None, clock=clock)
+        steps = probes.ArmSteps(runner, prompt, seed=None, clock=clock)
+        for _ in range(50):
+            steps.time_one()
+        cost = steps.cost()
     assert cost.step_s == (1.0, 1.0) and cost.num_heads == 0  # of three steps the first is left out
 
 

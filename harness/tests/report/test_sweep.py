@@ -113,6 +113,9 @@ def test_the_rooflines_error_stands_beside_its_predictions(report: str, record: 
 
 def test_decoded_points(report: str) -> None:
     words = part(report, "Decoded for real")
+    assert "of 2 points decoded for real 0 came out faster than composed" in part(
+        report, "Which tree on which device"
+    )
     assert "+20.0 %" in words and "Of 2 points 1 lie within" in words and "1 more at a tie" in words
 
 
