@@ -112,7 +112,7 @@ def test_invalid_run_never_reaches_the_readme(
 def test_readme_without_markers_or_missing_is_a_user_error(
     record: RunRecord, judgement: Judgement, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="no readable README"):
+    with pytest.raises(UserError, match=r"no readable file .* a Markdown file with markers"):
         update_readme(tmp_path / "README.md", run_block(record, judgement))
     (tmp_path / "README.md").write_text("# Title\n")
     with pytest.raises(UserError, match=r"in README\.md"):
