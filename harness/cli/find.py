@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ _FOLDERS: dict[Kind, str] = {
     "ablation": "ablations",
     "recipe": "recipes",
 }
+_RECORD_NAME = re.compile(r"\d{8}T\d{6}Z-[\w-]+")  # the time and the commit of its beginning
 _OLD_PREFIXES = {"latency_": "latency", "sweep_": "sweeps"}  # of file names in suites/ before 0.2.0
 
 
@@ -32,10 +34,15 @@ def find_suite(text: str) -> tuple[SuiteSpec, Path]:
 def find_record(text: str) -> Path:
     """Return a record: the path as given, or the newest sealed one of a name in the results folder.
 
-    `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records.
+    `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records;
+    the last part of a record's folder, which a command's last line gives, names that record.
     """
     if Path(text).exists():
         return Path(text)
+    if _RECORD_NAME.fullmatch(text):
+        found = sorted(path for path in default_results().rglob(text) if path.is_dir())
+        if found:
+            return found[0]
     sealed = sorted((default_results() / text).glob("*/*/manifest.json"), key=lambda path: path.parent.name)
     if not sealed:
         raise UserError(
