@@ -30,7 +30,7 @@ from harness.report.formatting import VERDICT_COLUMNS, paragraphs
 from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_origin, record_link
-from harness.report.run import render_best_arm
+from harness.report.run import render_headline_arm
 from harness.report.run_tables import (
     render_arms_table,
     render_verdicts,
@@ -170,7 +170,7 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
     return paragraphs(
         f"Suite `{record.suite.name}` with {describe_origin(record.environment)}.",
         f"Claims: {verdicts_in_words(judgement)}",
-        render_best_arm(record, judgement),
+        render_headline_arm(record, judgement),
         render_verdicts(on_run, columns=VERDICT_COLUMNS) if (on_run := verdicts_on_run(judgement)) else "",
         _VERDICT_NOTE,
         render_arms_table(record, judgement, columns=_ARM_COLUMNS if record.suite.reports_speed else None),

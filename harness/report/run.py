@@ -31,7 +31,6 @@ from harness.report.run_tables import (
     arms_note,
     comparisons_by_arm,
     count_verdicts,
-    is_greedy_medusa,
     render_arms_table,
     render_category_tables,
     render_consistency_table,
@@ -40,6 +39,7 @@ from harness.report.run_tables import (
     render_verdict_table,
     verdicts_in_words,
 )
+from harness.specs.suite import FastestTree
 from harness.stats import Interval
 
 _STYLES = {
@@ -113,28 +113,24 @@ def render_summary(record: RunRecord, judgement: Judgement) -> str:
     skipped = sum(check.status is CheckStatus.SKIPPED for check in judgement.checks)
     rest = f", {skipped} skipped because they do not apply" if skipped else ""
     start = f"**Valid**: {count(passed, 'validity check')} passed, none failed{rest}."
-    return section("Summary", start, verdicts, render_best_arm(record, judgement), _no_speed_reason(record))
-
-
-def best_greedy_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
-    """Return the greedy Medusa arm with the highest speedup, or most tokens/step where no speed is reported.
-
-    An arm on a tuned backbone is none of them: its text is another model's.
-    """
-    compared = comparisons_by_arm(judgement) if record.suite.reports_speed else {}
-    greedy = [
-        arm
-        for arm in judgement.arms
-        if is_greedy_medusa(record, arm.arm) and isfinite(arm.acceleration_rate.estimate)
-    ]
-    greedy = [arm for arm in greedy if record.suite.arm(arm.arm).backbone == "original"]
-    if record.suite.reports_speed:
-        greedy = [arm for arm in greedy if arm.arm in compared]
-    return max(
-        greedy,
-        key=lambda arm: compared[arm.arm].speedup.estimate if compared else arm.acceleration_rate.estimate,
-        default=None,
+    return section(
+        "Summary", start, verdicts, render_headline_arm(record, judgement), _no_speed_reason(record)
     )
+
+
+def headline_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
+    """Return the arm that the run is told by, chosen before it ran; None where it has no figure.
+
+    It is the one that the suite names, else the one whose tree is the fastest by its calibration text, else the
+    first that drafts.
+    """
+    suite = record.suite
+    fastest = [name for name in suite.greedy_arms if isinstance(suite.arm(name).tree, FastestTree)]
+    name = next(iter([*filter(None, [suite.headline_arm]), *fastest, *suite.greedy_arms]), None)
+    arm = next((arm for arm in judgement.arms if arm.arm == name), None)
+    if arm is None or not isfinite(arm.acceleration_rate.estimate):
+        return None
+    return arm if not suite.reports_speed or arm.arm in comparisons_by_arm(judgement) else None
 
 
 def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = None) -> dict[str, Any]:
@@ -142,31 +138,31 @@ def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = Non
 
     `base` is the folder that the record's path is given from (default: the working directory).
     """
-    best = best_greedy_arm(record, judgement) if judgement.valid else None
+    told = headline_arm(record, judgement) if judgement.valid else None
     return {
         "suite": judgement.suite,
         "valid": judgement.valid,
         "failed_checks": [check.name for check in judgement.checks if check.status is CheckStatus.FAILED],
         "num_failures": len(record.failures),
         "verdicts": count_verdicts(judgement),
-        "best_greedy_arm": best and _best_figures(best, record, judgement),
+        "headline_arm": told and _headline_figures(told, record, judgement),
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
 
 
-def _best_figures(best: ArmMetrics, record: RunRecord, judgement: Judgement) -> dict[str, Any]:
+def _headline_figures(arm: ArmMetrics, record: RunRecord, judgement: Judgement) -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "arm": best.arm,
-        "num_nodes": best.num_nodes,
-        "tokens_per_step": _bounds(best.acceleration_rate),
+        "arm": arm.arm,
+        "num_nodes": arm.num_nodes,
+        "tokens_per_step": _bounds(arm.acceleration_rate),
     }
     if record.suite.reports_speed:
-        comparison = comparisons_by_arm(judgement)[best.arm]
+        comparison = comparisons_by_arm(judgement)[arm.arm]
         figures |= {
             "baseline": comparison.baseline,
             "speedup": _bounds(comparison.speedup),
             "overhead": _bounds(comparison.overhead),
-            "tokens_per_s": best.tokens_per_s and _bounds(best.tokens_per_s),
+            "tokens_per_s": arm.tokens_per_s and _bounds(arm.tokens_per_s),
         }
     return figures
 
@@ -177,21 +173,19 @@ def _bounds(interval: Interval) -> dict[str, float | None]:
     return {**rounded, "level": interval.level}
 
 
-def render_best_arm(record: RunRecord, judgement: Judgement) -> str:
-    """Return a sentence on the best greedy arm, with its intervals; empty where there is none."""
-    best = best_greedy_arm(record, judgement)
-    if best is None:
+def render_headline_arm(record: RunRecord, judgement: Judgement) -> str:
+    """Return a sentence on the arm that the run is told by, with its intervals; empty where there is none."""
+    arm = headline_arm(record, judgement)
+    if arm is None:
         return ""
-    rate = best.acceleration_rate
+    rate = arm.acceleration_rate
     spread = (
         f"Brackets hold {100 * rate.level:g} % bootstrap intervals over {count(rate.num_prompts, 'prompt')}."
     )
-    text = (
-        f"Best greedy arm: `{best.arm}` ({count(best.num_nodes, 'node')}), {ratio_interval(rate)} tokens/step"
-    )
+    text = f"Arm `{arm.arm}` ({count(arm.num_nodes, 'node')}): {ratio_interval(rate)} tokens/step"
     if not record.suite.reports_speed:
         return f"{text}. {spread}"
-    comparison = comparisons_by_arm(judgement)[best.arm]
+    comparison = comparisons_by_arm(judgement)[arm.arm]
     return (
         f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup "
         f"{ratio_interval(comparison.speedup)}** over "

@@ -305,6 +305,7 @@ class SuiteSpec(DataFile):
     interval: IntervalSpec = IntervalSpec()
     probes: ProbeSpec = ProbeSpec()
     arms: Some[ArmSpec]
+    headline_arm: str | None = None  # the greedy Medusa arm on the original backbone that a run is told by
 
     @model_validator(mode="after")
     def _arms_consistent(self) -> SuiteSpec:
@@ -327,6 +328,8 @@ class SuiteSpec(DataFile):
                 raise ValueError(
                     f"arm {arm.name!r}: its baseline {arm.baseline!r} decodes with another backbone"
                 )
+        if self.headline_arm is not None and self.headline_arm not in self.greedy_arms:
+            raise ValueError(f"headline_arm must be one of {', '.join(self.greedy_arms) or 'no arm here'}")
         return self
 
     @model_validator(mode="after")
@@ -334,6 +337,15 @@ class SuiteSpec(DataFile):
         if self.heads.absent and self.drafts:
             raise ValueError("a medusa arm needs [heads]: give exactly one of path, train_steps")
         return self
+
+    @property
+    def greedy_arms(self) -> tuple[str, ...]:
+        """The arms that draft, keep the backbone's own choice and decode with the original backbone."""
+        return tuple(
+            arm.name
+            for arm in self.arms
+            if arm.method == "medusa" and is_deterministic(arm) and arm.backbone == "original"
+        )
 
     @property
     def drafts(self) -> bool:

@@ -76,6 +76,7 @@ description = "A made-up run with known right answers."
 reports_speed = {reports_speed}
 max_new_tokens = {max_new_tokens}
 rounds = {rounds}
+headline_arm = "optimised_64"
 
 [model]
 dtype = "{dtype}"

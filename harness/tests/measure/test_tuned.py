@@ -28,7 +28,7 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
-from harness.report.run import best_greedy_arm, render_report
+from harness.report.run import headline_arm, render_report
 from harness.report.run_tables import arms_note
 from harness.specs.recipe import JointRecipe
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
@@ -124,7 +124,7 @@ def test_the_report_says_which_model_is_which_and_compares_across(record: RunRec
     assert baseline is not None and baseline.name == "vanilla"
     across = compare(record, "medusa2", baseline="vanilla")
     assert across is not None and f"{across.speedup.estimate:.2f}" in note and "times `vanilla`" in note
-    best = best_greedy_arm(record, judge(record))
+    best = headline_arm(record, judge(record))
     assert best is not None and best.arm == "chain", "the headline is of arms that repeat the original's text"
     assert "Heads of the tuned backbone:" in text and "| tuned backbone |" in text
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from harness.errors import UserError
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
-from harness.paths import holds_absolute_path, without_paths
+from harness.paths import holds_absolute_path, shipped, without_paths
 from harness.records.run import Failure, RunRecord
 from harness.report.formatting import (
     ABSENT,
@@ -37,6 +38,9 @@ from harness.report.run_evidence import (
     render_step_costs,
 )
 from harness.report.run_tables import render_arms_table, render_not_tested_table, render_verdict_table
+from harness.specs.claim_forms import FasterForm
+from harness.specs.claims import load_claims
+from harness.specs.suite import load_suite
 from harness.stats import Interval
 from harness.tests.fake_judgement import FAILED_CHECK, NEEDS_GPU, VERDICTS, judge, verdict
 from harness.tests.fake_record import HEAD_HITS, STEP_S, FakeParts, node_cost, write_fake_record
@@ -100,9 +104,7 @@ def test_every_table_row_has_as_many_cells_as_its_header(record: RunRecord, judg
             widths = []
 
 
-def test_summary_counts_verdicts_and_names_the_best_greedy_arm(
-    record: RunRecord, judgement: Judgement
-) -> None:
+def test_summary_counts_verdicts_and_names_the_headline_arm(record: RunRecord, judgement: Judgement) -> None:
     summary = _section(render_report(record, judgement), "Summary")
     assert "2 reproduced, 1 not reproduced, 1 inconclusive, 2 not tested." in summary
     assert "Of the 4 tested 3 rest on this run, 1 on arithmetic" in summary
@@ -198,7 +200,7 @@ def test_invalid_report_says_so_first_and_gives_no_speed_in_summary_or_headline(
         "after header and rule the failed check comes first"
     )
     found = headline(invalid, record)
-    assert (found["valid"], found["failed_checks"], found["best_greedy_arm"]) == (
+    assert (found["valid"], found["failed_checks"], found["headline_arm"]) == (
         False,
         ["greedy_parity"],
         None,
@@ -213,7 +215,7 @@ def test_suite_without_speed_prints_none_and_says_why(tmp_path: Path) -> None:
     assert not SPEED_WORDS.search(said)
     assert "This suite reports no speed: its suite file says so." in report
     assert "## Step cost" not in report and "## Where a step goes" not in report
-    best = headline(judgement, record)["best_greedy_arm"]
+    best = headline(judgement, record)["headline_arm"]
     assert set(best) == {"arm", "num_nodes", "tokens_per_step"}
 
 
@@ -223,7 +225,7 @@ def test_headline_is_one_json_object_with_a_relative_path(record: RunRecord, jud
     )
     assert found["record"] == f"{record.folder.parent.name}/some-run"
     assert found["verdicts"] == {"reproduced": 2, "not reproduced": 1, "inconclusive": 1, "not tested": 2}
-    best = found["best_greedy_arm"]
+    best = found["headline_arm"]
     assert (best["arm"], best["baseline"]) == ("optimised_64", "vanilla")
     assert best["speedup"]["low"] < best["speedup"]["estimate"] < best["speedup"]["high"]
     assert best["overhead"]["estimate"] == pytest.approx(STEP_S["optimised_64"] / STEP_S["vanilla"], abs=1e-4)
@@ -233,11 +235,32 @@ def test_record_elsewhere_is_named_without_its_place(record: RunRecord, tmp_path
     assert relative_folder(record.folder, base=tmp_path) == "some-run"
 
 
-def test_arm_without_a_generation_is_never_the_best(record: RunRecord, judgement: Judgement) -> None:
+def test_the_headline_is_not_picked_by_its_figure(record: RunRecord, judgement: Judgement) -> None:
+    """The fastest of many arms is fast by luck too: the suite says before the run which one counts."""
+    for named in ("chain", "optimised_64"):
+        suite = record.suite.model_copy(update={"headline_arm": named})
+        other = RunRecord(record.folder)
+        other.__dict__["suite"] = suite
+        assert headline(judgement, other)["headline_arm"]["arm"] == named
+    unnamed = RunRecord(record.folder)
+    unnamed.__dict__["suite"] = record.suite.model_copy(update={"headline_arm": None})
+    assert headline(judgement, unnamed)["headline_arm"]["arm"] == "chain"  # the first that drafts
+    with pytest.raises(ValidationError, match="headline_arm must be one of chain, cartesian, optimised_64"):
+        type(record.suite).model_validate({**record.suite.model_dump(), "headline_arm": "typical"})
+
+
+def test_the_shipped_suites_are_told_by_the_arm_of_the_papers_first_claim() -> None:
+    (first,) = (claim for claim in load_claims() if claim.id == "A1")
+    assert isinstance(first.transfer, FasterForm)
+    for name in ("embedded", "embedded_full"):
+        assert load_suite(shipped(f"{name}.toml")).headline_arm == first.transfer.arm
+
+
+def test_arm_without_a_generation_is_no_headline(record: RunRecord, judgement: Judgement) -> None:
     nothing = Interval(estimate=float("nan"), low=-float("inf"), high=float("inf"), level=0.95, num_prompts=0)
     arms = tuple(arm.model_copy(update={"acceleration_rate": nothing}) for arm in judgement.arms)
     broken = judgement.model_copy(update={"arms": arms})
-    assert headline(broken, record)["best_greedy_arm"] is None
+    assert headline(broken, record)["headline_arm"] is None
     assert not re.search(r"\b(nan|inf)\b", render_report(record, broken))
 
 
