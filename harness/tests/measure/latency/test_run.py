@@ -5,6 +5,7 @@ and resumed.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from functools import cache as cached
@@ -666,6 +667,24 @@ def test_wrong_names_are_user_errors(tmp_path: Path) -> None:
     unknown = command("latency", "gpu", "--shape", "no-such-shape", "--dry-run")
     assert unknown.code == ExitCode.USER_ERROR and "no-such-shape" in unknown.error_line
     assert command("report", tmp_path / "nothing").code == ExitCode.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"num_heads": 5}, "num_heads = 5 and 4 heads in the file"),
+        ({"num_layers": 2}, "heads.num_layers = 2; need 1, as the checkpoint has"),
+        ({"architecture": "own"}, "heads.architecture = 'own'; need 'shared', as the checkpoint has"),
+    ],
+)
+def test_a_form_that_is_not_the_checkpoints_is_refused(
+    said: dict[str, object], found: str, heads_file: Path
+) -> None:
+    """What a spec said of its checkpoint's heads had no effect."""
+    heads = {"path": str(heads_file), **said}
+    spec = parsed(tiny_spec(heads_file, heads=heads, batch_table=None))
+    with pytest.raises(UserError, match=re.escape(found)):
+        load_latency_engine(spec, dtype="float32", device=CPU, base_folder=None, allow_hub=False)
 
 
 def test_grids_need_no_more_heads_than_the_checkpoint_has(heads_file: Path, engine: Engine) -> None:
