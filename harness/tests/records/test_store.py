@@ -11,7 +11,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.paths import holds_absolute_path
-from harness.records.run import RUN, RunRecord
+from harness.records.run import RUN, Failure, Generation, RunRecord
 from harness.records.store import Store, new_folder, portable
 from harness.specs.suite import SuiteSpec
 from harness.specs.sweep import SweepSpec
@@ -63,11 +63,10 @@ def test_folders_made_in_the_same_second_are_each_run_s_own(tmp_path: Path) -> N
     assert sorted(made)[0].name == "20260101T000000Z-abc"
 
 
-def opened(results: Path, *, resume: Path | None = None, **changes: object) -> Store[object]:
+def opened(results: Path, *, resume: Path | None = None, **changes: object) -> Store[Generation | Failure]:
     record = RunRecord(FIXTURE)
     spec = record.suite.model_copy(update=changes)
-    store = Store.open(results, kind=RUN, spec=spec, provenance=record.environment, resume=resume)
-    return store  # type: ignore[return-value]
+    return Store.open(results, kind=RUN, spec=spec, provenance=record.environment, resume=resume)
 
 
 def test_two_other_runs_of_a_suite_begun_at_once_both_get_a_folder(tmp_path: Path) -> None:
