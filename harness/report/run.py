@@ -121,8 +121,8 @@ def render_summary(record: RunRecord, judgement: Judgement) -> str:
 def headline_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
     """Return the arm that the run is told by, chosen before it ran; None where it has no figure.
 
-    It is the one that the suite names, else the one whose tree is the fastest by its calibration text, else the
-    first that drafts.
+    It is the one that the suite names, else the one whose tree is the fastest by its calibration text, else
+    the first that drafts.
     """
     suite = record.suite
     fastest = [name for name in suite.greedy_arms if isinstance(suite.arm(name).tree, FastestTree)]

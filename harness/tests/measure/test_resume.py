@@ -181,10 +181,10 @@ def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_pat
     other: SuiteSpec = micro.record.suite.model_copy(update={"max_new_tokens": 13})
     with pytest.raises(UserError, match="another suite"):
         Store.open(tmp_path, kind=RUN, spec=other, provenance=environment, resume=folder)
+    told = shutil.copytree(micro.record.folder, tmp_path / "told")
+    (told / "report.md").write_text("told")
     with pytest.raises(UserError, match="a finished run"):
-        Store.open(
-            tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=micro.record.folder
-        )
+        Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=told)
     with pytest.raises(UserError, match="no such folder"):
         Store.open(
             tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=tmp_path / "nowhere"
@@ -299,10 +299,11 @@ def test_a_failure_after_a_used_up_time_budget_loses_nothing(
             run(data, tmp_path, time_budget_s=1e-6)
     (folder,) = tmp_path.glob("micro/*/*")
     before = RunRecord(folder)
-    assert (before.suite.prompts.limit, before.asked.prompts.limit) == (1, 4)
+    measured = before.outcomes
+    assert len(measured) == 4 and (before.suite.prompts.limit, before.asked.prompts.limit) == (1, 4)
     assert run(data, tmp_path) == folder
     record = RunRecord.open(folder)
-    assert record.outcomes[:4] == before.outcomes and len(record.outcomes) == 16
+    assert record.outcomes[:4] == measured and len(record.outcomes) == 16
     assert validate_record(folder) == () and not (folder / "asked.toml").exists()
 
 

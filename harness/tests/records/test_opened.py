@@ -8,13 +8,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.compose.devices import find_curves, find_latency_records
 from harness.errors import UserError
-from harness.files import file_sha256
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import newest_ablations
 from harness.records.folder import RecordKind
@@ -42,14 +40,6 @@ def alter(folder: Path, kind: str) -> None:
     """Change a record's data without changing what they say."""
     path = folder / DATA[kind]
     path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-
-
-def seal_again(folder: Path, **changes: Any) -> None:
-    """Seal a record as whoever altered it could."""
-    path = folder / "manifest.json"
-    sealed = json.loads(path.read_text())
-    names = [one.name for one in folder.iterdir() if one.is_file() and one.name in sealed["sha256"]]
-    path.write_text(json.dumps({**sealed, "sha256": {n: file_sha256(folder / n) for n in names}, **changes}))
 
 
 def unlist(folder: Path, kind: str) -> None:

@@ -66,8 +66,7 @@ def test_folders_made_in_the_same_second_are_each_run_s_own(tmp_path: Path) -> N
 def opened(results: Path, *, resume: Path | None = None, **changes: object) -> Store[Generation | Failure]:
     record = RunRecord(FIXTURE)
     spec = record.suite.model_copy(update=changes)
-    store = Store.open(results, kind=RUN, spec=spec, provenance=record.environment, resume=resume)
-    return store
+    return Store.open(results, kind=RUN, spec=spec, provenance=record.environment, resume=resume)
 
 
 def test_two_other_runs_of_a_suite_begun_at_once_both_get_a_folder(tmp_path: Path) -> None:

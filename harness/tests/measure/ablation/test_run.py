@@ -146,12 +146,12 @@ def test_damage_is_found(record: AblationRecord, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_resumed_and_another_suite_begins_its_own(
-    folder: Path, heads_file: Path, record: AblationRecord
+    folder: Path, heads_file: Path, record: AblationRecord, tmp_path: Path
 ) -> None:
     spec = AblationSpec.model_validate(ablation_data(folder, heads_file))
-    options = AblateOptions(
-        results=folder / "results", work=folder / "work", resume=record.folder, own_process=False
-    )
+    told = shutil.copytree(record.folder, tmp_path / "told")
+    (told / "report.md").write_text("told")
+    options = AblateOptions(results=folder / "results", work=folder / "work", resume=told, own_process=False)
     with pytest.raises(UserError, match="a finished run"):
         run_ablation(spec, suite_file=folder / "tiny.toml", options=options, console=QUIET)
 

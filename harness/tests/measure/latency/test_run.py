@@ -605,8 +605,10 @@ def test_resume_refuses_another_device_spec_or_a_finished_run(ran: LatencyRun, t
     (folder / "environment.json").write_text(json.dumps(environment))
     with pytest.raises(UserError, match="another device"):
         resumed(ran, folder)
+    told = shutil.copytree(ran.folder, tmp_path / "told")
+    (told / "report.md").write_text("told")
     with pytest.raises(UserError, match="a finished run"):
-        resumed(ran, ran.folder)
+        resumed(ran, told)
 
 
 def test_published_shape_runs_in_two_dtypes_with_random_weights(

@@ -5,6 +5,7 @@ fail alone.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -257,8 +258,10 @@ def test_a_cell_that_fails_stands_alone(
 def test_resume_refuses_another_sweep(
     home: Path, spec: SweepSpec, record: SweepRecord, tmp_path: Path
 ) -> None:
+    told = shutil.copytree(record.folder, tmp_path / "told")
+    (told / "report.md").write_text("told")
     with pytest.raises(UserError, match="found a finished sweep"):
-        swept(home, spec, resume=record.folder)
+        swept(home, spec, resume=told)
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     for name in ("sweep.toml", "origin.json", "trees.json"):
