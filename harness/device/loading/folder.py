@@ -87,8 +87,8 @@ def require_trust(spec: ModelSpec, *, environ: Mapping[str, str] | None = None) 
         )
 
 
-def check_folder(folder: Path, *, name: str) -> Mapping[str, Any]:
-    """Return the folder's configuration as it is written, if nothing is wrong that its files show.
+def check_folder(folder: Path, *, name: str, needs_weights: bool = True) -> None:
+    """Refuse a folder in which something is wrong that its files show, before any of them is loaded.
 
     Raises: UserError for files that are missing, cut short or stand-ins of git-lfs, for weights that are
     quantised, attention that comes with another package, and a padding token outside the vocabulary.
@@ -99,12 +99,11 @@ def check_folder(folder: Path, *, name: str) -> Mapping[str, Any]:
     if not (folder / "config.json").is_file():
         raise UserError(found="no config.json", need="a model folder in Hugging Face format", where=name)
     parsed = {file: read_json_object(folder / file, name=name) for file in _JSON_FILES}
-    for file in model_weight_files(folder):
+    for file in model_weight_files(folder) if needs_weights else ():
         _check_no_pointer(file, name=name)
     config = parsed["config.json"] or {}
     for table in (config, *(table for table in config.values() if isinstance(table, dict))):
         _check_config(table, name=name)
-    return config
 
 
 def read_json_object(path: Path, *, name: str) -> dict[str, Any] | None:
@@ -174,14 +173,13 @@ def _check_config(config: Mapping[str, Any], *, name: str) -> None:
 
 
 @contextmanager
-def only_what_runs(folder: Path) -> Iterator[Path]:
+def only_what_runs(folder: Path, *, weights: tuple[Path, ...]) -> Iterator[Path]:
     """Yield a folder that holds links to the files that a model is made of, and to no others, for a while.
 
     An adapter next to the weights is left aside: transformers would load it on top. So are weights that the
     folder holds a second time, so that those are loaded that were hashed.
     """
-    weights = model_weight_files(folder)
-    if any((folder / name).is_file() for name in _ADAPTER_FILES):
+    if weights and any((folder / name).is_file() for name in _ADAPTER_FILES):
         _LOG.warning(
             "an adapter next to the weights of %s is left aside; model.adapter names one that is merged",
             folder.name,
@@ -204,9 +202,6 @@ def _is_kept(path: Path, weights: tuple[Path, ...]) -> bool:
     if path.is_dir():
         return path.name == "additional_chat_templates"
     if path.name in MODEL_INDEXES:  # one file of weights needs none
-        return any(weight.suffix in path.suffixes for weight in weights) and not _is_single(weights)
+        is_single = {weight.name for weight in weights} & {"model.safetensors", "pytorch_model.bin"}
+        return not is_single and any(weight.suffix in path.suffixes for weight in weights)
     return path.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-
-
-def _is_single(weights: tuple[Path, ...]) -> bool:
-    return weights[0].name in ("model.safetensors", "pytorch_model.bin")

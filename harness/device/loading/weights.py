@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from harness.assets.files import model_weight_files
 from harness.assets.hashes import is_head_tensor, tensors_sha256
 from harness.device.loading.folder import ModelFolder, check_folder, only_what_runs
 from harness.errors import UserError
@@ -47,7 +48,8 @@ def load_folder(place: ModelFolder, spec: ModelSpec, *, quantised: dict[str, Any
     check_folder(place.path, name=place.name)
     sha256 = tensors_sha256(place.path)
     shared: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code, "local_files_only": True}
-    with only_what_runs(place.path) as view, _one_line(place.name):
+    files = model_weight_files(place.path)
+    with only_what_runs(place.path, weights=files) as view, _one_line(place.name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             view,
             dtype=getattr(torch, spec.dtype),
@@ -70,8 +72,8 @@ def empty_model(place: ModelFolder, spec: ModelSpec) -> PreTrainedModel:
 
     Raises: UserError as `load_folder` does, for what the configuration shows.
     """
-    check_folder(place.path, name=place.name)
-    with only_what_runs(place.path) as view, _one_line(place.name), torch.device("meta"):
+    check_folder(place.path, name=place.name, needs_weights=False)
+    with only_what_runs(place.path, weights=()) as view, _one_line(place.name), torch.device("meta"):
         config = AutoConfig.from_pretrained(
             view, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )

@@ -51,14 +51,14 @@ def pointer(folder: Path) -> None:
     )
 
 
-# name -> what breaks the folder, what the one line says, whether it can be told without loading the weights
+# name -> what breaks the folder, what the one line says, whether all doors tell it, those without weights too
 BROKEN: dict[str, tuple[Break, str, bool]] = {
     "no config": (removed("config.json"), "no config.json", True),
     "config cut short": (cut("config.json"), "a broken config.json", True),
     "generation config cut short": (cut("generation_config.json"), "a broken generation_config.json", True),
     "tokenizer cut short": (cut("tokenizer.json"), "a broken tokenizer.json", True),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "tokenizer", False),
-    "no weights": (removed("model.safetensors"), "no model.safetensors", True),
+    "no weights": (removed("model.safetensors"), "no model.safetensors", False),
     "weights cut short": (cut("model.safetensors"), "a damaged safetensors file", False),
     "git-lfs pointer": (pointer, "a pointer of git-lfs", True),
     "quantised": (edited(quantization_config=GPTQ), r"quantised weights \(gptq\)", True),
