@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import IO, Any
@@ -17,7 +18,7 @@ class _Marked:
         self._stream, self._at_start = stream, True
 
     def write(self, text: str) -> int:
-        for line in text.splitlines(keepends=True):
+        for line in re.findall(r"[^\n]*\n|[^\n]+", text):
             self._stream.write((MARK if self._at_start else "") + line)
             self._at_start = line.endswith("\n")
         return len(text)

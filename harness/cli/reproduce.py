@@ -54,10 +54,7 @@ def reproduce(
     ] = None,
     hub: HubOption = False,
 ) -> None:
-    """Run a suite, judge it by the paper's claims, and write a report.
-
-    A run that was cut off is resumed by the same command.
-    """
+    """Run a suite, judge it by the paper's claims, write a report; the same command resumes a cut-off run."""
     from harness.measure.run import RunOptions, effective_suite, run_suite
 
     spec, file = find_suite(suite)

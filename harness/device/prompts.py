@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -21,9 +22,12 @@ from harness.assets.prompts import (
     turns_note,
 )
 from harness.device.engine import Engine, LoadedModel
+from harness.device.machine import device_info
 from harness.errors import UserError
+from harness.files import DataFile
 from harness.paths import cache_dir, resolve_path
 from harness.records.provenance import Environment, Provenance
+from harness.records.store import StoreKind, begun_with
 from harness.specs.assets import load_asset_specs
 from harness.specs.suite import PromptSpec, SuiteSpec
 
@@ -122,6 +126,14 @@ def take_date(loaded: LoadedModel, begun: Iterable[Provenance] = ()) -> None:
         if isinstance(past, Environment) and past.backbone_sha256 == loaded.sha256
     )
     taken_date(loaded.tokenizer, begun=next((day for day in dates if day is not None), None))
+
+
+def take_up_date(
+    loaded: LoadedModel, kind: StoreKind[Any], spec: DataFile, *, results: Path, resume: Path | None
+) -> None:
+    """Settle the day as `take_date` does, by the unfinished runs of a spec on the model's device."""
+    device = device_info(loaded.model.device)
+    take_date(loaded, begun_with(results, kind=kind, spec=spec, device=device, resume=resume))
 
 
 def warmup_prompts(suite: SuiteSpec, loaded: LoadedModel) -> tuple[Prompt, ...]:

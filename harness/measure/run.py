@@ -22,8 +22,7 @@ from harness.device.engine import (
 )
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
-from harness.device.machine import device_info
-from harness.device.prompts import Prompt, check_lengths, suite_prompts, take_date, warmup_prompts
+from harness.device.prompts import Prompt, check_lengths, suite_prompts, take_up_date, warmup_prompts
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import DataPath
@@ -39,7 +38,7 @@ from harness.records.run import (
     Manifest,
     RunRecord,
 )
-from harness.records.store import NO_REPORT, Store, begun_with
+from harness.records.store import NO_REPORT, Store
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.engine.memory import peak_memory_bytes
@@ -129,10 +128,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     base_folder = suite_file.parent if suite_file is not None else None
     console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
-    take_date(
-        loaded,
-        begun_with(options.results, kind=RUN, spec=suite, device=device_info(device), resume=options.resume),
-    )
+    take_up_date(loaded, RUN, suite, results=options.results, resume=options.resume)
     prompts = suite_prompts(
         suite,
         loaded,
@@ -154,16 +150,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     }
     for name, one in engines.items():
         has_calibration = calibrations[name] is not None
-        check_fixed_trees(
-            suite,
-            num_heads=one.heads.num_heads,
-            vocab_size=one.heads.vocab_size,
-            base_folder=base_folder,
-            has_calibration=has_calibration,
-            backbone=name,
-        )
-        check_lengths(prompts, one, max_new_tokens=suite.max_new_tokens)
-        _check_probes(suite, one)
+        _check_engine(suite, name, one, prompts, base_folder=base_folder, has_calibration=has_calibration)
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
@@ -177,6 +164,28 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
             session, calibrations, base_folder=base_folder, started=started, budget_s=options.time_budget_s
         )
     return store.folder
+
+
+def _check_engine(
+    suite: SuiteSpec,
+    backbone: BackboneName,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    *,
+    base_folder: Path | None,
+    has_calibration: bool,
+) -> None:
+    """Refuse trees, texts and probes that a backbone and its heads have no room for."""
+    check_fixed_trees(
+        suite,
+        num_heads=engine.heads.num_heads,
+        vocab_size=engine.heads.vocab_size,
+        base_folder=base_folder,
+        has_calibration=has_calibration,
+        backbone=backbone,
+    )
+    check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
+    _check_probes(suite, engine)
 
 
 def _fill_record(

@@ -191,11 +191,11 @@ class AblationRecord(RecordFolder):
     def steps(self, result: ArmResult) -> tuple[StepPoint, ...]:
         """Return the training steps of an arm; none for the start."""
         path = self.file(steps_file(result.label))
+        lines = lines_of(read_text(path)) if path.exists() else []
         try:
-            lines = lines_of(read_text(path)) if path.exists() else []
             context = ReadFrom(path.name)
             return tuple(StepPoint.model_validate_json(line, context=context) for line in lines)
-        except (UserError, ValidationError) as error:
+        except ValidationError as error:
             raise UserError(
                 found="an unreadable step log", need="one step a line", where=path.name
             ) from error

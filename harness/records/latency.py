@@ -34,7 +34,7 @@ class LatencyPoint(Versioned, PointKey):
     backbone_s: tuple[StepSeconds, ...] = Field(
         default=(), description="seconds of each forward pass over the nodes of every row"
     )
-    heads_s: tuple[StepSeconds, ...] = Field(
+    heads_s: tuple[Seconds, ...] = Field(
         default=(), description="seconds of each call of the heads at one state a row; empty without heads"
     )
     step_s: tuple[StepSeconds, ...] = Field(

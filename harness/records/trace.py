@@ -312,6 +312,8 @@ class Trace:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file, header included, once it is sure that they fit into memory."""
+    if not path.exists():
+        raise UserError(found="no readable trace (no such file)", need="a whole .npz trace")
     with zipfile.ZipFile(path) as archive:
         num_bytes = sum(member.file_size for member in archive.infolist())
     if num_bytes > _MOST_BYTES:

@@ -341,11 +341,8 @@ class SuiteSpec(DataFile):
     @property
     def greedy_arms(self) -> tuple[str, ...]:
         """The arms that draft, keep the backbone's own choice and decode with the original backbone."""
-        return tuple(
-            arm.name
-            for arm in self.arms
-            if arm.method == "medusa" and is_deterministic(arm) and arm.backbone == "original"
-        )
+        drafting = [arm for arm in self.arms if arm.method == "medusa" and arm.backbone == "original"]
+        return tuple(arm.name for arm in drafting if is_deterministic(arm))
 
     @property
     def drafts(self) -> bool:

@@ -117,7 +117,8 @@ def _reads_otherwise(call: ast.Call) -> bool:
     if (
         name == "open"
         and not any("b" in str(mode) for mode in modes)
-        and ast.unparse(owner) not in ("Store", "archive")
+        and ast.unparse(owner) not in ("Store", "archive", "os", "kind")
+        and not ast.unparse(owner).endswith("Record")
     ):
         return all(keyword.arg != "encoding" for keyword in call.keywords)
     return name in ("read_text", "write_text") and all(keyword.arg != "encoding" for keyword in call.keywords)

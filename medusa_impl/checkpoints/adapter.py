@@ -133,8 +133,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> TunedModel:
     except UserError:
         raise
     except Exception as error:  # what peft raises on a damaged configuration has no common class
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            found=f"an adapter that does not fit ({(str(error) or type(error).__name__).splitlines()[0]})",
+            found=f"an adapter that does not fit ({why})",
             need="the adapter of this model",
             where=folder.name,
         ) from error

@@ -24,7 +24,7 @@ from harness.device.engine import Engine, best_device, engine_from_heads, load_m
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
-from harness.device.prompts import take_date
+from harness.device.prompts import take_up_date
 from harness.device.trace import calibration_of
 from harness.errors import UserError
 from harness.files import write_json
@@ -44,7 +44,7 @@ from harness.records.ablation import (
 )
 from harness.records.provenance import Environment, machine_slug
 from harness.records.run import ArmTree
-from harness.records.store import NO_REPORT, Store, begun_with
+from harness.records.store import NO_REPORT, Store
 from harness.records.trace import Trace
 from harness.specs.ablation import AblationSpec
 from harness.specs.suite import SearchedTree
@@ -94,16 +94,7 @@ def run_ablation(
     )
     engine = engine_from_heads(loaded, resolve_path(spec.start_heads, base_folder=base_folder))
     calibration = _calibration(spec, engine, base_folder=base_folder)
-    take_date(
-        loaded,
-        begun_with(
-            options.results,
-            kind=ABLATION,
-            spec=spec,
-            device=device_info(best_device()),
-            resume=options.resume,
-        ),
-    )
+    take_up_date(loaded, ABLATION, spec, results=options.results, resume=options.resume)
     prompts = held_out_prompts(
         spec, loaded, left_out={prompt.key for prompt in calibration.prompts} if calibration else set()
     )

@@ -21,8 +21,7 @@ from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
 from harness.device.limits import measure_device_limits
 from harness.device.locks import Held, device_turns, folder_held
-from harness.device.machine import device_info
-from harness.device.prompts import take_date
+from harness.device.prompts import take_up_date
 from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.engine import (
@@ -49,7 +48,7 @@ from harness.records.latency import (
     ModeTrials,
     limits_file,
 )
-from harness.records.store import NO_REPORT, Store, begun_with
+from harness.records.store import NO_REPORT, Store
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.engine.memory import peak_memory_bytes
 
@@ -86,12 +85,7 @@ def run_latency(
     engine = load_latency_engine(
         spec, dtype=first, device=device, base_folder=base_folder, allow_hub=options.allow_hub
     )
-    take_date(
-        engine.loaded,
-        begun_with(
-            options.results, kind=LATENCY, spec=spec, device=device_info(device), resume=options.resume
-        ),
-    )
+    take_up_date(engine.loaded, LATENCY, spec, results=options.results, resume=options.resume)
     prompts = table_prompts(spec, engine, allow_hub=options.allow_hub)
     environment = describe_latency(engine, spec=spec, prompts=prompts, command=options.command)
     store = Store.open(

@@ -257,7 +257,7 @@ def test_trace_then_search_then_run_its_tree(heads_file: Path, tmp_path: Path) -
     assert ran.code == ExitCode.OK
     (folder,) = (tmp_path / "results").glob("micro/*/*")
     record = RunRecord(folder)
-    assert record.trees["fastest"].tree() == tree and record.trace is not None
+    assert record.trees["tree"].tree() == tree and record.trace is not None
     before = Trace.load(tmp_path / "trace.npz")
     for mine, theirs in zip(before.prompts, record.trace.prompts, strict=True):
         assert mine.tokens.tolist() == theirs.tokens.tolist() and mine.ranks.tolist() == theirs.ranks.tolist()

@@ -318,7 +318,7 @@ def test_what_cannot_be_formed_is_left_blank(tmp_path: Path) -> None:
     record sealed.
     """
     record = write_fake_ablation(
-        tmp_path / "record", best_tree_nodes=5000, arms={name: ARMS[name] for name in ("start", "medusa1")}
+        tmp_path / "record", best_tree_nodes=4096, arms={name: ARMS[name] for name in ("start", "medusa1")}
     )
     rows = ablation_rows(record)
     assert all(row.best_tokens_per_step is None and row.kl_above is None for row in rows)

@@ -87,7 +87,7 @@ def test_numbers_that_cannot_be_are_refused(
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "trace.npz")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="found a pipe; need a regular file"):
         Trace.load(tmp_path / "trace.npz")
     with pytest.raises(UserError, match="no such file"):
         Trace.load(tmp_path / "nowhere.npz")
