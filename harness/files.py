@@ -170,6 +170,9 @@ def _validated(
     where: str,
     key_of: Callable[[dict[str, Any], Location], str] | None = None,
 ) -> ModelT:
+    if isinstance(version := data.get("schema_version"), bool):  # which Python takes for 1
+        need = "a whole number, such as 1"
+        raise UserError(found=f"schema_version {str(version).lower()}", need=need, where=where)
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -42,9 +42,9 @@ def _count_faults(record: SweepRecord) -> Iterator[str]:
             f"{CELLS_FILE}: found {found[0]} cells, {failed} failed ones and {found[2]} points, need as "
             "many as in manifest.json"
         )
-    if manifest is not None and len(record.cells) < manifest.num_planned:
+    if manifest is not None and len(record.cells) != manifest.num_planned:
         found_cells = f"found {len(record.cells)} of {manifest.num_planned} planned cells"
-        yield f"{CELLS_FILE}: {found_cells}, need all (to mend it: resume the sweep)"
+        yield f"{CELLS_FILE}: {found_cells}, need exactly these (to mend it: resume the sweep)"
     if len({one.key for one in record.cells}) != len(record.cells):
         yield f"{CELLS_FILE}: found a cell twice, need each once"
 

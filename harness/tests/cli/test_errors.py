@@ -68,6 +68,14 @@ def test_wrong_suite_file(line: str, found: str, tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_a_version_that_is_true_is_not_one(tmp_path: Path) -> None:
+    """Python takes true for 1, and so took it for version 1."""
+    suite = tmp_path / "wrong.toml"
+    suite.write_text(SMOKE_FILE.read_text().replace("schema_version = 1", "schema_version = true", 1))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    assert ran.code == ExitCode.USER_ERROR and "found schema_version true" in ran.error_line
+
+
 def test_suite_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "wrong.toml").write_bytes(b"\xff\xfe\x00")
     ran = command("reproduce", tmp_path / "wrong.toml")

@@ -357,6 +357,10 @@ def test_damage_is_found(record: SweepRecord, tmp_path: Path) -> None:
     )
     (folder / CELLS_FILE).write_text("".join(lines[:-1]))
     assert any("of 8 planned cells" in fault for fault in validate_record(folder))
+    (folder / CELLS_FILE).write_text("".join(lines))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_planned": 3}))
+    assert any("found 8 of 3 planned cells" in fault for fault in validate_record(folder))
     (folder / "trees.json").write_text("{}")
     assert any(fault.startswith("trees.json") for fault in validate_record(folder))
 
