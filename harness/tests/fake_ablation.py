@@ -51,7 +51,7 @@ class FakeArm:
     num_layers: int = 1
     changed: bool = False  # a tensor of a frozen backbone
     reference_nll: float | None = (
-        None  # nats a token on texts of another hand, where it does not follow from KL
+        None  # nats a token on texts that neither model wrote, where it does not follow from KL
     )
 
 
