@@ -27,7 +27,7 @@ from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
 from harness.cli.profile import profile, profile_training_command
-from harness.cli.reproduce import report, reproduce
+from harness.cli.reproduce import claims_command, report, reproduce
 from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
@@ -43,6 +43,7 @@ app.command()(assets)
 app.command("new-suite")(new_suite)
 app.command()(reproduce)
 app.command()(report)
+app.command("claims")(claims_command)
 app.command()(train)
 app.command()(calibrate)
 app.command()(distill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,13 @@ from harness.cli.options import (
     command_line,
     console,
 )
+from harness.files import write_text
+from harness.judge.claims.standing import finished_records, standings
 from harness.paths import default_results
+from harness.report.claims import CLAIMS_PAGE, GROUPS, render_claims_page
+from harness.report.readme import claims_block, update_readme
 from harness.safe_text import SafeConsole
-from harness.specs.claims import load_claims
+from harness.specs.claims import load_claims, load_registry
 
 
 def reproduce(
@@ -82,6 +87,24 @@ def reproduce(
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
     finish(folder, claims=registry, readme=readme)
+
+
+def claims_command(
+    results: ResultsOption = None,
+    claims: ClaimsOption = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="file between whose markers the counts are written, such as README.md")
+    ] = None,
+) -> None:
+    """Say where every claim stands over all records, and write the page claims.md into the results folder."""
+    home = results or default_results()
+    registry = load_registry(claims)
+    found = standings(registry, finished_records(home))
+    write_text(home / CLAIMS_PAGE, render_claims_page(registry, found))
+    if readme is not None:
+        update_readme(readme, claims_block(found, results=home))
+    counts = {group: sum(one.group == group for one in found) for group in GROUPS}
+    print(json.dumps({"entries": len(found), **counts}))
 
 
 def report(

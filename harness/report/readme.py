@@ -5,6 +5,7 @@ README.md` writes the block of a record of any kind:
 
     NAME              shows
     results           a run
+    claims            all claims, over all records
     modes             a latency record
     sweep             a sweep
     the suite's name  an ablation
@@ -20,12 +21,14 @@ from pathlib import Path
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import read_text, write_bytes
 from harness.judge.ablation import AblationRow
+from harness.judge.claims.standing import Standing
 from harness.judge.judgement import CheckStatus, ClaimVerdict, Judgement
 from harness.records.ablation import AblationRecord
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.ablation import render_readme_ablation
+from harness.report.claims import render_readme_claims
 from harness.report.formatting import VERDICT_COLUMNS, paragraphs
 from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
@@ -111,6 +114,11 @@ def ablation_block(
         record.spec.name,
         lambda base: render_readme_ablation(record, rows, verdicts, base=base, elsewhere=elsewhere),
     )
+
+
+def claims_block(standings: Sequence[Standing], *, results: Path) -> Block:
+    """Return the block of all claims together, over the records of a results folder."""
+    return Block("claims", lambda base: render_readme_claims(standings, results=results, base=base))
 
 
 def training_block(paths: Sequence[Path]) -> Block:

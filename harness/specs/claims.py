@@ -20,6 +20,8 @@ CLAIMS_FILE = shipped("claims.toml")
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
 
 Kind = Literal["claim", "repo", "definition", "hyperparameter", "derived", "third_party", "inconsistency"]
+# Where a claim stands over all records; together they hold every entry of the registry once.
+Group = Literal["decided", "open", "cannot", "gpu", "weights", "judge", "consistency", "no claim"]
 Reading = Literal["read", "read-from-figure", "digitised", "computed", "secondary", "memory"]
 
 
@@ -78,14 +80,42 @@ class ClaimSpec(Spec):
         return self
 
 
+class DecidingRule(Spec):
+    """Which of several records decides a claim: those of one class of machines, the newest of a suite.
+
+    `counts` is the suite for what no machine bends (tokens/step, losses, replays, parity), `speeds` the one
+    for what times enter.
+    """
+
+    counts: str
+    speeds: str
+    machine: str
+    reason: str = Field(min_length=1)
+
+
 class ClaimsFile(Spec):
-    """A registry: roles of arms, shared texts and literal forms by name, and the claims."""
+    """A registry: roles of arms, shared texts and literal forms by name, and the claims.
+
+    `groups` says, by the names of `needs`, where a claim stands that no record tests; `decides` which record
+    decides one that several test.
+    """
 
     schema_version: Literal[1]
     roles: dict[str, str] = Field(default_factory=dict)
+    decides: DecidingRule | None = None
     needs: dict[str, str] = Field(default_factory=dict)
+    groups: dict[str, Group] = Field(default_factory=dict)
     literal: dict[str, LiteralForm] = Field(default_factory=dict)
     claims: tuple[ClaimSpec, ...]
+
+    def group_of(self, claim: ClaimSpec) -> Group:
+        """Return where a claim stands that no record tests."""
+        if claim.kind in ("derived", "inconsistency"):
+            return "consistency"
+        if claim.kind != "claim":
+            return "no claim"
+        name = next((name for name, text in self.needs.items() if text == claim.needs), None)
+        return self.groups.get(name or "", "weights" if claim.literal is not None else "open")
 
     @model_validator(mode="after")
     def _distinct(self) -> ClaimsFile:
@@ -98,7 +128,12 @@ class ClaimsFile(Spec):
 
 
 def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = None) -> tuple[ClaimSpec, ...]:
-    """Return the claims of a registry file, roles and shared texts filled in; without a path those that ship.
+    """Return the claims of a registry file. Arguments and errors are those of `load_registry`."""
+    return load_registry(path, roles=roles).claims
+
+
+def load_registry(path: Path | None = None, *, roles: Mapping[str, str] | None = None) -> ClaimsFile:
+    """Return a registry file, roles and shared texts filled in; without a path the one that ships.
 
     `roles` overrides which arm of the suite plays a role, such as {"optimised": "searched_64"}.
     Raises: UserError for an unreadable file, an unknown key, role, text or literal form, or an id that stands
@@ -111,7 +146,7 @@ def load_claims(path: Path | None = None, *, roles: Mapping[str, str] | None = N
             data = {**data, "roles": _overridden(data.get("roles", {}), roles, where=path.name)}
         return _filled(data, where=path.name)
 
-    return read_toml(path, ClaimsFile, noun="a claims file", prepare=prepare, key_of=_key).claims
+    return read_toml(path, ClaimsFile, noun="a claims file", prepare=prepare, key_of=_key)
 
 
 def _overridden(given: Any, roles: Mapping[str, str], *, where: str) -> dict[str, str]:
