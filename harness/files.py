@@ -193,6 +193,8 @@ def read_text(path: Path, *, need: str = "a text file in UTF-8") -> str:
     `need` is what messages say is needed instead of a file that cannot be read.
     Raises: UserError for a file that cannot be read or is not UTF-8.
     """
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise UserError(found="no regular file", need=need, where=path.name)
     try:
         return text_of(path.read_bytes())
     except (OSError, ValueError) as error:

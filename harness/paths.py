@@ -109,8 +109,18 @@ def holds_absolute_path(text: str) -> bool:
 
 
 def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """Return the cache folder, which need not exist: MEDUSA_REPRO_CACHE or the platform's own."""
+    """Return the cache folder, which need not exist: MEDUSA_REPRO_CACHE or the platform's own.
+
+    Raises: UserError for a user without a home folder.
+    """
     override = (os.environ if environ is None else environ).get(CACHE_VARIABLE)
-    return (
-        Path(override).expanduser().absolute() if override else platformdirs.user_cache_path("medusa-repro")
-    )
+    try:
+        if override:
+            return Path(override).expanduser().absolute()
+        return platformdirs.user_cache_path("medusa-repro")
+    except RuntimeError as error:  # no HOME, and no such user
+        raise UserError(
+            found="no home folder of this user, which a container may lack",
+            need=f"HOME or {CACHE_VARIABLE} to name a folder",
+            where="the environment",
+        ) from error

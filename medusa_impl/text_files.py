@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 
@@ -10,6 +11,8 @@ def read_text(path: Path) -> str:
 
     Raises: OSError, and UnicodeDecodeError, which is a ValueError.
     """
+    if path.exists() and not path.is_file():  # a pipe or a device may never end
+        raise OSError(errno.EINVAL, "no regular file", path.name)
     return path.read_text(encoding="utf-8-sig")
 
 

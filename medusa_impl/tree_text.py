@@ -96,7 +96,8 @@ def _parse(text: str, *, where: str) -> object:
             need="only schema_version, paths and provenance",
             where=where,
         )
-    if data.get("schema_version") != SCHEMA_VERSION or "paths" not in data:
-        found = f"schema_version {data.get('schema_version')!r}" if "paths" in data else "no paths"
+    version = data.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION or "paths" not in data:
+        found = f"schema_version {version!r}" if "paths" in data else "no paths"
         raise UserError(found=found, need=f"schema_version {SCHEMA_VERSION} and paths", where=where)
     return data["paths"]

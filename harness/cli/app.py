@@ -6,6 +6,7 @@ ours, 130 Ctrl-C, 141 the reader of a pipe is gone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tomllib
@@ -113,13 +114,16 @@ def main() -> None:
     print_any_text()
     try:
         code = app(standalone_mode=False)
-        sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
+        if sys.stdout is not None:  # None where it was closed from the start
+            sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
     except SystemExit:  # so ends rich where the reader of its output is gone
         code = ExitCode.PIPE_CLOSED
     except BaseException as error:
         if debug:
             traceback.print_exception(error)
-        code = _told(error)
+        code = _code_of(error)
+        with contextlib.suppress(OSError, SystemExit):  # nobody reads standard error: the code still says it
+            _tell(error)
     if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
         console.print("interrupted: what was measured is on disk; the same command resumes", soft_wrap=True)
     if code == ExitCode.PIPE_CLOSED:  # Python flushes once more at its end, and must not fail there
@@ -127,31 +131,41 @@ def main() -> None:
     sys.exit(int(code or 0))
 
 
-def _told(error: BaseException) -> int:
-    """Print one line about an error, whatever it is, and return its exit code."""
+def _code_of(error: BaseException) -> ExitCode:
+    """Return the exit code of an error, whatever it is."""
     if isinstance(error, BrokenPipeError):
         return ExitCode.PIPE_CLOSED
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return ExitCode.INTERRUPTED
     if isinstance(error, InvalidMeasurement):
-        return _print_error("invalid measurement", str(error), ExitCode.INVALID_MEASUREMENT)
+        return ExitCode.INVALID_MEASUREMENT
+    is_known = isinstance(error, UserError) or hasattr(error, "show") or _about_the_machine(error) is not None
+    return ExitCode.USER_ERROR if is_known else ExitCode.DEFECT
+
+
+def _tell(error: BaseException) -> None:
+    """Print one line about an error; none where the reader is gone, or where Ctrl-C has its own."""
+    if isinstance(error, BrokenPipeError | KeyboardInterrupt | typer.Abort):
+        return
     show = getattr(error, "show", None)  # a usage error that typer raised
     if show is not None:
         show()
-        return ExitCode.USER_ERROR
-    message = str(error) if isinstance(error, UserError) else _about_the_machine(error)
-    if message is not None:
-        return _print_error("error", message, ExitCode.USER_ERROR)
-    *_, frame = traceback.extract_tb(error.__traceback__)
-    message = (
-        f"found {type(error).__name__}: {without_paths(str(error))}; at {Path(frame.filename).name}, line "
-        f"{frame.lineno}; need none: this is a mistake in medusa-repro; to mend it: run the command with "
-        "--debug and report what it prints"
-    )
-    return _print_error("defect", message, ExitCode.DEFECT)
+    elif isinstance(error, InvalidMeasurement):
+        _print_error("invalid measurement", str(error))
+    elif (message := str(error) if isinstance(error, UserError) else _about_the_machine(error)) is not None:
+        _print_error("error", message)
+    else:
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"
+        what = f"{type(error).__name__}: {without_paths(str(error))}"
+        message = (
+            f"found {what}; at {where}; need none: this is a mistake in medusa-repro; to mend it: run the "
+            "command with --debug and report what it prints"
+        )
+        _print_error("defect", message)
 
 
-def _print_error(kind: str, message: str, code: int) -> int:
+def _print_error(kind: str, message: str) -> None:
     """Print one line; what a user typed may look like markup and is shown as it is."""
     console.print(
         f"[red]{kind}:[/red] {escape(' '.join(message.split()))}",
@@ -159,7 +173,6 @@ def _print_error(kind: str, message: str, code: int) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    return code
 
 
 def _about_the_machine(error: BaseException) -> str | None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
+from harness.safe_text import field_text
+
 MARK = "UNSEALED: "
 
 
@@ -35,5 +37,5 @@ def marked_lines(reason: str | None) -> Iterator[None]:
         return
     out, errors = _Marked(sys.stdout), _Marked(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        print(reason, file=sys.stderr)
+        print(field_text(reason), file=sys.stderr)
         yield

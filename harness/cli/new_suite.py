@@ -48,6 +48,8 @@ def new_suite(
             where="--out",
             do="name another file, or take that one away",
         )
+    if target.suffix != ".toml" or not target.name.isprintable():
+        raise UserError(found=f"a file {target.name!r}", need="a name that ends in .toml", where="--out")
     if heads is not None and not heads.exists():
         raise UserError(found=f"no file {heads.name!r}", need="trained draft heads", where="--heads")
     data = suite_data(name, config=config, model=model, heads=heads, home=target.parent)
@@ -64,7 +66,9 @@ def suite_data(
     """Return a suite of a model and, where there are any, its heads; `home` is the folder of its file."""
     said = config.get("dtype", config.get("torch_dtype"))
     positions = config.get("max_position_embeddings")
-    tokens = min(_MAX_NEW_TOKENS, positions // 2) if isinstance(positions, int) else _MAX_NEW_TOKENS
+    if isinstance(positions, bool) or not isinstance(positions, int) or positions < 4:
+        positions = 2 * _MAX_NEW_TOKENS  # not said, or nothing that a number of positions can be
+    tokens = min(_MAX_NEW_TOKENS, positions // 2)
     trace = heads.parent / "calibration.npz" if heads is not None else None
     has_trace = trace is not None and trace.is_file()
     return {

@@ -77,7 +77,11 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
         )
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
-    return suite.model_copy(update={"prompts": prompts, "arms": arms})
+    changed = suite.model_copy(update={"prompts": prompts, "arms": arms, "headline_arm": None})
+    told = suite.headline_arm
+    if told is not None and told not in changed.greedy_arms:  # it has the file's tree and name now
+        told = next((name for name in changed.greedy_arms if name not in suite.greedy_arms), None)
+    return changed.model_copy(update={"headline_arm": told})
 
 
 def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[ArmSpec, ...]:

@@ -14,7 +14,9 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.files import write_bytes
+from harness.paths import without_paths
 from harness.records.run import Failure, Generation, RunRecord
+from harness.safe_text import terminal_text
 
 ExportTable = Literal["generations", "steps"]
 
@@ -115,6 +117,10 @@ def steps_frame(record: RunRecord) -> pd.DataFrame:
     return frame.astype({**whole, "commit": "string", "step_s": "Float64", "timing_valid": "boolean"})
 
 
+def _plain(value: object) -> object:
+    return without_paths(terminal_text(value)) if isinstance(value, str) else value
+
+
 def export(record: RunRecord, target: Path, *, table: ExportTable = "generations") -> None:
     """Write one of the two tables as CSV or Parquet, as the target's suffix says.
 
@@ -124,6 +130,8 @@ def export(record: RunRecord, target: Path, *, table: ExportTable = "generations
     if suffix not in (".csv", ".parquet"):
         raise UserError(found=f"suffix {target.suffix!r}", need=".csv or .parquet", where=target.name)
     frame = generations_frame(record) if table == "generations" else steps_frame(record)
+    for name in frame.select_dtypes(include=["object", "string"]):  # text of others, which steers nothing
+        frame[name] = frame[name].map(_plain, na_action="ignore")
     if suffix == ".csv":
         content = frame.to_csv(index=False).encode()
     else:

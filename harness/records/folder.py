@@ -8,6 +8,7 @@ import stat
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -194,7 +195,8 @@ def kind_of(folder: Path) -> RecordKind:
     said, where = _said_kind(folder, specs=[_SPEC_OF[kind] for kind in held])
     if said is None and not held:
         first = ", ".join(names[0] for names in _FILES_OF.values())
-        inside = sorted(folder.rglob("manifest.json"), key=lambda path: path.parent.name)
+        below = ("*/manifest.json", "*/*/manifest.json", "*/*/*/manifest.json")  # as deep as records lie
+        inside = sorted(chain.from_iterable(map(folder.glob, below)), key=lambda path: path.parent.name)
         raise UserError(
             found="no record",
             need=f"a folder with one of {first}",

@@ -46,7 +46,7 @@ def open_trace(path: Path, *, unsealed: bool = False) -> Trace:
     Raises: UserError as `open_record` does, and for a file that is no whole trace.
     """
     if seal_fault_of(path) is not None and not unsealed:
-        open_record(path.parent)
+        open_record(path.resolve().parent)
     return Trace.load(path)
 
 
@@ -55,11 +55,11 @@ def seal_fault_of(path: Path) -> str | None:
 
     A file that lies in no record has no seal, and so nothing wrong with it.
     """
-    folder = path.parent
+    folder = path.resolve().parent  # a link has the seal of what it names
     try:
         kind = RECORDS[kind_of(folder)]
-    except UserError:
-        return None
+    except UserError as error:
+        return str(error) if (folder / MANIFEST_FILE).exists() else None
     is_record = (folder / MANIFEST_FILE).exists() or all((folder / name).exists() for name in kind.core[:2])
     return open_record(folder, unsealed=True).unsealed if is_record else None
 

@@ -469,3 +469,55 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(words: tuple[str, ...]
         typed = [sys.executable, "-m", "harness", *typed]
         ran = subprocess.run(typed, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (ExitCode.PIPE_CLOSED, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_the_code_is_right_where_nobody_can_read_the_message() -> None:
+    """A message that could not be written ended with 1, which says that a gate found a regression."""
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        words = [sys.executable, "-m", "harness", "validate", "nosuch"]
+        ran = subprocess.run(words, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert ran.returncode == ExitCode.USER_ERROR
+
+
+def test_standard_output_may_be_closed_from_the_start(tmp_path: Path) -> None:
+    program = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    words = [sys.executable, "-c", program, "-m", "harness", "schemas", str(tmp_path / "schemas")]
+    ran = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode == ExitCode.OK and "defect" not in ran.stderr
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch: MonkeyPatch) -> None:
+    """As in a container whose user has no entry in the list of users."""
+
+    def no_home(name: str) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MEDUSA_REPRO_CACHE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_path", no_home)
+    ran = command("assets")
+    assert ran.code == ExitCode.USER_ERROR and "need HOME or MEDUSA_REPRO_CACHE" in ran.error_line
+    monkeypatch.setenv("MEDUSA_REPRO_CACHE", "~nosuchuser/cache")
+    assert command("assets").code == ExitCode.USER_ERROR
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such pipes")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "{record}", "--claims", "{pipe}"),
+        ("report", "{record}", "--readme", "{pipe}"),
+        ("reproduce", "smoke", "--dry-run", "--tree", "{pipe}"),
+        ("reproduce", "{pipe}.toml"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(
+    words: tuple[str, ...], smoke: SmokeRun, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "pipe.toml").symlink_to(pipe)
+    ran = command(*(word.format(record=smoke.record.folder, pipe=pipe) for word in words))
+    assert ran.code == ExitCode.USER_ERROR and (
+        "regular file" in ran.error_line or "no file" in ran.error_line
+    )

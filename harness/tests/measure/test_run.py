@@ -320,7 +320,8 @@ def test_arms_that_one_tree_makes_the_same_become_one_named_after_the_file(tmp_p
     tree = tmp_path / "My Tree.v2.json"
     tree.write_text("[[0], [1]]")
     suite = load_suite(shipped("embedded.toml"))
-    arms = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tree)).arms
+    changed = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tree))
+    arms = changed.arms
     own = [arm for arm in arms if isinstance(arm.tree, FileTree)]
     assert [arm.name for arm in own] == [
         "my_tree_v2",
@@ -331,7 +332,8 @@ def test_arms_that_one_tree_makes_the_same_become_one_named_after_the_file(tmp_p
     assert {arm.baseline for arm in own} == {"vanilla", "vanilla_tuned", "vanilla_sampled"}
     others = [arm for arm in suite.arms if not isinstance(arm.tree, SearchedTree | FastestTree)]
     assert [arm for arm in arms if arm not in own] == others
-    SuiteSpec.model_validate(suite.model_dump() | {"arms": [arm.model_dump() for arm in arms]})
+    assert SuiteSpec.model_validate(changed.model_dump()) == changed
+    assert (suite.headline_arm, changed.headline_arm) == ("fastest", "my_tree_v2")
 
 
 def test_the_name_of_a_tree_never_takes_that_of_another_arm(tmp_path: Path) -> None:

@@ -122,6 +122,19 @@ def test_a_trace_in_an_altered_record_is_refused(tmp_path: Path) -> None:
     assert open_trace(tmp_path / "run" / "trace.npz", unsealed=True).prompts
 
 
+def test_a_trace_of_a_record_that_lost_files_is_refused_and_a_link_to_it_too(tmp_path: Path) -> None:
+    """Without the files that tell its kind, a record passed for a folder that is none."""
+    shutil.copytree(FIXTURES / "suite", tmp_path / "run")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "run" / "trace.npz")
+    open_trace(tmp_path / "link.npz")
+    for name in ("suite.toml", "generations.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    for path in (tmp_path / "run" / "trace.npz", tmp_path / "link.npz"):
+        with pytest.raises(UserError):
+            open_trace(path)
+        assert seal_fault_of(path) is not None
+
+
 def test_a_trace_in_no_record_has_no_seal() -> None:
     assert open_trace(FIXTURES / "trace.npz").prompts and seal_fault_of(FIXTURES / "trace.npz") is None
 
