@@ -136,6 +136,7 @@ class VerdictKind(StrEnum):
     REPRODUCED = "reproduced"
     NOT_REPRODUCED = "not reproduced"
     INCONCLUSIVE = "inconclusive"
+    NOT_DECIDABLE = "not decidable here"  # the device or the law fixes the outcome before the run
     NOT_TESTED = "not tested"
 
 

@@ -46,6 +46,7 @@ _STYLES = {
     VerdictKind.REPRODUCED: "green",
     VerdictKind.NOT_REPRODUCED: "red",
     VerdictKind.INCONCLUSIVE: "yellow",
+    VerdictKind.NOT_DECIDABLE: "dim",
     VerdictKind.NOT_TESTED: "dim",
 }
 

@@ -24,9 +24,9 @@ VERDICT_NOTE = """\
 measured step times; `predicted` by a model of the hardware; `computed` from the paper's own figures. In
 brackets the form of the test: `literal` = the paper's own model and setting; `transfer` = the claim's shape
 (an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
-no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. A claim
-that fails is a finding, not an error. *also* = a further form of the claim above it: it decides nothing and
-is not counted."""
+no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. `not
+decidable here` = the device fixes the outcome before the run. A claim that fails is a finding, not an error.
+*also* = a further form of the claim above it: it decides nothing and is not counted."""
 
 PAPER_STATES, WE_STATE = "what the paper states", "what we state of the paper"
 _OWN_COLUMNS = ("claim", WE_STATE, "paper", "ours", "verdict", "why")
@@ -68,7 +68,8 @@ def count_verdicts(judgement: Judgement) -> dict[str, int]:
 
 def verdicts_in_words(judgement: Judgement) -> str:
     """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
-    tested = [verdict for verdict in _tested(judgement) if verdict.counts]
+    undecided = (VerdictKind.NOT_TESTED, VerdictKind.NOT_DECIDABLE)
+    tested = [verdict for verdict in judgement.verdicts if verdict.counts and verdict.kind not in undecided]
     counts = ", ".join(f"{number} {kind}" for kind, number in count_verdicts(judgement).items())
     alone = sum(verdict.form == "paper-only" for verdict in tested)
     if not alone:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed
 from harness.specs.paper_forms import Form, Share, VariedForm
@@ -91,9 +91,10 @@ class FasterForm(Form):
 
 
 class LadderStepForm(Form):
-    """One rung: the arm exceeds the arm `over` by more than `bound`.
+    """One rung: the arm exceeds the arm `over` by more than `bound`, in tokens/step and in measured tokens/s.
 
-    It does so in tokens/step and in measured tokens/s.
+    With `slack` it is not decidable on a device whose step costs, timed before the run, outweigh by that
+    factor what calibration text promises.
     """
 
     test: Literal["ladder_step"]
@@ -101,6 +102,27 @@ class LadderStepForm(Form):
     over: str
     bound: float
     max_nodes: NodeCount | None = None
+    slack: float | None = Field(default=None, gt=1, le=100)
+
+
+class RateOverForm(Form):
+    """The arm yields more tokens/step than the arm `over` at the same tree, by more than `bound`.
+
+    With `gain` it yields that much more, such as 0.1 for 10 %, to within `margin`; then `bound` is not asked.
+    """
+
+    test: Literal["rate_over"]
+    arm: str
+    over: str
+    bound: float = 1.0
+    gain: Share | None = None
+    margin: Share | None = None
+
+    @model_validator(mode="after")
+    def _gain_with_margin(self) -> RateOverForm:
+        if (self.gain is None) != (self.margin is None):
+            raise ValueError("gain and margin need each other")
+        return self
 
 
 class SparseBeatsDenseForm(Form):
@@ -191,6 +213,7 @@ TransferForm = Annotated[
     LosslessForm
     | FasterForm
     | LadderStepForm
+    | RateOverForm
     | SparseBeatsDenseForm
     | SearchDepthForm
     | LossGrowsForm

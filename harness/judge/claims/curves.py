@@ -106,7 +106,7 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
     """
     evidence.require_speed()
     split = search_split(evidence)
-    cost_s = _step_seconds(evidence)
+    cost_s = step_seconds(evidence)
     sizes = [size for size in form.sizes if size in cost_s]
     if len(sizes) < 3:
         raise NotTestable(
@@ -149,7 +149,7 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
     return combined(parts)
 
 
-def _step_seconds(evidence: Evidence) -> dict[int, float]:
+def step_seconds(evidence: Evidence) -> dict[int, float]:
     """Return the median separately timed step by nodes, heads included where they were timed."""
     costs = evidence.record.step_costs
     if costs is None:

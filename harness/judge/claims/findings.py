@@ -16,6 +16,7 @@ FormT = TypeVar("FormT", bound=Form)
 
 _WORST_FIRST = (
     VerdictKind.NOT_TESTED,
+    VerdictKind.NOT_DECIDABLE,
     VerdictKind.NOT_REPRODUCED,
     VerdictKind.INCONCLUSIVE,
     VerdictKind.REPRODUCED,
@@ -39,6 +40,11 @@ class Finding:
 def not_tested(needs: str) -> Finding:
     """Return the finding of a claim that no evidence decides; `needs` says what is missing."""
     return Finding(kind=VerdictKind.NOT_TESTED, ours="", reason=needs, figure_kind=None)
+
+
+def not_decidable(ours: str, reason: str) -> Finding:
+    """Return the finding of a form whose outcome is fixed before the run; `ours` is what it would be."""
+    return Finding(kind=VerdictKind.NOT_DECIDABLE, ours=ours, reason=reason, figure_kind="composed")
 
 
 def tested(test: Callable[[], Finding]) -> Finding:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks
+from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks, step_seconds
 from harness.judge.claims.evidence import (
     EQUIVALENCE_LEVEL,
     Evidence,
@@ -26,6 +26,7 @@ from harness.judge.claims.findings import (
     combined,
     equivalence,
     holds,
+    not_decidable,
     percent,
     shown,
     varied,
@@ -42,6 +43,7 @@ from harness.specs.claim_forms import (
     LogGrowthForm,
     LossGrowsForm,
     LosslessForm,
+    RateOverForm,
     SearchDepthForm,
     SparseBeatsDenseForm,
     SpeedIdentityForm,
@@ -156,6 +158,8 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
         raise NotTestable(
             f"a tree has {max(sizes.values())} nodes, and this rung of the ladder allows {form.max_nodes}"
         )
+    if (fixed := _fixed_by_the_device(form, evidence)) is not None:
+        return fixed
     spec = evidence.record.suite.interval
     counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
     rate = ratio_of_rates(
@@ -180,6 +184,58 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
         )
     both = combined(parts)
     return replace(both, reason=f"{both.reason} (bound {form.bound:g}; {nodes} nodes)")
+
+
+def _fixed_by_the_device(form: LadderStepForm, evidence: Evidence) -> Finding | None:
+    """Return that this device cannot climb the rung, where that is clear before the run; else None.
+
+    It is where the step costs of the two sizes, timed before the trials, outweigh what calibration text
+    promises by `slack` times over.
+    """
+    trees = evidence.record.trees
+    if form.slack is None or evidence.calibration is None or not {form.arm, form.over} <= set(trees):
+        return None
+    try:
+        cost_s = step_seconds(evidence)
+    except NotTestable:
+        return None
+    sizes = sorted(cost_s)
+    own, over = (trees[name].tree() for name in (form.arm, form.over))
+    own_s, over_s = (
+        float(np.interp(tree.num_nodes, sizes, [cost_s[size] for size in sizes])) for tree in (own, over)
+    )
+    promised = [one.tokens_per_step for one in replays(evidence.calibration, [own, over])]
+    gain, cost = promised[0] / promised[1], own_s / over_s
+    if gain * form.slack > cost * form.bound:
+        return None
+    return not_decidable(
+        f"expected speed {gain / cost:.2f}x",
+        f"a step of {own.num_nodes} nodes costs {cost:.2f} times one of {over.num_nodes} on this device, "
+        f"where calibration text promises {gain:.2f} times the tokens/step: the speed is fixed before the "
+        f"run, by more than {form.slack:g} times",
+    )
+
+
+def _rate_over(form: RateOverForm, evidence: Evidence) -> Finding:
+    if evidence.tree(form.arm) != evidence.tree(form.over):
+        raise NotTestable(
+            f"{form.arm} and {form.over} decode with other trees, so that their steps cost otherwise"
+        )
+    counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
+    rates = (counts.tokens[0], counts.steps[0]), (counts.tokens[1], counts.steps[1])
+    spec = evidence.record.suite.interval
+    ratio = ratio_of_rates(rates[0], over=rates[1], spec=spec)
+    about = f"tokens/step of {form.arm} over {form.over} at one tree"
+    if form.gain is None or form.margin is None:
+        kind = above(ratio, form.bound)
+        reason = f"{about} above {form.bound:g}x: {holds(kind)}"
+    else:
+        apart = relative_gain(rates[0], over=rates[1], spec=spec, scale=1 / (1 + form.gain))
+        kind = equivalence(apart, form.margin)
+        reason = (
+            f"{about} is {1 + form.gain:g}x to within {form.margin:.0%}, by the 90 % interval: {holds(kind)}"
+        )
+    return Finding(kind=kind, ours=f"tokens/step {shown(ratio, 'x')}", reason=reason, figure_kind="measured")
 
 
 def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Finding:
@@ -310,6 +366,7 @@ _TESTS: dict[type, Callable[..., Finding]] = {
     LosslessForm: _lossless,
     FasterForm: _faster,
     LadderStepForm: _ladder_step,
+    RateOverForm: _rate_over,
     SparseBeatsDenseForm: _sparse_beats_dense,
     SearchDepthForm: _search_depth,
     LossGrowsForm: _loss_grows,

@@ -81,14 +81,16 @@ def standings(registry: ClaimsFile, records: Records) -> tuple[Standing, ...]:
 def _standing(claim: ClaimSpec, registry: ClaimsFile, told: Sequence[Told]) -> Standing:
     if not told:
         return Standing(claim, group=registry.group_of(claim))
-    first = told[0]
+    first = next((one for one in told if one.verdict.kind is not VerdictKind.NOT_DECIDABLE), told[0])
     differing = tuple(
         one
-        for one in told[1:]
+        for one in told
         if one.verdict.form == first.verdict.form and one.verdict.kind is not first.verdict.kind
     )
     if first.verdict.is_ours:
         return Standing(claim, "consistency", first, differing)
+    if first.verdict.kind is VerdictKind.NOT_DECIDABLE:
+        return Standing(claim, "cannot", first, differing)
     group: Group = "decided" if first.verdict.kind in _DECIDED else "open"
     return Standing(claim, group, first, differing)
 

@@ -18,7 +18,7 @@ from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
 from harness.records.probes import StepCosts
-from harness.records.run import ArmTree
+from harness.records.run import ArmTree, Generation
 from harness.records.trace import Trace
 from harness.specs.claim_forms import LogGrowthForm
 from harness.specs.claims import ClaimSpec, load_claims
@@ -130,6 +130,27 @@ def _with_steps_a_block(*, jitter: float, of_arms: float = 1.0, keyed: bool = Tr
     return spoil
 
 
+def _with_rate(factor: float) -> Spoil:
+    """Let typical acceptance keep `factor` times the tokens a step of the greedy arm on the same prompt."""
+
+    def spoil(parts: FakeParts) -> None:
+        greedy = {
+            one.trial.prompt_key: (one.num_tokens - 1) / one.num_steps
+            for one in parts.outcomes
+            if isinstance(one, Generation) and one.trial.arm == "optimised_64"
+        }
+
+        def change(one: Generation) -> dict[str, Any]:
+            tokens = one.num_tokens - 1
+            steps = max(1, round(tokens / (factor * greedy[one.trial.prompt_key])))
+            kept = tuple(tokens // steps + (number < tokens % steps) for number in range(steps))
+            return {"step_tokens": kept, "step_times_s": (0.02,) * steps}
+
+        parts.edit(change, arm="typical", limit=None)
+
+    return spoil
+
+
 def _other_first_token(parts: FakeParts) -> None:
     parts.edit(
         lambda one: {"token_ids": (one.token_ids[0] + 1, *one.token_ids[1:])}, arm="optimised_64", limit=1
@@ -161,6 +182,12 @@ CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
     ("F6", NO, {"head_hits": (0.97, 0.97, 0.97, 0.97, 0.97)}),
     ("F6", UNTESTED, {"omit": ("trace.npz",)}),
     ("F6", UNTESTED, {"head_hits": (0.6, 0.5, 0.4, 0.3)}),
+    ("BLOG-greedy", YES, {"spoil": _with_rate(1.1)}),
+    ("BLOG-greedy", NO, {"spoil": _with_rate(0.9)}),
+    ("BLOG-greedy", OPEN, {"spoil": _with_rate(1.0)}),
+    ("BLOG-greedy", UNTESTED, {"spoil": _with_tree(DraftTree.chain(1))}),
+    ("BLOG-typ10", YES, {"spoil": _with_rate(1.1)}),
+    ("BLOG-typ10", NO, {"spoil": _with_rate(1.3)}),
     ("Q-loss", YES, {}),
     ("Q-loss", NO, {"spoil": _with_losses(lambda losses, number: 9 - losses)}),
     ("Q-loss", OPEN, {"spoil": _with_losses(_up_and_down)}),
@@ -327,6 +354,21 @@ def test_a_rung_says_which_part_held(
     verdict = _judge(claims["T3-2"], evidence_of(step_s={"cartesian": 0.05}))
     assert "tokens/step of cartesian over chain: holds" in verdict.reason
     assert "speed of cartesian over chain: fails" in verdict.reason
+
+
+def test_a_rung_that_the_device_fixes_before_the_run_is_not_decidable_there(
+    evidence_of: Callable[..., Evidence], claims: dict[str, ClaimSpec]
+) -> None:
+    """A CPU whose step of 64 nodes costs three of 6 can gain by no tree, and that was told as a failure."""
+    dear, free = (_with_steps(per_node=per_node) for per_node in (0.5, 0.0))
+    for spoil, kind in ((dear, VerdictKind.NOT_DECIDABLE), (free, YES)):
+        evidence = evidence_of(num_prompts=32, spoil=spoil)
+        known = dataclasses.replace(evidence, calibration=evidence.trace())
+        verdict = _judge(claims["T3-2"], known)
+        assert verdict.kind is kind
+        assert ("the speed is fixed before the run" in verdict.reason) == (kind is not YES)
+    unpromised = evidence_of(num_prompts=32, spoil=dear)
+    assert unpromised.calibration is None and _judge(claims["T3-2"], unpromised).kind is YES
 
 
 def test_an_arm_that_was_not_run_is_named(evidence_of: Callable[..., Evidence]) -> None:

@@ -27,6 +27,8 @@ DECIDED = {
     "F4-1",
     "F4-2",
     "F6",
+    "BLOG-greedy",
+    "BLOG-typ10",
     "Q-loss",
     "DEF-nheads",
     "DEF-spd",
