@@ -70,7 +70,11 @@ def verdicts_in_words(judgement: Judgement) -> str:
     """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
     undecided = (VerdictKind.NOT_TESTED, VerdictKind.NOT_DECIDABLE)
     tested = [verdict for verdict in judgement.verdicts if verdict.counts and verdict.kind not in undecided]
-    counts = ", ".join(f"{number} {kind}" for kind, number in count_verdicts(judgement).items())
+    counts = ", ".join(
+        f"{number} {kind}"
+        for kind, number in count_verdicts(judgement).items()
+        if number or kind != VerdictKind.NOT_DECIDABLE.value
+    )
     alone = sum(verdict.form == "paper-only" for verdict in tested)
     if not alone:
         return f"{counts}."

@@ -224,7 +224,13 @@ def test_headline_is_one_json_object_with_a_relative_path(record: RunRecord, jud
         json.dumps(headline(judgement, record, base=record.folder.parent.parent), allow_nan=False)
     )
     assert found["record"] == f"{record.folder.parent.name}/some-run"
-    assert found["verdicts"] == {"reproduced": 2, "not reproduced": 1, "inconclusive": 1, "not tested": 2}
+    assert found["verdicts"] == {
+        "reproduced": 2,
+        "not reproduced": 1,
+        "inconclusive": 1,
+        "not decidable here": 0,
+        "not tested": 2,
+    }
     best = found["headline_arm"]
     assert (best["arm"], best["baseline"]) == ("optimised_64", "vanilla")
     assert best["speedup"]["low"] < best["speedup"]["estimate"] < best["speedup"]["high"]
