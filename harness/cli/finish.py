@@ -133,7 +133,9 @@ def _tell_ablation(record: AblationRecord, claims: Sequence[ClaimSpec], *, shows
     print_ablation(SafeConsole(), rows, verdicts)
     block = None
     if shows_block:
-        elsewhere = decided_elsewhere(claims, record, newest_ablations(folder.resolve().parents[2]))
+        above = folder.resolve().parents
+        others = newest_ablations(above[2]) if len(above) > 2 else ()
+        elsewhere = decided_elsewhere(claims, record, others)
         block = ablation_block(record, rows, verdicts, elsewhere=elsewhere)
     return Told(ablation_headline(record, rows, verdicts), block)
 

@@ -108,7 +108,8 @@ def test_a_frozen_backbone_is_the_original_and_a_trained_one_is_not(record: Abla
 
 
 def test_figures_and_report_follow_from_the_record_alone(record: AblationRecord, tmp_path: Path) -> None:
-    moved = shutil.copytree(record.folder, tmp_path / "moved")
+    # as deep as records lie: other ablations are looked for in the results folder above
+    moved = shutil.copytree(record.folder, tmp_path / "results" / "tiny_training" / "cpu" / "moved")
     readme = tmp_path / "README.md"
     readme.write_text("# T\n\n<!-- begin:tiny_training -->\n<!-- end:tiny_training -->\n")
     ran = command("report", moved, "--readme", readme)
