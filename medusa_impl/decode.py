@@ -29,9 +29,9 @@ from torch import Tensor
 from medusa_impl.acceptance import AcceptanceRule
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.rows import EndedBy, Rows
 from medusa_impl.engine.sections import Section, no_section
 from medusa_impl.heads import MedusaHeads, ordered_topk
-from medusa_impl.rows import EndedBy, Rows
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_buffers import TreeBuffers, tree_buffers
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
-from medusa_impl.rows import EndedBy
+from medusa_impl.engine.rows import EndedBy
 
 # A new cache gets room for somewhat longer prompts than the one that asks for it, rounded up, so that it is
 # not replaced for every prompt that is a little longer.

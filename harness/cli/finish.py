@@ -20,10 +20,10 @@ from harness.records.ablation import AblationRecord, newest_ablations
 from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFolder
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord, open_record
+from harness.records.profiles.step import StepProfile, read_step_profile
+from harness.records.profiles.training import TrainingProfile, read_training_profile
 from harness.records.run import RunRecord
-from harness.records.step_profile import StepProfile, read_step_profile
 from harness.records.sweep import SweepRecord
-from harness.records.training_profile import TrainingProfile, read_training_profile
 from harness.report.formatting import marked_page
 from harness.report.readme import (
     Block,

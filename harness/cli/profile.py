@@ -27,7 +27,7 @@ def profile(
 ) -> None:
     """Say where the time of a decoding step goes, for vanilla and for trees of growing size."""
     from harness.measure.step_profile import profile_suite
-    from harness.records.step_profile import parse_sizes
+    from harness.records.profiles.step import parse_sizes
 
     sizes = parse_sizes(nodes)
     spec, file = find_suite(suite)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from harness.compose.roofline import Simulation, llama_7b_block, step_cost
 from harness.errors import UserError
 from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.forms.paper import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
 from harness.specs.hardware import load_hardware
-from harness.specs.paper_forms import SimulatedBatchForm, SimulatedLengthForm, SimulatedPeakForm
 
 # The grid of the paper's Tables 6 to 8, and larger trees, since the simulated peak lies past that grid.
 CANDIDATES = (

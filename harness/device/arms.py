@@ -22,8 +22,8 @@ from harness.specs.suite import ArmSpec
 from medusa_impl.acceptance import AcceptanceRule, GreedyRule, RejectionRule, TypicalRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.rows import EndedBy
 from medusa_impl.engine.sections import Section, no_section
-from medusa_impl.rows import EndedBy
 from medusa_impl.tree import DraftTree
 
 PROMPT_LOOKUP_TOKENS = 10  # transformers' documented setting for prompt-lookup decoding

@@ -14,13 +14,13 @@ from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
+from harness.records.profiles.step import StepProfile
+from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Environment
 from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest, TrialOutcome
-from harness.records.step_profile import StepProfile
 from harness.records.sweep import SweepManifest, SweepOrigin, SweepTrees
 from harness.records.sweep_cells import SweepCell
 from harness.records.trace import TraceHeader
-from harness.records.training_profile import TrainingProfile
 from harness.specs.ablation import AblationSpec
 from harness.specs.latency import LatencySpec
 from harness.specs.suite import SuiteSpec

@@ -29,8 +29,8 @@ from harness.errors import UserError
 from harness.measure.run import describe
 from harness.measure.session import suite_engine
 from harness.paths import resolve_path
+from harness.records.profiles.step import PARTS, Part, SizeProfile, StepProfile
 from harness.records.run import ArmTree
-from harness.records.step_profile import PARTS, Part, SizeProfile, StepProfile
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from medusa_impl.engine.runner import Mode

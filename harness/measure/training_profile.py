@@ -26,8 +26,8 @@ from harness.errors import UserError
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import resolve_path
 from harness.records.probes import DeviceLimits
+from harness.records.profiles.training import MatrixThroughput, TrainingProfile
 from harness.records.provenance import Environment
-from harness.records.training_profile import MatrixThroughput, TrainingProfile
 from harness.specs.recipe import AnyRecipe, HeadsRecipe, JointRecipe
 from harness.training.joint import check_runnable, first_heads
 from harness.training.text import read_text, token_subset

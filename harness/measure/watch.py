@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 import medusa_impl.training.medusa1
 from harness.device.clock import Clock
-from harness.records.training_profile import PartProfile, StageProfile
+from harness.records.profiles.training import PartProfile, StageProfile
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 

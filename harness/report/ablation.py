@@ -12,17 +12,6 @@ from rich.table import Table
 from harness.judge.ablation import MEDUSA1_ARM, AblationRow
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
-from harness.report.ablation_tables import (
-    ABLATION_NOTE,
-    HEADS_NOTE,
-    REFERENCE_NOTE,
-    SEEDS_NOTE,
-    render_ablation_table,
-    render_heads,
-    render_references,
-    render_seeds,
-    row_cells,
-)
 from harness.report.figures.training import CURVES_FILE
 from harness.report.formatting import (
     ABSENT,
@@ -45,7 +34,18 @@ from harness.report.provenance import (
     path_within,
     record_link,
 )
-from harness.report.run_tables import render_verdicts
+from harness.report.tables.ablation import (
+    ABLATION_NOTE,
+    HEADS_NOTE,
+    REFERENCE_NOTE,
+    SEEDS_NOTE,
+    render_ablation_table,
+    render_heads,
+    render_references,
+    render_seeds,
+    row_cells,
+)
+from harness.report.tables.run import render_verdicts
 from harness.specs.ablation import START_ARM
 from harness.stats import Interval
 

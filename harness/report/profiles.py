@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from harness.errors import UserError
-from harness.records.step_profile import OWN_CODE_BOUND, SizeFactors, SizeProfile, StepProfile
-from harness.records.training_profile import (
+from harness.records.profiles.step import OWN_CODE_BOUND, SizeFactors, SizeProfile, StepProfile
+from harness.records.profiles.training import (
     HEADS_BOUND,
     PartProfile,
     StageProfile,

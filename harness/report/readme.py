@@ -34,13 +34,13 @@ from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_origin, record_link
 from harness.report.run import render_headline_arm
-from harness.report.run_tables import (
+from harness.report.sweep import render_readme_sweep
+from harness.report.tables.run import (
     render_arms_table,
     render_verdicts,
     verdicts_in_words,
     verdicts_on_run,
 )
-from harness.report.sweep import render_readme_sweep
 from harness.safe_text import page_text
 
 _ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")

@@ -25,7 +25,7 @@ from harness.report.run_evidence import (
     render_profile,
     render_step_costs,
 )
-from harness.report.run_tables import (
+from harness.report.tables.run import (
     CONSISTENCY_NOTE,
     VERDICT_NOTE,
     arms_note,

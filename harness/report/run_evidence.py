@@ -24,7 +24,7 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.run_tables import comparisons_by_arm, is_greedy_medusa
+from harness.report.tables.run import comparisons_by_arm, is_greedy_medusa
 from harness.specs.suite import BackboneName
 
 _PREDICTIONS_NOTE = """\

@@ -36,7 +36,7 @@ from harness.report.provenance import (
     record_link,
     relative_folder,
 )
-from harness.report.sweep_tables import (
+from harness.report.tables.sweep import (
     render_appendix_g,
     render_decoded,
     render_decoded_gap,

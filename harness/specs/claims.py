@@ -13,8 +13,8 @@ from harness.errors import UserError
 from harness.files import read_toml
 from harness.paths import shipped
 from harness.specs.bounds import Spec
-from harness.specs.claim_forms import LiteralForm, SweepForm, TrainingForm, TransferForm
-from harness.specs.paper_forms import PaperOnlyForm
+from harness.specs.forms.claims import LiteralForm, SweepForm, TrainingForm, TransferForm
+from harness.specs.forms.paper import PaperOnlyForm
 
 CLAIMS_FILE = shipped("claims.toml")
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role

@@ -105,7 +105,7 @@ def fake_facts() -> ModelFacts:
 
 
 def fake_modes(dtype: DtypeName = "float32") -> ModeTrials:
-    """Three prompts, five tokens behind the first of each, every mode at its own speed."""
+    """Three prompts, five tokens after the first of each, every mode at its own speed."""
     trials = [
         ModeTrial.model_validate(
             {
@@ -126,7 +126,7 @@ def fake_modes(dtype: DtypeName = "float32") -> ModeTrials:
 
 
 def fake_batches(speedups: Mapping[int, float] | None = None) -> BatchTrials:
-    """Eight texts of five tokens behind the first; a vanilla step takes a second whatever the batch."""
+    """Eight texts of five tokens after the first; a vanilla step takes a second whatever the batch."""
     trials = []
     for batch, speedup in (speedups or BATCH_SPEEDUPS).items():
         for start in range(0, 8, batch):

@@ -1,7 +1,7 @@
 """A complete, sealed record folder with known right answers, made without a model or a clock, and the means
 to spoil any part of it.
 
-The world behind it: on prompt p head k's best token is right with probability HEAD_HITS[k - 1], less on hard
+The made-up world: on prompt p head k's best token is right with probability HEAD_HITS[k - 1], less on hard
 prompts; a step of arm a takes STEP_S[a] seconds. So acceleration rates are those of a replay of `trace.npz`,
 overheads are STEP_S[a] / STEP_S["vanilla"] (exactly with `jitter=0`), and a step of N nodes costs
 `node_cost(N)`. Every claim's transfer form that the embedded suite decides holds.

@@ -149,8 +149,8 @@ def command_line(arguments: Sequence[str]) -> Callable[[], None]:
 
 def installed(arguments: Sequence[str], *, folder: Path, limit_s: float) -> Ended:
     """Run the command as a user does, in a process of its own."""
-    beside = Path(sys.executable).with_name("medusa-repro")
-    words = [str(beside)] if beside.exists() else [sys.executable, "-m", "harness"]
+    installed = Path(sys.executable).with_name("medusa-repro")
+    words = [str(installed)] if installed.exists() else [sys.executable, "-m", "harness"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     try:

@@ -39,7 +39,6 @@ TOP = (
     "errors",
     "heads",
     "recipes",
-    "rows",
     "stream",
     "text_files",
     "training_log",

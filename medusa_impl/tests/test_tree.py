@@ -164,6 +164,7 @@ def test_json_from_a_file(tmp_path: Path) -> None:
     [
         ('{"schema_version":1,"paths":[[0]],"widths":[1]}', "unknown key 'widths'"),
         ('{"schema_version":2,"paths":[[0]]}', "schema_version 2"),
+        ('{"schema_version":true,"paths":[[0]]}', "schema_version True"),
         ('{"paths":[[0]]}', "schema_version None"),
         ('{"schema_version":1}', "no paths"),
         ('{"schema_version":1,"paths":7}', "paths = 7"),

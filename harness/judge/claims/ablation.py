@@ -36,7 +36,8 @@ from harness.judge.claims.losses import rising_losses
 from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
-from harness.specs.claim_forms import (
+from harness.specs.claims import ClaimSpec
+from harness.specs.forms.claims import (
     HeadOrderForm,
     HurtsMoreForm,
     KeepsQualityForm,
@@ -46,7 +47,6 @@ from harness.specs.claim_forms import (
     TrainingForm,
     UnchangedForm,
 )
-from harness.specs.claims import ClaimSpec
 
 
 def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tuple[ClaimVerdict, ...]:

@@ -21,7 +21,7 @@ from harness.judge.claims.evidence import (
 )
 from harness.judge.claims.findings import Finding, NotTestable, above, combined, holds, shown
 from harness.judge.judgement import VerdictKind
-from harness.specs.claim_forms import LogGrowthForm, SpeedPeaksForm
+from harness.specs.forms.claims import LogGrowthForm, SpeedPeaksForm
 from harness.stats import Interval, bootstrap_totals
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from harness.judge.judgement import VerdictKind
-from harness.specs.paper_forms import Form, VariedForm
+from harness.specs.forms.paper import Form, VariedForm
 from harness.stats import FigureKind, Interval
 
 FormT = TypeVar("FormT", bound=Form)

@@ -16,8 +16,7 @@ from harness.compose.roofline import Simulation, attention_intensity, linear_int
 from harness.judge.claims.findings import Finding, NotTestable, varied
 from harness.judge.judgement import VerdictKind
 from harness.specs.claims import ClaimSpec, OperatorTable
-from harness.specs.hardware import load_hardware
-from harness.specs.paper_forms import (
+from harness.specs.forms.paper import (
     BoundMissedForm,
     CategoryMeansForm,
     ClosedFormsForm,
@@ -32,6 +31,7 @@ from harness.specs.paper_forms import (
     StatementsDifferForm,
     TableRatiosForm,
 )
+from harness.specs.hardware import load_hardware
 
 
 @dataclass(frozen=True)

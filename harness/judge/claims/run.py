@@ -36,7 +36,7 @@ from harness.judge.judgement import Comparison, Divergence, VerdictKind
 from harness.judge.step_costs import step_s_by_prompt
 from harness.judge.totals import column, prompt_totals, ratio_of_sums
 from harness.records.run import Generation
-from harness.specs.claim_forms import (
+from harness.specs.forms.claims import (
     ExtraHeadForm,
     FasterForm,
     LadderStepForm,

@@ -17,8 +17,8 @@ from harness.records.ablation import AblationRecord
 from harness.records.opened import open_record
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
-from harness.specs.claim_forms import FasterForm, LadderStepForm, SpeedIdentityForm, SpeedPeaksForm
 from harness.specs.claims import ClaimsFile, ClaimSpec, Group
+from harness.specs.forms.claims import FasterForm, LadderStepForm, SpeedIdentityForm, SpeedPeaksForm
 
 _SPEED_FORMS = (FasterForm, LadderStepForm, SpeedIdentityForm, SpeedPeaksForm)  # whose figure holds times
 _LAST = 10_000  # more than there are records

@@ -32,12 +32,12 @@ from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import SampledCell
-from harness.specs.claim_forms import (
+from harness.specs.claims import ClaimSpec
+from harness.specs.forms.claims import (
     TemperatureTrendForm,
     ThresholdTrendForm,
     TypicalBeatsRejectionForm,
 )
-from harness.specs.claims import ClaimSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 
 Floats = NDArray[np.float64]

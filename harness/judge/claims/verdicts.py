@@ -16,9 +16,9 @@ from harness.judge.claims.findings import Finding, not_tested, tested
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
 from harness.judge.judgement import ClaimVerdict, FormName, VerdictKind
-from harness.specs.claim_forms import LiteralForm
 from harness.specs.claims import ClaimSpec, Kind
-from harness.specs.paper_forms import Form
+from harness.specs.forms.claims import LiteralForm
+from harness.specs.forms.paper import Form
 
 # Statements that this project derived from the paper's figures: checked, and no claim of the paper's.
 _OURS: tuple[Kind, ...] = ("derived", "inconsistency")

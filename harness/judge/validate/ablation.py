@@ -7,7 +7,14 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from harness.judge.validate.faults import fault_of, load_faults, path_faults, place_faults, seal_faults
+from harness.judge.validate.faults import (
+    clock_faults,
+    fault_of,
+    load_faults,
+    path_faults,
+    place_faults,
+    seal_faults,
+)
 from harness.records.ablation import ARMS_FILE, AblationRecord, ArmResult
 from harness.specs.ablation import START_ARM
 
@@ -27,6 +34,7 @@ def ablation_faults(folder: Path) -> tuple[str, ...]:
         *_arm_faults(record),
         *(fault for result in record.results for fault in _file_faults(record, result)),
         *place_faults(record.environment, file="environment.json"),
+        *clock_faults(record.environment, record.manifest),
         *path_faults(record.spec, file="suite.toml"),
     )
 

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from harness.judge.validate.faults import path_faults, place_faults, repeated, seal_faults, unreadable
+from harness.judge.validate.faults import (
+    clock_faults,
+    path_faults,
+    place_faults,
+    repeated,
+    seal_faults,
+    unreadable,
+)
 from harness.records.folder import ASKED_FILE, file_of
 from harness.records.run import (
     ARM_STEPS_FILE,
@@ -66,6 +73,10 @@ def run_faults(folder: Path) -> tuple[str, ...]:
             _trace_faults,
         ),
         ({"environment.json"}, lambda record: place_faults(record.environment, file="environment.json")),
+        (
+            {"environment.json", "manifest.json"},
+            lambda record: clock_faults(record.environment, record.manifest),
+        ),
         ({"suite.toml"}, lambda record: path_faults(record.suite, file="suite.toml")),
     )
     for needed, relation in relations:

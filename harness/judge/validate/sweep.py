@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness.judge.validate.faults import load_faults, path_faults, place_faults, repeated, seal_faults
+from harness.judge.validate.faults import (
+    clock_faults,
+    load_faults,
+    path_faults,
+    place_faults,
+    repeated,
+    seal_faults,
+)
 from harness.records.sweep import CELLS_FILE, ORIGIN_FILE, SPEC_FILE, TREES_FILE, SweepRecord
 from harness.records.sweep_cells import AnyCell, ComposedCell
 
@@ -30,6 +37,7 @@ def sweep_faults(folder: Path) -> tuple[str, ...]:
             for fault in _cell_faults(cell, num_trees=len(record.trees.trees))
         ),
         *place_faults(record.origin, file=ORIGIN_FILE),
+        *clock_faults(record.origin, record.manifest),
         *path_faults(record.spec, file=SPEC_FILE),
     )
 

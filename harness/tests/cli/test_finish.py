@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli.marked import MARK
+from harness.cli.marked import MARK, marked_lines
 from harness.errors import ExitCode
 from harness.tests.tiny_suite import command
 
@@ -93,3 +93,13 @@ def test_faults_are_not_wrapped_in_a_pipe(tmp_path: Path) -> None:
     assert ran.code == ExitCode.INVALID_MEASUREMENT
     assert len(ran.err.splitlines()) == json.loads(ran.out.splitlines()[-1])["num_faults"]
     assert all(line.split(": ")[1].startswith("found ") for line in ran.err.splitlines())
+
+
+def test_the_reason_of_an_unsealed_record_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It names files and figures of the record, which anybody may have made."""
+    with marked_lines("found \x1b[31mx\nin a file"):
+        print("shown")
+    out, err = capsys.readouterr()
+    assert "\x1b" not in err and err.count("\n") == 1 and err.startswith(MARK) and out == f"{MARK}shown\n"

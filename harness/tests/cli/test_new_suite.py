@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,22 @@ def test_a_new_suite_that_cannot_be_written(
     ran = command("new-suite", *(word.format(home=home, there=there) for word in words))
     assert ran.code == ExitCode.USER_ERROR and found in ran.error_line
     assert there.read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize("positions", [-5, 1, True, None, "many"])
+def test_a_configuration_that_gives_no_number_of_positions_is_no_defect(
+    positions: object, home: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(home / "my-model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    changed = json.dumps({**config, "max_position_embeddings": positions})
+    (tmp_path / "model" / "config.json").write_text(changed, encoding="utf-8")
+    ran = command("new-suite", "--model", tmp_path / "model", "--out", tmp_path / "mine.toml")
+    assert ran.code == ExitCode.OK and load_suite(tmp_path / "mine.toml").max_new_tokens == 96
+
+
+@pytest.mark.parametrize("name", ["plain", "two\nlines.toml"])
+def test_a_name_that_no_command_takes_is_refused(name: str, home: Path, tmp_path: Path) -> None:
+    ran = command("new-suite", "--model", home / "my-model", "--out", tmp_path / name)
+    assert ran.code == ExitCode.USER_ERROR and "need a name that ends in .toml" in ran.error_line
+    assert not list(tmp_path.iterdir())

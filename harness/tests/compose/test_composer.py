@@ -245,7 +245,7 @@ def test_prompts_that_end_at_their_first_token_are_left_out() -> None:
 
 
 def test_contexts_are_what_the_cache_holds(plan: SweepPlan) -> None:
-    """The first step of a prompt of T tokens runs behind T kept ones: its root is known, but not yet in the
+    """The first step of a prompt of T tokens runs after T kept ones: its root is known, but not yet in the
     cache.
     """
     first = plan.composer.index.trace.prompts[0]

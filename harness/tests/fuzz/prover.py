@@ -55,7 +55,7 @@ class Case:
 
 
 class Prover:
-    """Runs cases in a world, one at a time; what each altered is put back behind it."""
+    """Runs cases in a world, one at a time; what each altered is put back after it."""
 
     def __init__(self, world: Path, out: Path, *, seed: int = 0) -> None:
         self.world, self.out, self.seed = world, out, seed
@@ -231,7 +231,7 @@ def _told(ended: Ended) -> str:
 
 
 def table(cases: Iterable[Case]) -> str:
-    """Return the cases that count by kind and mutation, and behind a slash the faults among them."""
+    """Return the cases that count by kind and mutation, and after a slash the faults among them."""
     counted = [case for case in cases if not case.same]
     num: Counter[tuple[str, str]] = Counter((case.kind, case.mutation) for case in counted)
     bad: Counter[tuple[str, str]] = Counter((case.kind, case.mutation) for case in counted if case.fault)

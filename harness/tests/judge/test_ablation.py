@@ -34,8 +34,8 @@ from harness.report.ablation import (
 )
 from harness.report.figures.training import curve, curves_figure, draw_curves
 from harness.report.readme import ablation_block, update_readme
-from harness.specs.claim_forms import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.forms.claims import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from harness.tests.readme_blocks import shows
 from medusa_impl.tree import DraftTree
@@ -471,7 +471,7 @@ def test_the_readme_shows_the_committed_ablations_that_decide_claims_each_claim_
 
 
 def test_a_claim_is_decided_by_the_largest_budget_that_tests_it(tmp_path: Path) -> None:
-    """A second look at a claim must not stand beside the first as if both were asked; which one counts is
+    """A second look at a claim must not stand next to the first as if both were asked; which one counts is
     fixed before it is run.
     """
     few = {name: ARMS[name] for name in ("start", "medusa1", "two_stage", "ramped")}

@@ -294,7 +294,7 @@ def test_a_step_is_a_tie_only_if_the_listed_ranks_allow_its_length(
         prompt = parts.trace.prompts[0]
         at = next(row for row in range(prompt.num_kept_tokens - 12) if prompt.ranks[row, 0] == 0)
         ranks = np.array(prompt.ranks)
-        ranks[: at + 7] = 3  # one token a step up to there, and behind the step below
+        ranks[: at + 7] = 3  # one token a step up to there, and after the step below
         ranks[at, 0] = 0
         traced = replace(prompt, ranks=ranks)
         extra = {"head_ties": [[KEY, at + 1, 1, lowest, highest]]}

@@ -162,7 +162,7 @@ def _tensors(folder: Path) -> Any:
 
 
 def _steps(folder: Path) -> dict[str, Any]:
-    """Return nothing: steps behind the last checkpoint are taken again, and come out the same."""
+    """Return nothing: steps after the last checkpoint are taken again, and come out the same."""
     return {}
 
 

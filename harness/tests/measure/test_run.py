@@ -1,4 +1,4 @@
-"""The smoke suite from end to end, and what a run does beside decoding: heads' control, failures, budget,
+"""The smoke suite from end to end, and what a run does besides decoding: heads' control, failures, budget,
 provenance.
 """
 

@@ -22,8 +22,8 @@ from harness.files import write_json
 from harness.measure.run import describe
 from harness.measure.step_profile import kept_contexts, measure_sizes, nested_trees
 from harness.paths import holds_absolute_path
+from harness.records.profiles.step import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.records.run import ArmTree
-from harness.records.step_profile import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.records.trace import Trace
 from harness.report.profiles import profile_headline, render_step_profile
 from harness.tests.device.test_trace import texts_of

@@ -21,7 +21,7 @@ from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
 from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
-from harness.records.training_profile import (
+from harness.records.profiles.training import (
     MatrixThroughput,
     PartProfile,
     StageProfile,

@@ -1,4 +1,4 @@
-"""Arms on a tuned backbone beside those on the original: each decodes, is traced and is checked with its own
+"""Arms on a tuned backbone, next to those on the original: each decodes, is traced and is checked with its own
 model and heads.
 """
 
@@ -29,7 +29,7 @@ from harness.judge.validate.record import validate_record
 from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
 from harness.report.run import headline_arm, render_report
-from harness.report.run_tables import arms_note
+from harness.report.tables.run import arms_note
 from harness.specs.recipe import JointRecipe
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite

@@ -145,7 +145,7 @@ def one_of_each(cells: list[Data]) -> list[Data]:
     for cell in cells:
         kind = cell.get("curve", {}).get("kind") or cell.get("setting", {}).get("rule")
         if cell["cell"] == "composed" and kind == "measured" and cell["curve"]["fingerprint"] != decoded:
-            continue  # the decoded point is drawn beside the composed ones of its own curve
+            continue  # the decoded point is drawn with the composed ones of its own curve
         found.setdefault((cell["cell"], kind), cell)
     return list(found.values())
 

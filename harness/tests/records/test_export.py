@@ -98,6 +98,16 @@ def test_unfinished_record_without_outcomes_gives_empty_tables(tmp_path: Path) -
     assert list(generations_frame(empty).columns) == list(GENERATION_COLUMNS)
 
 
+def test_text_of_a_records_maker_steers_nothing_and_names_no_folder(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        device = parts.environment.device.model_copy(update={"name": "\x1b[31mEPYC\u202e at /home/jane/x"})
+        parts.environment = parts.environment.model_copy(update={"device": device})
+
+    export(write_fake_record(tmp_path / "run", spoil=spoil, num_prompts=2, rounds=1), tmp_path / "t.csv")
+    text = (tmp_path / "t.csv").read_text(encoding="utf-8")
+    assert "EPYC" in text and not {"\x1b", "\u202e"} & set(text) and "/home" not in text
+
+
 @pytest.mark.parametrize("name", ["t.xlsx", "t"])
 def test_unknown_suffix_is_refused(record: RunRecord, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"need \.csv or \.parquet"):

@@ -33,7 +33,7 @@ NOT_FILES = ("suite", "judgement", "ablation_spec", "latency_spec", "sweep_spec"
 
 def record_models() -> list[type[BaseModel]]:
     """Return all models that are defined in `harness/records/`, and those that their fields hold."""
-    names = [found.name for found in pkgutil.iter_modules(harness.records.__path__, "harness.records.")]
+    names = [found.name for found in pkgutil.walk_packages(harness.records.__path__, "harness.records.")]
     found: dict[type[BaseModel], None] = {}
     for module in map(importlib.import_module, names):
         for value in vars(module).values():

@@ -24,11 +24,11 @@ from harness.judge.validate.record import validate_record
 from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import RecordKind, kind_of
 from harness.records.latency import LatencyRecord
+from harness.records.profiles.step import read_step_profile
+from harness.records.profiles.training import read_training_profile
 from harness.records.run import RunRecord, read_arm_steps
-from harness.records.step_profile import read_step_profile
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
-from harness.records.training_profile import read_training_profile
 from harness.report.ablation import render_ablation
 from harness.report.latency import render_latency_report
 from harness.report.profiles import render_step_profile, training_headline

@@ -99,6 +99,15 @@ def test_a_folder_of_records_is_told_from_a_record(tmp_path: Path) -> None:
         kind_of(tmp_path)
 
 
+def test_the_hint_looks_no_deeper_than_records_lie(tmp_path: Path) -> None:
+    """Of a whole disk it took eleven seconds, and named a folder that had nothing to do with it."""
+    (tmp_path / "a" / "b" / "c" / "d").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c" / "d" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        kind_of(tmp_path)
+    assert caught.value.do is None
+
+
 def test_a_kind_that_is_not_known_yet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"kind": "quality"}')
     (tmp_path / "suite.toml").write_text("")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import ExitCode, UserError
-from harness.records.training_profile import read_training_profile
+from harness.records.profiles.training import read_training_profile
 from harness.report.profiles import committed_profiles, render_readme_training
 from harness.report.readme import training_block, update_readme
 from harness.tests.readme_blocks import shows

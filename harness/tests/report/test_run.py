@@ -37,9 +37,9 @@ from harness.report.run_evidence import (
     render_profile,
     render_step_costs,
 )
-from harness.report.run_tables import render_arms_table, render_not_tested_table, render_verdict_table
-from harness.specs.claim_forms import FasterForm
+from harness.report.tables.run import render_arms_table, render_not_tested_table, render_verdict_table
 from harness.specs.claims import load_claims
+from harness.specs.forms.claims import FasterForm
 from harness.specs.suite import load_suite
 from harness.stats import Interval
 from harness.tests.fake_judgement import FAILED_CHECK, NEEDS_GPU, VERDICTS, judge, verdict

@@ -29,7 +29,7 @@ from harness.report.sweep import (
     render_sweep_report,
     sweep_headline,
 )
-from harness.report.sweep_tables import render_devices
+from harness.report.tables.sweep import render_devices
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.fake_latency import SHAPE

@@ -103,7 +103,7 @@ def test_the_33b_recipe_carries_appendix_b() -> None:
 
 
 def test_the_33b_recipe_answers_on_one_80_gb_gpu() -> None:
-    """Regression: 64 rows asked for 222 GB of key-value cache beside 65 GB of weights; twice that while one
+    """Regression: 64 rows asked for 222 GB of key-value cache on top of 65 GB of weights; twice that while one
     cache replaces another.
     """
     shape = load_shapes()["vicuna-33b-v1.3"]
@@ -288,7 +288,7 @@ def test_ablations_are_no_suites_and_suites_no_ablations() -> None:
 )
 def test_an_ablation_refuses_arms_that_it_cannot_measure(tmp_path: Path, changes: str, found: str) -> None:
     """Regression: a 4-bit recipe was trained on the model as it is, and the record said 4bit; one in full
-    failed behind its training.
+    failed after its training.
     """
     text = (
         (SUITES / "recipes" / "embedded_medusa2_ramped.toml")

@@ -90,7 +90,7 @@ def test_a_conversation_is_the_templates_own_text_with_its_answers_marked() -> N
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False, return_dict=True)[
         "input_ids"
     ]
-    assert list(sequence.token_ids) == whole[:-1]  # but for the line break behind the last turn
+    assert list(sequence.token_ids) == whole[:-1]  # but for the line break after the last turn
     answers = [sequence.token_ids[start:end] for start, end in sequence.answers]
     assert answers == [tuple(tokenizer("yes$")["input_ids"]), tuple(tokenizer("no$")["input_ids"])]
 
@@ -167,7 +167,7 @@ def test_second_turns_follow_answers_that_ended_and_resume_by_key() -> None:
         before = by_key[prompt.key.removesuffix(SECOND_TURN)]
         assert prompt.prompt_ids[:4] == (*before.prompt_ids, *before.token_ids) and prompt.temperature == 0.3
         assert prompt.prompt_ids[4:7] == (3, 1, ord("u")), (
-            "the line break that the template has behind an answer, then the next turn"
+            "the line break that the template has after an answer, then the next turn"
         )
     assert second_turns(firsts[:40], spec=spec) == tuple(
         prompt for prompt in prompts if int(prompt.key[1:].removesuffix(SECOND_TURN)) < 40
@@ -201,7 +201,7 @@ def marked(tokenizer: Any, sequence: TrainingSequence | None) -> str:
 
 
 def test_vicunas_template_writes_its_roles() -> None:
-    """Golden text: a system line, one space, roles in capitals, the end of sequence behind answers and
+    """Golden text: a system line, one space, roles in capitals, the end of sequence after answers and
     nowhere else.
     """
     plain = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
@@ -275,7 +275,7 @@ def test_under_vicunas_template_the_assistants_tokens_are_trained_on_and_no_othe
 
 
 def test_under_smollm2s_own_template_the_assistants_tokens_are_trained_on_and_no_others() -> None:
-    """Golden mask of two turns: neither the roles nor the line break behind an answer is trained on, the end
+    """Golden mask of two turns: neither the roles nor the line break after an answer is trained on, the end
     of sequence is.
     """
     found = find_cached(load_asset_specs()["smollm2-135m-instruct"], cache_dir=cache_dir())

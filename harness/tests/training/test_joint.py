@@ -102,7 +102,7 @@ def test_a_recipe_runs_from_the_command_line(folder: Path, heads_file: Path, tmp
 
 
 def test_what_a_training_left_is_calibrated_apart(folder: Path, tmp_path: Path) -> None:
-    """Where the tuned model could not be loaded whole behind its training."""
+    """Where the tuned model could not be loaded whole after its training."""
     path = write_recipe(folder, "apart")
     train(folder, tmp_path / "one")
     ran = command("calibrate", path, tmp_path / "one" / "out")
@@ -201,7 +201,7 @@ def test_two_processes_train_the_heads_and_adapter_of_one(
     ids=["frozen", "full"],
 )
 def test_sharded_processes_write_whole_models(folder: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    """A frozen backbone is hashed behind its training, one trained in full is written: both need weights that
+    """A frozen backbone is hashed after its training, one trained in full is written: both need weights that
     no process holds.
     """
     path = write_recipe(folder, f"sharded_{recipe['backbone']}", num_steps=2, **recipe)

@@ -20,8 +20,8 @@ from harness.judge.parity import parity_report
 from harness.records.probes import StepCosts
 from harness.records.run import ArmTree, Generation
 from harness.records.trace import Trace
-from harness.specs.claim_forms import LogGrowthForm
 from harness.specs.claims import ClaimSpec, load_claims
+from harness.specs.forms.claims import LogGrowthForm
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree
 

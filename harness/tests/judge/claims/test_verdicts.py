@@ -13,8 +13,8 @@ from harness.errors import UserError
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ParityReport, VerdictKind
-from harness.specs.claim_forms import LadderStepForm, SpeedIdentityForm
 from harness.specs.claims import CLAIMS_FILE, ROLE_KEYS, ClaimSpec, load_claims
+from harness.specs.forms.claims import LadderStepForm, SpeedIdentityForm
 from harness.tests.fake_record import write_fake_record
 
 NUM_CLAIMS = 233  # entries of the collection of the paper's figures that the registry was written from

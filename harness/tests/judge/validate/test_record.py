@@ -264,11 +264,21 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("latency", "modes.json", _value("step_times_s", "-1"), "step_times_s"),
     ("latency", "batches.json", _value("decode_s", "NaN"), "decode_s"),
     ("sweep", "cells.jsonl", lambda text: text + text, "found a cell twice"),
+    ("latency", "points.jsonl", _value("backbone_s", "5e-324"), "backbone_s"),
     ("sweep", "cells.jsonl", _value("vanilla_step_s", "NaN"), "vanilla_step_s"),
     ("sweep", "cells.jsonl", _lines(lambda rows: rows[0]["speedup"].pop()), "columns of other lengths"),
     ("ablation", "arms.jsonl", lambda text: text + text, "need each planned arm and seed once"),
     ("ablation", "arms.jsonl", _value("kl_sum", "NaN"), "kl_sum"),
 ]
+
+
+@pytest.mark.parametrize("kind", ["suite", "latency", "sweep", "ablation"])
+def test_a_record_cannot_have_taken_longer_than_there_was(kind: str, tmp_path: Path) -> None:
+    """`nox -s fuzz` found it: a manifest with any number of seconds was valid."""
+    shutil.copytree(FIXTURE / kind, tmp_path / "record")
+    manifest = tmp_path / "record" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "elapsed_s": 1e9}))
+    assert any("found elapsed_s 1e+09" in line for line in validate_record(tmp_path / "record"))
 
 
 @pytest.mark.parametrize(("kind", "name", "change", "fault"), SEALED_LIES)

@@ -273,7 +273,7 @@ def test_all_ten_ranks_of_a_text_are_those_of_the_sorted_logits() -> None:
     assert counted.num_targets == tuple(targets) == (463, 461, 459)
     assert [list(row) for row in counted.rank_hits] == hits
     assert all(min(row) > 0 for row in hits) and all(sum(row) < 200 for row in hits), (
-        "ten different counts, most targets behind them"
+        "ten different counts, most targets after them"
     )
 
 

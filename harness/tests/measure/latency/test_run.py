@@ -194,7 +194,7 @@ def test_cache_read_in_chunks_is_the_cache_of_the_whole_text(
 
 
 def test_rewound_cache_gives_the_same_step_again(engine: Engine) -> None:
-    """What a timed step kept is forgotten and the context behind it is intact."""
+    """What a timed step kept is forgotten and the context before it is intact."""
     backbone = engine.runner.backbone
     cache = filled_cache(backbone, context_tokens=20, batch=1, room_tokens=8)
 

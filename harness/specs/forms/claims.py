@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed
-from harness.specs.paper_forms import Form, Share, VariedForm
+from harness.specs.forms.paper import Form, Share, VariedForm
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
 

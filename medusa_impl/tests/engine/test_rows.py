@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from medusa_impl.rows import Rows
+from medusa_impl.engine.rows import Rows
 
 
 def test_a_row_ends_at_its_first_end_of_sequence_or_at_the_budget() -> None:
