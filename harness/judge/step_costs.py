@@ -64,7 +64,7 @@ def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
 
 
 def step_s_by_prompt(record: RunRecord, arm: str) -> dict[str, float] | None:
-    """Return an arm's separately timed step by prompt, in seconds: medians of a block's steps, rounds added.
+    """Return an arm's separately timed step by prompt, in seconds: the mean of its blocks' medians.
 
     Records from before prompts were noted have a row a block, in the order of the blocks. None where rows and
     blocks do not match.
@@ -75,10 +75,10 @@ def step_s_by_prompt(record: RunRecord, arm: str) -> dict[str, float] | None:
     if any(row.prompt_key is None for row in rows) and len(rows) != len(blocks):
         return None
     keys = [row.prompt_key or key for row, (_, key) in zip(rows, blocks, strict=False)]
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     for key, row in zip(keys, rows, strict=True):
-        found[key] = found.get(key, 0.0) + median(row.step_s)
-    return found or None
+        found.setdefault(key, []).append(median(row.step_s))
+    return {key: fmean(medians) for key, medians in found.items()} or None
 
 
 def num_nodes(record: RunRecord, arm: str) -> int:

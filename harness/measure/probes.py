@@ -103,12 +103,17 @@ class ArmSteps:
         if self._ended:
             return
         started = self._clock()
-        self._advance()
-        self._step_s.append(self._clock() - started)
-        self._backbone_s.append(self._timer.last["backbone"])
+        if self._advance():
+            self._step_s.append(self._clock() - started)
+            self._backbone_s.append(self._timer.last["backbone"])
+
+    @property
+    def num_timed(self) -> int:
+        """Return how many steps were timed so far; a short text can end before the first."""
+        return len(self._step_s)
 
     def cost(self, *, prompt_key: str | None = None) -> StepCost:
-        """Return what was timed so far."""
+        """Return what was timed so far, at least one step."""
         tree = self.runner.tree
         return StepCost(
             arm=self.runner.arm.name,
@@ -120,9 +125,12 @@ class ArmSteps:
             step_s=tuple(self._step_s),
         )
 
-    def _advance(self) -> None:
+    def _advance(self) -> bool:
+        """Take the next step; return whether there was one. After an exception there is none any more."""
+        self._ended = True
         step = next(self._steps, None)
         self._ended = step is None or step.ended[0] is not None
+        return step is not None
 
 
 def profile_arm(

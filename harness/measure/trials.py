@@ -204,29 +204,31 @@ def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Pro
         for arm in session.suite.arms
         if arm.backbone in contexts and arm.method in ("vanilla", "medusa") and not arm.stochastic
     ]
-    steps = {}
+    steps: dict[str, probes.ArmSteps] = {}
+    broken: set[str] = set()
     for arm in arms:
-        with _telling(session, arm):
+        with _left_out(session, arm, broken):
             steps[arm.name] = probes.ArmSteps(
                 runners[arm.name], contexts[arm.backbone], seed=None, clock=session.clock
             )
     order = random.Random(f"{session.suite.plan_seed}-{prompt.key}")
     for _ in range(_ARM_STEPS):  # in turns, so that a drift of the machine falls on all arms alike
         for arm in order.sample(arms, len(arms)):
-            if arm.name in steps:
-                with _telling(session, arm):
+            if arm.name not in broken:
+                with _left_out(session, arm, broken):
                     steps[arm.name].time_one()
-    for one in steps.values():
-        if (cost := one.cost(prompt_key=prompt.key)).step_s:
-            ARM_STEPS.append(session.store.folder, cost)
+    for one in (one for name, one in steps.items() if name not in broken):
+        if one.num_timed:
+            ARM_STEPS.append(session.store.folder, one.cost(prompt_key=prompt.key))
 
 
 @contextlib.contextmanager
-def _telling(session: Session, arm: ArmSpec) -> Iterator[None]:
-    """Tell of an arm that is broken: it costs only its own figures; its trials are Failures of their own."""
+def _left_out(session: Session, arm: ArmSpec, broken: set[str]) -> Iterator[None]:
+    """Leave an arm out of this block's separate steps if one raises; its trials are Failures of their own."""
     try:
         yield
     except Exception as error:
+        broken.add(arm.name)
         session.console.print(
             f"no separate steps of {arm.name}: {type(error).__name__}: {without_paths(str(error))}",
             markup=False,

@@ -44,7 +44,7 @@ class ProfileRow(Frozen):
 
     arm: str = Field(description="name that the suite gives the arm")
     num_steps: Count = Field(description="decoding steps that were timed")
-    step_s: StepSeconds = Field(description="seconds of all steps together")
+    step_s: Seconds = Field(description="seconds of all steps together; 0 where no step was taken")
     backbone_s: Seconds = Field(description="seconds in calls of the backbone, over all steps")
     heads_s: Seconds = Field(description="seconds in calls of the draft heads, over all steps")
     candidates_s: Seconds = Field(description="seconds for candidates, positions and mask, over all steps")
@@ -53,8 +53,8 @@ class ProfileRow(Frozen):
 
     @property
     def own_code_share(self) -> float:
-        """Return 1 - (backbone + heads) / step: what our own code costs."""
-        return 1 - (self.backbone_s + self.heads_s) / self.step_s
+        """Return 1 - (backbone + heads) / step: what our own code costs; 0 where no step was taken."""
+        return 0.0 if self.step_s == 0 else 1 - (self.backbone_s + self.heads_s) / self.step_s
 
 
 class Profile(Versioned):

@@ -179,6 +179,12 @@ def _probe_faults(record: RunRecord) -> Iterator[str]:
     yield from repeated(
         (cost.model_dump_json() for cost in record.arm_steps), file=ARM_STEPS_FILE, noun="line"
     )
+    keyed = (cost for cost in record.arm_steps if cost.prompt_key is not None)
+    of_prompts = Counter((cost.arm, cost.prompt_key) for cost in keyed)
+    for (arm_name, key), count in of_prompts.items():
+        if count > record.suite.rounds:
+            need = f"at most {record.suite.rounds}, one a round"
+            yield f"{ARM_STEPS_FILE}: found {count} lines of {arm_name} after {key}, need {need}"
     lines = Counter(cost.arm for cost in record.arm_steps)
     if more := sorted(str(arm) for arm, count in lines.items() if count > num_blocks):
         yield f"{ARM_STEPS_FILE}: found more than {num_blocks} lines of {more[0]}, need at most one a block"

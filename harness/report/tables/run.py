@@ -267,11 +267,17 @@ def _tested(judgement: Judgement) -> list[ClaimVerdict]:
     return sorted(tested, key=lambda verdict: verdict.claim_id in alone)
 
 
+def marked_verdict(verdict: ClaimVerdict) -> str:
+    """Return a verdict for a table's cell, with what it turns to where our own settings have other values."""
+    word = f"**{verdict.kind.value}**" if verdict.decides else f"also: {verdict.kind.value}"
+    return f"{word} ({', '.join(verdict.turns)})" if verdict.turns else word
+
+
 def _verdict_row(verdict: ClaimVerdict) -> tuple[object, ...]:
     claim = f"{verdict.claim_id} ({verdict.place})" if verdict.place else verdict.claim_id
     form = "" if verdict.form == "none" else f" ({verdict.form})"
     kind = f"{verdict.figure_kind or ABSENT}{form}"
-    marked = f"**{verdict.kind.value}**" if verdict.decides else f"also: {verdict.kind.value}"
+    marked = marked_verdict(verdict)
     return (
         claim,
         verdict.stated,

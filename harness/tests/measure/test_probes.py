@@ -123,6 +123,28 @@ def test_arm_steps_end_with_the_text(engine: Engine) -> None:
     assert cost.step_s == (1.0, 1.0) and cost.num_heads == 0  # of three steps the first is left out
 
 
+def test_a_step_that_raises_is_the_last_and_has_no_time(engine: Engine) -> None:
+    """A generator that raised is at its end, which would look like the text's."""
+    arm = smoke_suite().arm("vanilla")
+    prompt = suite_prompts(smoke_suite(), engine.loaded)[0].prompt_ids
+    with WorkClock(engine.loaded.model) as clock:
+        runner = ArmRunner(
+            engine, arm, tree=None, max_new_tokens=40, max_prompt_tokens=len(prompt), clock=clock
+        )
+        steps = probes.ArmSteps(runner, prompt, seed=None, clock=clock)
+        steps.time_one()
+        hook = engine.loaded.model.register_forward_pre_hook(_raise)
+        with pytest.raises(RuntimeError, match="no memory"):
+            steps.time_one()
+        hook.remove()
+        steps.time_one()
+        assert steps.cost().step_s == (1.0,)
+
+
+def _raise(*_: object) -> None:
+    raise RuntimeError("no memory")
+
+
 def test_profile_gives_the_backbone_all_of_a_clock_that_only_it_moves(engine: Engine) -> None:
     prompts = [prompt.prompt_ids for prompt in suite_prompts(smoke_suite(), engine.loaded)[:2]]
     for name, tree in (("vanilla", None), ("chain", DraftTree.chain(4))):
