@@ -61,10 +61,11 @@ class RunOptions:
 
 def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
     """Return the suite with the command line's changes in it."""
-    prompts, arms = suite.prompts, suite.arms
+    prompts, arms, headline = suite.prompts, suite.arms, suite.headline_arm
     if options.tree_file is not None:
         DraftTree.from_json(options.tree_file)
-        arms = _with_tree(suite.arms, options.tree_file)
+        arms, renamed = _with_tree(suite.arms, options.tree_file)
+        headline = renamed.get(headline, headline) if headline is not None else None
         if arms == suite.arms:
             raise UserError(
                 found="no arm with a searched tree",
@@ -77,15 +78,11 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
         )
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
-    changed = suite.model_copy(update={"prompts": prompts, "arms": arms, "headline_arm": None})
-    told = suite.headline_arm
-    if told is not None and told not in changed.greedy_arms:  # it has the file's tree and name now
-        told = next((name for name in changed.greedy_arms if name not in suite.greedy_arms), None)
-    return changed.model_copy(update={"headline_arm": told})
+    return suite.model_copy(update={"prompts": prompts, "arms": arms, "headline_arm": headline})
 
 
-def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[ArmSpec, ...]:
-    """Return the arms with a file's tree in place of those that are searched.
+def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[tuple[ArmSpec, ...], dict[str, str]]:
+    """Return the arms with a file's tree in place of the searched ones, and the new names by the old ones.
 
     Arms that only their trees told apart become one. It is named after the file, since the names that the
     suite gave say how its trees were found.
@@ -94,6 +91,8 @@ def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[ArmSpec, ...]:
     stem = re.sub(r"[^a-z0-9]+", "_", file.stem.lower()).strip("_") or "tree"
     names = {arm.name for arm in arms if not isinstance(arm.tree, SearchedTree | FastestTree)}
     found: list[ArmSpec] = []
+    made: dict[ArmSpec, str] = {}  # the name that an arm got, by the arm as it would be called without others
+    renamed: dict[str, str] = {}
     for arm in arms:
         if not isinstance(arm.tree, SearchedTree | FastestTree):
             found.append(arm)
@@ -101,14 +100,15 @@ def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[ArmSpec, ...]:
         words = [stem, "tuned" if arm.backbone == "tuned" else "", _sampled_rule(arm)]
         name = "_".join(filter(None, words))
         with_tree = arm.model_copy(update={"tree": tree, "name": name})
-        if with_tree in found:
-            continue
-        number = count(2)
-        while with_tree.name in names:
-            with_tree = with_tree.model_copy(update={"name": f"{name}_{next(number)}"})
-        names.add(with_tree.name)
-        found.append(with_tree)
-    return tuple(found)
+        if with_tree not in made:
+            number, free = count(2), name
+            while free in names:
+                free = f"{name}_{next(number)}"
+            names.add(free)
+            made[with_tree] = free
+            found.append(with_tree.model_copy(update={"name": free}))
+        renamed[arm.name] = made[with_tree]
+    return tuple(found), renamed
 
 
 def _sampled_rule(arm: ArmSpec) -> str:

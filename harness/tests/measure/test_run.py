@@ -31,6 +31,7 @@ from harness.judge.judgement import CheckStatus
 from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.measure.plan import make_plan
+from harness.measure.probes import ArmSteps
 from harness.measure.run import RunOptions, effective_suite
 from harness.paths import shipped
 from harness.records.run import RunRecord
@@ -212,6 +213,33 @@ def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypat
     assert "RuntimeError" in report and "INVALID" in report
 
 
+def test_an_arm_whose_separate_step_raises_leaves_no_line_of_it(
+    heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """The steps before the one that failed would have stood there as if they were all."""
+    time_one = ArmSteps.time_one
+
+    def broken(steps: ArmSteps) -> None:
+        if steps.runner.arm.name == "chain" and steps.num_timed == 1:
+            raise RuntimeError("out of memory")
+        time_one(steps)
+
+    monkeypatch.setattr(ArmSteps, "time_one", broken)
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, reports_speed=True))
+    ran = command("reproduce", suite, "--results", tmp_path / "results")
+    (folder,) = (tmp_path / "results").glob("micro/*/*")
+    named = {cost.arm for cost in RunRecord(folder).arm_steps}
+    assert "vanilla" in named and "chain" not in named
+    assert "no separate steps of chain: RuntimeError" in " ".join(ran.err.split())
+
+
+def test_texts_that_end_before_a_separate_step_leave_no_line(heads_file: Path, tmp_path: Path) -> None:
+    """The first steps warm up; the line of an arm without another one used to end the run."""
+    data = micro_data(heads_file, reports_speed=True, max_new_tokens=2)
+    record = RunRecord(run(data, tmp_path / "results"))
+    assert not any(cost.prompt_key is not None for cost in record.arm_steps) and not record.failures
+
+
 def test_heads_no_better_than_random_ones_are_never_timed(
     tiny: tuple[LoadedModel, Engine], tmp_path: Path
 ) -> None:
@@ -336,13 +364,23 @@ def test_arms_that_one_tree_makes_the_same_become_one_named_after_the_file(tmp_p
     assert (suite.headline_arm, changed.headline_arm) == ("fastest", "my_tree_v2")
 
 
-def test_the_name_of_a_tree_never_takes_that_of_another_arm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("chain.json", "chain_2"),
+        ("...", "tree"),
+        ("fastest.json", "fastest"),
+        ("optimised_64.json", "optimised_64"),
+    ],
+)
+def test_the_name_of_a_tree_never_takes_that_of_another_arm(file: str, expected: str, tmp_path: Path) -> None:
+    """The headline arm goes on under its new name, and is the one with the file's tree."""
     suite = load_suite(shipped("embedded.toml"))
-    for name, expected in (("chain.json", "chain_2"), ("...", "tree")):
-        (tmp_path / name).write_text("[[0]]")
-        arms = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tmp_path / name)).arms
-        own = [arm.name for arm in arms if isinstance(arm.tree, FileTree)]
-        assert own[0] == expected and len({arm.name for arm in arms}) == len(arms)
+    (tmp_path / file).write_text("[[0]]")
+    changed = effective_suite(suite, RunOptions(results=tmp_path, tree_file=tmp_path / file))
+    own = [arm.name for arm in changed.arms if isinstance(arm.tree, FileTree)]
+    assert own[0] == expected and len({arm.name for arm in changed.arms}) == len(changed.arms)
+    assert changed.headline_arm == expected
 
 
 @pytest.mark.parametrize("layout", ["pickled", "folder"])
