@@ -40,7 +40,7 @@ def trials_complete(record: RunRecord) -> CheckOutcome:
     missing, strange = sorted(map(_name, planned - trials)), sorted(map(_name, trials - planned))
     found = f"{len(trials)} trials with an outcome"
     found += _first(", missing", missing) + _first(", not planned", strange)
-    found += _first(", told of twice in line", [str(number) for number in record.repeated])
+    found += _first(", a second outcome of a trial on line", [str(number) for number in record.repeated])
     is_whole = bool(trials) and not missing and not strange and counted == len(planned)
     is_whole = is_whole and not record.repeated
     return _outcome(
@@ -245,7 +245,9 @@ def sampled_parity(record: RunRecord) -> CheckOutcome:
     if not pairs:
         return _skipped("sampled_parity", "no generation of rejection has a baseline's of the same seed")
     wrong = [_name(trial) for trial, tokens, base in pairs if tokens != base]
-    allowed = ceil(sum(len(base) for _, _, base in pairs) / TOKENS_PER_TIE)
+    allowed = (
+        sum(len(base) for _, _, base in pairs) // TOKENS_PER_TIE
+    )  # no whole text is one tie: rounded down
     return _outcome(
         "sampled_parity",
         len(wrong) <= allowed,

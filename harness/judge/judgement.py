@@ -144,7 +144,8 @@ class ClaimVerdict(Frozen):
     """One claim's verdict with its evidence: our figure, its kind, and the reason.
 
     Where `decides` is false, it is the verdict of a further form, which is shown and does not count.
-    `is_ours` marks a statement of this project about the paper's figures, which does not count either.
+    `turns` says with which other values of this project's settings the verdict is another one. `is_ours`
+    marks a statement of this project about the paper's figures, which does not count either.
     """
 
     claim_id: str
@@ -156,6 +157,7 @@ class ClaimVerdict(Frozen):
     ours: str
     figure_kind: FigureKind | None
     reason: str
+    turns: tuple[str, ...] = ()
     decides: bool = True
     is_ours: bool = False
 

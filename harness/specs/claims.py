@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -80,17 +80,39 @@ class ClaimSpec(Spec):
         return self
 
 
+class MeasuredLimits(Protocol):
+    """What a run measured of its device."""
+
+    @property
+    def read_bandwidth_bytes_per_s(self) -> float: ...
+
+
 class DecidingRule(Spec):
     """Which of several records decides a claim: those of one class of machines, the newest of a suite.
 
     `counts` is the suite for what no machine bends (tokens/step, losses, replays, parity), `speeds` the one
-    for what times enter.
+    for what times enter. A class of machines is a name as in the folders of records, and a band of the read
+    bandwidth that a run measures.
+    Units: GB/s, from the first up to the second.
     """
 
     counts: str
     speeds: str
     machine: str
+    read_gb_per_s: tuple[float, float]
     reason: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _a_band(self) -> DecidingRule:
+        low, high = self.read_gb_per_s
+        if not 0 <= low < high:
+            raise ValueError(f"read_gb_per_s is a band, from lower to higher: not {low:g} to {high:g}")
+        return self
+
+    def has_bandwidth(self, limits: MeasuredLimits | None) -> bool:
+        """Return whether what a run measured lies in the band; a run without a measurement is of no class."""
+        low, high = self.read_gb_per_s
+        return limits is not None and low <= limits.read_bandwidth_bytes_per_s / 1e9 < high
 
 
 class ClaimsFile(Spec):

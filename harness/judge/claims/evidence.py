@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.replay import Replay, ReplayIndex
+from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
@@ -19,12 +20,7 @@ from harness.records.trace import PromptTrace, Trace, TraceProvenance
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
-from medusa_impl.tree_search import (
-    GrownTree,
-    grow_by_joint_hits,
-    grow_by_marginals,
-    marginal_accuracies,
-)
+from medusa_impl.tree_search import GrownTree
 
 Floats = NDArray[np.float64]
 EQUIVALENCE_LEVEL = 0.9  # two one-sided tests at 5 %
@@ -137,17 +133,10 @@ class SearchSplit:
         max_depth: int | None = None,
         values: Literal["joint", "marginals"] = "joint",
     ) -> GrownTree:
-        """Return the best trees up to `num_nodes` nodes on the text for growth.
-
-        `marginals` adds up products of the heads' accuracies, as the paper does; `joint` counts how often all
-        of a path was right.
-        """
+        """Return the best trees up to `num_nodes` nodes on the text for growth, as `compose` grows them."""
         try:
-            if values == "marginals":
-                accuracies = marginal_accuracies(self.growth.ranks, max_rank=max_rank)
-                return grow_by_marginals(accuracies, num_nodes=num_nodes, max_depth=max_depth)
-            return grow_by_joint_hits(
-                self.growth.ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth
+            return grow(
+                self.growth, num_nodes=num_nodes, values=values, max_rank=max_rank, max_depth=max_depth
             )
         except UserError as error:
             raise NotTestable(f"no tree of {num_nodes} nodes can be grown ({error})") from error

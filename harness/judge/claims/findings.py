@@ -29,12 +29,16 @@ class NotTestable(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """One test's verdict, figure and reason; a claim of several parts has one finding a part."""
+    """One test's verdict, figure and reason; a claim of several parts has one finding a part.
+
+    `turns` says with which other values of our own settings the verdict is another one.
+    """
 
     kind: VerdictKind
     ours: str
     reason: str
     figure_kind: FigureKind | None
+    turns: tuple[str, ...] = ()
 
 
 def not_tested(needs: str) -> Finding:
@@ -63,16 +67,23 @@ def varied(form: FormT, test: Callable[[FormT], Finding]) -> Finding:
     found = test(form)
     if not isinstance(form, VariedForm) or not form.vary:
         return found
-    turns, tried = [], []
+    turns, same, untested = [], [], []
     for setting, values in form.vary.items():
         for value in values:
             name = f"{setting} {value:.3g}" if isinstance(value, float) else f"{setting} {value}"
             other = tested(partial(test, form.model_copy(update={setting: value})))
-            tried.append(name)
-            if other.kind not in (found.kind, VerdictKind.NOT_TESTED):
+            if other.kind is VerdictKind.NOT_TESTED:
+                untested.append(name)
+            elif other.kind is found.kind:
+                same.append(name)
+            else:
                 turns.append(f"{other.kind.value} with {name}")
-    note = f"it turns: {', '.join(turns)}" if turns else f"the same with {', '.join(tried)}"
-    return replace(found, reason=f"{found.reason}; {note}")
+    notes = (
+        f"it turns: {', '.join(turns)}" if turns else "",
+        f"the same with {', '.join(same)}" if same else "",
+        f"not tested with {', '.join(untested)}" if untested else "",
+    )
+    return replace(found, reason="; ".join(filter(None, (found.reason, *notes))), turns=tuple(turns))
 
 
 def worst(kinds: Sequence[VerdictKind]) -> VerdictKind:

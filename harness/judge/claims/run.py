@@ -217,25 +217,26 @@ def _fixed_by_the_device(form: LadderStepForm, evidence: Evidence) -> Finding | 
 
 
 def _rate_over(form: RateOverForm, evidence: Evidence) -> Finding:
+    evidence.require_speed()
     if evidence.tree(form.arm) != evidence.tree(form.over):
-        raise NotTestable(
-            f"{form.arm} and {form.over} decode with other trees, so that their steps cost otherwise"
+        raise NotTestable(f"{form.arm} and {form.over} decode with other trees")
+    spec, parts = evidence.record.suite.interval, []
+    for name, timed in (("tokens/step", False), ("speed", True)):
+        counts = paired_counts(evidence, form.arm, over=form.over, timed=timed)
+        spent = counts.seconds if timed else counts.steps
+        rate, other = (counts.tokens[0], spent[0]), (counts.tokens[1], spent[1])
+        ratio = ratio_of_rates(rate, over=other, spec=spec)
+        if form.gain is None or form.margin is None:
+            kind, asked = above(ratio, form.bound), f"above {form.bound:g}x"
+        else:
+            apart = relative_gain(rate, over=other, spec=spec, scale=1 / (1 + form.gain))
+            kind = equivalence(apart, form.margin)
+            asked = f"{1 + form.gain:g}x to within {form.margin:.0%} of it, by the 90 % interval"
+        reason = f"{name} of {form.arm} over {form.over} at one tree, {asked}: {holds(kind)}"
+        parts.append(
+            Finding(kind=kind, ours=f"{name} {shown(ratio, 'x')}", reason=reason, figure_kind="measured")
         )
-    counts = paired_counts(evidence, form.arm, over=form.over, timed=False)
-    rates = (counts.tokens[0], counts.steps[0]), (counts.tokens[1], counts.steps[1])
-    spec = evidence.record.suite.interval
-    ratio = ratio_of_rates(rates[0], over=rates[1], spec=spec)
-    about = f"tokens/step of {form.arm} over {form.over} at one tree"
-    if form.gain is None or form.margin is None:
-        kind = above(ratio, form.bound)
-        reason = f"{about} above {form.bound:g}x: {holds(kind)}"
-    else:
-        apart = relative_gain(rates[0], over=rates[1], spec=spec, scale=1 / (1 + form.gain))
-        kind = equivalence(apart, form.margin)
-        reason = (
-            f"{about} is {1 + form.gain:g}x to within {form.margin:.0%}, by the 90 % interval: {holds(kind)}"
-        )
-    return Finding(kind=kind, ours=f"tokens/step {shown(ratio, 'x')}", reason=reason, figure_kind="measured")
+    return combined(parts)
 
 
 def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Finding:

@@ -1,13 +1,15 @@
 """Where every claim of the registry stands, over all records: decided by which record, open, or out of reach.
 
-One rule, which `claims.toml` gives, says which record decides; what others find is kept where it differs.
+One rule, which `claims.toml` gives, says which record decides, whatever it finds; what others find is
+kept where it differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from harness.judge.claims.ablation import training_verdicts
 from harness.judge.claims.sweep import sweep_verdicts
@@ -17,20 +19,39 @@ from harness.records.ablation import AblationRecord
 from harness.records.opened import open_record
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
-from harness.specs.claims import ClaimsFile, ClaimSpec, Group
-from harness.specs.forms.claims import FasterForm, LadderStepForm, SpeedIdentityForm, SpeedPeaksForm
+from harness.specs.claims import ClaimsFile, ClaimSpec, DecidingRule, Group
+from harness.specs.forms.claims import (
+    FasterForm,
+    LadderStepForm,
+    RateOverForm,
+    SpeedIdentityForm,
+    SpeedPeaksForm,
+)
 
-_SPEED_FORMS = (FasterForm, LadderStepForm, SpeedIdentityForm, SpeedPeaksForm)  # whose figure holds times
-_LAST = 10_000  # more than there are records
-_DECIDED = (VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED)
+# Forms whose figure holds times.
+_SPEED_FORMS = (FasterForm, LadderStepForm, RateOverForm, SpeedIdentityForm, SpeedPeaksForm)
+_GROUPS: dict[VerdictKind, Group] = {
+    VerdictKind.REPRODUCED: "decided",
+    VerdictKind.NOT_REPRODUCED: "decided",
+    VerdictKind.INCONCLUSIVE: "open",
+    VerdictKind.NOT_DECIDABLE: "cannot",
+}
+Source = Literal["run", "training", "sweep"]
 
 
 @dataclass(frozen=True)
-class Told:
+class RecordVerdict:
     """What one record finds on a claim; `record` is the record's folder, from the results folder."""
 
     record: str
+    source: Source
     verdict: ClaimVerdict
+
+    @property
+    def test(self) -> tuple[str, str]:
+        """What was tested: two verdicts of one test can be compared."""
+        is_arithmetic = self.verdict.form == "paper-only"
+        return "arithmetic" if is_arithmetic else self.source, self.verdict.form
 
 
 @dataclass(frozen=True)
@@ -39,8 +60,8 @@ class Standing:
 
     claim: ClaimSpec
     group: Group
-    decides: Told | None = None
-    differing: tuple[Told, ...] = field(default=())
+    decides: RecordVerdict | None = None
+    differing: tuple[RecordVerdict, ...] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -53,17 +74,15 @@ class Records:
 
 
 def finished_records(results: Path) -> Records:
-    """Return the records of a results folder that claims are judged on, the smoke suite's left out.
+    """Return the records of a results folder that claims are judged on, tiny random models' left out.
 
     Raises: UserError for a record that is not as it was sealed.
     """
     runs, ablations, sweeps = [], [], []
     for manifest in sorted(results.rglob("manifest.json")):
         name = manifest.parent.relative_to(results).as_posix()
-        if name.startswith(("smoke/", "latency/")):
-            continue
         record = open_record(manifest.parent)
-        if isinstance(record, RunRecord):
+        if isinstance(record, RunRecord) and record.suite.model.tiny is None:
             runs.append((name, record))
         elif isinstance(record, AblationRecord):
             ablations.append((name, record))
@@ -74,71 +93,66 @@ def finished_records(results: Path) -> Records:
 
 def standings(registry: ClaimsFile, records: Records) -> tuple[Standing, ...]:
     """Return where each claim stands, in the order of the registry, once each."""
-    told = _told(registry, records)
-    return tuple(_standing(claim, registry, told.get(claim.id, [])) for claim in registry.claims)
+    timed = {claim.id for claim in registry.claims if isinstance(claim.transfer, _SPEED_FORMS)}
+    runs = _of_runs(registry, records)
+    found: dict[str, list[RecordVerdict]] = {}
+    for are_speeds in (False, True):
+        ranked = sorted(runs, key=lambda run: _rank(registry.decides, run[0], are_speeds=are_speeds))
+        for one in (one for _, verdicts in ranked for one in verdicts):
+            if (one.verdict.claim_id in timed) == are_speeds:
+                found.setdefault(one.verdict.claim_id, []).append(one)
+    for one in (*_of_trainings(registry, records), *_of_sweeps(registry, records)):
+        found.setdefault(one.verdict.claim_id, []).append(one)
+    return tuple(_standing(claim, registry, found.get(claim.id, [])) for claim in registry.claims)
 
 
-def _standing(claim: ClaimSpec, registry: ClaimsFile, told: Sequence[Told]) -> Standing:
-    if not told:
+def _standing(claim: ClaimSpec, registry: ClaimsFile, found: Sequence[RecordVerdict]) -> Standing:
+    """Return where a claim stands; the first of what was found decides, whatever it says."""
+    if not found:
         return Standing(claim, group=registry.group_of(claim))
-    first = next((one for one in told if one.verdict.kind is not VerdictKind.NOT_DECIDABLE), told[0])
+    first, *others = found
     differing = tuple(
-        one
-        for one in told
-        if one.verdict.form == first.verdict.form and one.verdict.kind is not first.verdict.kind
+        one for one in others if one.test == first.test and one.verdict.kind is not first.verdict.kind
     )
-    if first.verdict.is_ours:
-        return Standing(claim, "consistency", first, differing)
-    if first.verdict.kind is VerdictKind.NOT_DECIDABLE:
-        return Standing(claim, "cannot", first, differing)
-    group: Group = "decided" if first.verdict.kind in _DECIDED else "open"
+    group: Group = "consistency" if first.verdict.is_ours else _GROUPS[first.verdict.kind]
     return Standing(claim, group, first, differing)
 
 
-def _told(registry: ClaimsFile, records: Records) -> dict[str, list[Told]]:
-    """Return what the records find on each claim that they test, the one that decides first."""
-    timed = {claim.id for claim in registry.claims if isinstance(claim.transfer, _SPEED_FORMS)}
-    found: dict[str, list[tuple[int, Told]]] = {}
-    for rank, told in (*_of_runs(registry, records), *_of_others(registry, records)):
-        verdict = told.verdict
-        if verdict.kind is VerdictKind.NOT_TESTED or not verdict.decides:
-            continue
-        first = verdict.claim_id in timed and _is_for_speeds(registry, told)
-        found.setdefault(verdict.claim_id, []).append((rank - _LAST if first else rank, told))
-    return {
-        claim_id: [told for _, told in sorted(ranked, key=lambda one: one[0])]
-        for claim_id, ranked in found.items()
-    }
-
-
-def _of_runs(registry: ClaimsFile, records: Records) -> Iterator[tuple[int, Told]]:
-    """Yield each run's verdicts: first the suite for counts, the rule's machine, the newest record."""
-    in_order = sorted(records.runs, key=lambda one: one[1].environment.started_utc, reverse=True)
-    for rank, (name, record) in enumerate(sorted(in_order, key=lambda one: _order(registry, one[1]))):
-        for verdict in judge(record, claims=registry.claims).verdicts:
-            yield rank, Told(name, verdict)
-
-
-def _order(registry: ClaimsFile, record: RunRecord) -> tuple[bool, bool]:
-    rule = registry.decides
+def _rank(rule: DecidingRule | None, run: RunRecord, *, are_speeds: bool) -> tuple[bool, bool]:
+    """Return the place of a run among those that test a claim: by the rule's suite and machine."""
     if rule is None:
         return False, False
-    return record.suite.name != rule.counts, record.folder.parent.name != rule.machine
+    is_other_suite = run.suite.name != (rule.speeds if are_speeds else rule.counts)
+    is_machine = run.folder.parent.name == rule.machine and rule.has_bandwidth(run.device_limits)
+    return (not is_machine, is_other_suite) if are_speeds else (is_other_suite, not is_machine)
 
 
-def _is_for_speeds(registry: ClaimsFile, told: Told) -> bool:
-    suite, machine, *_ = told.record.split("/")
-    rule = registry.decides
-    return rule is not None and (suite, machine) == (rule.speeds, rule.machine)
-
-
-def _of_others(registry: ClaimsFile, records: Records) -> Iterator[tuple[int, Told]]:
-    """Yield the verdicts of ablations, the largest budget first, then those of sweeps."""
-    largest = sorted(records.ablations, key=lambda one: -one[1].spec.answer_tokens)
-    told: list[tuple[str, Sequence[ClaimVerdict]]] = [
-        (name, training_verdicts(registry.claims, ablation)) for name, ablation in largest
+def _of_runs(registry: ClaimsFile, records: Records) -> list[tuple[RunRecord, list[RecordVerdict]]]:
+    """Return the valid runs, the newest first, each with the verdicts that decide."""
+    newest = sorted(records.runs, key=lambda one: one[1].environment.started_utc, reverse=True)
+    judged = [(name, record, judge(record, claims=registry.claims)) for name, record in newest]
+    return [
+        (record, _deciding(name, "run", judgement.verdicts))
+        for name, record, judgement in judged
+        if judgement.valid and not record.failures
     ]
-    told += [(name, sweep_verdicts(sweep, claims=registry.claims)) for name, sweep in records.sweeps]
-    for rank, (name, verdicts) in enumerate(told, start=_LAST // 2):
-        for verdict in verdicts:
-            yield rank, Told(name, verdict)
+
+
+def _of_trainings(registry: ClaimsFile, records: Records) -> Iterator[RecordVerdict]:
+    """Yield the verdicts of ablations, the largest budget first."""
+    for name, record in sorted(records.ablations, key=lambda one: -one[1].spec.answer_tokens):
+        yield from _deciding(name, "training", training_verdicts(registry.claims, record))
+
+
+def _of_sweeps(registry: ClaimsFile, records: Records) -> Iterator[RecordVerdict]:
+    for name, record in records.sweeps:
+        yield from _deciding(name, "sweep", sweep_verdicts(record, claims=registry.claims))
+
+
+def _deciding(name: str, source: Source, verdicts: Iterable[ClaimVerdict]) -> list[RecordVerdict]:
+    """Return the verdicts of a record on claims that it tests, without those of further forms."""
+    return [
+        RecordVerdict(name, source, verdict)
+        for verdict in verdicts
+        if verdict.kind is not VerdictKind.NOT_TESTED and verdict.decides
+    ]

@@ -51,6 +51,7 @@ def verdict(
         ours=finding.ours,
         figure_kind=finding.figure_kind,
         reason=finding.reason,
+        turns=finding.turns,
         decides=decides,
         is_ours=claim.kind in _OURS,
     )

@@ -106,9 +106,10 @@ class LadderStepForm(Form):
 
 
 class RateOverForm(Form):
-    """The arm yields more tokens/step than the arm `over` at the same tree, by more than `bound`.
+    """The arm exceeds the arm `over` with the same tree by more than `bound`, in tokens a step and a second.
 
-    With `gain` it yields that much more, such as 0.1 for 10 %, to within `margin`; then `bound` is not asked.
+    With `gain` it exceeds it by that much, such as 0.1 for 10 %, to within a relative `margin`; then
+    `bound` is not asked.
     """
 
     test: Literal["rate_over"]

@@ -168,7 +168,7 @@ SPOILT = (
         "1 bugs: hf_greedy",
     ),
     SpoiltRecord(
-        "sampled_parity", edits(part_a_text, arm="rejection", limit=2), "identical, other: rejection"
+        "sampled_parity", edits(part_a_text, arm="rejection", limit=1), "identical, other: rejection"
     ),
     SpoiltRecord("replay_equals_decode", edits(swap_unequal_steps, arm="chain"), "unexplained: chain"),
     SpoiltRecord("replay_equals_decode", without("trace"), "no trace"),

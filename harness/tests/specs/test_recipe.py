@@ -103,8 +103,8 @@ def test_the_33b_recipe_carries_appendix_b() -> None:
 
 
 def test_the_33b_recipe_answers_on_one_80_gb_gpu() -> None:
-    """Regression: 64 rows asked for 222 GB of key-value cache on top of 65 GB of weights; twice that while one
-    cache replaces another.
+    """Regression: 64 rows asked for 222 GB of key-value cache on top of 65 GB of weights; twice that while
+    one cache replaces another.
     """
     shape = load_shapes()["vicuna-33b-v1.3"]
     spec = joint("paper_33b_ramped")

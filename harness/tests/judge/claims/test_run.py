@@ -130,21 +130,22 @@ def _with_steps_a_block(*, jitter: float, of_arms: float = 1.0, keyed: bool = Tr
     return spoil
 
 
-def _with_rate(factor: float) -> Spoil:
-    """Let typical acceptance keep `factor` times the tokens a step of the greedy arm on the same prompt."""
+def _with_rate(factor: float, *, speed: float | None = None) -> Spoil:
+    """Let typical acceptance keep `factor` times the greedy tokens a step, `speed` times those a second."""
 
     def spoil(parts: FakeParts) -> None:
-        greedy = {
-            one.trial.prompt_key: (one.num_tokens - 1) / one.num_steps
-            for one in parts.outcomes
-            if isinstance(one, Generation) and one.trial.arm == "optimised_64"
-        }
+        greedy, seconds = {}, {}
+        for one in parts.outcomes:
+            if isinstance(one, Generation) and one.trial.arm == "optimised_64":
+                greedy[one.trial.prompt_key] = (one.num_tokens - 1) / one.num_steps
+                seconds[one.trial.prompt_key] = sum(one.step_times_s) / (one.num_tokens - 1)
 
         def change(one: Generation) -> dict[str, Any]:
             tokens = one.num_tokens - 1
             steps = max(1, round(tokens / (factor * greedy[one.trial.prompt_key])))
             kept = tuple(tokens // steps + (number < tokens % steps) for number in range(steps))
-            return {"step_tokens": kept, "step_times_s": (0.02,) * steps}
+            step_s = seconds[one.trial.prompt_key] / (speed or factor) * tokens / steps
+            return {"step_tokens": kept, "step_times_s": (step_s,) * steps}
 
         parts.edit(change, arm="typical", limit=None)
 
@@ -185,6 +186,8 @@ CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
     ("BLOG-greedy", YES, {"spoil": _with_rate(1.1)}),
     ("BLOG-greedy", NO, {"spoil": _with_rate(0.9)}),
     ("BLOG-greedy", OPEN, {"spoil": _with_rate(1.0)}),
+    ("BLOG-greedy", NO, {"spoil": _with_rate(1.1, speed=0.9)}),
+    ("BLOG-typ10", NO, {"spoil": _with_rate(1.1, speed=1.0)}),
     ("BLOG-greedy", UNTESTED, {"spoil": _with_tree(DraftTree.chain(1))}),
     ("BLOG-typ10", YES, {"spoil": _with_rate(1.1)}),
     ("BLOG-typ10", NO, {"spoil": _with_rate(1.3)}),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import get_args
 
 import pytest
+from pydantic import ValidationError
 
 from harness.judge.claims.standing import Records, Standing, finished_records, standings
 from harness.judge.judgement import VerdictKind
+from harness.records.run import Failure, RunRecord
 from harness.report.claims import CLAIMS_PAGE, GROUPS, render_claims_page
 from harness.report.readme import claims_block
-from harness.specs.claims import ClaimsFile, Group, load_registry
+from harness.specs.claims import ClaimsFile, DecidingRule, Group, load_registry
 from harness.tests.readme_blocks import shows
 from harness.tests.test_layers import ROOT
 
@@ -64,6 +67,74 @@ def test_counts_are_decided_by_the_most_prompts_and_speeds_by_the_named_machine(
     newest = max(path.name for path in (RESULTS / "embedded" / "cpu-amd-epyc-2c").iterdir())
     assert speed.decides is not None and speed.decides.record.endswith(newest)
     assert any("cuda" in one.record for one in speed.differing)
+
+
+def _read_at(record: RunRecord, *, gb_per_s: float) -> RunRecord:
+    """Return a run as if its machine had read memory that fast."""
+    limits = record.device_limits
+    assert limits is not None
+    changed = copy.copy(record)
+    changed.__dict__["device_limits"] = limits.model_copy(
+        update={"read_bandwidth_bytes_per_s": 1e9 * gb_per_s}
+    )
+    return changed
+
+
+def _failing(record: RunRecord) -> RunRecord:
+    """Return a run as if its first trial had failed."""
+    first = record.outcomes[0].trial
+    changed = copy.copy(record)
+    failure = Failure(trial=first, error_type="RuntimeError", message="planted", order=0)
+    others = (one for one in record.outcomes if one.trial != first)
+    changed.__dict__.update(outcomes=(failure, *others))
+    changed.__dict__.pop("generations", None)
+    return changed
+
+
+def _deciding(registry: ClaimsFile, runs: list[tuple[str, RunRecord]], claim_id: str) -> Standing:
+    return next(one for one in standings(registry, Records(runs, [], [])) if one.claim.id == claim_id)
+
+
+def test_a_run_decides_whatever_it_finds_where_the_rule_names_it(
+    registry: ClaimsFile, records: Records
+) -> None:
+    (large,) = (one for one in records.runs if one[1].suite.name == "embedded_full")
+    small = [one for one in records.runs if one[1].suite.name == "embedded"]
+    standing = _deciding(registry, [*small, large], "Q-loss")
+    assert standing.decides is not None and standing.decides.record == large[0]
+    assert standing.decides.verdict.kind is VerdictKind.INCONCLUSIVE and standing.group == "open"
+    assert {one.verdict.kind for one in standing.differing} == {VerdictKind.REPRODUCED}
+
+
+def test_a_run_with_a_failed_trial_decides_nothing(registry: ClaimsFile, records: Records) -> None:
+    (large,) = (one for one in records.runs if one[1].suite.name == "embedded_full")
+    small = [one for one in records.runs if one[1].suite.name == "embedded"]
+    standing = _deciding(registry, [(large[0], _failing(large[1])), *small], "Q-loss")
+    assert standing.decides is not None and standing.decides.record != large[0]
+    assert not _deciding(registry, [(large[0], _failing(large[1]))], "Q-loss").decides
+
+
+def test_speeds_need_a_machine_of_the_named_class_by_its_bandwidth(
+    registry: ClaimsFile, records: Records
+) -> None:
+    rule = registry.decides
+    assert rule is not None
+    older, newer = sorted(
+        (one for one in records.runs if one[0].startswith(f"embedded/{rule.machine}/")),
+        key=lambda one: one[1].environment.started_utc,
+    )
+    low, high = rule.read_gb_per_s
+    for newer_at, older_at, deciding in ((low, low, newer), (low - 1, low, older), (high, low, older)):
+        at = ((newer, newer_at), (older, older_at))
+        runs = [(name, _read_at(run, gb_per_s=speed)) for (name, run), speed in at]
+        standing = _deciding(registry, runs, "A1")
+        assert standing.decides is not None and standing.decides.record == deciding[0]
+
+
+@pytest.mark.parametrize("band", [(60.0, 60.0), (60.0, 45.0), (-1.0, 60.0), (60.0, float("inf"))])
+def test_a_band_of_bandwidth_goes_from_lower_to_higher(band: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="read_gb_per_s"):
+        DecidingRule(counts="a", speeds="b", machine="c", read_gb_per_s=band, reason="one")
 
 
 def test_without_records_nothing_is_decided(registry: ClaimsFile) -> None:
