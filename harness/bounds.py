@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 _LARGEST_WHOLE = 2**63 - 1
 _LONGEST_S = 1e9  # 31 years
-_SHORTEST_S = 1e-9  # no clock tells less
+SHORTEST_S = 1e-9  # no clock tells less
 _LARGEST = 1e18
 
 
@@ -34,7 +34,7 @@ Amount = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=_LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=_LONGEST_S, allow_inf_nan=False)]
-StepSeconds = Annotated[float, Field(ge=_SHORTEST_S, le=_LONGEST_S, allow_inf_nan=False)]
+StepSeconds = Annotated[float, Field(ge=SHORTEST_S, le=_LONGEST_S, allow_inf_nan=False)]
 Utc = Annotated[str, AfterValidator(_utc)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

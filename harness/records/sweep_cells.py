@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
-from harness.bounds import Amount, Count, Finite, Rate, Seconds, Share, StepSeconds, Whole
+from harness.bounds import SHORTEST_S, Amount, Count, Finite, Rate, Seconds, Share, StepSeconds, Whole
 from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
@@ -173,11 +173,19 @@ class DecodedRow(Frozen):
 
     prompt_key: str = Field(description="which prompt")
     num_tokens: Count = Field(description="kept tokens of the answer with the tree, the prefill's included")
-    vanilla_s: StepSeconds = Field(description="seconds of vanilla on the decode clock")
-    medusa_s: StepSeconds = Field(description="seconds with the tree on the decode clock")
+    vanilla_s: Seconds = Field(description="seconds of vanilla on the decode clock")
+    medusa_s: Seconds = Field(description="seconds with the tree on the decode clock")
     medusa_steps: Count = Field(description="decoding steps with the tree")
-    composed_vanilla_s: StepSeconds = Field(description="seconds that were composed for vanilla")
-    composed_medusa_s: StepSeconds = Field(description="seconds that were composed for the tree")
+    composed_vanilla_s: Seconds = Field(description="seconds that were composed for vanilla")
+    composed_medusa_s: Seconds = Field(description="seconds that were composed for the tree")
+
+    @model_validator(mode="after")
+    def _steps_take_time(self) -> DecodedRow:
+        if self.medusa_steps and min(self.medusa_s, self.composed_medusa_s) < SHORTEST_S:
+            raise ValueError(
+                f"found {self.medusa_steps} steps with the tree in no time, need the time they took"
+            )
+        return self
 
 
 class DecodedCell(Versioned):
@@ -191,6 +199,13 @@ class DecodedCell(Versioned):
     differences: tuple[StepDifference, ...] = Field(description="where decoding left its replay, by prompt")
     elapsed_s: Seconds = Field(description="seconds that the whole cell took")
     ran_on: Annotated[RanOn | None, RAN_ON] = None
+
+    @model_validator(mode="after")
+    def _something_was_timed(self) -> DecodedCell:
+        for name in ("vanilla_s", "medusa_s", "composed_vanilla_s", "composed_medusa_s"):
+            if sum(getattr(row, name) for row in self.rows) < SHORTEST_S:
+                raise ValueError(f"found {name} of 0 in every row, need an answer of more than one token")
+        return self
 
     @property
     def key(self) -> str:

@@ -227,6 +227,13 @@ def _value(name: str, value: str) -> Callable[[str], str]:
     return lambda text: re.sub(rf'("{name}":\s*\[?)\s*-?[\d.e+-]+', rf"\g<1>{value}", text, count=1)
 
 
+def _decoded(rows: list[Any]) -> Any:
+    """Return the one row of the one decoded cell."""
+    (cell,) = (row for row in rows if row["cell"] == "decoded")
+    cell["rows"] = cell["rows"][:1]
+    return cell["rows"][0]
+
+
 def _faster(rows: list[Any]) -> None:
     times = [seconds / 10 for seconds in rows[0]["step_times_s"]]
     rows.append({**rows[0], "step_times_s": times})
@@ -236,10 +243,20 @@ def _next_attempt(rows: list[Any]) -> None:
     rows.append({**rows[0], "attempt": 1})
 
 
+def _steps_of_a_round_more(rows: list[Any]) -> None:
+    """Give an arm more lines after one prompt than there are rounds, each with times of its own."""
+    one = rows[0]
+    step_s = one["step_s"]
+    for number in range(9):
+        longer = [seconds * (1 + number / 1000) for seconds in step_s]
+        rows.append({**one, "prompt_key": "mt_bench-81", "step_s": longer})
+
+
 SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("suite", "arm_steps.jsonl", lambda text: '{"any": "thing"}\n', "arm_steps.jsonl: found "),
     ("suite", "arm_steps.jsonl", lambda text: text + text, "need it once"),
     ("suite", "arm_steps.jsonl", _lines(lambda rows: rows[0].update(arm="other")), "found arm 'other'"),
+    ("suite", "arm_steps.jsonl", _lines(_steps_of_a_round_more), "one a round"),
     ("suite", "generations.jsonl", lambda text: text + text, "a second line of the same attempt"),
     ("suite", "generations.jsonl", _lines(_faster), "a second line of the same attempt"),
     ("suite", "generations.jsonl", _lines(_next_attempt), "found a valid timing of"),
@@ -266,6 +283,18 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("sweep", "cells.jsonl", lambda text: text + text, "found a cell twice"),
     ("latency", "points.jsonl", _value("backbone_s", "5e-324"), "backbone_s"),
     ("sweep", "cells.jsonl", _value("vanilla_step_s", "NaN"), "vanilla_step_s"),
+    (
+        "sweep",
+        "cells.jsonl",
+        _lines(lambda rows: _decoded(rows).update(medusa_s=0)),
+        "steps with the tree in",
+    ),
+    (
+        "sweep",
+        "cells.jsonl",
+        _lines(lambda rows: _decoded(rows).update(vanilla_s=0)),
+        "found vanilla_s of 0 in every row",
+    ),
     ("sweep", "cells.jsonl", _lines(lambda rows: rows[0]["speedup"].pop()), "columns of other lengths"),
     ("ablation", "arms.jsonl", lambda text: text + text, "need each planned arm and seed once"),
     ("ablation", "arms.jsonl", _value("kl_sum", "NaN"), "kl_sum"),
