@@ -7,6 +7,8 @@ machine, or link to a script. What is taken away stays readable: an escape chara
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -55,6 +57,10 @@ class SafeConsole(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, **options})
+
+    def on_broken_pipe(self) -> None:
+        """Raise BrokenPipeError where the reader is gone; rich would end the program with code 1."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield the segments of what is printed; rich's own steering, such as of a bar, stays."""

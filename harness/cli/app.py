@@ -7,6 +7,7 @@ ours, 130 Ctrl-C, 141 the reader of a pipe is gone.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import tomllib
@@ -116,24 +117,28 @@ def main() -> None:
         code = app(standalone_mode=False)
         if sys.stdout is not None:  # None where it was closed from the start
             sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
-    except SystemExit:  # so ends rich where the reader of its output is gone
-        code = ExitCode.PIPE_CLOSED
     except BaseException as error:
         if debug:
             traceback.print_exception(error)
         code = _code_of(error)
-        with contextlib.suppress(OSError, SystemExit):  # nobody reads standard error: the code still says it
+        with contextlib.suppress(OSError):  # nobody reads standard error: the code still says it
             _tell(error)
     if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
-        console.print("interrupted: what was measured is on disk; the same command resumes", soft_wrap=True)
+        resumes = "interrupted: what was measured is on disk; the same command resumes"
+        with contextlib.suppress(OSError):
+            console.print(resumes, soft_wrap=True)
     if code == ExitCode.PIPE_CLOSED:  # Python flushes once more at its end, and must not fail there
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(int(code or 0))
 
 
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = "a folder that can be written, with room on its disk"
+
+
 def _code_of(error: BaseException) -> ExitCode:
     """Return the exit code of an error, whatever it is."""
-    if isinstance(error, BrokenPipeError):
+    if _reader_is_gone(error):
         return ExitCode.PIPE_CLOSED
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return ExitCode.INTERRUPTED
@@ -143,9 +148,14 @@ def _code_of(error: BaseException) -> ExitCode:
     return ExitCode.USER_ERROR if is_known else ExitCode.DEFECT
 
 
+def _reader_is_gone(error: BaseException) -> bool:
+    """Return whether the reader of a pipe is gone; typer and rich turn that into an exit of their own."""
+    return isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
+
+
 def _tell(error: BaseException) -> None:
     """Print one line about an error; none where the reader is gone, or where Ctrl-C has its own."""
-    if isinstance(error, BrokenPipeError | KeyboardInterrupt | typer.Abort):
+    if _reader_is_gone(error) or isinstance(error, KeyboardInterrupt | typer.Abort):
         return
     show = getattr(error, "show", None)  # a usage error that typer raised
     if show is not None:
@@ -179,10 +189,8 @@ def _about_the_machine(error: BaseException) -> str | None:
     """Return what to tell of an error that no code expects and that is yet no defect; None for any other."""
     if isinstance(error, OSError):
         name = Path(str(error.filename)).name if error.filename else "a file"
-        return (
-            f"found {error.strerror or error} at {name}; need a folder that can be written, with room on its "
-            "disk; what was measured before is kept"
-        )
+        need = _DISK if error.errno in _NO_WRITING else "a file or folder that this user can reach"
+        return f"found {error.strerror or error} at {name}; need {need}; what was measured before is kept"
     if isinstance(error, RecursionError):
         return "found data nested too deeply; need a file whose lists and tables a person could follow"
     if isinstance(error, UnicodeError):
