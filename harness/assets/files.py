@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from harness.errors import UserError
+from harness.files import text_of
 from harness.paths import CACHE_VARIABLE
 
 PART = ".part"
@@ -158,7 +159,7 @@ def model_weight_files(folder: Path) -> tuple[Path, ...]:
 def _shards(index: Path) -> tuple[Path, ...]:
     folder = index.parent
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = json.loads(text_of(index.read_bytes()))["weight_map"].values()
         shards = sorted({folder / name for name in names})
         if not shards or any(folder.absolute() not in Path(os.path.abspath(path)).parents for path in shards):
             raise ValueError("no shards of this folder")

@@ -36,15 +36,25 @@ MAX_RANK = 32  # the search considers each head's 32 best tokens
 _SEARCH_SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 192, 256)
 
 
-def grow(trace: Trace, *, num_nodes: int, values: str, num_heads: int) -> GrownTree:
+def grow(
+    trace: Trace,
+    *,
+    num_nodes: int,
+    values: str,
+    num_heads: int | None = None,
+    max_rank: int = MAX_RANK,
+    max_depth: int | None = None,
+) -> GrownTree:
     """Grow a tree on a calibration trace, by head accuracies or by joint hits.
 
-    `values` is `marginals`, the paper's way, or `joint`.
+    `values` is `marginals`, which adds up products of the heads' accuracies, as the paper does, or `joint`,
+    how often all of a path was right. Without `num_heads` all heads are used.
     """
     ranks = trace.ranks[:, :num_heads]
     if values == "marginals":
-        return grow_by_marginals(marginal_accuracies(ranks, max_rank=MAX_RANK), num_nodes=num_nodes)
-    return grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=MAX_RANK)
+        accuracies = marginal_accuracies(ranks, max_rank=max_rank)
+        return grow_by_marginals(accuracies, num_nodes=num_nodes, max_depth=max_depth)
+    return grow_by_joint_hits(ranks, num_nodes=num_nodes, max_rank=max_rank, max_depth=max_depth)
 
 
 def best_widths(calibration: ReplayIndex, *, max_nodes: int, num_heads: int) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ def export(record: RunRecord, target: Path, *, table: ExportTable = "generations
         raise UserError(found=f"suffix {target.suffix!r}", need=".csv or .parquet", where=target.name)
     frame = generations_frame(record) if table == "generations" else steps_frame(record)
     for name in frame.select_dtypes(include=["object", "string"]):  # text of others, which steers nothing
-        frame[name] = frame[name].map(_plain, na_action="ignore")
+        frame[name] = frame[name].map(_plain, na_action="ignore").astype(frame[name].dtype)
     if suffix == ".csv":
         content = frame.to_csv(index=False).encode()
     else:

@@ -156,7 +156,7 @@ class RecordFolder(ABC):
     def _spec(self, name: str, model: type[ModelT], parse: Callable[..., ModelT]) -> ModelT:
         """Return what the record was asked for; a spec of a newer version is refused as other files are."""
         text = self._text(name)
-        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):  # which `parse` tells of
+        with contextlib.suppress(ValueError, RecursionError):  # which `parse` tells of
             check_version(tomllib.loads(text), model, where=name)
         return parse(text, where=name)
 

@@ -210,15 +210,15 @@ def utc_now() -> str:
 def begun_with(
     results: Path, *, kind: StoreKind[LineT], spec: DataFile, device: DeviceInfo, resume: Path | None
 ) -> Iterator[Provenance]:
-    """Yield where the unfinished runs of a spec on a device come from, the newest first.
+    """Yield where the runs of a spec on a device come from that are to go on, the newest first.
 
-    What a run needs of them is what it may not take anew, such as the date. With `resume` it is that run
-    alone.
+    What a run needs of them is what it may not take anew, such as the date; one that lacks its report alone
+    is among them. With `resume` it is that run alone.
     """
     home = results.joinpath(*kind.home, spec.name, machine_slug(device))
     ours = type(spec).model_validate(portable(spec))
     for folder in sorted(home.glob("*"), reverse=True) if resume is None else (resume,):
-        if (folder / MANIFEST_FILE).exists():
+        if (folder / MANIFEST_FILE).exists() and (folder / REPORT_FILE).exists():
             continue
         with contextlib.suppress(UserError):  # what cannot be read is no run to go on with
             begun, then = kind.begun(folder)

@@ -24,7 +24,6 @@ from harness.records.folder import regular_file
 from harness.versions import VERSION, ReadFrom, Versioned
 
 SCHEMA_VERSION = 1
-_LARGEST_RANK = 2**31 - 1
 EndedBy = Literal["eos", "budget"]
 Ints = NDArray[np.int64]
 HEAD_TIES_KEY, TEXT_TIES_KEY = "head_ties", "text_ties"
@@ -113,10 +112,6 @@ class PromptTrace:
         for name, shape in (("gaps", tokens.shape), ("nll", ranks.shape)):
             if (array := getattr(self, name)) is not None and np.shape(array) != shape:
                 self._refuse(f"{name} of shape {np.shape(array)}", f"shape {shape}")
-        if (tokens < 0).any() or ranks.max() > _LARGEST_RANK:
-            self._refuse(
-                "a token id below 0 or a rank beyond any vocabulary", "ids and ranks of a vocabulary"
-            )
         if self.gaps is not None and not (np.isfinite(self.gaps) & (np.asarray(self.gaps) >= 0)).all():
             self._refuse("a gap that is negative or no finite number", "the best logit less the second")
         if self.nll is not None and not (

@@ -120,7 +120,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "medusa_impl.tree_buffers",
         "medusa_impl.acceptance",
     ),
-    "medusa_impl.checkpoints": ("medusa_impl.heads", "medusa_impl.recipes", "medusa_impl.training_log"),
+    "medusa_impl.checkpoints": (
+        "medusa_impl.heads",
+        "medusa_impl.recipes",
+        "medusa_impl.text_files",
+        "medusa_impl.training_log",
+    ),
     "medusa_impl.training": (*TOP_OF_METHOD, "medusa_impl.engine", "medusa_impl.checkpoints"),
 }
 FOR_ALL = ("medusa_impl.errors",)

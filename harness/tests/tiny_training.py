@@ -68,7 +68,7 @@ def write_recipe(folder: Path, name: str, **recipe: Any) -> Path:
 
 
 def ablation_data(folder: Path, heads_file: Path, **changes: Any) -> dict[str, Any]:
-    """An ablation of three arms and two seeds on the tiny corpus; its recipes are written to the same folder."""
+    """An ablation of three arms and two seeds on the tiny corpus; its recipes are written to `folder`."""
     write_recipe(folder, "frozen", backbone="frozen")
     write_recipe(folder, "ramped", target="original", warmup="ramped")
     write_recipe(folder, "hard", target="tokens", warmup="none", lambda_0=1.0)

@@ -21,6 +21,7 @@ from medusa_impl.checkpoints.tensors import file_sha256, some
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture
+from medusa_impl.text_files import read_text
 
 _PREFIX = "medusa_head."  # of the heads' tensors in a whole model
 _HEADS_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -166,19 +167,19 @@ def _read_folder(folder: Path) -> _Found:
 
 
 def _model_files(folder: Path) -> tuple[Path, ...]:
-    for single, index, pattern in zip(_MODEL_FILES, _INDEX_FILES, _MODEL_PATTERNS, strict=True):
+    """Return the weight files as transformers chooses them, else whatever looks like one."""
+    for single, index in zip(_MODEL_FILES, _INDEX_FILES, strict=True):
         if (folder / single).is_file():
             return (folder / single,)
         if (folder / index).is_file():
             return _indexed_files(folder / index)
-        if files := tuple(sorted(folder.glob(pattern))):
-            return files
-    return ()
+    found = (tuple(sorted(folder.glob(pattern))) for pattern in _MODEL_PATTERNS)
+    return next((files for files in found if files), ())
 
 
 def _indexed_files(index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_text(index))["weight_map"].values()))
         if any(Path(name).name != name for name in names):
             raise ValueError("a file outside the folder")
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -264,7 +265,7 @@ def _configured_num_heads(config_file: Path) -> int | None:
     if not config_file.is_file():
         return None
     try:
-        value = json.loads(config_file.read_text(encoding="utf-8-sig")).get("medusa_num_heads")
+        value = json.loads(read_text(config_file)).get("medusa_num_heads")
         return None if value is None else int(value)
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(

@@ -58,8 +58,8 @@ def test_changed_code_is_dirty_wherever_it_lies(checkout: Path) -> None:
 
 
 def test_what_a_run_writes_is_not_dirt(checkout: Path) -> None:
-    """Results and README are looked for at the top of the checkout, not next to the package: once they counted
-    as changed code.
+    """Results and README are looked for at the top of the checkout, not next to the package: they once
+    counted as changed code.
     """
     (checkout / "results/run/report.md").write_text("two\n")
     (checkout / "README.md").write_text("two\n")

@@ -1,5 +1,5 @@
-"""Arms on a tuned backbone, next to those on the original: each decodes, is traced and is checked with its own
-model and heads.
+"""Arms on a tuned backbone, next to those on the original: each decodes, is traced and is checked with its
+own model and heads.
 """
 
 from __future__ import annotations

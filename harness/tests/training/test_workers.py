@@ -10,6 +10,7 @@ import os
 import random
 import select
 import shutil
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -405,14 +406,15 @@ def test_a_worker_ends_with_the_command_that_started_it(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    worker = int(told.read_text())
-    watch = os.pidfd_open(worker)
+    assert told.exists(), "the worker did not start"
+    watch = os.pidfd_open(int(told.read_text()))
     command.kill()
     command.join()
-    try:
-        assert select.select([watch], [], [], 60)[0], "it goes on"
-    finally:
-        os.close(watch)
+    ended = bool(select.select([watch], [], [], 60)[0])
+    if not ended:
+        signal.pidfd_send_signal(watch, signal.SIGKILL)
+    os.close(watch)
+    assert ended, "it goes on"
 
 
 def _start_a_worker(told: Path) -> None:
