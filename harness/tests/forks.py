@@ -5,6 +5,8 @@ milliseconds, and whatever becomes of it (a traceback, a hang, too much memory) 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import resource
 import select
@@ -16,7 +18,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +38,40 @@ class Ended:
     err: str
     seconds: float
     hung: bool = False
+
+
+@dataclass(frozen=True)
+class CaseLog:
+    """A file of what was tried, a line each, from which a run that was cut off goes on.
+
+    Lines of another seed or of another state of the code stay in it and are not read.
+    """
+
+    path: Path
+    seed: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was tried before; half a last line is cut off."""
+        if not self.path.exists():
+            return []
+        *lines, torn = self.path.read_text(encoding="utf-8").split("\n")
+        if torn:
+            self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        rows = [json.loads(line) for line in lines]
+        return [row["case"] for row in rows if (row["seed"], row["code"]) == (self.seed, code_state())]
+
+    def add(self, case: dict[str, Any]) -> None:
+        """Append what was tried now."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"seed": self.seed, "code": code_state(), "case": case}) + "\n")
+
+
+@cache
+def code_state() -> str:
+    """Return what tells one state of the code from another: a SHA-256 over the Python files."""
+    files = sorted(path for part in ("harness", "medusa_impl") for path in (ROOT / part).rglob("*.py"))
+    texts = (f"{path.relative_to(ROOT)}\n{path.read_text(encoding='utf-8')}" for path in files)
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 def warm_up() -> None:

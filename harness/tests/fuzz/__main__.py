@@ -51,15 +51,15 @@ def main() -> int:
         build(world)
         prover = Prover(world, asked.out.resolve(), seed=asked.seed)
         kinds, mutations = wanted(asked.kind, KINDS), wanted(asked.mutation, MUTATIONS)
-        for kind in kinds:
-            for wrong in prover.baseline(kind):
-                print(f"on whole files: {wrong}", flush=True)
+        before = [wrong for kind in kinds for wrong in prover.baseline(kind)]
+        for wrong in before:
+            print(f"on whole files: {wrong}", flush=True)
         cases = []
         for case in prover.run(kinds, mutations, limit=asked.limit):
             cases.append(case)
             if case.fault:
                 print(f"{case.label}: {case.fault}: {case.command}: {case.told[:160]}", flush=True)
-    faults = sum(bool(case.fault) for case in cases)
+    faults = len(before) + sum(bool(case.fault) for case in cases)
     counted = sum(not case.same for case in cases)
     print(f"\n{table(cases)}\n\n{grouped(cases)}\n")
     print(f"{counted} cases that count, {faults} faults, {(time.monotonic() - started) / 60:.1f} minutes")

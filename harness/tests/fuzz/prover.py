@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.tests.forks import Ended, command_line, forked, installed
+from harness.tests.forks import CaseLog, Ended, command_line, forked, installed
 from harness.tests.fuzz.kinds import KINDS, Command, Target
 from harness.tests.fuzz.mutations import MUTATIONS, mutated
 
@@ -59,25 +59,13 @@ class Prover:
 
     def __init__(self, world: Path, out: Path, *, seed: int = 0) -> None:
         self.world, self.out, self.seed = world, out, seed
+        self.log = CaseLog(out / "cases.jsonl", seed)
         self._whole: dict[str, bytes] = {}
         out.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def log(self) -> Path:
-        """Return the file that keeps a line a case, from which a run that was cut off goes on."""
-        return self.out / "cases.jsonl"
-
-    def done(self) -> list[Case]:
-        """Return the cases that were run before with this seed; half a last line is left out."""
-        if not self.log.exists():
-            return []
-        *lines, _ = self.log.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines]
-        return [Case(**row) for row in rows if row.pop("seed") == self.seed]
-
     def run(self, kinds: Sequence[str], mutations: Sequence[str], *, limit: int) -> Iterator[Case]:
         """Run cases until each pair of kind and mutation has `limit` that changed what the file says."""
-        before = {case.name: case for case in self.done()}
+        before = {case.name: case for case in (Case(**row) for row in self.log.rows())}
         num_run = len(before)
         for kind in kinds:
             for mutation in mutations:
@@ -91,7 +79,7 @@ class Prover:
                             kind, mutation, number, own_process=(num_run + 1) % INSTALLED_EVERY == 0
                         )
                         num_run += not case.same
-                        self._keep(case)
+                        self.log.add(asdict(case))
                     counted += not case.same
                     yield case
 
@@ -155,10 +143,6 @@ class Prover:
         finally:
             for file in changed:
                 (self.world / file).write_bytes(self._bytes(file))
-
-    def _keep(self, case: Case) -> None:
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**asdict(case), "seed": self.seed}) + "\n")
 
     def _save(self, case: Case, altered: bytes, ended: Ended) -> None:
         folder = self.out / "failing" / case.label

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -54,11 +55,13 @@ def test_every_kind_and_mutation_of_the_core_is_refused_in_one_line_or_read(prov
 
 def test_a_run_goes_on_where_it_was_cut_off(prover: Prover) -> None:
     first = [case for case in prover.run(["generations"], ["truncate"], limit=2) if not case.same]
-    with prover.log.open("a") as file:
+    before = prover.log.path.read_bytes()
+    with prover.log.path.open("a") as file:
         file.write('{"kind": "gen')  # cut by a kill
-    before = prover.log.read_bytes()
     again = [case for case in prover.run(["generations"], ["truncate"], limit=2) if not case.same]
-    assert again == first and len(first) == 2 and prover.log.read_bytes() == before
+    assert again == first and len(first) == 2 and prover.log.path.read_bytes() == before
+    with patch("harness.tests.forks.code_state", return_value="of another day"):
+        assert prover.log.rows() == []
 
 
 @pytest.mark.parametrize(

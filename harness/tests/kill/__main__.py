@@ -40,14 +40,19 @@ def main() -> int:
         prover = Prover(Path(folder, "inputs"), asked.out.resolve(), seed=asked.seed)
         num: Counter[tuple[str, str]] = Counter()
         bad: Counter[tuple[str, str]] = Counter()
+        missed = 0  # the command had ended before its time had come
         for kill in prover.run(wanted(asked.job, JOBS), limit=asked.limit):
-            num[kill.job, kill.how] += 1
+            num[kill.job, kill.how] += kill.struck
+            missed += not kill.struck
             bad[kill.job, kill.how] += bool(kill.faults)
             for fault in kill.faults:
                 print(f"{kill.job}-{kill.number}, {kill.how} {kill.at:.4g}: {fault}", flush=True)
     for job in sorted({job for job, _ in num}):
         print(f"{job}: " + ", ".join(f"{how} {num[job, how]}/{bad[job, how]}" for how in HOWS))
-    print(f"{num.total()} kills, {bad.total()} with faults, {(time.monotonic() - started) / 60:.1f} minutes")
+    minutes = (time.monotonic() - started) / 60
+    print(
+        f"{num.total()} kills, {bad.total()} with faults, {missed} that came too late, {minutes:.1f} minutes"
+    )
     return int(bad.total() > 0)
 
 

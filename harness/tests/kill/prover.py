@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 from harness.judge.validate.record import validate_record
 from harness.records.store import LineFile
-from harness.tests.forks import Ended, command_line, forked
+from harness.tests.forks import CaseLog, Ended, command_line, forked
 from harness.tests.kill.jobs import JOBS, OUT, RESULTS, Job
 
 How = Literal["write", "rename", "torn", "random"]
@@ -55,27 +55,19 @@ class Prover:
 
     def __init__(self, inputs: Path, out: Path, *, seed: int = 0) -> None:
         self.inputs, self.out, self.seed = inputs, out, seed
+        self.log = CaseLog(out / "kills.jsonl", seed)
         self._whole: dict[str, Whole] = {}
         out.mkdir(parents=True, exist_ok=True)
 
-    def done(self) -> list[Kill]:
-        """Return the kills of an earlier run with this seed, from which this one goes on."""
-        path = self.out / "kills.jsonl"
-        if not path.exists():
-            return []
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-        kept = [row for row in rows if row.pop("seed") == self.seed]
-        return [Kill(**{**row, "faults": tuple(row["faults"])}) for row in kept]
-
     def run(self, jobs: list[str], *, limit: int) -> Iterator[Kill]:
         """Kill each job so many times, in the four ways in turn."""
-        before = {(kill.job, kill.number): kill for kill in self.done()}
+        done = (Kill(**{**row, "faults": tuple(row["faults"])}) for row in self.log.rows())
+        before = {(kill.job, kill.number): kill for kill in done}
         for name in jobs:
             for number in range(limit):
                 kill = before.get((name, number)) or self.kill(JOBS[name], number)
                 if (name, number) not in before:
-                    with (self.out / "kills.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({**asdict(kill), "seed": self.seed}) + "\n")
+                    self.log.add(asdict(kill))
                 yield kill
 
     def whole(self, job: Job) -> Whole:
