@@ -14,7 +14,7 @@ Rates at which a nominal 95 % interval of a speedup covered the truth (log-norma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -103,6 +103,48 @@ def bootstrap_totals(
         ).confidence_interval
         low, high = float(result.low), float(result.high)
     return Interval(estimate=estimate, low=low, high=high, level=spec.level, num_prompts=num_prompts)
+
+
+def bootstrap_groups(
+    statistic: Callable[..., Floats], groups: Sequence[tuple[ArrayLike, ArrayLike]], *, spec: IntervalSpec
+) -> Interval:
+    """Return a statistic of the groups' rates with its interval; prompts are resampled within their groups.
+
+    A group is (numerators, denominators), one entry a prompt, its rate the quotient of their sums.
+    `statistic` maps one array of rates a group to an array of the same shape. The interval is widened as for
+    the smallest group; a group of one prompt bounds nothing.
+    Raises: ValueError for a group without prompts or of unlike columns.
+    """
+    arrays = [tuple(np.asarray(column, dtype=np.float64) for column in group) for group in groups]
+    if any(top.shape != bottom.shape or top.ndim != 1 or not top.size for top, bottom in arrays):
+        raise ValueError(
+            "found a group without prompts or of columns of unlike shapes, need one entry a prompt"
+        )
+
+    def of_rates(*indices: NDArray[np.int64], axis: int = -1) -> Floats:
+        rates = [
+            top[index].sum(axis=axis) / bottom[index].sum(axis=axis)
+            for (top, bottom), index in zip(arrays, indices, strict=True)
+        ]
+        return statistic(*rates)
+
+    indices = [np.arange(len(top)) for top, _ in arrays]
+    num_prompts, smallest = sum(map(len, indices)), min(map(len, indices))
+    low, high = -math.inf, math.inf
+    if smallest > 1:
+        result = stats.bootstrap(
+            indices,
+            of_rates,
+            n_resamples=spec.num_resamples,
+            confidence_level=widened_level(spec.level, num_prompts=smallest),
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(spec.seed),
+        ).confidence_interval
+        low, high = float(result.low), float(result.high)
+    return Interval(
+        estimate=float(of_rates(*indices)), low=low, high=high, level=spec.level, num_prompts=num_prompts
+    )
 
 
 def widened_level(level: float, *, num_prompts: int) -> float:

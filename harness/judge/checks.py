@@ -14,11 +14,11 @@ from statistics import median
 
 from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
-from harness.judge.parity import parity_report, replay_differences, steps_known
+from harness.judge.parity import parity_report, rejection_pairs, replay_differences, steps_known
 from harness.judge.step_costs import bandwidth_share
 from harness.records.run import Generation, RunRecord, TrialKey, planned_trials
 from harness.records.trace import Trace
-from harness.specs.suite import ArmSpec, BackboneName, RejectionAcceptance, is_deterministic
+from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
 Check = Callable[[RunRecord], CheckOutcome]
 
@@ -221,37 +221,17 @@ def greedy_parity(record: RunRecord) -> CheckOutcome:
 def sampled_parity(record: RunRecord) -> CheckOutcome:
     """Check that rejection sampling yields the tokens of its baseline, sampled with the same seed.
 
-    On a CPU both draw once a token from one generator, in the order of the text, so in float32 they part only
-    where rounding decides a draw: as rare as a tie. On a GPU the rule draws on after a path has ended.
+    They part only where rounding decides a draw, which is as rare as a tie.
     """
-    arms = {
-        arm.name: arm.baseline
-        for arm in record.suite.arms
-        if isinstance(arm.acceptance, RejectionAcceptance) and arm.baseline is not None
-    }
-    if not arms:
-        return _skipped("sampled_parity", "no arm with rejection and a baseline")
-    if (dtype := record.environment.dtype) != "float32":
-        return _skipped("sampled_parity", f"{dtype} rounds draws differently in passes of other sizes")
-    if record.environment.device.kind != "cpu":
-        return _skipped("sampled_parity", "a GPU draws on after a path has ended, so seeds do not pair texts")
-    texts = {one.trial: one.token_ids for one in _generations(record)}
-    pairs = [
-        (trial, tokens, base)
-        for trial, tokens in texts.items()
-        if trial.arm in arms
-        and (base := texts.get(trial.model_copy(update={"arm": arms[trial.arm]}))) is not None
-    ]
-    if not pairs:
-        return _skipped("sampled_parity", "no generation of rejection has a baseline's of the same seed")
-    wrong = [_name(trial) for trial, tokens, base in pairs if tokens != base]
-    allowed = (
-        sum(len(base) for _, _, base in pairs) // TOKENS_PER_TIE
-    )  # no whole text is one tie: rounded down
+    pairs = rejection_pairs(record)
+    if isinstance(pairs, str):
+        return _skipped("sampled_parity", pairs)
+    allowed = pairs.num_tokens // TOKENS_PER_TIE  # no whole text is one tie: rounded down
+    parted = [_name(trial) for trial in pairs.parted]
     return _outcome(
         "sampled_parity",
-        len(wrong) <= allowed,
-        found=f"{len(pairs) - len(wrong)} of {len(pairs)} identical" + _first(", other", wrong),
+        len(parted) <= allowed,
+        found=f"{pairs.num_texts - len(parted)} of {pairs.num_texts} identical" + _first(", other", parted),
         need=f"the tokens of sampled vanilla, at most {allowed} parted by rounding",
     )
 

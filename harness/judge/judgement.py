@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Literal
 
@@ -165,6 +166,18 @@ class ClaimVerdict(Frozen):
     def counts(self) -> bool:
         """Return whether it is one of the verdicts on the paper's claims, one a claim."""
         return self.decides and not self.is_ours
+
+
+def by_test(verdicts: Iterable[ClaimVerdict]) -> list[tuple[ClaimVerdict, ...]]:
+    """Return verdicts in groups: claims that one test decides together are one, at the place of the first.
+
+    A claim that is not tested stands alone.
+    """
+    groups: dict[object, list[ClaimVerdict]] = {}
+    for one in verdicts:
+        test = (one.form, one.kind, one.ours, one.reason, one.decides)
+        groups.setdefault(one.claim_id if one.kind is VerdictKind.NOT_TESTED else test, []).append(one)
+    return [tuple(group) for group in groups.values()]
 
 
 class Judgement(Frozen):

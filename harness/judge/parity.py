@@ -6,6 +6,7 @@ Every difference is found, classed and shown.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,9 +24,9 @@ from harness.compose.differences import (
 from harness.compose.replay import replay
 from harness.files import Frozen
 from harness.judge.judgement import Divergence, ParityReport, ParityRounding
-from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation, RunRecord
+from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation, RunRecord, TrialKey
 from harness.records.trace import PromptTrace, Trace
-from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
+from harness.specs.suite import ArmSpec, BackboneName, RejectionAcceptance, is_deterministic
 
 
 class ReplayDifference(Frozen):
@@ -179,6 +180,53 @@ def steps_known(record: RunRecord) -> tuple[int, int]:
                     for start in starts
                 )
     return num_steps, num_known
+
+
+@dataclass(frozen=True)
+class RejectionPairs:
+    """Texts of rejection sampling next to those of its baseline, sampled with the same seeds.
+
+    `parted` are the trials whose tokens are other ones; `num_tokens` counts the baseline's.
+    """
+
+    num_texts: int
+    num_tokens: int
+    parted: tuple[TrialKey, ...]
+
+
+def rejection_pairs(record: RunRecord, *, arm: str | None = None) -> RejectionPairs | str:
+    """Return what rejection sampling wrote next to its baseline, of all its arms or of one; else why not.
+
+    On a CPU both draw once a token from one generator, in the order of the text, so in float32 they part only
+    where rounding decides a draw. On a GPU the rule draws on after a path has ended.
+    """
+    arms = {
+        one.name: one.baseline
+        for one in record.suite.arms
+        if isinstance(one.acceptance, RejectionAcceptance)
+        and one.baseline is not None
+        and arm in (None, one.name)
+    }
+    if not arms:
+        return "no arm with rejection and a baseline"
+    if (dtype := record.environment.dtype) != "float32":
+        return f"{dtype} rounds draws differently in passes of other sizes"
+    if record.environment.device.kind != "cpu":
+        return "a GPU draws on after a path has ended, so seeds do not pair texts"
+    texts = {one.trial: one.token_ids for one in record.generations}
+    pairs = [
+        (trial, tokens, base)
+        for trial, tokens in texts.items()
+        if trial.arm in arms
+        and (base := texts.get(trial.model_copy(update={"arm": arms[trial.arm]}))) is not None
+    ]
+    if not pairs:
+        return "no generation of rejection has a baseline's of the same seed"
+    return RejectionPairs(
+        num_texts=len(pairs),
+        num_tokens=sum(len(base) for _, _, base in pairs),
+        parted=tuple(trial for trial, tokens, base in pairs if tokens != base),
+    )
 
 
 def _first_divergence(

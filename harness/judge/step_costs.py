@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Literal
 
 from harness.judge.totals import ratio_of_sums, timed_generations
 from harness.records.probes import StepCost
@@ -63,11 +64,14 @@ def separate_costs(record: RunRecord, arm: str) -> SeparateCosts:
     )
 
 
-def step_s_by_prompt(record: RunRecord, arm: str) -> dict[str, float] | None:
-    """Return an arm's separately timed step by prompt, in seconds: the mean of its blocks' medians.
+def separate_s_by_prompt(
+    record: RunRecord, arm: str, part: Literal["step_s", "backbone_s"] = "step_s"
+) -> dict[str, float] | None:
+    """Return an arm's separately timed step, or its backbone's part, by prompt: means of blocks' medians.
 
     Records from before prompts were noted have a row a block, in the order of the blocks. None where rows and
     blocks do not match.
+    Units: seconds.
     """
     costs = record.step_costs.costs if record.step_costs is not None else ()
     rows = [row for row in costs if row.arm == arm and row.step_s]
@@ -77,7 +81,7 @@ def step_s_by_prompt(record: RunRecord, arm: str) -> dict[str, float] | None:
     keys = [row.prompt_key or key for row, (_, key) in zip(rows, blocks, strict=False)]
     found: dict[str, list[float]] = {}
     for key, row in zip(keys, rows, strict=True):
-        found.setdefault(key, []).append(median(row.step_s))
+        found.setdefault(key, []).append(median(getattr(row, part)))
     return {key: fmean(medians) for key, medians in found.items()} or None
 
 

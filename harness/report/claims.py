@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.judge.claims.standing import RecordVerdict, Standing
 from harness.report.formatting import ABSENT, count, page, paragraphs, section, table
-from harness.report.tables.run import marked_verdict
+from harness.report.tables.run import marked_verdict, named_claims
 from harness.specs.claims import ClaimsFile, Group
 
 CLAIMS_PAGE = "claims.md"
@@ -53,19 +53,16 @@ def render_counts(standings: Sequence[Standing]) -> str:
 def render_readme_claims(standings: Sequence[Standing], *, results: Path, base: Path) -> str:
     """Return what a README says of all claims together: a sentence, the counts, the link to the page."""
     decided = [one for one in standings if one.group == "decided" and one.claim.kind == "claim"]
-    held = sum(one.decides is not None and one.decides.verdict.kind.value == "reproduced" for one in decided)
-    tests = {
-        (one.decides.record, one.decides.verdict.ours, one.decides.verdict.reason)
-        for one in decided
-        if one.decides is not None
-    }
-    alone = sum(one.decides is not None and one.decides.verdict.form == "paper-only" for one in decided)
+    tests = _by_test(decided)
+    found = [group[0].decides.verdict for group in tests if group[0].decides is not None]
+    held = sum(verdict.kind.value == "reproduced" for verdict in found)
+    alone = sum(verdict.form == "paper-only" for verdict in found)
     claims = sum(one.claim.kind == "claim" for one in standings)
     link = (results / CLAIMS_PAGE).resolve().relative_to(base.resolve()).as_posix()
     return paragraphs(
         f"Over all records {len(decided)} of the {claims} claims are decided, by "
-        f"{count(len(tests), 'different test')}: {held} reproduced, {len(decided) - held} not reproduced; "
-        f"{alone} of them by arithmetic with the paper's figures alone.",
+        f"{count(len(tests), 'different test')}: {held} hold, {len(tests) - held} do not; "
+        f"{count(alone, 'test')} rest on arithmetic with the paper's figures alone.",
         render_counts(standings),
         f"Each claim with the record that decides it: [`{CLAIMS_PAGE}`]({link}).",
     )
@@ -77,20 +74,40 @@ def _render_group(group: Group, title: str, standings: Sequence[Standing]) -> st
         return ""
     if any(one.decides is not None for one in held):
         headers = ["claim", "what is stated", "paper", "ours", "verdict", "record", "elsewhere"]
-        return section(title, table(headers, [_decided_row(one) for one in held]), _NOTE)
-    rows = [(_named(one), one.claim.stated, one.claim.figure or ABSENT, _needs(one)) for one in held]
+        return section(title, table(headers, [_decided_row(group) for group in _by_test(held)]), _NOTE)
+    rows = [
+        (
+            named_claims([(one.claim.id, one.claim.place)]),
+            one.claim.stated,
+            one.claim.figure or ABSENT,
+            _needs(one),
+        )
+        for one in held
+    ]
     return section(title, table(["claim", "what is stated", "paper", "what it would take"], rows))
 
 
-def _decided_row(one: Standing) -> tuple[object, ...]:
+def _by_test(standings: Sequence[Standing]) -> list[list[Standing]]:
+    """Return standings in groups: claims that one test of one record decides together are one."""
+    groups: dict[object, list[Standing]] = {}
+    for one in standings:
+        found = one.decides
+        test = one.claim.id if found is None else (found.record, found.verdict.ours, found.verdict.reason)
+        groups.setdefault(test, []).append(one)
+    return list(groups.values())
+
+
+def _decided_row(group: Sequence[Standing]) -> tuple[object, ...]:
+    one = group[0]
+    named = named_claims([(other.claim.id, other.claim.place) for other in group])
+    figure = ", ".join(dict.fromkeys(other.claim.figure for other in group if other.claim.figure)) or ABSENT
     if one.decides is None:
-        figure = one.claim.figure or ABSENT
-        return (_named(one), one.claim.stated, figure, ABSENT, _needs(one), ABSENT, ABSENT)
+        return (named, one.claim.stated, figure, ABSENT, _needs(one), ABSENT, ABSENT)
     verdict = one.decides.verdict
     return (
-        _named(one),
+        named,
         verdict.stated,
-        verdict.paper_figure or ABSENT,
+        figure,
         verdict.ours,
         marked_verdict(verdict),
         _link(one.decides),
@@ -102,10 +119,6 @@ def _link(found: RecordVerdict) -> str:
     if found.verdict.form == "paper-only":
         return "arithmetic"
     return f"[{' '.join(found.record.split('/')[:-1])}]({found.record}/report.md)"
-
-
-def _named(one: Standing) -> str:
-    return f"{one.claim.id} ({one.claim.place})" if one.claim.place else one.claim.id
 
 
 def _needs(one: Standing) -> str:

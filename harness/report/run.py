@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind
+from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind, by_test
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, heading, megabytes, page, ratio_interval, section
 from harness.report.provenance import describe_commit, describe_device, relative_folder, render_provenance
@@ -31,6 +31,7 @@ from harness.report.tables.run import (
     arms_note,
     comparisons_by_arm,
     count_verdicts,
+    named_claims,
     render_arms_table,
     render_category_tables,
     render_consistency_table,
@@ -237,10 +238,10 @@ def print_verdicts(console: Console, judgement: Judgement) -> None:
     grid = Table(title=f"Claims tested by suite {judgement.suite}")
     for column in ("claim", "what the paper states", "paper", "ours", "verdict"):
         grid.add_column(column, no_wrap=column in ("claim", "verdict"))
-    for verdict in judgement.verdicts:
+    for verdict, *others in by_test(judgement.verdicts):
         if verdict.kind is not VerdictKind.NOT_TESTED and verdict.counts:
             figures = (
-                verdict.claim_id,
+                named_claims([(one.claim_id, "") for one in (verdict, *others)], short=True),
                 verdict.stated,
                 verdict.paper_figure or ABSENT,
                 verdict.ours or ABSENT,

@@ -13,8 +13,9 @@ from harness.errors import UserError
 from harness.files import read_toml
 from harness.paths import shipped
 from harness.specs.bounds import Spec
-from harness.specs.forms.claims import LiteralForm, SweepForm, TrainingForm, TransferForm
+from harness.specs.forms.claims import LiteralForm, SweepForm, TransferForm
 from harness.specs.forms.paper import PaperOnlyForm
+from harness.specs.forms.training import TrainingForm
 
 CLAIMS_FILE = shipped("claims.toml")
 ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
@@ -119,7 +120,7 @@ class ClaimsFile(Spec):
     """A registry: roles of arms, shared texts and literal forms by name, and the claims.
 
     `groups` says, by the names of `needs`, where a claim stands that no record tests; `decides` which record
-    decides one that several test.
+    decides one that several test. `forms` are forms that several claims share, and so decide together.
     """
 
     schema_version: Literal[1]
@@ -128,6 +129,7 @@ class ClaimsFile(Spec):
     needs: dict[str, str] = Field(default_factory=dict)
     groups: dict[str, Group] = Field(default_factory=dict)
     literal: dict[str, LiteralForm] = Field(default_factory=dict)
+    forms: dict[str, TransferForm | TrainingForm] = Field(default_factory=dict)
     claims: tuple[ClaimSpec, ...]
 
     def group_of(self, claim: ClaimSpec) -> Group:
@@ -206,9 +208,9 @@ def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) ->
         return entries[name]
 
     filled = dict(claim)
-    for table in ("needs", "literal"):
-        if isinstance(filled.get(table), str):
-            filled[table] = look_up(table, filled[table])
+    for key in ("needs", "literal", "transfer", "training"):
+        if isinstance(filled.get(key), str):
+            filled[key] = look_up(key if key in ("needs", "literal") else "forms", filled[key])
 
     def with_arms(form: dict[str, Any]) -> dict[str, Any]:
         named = dict(form)

@@ -32,12 +32,12 @@ from harness.judge.claims.findings import (
     percent,
     tested,
 )
-from harness.judge.claims.losses import rising_losses
+from harness.judge.claims.heads import rising_losses
 from harness.judge.claims.verdicts import verdict
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.records.ablation import AblationRecord
 from harness.specs.claims import ClaimSpec
-from harness.specs.forms.claims import (
+from harness.specs.forms.training import (
     HeadOrderForm,
     HurtsMoreForm,
     KeepsQualityForm,

@@ -12,7 +12,7 @@ from harness.judge.ablation import Columns, TextKind, change_columns, kl_of
 from harness.judge.claims.findings import Finding, NotTestable, above, below, holds, shown
 from harness.judge.judgement import VerdictKind
 from harness.records.ablation import AblationRecord, TextChange
-from harness.specs.forms.claims import HurtsMoreForm
+from harness.specs.forms.training import HurtsMoreForm
 
 
 def gain_parts(

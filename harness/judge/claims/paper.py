@@ -24,12 +24,14 @@ from harness.specs.forms.paper import (
     LogConstantForm,
     PaperOnlyForm,
     QuotientsForm,
+    RegimesForm,
     RelativeLatencyForm,
     SimulatedBatchForm,
     SimulatedLengthForm,
     SimulatedPeakForm,
     StatementsDifferForm,
     TableRatiosForm,
+    VendorLimitsForm,
 )
 from harness.specs.hardware import load_hardware
 
@@ -266,6 +268,40 @@ def _simulated_length(claim: ClaimSpec, form: SimulatedLengthForm, figures: Figu
     return _exact(same and falls, ours=ours, reason=reason, predicted=True)
 
 
+def _regimes(claim: ClaimSpec, form: RegimesForm, figures: Figures) -> Finding:
+    if form.device not in load_hardware():
+        raise NotTestable(f"hardware.toml has no device {form.device}")
+    device, table = load_hardware()[form.device], figures.table(form.table)
+    ridge = device.dense_fp16_tflop_per_s * 1e3 / device.read_bandwidth_gb_per_s
+    step = max(
+        attention_intensity(1, context_tokens=form.context_tokens), linear_intensity(1, batch=form.batch)
+    )
+    prefill = linear_intensity(form.prefill_tokens, batch=1)
+    spread = max(max(column) - min(column) for column in zip(*table.intensity, strict=True))
+    reason = (
+        f"{device.name} does {ridge:.0f} operations in the time of a byte; a step of one token does at "
+        f"most {step:.1f} a byte up to batch {form.batch}, the linear layers of {form.prefill_tokens} tokens "
+        f"{prefill:.0f}; over the batches of {form.table} attention's printed intensity moves by {spread:.3f}"
+    )
+    holds = step < ridge < prefill and spread <= 2 * form.half_unit + 1e-9
+    ours = f"{step:.1f} and {prefill:.0f} operations a byte around {ridge:.0f}"
+    return _exact(holds, ours=ours, reason=reason)
+
+
+def _vendor_limits(claim: ClaimSpec, form: VendorLimitsForm, figures: Figures) -> Finding:
+    stated = {key: figures.part(claim.id, key) for key in ("gb_per_s", "tflop_per_s")}
+    apart = {key: abs(value / getattr(form, key) - 1) for key, value in stated.items()}
+    reason = (
+        f"the maker states {form.gb_per_s:g} GB/s, {apart['gb_per_s']:.1%} from the paper's, and "
+        f"{form.tflop_per_s:g} TFLOP/s, {apart['tflop_per_s']:.1%} from it; allowed {form.tolerance:.0%}"
+    )
+    return _exact(
+        max(apart.values()) <= form.tolerance,
+        ours=f"{form.gb_per_s:g} GB/s, {form.tflop_per_s:g} TFLOP/s",
+        reason=reason,
+    )
+
+
 _TESTS: dict[type, Callable[..., Finding]] = {
     BoundMissedForm: _bound_missed,
     QuotientsForm: _quotients,
@@ -279,4 +315,6 @@ _TESTS: dict[type, Callable[..., Finding]] = {
     SimulatedPeakForm: _simulated_peak,
     SimulatedBatchForm: _simulated_batch,
     SimulatedLengthForm: _simulated_length,
+    RegimesForm: _regimes,
+    VendorLimitsForm: _vendor_limits,
 }

@@ -8,21 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from harness.judge.claims.curves import judge_log_growth, judge_speed_peaks, step_seconds
 from harness.judge.claims.evidence import (
     EQUIVALENCE_LEVEL,
     Evidence,
     paired_counts,
     ratio_of_rates,
     relative_gain,
-    replay_counts,
     replays,
-    search_split,
 )
 from harness.judge.claims.findings import (
     Finding,
     NotTestable,
     above,
+    below,
     combined,
     equivalence,
     holds,
@@ -31,27 +29,49 @@ from harness.judge.claims.findings import (
     shown,
     varied,
 )
-from harness.judge.claims.losses import rising_losses
+from harness.judge.claims.heads import (
+    judge_accuracy_falls,
+    judge_extra_head,
+    judge_loss_grows,
+    judge_more_candidates,
+)
+from harness.judge.claims.trees import (
+    judge_category_above,
+    judge_category_order,
+    judge_log_growth,
+    judge_search_depth,
+    judge_search_promise,
+    judge_sparse_beats_dense,
+    judge_speed_peaks,
+    step_seconds,
+)
 from harness.judge.judgement import Comparison, Divergence, VerdictKind
-from harness.judge.step_costs import step_s_by_prompt
+from harness.judge.parity import rejection_pairs
+from harness.judge.step_costs import separate_s_by_prompt
 from harness.judge.totals import column, prompt_totals, ratio_of_sums
 from harness.records.run import Generation
 from harness.specs.forms.claims import (
+    AccuracyFallsForm,
+    AddedStepForm,
+    CategoryAboveForm,
+    CategoryOrderForm,
     ExtraHeadForm,
     FasterForm,
     LadderStepForm,
     LogGrowthForm,
     LossGrowsForm,
     LosslessForm,
+    MoreCandidatesForm,
     RateOverForm,
+    RejectionExactForm,
     SearchDepthForm,
+    SearchPromiseForm,
     SparseBeatsDenseForm,
     SpeedIdentityForm,
     SpeedPeaksForm,
     TransferForm,
 )
 from harness.stats import bootstrap_totals
-from medusa_impl.tree_search import random_dense
 
 
 def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
@@ -126,9 +146,11 @@ def _up_to_ties(evidence: Evidence, decoded: Sequence[Generation], divergences: 
 def _faster(form: FasterForm, evidence: Evidence) -> Finding:
     comparison = evidence.comparison(form.arm)
     _require_known_rounding(evidence)
-    kind = above(comparison.speedup, form.bound)
-    reason = f"tokens/s of {form.arm} over {comparison.baseline} above {form.bound:g}x: {holds(kind)}"
-    speed = Finding(kind=kind, ours=shown(comparison.speedup, "x"), reason=reason, figure_kind="measured")
+    speedup = comparison.wall_speedup if form.clock == "wall" else comparison.speedup
+    kind = above(speedup, form.bound)
+    clock = ", prefill included," if form.clock == "wall" else ""
+    reason = f"tokens/s of {form.arm} over {comparison.baseline}{clock} above {form.bound:g}x: {holds(kind)}"
+    speed = Finding(kind=kind, ours=shown(speedup, "x"), reason=reason, figure_kind="measured")
     divergences = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm]
     bugs = [divergence for divergence in divergences if divergence.kind == "bug"]
     if not evidence.parity.num_compared:
@@ -239,81 +261,6 @@ def _rate_over(form: RateOverForm, evidence: Evidence) -> Finding:
     return combined(parts)
 
 
-def _sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> Finding:
-    sparse_tree = evidence.tree(form.tree)
-    if sparse_tree.num_nodes > form.max_nodes:
-        raise NotTestable(f"the sparse tree has {sparse_tree.num_nodes} nodes, allowed {form.max_nodes}")
-    trace = evidence.trace()
-    rng = np.random.default_rng(form.seed)
-    dense_trees = [
-        random_dense(form.dense_nodes, num_heads=trace.num_heads, rng=rng) for _ in range(form.num_dense)
-    ]
-    sparse, *dense = replays(trace, [sparse_tree, *dense_trees])
-    tokens, steps = (np.sum(columns, axis=0) for columns in zip(*map(replay_counts, dense), strict=True))
-    interval = ratio_of_rates(
-        replay_counts(sparse), over=(tokens, steps), spec=evidence.record.suite.interval
-    )
-    kind = above(interval, form.bound)
-    num_below = sum(one.tokens_per_step < sparse.tokens_per_step for one in dense)
-    reason = (
-        f"a sparse tree of {sparse_tree.num_nodes} nodes yields {sparse.tokens_per_step:.2f} tokens/step, "
-        f"{len(dense)} random dense trees of about {form.dense_nodes} nodes yield "
-        f"{float(tokens.sum() / steps.sum()):.2f} together ({num_below} of them less than the sparse one); "
-        f"the order: {holds(kind)}"
-    )
-    return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="replayed")
-
-
-def _search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
-    split = search_split(evidence)
-    if (num_heads := split.growth.num_heads) <= form.max_depth:
-        raise NotTestable(
-            f"{num_heads} heads allow no tree deeper than {form.max_depth}, so the search had no choice"
-        )
-    tree = split.grow(form.num_nodes, max_rank=form.max_rank, values=form.values).tree
-    kind = VerdictKind.REPRODUCED if tree.depth <= form.max_depth else VerdictKind.NOT_REPRODUCED
-    levels = [tree.depths.count(depth) for depth in range(1, tree.depth + 1)]
-    how = {"marginals": "products of the heads' accuracies", "joint": "joint hits"}[form.values]
-    reason = (
-        f"with {num_heads} heads the search by {how} went to depth {tree.depth}, the claim is at most "
-        f"{form.max_depth}; nodes by level {levels}"
-    )
-    return Finding(
-        kind=kind, ours=f"{tree.num_nodes} nodes, depth {tree.depth}", reason=reason, figure_kind="computed"
-    )
-
-
-def _loss_grows(form: LossGrowsForm, evidence: Evidence) -> Finding:
-    trace = evidence.trace()
-    if trace.num_heads < 2 or trace.prompts[0].nll is None:
-        raise NotTestable("the trace has no losses of two heads or more")
-    losses = [prompt.nll.astype(np.float64) for prompt in trace.prompts if prompt.nll is not None]
-    return rising_losses(losses, bound=form.bound, spec=evidence.record.suite.interval)
-
-
-def _extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:
-    split = search_split(evidence)
-    if split.held_out.num_heads < form.with_heads:
-        raise NotTestable(
-            f"the trace has {split.held_out.num_heads} heads, the claim is about {form.with_heads}"
-        )
-    trees = [
-        split.grow(form.num_nodes, max_rank=form.max_rank, max_depth=heads).tree
-        for heads in (form.with_heads, form.without_heads)
-    ]
-    more, fewer = replays(split.held_out, trees)
-    spec = evidence.record.suite.interval
-    gain = relative_gain(replay_counts(more), over=replay_counts(fewer), spec=spec)
-    kind = equivalence(gain, form.margin)
-    reason = (
-        f"{more.tokens_per_step:.3f} tokens/step with {form.with_heads} heads, {fewer.tokens_per_step:.3f} "
-        f"with {form.without_heads}, "
-        f"{form.num_nodes} nodes each ({split.origin}); the 90 % interval of the gain lies within "
-        f"+-{form.margin:.0%}: {holds(kind)}"
-    )
-    return Finding(kind=kind, ours=percent(gain), reason=reason, figure_kind="replayed")
-
-
 def _speed_identity(form: SpeedIdentityForm, evidence: Evidence) -> Finding:
     evidence.require_speed()
     known = {comparison.arm: comparison for comparison in evidence.comparisons}
@@ -330,7 +277,7 @@ def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Eviden
     if separate is None:
         raise NotTestable(f"no separately timed steps of {arm} or its baseline")
     record, spec = evidence.record, evidence.record.suite.interval
-    apart = [step_s_by_prompt(record, name) for name in (arm, compared.baseline)]
+    apart = [separate_s_by_prompt(record, name) for name in (arm, compared.baseline)]
     own, base = (prompt_totals(record, name, timed=True) for name in (arm, compared.baseline))
     keys = [key for key in own if key in base and own[key].steps and base[key].steps]
     if apart[0] is not None and apart[1] is not None:
@@ -363,16 +310,65 @@ def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Eviden
     return Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured")
 
 
+def _added_step(form: AddedStepForm, evidence: Evidence) -> Finding:
+    evidence.require_speed()
+    evidence.generations(form.arm)
+    record, baseline = evidence.record, evidence.record.suite.arm(form.arm).baseline
+    whole = separate_s_by_prompt(record, form.arm)
+    if form.against == "backbone":
+        other, name = separate_s_by_prompt(record, form.arm, "backbone_s"), "their backbone's part"
+    else:
+        other = separate_s_by_prompt(record, baseline) if baseline is not None else None
+        name = f"those of {baseline}"
+    if whole is None or other is None or not (keys := sorted(whole.keys() & other.keys())):
+        raise NotTestable(f"no separately timed steps of {form.arm}, or none to hold them against")
+    interval = bootstrap_totals(
+        lambda steps, others: steps / others,
+        [whole[key] for key in keys],
+        [other[key] for key in keys],
+        spec=record.suite.interval,
+        rng=np.random.default_rng(record.suite.interval.seed),
+    )
+    kind = below(interval, form.bound)
+    nodes = evidence.tree(form.arm).num_nodes
+    reason = (
+        f"whole steps of {form.arm} ({nodes} nodes) over {name}, timed apart from decoding, below "
+        f"{form.bound:g}x: {holds(kind)}"
+    )
+    return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="measured")
+
+
+def _rejection_exact(form: RejectionExactForm, evidence: Evidence) -> Finding:
+    pairs = rejection_pairs(evidence.record, arm=form.arm)
+    if isinstance(pairs, str):
+        raise NotTestable(pairs)
+    allowed = pairs.num_tokens // form.tokens_a_tie
+    kind = VerdictKind.REPRODUCED if len(pairs.parted) <= allowed else VerdictKind.NOT_REPRODUCED
+    reason = (
+        f"{pairs.num_texts - len(pairs.parted)} of {pairs.num_texts} texts are those of sampled vanilla with "
+        f"the same seed, token for token; rounding explains {allowed}: {holds(kind)}"
+    )
+    ours = f"{pairs.num_texts - len(pairs.parted)} of {pairs.num_texts} texts the same"
+    return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
+
+
 _TESTS: dict[type, Callable[..., Finding]] = {
     LosslessForm: _lossless,
     FasterForm: _faster,
     LadderStepForm: _ladder_step,
     RateOverForm: _rate_over,
-    SparseBeatsDenseForm: _sparse_beats_dense,
-    SearchDepthForm: _search_depth,
-    LossGrowsForm: _loss_grows,
-    ExtraHeadForm: _extra_head,
+    SparseBeatsDenseForm: judge_sparse_beats_dense,
+    SearchDepthForm: judge_search_depth,
+    LossGrowsForm: judge_loss_grows,
+    ExtraHeadForm: judge_extra_head,
     SpeedIdentityForm: _speed_identity,
     LogGrowthForm: judge_log_growth,
     SpeedPeaksForm: judge_speed_peaks,
+    CategoryOrderForm: judge_category_order,
+    CategoryAboveForm: judge_category_above,
+    AccuracyFallsForm: judge_accuracy_falls,
+    MoreCandidatesForm: judge_more_candidates,
+    SearchPromiseForm: judge_search_promise,
+    AddedStepForm: _added_step,
+    RejectionExactForm: _rejection_exact,
 }

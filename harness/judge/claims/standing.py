@@ -21,6 +21,7 @@ from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.specs.claims import ClaimsFile, ClaimSpec, DecidingRule, Group
 from harness.specs.forms.claims import (
+    AddedStepForm,
     FasterForm,
     LadderStepForm,
     RateOverForm,
@@ -29,7 +30,7 @@ from harness.specs.forms.claims import (
 )
 
 # Forms whose figure holds times.
-_SPEED_FORMS = (FasterForm, LadderStepForm, RateOverForm, SpeedIdentityForm, SpeedPeaksForm)
+_SPEED_FORMS = (AddedStepForm, FasterForm, LadderStepForm, RateOverForm, SpeedIdentityForm, SpeedPeaksForm)
 _GROUPS: dict[VerdictKind, Group] = {
     VerdictKind.REPRODUCED: "decided",
     VerdictKind.NOT_REPRODUCED: "decided",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind
+from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind, by_test
 from harness.judge.metrics import compare, original_baseline
 from harness.records.run import RunRecord
 from harness.report.formatting import (
@@ -26,7 +26,9 @@ brackets the form of the test: `literal` = the paper's own model and setting; `t
 (an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
 no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. `not
 decidable here` = the device fixes the outcome before the run. A claim that fails is a finding, not an error.
-*also* = a further form of the claim above it: it decides nothing and is not counted."""
+Claims in one row are decided by one test and count once. *also* = a further form of the claim above it: it
+decides nothing and is not counted."""
+_MOST_IDS = 4  # in a row of a short table
 
 PAPER_STATES, WE_STATE = "what the paper states", "what we state of the paper"
 _OWN_COLUMNS = ("claim", WE_STATE, "paper", "ours", "verdict", "why")
@@ -61,15 +63,19 @@ def comparisons_by_arm(judgement: Judgement) -> dict[str, Comparison]:
 
 
 def count_verdicts(judgement: Judgement) -> dict[str, int]:
-    """Return how many of the paper's claims got each verdict, kinds without any included."""
-    counted = [verdict for verdict in judgement.verdicts if verdict.counts]
-    return {kind.value: sum(verdict.kind is kind for verdict in counted) for kind in VerdictKind}
+    """Return how many of the paper's claims got each verdict, kinds without any included.
+
+    Claims that one test decides together count once.
+    """
+    counted = by_test(verdict for verdict in judgement.verdicts if verdict.counts)
+    return {kind.value: sum(group[0].kind is kind for group in counted) for kind in VerdictKind}
 
 
 def verdicts_in_words(judgement: Judgement) -> str:
     """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
     undecided = (VerdictKind.NOT_TESTED, VerdictKind.NOT_DECIDABLE)
-    tested = [verdict for verdict in judgement.verdicts if verdict.counts and verdict.kind not in undecided]
+    counted = [verdict for verdict in judgement.verdicts if verdict.counts and verdict.kind not in undecided]
+    tested = [group[0] for group in by_test(counted)]
     counts = ", ".join(
         f"{number} {kind}"
         for kind, number in count_verdicts(judgement).items()
@@ -111,12 +117,17 @@ def verdicts_on_run(judgement: Judgement) -> tuple[ClaimVerdict, ...]:
 def render_verdicts(
     verdicts: Sequence[ClaimVerdict], *, columns: Sequence[str] | None = None, stated: str = PAPER_STATES
 ) -> str:
-    """Return one row a verdict, with all columns or those that `columns` names.
+    """Return one row a test, with all columns or, in short tables, those that `columns` names.
 
+    Claims that one test decides together share a row; a short table names the first of many.
     `stated` is the header of what the verdict is about.
     """
     headers = ["claim", stated, "paper", "ours", "kind of figure", "verdict", "why"]
-    return table(headers, [_verdict_row(verdict) for verdict in verdicts], columns=columns)
+    return table(
+        headers,
+        [_verdict_row(group, short=columns is not None) for group in by_test(verdicts)],
+        columns=columns,
+    )
 
 
 def render_not_tested_table(judgement: Judgement) -> str:
@@ -273,15 +284,28 @@ def marked_verdict(verdict: ClaimVerdict) -> str:
     return f"{word} ({', '.join(verdict.turns)})" if verdict.turns else word
 
 
-def _verdict_row(verdict: ClaimVerdict) -> tuple[object, ...]:
-    claim = f"{verdict.claim_id} ({verdict.place})" if verdict.place else verdict.claim_id
+def named_claims(claims: Sequence[tuple[str, str]], *, short: bool = False) -> str:
+    """Return ids with the places of what they state, such as A2, T3-4 (Abstract; Table 3)."""
+    ids, places = (list(dict.fromkeys(column)) for column in zip(*claims, strict=True))
+    if short and len(ids) > _MOST_IDS:
+        ids = [f"{ids[0]} and {len(ids) - 1} like it"]
+    where = "; ".join(filter(None, places))
+    return f"{', '.join(ids)} ({where})" if where else ", ".join(ids)
+
+
+def _verdict_row(group: Sequence[ClaimVerdict], *, short: bool) -> tuple[object, ...]:
+    verdict = group[0]
+    claim = named_claims([(one.claim_id, one.place) for one in group], short=short)
+    stated = list(dict.fromkeys(one.paper_figure for one in group if one.paper_figure))
+    if short and len(stated) > _MOST_IDS:
+        stated = [*stated[:_MOST_IDS], ".."]
     form = "" if verdict.form == "none" else f" ({verdict.form})"
     kind = f"{verdict.figure_kind or ABSENT}{form}"
     marked = marked_verdict(verdict)
     return (
         claim,
         verdict.stated,
-        verdict.paper_figure or ABSENT,
+        ", ".join(stated) or ABSENT,
         verdict.ours or ABSENT,
         kind,
         marked,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed
+from harness.specs.bounds import MAX_ENTRIES, HeadCount, NodeCount, Seed, Some
 from harness.specs.forms.paper import Form, Share, VariedForm
 
 Margin = Annotated[float, Field(gt=0, lt=1)]
@@ -82,12 +82,13 @@ class LosslessForm(Form):
 class FasterForm(Form):
     """The arm of that role decodes more tokens/s than its vanilla arm, by more than `bound`.
 
-    It shows no parity bug.
+    It shows no parity bug. `clock` is that of decoding alone or, as `wall`, that with the prefill.
     """
 
     test: Literal["faster"]
     arm: str
     bound: float
+    clock: Literal["decode", "wall"] = "decode"
 
 
 class LadderStepForm(Form):
@@ -210,6 +211,91 @@ class SpeedPeaksForm(VariedForm):
     bound: float
 
 
+class CategoryOrderForm(Form):
+    """Categories of prompts stand in the order of `figures`, by tokens/step of one replayed tree.
+
+    Spearman's rank correlation lies above `bound`; each category has at least `min_prompts` prompts.
+    """
+
+    test: Literal["category_order"]
+    tree: str
+    figures: dict[str, float] = Field(min_length=3, max_length=MAX_ENTRIES)
+    min_prompts: int = Field(ge=2, le=10_000)
+    bound: float = Field(ge=-1, lt=1)
+
+
+class CategoryAboveForm(Form):
+    """One category of prompts yields more than `bound` times the tokens/step of all others together.
+
+    One tree is replayed on all.
+    """
+
+    test: Literal["category_above"]
+    tree: str
+    category: str
+    min_prompts: int = Field(ge=2, le=10_000)
+    bound: float
+
+
+class AccuracyFallsForm(Form):
+    """Head k + 1 has the right token among its first n less often than head k, for each k.
+
+    That holds for each n of `first`, at the positions where both heads have a target, by more than `bound`.
+    Units: shares of the positions.
+    """
+
+    test: Literal["accuracy_falls"]
+    first: Some[HeadCount]
+    bound: float
+
+
+class MoreCandidatesForm(Form):
+    """A head has the right token among its first `first` more than `bound` times as often as on top."""
+
+    test: Literal["more_candidates"]
+    head: HeadCount
+    first: HeadCount
+    bound: float = Field(gt=1)
+
+
+class SearchPromiseForm(VariedForm):
+    """The tokens/step that a search promises are those that its tree yields on other text.
+
+    The promise is one more than the sum of the values of the tree's nodes on the calibration text, and holds
+    to within a relative `margin`. `values` is what the search adds up, as in `search_depth`.
+    """
+
+    test: Literal["search_promise"]
+    values: Literal["marginals", "joint"]
+    num_nodes: NodeCount
+    max_rank: NodeCount
+    margin: Share
+
+
+class AddedStepForm(Form):
+    """A whole step of the arm takes less than `bound` times another, both timed apart from decoding.
+
+    That other is the `backbone`'s part of it, which leaves heads, candidates, acceptance and cache, or a step
+    of its `vanilla` arm.
+    """
+
+    test: Literal["added_step"]
+    arm: str
+    against: Literal["backbone", "vanilla"]
+    bound: float = Field(gt=1)
+
+
+class RejectionExactForm(Form):
+    """Rejection sampling yields the very tokens of vanilla sampling with the same seed.
+
+    At most one token in `tokens_a_tie` may part two texts, where rounding decides a draw.
+    """
+
+    test: Literal["rejection_exact"]
+    arm: str
+    tokens_a_tie: int = Field(ge=1, le=10**9)
+
+
 TransferForm = Annotated[
     LosslessForm
     | FasterForm
@@ -221,112 +307,13 @@ TransferForm = Annotated[
     | ExtraHeadForm
     | SpeedIdentityForm
     | LogGrowthForm
-    | SpeedPeaksForm,
-    Field(discriminator="test"),
-]
-
-
-class MoreTokensForm(Form):
-    """An arm of an ablation exceeds the arm `over` in tokens/step by more than `bound`.
-
-    Both are compared at one `fixed` tree, or each at its `best`.
-    It must do so on the text that each writes itself and on the original's answers, which both read: a
-    backbone that has learnt to repeat itself is easy to draft for, and gains on the first alone. A step of
-    both must cost the same: heads of one form, one LM head.
-    """
-
-    test: Literal["more_tokens"]
-    arm: str
-    over: str
-    trees: Literal["fixed", "best"]
-    bound: float
-
-
-class KeepsQualityForm(Form):
-    """Each arm stays near the original and yields more tokens/step than `over`.
-
-    Near is at most `max_kl` nats a token. Tokens/step are compared on the text that each writes itself and on
-    the original's.
-    The gain is `judged` with the divergence, or `required`: without one there is nothing that quality was
-    kept for, and the claim is not tested. `control` names an arm whose figures are shown too.
-    """
-
-    test: Literal["keeps_quality"]
-    arms: tuple[str, ...] = Field(min_length=1)
-    over: str
-    gain: Literal["required", "judged"]
-    max_kl: float = Field(gt=0)
-    control: str | None = None
-
-
-class UnchangedForm(Form):
-    """Training an arm left every tensor of its backbone as it was.
-
-    The hashes were taken where it was trained.
-    """
-
-    test: Literal["unchanged"]
-    arm: str
-
-
-class HurtsMoreForm(Form):
-    """An arm lies further from the original than `over`, by more than `bound` nats a token.
-
-    `over` lies within `max_kl`, where that is given. `on_references` asks for the same order, bound 0, in the
-    likelihood of texts that neither model wrote. `differ` are the settings of the recipe that the two arms
-    may differ in, where the claim is about those alone.
-    """
-
-    test: Literal["hurts_more"]
-    arm: str
-    over: str
-    bound: float
-    max_kl: float | None = Field(default=None, gt=0)
-    on_references: bool = False
-    differ: tuple[str, ...] | None = None
-
-
-class LittleMemoryForm(Form):
-    """Training an arm holds at most a relative `margin` more memory than the arm `over`."""
-
-    test: Literal["little_memory"]
-    arm: str
-    over: str
-    margin: Share
-
-
-class HeadOrderForm(Form):
-    """Head k + 1 of a trained arm has a greater loss than head k, for every k.
-
-    The loss is that on the arm's own greedy text.
-    """
-
-    test: Literal["head_order"]
-    arm: str
-    bound: float
-
-
-class SpareHeadForm(Form):
-    """A trained arm's tokens/step with `with_heads` heads is that with `without_heads`, to within `margin`.
-
-    Each number of heads has its own best tree.
-    """
-
-    test: Literal["spare_head"]
-    arm: str
-    num_nodes: NodeCount
-    with_heads: HeadCount
-    without_heads: HeadCount
-    margin: Share
-
-
-TrainingForm = Annotated[
-    MoreTokensForm
-    | KeepsQualityForm
-    | UnchangedForm
-    | HurtsMoreForm
-    | LittleMemoryForm
-    | HeadOrderForm
-    | SpareHeadForm,
+    | SpeedPeaksForm
+    | CategoryOrderForm
+    | CategoryAboveForm
+    | AccuracyFallsForm
+    | MoreCandidatesForm
+    | SearchPromiseForm
+    | AddedStepForm
+    | RejectionExactForm,
     Field(discriminator="test"),
 ]

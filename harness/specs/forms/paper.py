@@ -176,6 +176,34 @@ class SimulatedLengthForm(_SimulationForm):
     tolerance: Share
 
 
+class RegimesForm(VariedForm):
+    """Steps of one token are bound by memory on `device`, the linear layers of a prefill by arithmetic.
+
+    Intensities come from the closed forms, steps at every batch up to `batch`. By the paper's `table` the
+    batch leaves attention's intensity alone, to within `half_unit` of what is printed.
+    """
+
+    test: Literal["regimes"]
+    device: str
+    batch: BatchSize
+    context_tokens: TokenCount
+    prefill_tokens: TokenCount
+    table: str
+    half_unit: float = Field(gt=0)
+
+
+class VendorLimitsForm(Form):
+    """The limits of a device that the paper plots are those that its maker states.
+
+    Near is within a relative `tolerance`; throughput is that of dense matrices in half precision.
+    """
+
+    test: Literal["vendor_limits"]
+    gb_per_s: float = Field(gt=0)
+    tflop_per_s: float = Field(gt=0)
+    tolerance: Share
+
+
 PaperOnlyForm = Annotated[
     BoundMissedForm
     | QuotientsForm
@@ -188,6 +216,8 @@ PaperOnlyForm = Annotated[
     | LogConstantForm
     | SimulatedPeakForm
     | SimulatedBatchForm
-    | SimulatedLengthForm,
+    | SimulatedLengthForm
+    | RegimesForm
+    | VendorLimitsForm,
     Field(discriminator="test"),
 ]

@@ -35,7 +35,7 @@ from harness.report.ablation import (
 from harness.report.figures.training import curve, curves_figure, draw_curves
 from harness.report.readme import ablation_block, update_readme
 from harness.specs.claims import ClaimSpec, load_claims
-from harness.specs.forms.claims import HeadOrderForm, SpareHeadForm, TrainingForm
+from harness.specs.forms.training import HeadOrderForm, SpareHeadForm, TrainingForm
 from harness.tests.fake_ablation import ARMS, FakeArm, fake_trace, write_fake_ablation
 from harness.tests.readme_blocks import shows
 from medusa_impl.tree import DraftTree
@@ -48,6 +48,8 @@ COMMITTED = sorted(
 )
 DECIDED = {
     "A2",
+    "F3a-7B-Medusa-2",
+    "F3a-13B-Medusa-2",
     "T2-DirectFine-tuning-q",
     "T2-Medusa-1-q",
     "T2-Medusa-2-q",

@@ -18,9 +18,22 @@ from harness.specs.forms.claims import LadderStepForm, SpeedIdentityForm
 from harness.tests.fake_record import write_fake_record
 
 NUM_CLAIMS = 233  # entries of the collection of the paper's figures that the registry was written from
+CATEGORIES = ("Coding", "Extraction", "Humanities", "Math", "Reasoning", "Roleplay", "STEM", "Writing")
 DECIDED = {
     "A1",
+    "A5",
     "A6",
+    "F3a-7B-Medusa-1",
+    "F3a-13B-Medusa-1",
+    "T2-Medusa-1-S",
+    "F3cap",
+    *(f"F3b-{category}" for category in CATEGORIES),
+    *(f"BLOGCAT-{category}" for category in CATEGORIES),
+    "LOGCAT-7b",
+    *(f"H-{size}-head{head}" for size in ("7b", "13b", "33b") for head in range(1, 6)),
+    "H-blog",
+    "DEF-rej",
+    "DEF-search",
     "T3-1",
     "T3-2",
     "T3-3",
@@ -48,6 +61,10 @@ PAPER_ONLY = {
     "RL-32",
     "RL-seq",
     "RL-acc",
+    "RL-reg",
+    "RL-hw-A100-80GB-PCIe",
+    "RL-hw-A40",
+    "RL-hw-A6000",
 }
 NO_PARITY = ParityReport(num_compared=0, num_tokens=0, num_identical=0, divergences=())
 SMALL = """schema_version = 1
@@ -101,9 +118,11 @@ def test_every_bound_has_a_reason_and_every_name_is_used(claims: tuple[ClaimSpec
     data = tomllib.loads(CLAIMS_FILE.read_text())
     for table in ("needs", "literal"):
         assert {claim[table] for claim in data["claims"] if table in claim} == set(data[table])
-    named = [
-        claim["transfer"].get(key, ()) for claim in data["claims"] if "transfer" in claim for key in ROLE_KEYS
-    ]
+    given = [claim[key] for claim in data["claims"] for key in ("transfer", "training") if key in claim]
+    assert {form for form in given if isinstance(form, str)} == set(data["forms"])
+    on_runs = [claim["transfer"] for claim in data["claims"] if "transfer" in claim]
+    forms_on_runs = [data["forms"][form] if isinstance(form, str) else form for form in on_runs]
+    named = [form.get(key, ()) for form in forms_on_runs for key in ROLE_KEYS]
     assert {role for roles in named for role in ([roles] if isinstance(roles, str) else roles)} == set(
         data["roles"]
     )
