@@ -73,6 +73,12 @@ def judge_literal(claim: ClaimSpec, form: LiteralForm, *, evidence: Evidence) ->
     return replace(found, reason="; ".join(filter(None, (found.reason, *notes))))
 
 
+def hub_repository(source: str) -> str | None:
+    """Return the hub's repository that a record says an asset came from; None for any other source."""
+    found = _HUB_SOURCE.match(source)
+    return found["repository"] if found is not None else None
+
+
 def _require_setting(form: LiteralForm, setting: Setting, measure: Measure, evidence: Evidence) -> None:
     """Refuse a record of another run than the paper's, by the first thing that differs."""
     record = evidence.record
@@ -106,10 +112,9 @@ def _require_repository(
     if wanted is None:
         raise NotTestable(f"the registry knows no repository of the hub with the claim's {part}: {published}")
     source = record.environment.assets.get(asset, "") if asset is not None else ""
-    found = _HUB_SOURCE.match(source)
-    if found is None or found["repository"] != wanted:
+    if (found := hub_repository(source)) != wanted:
         what = f"asset {asset}" if asset is not None else "no asset of a suite"
-        origin = found["repository"] if found is not None else " ".join(source.split()[:-1])
+        origin = found or " ".join(source.split()[:-1])
         came = f" from {origin}" if origin else ""
         verb = "are" if part == "heads" else "is"
         raise NotTestable(f"the {part} {verb} {what}{came}, need {wanted} from the hub")
@@ -126,8 +131,8 @@ def _require_device(setting: Setting, measure: Measure, record: RunRecord) -> No
         raise NotTestable(f"the GPU is {environment.device.name}, need the {setting.gpu} that is stated")
     if measure.metric == "tokens_per_s":
         raise NotTestable(
-            f"the GPU is {environment.device.name}: a speed in tokens/s is compared on an {setting.gpu} alone, "
-            "since the paper names no device"
+            f"the GPU is {environment.device.name}, and the paper names none: tokens/s are compared on an "
+            f"{setting.gpu} alone"
         )
 
 
@@ -152,7 +157,7 @@ def _compared(
     on = f" on {measure.category}" if measure.category is not None else ""
     return Finding(
         kind=kind,
-        ours=f"{figure.name} {shown(interval, figure.unit, digits=figure.digits)}",
+        ours=f"{figure.name} of {measure.arm} {shown(interval, figure.unit, digits=figure.digits)}",
         reason=(
             f"{figure.name} of {measure.arm}{on} is {percent(apart)} off the stated "
             f"{_printed(measure, printed)}, 90 % interval within +-{form.tolerance:.0%}: {holds(kind)}"
@@ -186,7 +191,7 @@ def _counted(
 def _arm(measure: Measure, evidence: Evidence, *, over_baseline: bool) -> ArmSpec:
     """Return the arm of a figure.
 
-    Raises: NotTestable for one that the suite lacks, has no baseline of, or that does not decode as it should.
+    Raises: NotTestable for one that is not there, has no baseline, or does not decode as it should.
     """
     name = measure.arm
     arm = next((one for one in evidence.record.suite.arms if one.name == name), None)

@@ -56,7 +56,7 @@ class Measure(Spec):
     """One figure of a run that a claim's printed figure is compared with.
 
     `arm` is named by its role; `category` takes the prompts of one category. The claim's `value` is one
-    `figure`, the two ends of a `range`, or what a gain is `at_least`; `of` is its key where there are several.
+    `figure`, the two ends of a `range`, or what a gain is `at_least`; `of` is its key where it has several.
     """
 
     metric: Metric
