@@ -279,6 +279,12 @@ def _without(arm: str) -> Spoil:
     return spoil
 
 
+def _renamed(parts: FakeParts) -> None:
+    _without("optimised_64")(parts)
+    parts.suite_text = parts.suite_text.replace('"optimised_64"', '"other"')
+    parts.trees["other"] = parts.trees.pop("optimised_64")
+
+
 def _first_untimed(parts: FakeParts) -> None:
     parts.edit(lambda one: {"timing_valid": False}, arm="optimised_64", limit=1)
 
@@ -341,14 +347,9 @@ MISFITS: list[tuple[str, str, Spoil]] = [
     (
         "F3a-7B-Medusa-1",
         "the suite has no arm optimised_64",
-        lambda parts: (_without("optimised_64")(parts), _rename_arm(parts)),
+        _renamed,
     ),
 ]
-
-
-def _rename_arm(parts: FakeParts) -> None:
-    parts.suite_text = parts.suite_text.replace('"optimised_64"', '"other"')
-    parts.trees["other"] = parts.trees.pop("optimised_64")
 
 
 @pytest.mark.parametrize(
