@@ -22,7 +22,13 @@ from harness.device.loading.behaviour import (
     differing,
     eos_ids_of,
 )
-from harness.device.loading.folder import ModelFolder, check_folder, model_folder, require_trust
+from harness.device.loading.folder import (
+    ModelFolder,
+    asset_folder,
+    check_folder,
+    model_folder,
+    require_trust,
+)
 from harness.device.loading.tiny import tiny_model
 from harness.device.loading.weights import empty_model, load_folder, quantised_options
 from harness.errors import UserError
@@ -327,12 +333,18 @@ def load_engine(
     base_folder: Path | None,
     heads: MedusaHeads | None = None,
     mode: Mode | None = None,
+    allow_hub: bool = False,
 ) -> Engine:
     """Return an engine of a loaded model, with a suite's heads and mode.
 
     `heads` stand in for the suite's checkpoint: tiny suites train theirs. `mode` stands in for its mode.
+    Where the heads came from stands among the model's assets.
     """
     chosen = mode or suite.engine
+    if heads is None and suite.heads.asset is not None:
+        place = asset_folder(suite.heads.asset, allow_hub=allow_hub)
+        loaded = replace(loaded, assets={**loaded.assets, **place.assets})
+        return engine_from_heads(loaded, place.path, mode=chosen, num_heads=suite.heads.num_heads)
     if heads is None and suite.heads.path is not None:
         file = resolve_path(suite.heads.path, base_folder=base_folder)
         return engine_from_heads(loaded, file, mode=chosen, num_heads=suite.heads.num_heads)

@@ -142,7 +142,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
         console=console,
     )
     warmup = warmup_prompts(suite, loaded)
-    engine = suite_engine(suite, loaded, base_folder=base_folder)
+    engine = suite_engine(suite, loaded, base_folder=base_folder, allow_hub=options.allow_hub)
     if engine.runner.note:
         console.print(engine.runner.note)
     tuned = load_tuned_engine(suite, device=device, allow_hub=options.allow_hub, base_folder=base_folder)

@@ -58,13 +58,18 @@ def greedy_vanilla(suite: SuiteSpec, backbone: BackboneName = "original") -> Arm
 
 
 def suite_engine(
-    suite: SuiteSpec, loaded: LoadedModel, *, base_folder: Path | None, mode: Mode | None = None
+    suite: SuiteSpec,
+    loaded: LoadedModel,
+    *,
+    base_folder: Path | None,
+    mode: Mode | None = None,
+    allow_hub: bool = False,
 ) -> Engine:
     """Return the engine of a suite's own heads, which are trained here where it says so."""
     heads = None
     if suite.heads.train_steps is not None:
         heads = train_tiny_heads(loaded, suite, prompts=warmup_prompts(suite, loaded))
-    return load_engine(suite, loaded, base_folder=base_folder, heads=heads, mode=mode)
+    return load_engine(suite, loaded, base_folder=base_folder, heads=heads, mode=mode, allow_hub=allow_hub)
 
 
 def device_turn(session: Session) -> contextlib.AbstractContextManager[None]:

@@ -73,7 +73,7 @@ def profile_suite(
         suite, loaded, base_folder=suite_file.parent, allow_hub=allow_hub, console=console
     )[: suite.probes.profile_prompts]
     chosen: Mode | None = next((known for known in get_args(Mode) if known == mode), None)
-    engine = suite_engine(suite, loaded, base_folder=suite_file.parent, mode=chosen)
+    engine = suite_engine(suite, loaded, base_folder=suite_file.parent, mode=chosen, allow_hub=allow_hub)
     if engine.runner.note:
         console.print(engine.runner.note)
     device = engine.runner.backbone.device

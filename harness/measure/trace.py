@@ -33,7 +33,7 @@ def trace_suite(
     prompts = suite_prompts(
         suite, loaded, base_folder=suite_file.parent, allow_hub=allow_hub, console=console
     )
-    engine = suite_engine(suite, loaded, base_folder=suite_file.parent)
+    engine = suite_engine(suite, loaded, base_folder=suite_file.parent, allow_hub=allow_hub)
     check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
     rendered = {prompt.key: prompt for prompt in prompts}
     requests = [

@@ -13,12 +13,13 @@ from harness.errors import UserError
 from harness.files import read_toml
 from harness.paths import shipped
 from harness.specs.bounds import Spec
-from harness.specs.forms.claims import LiteralForm, SweepForm, TransferForm
+from harness.specs.forms.claims import SweepForm, TransferForm
+from harness.specs.forms.literal import LiteralForm, Measure, Stated
 from harness.specs.forms.paper import PaperOnlyForm
 from harness.specs.forms.training import TrainingForm
 
 CLAIMS_FILE = shipped("claims.toml")
-ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a transfer form that name arms by their role
+ROLE_KEYS = ("arm", "over", "tree", "arms")  # keys of a form that name arms by their role
 
 Kind = Literal["claim", "repo", "definition", "hyperparameter", "derived", "third_party", "inconsistency"]
 # Where a claim stands over all records; together they hold every entry of the registry once.
@@ -51,6 +52,8 @@ class ClaimSpec(Spec):
     `transfer` is judged on the record of a suite, `training` on that of an ablation, `sweep` on that of a
     sweep. `also` are further forms on the record of a suite: shown with the claim, they decide nothing.
     `value` holds the figure as numbers; `needs` says what it would take where no form decides it.
+    `measures` are the figures of a run that the literal form compares with it; `unmeasured` says why no
+    figure of a run can be.
     """
 
     id: str = Field(min_length=1)
@@ -59,11 +62,13 @@ class ClaimSpec(Spec):
     place: str
     version: str
     figure: str
-    value: float | tuple[float, ...] | dict[str, float | tuple[float, ...]] | None = None
+    value: Stated = None
     reading: Reading
     note: str | None = None
     table: OperatorTable | None = None
     literal: LiteralForm | None = None
+    measures: tuple[Measure, ...] = ()
+    unmeasured: str | None = None
     transfer: TransferForm | None = None
     also: tuple[TransferForm, ...] = ()
     training: TrainingForm | None = None
@@ -78,6 +83,17 @@ class ClaimSpec(Spec):
         forms = (self.literal, self.transfer, self.training, self.sweep, self.paper_only)
         if all(form is None for form in forms) and not self.needs:
             raise ValueError(f"claim {self.id!r}: give a form, or needs: what it would take")
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_it_states(self) -> ClaimSpec:
+        if self.measures and (self.literal is None or self.unmeasured is not None):
+            raise ValueError(f"claim {self.id!r}: measures go with a literal form, and not with unmeasured")
+        for measure in self.measures:
+            try:
+                measure.printed(self.value)
+            except ValueError as error:
+                raise ValueError(f"claim {self.id!r} {error}") from error
         return self
 
 
@@ -224,8 +240,9 @@ def _filled_claim(claim: dict[str, Any], data: dict[str, Any], *, where: str) ->
 
     if isinstance(transfer := filled.get("transfer"), dict):
         filled["transfer"] = with_arms(transfer)
-    if isinstance(also := filled.get("also"), list) and all(isinstance(form, dict) for form in also):
-        filled["also"] = [with_arms(form) for form in also]
+    for key in ("also", "measures"):
+        if isinstance(forms := filled.get(key), list) and all(isinstance(form, dict) for form in forms):
+            filled[key] = [with_arms(form) for form in forms]
     return filled
 
 

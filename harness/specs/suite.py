@@ -86,13 +86,14 @@ class ModelSpec(Spec):
 
 
 class HeadsSpec(Spec):
-    """The draft heads: a checkpoint, or a short training on the suite's own model (tiny models only).
+    """The draft heads: an asset, a checkpoint, or a short training on the suite's model (tiny models only).
 
     A checkpoint is a file that this project wrote, or a file or folder as others publish it. `num_heads` is
     how many to train, or the first heads of a checkpoint; left out, all of them. A suite none of whose arms
-    drafts needs neither.
+    drafts needs none of the three.
     """
 
+    asset: str | None = None
     path: DataPath | None = None
     train_steps: int | None = Field(default=None, ge=1, le=100_000)
     num_heads: HeadCount | None = None
@@ -104,14 +105,14 @@ class HeadsSpec(Spec):
 
     @model_validator(mode="after")
     def _one_source(self) -> HeadsSpec:
-        if self.path is not None and self.train_steps is not None:
-            raise ValueError("give exactly one of path, train_steps")
+        if sum(source is not None for source in (self.asset, self.path, self.train_steps)) > 1:
+            raise ValueError("give exactly one of asset, path, train_steps")
         return self
 
     @property
     def absent(self) -> bool:
         """Whether there are none."""
-        return self.path is None and self.train_steps is None
+        return self.asset is None and self.path is None and self.train_steps is None
 
 
 class TunedSpec(Spec):
@@ -335,7 +336,7 @@ class SuiteSpec(DataFile):
     @model_validator(mode="after")
     def _has_heads(self) -> SuiteSpec:
         if self.heads.absent and self.drafts:
-            raise ValueError("a medusa arm needs [heads]: give exactly one of path, train_steps")
+            raise ValueError("a medusa arm needs [heads]: give exactly one of asset, path, train_steps")
         return self
 
     @property

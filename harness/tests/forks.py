@@ -75,7 +75,8 @@ def code_state() -> str:
 
 
 def warm_up() -> None:
-    """Import what the commands import."""
+    """Import what the commands import, and let them use one thread: waiting ones starve on a busy machine."""
+    torch.set_num_threads(1)
     import accelerate.utils  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -61,15 +61,21 @@ def model_folder(spec: ModelSpec, *, allow_hub: bool, base_folder: Path | None) 
         assert spec.path is not None
         folder = named_folder(spec.path, base_folder=base_folder)
         return ModelFolder(folder, folder.name)
+    return asset_folder(spec.asset, allow_hub=allow_hub)
+
+
+def asset_folder(name: str, *, allow_hub: bool) -> ModelFolder:
+    """Return where a model or heads that are an asset lie, fetched if they are not here yet.
+
+    Raises: UserError for an asset of another kind, or one that no source has.
+    """
     specs = load_asset_specs()
-    if spec.asset not in specs:
-        raise UserError(
-            found=f"model asset {spec.asset!r}", need=f"one of {sorted(specs)}", where="the suite"
-        )
-    asset = specs[spec.asset]
-    fetched: FetchedAsset = fetch_asset(asset, cache_dir=cache_dir(), allow_hub=allow_hub)
+    if name not in specs or specs[name].kind != "model":
+        need = f"one of {sorted(key for key, asset in specs.items() if asset.kind == 'model')}"
+        raise UserError(found=f"model asset {name!r}", need=need, where="the suite")
+    fetched: FetchedAsset = fetch_asset(specs[name], cache_dir=cache_dir(), allow_hub=allow_hub)
     source = f"{fetched.source} {' '.join(sorted(fetched.sha256s.values()))}"
-    return ModelFolder(fetched.paths["model"], spec.asset, {spec.asset: source}, asset.behaviour_sha256s)
+    return ModelFolder(fetched.paths["model"], name, {name: source}, specs[name].behaviour_sha256s)
 
 
 def require_trust(spec: ModelSpec, *, environ: Mapping[str, str] | None = None) -> None:

@@ -108,10 +108,11 @@ def standings(registry: ClaimsFile, records: Records) -> tuple[Standing, ...]:
 
 
 def _standing(claim: ClaimSpec, registry: ClaimsFile, found: Sequence[RecordVerdict]) -> Standing:
-    """Return where a claim stands; the first of what was found decides, whatever it says."""
+    """Return where a claim stands; the first of what was found decides, whatever it says, a literal first."""
     if not found:
         return Standing(claim, group=registry.group_of(claim))
-    first, *others = found
+    # A record of the paper's own run goes before one that shares only the claim's shape.
+    first, *others = sorted(found, key=lambda one: one.verdict.form != "literal")
     differing = tuple(
         one for one in others if one.test == first.test and one.verdict.kind is not first.verdict.kind
     )

@@ -1,9 +1,8 @@
 """Verdicts: every claim of a registry judged on one record, as a pure function of both.
 
-A claim is judged by its transfer form where the record allows it, else by its paper-only form; where neither
-decides, the verdict is `not tested` and says what it would take. Its other forms follow, with verdicts of
-their own that do not count. Literal forms are data so far: no suite of this project runs the published
-weights yet.
+A claim is judged by its literal form where the record is the paper's own run, else by its transfer form
+where the record allows it, else by its paper-only form; where none decides, the verdict is `not tested` and
+says what it would take. Its other forms follow, with verdicts of their own that do not count.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from functools import partial
 
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.findings import Finding, not_tested, tested
+from harness.judge.claims.literal import judge_literal
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
 from harness.judge.judgement import ClaimVerdict, FormName, VerdictKind
 from harness.specs.claims import ClaimSpec, Kind
-from harness.specs.forms.claims import LiteralForm
 from harness.specs.forms.paper import Form
 
 # Statements that this project derived from the paper's figures: checked, and no claim of the paper's.
@@ -62,10 +61,7 @@ def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> Iterato
     shown = [one for one in tried if one[2].kind is not VerdictKind.NOT_TESTED]
     first = next((one for one in shown if one[1] not in claim.also), None)
     if first is None:
-        missing = [finding.reason for _, form, finding in tried if form not in claim.also]
-        form: FormName = tried[0][0] if tried else ("literal" if claim.literal is not None else "none")
-        needs = "; ".join(missing) or claim.needs or _literal_needs(claim.literal)
-        yield verdict(claim, form, not_tested(needs))
+        yield verdict(claim, *_untested(claim, tried))
     for one in sorted(shown, key=lambda one: one is not first):
         name, tested_form, finding = one
         yield verdict(claim, name, finding, states=tested_form.states, decides=one is first)
@@ -75,6 +71,8 @@ def _tests(
     claim: ClaimSpec, evidence: Evidence, figures: Figures
 ) -> Iterator[tuple[FormName, Form, Callable[[], Finding]]]:
     """Yield the forms of a claim that a run's record may decide, then those that are only shown."""
+    if claim.literal is not None:
+        yield "literal", claim.literal, partial(judge_literal, claim, claim.literal, evidence=evidence)
     if claim.transfer is not None:
         yield "transfer", claim.transfer, partial(judge_transfer, claim.transfer, evidence=evidence)
     if claim.paper_only is not None:
@@ -87,5 +85,14 @@ def _tests(
         yield "transfer", form, partial(judge_transfer, form, evidence=evidence)
 
 
-def _literal_needs(form: LiteralForm | None) -> str:
-    return "" if form is None else f"{form.backbone} with {form.heads}, {form.device}, {form.benchmark}"
+def _untested(claim: ClaimSpec, tried: Sequence[tuple[FormName, Form, Finding]]) -> tuple[FormName, Finding]:
+    """Return the form that a record came nearest to deciding, and why no form decides.
+
+    Any record can be held against a transfer form, so what that one lacks is told first.
+    """
+    missing = [(name, found.reason) for name, form, found in tried if form not in claim.also]
+    missing.sort(key=lambda one: one[0] == "literal")
+    reasons = [reason for _, reason in missing]
+    if all(name == "literal" for name, _ in missing):
+        reasons.append(claim.needs or "")
+    return (missing[0][0] if missing else "none"), not_tested("; ".join(filter(None, reasons)))

@@ -33,7 +33,7 @@ class CellRunner:
             suite.model, device=device, allow_hub=inputs.allow_hub, base_folder=inputs.base_folder
         )
         self._inputs, self._device = inputs, device
-        self._engine = load_engine(suite, loaded, base_folder=inputs.base_folder)
+        self._engine = load_engine(suite, loaded, base_folder=inputs.base_folder, allow_hub=inputs.allow_hub)
         inputs.trace.require_same(
             backbone_sha256=loaded.sha256,
             heads_sha256=self._engine.heads_sha256,

@@ -55,19 +55,6 @@ SweepForm = Annotated[
 ]
 
 
-class LiteralForm(Form):
-    """The same model, method, data and metric as the paper.
-
-    Says what that needs, and how close counts as the same figure.
-    """
-
-    backbone: str
-    heads: str
-    device: str
-    benchmark: str
-    tolerance: Share
-
-
 class LosslessForm(Form):
     """Every greedy Medusa generation equals vanilla's, or differs from a shown tie on.
 

@@ -73,7 +73,7 @@ def test_full_suite_differs_from_the_default_in_size_only() -> None:
         (suite(model={"asset": "a", "path": "b"}), "model: .*exactly one of asset, path, tiny"),
         (suite(model={"asset": "a", "dtype": "int8"}), r"model\.dtype"),
         (suite(VANILLA, MEDUSA, heads={}), r"a medusa arm needs \[heads\]"),
-        (suite(heads={"path": "a", "train_steps": 1}), "heads: .*exactly one of path, train_steps"),
+        (suite(heads={"path": "a", "train_steps": 1}), "heads: .*exactly one of asset, path, train_steps"),
         (suite(prompts={"source": "elsewhere"}), r"prompts\.source"),
         (suite(prompts={"source": "mt_bench", "limit": 0}), r"prompts\.limit"),
         (suite(VANILLA, VANILLA), "arm names must be distinct"),
