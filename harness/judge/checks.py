@@ -57,7 +57,7 @@ MAX_UNEXPLAINED_SHARE, MAX_UNEXPLAINED_S, CLOCK_ROUNDING = 0.02, 0.0005, 0.001
 MAX_VANILLA_OVER_MEDUSA = 1.1
 # `generate` does the same work with more Python around it: vanilla takes 0.12 to 0.70 of its step.
 MAX_VANILLA_OVER_GENERATE = 1.1
-# A thread has what the load that `machine_quiet` allows leaves it; and an arm waits as little as its baseline.
+# A thread has all that the load that `machine_quiet` allows leaves; an arm waits like its baseline.
 MIN_PROCESSOR_SHARE, MAX_MORE_WAITING = 1 / MAX_LOAD_PER_CORE, 0.015
 NOISE_ERRORS = 3.0  # standard errors that are noise: one sound arm in 700 lies further off
 SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jsonl")
@@ -639,7 +639,7 @@ def heads_are_timed(record: RunRecord) -> CheckOutcome:
 
 
 def profile_adds_up(record: RunRecord) -> CheckOutcome:
-    """Check that the parts of a profiled step make up the step: none outside of its clock, little unexplained.
+    """Check that the parts of a profiled step make up the step: none outside of its clock, little in none.
 
     A Medusa step has a part for its heads.
     """
@@ -723,7 +723,7 @@ def processor_busy(record: RunRecord) -> CheckOutcome:
         not wrong,
         found=f"a processor for {min(means.values()):.2f} to {max(means.values()):.2f} of the time"
         + _first(", wrong", wrong),
-        need=f"at least {MIN_PROCESSOR_SHARE:.2f}, and {MAX_MORE_WAITING:.1%} less than the baseline's at most",
+        need=f"at least {MIN_PROCESSOR_SHARE:.2f}, and at most {MAX_MORE_WAITING:.1%} less than the baseline",
     )
 
 

@@ -127,7 +127,7 @@ def paired(values: Sequence[float]) -> Paired | None:
 
 
 def median_steps(record: RunRecord, arm: str) -> dict[str, float]:
-    """Return the median decoding step of an arm by prompt, in seconds; prompts without a step are left out."""
+    """Return an arm's median decoding step by prompt, in seconds; prompts without steps are left out."""
     times: dict[str, list[float]] = {}
     for one in timed_generations(record, arm):
         times.setdefault(one.trial.prompt_key, []).extend(one.step_times_s)

@@ -153,9 +153,16 @@ def pause_in_medusa(parts: FakeParts) -> None:
 
 
 def pause_outside_of_parts(parts: FakeParts) -> None:
-    """The same pause on a processor that spins while it waits: what no part explains is left."""
-    scale_steps(parts, DRAFTING, 1.03)
-    scale_apart(parts, DRAFTING, 1.03)
+    """The same pause where the processor spins while it waits: no part of the step explains it."""
+    assert parts.step_costs is not None
+    scale_steps(parts, DRAFTING, 1.025)
+    rows = (
+        row.model_copy(update={"step_s": tuple(1.025 * time for time in row.step_s)})
+        if row.arm in DRAFTING
+        else row
+        for row in parts.step_costs.costs
+    )
+    parts.step_costs = StepCosts(costs=tuple(rows))
     change_profile(parts, GREEDY_DRAFTING, step=1.025)
 
 
