@@ -66,7 +66,6 @@ EOS_ID = 2
 VOCAB_SIZE = 500
 MAX_NEW_TOKENS = 40
 BACKBONE_ONE_NODE_S = 0.0196
-OWN_PART_S = 0.0016  # what heads and our own code add to the backbone's step of any tree
 PROCESSOR_SHARE = 0.98
 VANILLA_BANDWIDTH_SHARE = 0.8
 WEIGHT_BYTES = 540_000_000
@@ -545,14 +544,8 @@ def _step_costs(suite: SuiteSpec, *, trees: Mapping[str, ArmTree], step_s: Mappi
             num_heads=num_heads,
             context_tokens=suite.probes.step_context_tokens,
             backbone_s=tuple(BACKBONE_ONE_NODE_S * node_cost(num_nodes) * factor for factor in spread),
-            step_s=whole_step_s(num_nodes, arm=arm),
+            step_s=() if arm is None else tuple(step_s[arm] * factor for factor in spread),
         )
-
-    def whole_step_s(num_nodes: int, *, arm: str | None) -> tuple[float, ...]:
-        if arm is not None:
-            return tuple(step_s[arm] * factor for factor in spread)
-        backbone_s = BACKBONE_ONE_NODE_S * node_cost(num_nodes)
-        return tuple(backbone_s * factor + OWN_PART_S for factor in spread) if num_nodes > 1 else ()
 
     generic = [row(num_nodes, arm=None, num_heads=0) for num_nodes in suite.probes.step_nodes]
     vanilla = [row(1, arm=arm.name, num_heads=0) for arm in suite.arms if arm.method == "vanilla"]

@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from harness.device import clock as clocks
 from harness.device.clock import SectionTimer, device_clock, processor_clock
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -20,7 +19,7 @@ class PretendedGpu:
         self.now_s, self.queued_s = 0.0, 0.0
         self.waited_for: list[torch.device] = []
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
-        monkeypatch.setattr(clocks.time, "perf_counter", lambda: self.now_s)
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now_s)
 
     def start(self, seconds: float) -> None:
         self.queued_s += seconds

@@ -18,7 +18,6 @@ from harness.records.probes import StepCosts
 from harness.records.run import Generation, RunRecord
 from harness.tests.fake_record import (
     BACKBONE_ONE_NODE_S,
-    OWN_PART_S,
     PROCESSOR_SHARE,
     FakeParts,
     node_cost,
@@ -26,6 +25,7 @@ from harness.tests.fake_record import (
 )
 
 NUM_PROMPTS = 8
+OWN_PART_S = 0.0016  # what heads and our own code add to the backbone's step of any tree
 NAMES = (
     "steps_as_timed_apart",
     "steps_as_priced",
@@ -38,6 +38,24 @@ NAMES = (
 DRAFTING = ("chain", "cartesian", "optimised_64", "typical", "rejection")
 GREEDY_DRAFTING = DRAFTING[:3]
 Spoiler = Callable[[FakeParts], object]
+
+
+def priced_record(folder: Path, *, spoil: Spoiler | None = None, num_prompts: int = NUM_PROMPTS) -> RunRecord:
+    """Write a fake record whose step costs price whole steps too, and return it."""
+
+    def price(parts: FakeParts) -> None:
+        assert parts.step_costs is not None
+        rows = (
+            row.model_copy(update={"step_s": tuple(time + OWN_PART_S for time in row.backbone_s)})
+            if row.arm is None and row.num_nodes > 1
+            else row
+            for row in parts.step_costs.costs
+        )
+        parts.step_costs = StepCosts(costs=tuple(rows))
+        if spoil is not None:
+            spoil(parts)
+
+    return write_fake_record(folder, spoil=price, num_prompts=num_prompts)
 
 
 def outcomes(record: RunRecord) -> dict[str, CheckOutcome]:
@@ -210,14 +228,14 @@ PLANTED: tuple[tuple[Spoiler, set[str]], ...] = (
 
 @pytest.mark.parametrize(("spoil", "expected"), PLANTED, ids=[spoil.__name__ for spoil, _ in PLANTED])
 def test_a_planted_defect_fails_its_checks(spoil: Spoiler, expected: set[str], tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS)
+    record = priced_record(tmp_path, spoil=spoil)
     assert failed(record) == expected
     assert all(outcomes(record)[name].need for name in expected)
 
 
 def test_every_check_of_a_speed_has_been_seen_failing_and_passing(tmp_path: Path) -> None:
     assert {name for _, names in PLANTED for name in names} == set(NAMES)
-    found = outcomes(write_fake_record(tmp_path, num_prompts=NUM_PROMPTS))
+    found = outcomes(priced_record(tmp_path))
     assert {found[name].status for name in NAMES} == {CheckStatus.PASSED}
 
 
@@ -233,13 +251,13 @@ def test_a_pause_as_long_as_a_twentieth_of_the_noise_of_the_machine_is_told(tmp_
 
         parts.edit(busy)
 
-    quiet = write_fake_record(tmp_path / "none", spoil=lambda parts: noisy(parts, pause=0.0))
-    paused = write_fake_record(tmp_path / "paused", spoil=lambda parts: noisy(parts, pause=0.03))
+    quiet = priced_record(tmp_path / "none", spoil=lambda parts: noisy(parts, pause=0.0), num_prompts=16)
+    paused = priced_record(tmp_path / "paused", spoil=lambda parts: noisy(parts, pause=0.03), num_prompts=16)
     assert failed(quiet) == set() and failed(paused) == {"processor_busy"}
 
 
 def test_rejection_with_the_texts_of_typical_is_told(tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path, spoil=typical_texts, num_prompts=NUM_PROMPTS)
+    record = priced_record(tmp_path, spoil=typical_texts)
     assert failed(record) == {"sampled_parity"}
     assert "0 of 32 identical, other: rejection" in outcomes(record)["sampled_parity"].found
 
@@ -272,14 +290,14 @@ def other_sizes(parts: FakeParts) -> None:
     ],
 )
 def test_a_check_that_lacks_its_data_is_skipped(spoil: Spoiler, skipped: set[str], tmp_path: Path) -> None:
-    found = outcomes(write_fake_record(tmp_path, spoil=spoil, num_prompts=NUM_PROMPTS))
+    found = outcomes(priced_record(tmp_path, spoil=spoil))
     assert {name for name in NAMES if found[name].status is CheckStatus.SKIPPED} == skipped
     assert all(found[name].status is not CheckStatus.FAILED for name in NAMES)
     assert all(found[name].found for name in skipped)
 
 
 def test_few_prompts_show_no_spread(tmp_path: Path) -> None:
-    found = outcomes(write_fake_record(tmp_path, num_prompts=3))
+    found = outcomes(priced_record(tmp_path, num_prompts=3))
     skipped = {name for name in NAMES if found[name].status is CheckStatus.SKIPPED}
     assert skipped == {"steps_as_timed_apart", "vanilla_is_least", "vanilla_against_generate"}
     assert paired([1.0, 2.0, 3.0]) is None
@@ -294,10 +312,9 @@ def test_on_a_gpu_separate_steps_wait_for_it_and_the_host_for_the_gpu(tmp_path: 
 
     statuses = {}
     for factor in (0.86, 0.72):
-        record = write_fake_record(
+        record = priced_record(
             tmp_path / str(factor),
             spoil=lambda parts, factor=factor: on_gpu(parts, factor=factor),  # type: ignore[misc]
-            num_prompts=NUM_PROMPTS,
         )
         found = outcomes(record)
         assert found["processor_busy"].status is CheckStatus.SKIPPED
@@ -306,7 +323,7 @@ def test_on_a_gpu_separate_steps_wait_for_it_and_the_host_for_the_gpu(tmp_path: 
 
 
 def test_the_price_of_a_step_lies_between_the_sizes_that_were_timed(tmp_path: Path) -> None:
-    record = write_fake_record(tmp_path, num_prompts=NUM_PROMPTS)
+    record = priced_record(tmp_path)
     assert priced(record, 1, part="step") == pytest.approx(BACKBONE_ONE_NODE_S)
     for num_nodes in (2, 40, 64):
         whole = BACKBONE_ONE_NODE_S * node_cost(num_nodes) + OWN_PART_S
