@@ -92,7 +92,8 @@ def drafted(stock: Stock, heads: MedusaHeads, before_root: list[int]) -> list[li
     """Return each head's tokens from the best on, read at the state that predicted the root."""
     with torch.inference_mode():
         logits = heads(stock.after(before_root)[1][None], lm_head=stock._model.lm_head)[0].tolist()
-    return [sorted(range(TINY_VOCAB), key=lambda token, row=row: (-row[token], token)) for row in logits]
+    # Equal ones keep their order in a reversed sort too: the lower id comes first.
+    return [sorted(range(TINY_VOCAB), key=row.__getitem__, reverse=True) for row in logits]
 
 
 def typical_text(stock: Stock, heads: MedusaHeads, seed: int) -> tuple[list[int], list[int]]:
@@ -101,9 +102,11 @@ def typical_text(stock: Stock, heads: MedusaHeads, seed: int) -> tuple[list[int]
     text.append(truncated_draw(stock, text, generator))
     while len(text) < len(PROMPT) + BUDGET:
         ranked = drafted(stock, heads, text[:-1])
-        best, score = [], (0, 0.0)
+        best: list[int] = []
+        score = (0, 0.0)
         for path in TREE.paths[1:]:
-            tokens, total = [], 0.0
+            tokens: list[int] = []
+            total = 0.0
             for head, rank in zip(ranked, path, strict=False):
                 law = law_after(stock, [*text, *tokens])
                 if head[rank] not in passing(law):

@@ -14,7 +14,7 @@ from harness.judge.checks import processor_busy
 from harness.judge.judgement import CheckStatus
 from harness.records.run import RunRecord
 from harness.tests.tiny_suite import CHAIN, VANILLA, micro_data, run
-from medusa_impl.decode import DecodingStep
+from medusa_impl.decode import DecodingStep, decode_medusa
 
 PAUSE_S = 0.02  # many times a step of the tiny model: Medusa's arm then waits for nearly all of its time
 
@@ -23,7 +23,7 @@ def test_a_pause_in_the_medusa_arms_of_a_run_is_no_processor_time(
     heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """The trial's own clock counts the pause, and the speed with it; the processor's clock does not."""
-    decode = arms.decode_medusa
+    decode = decode_medusa
 
     def pausing(*arguments: Any, **options: Any) -> Iterator[DecodingStep]:
         for step in decode(*arguments, **options):
