@@ -645,7 +645,7 @@ def profile_adds_up(record: RunRecord) -> CheckOutcome:
     """
     if not record.suite.reports_speed:
         return _skipped("profile_adds_up", "the suite reports no speed")
-    rows = [row for row in (record.profile.rows if record.profile is not None else ()) if row.num_steps]
+    rows = [row for row in (record.profile.rows if record.profile is not None else ()) if row.step_s > 0]
     if not rows:
         return _skipped("profile_adds_up", "no arm was profiled")
     drafting = {arm.name for arm in _on_our_engine(record) if num_nodes(record, arm.name) > 1}
