@@ -27,6 +27,15 @@ def device_clock(device: torch.device) -> Clock:
     return time.perf_counter
 
 
+def processor_clock(device: torch.device) -> Clock | None:
+    """Return a clock of the seconds for which the calling thread has had a processor; waiting does not count.
+
+    The thread that decodes takes part in every product, so on a quiet CPU this clock keeps up with the other
+    one. None for other devices, whose host waits for them.
+    """
+    return time.thread_time if device.type == "cpu" else None
+
+
 class SectionTimer:
     """Adds up the seconds of named parts of a step; use only apart from the timed generations."""
 

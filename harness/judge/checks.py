@@ -7,15 +7,26 @@ skipped and says why. One that fails makes the run invalid.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from math import ceil, isfinite, sqrt
+from math import ceil, exp, isfinite, log, sqrt
 from statistics import median
 
 from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.judge.parity import parity_report, rejection_pairs, replay_differences, steps_known
-from harness.judge.step_costs import bandwidth_share
+from harness.judge.step_costs import (
+    Paired,
+    bandwidth_share,
+    decoded_over_apart,
+    num_nodes,
+    own_part_s,
+    paired,
+    priced,
+    processor_shares,
+    steps_over,
+)
+from harness.judge.totals import timed_generations
 from harness.records.run import Generation, RunRecord, TrialKey, planned_trials
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
@@ -28,6 +39,27 @@ STANDARD_ERRORS_OVER_RANDOM = 3.0
 MAX_LOAD_PER_CORE = 1.5  # our own threads make at most 1; a competitor that takes all cores makes it 2
 # A step cannot read faster than the device; the 10 % are for the spread of the bandwidth benchmark.
 MAX_BANDWIDTH_SHARE = 1.1
+# Decoding and separate steps of one block agree within 5 % and three standard errors, whatever the noise, up
+# to half as much again. Committed records on CPUs: 0.95 to 1.08; quiet ones 0.98 to 1.00.
+MAX_APART, LARGEST_APART = 0.05, log(1.5)
+# Separate steps on a GPU wait for it at the ends of every part, which decoding does not: 0.85 to 0.94.
+MAX_WAITS_APART = 0.2
+# A step over the price of its size in `step_costs`, at another time and context: 0.72 to 1.16.
+PRICED_STEPS = (0.6, 1.5)
+MAX_CONTEXT_OVER_PRICED = 3.0  # longer texts have longer attention than the priced steps
+# What a step takes beside its backbone, over its price (0.92 to 1.43) and over the profile (0.88 to 1.11).
+# The heads are 57 to 80 % of it on a CPU.
+MIN_OWN_PART = 0.7
+# What no part of a step's profile explains: 0.15 to 0.5 % on a CPU, 0.12 to 0.4 ms on a GPU; the clock itself
+# rounds.
+MAX_UNEXPLAINED_SHARE, MAX_UNEXPLAINED_S, CLOCK_ROUNDING = 0.02, 0.0005, 0.001
+# One node without heads is the least work there is: 0.58 to 0.92 of the cheapest Medusa step.
+MAX_VANILLA_OVER_MEDUSA = 1.1
+# `generate` does the same work with more Python around it: vanilla takes 0.12 to 0.70 of its step.
+MAX_VANILLA_OVER_GENERATE = 1.1
+# A thread has all that the load that `machine_quiet` allows leaves; an arm waits like its baseline.
+MIN_PROCESSOR_SHARE, MAX_MORE_WAITING = 1 / MAX_LOAD_PER_CORE, 0.015
+NOISE_ERRORS = 3.0  # standard errors that are noise: one sound arm in 700 lies further off
 SEALED_FILES = ("suite.toml", "environment.json", "trees.json", "generations.jsonl")
 
 
@@ -491,6 +523,190 @@ def bandwidth_sane(record: RunRecord) -> CheckOutcome:
     )
 
 
+def steps_as_timed_apart(record: RunRecord) -> CheckOutcome:
+    """Check that an arm's decoding steps last as long as its steps timed apart, in the same block."""
+    if not record.suite.reports_speed:
+        return _skipped("steps_as_timed_apart", "the suite reports no speed")
+    ratios = {arm.name: decoded_over_apart(record, arm.name) for arm in _on_our_engine(record)}
+    known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return _skipped("steps_as_timed_apart", "no arm has separate steps and four prompts")
+    is_cpu = record.environment.device.kind == "cpu"
+    shorter = MAX_APART if is_cpu else MAX_WAITS_APART
+    wrong = []
+    for arm, ratio in known.items():
+        noise = NOISE_ERRORS * ratio.error
+        low, high = (min(bound + noise, LARGEST_APART) for bound in (shorter, MAX_APART))
+        if not -low <= ratio.median <= high:
+            wrong.append(
+                f"{arm}'s decoding step is {exp(ratio.median):.3f} of the separate one, "
+                f"not {exp(-low):.2f} to {exp(high):.2f}"
+            )
+    shares = [exp(ratio.median) for ratio in known.values()]
+    return _outcome(
+        "steps_as_timed_apart",
+        not wrong,
+        found=f"{min(shares):.2f} to {max(shares):.2f} of the separate steps in {len(known)} arms"
+        + _first(", wrong", wrong),
+        need=f"{exp(-shorter):.2f} to {exp(MAX_APART):.2f}, give or take three standard errors",
+    )
+
+
+def steps_as_priced(record: RunRecord) -> CheckOutcome:
+    """Check that an arm's decoding step lies near what a step of as many nodes cost before the trials."""
+    if not record.suite.reports_speed:
+        return _skipped("steps_as_priced", "the suite reports no speed")
+    longest = MAX_CONTEXT_OVER_PRICED * record.suite.probes.step_context_tokens
+    shares = {}
+    for arm in _on_our_engine(record):
+        price = priced(record, num_nodes(record, arm.name), part="step")
+        times = [
+            time
+            for one in timed_generations(record, arm.name)
+            if one.prompt_tokens + one.num_tokens <= longest
+            for time in one.step_times_s
+        ]
+        if price is not None and times:
+            shares[arm.name] = median(times) / price
+    if not shares:
+        return _skipped("steps_as_priced", "no price of a step of an arm's size")
+    low, high = PRICED_STEPS
+    wrong = [f"{arm} at {share:.2f}" for arm, share in shares.items() if not low <= share <= high]
+    return _outcome(
+        "steps_as_priced",
+        not wrong,
+        found=f"{min(shares.values()):.2f} to {max(shares.values()):.2f} of the price in {len(shares)} arms"
+        + _first(", wrong", wrong),
+        need=f"{low} to {high} of the step that was timed before the trials",
+    )
+
+
+def heads_are_timed(record: RunRecord) -> CheckOutcome:
+    """Check that a separate Medusa step takes beside its backbone what heads and our own code cost elsewhere.
+
+    That is the price of its size, and the profile of its arm.
+    """
+    if not record.suite.reports_speed:
+        return _skipped("heads_are_timed", "the suite reports no speed")
+    profiled = {
+        row.arm: (row.step_s - row.backbone_s) / row.num_steps
+        for row in (record.profile.rows if record.profile is not None else ())
+        if row.num_steps
+    }
+    shares, wrong = [], []
+    for arm in _on_our_engine(record):
+        own = own_part_s(record, arm.name) if arm.method == "medusa" else None
+        if own is None:
+            continue
+        references = {
+            "its price": priced(record, num_nodes(record, arm.name), part="own"),
+            "its profile": profiled.get(arm.name),
+        }
+        for name, reference in references.items():
+            if reference is not None and reference > 0:
+                shares.append(own / reference)
+                if shares[-1] < MIN_OWN_PART:
+                    wrong.append(f"{arm.name} takes {shares[-1]:.2f} of {name}")
+    if not shares:
+        return _skipped("heads_are_timed", "no Medusa arm has separate steps and a price or a profile")
+    return _outcome(
+        "heads_are_timed",
+        not wrong,
+        found=f"steps take {min(shares):.2f} to {max(shares):.2f} of what heads and own code cost elsewhere"
+        + _first(", wrong", wrong),
+        need=f"at least {MIN_OWN_PART}",
+    )
+
+
+def profile_adds_up(record: RunRecord) -> CheckOutcome:
+    """Check that the parts of a profiled step make up the step: none outside of its clock, little in none.
+
+    A Medusa step has a part for its heads.
+    """
+    if not record.suite.reports_speed:
+        return _skipped("profile_adds_up", "the suite reports no speed")
+    rows = [row for row in (record.profile.rows if record.profile is not None else ()) if row.step_s > 0]
+    if not rows:
+        return _skipped("profile_adds_up", "no arm was profiled")
+    drafting = {arm.name for arm in _on_our_engine(record) if num_nodes(record, arm.name) > 1}
+    unexplained, wrong = [], []
+    for row in rows:
+        parts = row.backbone_s + row.heads_s + row.candidates_s + row.acceptance_s + row.cache_s
+        rest = row.step_s - parts
+        unexplained.append(rest / row.step_s)
+        allowed = max(MAX_UNEXPLAINED_SHARE * row.step_s, MAX_UNEXPLAINED_S * row.num_steps)
+        if rest < -CLOCK_ROUNDING * row.step_s:
+            wrong.append(f"the parts of {row.arm} are {parts / row.step_s:.3f} of its step")
+        elif rest > allowed:
+            wrong.append(f"{rest / row.step_s:.1%} of a step of {row.arm} is in no part")
+        elif row.arm in drafting and row.heads_s == 0:
+            wrong.append(f"the heads of {row.arm} take no time")
+    return _outcome(
+        "profile_adds_up",
+        not wrong,
+        found=f"{min(unexplained):.1%} to {max(unexplained):.1%} of a step in no part, {len(rows)} arms"
+        + _first(", wrong", wrong),
+        need=f"parts within the step, and at most {MAX_UNEXPLAINED_SHARE:.0%} or "
+        f"{1000 * MAX_UNEXPLAINED_S} ms in none",
+    )
+
+
+def vanilla_is_least(record: RunRecord) -> CheckOutcome:
+    """Check that no Medusa step is much shorter than vanilla's, which is a part of it."""
+    if not record.suite.reports_speed:
+        return _skipped("vanilla_is_least", "the suite reports no speed")
+    ratios = {
+        arm.name: steps_over(record, arm.baseline, of=arm.name)
+        for arm in record.suite.arms
+        if arm.method == "medusa" and arm.baseline is not None
+    }
+    return _vanilla_over(
+        "vanilla_is_least", ratios, bound=MAX_VANILLA_OVER_MEDUSA, other="a Medusa arm's, which does more"
+    )
+
+
+def vanilla_against_generate(record: RunRecord) -> CheckOutcome:
+    """Check that vanilla's step is not longer than that of `generate` of transformers."""
+    if not record.suite.reports_speed:
+        return _skipped("vanilla_against_generate", "the suite reports no speed")
+    ratios = {
+        arm.name: steps_over(record, arm.baseline, of=arm.name)
+        for arm in record.suite.arms
+        if arm.method == "hf_greedy" and arm.baseline is not None
+    }
+    return _vanilla_over(
+        "vanilla_against_generate", ratios, bound=MAX_VANILLA_OVER_GENERATE, other="that of generate"
+    )
+
+
+def processor_busy(record: RunRecord) -> CheckOutcome:
+    """Check that no arm waits: the thread that decodes has a processor, as much of its time as its baseline.
+
+    A pause in one arm alone shows however short it is against the load of the machine.
+    """
+    if not record.suite.reports_speed:
+        return _skipped("processor_busy", "the suite reports no speed")
+    if record.environment.device.kind != "cpu":
+        return _skipped("processor_busy", "the host waits for another device")
+    shares = {arm.name: processor_shares(record, arm.name) for arm in _on_our_engine(record)}
+    means = {arm: median(own.values()) for arm, own in shares.items() if own}
+    if not means:
+        return _skipped("processor_busy", "no processor time was recorded")
+    wrong = [f"{arm} at {share:.2f}" for arm, share in means.items() if share < MIN_PROCESSOR_SHARE]
+    for arm in _on_our_engine(record):
+        base, own = shares.get(arm.baseline or arm.name, {}), shares[arm.name]
+        more = paired([base[key] - own[key] for key in own if key in base])
+        if more is not None and more.median > MAX_MORE_WAITING + NOISE_ERRORS * more.error:
+            wrong.append(f"{arm.name} waits for {more.median:.1%} of its time more than {arm.baseline}")
+    return _outcome(
+        "processor_busy",
+        not wrong,
+        found=f"a processor for {min(means.values()):.2f} to {max(means.values()):.2f} of the time"
+        + _first(", wrong", wrong),
+        need=f"at least {MIN_PROCESSOR_SHARE:.2f}, and at most {MAX_MORE_WAITING:.1%} less than the baseline",
+    )
+
+
 CHECKS: tuple[Check, ...] = (
     trials_complete,
     no_failures,
@@ -512,6 +728,13 @@ CHECKS: tuple[Check, ...] = (
     arms_interleaved,
     provenance_agrees,
     bandwidth_sane,
+    steps_as_timed_apart,
+    steps_as_priced,
+    heads_are_timed,
+    profile_adds_up,
+    vanilla_is_least,
+    vanilla_against_generate,
+    processor_busy,
 )
 
 
@@ -572,6 +795,27 @@ def _attempts(record: RunRecord) -> list[Generation]:
 def _of_arms(record: RunRecord, chosen: Callable[[ArmSpec], bool]) -> list[Generation]:
     arms = {arm.name for arm in record.suite.arms if chosen(arm)}
     return [generation for generation in record.generations if generation.trial.arm in arms]
+
+
+def _on_our_engine(record: RunRecord) -> list[ArmSpec]:
+    return [arm for arm in record.suite.arms if arm.method in ("vanilla", "medusa")]
+
+
+def _vanilla_over(
+    name: str, ratios: Mapping[str, Paired | None], *, bound: float, other: str
+) -> CheckOutcome:
+    """Return whether vanilla's step is at most `bound` of every other arm's; the ratios are logarithms."""
+    known = {arm: exp(ratio.median) for arm, ratio in ratios.items() if ratio is not None}
+    if not known:
+        return _skipped(name, "no such arm has four prompts that vanilla decoded too")
+    wrong = [f"{share:.2f} of {arm}'s" for arm, share in known.items() if share > bound]
+    return _outcome(
+        name,
+        not wrong,
+        found=f"vanilla's step is {min(known.values()):.2f} to {max(known.values()):.2f} of theirs"
+        + _first(", wrong", wrong),
+        need=f"at most {bound} of {other}",
+    )
 
 
 def _prompt(generation: Generation) -> tuple[str, int, str | None]:

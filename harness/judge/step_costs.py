@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import log, sqrt
 from statistics import fmean, median
 from typing import Literal
+
+import numpy as np
 
 from harness.judge.totals import ratio_of_sums, timed_generations
 from harness.records.probes import StepCost
@@ -104,6 +107,102 @@ def bandwidth_share(record: RunRecord, arm: str) -> float | None:
     origin = environment.tuned if spec.backbone == "tuned" and environment.tuned is not None else environment
     read_bytes = origin.weight_bytes + (origin.heads_bytes if spec.method == "medusa" else 0)
     return read_bytes / record.device_limits.read_bandwidth_bytes_per_s / median(times)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A figure that every prompt gives once: the median over prompts, and the standard error of it.
+
+    The error is that of a normal spread as wide as the middle half of the prompts, so that single disturbed
+    prompts change neither.
+    """
+
+    median: float
+    error: float
+
+
+def paired(values: Sequence[float]) -> Paired | None:
+    """Return the median of the prompts' values; None for fewer than four, which show no spread."""
+    if len(values) < 4:
+        return None
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return Paired(float(middle), float(1.2533 * (high - low) / 1.349 / sqrt(len(values))))
+
+
+def median_steps(record: RunRecord, arm: str) -> dict[str, float]:
+    """Return an arm's median decoding step by prompt, in seconds; prompts without steps are left out."""
+    times: dict[str, list[float]] = {}
+    for one in timed_generations(record, arm):
+        times.setdefault(one.trial.prompt_key, []).extend(one.step_times_s)
+    return {key: median(steps) for key, steps in times.items() if steps and median(steps) > 0}
+
+
+def steps_over(record: RunRecord, arm: str, *, of: str) -> Paired | None:
+    """Return the logarithm of an arm's median decoding step over another arm's on the same prompt."""
+    own, base = median_steps(record, arm), median_steps(record, of)
+    return paired([log(own[key] / base[key]) for key in own if key in base])
+
+
+def decoded_over_apart(record: RunRecord, arm: str) -> Paired | None:
+    """Return the logarithm of an arm's median decoding step over its separately timed one, by prompt.
+
+    Where separate steps are not known by prompt, their median stands for all. None where none were timed.
+    """
+    rows = _timed_apart(record, arm)
+    if not rows:
+        return None
+    steps = median_steps(record, arm)
+    of_all = median(median(row.step_s) for row in rows)
+    apart = separate_s_by_prompt(record, arm) or dict.fromkeys(steps, of_all)
+    return paired([log(steps[key] / apart[key]) for key in steps if key in apart])
+
+
+def own_part_s(record: RunRecord, arm: str) -> float | None:
+    """Return what an arm's separately timed step takes beside its backbone, the median, in seconds.
+
+    It is heads, candidates, acceptance and compaction.
+    """
+    rows = _timed_apart(record, arm)
+    parts = [whole - part for row in rows for whole, part in zip(row.step_s, row.backbone_s, strict=False)]
+    return median(parts) if parts else None
+
+
+def priced(record: RunRecord, num_nodes: int, *, part: Literal["step", "own"]) -> float | None:
+    """Return what `step_costs` says of a step of so many nodes, in seconds, between the sizes it timed.
+
+    The part is the whole step, or what it takes beside the backbone; for one node, which drafts nothing, the
+    whole step is the backbone's. None beyond the sizes that were timed.
+    """
+    costs = record.step_costs.costs if record.step_costs is not None else ()
+    known: dict[int, float] = {}
+    for row in costs:
+        if row.arm is None and row.num_nodes == 1 and part == "step":
+            known[1] = median(row.backbone_s)
+        elif row.arm is None and row.step_s:
+            own = [whole - alone for whole, alone in zip(row.step_s, row.backbone_s, strict=False)]
+            known[row.num_nodes] = median(row.step_s if part == "step" else own)
+    sizes = sorted(known)
+    if not sizes or not sizes[0] <= num_nodes <= sizes[-1]:
+        return None
+    return float(np.interp(num_nodes, sizes, [known[size] for size in sizes]))
+
+
+def processor_shares(record: RunRecord, arm: str) -> dict[str, float]:
+    """Return the share of an arm's time for which the decoding thread had a processor, by prompt.
+
+    Generations of older records, which do not tell, are left out.
+    """
+    found: dict[str, list[float]] = {}
+    for one in timed_generations(record, arm):
+        if one.processor_s is not None and one.wall_s > 0:
+            found.setdefault(one.trial.prompt_key, []).append(one.processor_s / one.wall_s)
+    return {key: fmean(shares) for key, shares in found.items()}
+
+
+def _timed_apart(record: RunRecord, arm: str) -> list[StepCost]:
+    """Return the rows of an arm's separately timed whole steps."""
+    costs = record.step_costs.costs if record.step_costs is not None else ()
+    return [row for row in costs if row.arm == arm and row.step_s]
 
 
 def _cost_rows(rows: Iterable[StepCost], *, arm: str, num_nodes: int) -> dict[int, StepCost]:

@@ -13,6 +13,7 @@ import psutil
 from rich.markup import escape
 
 from harness.device.arms import ArmRunner
+from harness.device.clock import processor_clock
 from harness.device.engine import Engine
 from harness.device.progress import progress_bar
 from harness.device.prompts import Prompt
@@ -151,8 +152,11 @@ def _run_trial(
 ) -> Generation | Failure:
     trial = planned.trial
     reset_peak_memory(session.device)
+    processor = processor_clock(session.device)
+    started = processor() if processor is not None else 0.0
     try:
         result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
+        processor_s = processor() - started if processor is not None else None
     except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
         return Failure(
             trial=trial,
@@ -175,6 +179,7 @@ def _run_trial(
         peak_memory_bytes=peak_memory_bytes(session.device),
         cache_bytes=result.cache_bytes,
         load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
+        processor_s=processor_s,
     )
 
 

@@ -90,6 +90,11 @@ class Generation(Versioned):
     )
     cache_bytes: Count | None = Field(default=None, description="bytes of the key-value cache")
     load_average: Amount | None = Field(default=None, description="one-minute load average at its end")
+    processor_s: Seconds | None = Field(
+        default=None,
+        description="seconds for which the thread that decodes had a processor during the trial; null where "
+        "it waits for another device, and in older records",
+    )
 
     @property
     def num_tokens(self) -> int:

@@ -66,6 +66,7 @@ EOS_ID = 2
 VOCAB_SIZE = 500
 MAX_NEW_TOKENS = 40
 BACKBONE_ONE_NODE_S = 0.0196
+PROCESSOR_SHARE = 0.98
 VANILLA_BANDWIDTH_SHARE = 0.8
 WEIGHT_BYTES = 540_000_000
 HEADS_BYTES = 6_600_000
@@ -480,6 +481,7 @@ def _outcomes(
                         peak_memory_bytes=1_500_000_000,
                         cache_bytes=20_000_000,
                         load_average=2.0,
+                        processor_s=PROCESSOR_SHARE * (3 * STEP_S["vanilla"] + time * len(steps)),
                     )
                 )
     return generations

@@ -37,6 +37,7 @@ from harness.paths import shipped
 from harness.records.run import RunRecord
 from harness.report.run import render_report
 from harness.specs.suite import FastestTree, FileTree, SearchedTree, SuiteSpec, load_suite
+from harness.tests.judge.test_speed_checks import NAMES as SPEED_CHECKS
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,
@@ -79,6 +80,7 @@ def test_smoke_passes_every_check_or_says_why_not(smoke: SmokeRun) -> None:
         "machine_quiet",
         "arms_interleaved",
         "bandwidth_sane",
+        *SPEED_CHECKS,
     }
     assert all(checks[name].found for name in skipped)
     assert validate_record(smoke.record.folder) == ()

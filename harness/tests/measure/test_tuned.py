@@ -32,6 +32,7 @@ from harness.report.run import headline_arm, render_report
 from harness.report.tables.run import arms_note
 from harness.specs.recipe import JointRecipe
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
+from harness.tests.judge.test_speed_checks import NAMES as SPEED_CHECKS
 from harness.tests.tiny_suite import CHAIN, QUIET, VANILLA, micro_data, run, smoke_suite
 from harness.tests.tiny_training import recipe_data, write_corpus
 from harness.training.joint import JointFiles, train_both
@@ -85,10 +86,7 @@ def test_every_check_looks_at_the_arms_own_backbone(record: RunRecord, tmp_path:
     assert validate_record(record.folder) == ()
     found = {check.name: check for check in run_checks(record)}
     # whatever else this machine does, and limits measured on tiny blocks
-    loose = {
-        "machine_quiet",
-        "bandwidth_sane",
-    }
+    loose = {"machine_quiet", "bandwidth_sane", *SPEED_CHECKS}
     assert not [
         name for name, check in found.items() if check.status is CheckStatus.FAILED and name not in loose
     ]
@@ -216,7 +214,7 @@ def test_a_searched_tree_grows_on_the_calibration_of_its_own_heads(
         "medusa2"
     ].origin
     assert (record.rounding_of("tuned") is not None) == (dtype == "bfloat16")
-    loose = {"machine_quiet", "bandwidth_sane"}
+    loose = {"machine_quiet", "bandwidth_sane", *SPEED_CHECKS}
     assert not [
         check.name
         for check in run_checks(record)
