@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy import stats
 
 from harness.bounds import Count, Share
@@ -38,6 +38,12 @@ class Interval(Frozen):
     high: float = Field(description="upper bound; inf where a single unit bounds nothing")
     level: Share = Field(description="nominal coverage, a share")
     num_prompts: Count = Field(description="units that were resampled: prompts, or batches of prompts")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Interval:
+        if not self.low <= self.high or math.isnan(self.estimate):  # nan compares as false
+            raise ValueError(f"found {self.estimate:g} [{self.low:g}, {self.high:g}], need bounds in order")
+        return self
 
 
 def bootstrap_ratio(
@@ -145,6 +151,46 @@ def bootstrap_groups(
     return Interval(
         estimate=float(of_rates(*indices)), low=low, high=high, level=spec.level, num_prompts=num_prompts
     )
+
+
+def spread_of(interval: Interval) -> tuple[float, float]:
+    """Return an interval's standard error and half its width, as other samples of as many prompts have them.
+
+    Both are infinite where a single prompt bounds nothing.
+    """
+    half = (interval.high - interval.low) / 2
+    if not math.isfinite(half):
+        return math.inf, math.inf
+    level = widened_level(interval.level, num_prompts=interval.num_prompts)
+    return half / float(stats.norm.ppf((1 + level) / 2)), half
+
+
+def chance_above(interval: Interval, *, bound: float, truth: float) -> float:
+    """Return how often such an interval lies wholly above a bound where the true value is `truth`.
+
+    The estimate is taken as normal about the truth, and the interval as wide as this one.
+    """
+    error, half = spread_of(interval)
+    if not math.isfinite(half):
+        return 0.0
+    return float(stats.norm.cdf((truth - bound - half) / error)) if error > 0 else float(truth > bound)
+
+
+def chance_within(interval: Interval, *, margin: float, truth: float) -> float:
+    """Return how often such an interval lies wholly within +-margin where the true difference is `truth`."""
+    error, half = spread_of(interval)
+    if not math.isfinite(half):
+        return 0.0
+    if error == 0:
+        return float(-margin < truth < margin)
+    room = (margin - half) / error
+    return max(0.0, float(stats.norm.cdf(room - truth / error) - stats.norm.cdf(-room - truth / error)))
+
+
+def least_detected(interval: Interval, *, bound: float, chance: float = 0.8) -> float:
+    """Return the true value from which on such an interval lies above a bound that often."""
+    error, half = spread_of(interval)
+    return bound + half + error * float(stats.norm.ppf(chance)) if math.isfinite(half) else math.inf
 
 
 def widened_level(level: float, *, num_prompts: int) -> float:

@@ -8,6 +8,7 @@ import stat
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -26,6 +27,7 @@ RecordKind = Literal["suite", "latency", "sweep", "ablation"]
 MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE = "manifest.json", "report.md", "report-unsealed.md"
 # what was asked for, where the spec in the record is shorter: a time budget was used up
 ASKED_FILE = "asked.toml"
+_LOADING_S = 3600  # a record is begun after its model is loaded, and counts that
 _SEALED_ENDINGS = (".json", ".jsonl", ".toml", ".npz")  # of a record's data; a note next to them is no fault
 
 # Files that only a record of one kind holds, asked for in this order; a run comes last, since an ablation's
@@ -52,23 +54,28 @@ FILE_HASHES = Field(description="SHA-256 of each sealed file in hexadecimal, by 
 
 
 class SealedFiles(Protocol):
-    """What every manifest holds: the hash of each file that it seals."""
+    """What every manifest holds: the hash of each file that it seals, and what it says of the end."""
 
     @property
     def sha256(self) -> dict[str, str]: ...
+    @property
+    def finished_utc(self) -> str: ...
+    @property
+    def elapsed_s(self) -> float: ...
 
 
 class RecordFolder(ABC):
     """The folder of a record, read lazily and validated.
 
     `noun`, `finished` and `again` are how errors speak of it; `core` are the files that every record of its
-    kind has. Whoever reads a record that is there takes `open`, which checks its seal; the plain constructor
-    is for a record under way.
+    kind has, `origin_file` the one that says when it was begun. Whoever reads a record that is there takes
+    `open`, which checks its seal; the plain constructor is for a record under way.
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
     noun, finished, again = "a record folder", "a finished run", "run the suite again"
     core: ClassVar[tuple[str, ...]] = ()
+    origin_file: ClassVar[str] = "environment.json"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,6 +129,23 @@ class RecordFolder(ABC):
         for name in sorted({*held, *self.core} - {*sealed, MANIFEST_FILE}):
             what = "a file that the manifest does not seal" if name in held else f"no {name} in the manifest"
             yield UserError(found=what, need="its SHA-256 there", where=name, do=do)
+        yield from self._clock_faults(self.manifest)
+
+    def _clock_faults(self, manifest: SealedFiles) -> Iterator[UserError]:
+        """Yield that a record says to have taken longer than there was between its beginning and its end."""
+        with contextlib.suppress(
+            UserError, ValueError, TypeError, LookupError, RecursionError
+        ):  # told of its file
+            begun = datetime.fromisoformat(json.loads(self._text(self.origin_file))["started_utc"])
+            between_s = (datetime.fromisoformat(manifest.finished_utc) - begun).total_seconds()
+            if manifest.elapsed_s > between_s + _LOADING_S:
+                yield UserError(
+                    found=f"elapsed_s {manifest.elapsed_s:g}",
+                    need=f"at most the {between_s:.0f} s from beginning to end, and {_LOADING_S} s more for "
+                    "loading before it was begun",
+                    where=MANIFEST_FILE,
+                    do=f"restore the file or {self.again}",
+                )
 
     def _digest(self, name: str) -> str:
         path = self.folder / name

@@ -162,6 +162,7 @@ class SweepRecord(RecordFolder):
 
     noun, finished, again = "a sweep's record", "a finished sweep", "sweep again"
     core = (SPEC_FILE, ORIGIN_FILE, TREES_FILE, CELLS_FILE)
+    origin_file = ORIGIN_FILE
 
     @cached_property
     def spec(self) -> SweepSpec:

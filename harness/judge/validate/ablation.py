@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 
 from harness.judge.validate.faults import (
-    clock_faults,
     fault_of,
     load_faults,
     path_faults,
@@ -34,7 +33,6 @@ def ablation_faults(folder: Path) -> tuple[str, ...]:
         *_arm_faults(record),
         *(fault for result in record.results for fault in _file_faults(record, result)),
         *place_faults(record.environment, file="environment.json"),
-        *clock_faults(record.environment, record.manifest),
         *path_faults(record.spec, file="suite.toml"),
     )
 

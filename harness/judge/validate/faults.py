@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from datetime import datetime
-from typing import Protocol
 
 from pydantic import BaseModel
 
@@ -13,17 +11,6 @@ from harness.errors import UserError
 from harness.paths import holds_absolute_path
 from harness.records.folder import RecordFolder
 from harness.records.provenance import VARIABLES, Environment, Provenance
-
-_LOADING_S = 3600  # a record is begun after its model is loaded, and counts that
-
-
-class Finished(Protocol):
-    """What every manifest says of its record's end."""
-
-    @property
-    def finished_utc(self) -> str: ...
-    @property
-    def elapsed_s(self) -> float: ...
 
 
 def unreadable(loaders: Mapping[str, Callable[[], object]]) -> dict[str, str]:
@@ -75,19 +62,6 @@ def place_faults(origin: Provenance, *, file: str) -> Iterator[str]:
     yield from path_faults(origin, file=file)
     for name in sorted(set(origin.variables) - set(VARIABLES)) if isinstance(origin, Environment) else ():
         yield f"{file}: found the variable {name!r}, need one of {', '.join(VARIABLES)}"
-
-
-def clock_faults(origin: Provenance, manifest: Finished | None) -> Iterator[str]:
-    """Yield that a record says to have taken longer than there was between its beginning and its end."""
-    if manifest is None:
-        return
-    begun, ended = (datetime.fromisoformat(text) for text in (origin.started_utc, manifest.finished_utc))
-    between_s = (ended - begun).total_seconds()
-    if manifest.elapsed_s > between_s + _LOADING_S:
-        yield (
-            f"manifest.json: found elapsed_s {manifest.elapsed_s:g}, need at most the {between_s:.0f} s from "
-            f"beginning to end, and {_LOADING_S} s more for loading before it was begun"
-        )
 
 
 def path_faults(data: BaseModel, *, file: str) -> Iterator[str]:

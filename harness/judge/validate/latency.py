@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness.judge.validate.faults import (
-    clock_faults,
     fault_of,
     load_faults,
     path_faults,
@@ -37,7 +36,6 @@ def latency_faults(folder: Path) -> tuple[str, ...]:
         *_point_faults(record),
         *_table_faults(record),
         *place_faults(record.environment, file="environment.json"),
-        *clock_faults(record.environment, record.manifest),
         *path_faults(record.spec, file="spec.toml"),
     )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import get_args
 
 from harness.judge.validate.faults import (
-    clock_faults,
     path_faults,
     place_faults,
     repeated,
@@ -73,10 +72,6 @@ def run_faults(folder: Path) -> tuple[str, ...]:
             _trace_faults,
         ),
         ({"environment.json"}, lambda record: place_faults(record.environment, file="environment.json")),
-        (
-            {"environment.json", "manifest.json"},
-            lambda record: clock_faults(record.environment, record.manifest),
-        ),
         ({"suite.toml"}, lambda record: path_faults(record.suite, file="suite.toml")),
     )
     for needed, relation in relations:

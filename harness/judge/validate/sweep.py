@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness.judge.validate.faults import (
-    clock_faults,
     load_faults,
     path_faults,
     place_faults,
@@ -37,7 +36,6 @@ def sweep_faults(folder: Path) -> tuple[str, ...]:
             for fault in _cell_faults(cell, num_trees=len(record.trees.trees))
         ),
         *place_faults(record.origin, file=ORIGIN_FILE),
-        *clock_faults(record.origin, record.manifest),
         *path_faults(record.spec, file=SPEC_FILE),
     )
 

@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.files import file_sha256
 from harness.judge.schemas import json_schemas, write_schemas
 from harness.judge.validate.record import validate_record
+from harness.records.opened import open_record
 from harness.records.run import ArmTree
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 
@@ -283,6 +284,8 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("sweep", "cells.jsonl", lambda text: text + text, "found a cell twice"),
     ("latency", "points.jsonl", _value("backbone_s", "5e-324"), "backbone_s"),
     ("sweep", "cells.jsonl", _value("vanilla_step_s", "NaN"), "vanilla_step_s"),
+    ("sweep", "cells.jsonl", _value("estimate", "NaN"), "need bounds in order"),
+    ("sweep", "cells.jsonl", _value("low", "1e300"), "need bounds in order"),
     (
         "sweep",
         "cells.jsonl",
@@ -308,6 +311,8 @@ def test_a_record_cannot_have_taken_longer_than_there_was(kind: str, tmp_path: P
     manifest = tmp_path / "record" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "elapsed_s": 1e9}))
     assert any("found elapsed_s 1e+09" in line for line in validate_record(tmp_path / "record"))
+    with pytest.raises(UserError, match=r"elapsed_s 1e\+09"):
+        open_record(tmp_path / "record")
 
 
 @pytest.mark.parametrize(("kind", "name", "change", "fault"), SEALED_LIES)
