@@ -145,8 +145,9 @@ class ClaimVerdict(Frozen):
     """One claim's verdict with its evidence: our figure, its kind, and the reason.
 
     Where `decides` is false, it is the verdict of a further form, which is shown and does not count.
-    `turns` says with which other values of this project's settings the verdict is another one. `is_ours`
-    marks a statement of this project about the paper's figures, which does not count either.
+    `turns` says with which other values of this project's settings the verdict is another one. `power` says
+    what a sample of this size and spread can tell; it is empty where the test is exact. `is_ours` marks a
+    statement of this project about the paper's figures, which does not count either.
     """
 
     claim_id: str
@@ -159,6 +160,7 @@ class ClaimVerdict(Frozen):
     figure_kind: FigureKind | None
     reason: str
     turns: tuple[str, ...] = ()
+    power: str = ""
     decides: bool = True
     is_ours: bool = False
 

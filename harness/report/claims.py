@@ -23,7 +23,9 @@ GROUPS: dict[Group, str] = {
 }
 _NOTE = """\
 *record*: the one that decides, by the rule above, whatever it finds. In brackets after a verdict: what it is
-with other values of settings that are this project's own. *elsewhere*: what other records find by the same
+with other values of settings that are this project's own. *power*: how often samples of this size and spread
+say `reproduced`, at the size that the paper states, where there is no difference, or from which size on in
+80 %; and at the bound itself, where it is an error. *elsewhere*: what other records find by the same
 test, where it is not the same. A claim that fails is a finding, not an error."""
 
 
@@ -73,7 +75,7 @@ def _render_group(group: Group, title: str, standings: Sequence[Standing]) -> st
     if not held:
         return ""
     if any(one.decides is not None for one in held):
-        headers = ["claim", "what is stated", "paper", "ours", "verdict", "record", "elsewhere"]
+        headers = ["claim", "what is stated", "paper", "ours", "verdict", "power", "record", "elsewhere"]
         return section(title, table(headers, [_decided_row(group) for group in _by_test(held)]), _NOTE)
     rows = [
         (
@@ -102,7 +104,7 @@ def _decided_row(group: Sequence[Standing]) -> tuple[object, ...]:
     named = named_claims([(other.claim.id, other.claim.place) for other in group])
     figure = ", ".join(dict.fromkeys(other.claim.figure for other in group if other.claim.figure)) or ABSENT
     if one.decides is None:
-        return (named, one.claim.stated, figure, ABSENT, _needs(one), ABSENT, ABSENT)
+        return (named, one.claim.stated, figure, ABSENT, _needs(one), ABSENT, ABSENT, ABSENT)
     verdict = one.decides.verdict
     return (
         named,
@@ -110,6 +112,7 @@ def _decided_row(group: Sequence[Standing]) -> tuple[object, ...]:
         figure,
         verdict.ours,
         marked_verdict(verdict),
+        verdict.power or ABSENT,
         _link(one.decides),
         "; ".join(f"{other.verdict.kind.value} ({_link(other)})" for other in one.differing) or ABSENT,
     )

@@ -24,6 +24,7 @@ from harness.judge.claims.ablation_parts import (
 )
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
     combined,
@@ -55,7 +56,7 @@ def training_verdicts(claims: Sequence[ClaimSpec], record: AblationRecord) -> tu
     A suite whose budget decides nothing leaves all of them untested; its table shows the signs.
     """
     return tuple(
-        verdict(claim, "transfer", tested(partial(_decide, form, record)))
+        verdict(claim, "transfer", tested(partial(_decide, form, record)), by=form)
         for claim in claims
         if (form := claim.training) is not None
     )
@@ -284,7 +285,13 @@ def _spare_head(form: SpareHeadForm, record: AblationRecord) -> Finding:
         "each, trees grown on other text; the 90 % interval of the gain lies within "
         f"+-{form.margin:.0%}: {holds(kind)}"
     )
-    return Finding(kind=kind, ours=percent(relative), reason=reason, figure_kind="replayed")
+    return Finding(
+        kind=kind,
+        ours=percent(relative),
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(relative, form.margin, "within"),),
+    )
 
 
 _TESTS: dict[type, Callable[..., Finding]] = {

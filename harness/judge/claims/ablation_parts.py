@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.judge.ablation import Columns, TextKind, change_columns, kl_of
-from harness.judge.claims.findings import Finding, NotTestable, above, below, holds, shown
+from harness.judge.claims.findings import Asked, Finding, NotTestable, above, below, holds, shown
 from harness.judge.judgement import VerdictKind
 from harness.records.ablation import AblationRecord, TextChange
 from harness.specs.forms.training import HurtsMoreForm
@@ -35,7 +35,11 @@ def gain_parts(
         reason = f"{holds(kind)} {where} ({_listed(seeds, 3)})"
         parts.append(
             Finding(
-                kind=kind, ours=f"{shown(gain, 'x', digits=3)} {where}", reason=reason, figure_kind="replayed"
+                kind=kind,
+                ours=f"{shown(gain, 'x', digits=3)} {where}",
+                reason=reason,
+                figure_kind="replayed",
+                asked=(Asked(gain, bound),),
             )
         )
     return parts
@@ -54,7 +58,11 @@ def divergence_part(arm: str, record: AblationRecord, *, max_kl: float) -> Findi
         f"({_listed(columns.seeds, 4)})"
     )
     return Finding(
-        kind=kind, ours=f"{arm} {shown(kl, ' nats', digits=4)}", reason=reason, figure_kind="measured"
+        kind=kind,
+        ours=f"{arm} {shown(kl, ' nats', digits=4)}",
+        reason=reason,
+        figure_kind="measured",
+        asked=(Asked(kl, max_kl, "below"),),
     )
 
 
@@ -87,6 +95,7 @@ def worse_part(
         ours=f"{description}: {shown(difference, ' nats', digits=4)} more",
         reason=reason,
         figure_kind="measured",
+        asked=(Asked(difference, bound),),
     )
 
 

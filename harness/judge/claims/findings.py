@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from harness.judge.judgement import VerdictKind
 from harness.specs.forms.paper import Form, VariedForm
-from harness.stats import FigureKind, Interval
+from harness.stats import FigureKind, Interval, chance_above, chance_within, least_detected
 
 FormT = TypeVar("FormT", bound=Form)
 
@@ -28,10 +28,54 @@ class NotTestable(Exception):
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One question to an interval: whether it lies `above` or `below` a bound, or `within` +- the bound."""
+
+    interval: Interval
+    bound: float
+    side: Literal["above", "below", "within"] = "above"
+
+    @property
+    def kind(self) -> VerdictKind:
+        """Return the answer."""
+        return {"above": above, "below": below, "within": equivalence}[self.side](self.interval, self.bound)
+
+    def chance(self, truth: float) -> float:
+        """Return the chance that such an interval says `reproduced` where the true value is `truth`."""
+        if self.side == "within":
+            return chance_within(self.interval, margin=self.bound, truth=truth)
+        turned = self if self.side == "above" else self._turned
+        return chance_above(turned.interval, bound=turned.bound, truth=truth if turned is self else -truth)
+
+    @property
+    def least(self) -> float:
+        """Return the true value from which on such an interval says `reproduced` four times in five."""
+        if self.side == "below":
+            return -least_detected(self._turned.interval, bound=self._turned.bound)
+        return least_detected(self.interval, bound=self.bound)
+
+    @property
+    def _turned(self) -> Asked:
+        flipped = {
+            "estimate": -self.interval.estimate,
+            "low": -self.interval.high,
+            "high": -self.interval.low,
+        }
+        return Asked(self.interval.model_copy(update=flipped), -self.bound)
+
+
+def _chance(chance: float) -> str:
+    if 0 < chance < 0.01 or 0.99 < chance < 1:
+        return "< 1 %" if chance < 0.5 else "> 99 %"
+    return f"{100 * chance:.2g} %" if chance < 0.1 else f"{100 * chance:.0f} %"
+
+
+@dataclass(frozen=True)
 class Finding:
     """One test's verdict, figure and reason; a claim of several parts has one finding a part.
 
-    `turns` says with which other values of our own settings the verdict is another one.
+    `turns` says with which other values of our own settings the verdict is another one. `asked` are the
+    questions to intervals that it rests on; a test without one is exact.
     """
 
     kind: VerdictKind
@@ -39,6 +83,31 @@ class Finding:
     reason: str
     figure_kind: FigureKind | None
     turns: tuple[str, ...] = ()
+    asked: tuple[Asked, ...] = ()
+
+    def power(self, effects: Sequence[float] = ()) -> str:
+        """Return what samples of this size and spread can tell; empty for a test that is exact.
+
+        `effects` are those that the paper states, in the order of the questions. Chances of several questions
+        are multiplied, as if they were independent.
+        """
+        if not self.asked:
+            return ""
+        equal, stated, least = [], [], []
+        for number, one in enumerate(self.asked):
+            if one.side == "within":
+                equal.append(one.chance(0.0))
+            elif number < len(effects):
+                stated.append(one.chance(effects[number]))
+            else:
+                least.append(f"{'up to' if one.side == 'below' else 'from'} {one.least:.3g}")
+        parts = (
+            f"{_chance(math.prod(stated))} at the paper's size" if stated else "",
+            f"{_chance(math.prod(equal))} where there is no difference" if equal else "",
+            f"80 % {' and '.join(dict.fromkeys(least))}" if least else "",
+            f"{_chance(max(one.chance(one.bound) for one in self.asked))} at the bound",
+        )
+        return "; ".join(filter(None, parts))
 
 
 def not_tested(needs: str) -> Finding:
@@ -101,6 +170,7 @@ def combined(parts: Sequence[Finding]) -> Finding:
         ours="; ".join(part.ours for part in parts),
         reason="; ".join(part.reason for part in parts),
         figure_kind=parts[-1].figure_kind,
+        asked=tuple(one for part in parts for one in part.asked),
     )
 
 

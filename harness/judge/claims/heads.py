@@ -1,4 +1,6 @@
-"""Transfer forms about draft heads: what they lose the further ahead they look, and what one more adds."""
+"""Transfer forms about draft heads: what they lose the further ahead they look, what one more adds,
+and what they add to a step.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from numpy.typing import NDArray
 
 from harness.judge.claims.evidence import Evidence, relative_gain, replay_counts, replays, search_split
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
     above,
+    below,
     combined,
     equivalence,
     holds,
@@ -20,9 +24,16 @@ from harness.judge.claims.findings import (
     shown,
     worst,
 )
-from harness.specs.forms.claims import AccuracyFallsForm, ExtraHeadForm, LossGrowsForm, MoreCandidatesForm
+from harness.judge.step_costs import separate_s_by_prompt
+from harness.specs.forms.claims import (
+    AccuracyFallsForm,
+    AddedStepForm,
+    ExtraHeadForm,
+    LossGrowsForm,
+    MoreCandidatesForm,
+)
 from harness.specs.suite import IntervalSpec
-from harness.stats import Interval, bootstrap_ratio
+from harness.stats import Interval, bootstrap_ratio, bootstrap_totals
 
 
 def rising_losses(
@@ -38,7 +49,15 @@ def rising_losses(
         interval = _mean_difference(texts, head, head - 1, spec=spec)
         kind = above(interval, bound)
         reason = f"{head} to {head + 1}: {holds(kind)}"
-        parts.append(Finding(kind=kind, ours=shown(interval), reason=reason, figure_kind="measured"))
+        parts.append(
+            Finding(
+                kind=kind,
+                ours=shown(interval),
+                reason=reason,
+                figure_kind="measured",
+                asked=(Asked(interval, bound),),
+            )
+        )
     both = combined(parts)
     return replace(
         both,
@@ -81,6 +100,7 @@ def judge_accuracy_falls(form: AccuracyFallsForm, evidence: Evidence) -> Finding
                 ours=f"top-{first} {', '.join(f'{value:.1%}'.replace('%', ' %') for value in share)}",
                 reason=f"top-{first} falls by more than {form.bound:g} from head to head ({reason})",
                 figure_kind="measured",
+                asked=tuple(Asked(fall, form.bound) for fall in falls),
             )
         )
     return combined(parts)
@@ -107,7 +127,9 @@ def judge_more_candidates(form: MoreCandidatesForm, evidence: Evidence) -> Findi
         f"{num_positions:,} positions; the quotient lies above {form.bound:.3g}: {holds(kind)}"
     )
     ours = f"top-1 and top-{form.first}: {shares}; {shown(ratio, 'x')}"
-    return Finding(kind=kind, ours=ours, reason=reason, figure_kind="measured")
+    return Finding(
+        kind=kind, ours=ours, reason=reason, figure_kind="measured", asked=(Asked(ratio, form.bound),)
+    )
 
 
 def _mean_difference(
@@ -149,4 +171,48 @@ def judge_extra_head(form: ExtraHeadForm, evidence: Evidence) -> Finding:
         f"{form.num_nodes} nodes each ({split.origin}); the 90 % interval of the gain lies within "
         f"+-{form.margin:.0%}: {holds(kind)}"
     )
-    return Finding(kind=kind, ours=percent(gain), reason=reason, figure_kind="replayed")
+    return Finding(
+        kind=kind,
+        ours=percent(gain),
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(gain, form.margin, "within"),),
+    )
+
+
+def judge_added_step(form: AddedStepForm, evidence: Evidence) -> Finding:
+    """Return whether a whole step takes little more than its backbone's part, or than a vanilla step.
+
+    Raises: NotTestable without speed or without separately timed steps of both.
+    """
+    evidence.require_speed()
+    evidence.generations(form.arm)
+    record, baseline = evidence.record, evidence.record.suite.arm(form.arm).baseline
+    whole = separate_s_by_prompt(record, form.arm)
+    if form.against == "backbone":
+        other, name = separate_s_by_prompt(record, form.arm, "backbone_s"), "their backbone's part"
+    else:
+        other = separate_s_by_prompt(record, baseline) if baseline is not None else None
+        name = f"those of {baseline}"
+    if whole is None or other is None or not (keys := sorted(whole.keys() & other.keys())):
+        raise NotTestable(f"no separately timed steps of {form.arm}, or none to hold them against")
+    interval = bootstrap_totals(
+        lambda steps, others: steps / others,
+        [whole[key] for key in keys],
+        [other[key] for key in keys],
+        spec=record.suite.interval,
+        rng=np.random.default_rng(record.suite.interval.seed),
+    )
+    kind = below(interval, form.bound)
+    nodes = evidence.tree(form.arm).num_nodes
+    reason = (
+        f"whole steps of {form.arm} ({nodes} nodes) over {name}, timed apart from decoding, below "
+        f"{form.bound:g}x: {holds(kind)}"
+    )
+    return Finding(
+        kind=kind,
+        ours=shown(interval, "x"),
+        reason=reason,
+        figure_kind="measured",
+        asked=(Asked(interval, form.bound, "below"),),
+    )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL, Evidence
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
     combined,
@@ -163,6 +164,7 @@ def _compared(
             f"{_printed(measure, printed)}, 90 % interval within +-{form.tolerance:.0%}: {holds(kind)}"
         ),
         figure_kind="measured",
+        asked=(Asked(apart, form.tolerance, "within"),),
     )
 
 

@@ -17,10 +17,10 @@ from harness.judge.claims.evidence import (
     replays,
 )
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
     above,
-    below,
     combined,
     equivalence,
     holds,
@@ -31,6 +31,7 @@ from harness.judge.claims.findings import (
 )
 from harness.judge.claims.heads import (
     judge_accuracy_falls,
+    judge_added_step,
     judge_extra_head,
     judge_loss_grows,
     judge_more_candidates,
@@ -150,7 +151,13 @@ def _faster(form: FasterForm, evidence: Evidence) -> Finding:
     kind = above(speedup, form.bound)
     clock = ", prefill included," if form.clock == "wall" else ""
     reason = f"tokens/s of {form.arm} over {comparison.baseline}{clock} above {form.bound:g}x: {holds(kind)}"
-    speed = Finding(kind=kind, ours=shown(speedup, "x"), reason=reason, figure_kind="measured")
+    speed = Finding(
+        kind=kind,
+        ours=shown(speedup, "x"),
+        reason=reason,
+        figure_kind="measured",
+        asked=(Asked(speedup, form.bound),),
+    )
     divergences = [divergence for divergence in evidence.parity.divergences if divergence.arm == form.arm]
     bugs = [divergence for divergence in divergences if divergence.kind == "bug"]
     if not evidence.parity.num_compared:
@@ -202,7 +209,13 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
         kind = above(interval, form.bound)
         reason = f"{name} of {form.arm} over {form.over}: {holds(kind)}"
         parts.append(
-            Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="measured")
+            Finding(
+                kind=kind,
+                ours=f"{name} {shown(interval, 'x')}",
+                reason=reason,
+                figure_kind="measured",
+                asked=(Asked(interval, form.bound),),
+            )
         )
     both = combined(parts)
     return replace(both, reason=f"{both.reason} (bound {form.bound:g}; {nodes} nodes)")
@@ -249,14 +262,20 @@ def _rate_over(form: RateOverForm, evidence: Evidence) -> Finding:
         rate, other = (counts.tokens[0], spent[0]), (counts.tokens[1], spent[1])
         ratio = ratio_of_rates(rate, over=other, spec=spec)
         if form.gain is None or form.margin is None:
-            kind, asked = above(ratio, form.bound), f"above {form.bound:g}x"
+            question, words = Asked(ratio, form.bound), f"above {form.bound:g}x"
         else:
             apart = relative_gain(rate, over=other, spec=spec, scale=1 / (1 + form.gain))
-            kind = equivalence(apart, form.margin)
-            asked = f"{1 + form.gain:g}x to within {form.margin:.0%} of it, by the 90 % interval"
-        reason = f"{name} of {form.arm} over {form.over} at one tree, {asked}: {holds(kind)}"
+            question = Asked(apart, form.margin, "within")
+            words = f"{1 + form.gain:g}x to within {form.margin:.0%} of it, by the 90 % interval"
+        reason = f"{name} of {form.arm} over {form.over} at one tree, {words}: {holds(question.kind)}"
         parts.append(
-            Finding(kind=kind, ours=f"{name} {shown(ratio, 'x')}", reason=reason, figure_kind="measured")
+            Finding(
+                kind=question.kind,
+                ours=f"{name} {shown(ratio, 'x')}",
+                reason=reason,
+                figure_kind="measured",
+                asked=(question,),
+            )
         )
     return combined(parts)
 
@@ -307,35 +326,13 @@ def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Eviden
         f"{arm}: {holds(kind)} (rate over overhead {rate / overhead:.2f}x, separate overhead {overhead:.3f}"
         f"{note})"
     )
-    return Finding(kind=kind, ours=f"{arm} {percent(gap)}", reason=reason, figure_kind="measured")
-
-
-def _added_step(form: AddedStepForm, evidence: Evidence) -> Finding:
-    evidence.require_speed()
-    evidence.generations(form.arm)
-    record, baseline = evidence.record, evidence.record.suite.arm(form.arm).baseline
-    whole = separate_s_by_prompt(record, form.arm)
-    if form.against == "backbone":
-        other, name = separate_s_by_prompt(record, form.arm, "backbone_s"), "their backbone's part"
-    else:
-        other = separate_s_by_prompt(record, baseline) if baseline is not None else None
-        name = f"those of {baseline}"
-    if whole is None or other is None or not (keys := sorted(whole.keys() & other.keys())):
-        raise NotTestable(f"no separately timed steps of {form.arm}, or none to hold them against")
-    interval = bootstrap_totals(
-        lambda steps, others: steps / others,
-        [whole[key] for key in keys],
-        [other[key] for key in keys],
-        spec=record.suite.interval,
-        rng=np.random.default_rng(record.suite.interval.seed),
+    return Finding(
+        kind=kind,
+        ours=f"{arm} {percent(gap)}",
+        reason=reason,
+        figure_kind="measured",
+        asked=(Asked(gap, form.margin, "within"),),
     )
-    kind = below(interval, form.bound)
-    nodes = evidence.tree(form.arm).num_nodes
-    reason = (
-        f"whole steps of {form.arm} ({nodes} nodes) over {name}, timed apart from decoding, below "
-        f"{form.bound:g}x: {holds(kind)}"
-    )
-    return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="measured")
 
 
 def _rejection_exact(form: RejectionExactForm, evidence: Evidence) -> Finding:
@@ -369,6 +366,6 @@ _TESTS: dict[type, Callable[..., Finding]] = {
     AccuracyFallsForm: judge_accuracy_falls,
     MoreCandidatesForm: judge_more_candidates,
     SearchPromiseForm: judge_search_promise,
-    AddedStepForm: _added_step,
+    AddedStepForm: judge_added_step,
     RejectionExactForm: _rejection_exact,
 }

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,17 @@ from numpy.typing import NDArray
 from harness.compose.appendix_g import VERDICTS
 from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
-    above,
-    below,
     combined,
-    equivalence,
     holds,
     shown,
     tested,
 )
 from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.verdicts import verdict
-from harness.judge.judgement import ClaimVerdict, VerdictKind
+from harness.judge.judgement import ClaimVerdict
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import SampledCell
 from harness.specs.claims import ClaimSpec
@@ -89,7 +88,7 @@ def sweep_verdicts(record: SweepRecord, *, claims: Sequence[ClaimSpec]) -> tuple
     """Return one verdict for each claim that has a form for sweeps, then those on the simulations."""
     figures = Figures({claim.id: claim for claim in claims})
     decided = [
-        verdict(claim, "transfer", tested(partial(_TESTS[type(form)], form, record)), states=form.states)
+        verdict(claim, "transfer", tested(partial(_TESTS[type(form)], form, record)), by=form)
         for claim in claims
         if (form := claim.sweep) is not None
     ]
@@ -110,7 +109,9 @@ def _threshold_trend(form: ThresholdTrendForm, record: SweepRecord) -> Finding:
         )
     at = [_epsilon(cell) for cell in cells]
     rate, likelihood = _trends(record, cells, at)
-    found = _part(below(rate, 0.0), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls")
+    found = _part(
+        Asked(rate, 0.0, "below"), f"tokens/step {shown(rate)} a unit of epsilon", name="tokens/step falls"
+    )
     return replace(
         found,
         reason=f"{found.reason}; not judged: the likelihood under the backbone moves by {shown(likelihood)} "
@@ -157,12 +158,12 @@ def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecor
     )
     parts = [
         _part(
-            above(rate, form.bound),
+            Asked(rate, form.bound),
             f"tokens/step {shown(rate, 'x')}",
             name="typical over rejection in tokens/step",
         ),
         _part(
-            equivalence(apart, form.margin),
+            Asked(apart, form.margin, "within"),
             f"likelihood {shown(apart)} nats a token",
             name=f"as likely to within {form.margin:g} nats, by the 90 % interval",
         ),
@@ -172,13 +173,11 @@ def _typical_beats_rejection(form: TypicalBeatsRejectionForm, record: SweepRecor
 
 def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Finding:
     parts = []
-    wanted: tuple[
-        tuple[str, float | None, float | None, Callable[[Interval, float], VerdictKind], str], ...
-    ] = (
-        ("typical", form.epsilon, form.delta, above, "typical rises with T"),
-        ("rejection", None, None, below, "rejection falls with T"),
+    wanted: tuple[tuple[str, float | None, float | None, Literal["above", "below"], str], ...] = (
+        ("typical", form.epsilon, form.delta, "above", "typical rises with T"),
+        ("rejection", None, None, "below", "rejection falls with T"),
     )
-    for rule, epsilon, delta, test, name in wanted:
+    for rule, epsilon, delta, side, name in wanted:
         cells = [
             cell
             for cell in record.sampled
@@ -189,7 +188,9 @@ def _temperature_trend(form: TemperatureTrendForm, record: SweepRecord) -> Findi
         if len(cells) < form.min_temperatures:
             raise NotTestable(f"{len(cells)} temperatures of {rule}, {form.min_temperatures} are needed")
         rate, _ = _trends(record, cells, [cell.setting.temperature for cell in cells])
-        parts.append(_part(test(rate, 0.0), f"{rule} {shown(rate)} tokens/step a unit of T", name=name))
+        parts.append(
+            _part(Asked(rate, 0.0, side), f"{rule} {shown(rate)} tokens/step a unit of T", name=name)
+        )
     return combined(parts)
 
 
@@ -244,8 +245,9 @@ def _epsilon(cell: SampledCell) -> float:
     return cell.setting.epsilon
 
 
-def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
-    return Finding(kind=kind, ours=ours, reason=f"{name}: {holds(kind)}", figure_kind="measured")
+def _part(asked: Asked, ours: str, *, name: str) -> Finding:
+    reason = f"{name}: {holds(asked.kind)}"
+    return Finding(kind=asked.kind, ours=ours, reason=reason, figure_kind="measured", asked=(asked,))
 
 
 _TESTS: dict[type, Callable[..., Finding]] = {

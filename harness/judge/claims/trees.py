@@ -22,6 +22,7 @@ from harness.judge.claims.evidence import (
     search_split,
 )
 from harness.judge.claims.findings import (
+    Asked,
     Finding,
     NotTestable,
     above,
@@ -69,10 +70,10 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     rates = [float(tokens.sum() / steps.sum()) for tokens, steps in counts]
     ends = f"{rates[0]:.2f} tokens/step at {form.sizes[0]} nodes, {rates[-1]:.2f} at {form.sizes[-1]}"
     parts = [
-        _part(above(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"tokens/step rise ({ends})"),
-        _part(above(slowing, 0.0), "", name="ever more slowly"),
+        _part(Asked(slope, 0.0), f"slope {shown(slope)} a unit of ln n", name=f"tokens/step rise ({ends})"),
+        _part(Asked(slowing, 0.0), "", name="ever more slowly"),
         _part(
-            above(fit, form.min_r_squared),
+            Asked(fit, form.min_r_squared),
             f"R^2 {shown(fit, digits=3)}",
             name=f"R^2 above {form.min_r_squared:g}",
         ),
@@ -81,8 +82,9 @@ def judge_log_growth(form: LogGrowthForm, evidence: Evidence) -> Finding:
     return replace(both, ours=f"{parts[0].ours}, {parts[2].ours}", reason=f"{both.reason} ({split.origin})")
 
 
-def _part(kind: VerdictKind, ours: str, *, name: str) -> Finding:
-    return Finding(kind=kind, ours=ours, reason=f"{name}: {holds(kind)}", figure_kind="replayed")
+def _part(asked: Asked, ours: str, *, name: str) -> Finding:
+    reason = f"{name}: {holds(asked.kind)}"
+    return Finding(kind=asked.kind, ours=ours, reason=reason, figure_kind="replayed", asked=(asked,))
 
 
 def early_less_late_gain(totals: Sequence[Floats], sizes: Sequence[int]) -> Floats:
@@ -164,7 +166,13 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
         kind = above(interval, form.bound)
         reason = f"{name}: {holds(kind)}"
         parts.append(
-            Finding(kind=kind, ours=f"{name} {shown(interval, 'x')}", reason=reason, figure_kind="composed")
+            Finding(
+                kind=kind,
+                ours=f"{name} {shown(interval, 'x')}",
+                reason=reason,
+                figure_kind="composed",
+                asked=(Asked(interval, form.bound),),
+            )
         )
     return combined(parts)
 
@@ -205,7 +213,13 @@ def judge_sparse_beats_dense(form: SparseBeatsDenseForm, evidence: Evidence) -> 
         f"{float(tokens.sum() / steps.sum()):.2f} together ({num_below} of them less than the sparse one); "
         f"the order: {holds(kind)}"
     )
-    return Finding(kind=kind, ours=shown(interval, "x"), reason=reason, figure_kind="replayed")
+    return Finding(
+        kind=kind,
+        ours=shown(interval, "x"),
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(interval, form.bound),),
+    )
 
 
 def judge_search_depth(form: SearchDepthForm, evidence: Evidence) -> Finding:
@@ -255,7 +269,13 @@ def judge_search_promise(form: SearchPromiseForm, evidence: Evidence) -> Finding
         f"{grown.tree.num_nodes} nodes, its tree yields {replay.tokens_per_step:.3f} ({split.origin}); the "
         f"90 % interval of the difference lies within +-{form.margin:.0%}: {holds(kind)}"
     )
-    return Finding(kind=kind, ours=percent(gap), reason=reason, figure_kind="replayed")
+    return Finding(
+        kind=kind,
+        ours=percent(gap),
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(gap, form.margin, "within"),),
+    )
 
 
 def judge_category_order(form: CategoryOrderForm, evidence: Evidence) -> Finding:
@@ -282,7 +302,11 @@ def judge_category_order(form: CategoryOrderForm, evidence: Evidence) -> Finding
         f"figures lies above {form.bound:g}: {holds(kind)}"
     )
     return Finding(
-        kind=kind, ours=f"rank correlation {shown(interval)}", reason=reason, figure_kind="replayed"
+        kind=kind,
+        ours=f"rank correlation {shown(interval)}",
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(interval, form.bound),),
     )
 
 
@@ -305,7 +329,11 @@ def judge_category_above(form: CategoryAboveForm, evidence: Evidence) -> Finding
     kind = above(interval, form.bound)
     reason = f"tokens/step on {form.category} over all other prompts above {form.bound:g}x: {holds(kind)}"
     return Finding(
-        kind=kind, ours=f"tokens/step {shown(interval, 'x')}", reason=reason, figure_kind="replayed"
+        kind=kind,
+        ours=f"tokens/step {shown(interval, 'x')}",
+        reason=reason,
+        figure_kind="replayed",
+        asked=(Asked(interval, form.bound),),
     )
 
 

@@ -34,15 +34,15 @@ def evaluate_claims(claims: Sequence[ClaimSpec], evidence: Evidence) -> tuple[Cl
 
 
 def verdict(
-    claim: ClaimSpec, form: FormName, finding: Finding, *, states: str | None = None, decides: bool = True
+    claim: ClaimSpec, form: FormName, finding: Finding, *, by: Form | None = None, decides: bool = True
 ) -> ClaimVerdict:
     """Return a claim's verdict by one of its forms: what the registry states, and what a test found.
 
-    `states` stands in for what the paper states where the form tests something else.
+    Where the form `by` which it was tested states something else, that stands in; its effects give the power.
     """
     return ClaimVerdict(
         claim_id=claim.id,
-        stated=states or claim.stated,
+        stated=(by.states if by is not None else None) or claim.stated,
         place=claim.place,
         paper_figure=claim.figure,
         form=form,
@@ -51,6 +51,7 @@ def verdict(
         figure_kind=finding.figure_kind,
         reason=finding.reason,
         turns=finding.turns,
+        power=finding.power(by.effects if by is not None else ()),
         decides=decides,
         is_ours=claim.kind in _OURS,
     )
@@ -64,7 +65,7 @@ def _judge(claim: ClaimSpec, evidence: Evidence, *, figures: Figures) -> Iterato
         yield verdict(claim, *_untested(claim, tried))
     for one in sorted(shown, key=lambda one: one is not first):
         name, tested_form, finding = one
-        yield verdict(claim, name, finding, states=tested_form.states, decides=one is first)
+        yield verdict(claim, name, finding, by=tested_form, decides=one is first)
 
 
 def _tests(

@@ -26,8 +26,10 @@ brackets the form of the test: `literal` = the paper's own model and setting; `t
 (an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
 no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. `not
 decidable here` = the device fixes the outcome before the run. A claim that fails is a finding, not an error.
-Claims in one row are decided by one test and count once. *also* = a further form of the claim above it: it
-decides nothing and is not counted."""
+*power* = how often samples of this size and spread say `reproduced`: at the size that the paper states, where
+there is no difference, or from which size on in 80 %; and at the bound itself, where it is an error. Claims
+in one row are decided by one test and count once. *also* = a further form of the claim above it: it decides
+nothing and is not counted."""
 _MOST_IDS = 4  # in a row of a short table
 
 PAPER_STATES, WE_STATE = "what the paper states", "what we state of the paper"
@@ -122,7 +124,7 @@ def render_verdicts(
     Claims that one test decides together share a row; a short table names the first of many.
     `stated` is the header of what the verdict is about.
     """
-    headers = ["claim", stated, "paper", "ours", "kind of figure", "verdict", "why"]
+    headers = ["claim", stated, "paper", "ours", "kind of figure", "verdict", "power", "why"]
     return table(
         headers,
         [_verdict_row(group, short=columns is not None) for group in by_test(verdicts)],
@@ -309,6 +311,7 @@ def _verdict_row(group: Sequence[ClaimVerdict], *, short: bool) -> tuple[object,
         verdict.ours or ABSENT,
         kind,
         marked,
+        verdict.power or ABSENT,
         verdict.reason,
     )
 

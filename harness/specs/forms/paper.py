@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harness.specs.bounds import BatchSize, NodeCount, Some, Spec, TokenCount
+from harness.specs.bounds import MAX_ENTRIES, BatchSize, NodeCount, Some, Spec, TokenCount
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -14,11 +14,14 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class Form(Spec):
     """What every form carries: why its bounds, margins and settings are what they are.
 
-    `states` says what the form tests where that is not the claim as the paper states it.
+    `states` says what the form tests where that is not the claim as the paper states it. `effects` are
+    those that the paper states, in the units and order of what the form asks, as far as it states any: the
+    chance to find them is shown with the verdict.
     """
 
     reason: str = Field(min_length=1)
     states: str | None = None
+    effects: tuple[float, ...] = Field(default=(), max_length=MAX_ENTRIES)
 
 
 class VariedForm(Form):
