@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -52,7 +52,7 @@ class HeadsProvenance(BaseModel):
 class _FileHeader(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1]
+    schema_version: Annotated[int, Field(strict=True, ge=1, le=1)]  # `true` is no version, though Python's 1
     architecture: HeadArchitecture
     num_heads: int
     num_layers: int

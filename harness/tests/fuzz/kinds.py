@@ -85,12 +85,13 @@ def _sealed(kind: str, file: str, form: Format) -> Target:
     return Target(f"{kind}-record/{file}", form, _of_record(kind), strict=ALL)
 
 
-def _resealed(kind: str, file: str, form: Format, *strict: str) -> Target:
+def _resealed(kind: str, file: str, form: Format, *strict: str, open_tables: tuple[str, ...] = ()) -> Target:
     return Target(
         f"{kind}-record/{file}",
         form,
         _of_record(kind)[:1],
         strict=frozenset(strict),
+        open_tables=open_tables,
         sealed_by=f"{kind}-record/manifest.json",
     )
 
@@ -205,7 +206,7 @@ KINDS: dict[str, Kind] = {
                 ),
                 _sealed("suite", "trace.npz", TRACE),
                 _sealed("ablation", "trace-start.npz", TRACE),
-                _resealed("suite", "trace.npz", TRACE, "nan", *SCHEMA),
+                _resealed("suite", "trace.npz", TRACE, "nan", *SCHEMA, open_tables=("versions", "extra")),
             ),
         ),
         Kind(

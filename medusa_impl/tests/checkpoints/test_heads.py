@@ -141,13 +141,11 @@ def test_missing_files_foreign_files_and_other_schemas_are_clear_errors(tmp_path
     save_heads(path, make_heads(), provenance=PROVENANCE)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["medusa_repro"])
-    save_file(
-        released_tensors(make_heads()),
-        path,
-        metadata={"medusa_repro": json.dumps({**header, "schema_version": 99})},
-    )
-    with pytest.raises(UserError, match="schema_version"):
-        load_heads(path, backbone_sha256=OURS)
+    for version in (99, True):
+        metadata = {"medusa_repro": json.dumps({**header, "schema_version": version})}
+        save_file(released_tensors(make_heads()), path, metadata=metadata)
+        with pytest.raises(UserError, match="schema_version"):
+            load_heads(path, backbone_sha256=OURS)
 
 
 def test_file_names_no_absolute_path(tmp_path: Path) -> None:
