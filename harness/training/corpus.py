@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from harness.assets.catalogue import TrainingPrompt, training_prompts
 from harness.assets.chat import asks_for_date, render_chat, taken_date
 from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, overlap_report
 from harness.device.engine import LoadedModel
+from harness.device.loading.behaviour import PARTS, differing
 from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.errors import UserError
-from harness.files import canonical_sha256, read_text, write_text
+from harness.files import canonical_sha256, read_text, write_bytes, write_text
 from harness.paths import resolve_path
 from harness.specs.recipe import AnyRecipe, CorpusSpec
 from harness.specs.suite import ModelSpec, PromptSpec
@@ -31,7 +34,50 @@ from harness.training.conversations import (
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 
-_DATE_FILE = "chat_date.txt"
+RUN_FILE = "run.json"  # in a work folder: what a joint training began with
+_DATE_FILE, _BEHAVIOUR_FILE = "chat_date.txt", "behaviour.json"
+_LOG = logging.getLogger(__name__)
+
+
+def check_same_behaviour(work: Path, behaviour: Mapping[str, str]) -> None:
+    """Note in a work folder what its model does besides its tensors, or see that it still does that.
+
+    A folder from before this was noted goes on with a warning, and so does a model without a tokenizer.
+    Raises: UserError for the same tensors with another configuration, tokenizer, template or adapter.
+    """
+    path = work / _BEHAVIOUR_FILE
+    if not behaviour:
+        return
+    if not path.exists():
+        if (work / RUN_FILE).exists() or CorpusStore(work / "corpus").shard_files():
+            _LOG.warning("the work folder does not say what its model did: only the tensors were compared")
+            return
+        work.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(dict(behaviour), indent=1) + "\n").encode())
+        return
+    if changed := differing(behaviour, read_noted(path), parts=PARTS):
+        raise UserError(
+            found=f"work of another {' and '.join(changed)} of the same tensors",
+            need="the configuration, tokenizer and adapter that it began with",
+            where="the work folder",
+            do="restore them, or give another --work",
+        )
+
+
+def read_noted(path: Path) -> dict[str, Any]:
+    """Return what a work folder noted. Raises: UserError where it cannot be read."""
+    try:
+        noted = json.loads(read_text(path))
+    except (UserError, ValueError, RecursionError):
+        noted = None
+    if not isinstance(noted, dict):
+        raise UserError(
+            found=f"no readable {path.name}",
+            need="what the training in this folder began with",
+            where="the work folder",
+            do="give another --work, or empty it to start afresh",
+        )
+    return noted
 
 
 def keep_date(spec: ModelSpec, loaded: LoadedModel, *, work: Path) -> None:

@@ -16,7 +16,7 @@ from harness.device.machine import checkout_state
 from harness.device.progress import progress_bar
 from harness.specs.recipe import HeadsRecipe
 from harness.training.calibration import calibrate
-from harness.training.corpus import check_overlap, keep_date
+from harness.training.corpus import check_overlap, check_same_behaviour, keep_date
 from harness.training.held_out import print_figures
 from harness.training.text import unpacked_corpus
 from harness.training.workers import fill_corpus
@@ -60,6 +60,7 @@ def train_heads(
     )
     store = CorpusStore(work / "corpus")
     if not from_scratch and spec.packed_corpus is not None and not store.shard_files():
+        check_same_behaviour(work, loaded.behaviour)
         store = unpacked_corpus(spec, loaded, work=work, console=console)
     else:
         fill_corpus(spec, work=work, console=console, allow_hub=allow_hub)

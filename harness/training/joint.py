@@ -24,7 +24,7 @@ from harness.files import canonical_sha256, file_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
-from harness.training.corpus import check_overlap, keep_date
+from harness.training.corpus import check_overlap, check_same_behaviour, keep_date
 from harness.training.held_out import evaluate_joint, print_joint_figures
 from harness.training.resume import check_same_run, last_checkpoint
 from harness.training.text import JointText, read_text, token_subset
@@ -144,6 +144,7 @@ def train_joint(
     check_runnable(recipe)
     _check_one_dtype(loaded, recipe)
     heads, origin = first_heads(loaded, recipe, start_heads=start_heads)
+    check_same_behaviour(work, loaded.behaviour)
     check_same_run(work, recipe=recipe, text=text, backbone_sha256=loaded.sha256, heads_sha256=origin)
     was = backbone_sha256(loaded.model) if recipe.backbone == "frozen" else None
     torch.manual_seed(recipe.seed)  # the adapter's first weights

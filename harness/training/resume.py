@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.files import read_text, write_bytes
+from harness.training.corpus import RUN_FILE, read_noted
 from harness.training.text import JointText
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.sequences import WINDOW_BATCHES
@@ -50,24 +51,14 @@ def check_same_run(
         "order": [WINDOW_BATCHES, recipe.batch_sequences * recipe.accumulation_steps],
     }
     work.mkdir(parents=True, exist_ok=True)
-    path = work / "run.json"
+    path = work / RUN_FILE
     if not path.exists():
         write_bytes(path, (json.dumps(ours, indent=1) + "\n").encode())
         return
-    try:
-        theirs = json.loads(read_text(path))
-    except (UserError, ValueError, RecursionError):
-        theirs = None
-    if not isinstance(theirs, dict):
+    theirs = read_noted(path)
+    if changed := sorted(name for name in ours if theirs.get(name) != ours[name]):
         raise UserError(
-            found="no readable run.json",
-            need="what the training in this folder began with",
-            where="the work folder",
-            do="give another --work, or empty it to start afresh",
-        )
-    if differing := sorted(name for name in ours if theirs.get(name) != ours[name]):
-        raise UserError(
-            found=f"a training of another {differing[0]}",
+            found=f"a training of another {changed[0]}",
             need="the training that began in this folder",
             where="the work folder",
             do="give another --work, or empty it to start afresh",

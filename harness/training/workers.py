@@ -26,6 +26,7 @@ from harness.training.conversations import conversation_and_turn
 from harness.training.corpus import (
     amount,
     check_overlap,
+    check_same_behaviour,
     corpus_prompts,
     fingerprint,
     keep_date,
@@ -205,6 +206,7 @@ def corpus_worker(
         update={"num_tokens" if corpus.num_tokens is not None else "num_samples": own_goal}
     )
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
+    check_same_behaviour(Path(work), loaded.behaviour)
     # what heads alone learn from; with the backbone they learn from text
     keep_states = isinstance(spec, HeadsRecipe)
     console = SafeConsole(stderr=True, quiet=index > 0)

@@ -341,6 +341,8 @@ def _rejection_exact(form: RejectionExactForm, evidence: Evidence) -> Finding:
         raise NotTestable(pairs)
     allowed = pairs.num_tokens // form.tokens_a_tie
     kind = VerdictKind.REPRODUCED if len(pairs.parted) <= allowed else VerdictKind.NOT_REPRODUCED
+    if len(pairs.parted) == 1 > allowed:  # one tie is possible in any number of tokens
+        kind = VerdictKind.INCONCLUSIVE
     reason = (
         f"{pairs.num_texts - len(pairs.parted)} of {pairs.num_texts} texts are those of sampled vanilla with "
         f"the same seed, token for token; rounding explains {allowed}: {holds(kind)}"

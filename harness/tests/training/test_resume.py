@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError
+from harness.training.corpus import check_same_behaviour
 from harness.training.resume import check_same_run, last_checkpoint
 from harness.training.text import JointText
 from medusa_impl.recipes import Medusa2Settings
@@ -52,3 +53,24 @@ def test_a_work_folder_whose_beginning_cannot_be_read_is_refused(tmp_path: Path,
     (tmp_path / "run.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=r"no readable run\.json"):
         check()
+
+
+def test_a_work_folder_keeps_what_its_model_does_besides_its_tensors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another tokenizer makes other words of the same ids, and no tensor shows it."""
+    behaviour = {"forward": "a", "end": "b", "tokenizer": "c", "template": "d"}
+    check_same_behaviour(tmp_path / "new", behaviour)
+    check_same_behaviour(tmp_path / "new", behaviour)
+    with pytest.raises(UserError, match="work of another tokenizer of the same tensors"):
+        check_same_behaviour(tmp_path / "new", {**behaviour, "tokenizer": "other"})
+    (tmp_path / "new" / "behaviour.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"no readable behaviour\.json"):
+        check_same_behaviour(tmp_path / "new", behaviour)
+    assert not caplog.records
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text("{}")
+    check_same_behaviour(tmp_path / "old", behaviour)
+    assert (
+        "only the tensors were compared" in caplog.text and not (tmp_path / "old" / "behaviour.json").exists()
+    )
