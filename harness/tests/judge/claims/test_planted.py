@@ -1,0 +1,111 @@
+"""Each form of the shipped registry on its planted records: one that it must pass and one that it must fail.
+
+The two differ in nothing but what the form's bound is about. A form without planted records fails here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.run import judge_transfer
+from harness.judge.judgement import VerdictKind
+from harness.judge.metrics import comparisons
+from harness.judge.parity import parity_report
+from harness.records.run import RunRecord
+from harness.specs.claims import ClaimsFile, load_registry
+from harness.specs.forms.claims import TransferForm
+from harness.tests.fake_record import write_fake_record
+from harness.tests.judge.claims.planted.planting import Planting, RunPlanting
+from harness.tests.judge.claims.planted.runs import RUNS
+
+YES, NO, CANNOT = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.NOT_DECIDABLE
+ROLES = {"optimised": "optimised_64", "fastest": "optimised_64"}  # the names of the made-up suite
+REGISTRY = load_registry(roles=ROLES)
+
+
+def figures(form: Any, planting: Planting) -> list[tuple[float, VerdictKind]]:
+    sides = ((planting.holds, YES), (planting.fails, NO), (planting.cannot, CANNOT))
+    return [(figure, kind) for side, kind in sides for figure in side(form)]
+
+
+def run_forms(registry: ClaimsFile) -> dict[str, TransferForm]:
+    found: dict[str, TransferForm] = {}
+    for claim in registry.claims:
+        for form in (claim.transfer, *claim.also):
+            if form is not None and form not in found.values():
+                found[f"{claim.id}-{form.test}-{len(found)}"] = form
+    return found
+
+
+def planted(forms: dict[str, Any], table: dict[str, Any]) -> Iterator[Any]:
+    for name, form in forms.items():
+        for place, planting in enumerate(table.get(form.test, ())):
+            if planting.where(form):
+                yield pytest.param(form, planting, id=f"{name}-{place}")
+
+
+def run_evidence(form: Any, planting: RunPlanting, figure: float, folder: Path) -> Evidence:
+    options: dict[str, Any] = {"rounds": 1, "num_prompts": planting.num_prompts}
+    record = write_fake_record(
+        folder / "record", spoil=lambda parts: planting.plant(form, figure, parts), **options
+    )
+    calibration = None
+    if planting.calibrate is not None:
+        other = write_fake_record(folder / "other", spoil=planting.calibrate, seed=1, **options)
+        calibration = other.trace
+    return Evidence(
+        record=record,
+        arms=(),
+        comparisons=comparisons(record),
+        parity=parity_report(record),
+        calibration=calibration,
+    )
+
+
+def run_differences(one: RunRecord, other: RunRecord) -> set[str]:
+    """Return names of all that differs between two records."""
+    found = set()
+    for first, second in zip(one.generations, other.generations, strict=True):
+        if first != second:
+            found.add(f"generations of {first.trial.arm}")
+    assert one.trace is not None and other.trace is not None
+    for mine, theirs in zip(one.trace.prompts, other.trace.prompts, strict=True):
+        for name in ("key", "category", "tokens", "ended_by", "ranks", "gaps", "nll"):
+            if not _same(getattr(mine, name), getattr(theirs, name)):
+                found.add(f"trace {name}")
+    found |= {f"tree of {arm}" for arm in one.trees if one.trees[arm] != other.trees[arm]}
+    assert one.step_costs is not None and other.step_costs is not None
+    for cost, their in zip(one.step_costs.costs, other.step_costs.costs, strict=True):
+        if cost != their:
+            found.add("bare steps" if cost.arm is None else f"steps of {cost.arm}")
+    known = {"generations.jsonl", "trace.npz", "trees.json", "step_costs.json", "manifest.json"}
+    for path in one.folder.iterdir():
+        if path.name not in known and path.read_bytes() != (other.folder / path.name).read_bytes():
+            found.add(path.name)
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+    return bool(one == other)
+
+
+@pytest.mark.parametrize(("form", "planting"), planted(run_forms(REGISTRY), RUNS))
+def test_a_run_on_either_side_of_the_bound(form: Any, planting: RunPlanting, tmp_path: Path) -> None:
+    records = []
+    for place, (figure, kind) in enumerate(figures(form, planting)):
+        evidence = run_evidence(form, planting, figure, tmp_path / str(place))
+        finding = judge_transfer(form, evidence=evidence)
+        assert finding.kind is kind, f"{planting.figure} {figure:g}: {finding}"
+        records.append(evidence.record)
+    assert len(records) > 1
+    for one, other in itertools.pairwise(records):
+        assert run_differences(one, other) == planting.may_differ(form)
