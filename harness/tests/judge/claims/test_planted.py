@@ -6,24 +6,29 @@ The two differ in nothing but what the form's bound is about. A form without pla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from harness.judge.claims.ablation import judge_training
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.run import judge_transfer
 from harness.judge.judgement import VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
+from harness.records.ablation import AblationRecord, ArmResult
 from harness.records.run import RunRecord
 from harness.specs.claims import ClaimsFile, load_registry
 from harness.specs.forms.claims import TransferForm
+from harness.specs.forms.training import TrainingForm
+from harness.tests.fake_ablation import write_fake_ablation
 from harness.tests.fake_record import write_fake_record
 from harness.tests.judge.claims.planted.planting import Planting, RunPlanting
 from harness.tests.judge.claims.planted.runs import RUNS
+from harness.tests.judge.claims.planted.trainings import TRAININGS
 
 YES, NO, CANNOT = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.NOT_DECIDABLE
 ROLES = {"optimised": "optimised_64", "fastest": "optimised_64"}  # the names of the made-up suite
@@ -44,11 +49,21 @@ def run_forms(registry: ClaimsFile) -> dict[str, TransferForm]:
     return found
 
 
-def planted(forms: dict[str, Any], table: dict[str, Any]) -> Iterator[Any]:
-    for name, form in forms.items():
-        for place, planting in enumerate(table.get(form.test, ())):
-            if planting.where(form):
-                yield pytest.param(form, planting, id=f"{name}-{place}")
+def training_forms(registry: ClaimsFile) -> dict[str, TrainingForm]:
+    found: dict[str, TrainingForm] = {}
+    for claim in registry.claims:
+        if (form := claim.training) is not None and form not in found.values():
+            found[f"{claim.id}-{form.test}"] = form
+    return found
+
+
+def planted(forms: dict[str, Any], table: dict[str, Any]) -> list[Any]:
+    return [
+        pytest.param(form, planting, id=f"{name}-{place}")
+        for name, form in forms.items()
+        for place, planting in enumerate(table.get(form.test, ()))
+        if planting.where(form)
+    ]
 
 
 def run_evidence(form: Any, planting: RunPlanting, figure: float, folder: Path) -> Evidence:
@@ -109,3 +124,29 @@ def test_a_run_on_either_side_of_the_bound(form: Any, planting: RunPlanting, tmp
     assert len(records) > 1
     for one, other in itertools.pairwise(records):
         assert run_differences(one, other) == planting.may_differ(form)
+
+
+def training_differences(one: AblationRecord, other: AblationRecord) -> set[str]:
+    """Return names of all that differs between two ablations: fields of arms, and files."""
+    found = {
+        f"{name} of {first.arm}"
+        for first, second in zip(one.results, other.results, strict=True)
+        for name in ArmResult.model_fields
+        if getattr(first, name) != getattr(second, name)
+    }
+    for path in one.folder.iterdir():
+        if path.name not in ("arms.jsonl", "manifest.json"):
+            if path.read_bytes() != (other.folder / path.name).read_bytes():
+                found.add(path.stem.rstrip("0123456789").rstrip("-"))
+    return found
+
+
+@pytest.mark.parametrize(("form", "planting"), planted(training_forms(REGISTRY), TRAININGS))
+def test_a_training_on_either_side_of_the_bound(form: Any, planting: Planting, tmp_path: Path) -> None:
+    records = []
+    for place, (figure, kind) in enumerate(figures(form, planting)):
+        record = write_fake_ablation(tmp_path / str(place), **planting.plant(form, figure))
+        finding = judge_training(form, record)
+        assert finding.kind is kind, f"{planting.figure} {figure:g}: {finding}"
+        records.append(record)
+    assert training_differences(*records) == planting.may_differ(form)

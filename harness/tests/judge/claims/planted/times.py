@@ -25,10 +25,10 @@ def pace(
     speed: float | None = None,
     wall_speed: float | None = None,
 ) -> None:
-    """Let an arm keep `rate` times another's tokens a step on each prompt, and `speed` times those a second.
+    """Let an arm keep `rate` times another's tokens a step on each prompt, `speed` times those a second.
 
-    `wall_speed` counts the prefill, which both spend alike. Every other prompt is 4 % faster than that and the
-    rest 4 % slower, so that intervals have a width.
+    `wall_speed` counts the prefill, which both spend alike. Every other prompt is 4 % faster than that and
+    the rest 4 % slower, so that intervals have a width.
     """
     others = {
         one.trial.prompt_key: one
