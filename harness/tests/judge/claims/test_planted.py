@@ -13,21 +13,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.compose.plan import SweepPlan
 from harness.judge.claims.ablation import judge_training
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.run import judge_transfer
+from harness.judge.claims.sweep import sweep_verdicts
 from harness.judge.judgement import VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
 from harness.records.ablation import AblationRecord, ArmResult
 from harness.records.run import RunRecord
+from harness.records.sweep import SweepRecord
 from harness.specs.claims import ClaimsFile, load_registry
-from harness.specs.forms.claims import TransferForm
+from harness.specs.forms.claims import SweepForm, TransferForm
 from harness.specs.forms.training import TrainingForm
 from harness.tests.fake_ablation import write_fake_ablation
 from harness.tests.fake_record import write_fake_record
+from harness.tests.fake_sweep import made_up_plan, sampled_cells, write_sweep
 from harness.tests.judge.claims.planted.planting import Planting, RunPlanting
 from harness.tests.judge.claims.planted.runs import RUNS
+from harness.tests.judge.claims.planted.sweeps import SWEEPS
 from harness.tests.judge.claims.planted.trainings import TRAININGS
 
 YES, NO, CANNOT = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.NOT_DECIDABLE
@@ -55,6 +60,10 @@ def training_forms(registry: ClaimsFile) -> dict[str, TrainingForm]:
         if (form := claim.training) is not None and form not in found.values():
             found[f"{claim.id}-{form.test}"] = form
     return found
+
+
+def sweep_forms(registry: ClaimsFile) -> dict[str, SweepForm]:
+    return {f"{claim.id}-{claim.sweep.test}": claim.sweep for claim in registry.claims if claim.sweep}
 
 
 def planted(forms: dict[str, Any], table: dict[str, Any]) -> list[Any]:
@@ -150,3 +159,39 @@ def test_a_training_on_either_side_of_the_bound(form: Any, planting: Planting, t
         assert finding.kind is kind, f"{planting.figure} {figure:g}: {finding}"
         records.append(record)
     assert training_differences(*records) == planting.may_differ(form)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
+    return made_up_plan(tmp_path_factory.mktemp("sweep"), predicted=None)
+
+
+def sweep_differences(one: SweepRecord, other: SweepRecord) -> set[str]:
+    """Return the rules whose cells differ, and the names of other files that do."""
+    found = {
+        first.setting.rule
+        for first, second in zip(one.sampled, other.sampled, strict=True)
+        if first != second
+    }
+    sealed = ("cells.jsonl", "manifest.json")
+    return found | {
+        path.name
+        for path in one.folder.iterdir()
+        if path.name not in sealed and path.read_bytes() != (other.folder / path.name).read_bytes()
+    }
+
+
+@pytest.mark.parametrize(("form", "planting"), planted(sweep_forms(REGISTRY), SWEEPS))
+def test_a_sweep_on_either_side_of_the_bound(
+    form: Any, planting: Planting, plan: SweepPlan, tmp_path: Path
+) -> None:
+    claims = [claim for claim in REGISTRY.claims if claim.sweep == form]
+    records = []
+    for place, (figure, kind) in enumerate(figures(form, planting)):
+        cells = sampled_cells(plan.spec, tree=1, **planting.plant(form, figure))
+        record = write_sweep(tmp_path / str(place), plan, extra=cells)
+        (verdict, *_) = sweep_verdicts(record, claims=claims)
+        assert verdict.kind is kind, f"{planting.figure} {figure:g}: {verdict}"
+        records.append(record)
+    for one, other in itertools.pairwise(records):
+        assert sweep_differences(one, other) == planting.may_differ(form)
