@@ -6,7 +6,7 @@ The two differ in nothing but what the form's bound is about. A form without pla
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from harness.compose.plan import SweepPlan
 from harness.judge.claims.ablation import judge_training
 from harness.judge.claims.evidence import Evidence
+from harness.judge.claims.paper import Figures, judge_paper_only
 from harness.judge.claims.run import judge_transfer
 from harness.judge.claims.sweep import sweep_verdicts
 from harness.judge.judgement import VerdictKind
@@ -24,16 +25,18 @@ from harness.judge.parity import parity_report
 from harness.records.ablation import AblationRecord, ArmResult
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
-from harness.specs.claims import ClaimsFile, load_registry
+from harness.specs.claims import ClaimsFile, ClaimSpec, load_registry
 from harness.specs.forms.claims import SweepForm, TransferForm
 from harness.specs.forms.training import TrainingForm
 from harness.tests.fake_ablation import write_fake_ablation
 from harness.tests.fake_record import write_fake_record
 from harness.tests.fake_sweep import made_up_plan, sampled_cells, write_sweep
+from harness.tests.judge.claims.planted.figures import FIGURES
 from harness.tests.judge.claims.planted.planting import Planting, RunPlanting
 from harness.tests.judge.claims.planted.runs import RUNS
 from harness.tests.judge.claims.planted.sweeps import SWEEPS
 from harness.tests.judge.claims.planted.trainings import TRAININGS
+from harness.tests.judge.claims.test_literal import CASES as LITERAL_CASES
 
 YES, NO, CANNOT = VerdictKind.REPRODUCED, VerdictKind.NOT_REPRODUCED, VerdictKind.NOT_DECIDABLE
 ROLES = {"optimised": "optimised_64", "fastest": "optimised_64"}  # the names of the made-up suite
@@ -109,11 +112,17 @@ def run_differences(one: RunRecord, other: RunRecord) -> set[str]:
     for cost, their in zip(one.step_costs.costs, other.step_costs.costs, strict=True):
         if cost != their:
             found.add("bare steps" if cost.arm is None else f"steps of {cost.arm}")
-    known = {"generations.jsonl", "trace.npz", "trees.json", "step_costs.json", "manifest.json"}
-    for path in one.folder.iterdir():
-        if path.name not in known and path.read_bytes() != (other.folder / path.name).read_bytes():
-            found.add(path.name)
-    return found
+    known = ("generations.jsonl", "trace.npz", "trees.json", "step_costs.json", "manifest.json")
+    return found | other_files(one.folder, other.folder, known=known)
+
+
+def other_files(one: Path, other: Path, *, known: Sequence[str]) -> set[str]:
+    """Return the names of files that differ between two folders, but for those that are compared apart."""
+    return {
+        path.name
+        for path in one.iterdir()
+        if path.name not in known and path.read_bytes() != (other / path.name).read_bytes()
+    }
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -143,11 +152,8 @@ def training_differences(one: AblationRecord, other: AblationRecord) -> set[str]
         for name in ArmResult.model_fields
         if getattr(first, name) != getattr(second, name)
     }
-    for path in one.folder.iterdir():
-        if path.name not in ("arms.jsonl", "manifest.json"):
-            if path.read_bytes() != (other.folder / path.name).read_bytes():
-                found.add(path.stem.rstrip("0123456789").rstrip("-"))
-    return found
+    names = other_files(one.folder, other.folder, known=("arms.jsonl", "manifest.json"))
+    return found | {name.removesuffix(".npz").rstrip("0123456789").rstrip("-") for name in names}
 
 
 @pytest.mark.parametrize(("form", "planting"), planted(training_forms(REGISTRY), TRAININGS))
@@ -173,12 +179,7 @@ def sweep_differences(one: SweepRecord, other: SweepRecord) -> set[str]:
         for first, second in zip(one.sampled, other.sampled, strict=True)
         if first != second
     }
-    sealed = ("cells.jsonl", "manifest.json")
-    return found | {
-        path.name
-        for path in one.folder.iterdir()
-        if path.name not in sealed and path.read_bytes() != (other.folder / path.name).read_bytes()
-    }
+    return found | other_files(one.folder, other.folder, known=("cells.jsonl", "manifest.json"))
 
 
 @pytest.mark.parametrize(("form", "planting"), planted(sweep_forms(REGISTRY), SWEEPS))
@@ -195,3 +196,62 @@ def test_a_sweep_on_either_side_of_the_bound(
         records.append(record)
     for one, other in itertools.pairwise(records):
         assert sweep_differences(one, other) == planting.may_differ(form)
+
+
+PAPER_CLAIMS = [claim for claim in REGISTRY.claims if claim.paper_only is not None]
+
+
+@pytest.mark.parametrize(
+    ("claim", "planting"),
+    [
+        pytest.param(claim, planting, id=f"{claim.id}-{place}")
+        for claim in PAPER_CLAIMS
+        for place, planting in enumerate(FIGURES.get(claim.paper_only.test if claim.paper_only else "", ()))
+    ],
+)
+def test_the_papers_figures_on_either_side_of_the_bound(claim: ClaimSpec, planting: Planting) -> None:
+    registries = []
+    for figure, kind in figures(claim.paper_only, planting):
+        registry = {one.id: one for one in REGISTRY.claims}
+        planting.plant(claim.paper_only, figure, registry, claim.id)
+        judged = registry[claim.id]
+        assert judged.paper_only is not None
+        finding = judge_paper_only(judged, judged.paper_only, figures=Figures(registry))
+        assert finding.kind is kind, f"{planting.figure} {figure:g}: {finding}"
+        registries.append(registry)
+    for one, other in itertools.pairwise(registries):
+        differ = {claim_id for claim_id in one if one[claim_id] != other[claim_id]}
+        assert differ == planting.may_differ(claim.paper_only, claim=claim.id)
+
+
+def test_every_form_has_planted_records() -> None:
+    """A form added later fails here until it has a record that it must pass and one that it must fail."""
+    paper = {claim.id: claim.paper_only for claim in PAPER_CLAIMS}
+    asked: tuple[tuple[Mapping[str, Any], Mapping[str, Sequence[Planting]]], ...] = (
+        (run_forms(REGISTRY), RUNS),
+        (training_forms(REGISTRY), TRAININGS),
+        (sweep_forms(REGISTRY), SWEEPS),
+        (paper, FIGURES),
+    )
+    for forms, table in asked:
+        unplanted = [
+            name
+            for name, form in forms.items()
+            if not any(
+                one.where(form) and one.holds(form) and one.fails(form) for one in table.get(form.test, ())
+            )
+        ]
+        assert unplanted == []
+        assert set(table) == {form.test for form in forms.values()}
+
+
+def test_every_kind_of_literal_figure_has_planted_records() -> None:
+    """The records themselves are those of `test_literal.py`."""
+    measures = {claim.id: claim.measures for claim in REGISTRY.claims}
+
+    def kinds(claim_ids: Iterable[str]) -> set[tuple[str, ...]]:
+        found = {measure for claim_id in claim_ids for measure in measures[claim_id]}
+        return {(one.metric, one.stated, one.clock if one.metric == "speedup" else "") for one in found}
+
+    for kind in (YES, NO):
+        assert kinds(case[0] for case in LITERAL_CASES if case[1] is kind) == kinds(measures)

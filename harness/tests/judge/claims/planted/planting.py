@@ -29,9 +29,9 @@ class Planting:
     cannot: Sides = lambda form: ()
     where: Callable[[Any], bool] = lambda form: True
 
-    def may_differ(self, form: Any) -> set[str]:
-        """Return the names of what may differ, for one form."""
-        return {name.format(**dict(form)) for name in self.differ}
+    def may_differ(self, form: Any, *, claim: str = "") -> set[str]:
+        """Return the names of what may differ, for one form and the claim that it is of."""
+        return {name.format(claim=claim, **dict(form)) for name in self.differ}
 
 
 @dataclass(frozen=True)

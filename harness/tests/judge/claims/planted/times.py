@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.records.probes import StepCost, StepCosts
 from harness.records.run import Generation
+from harness.records.trace import PromptTrace
 from harness.tests.fake_record import FakeParts
 from harness.tests.judge.claims.planted.traces import change_prompts
 
@@ -68,15 +69,17 @@ def part_texts(parts: FakeParts, arm: str, *, count: int = 1, gap: float | None 
         return {"token_ids": (*one.token_ids[:5], one.token_ids[5] + 1, *one.token_ids[6:])}
 
     parts.edit(change, arm=arm, limit=count)
-    if gap is not None:
-        change_prompts(
-            parts,
-            lambda prompt, number: {
-                "gaps": np.where(
-                    (np.arange(prompt.num_kept_tokens) == 5) & (prompt.key in parted), gap, prompt.gaps
-                ).astype(np.float32)
-            },
-        )
+    if gap is None:
+        return
+
+    def bring_near(prompt: PromptTrace, number: int) -> dict[str, Any]:
+        assert prompt.gaps is not None
+        gaps = prompt.gaps.copy()
+        if prompt.key in parted:
+            gaps[5] = gap
+        return {"gaps": gaps}
+
+    change_prompts(parts, bring_near)
 
 
 def time_steps(parts: FakeParts, factors: Mapping[str, Callable[[StepCost], float]]) -> None:
