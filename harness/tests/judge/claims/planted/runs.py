@@ -41,8 +41,10 @@ def _parted_by_rejection(form: Any, texts: float, parts: FakeParts) -> None:
 
 
 def _faster(form: Any, speed: float, parts: FakeParts) -> None:
-    key = "wall_speed" if form.clock == "wall" else "speed"
-    pace(parts, form.arm, over="vanilla", **{key: speed})
+    if form.clock == "wall":  # the arm gains in decoding, and its prefill decides
+        pace(parts, form.arm, over="vanilla", speed=RATE, wall_speed=speed)
+    else:
+        pace(parts, form.arm, over="vanilla", speed=speed)
 
 
 def _climbed_in_speed(form: Any, speed: float, parts: FakeParts) -> None:

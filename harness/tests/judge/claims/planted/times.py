@@ -28,8 +28,8 @@ def pace(
 ) -> None:
     """Let an arm keep `rate` times another's tokens a step on each prompt, `speed` times those a second.
 
-    `wall_speed` counts the prefill, which both spend alike. Every other prompt is 4 % faster than that and
-    the rest 4 % slower, so that intervals have a width.
+    `wall_speed` counts the prefill, which is then as long as that takes. Every other prompt is 4 % faster
+    than that and the rest 4 % slower, so that intervals have a width.
     """
     others = {
         one.trial.prompt_key: one
@@ -47,11 +47,13 @@ def pace(
         spent_s = sum(one.step_times_s)
         if speed is not None:
             spent_s = sum(other.step_times_s) * tokens / other_tokens / (speed * bend)
+        prefill_s = one.prefill_s
         if wall_speed is not None:
             other_s = other.prefill_s + sum(other.step_times_s)
-            spent_s = other_s * one.num_tokens / other.num_tokens / (wall_speed * bend) - one.prefill_s
+            prefill_s = other_s * one.num_tokens / other.num_tokens / (wall_speed * bend) - spent_s
         kept = tuple(tokens // num_steps + (step < tokens % num_steps) for step in range(num_steps))
-        return {"step_tokens": kept, "step_times_s": (spent_s / num_steps,) * num_steps}
+        times_s = (spent_s / num_steps,) * num_steps
+        return {"step_tokens": kept, "step_times_s": times_s, "prefill_s": prefill_s}
 
     parts.edit(change, arm=arm)
 
