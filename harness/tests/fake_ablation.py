@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,19 @@ ORIGINAL_NLL = 0.5  # nats a token
 class FakeArm:
     """What an arm's figures are made from."""
 
-    hits: int
+    hits: float
     kl: float
     memory_mb: int = 1000
-    original_hits: int | None = None  # on the original's text, where it is another than its own
-    seed_hits: int | None = None  # of seed 1, where its training came out otherwise
+    original_hits: float | None = None  # on the original's text, where it is another than its own
+    seed_hits: float | None = None  # of seed 1, where its training came out otherwise
     target: str = "original"
     num_layers: int = 1
     changed: bool = False  # a tensor of a frozen backbone
     reference_nll: float | None = (
         None  # nats a token on texts that neither model wrote, where it does not follow from KL
     )
+    rise: float = 0.5  # nats that each head loses more than the one before it, on the arm's own text
+    last_hits: float = 10.0  # of the rows that are right: those where the last head is right too
 
 
 ARMS: Mapping[str, FakeArm] = {
@@ -90,15 +93,21 @@ def spec_data(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in data.items() if value is not None}
 
 
-def fake_trace(hits: int) -> Trace:
-    """Traces whose rows are right in both heads for `hits` of every ten positions, drawn by a fixed seed."""
+def fake_trace(
+    hits: float, *, rise: float = 0.5, num_heads: int = NUM_HEADS, last_hits: float = 10.0
+) -> Trace:
+    """Traces whose rows are right in all heads for `hits` of every ten positions, drawn by a fixed seed.
+
+    In the last head that is so for `last_hits` of every ten of these rows.
+    """
     prompts = []
     for number in range(NUM_PROMPTS):
         rng = np.random.default_rng(number)  # the same for every arm: texts pair
         right = rng.random(NUM_TOKENS) < hits / 10
-        ranks = np.where(right[:, None], 0, 999) * np.ones((1, NUM_HEADS), dtype=np.int32)
-        beyond = np.arange(1, NUM_TOKENS + 1)[:, None] + np.arange(1, NUM_HEADS + 1) > NUM_TOKENS
-        nll = np.where(right[:, None], 0.2, 2.0) + np.array([[0.0, 0.5]])
+        ranks = np.where(right[:, None], 0, 999) * np.ones((1, num_heads), dtype=np.int32)
+        ranks[rng.random(NUM_TOKENS) >= last_hits / 10, -1] = 999
+        beyond = np.arange(1, NUM_TOKENS + 1)[:, None] + np.arange(1, num_heads + 1) > NUM_TOKENS
+        nll = np.where(right[:, None], 0.2, 2.0) + rise * np.arange(num_heads)
         prompts.append(
             PromptTrace(
                 key=f"p{number:02d}",
@@ -162,9 +171,14 @@ def fake_result(name: str, arm: FakeArm, *, seed: int | None) -> ArmResult:
 
 
 def write_fake_ablation(
-    folder: Path, *, arms: Mapping[str, FakeArm] = ARMS, seal: bool = True, **changes: Any
+    folder: Path,
+    *,
+    arms: Mapping[str, FakeArm] = ARMS,
+    seal: bool = True,
+    num_heads: int = NUM_HEADS,
+    **changes: Any,
 ) -> AblationRecord:
-    """Write the whole record; `changes` go into its suite."""
+    """Write the whole record; `num_heads` is that of its traces, `changes` go into its suite."""
     folder.mkdir(parents=True)
     data = spec_data(
         **{
@@ -180,11 +194,12 @@ def write_fake_ablation(
     for name, seed in spec.plan():
         result = fake_result(name, arms[name], seed=seed)
         lines.append(result.model_dump_json() + "\n")
-        own = arms[name].seed_hits if seed == 1 else None
-        fake_trace(arms[name].hits if own is None else own).save(folder / trace_file(result.label))
+        arm = arms[name]
+        own = arm.seed_hits if seed == 1 else None
+        made = partial(fake_trace, num_heads=num_heads, last_hits=arm.last_hits)
+        made(arm.hits if own is None else own, rise=arm.rise).save(folder / trace_file(result.label))
         if result.adapter_sha256 is not None:
-            original_hits = arms[name].original_hits
-            fake_trace(arms[name].hits if original_hits is None else original_hits).save(
+            made(arm.hits if arm.original_hits is None else arm.original_hits).save(
                 folder / original_text_file(result.label)
             )
         if seed is not None:

@@ -75,7 +75,10 @@ class Statement(Spec):
 
 
 class StatementsDifferForm(Form):
-    """Places that ought to say the same thing do not."""
+    """Places that ought to say the same thing do not.
+
+    What they say was copied from the paper, so the outcome is fixed until another version says otherwise.
+    """
 
     test: Literal["statements_differ"]
     about: str
