@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -142,6 +143,12 @@ def _check_no_pointer(path: Path, *, name: str) -> None:
     )
 
 
+_MOST_PARTS = (
+    10_000  # layers, experts or blocks, each built in turn: the deepest published models have some 130
+)
+_PARTS_KEY = re.compile("layer|expert|block")
+
+
 def _check_config(config: Mapping[str, Any], *, name: str) -> None:
     where = f"config.json of {name}"
     quantised = config.get("quantization_config")
@@ -168,6 +175,13 @@ def _check_config(config: Mapping[str, Any], *, name: str) -> None:
             where=where,
             do="rename the file to model.safetensors and remove the entry",
         )
+    for key, value in config.items():
+        if isinstance(value, int) and value > _MOST_PARTS and _PARTS_KEY.search(key):
+            raise UserError(
+                found=f"{key} = {value}",
+                need=f"at most {_MOST_PARTS}, or a model never ends to be built",
+                where=where,
+            )
     pad, size = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and not -size <= pad < size:
         raise UserError(

@@ -132,6 +132,7 @@ def _check_tokenizer(tokenizer: Any, *, name: str) -> None:
             where=name,
             do="fetch the model's tokenizer.json, or tokenizer.model, into that folder",
         )
+    tokenizer(min(words))  # settings of another shape, such as a list for a length, show at the first text
 
 
 @contextlib.contextmanager

@@ -45,6 +45,10 @@ def removed(*names: str) -> Break:
     return remove
 
 
+def odd_tokenizer(folder: Path) -> None:
+    edit_json(folder / "tokenizer_config.json", model_max_length=[64, 64])
+
+
 def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -58,11 +62,13 @@ BROKEN: dict[str, tuple[Break, str, bool]] = {
     "generation config cut short": (cut("generation_config.json"), "a broken generation_config.json", True),
     "tokenizer cut short": (cut("tokenizer.json"), "a broken tokenizer.json", True),
     "no tokenizer": (removed("tokenizer.json", "tokenizer_config.json"), "tokenizer", False),
+    "lengths of a tokenizer": (odd_tokenizer, "TypeError", False),
     "no weights": (removed("model.safetensors"), "no model.safetensors", False),
     "weights cut short": (cut("model.safetensors"), "a damaged safetensors file", False),
     "git-lfs pointer": (pointer, "a pointer of git-lfs", True),
     "quantised": (edited(quantization_config=GPTQ), r"quantised weights \(gptq\)", True),
     "flash attention": (edited(_attn_implementation="flash_attention_2"), "flash_attention_2", True),
+    "layers without end": (edited(num_hidden_layers=10**9), "num_hidden_layers = 1000000000", True),
     "padding outside": (edited(pad_token_id=97), "pad_token_id = 97", True),
     "another size": (edited(intermediate_size=32), "of another shape: .*24 x 16.*32 x 16", False),
 }
