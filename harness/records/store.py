@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -117,11 +120,14 @@ class Store(Generic[LineT]):
         folder = _unfinished(home, kind=kind, spec=spec, provenance=provenance, resume=resume)
         if folder is None:
             stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(provenance.commit or 'nocommit')[:8]}"
-            folder = new_folder(home, stem)
-            store = Store(folder, kind=kind)
-            store.write_spec(spec)
-            write_json(folder / kind.provenance_file, provenance)
-            return store
+
+            def begin(draft: Path) -> None:
+                Store(draft, kind=kind).write_spec(spec)
+                write_json(draft / kind.provenance_file, provenance)
+
+            return Store(begun_folder(home, stem, begin), kind=kind)
+        for left_over in folder.glob("*.tmp"):  # of a kill while a file was written
+            left_over.unlink()
         return Store(folder, kind=kind)
 
     def write_spec(self, spec: DataFile) -> None:
@@ -149,12 +155,7 @@ class Store(Generic[LineT]):
             asked.unlink()
 
     def lines(self) -> tuple[LineT, ...]:
-        """Return the lines that are done.
-
-        What a kill left, half a last line and temporary files, is dropped first.
-        """
-        for left_over in self.folder.glob("*.tmp"):
-            left_over.unlink()
+        """Return the lines that are done; half a last one, which a kill left, is dropped first."""
         return self.kind.lines.done(self.folder)
 
     def rewrite(self, lines: Iterable[LineT]) -> None:
@@ -188,6 +189,43 @@ def new_folder(home: Path, stem: str) -> Path:
     raise AssertionError("unreachable: the numbers do not end")
 
 
+def begun_folder(home: Path, stem: str, begin: Callable[[Path], None]) -> Path:
+    """Make a folder as `new_folder` does, which from its first moment on holds what `begin` writes.
+
+    So a kill leaves no folder that says nothing of its run. Drafts of processes that are gone are removed.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    for left_over in home.glob(".*.tmp"):
+        if not _is_alive(left_over.name.split("-")[-2]):
+            shutil.rmtree(left_over, ignore_errors=True)
+    draft = home / f".{stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    draft.mkdir()
+    begin(draft)
+    for number in itertools.count(1):
+        folder = home / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            return draft.rename(folder)
+        except OSError as error:  # a folder that holds something is not replaced
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise AssertionError("unreachable: the numbers do not end")
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's process
+    return True
+
+
+def _runs(home: Path) -> list[Path]:
+    """Return the folders of runs, the newest first; drafts are none."""
+    return sorted((one for one in home.glob("*") if not one.name.startswith(".")), reverse=True)
+
+
 def portable(spec: BaseModel) -> dict[str, Any]:
     """Return a spec as a record keeps it: absolute paths cut to their last part, so none names a user."""
     return with_paths(spec, lambda path: Path(path).name if Path(path).is_absolute() else str(path))
@@ -217,7 +255,7 @@ def begun_with(
     """
     home = results.joinpath(*kind.home, spec.name, machine_slug(device))
     ours = type(spec).model_validate(portable(spec))
-    for folder in sorted(home.glob("*"), reverse=True) if resume is None else (resume,):
+    for folder in _runs(home) if resume is None else (resume,):
         if (folder / MANIFEST_FILE).exists() and (folder / REPORT_FILE).exists():
             continue
         with contextlib.suppress(UserError):  # what cannot be read is no run to go on with
@@ -243,7 +281,7 @@ def _unfinished(
                 found=f"another {other}", need=need, where=resume.name, do=f"start a new {kind.noun}"
             )
         return resume
-    for index, folder in enumerate(sorted(home.glob("*"), reverse=True) if home.exists() else []):
+    for index, folder in enumerate(_runs(home)):
         if (folder / MANIFEST_FILE).exists() and (index > 0 or (folder / REPORT_FILE).exists()):
             continue
         # what another version or a damaged disk left must not stop a new run

@@ -12,7 +12,7 @@ import pytest
 from harness.errors import UserError
 from harness.paths import holds_absolute_path
 from harness.records.run import RUN, Failure, Generation, RunRecord
-from harness.records.store import Store, new_folder, portable
+from harness.records.store import Store, begun_folder, new_folder, portable
 from harness.specs.suite import SuiteSpec
 from harness.specs.sweep import SweepSpec
 from harness.tests.fake_sweep import sweep_data
@@ -61,6 +61,27 @@ def test_folders_made_in_the_same_second_are_each_run_s_own(tmp_path: Path) -> N
         made = pool.map(lambda _: new_folder(tmp_path / "home", "20260101T000000Z-abc"), range(16))
     assert len(set(made)) == 16 and all(folder.is_dir() for folder in made)
     assert sorted(made)[0].name == "20260101T000000Z-abc"
+
+
+def test_a_folder_holds_what_its_run_began_with_from_its_first_moment_on(tmp_path: Path) -> None:
+    """`nox -s kill` found a folder that a kill had left before it said whose it was."""
+
+    def begin(draft: Path) -> None:
+        (draft / "suite.toml").write_text(draft.name)
+
+    def die(draft: Path) -> None:
+        begin(draft)
+        raise KeyboardInterrupt
+
+    with ThreadPool(8) as pool:
+        made = pool.map(lambda _: begun_folder(tmp_path, "20260101T000000Z-abc", begin), range(16))
+    assert len(set(made)) == 16 and all((folder / "suite.toml").exists() for folder in made)
+    with pytest.raises(KeyboardInterrupt):
+        begun_folder(tmp_path, "later", die)
+    (left,) = tmp_path.glob(".later-*.tmp")  # of this process, which is alive
+    gone = left.rename(tmp_path / f".later-{2**22 + 1}-ab.tmp")  # above every number of a process
+    assert begun_folder(tmp_path, "later", begin).name == "later"
+    assert not gone.exists() and not list(tmp_path.glob(".*.tmp"))
 
 
 def opened(results: Path, *, resume: Path | None = None, **changes: object) -> Store[Generation | Failure]:
