@@ -1,0 +1,64 @@
+"""Which tests decide over a mutant of which file; those that find most stand first."""
+
+from __future__ import annotations
+
+_JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
+_OF_RUNS = (f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
+_OF_ABLATIONS = (f"{_JUDGE}/test_ablation.py",)
+_OF_SWEEPS = (f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
+_OF_FIGURES = (f"{_JUDGE}/test_metrics.py", *_OF_RUNS, "harness/tests/report/test_run.py")
+_OF_FILES = (f"{_JUDGE}/validate/test_record.py",)
+_OF_COMMITTED = (f"{_CLAIMS}/test_standing.py", "harness/tests/test_committed_record.py")
+_OF_GRIDS = ("harness/tests/compose/test_curve.py",)
+
+TESTS: dict[str, tuple[str, ...]] = {
+    "harness/compose/replay.py": (
+        "harness/tests/compose/test_replay.py",
+        "harness/tests/compose/test_composer.py",
+    ),
+    "harness/judge/ablation.py": _OF_ABLATIONS,
+    "harness/judge/checks.py": (f"{_JUDGE}/test_checks.py", "harness/tests/report/test_run.py"),
+    "harness/judge/claims/ablation.py": _OF_ABLATIONS,
+    "harness/judge/claims/ablation_parts.py": _OF_ABLATIONS,
+    "harness/judge/claims/curves.py": _OF_RUNS,
+    "harness/judge/claims/evidence.py": (*_OF_RUNS, *_OF_ABLATIONS),
+    "harness/judge/claims/findings.py": (*_OF_RUNS, *_OF_SWEEPS),
+    "harness/judge/claims/losses.py": (*_OF_RUNS, *_OF_ABLATIONS),
+    "harness/judge/claims/paper.py": (f"{_CLAIMS}/test_paper.py", *_OF_RUNS, *_OF_SWEEPS),
+    "harness/judge/claims/run.py": _OF_RUNS,
+    "harness/judge/claims/standing.py": (f"{_CLAIMS}/test_standing.py",),
+    "harness/judge/claims/sweep.py": _OF_SWEEPS,
+    "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
+    "harness/judge/judgement.py": ("harness/tests/report/test_run.py", *_OF_RUNS),
+    "harness/judge/latency.py": _OF_GRIDS,
+    "harness/judge/metrics.py": _OF_FIGURES,
+    "harness/judge/parity.py": (f"{_JUDGE}/test_parity.py", f"{_JUDGE}/test_checks.py", *_OF_RUNS),
+    "harness/judge/run.py": _OF_COMMITTED,
+    "harness/judge/schemas.py": _OF_FILES,
+    "harness/judge/step_costs.py": _OF_FIGURES,
+    "harness/judge/sweep.py": _OF_SWEEPS,
+    "harness/judge/totals.py": _OF_FIGURES,
+    "harness/judge/validate/ablation.py": (*_OF_FILES, *_OF_ABLATIONS),
+    "harness/judge/validate/faults.py": (*_OF_FILES, *_OF_GRIDS),
+    "harness/judge/validate/latency.py": (*_OF_FILES, *_OF_GRIDS),
+    "harness/judge/validate/record.py": _OF_FILES,
+    "harness/judge/validate/run.py": _OF_FILES,
+    "harness/judge/validate/sweep.py": (*_OF_FILES, *_OF_SWEEPS),
+    "harness/stats.py": ("harness/tests/test_stats.py", f"{_JUDGE}/test_metrics.py", *_OF_RUNS),
+}
+
+# Minutes of committed records, starts of other processes, and clocks: what they see, faster tests see too.
+LEFT_OUT = (
+    "the_readme_shows_the_committed",
+    "committed_ablations_are_whole",
+    "need_no_torch",
+    "figures_are_drawn",
+    "drawn",
+)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """Return the files of the tests that run for a mutant of a file: those of the map, then the folder's
+    `test_known_*.py`, which hold answers worked out by hand.
+    """
+    return TESTS[file]
