@@ -1,7 +1,7 @@
 """`nox -s mutate`: change the code that judges in one place at a time, and see whether a test notices.
 
-The exit code is 0 where every drawn mutant is killed by a test, or stands in `equivalent.toml` with the reason
-why no output can differ. A run that was cut off goes on from the same folder.
+The exit code is 0 where every drawn mutant is killed by a test, or stands in `equivalent.toml` with the
+reason why no output can differ. A run that was cut off goes on from the same folder.
 """
 
 from __future__ import annotations

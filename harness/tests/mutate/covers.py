@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+_KNOWN = "harness/tests/judge/known"  # answers worked out by hand
 _JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
 _OF_RUNS = (f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
 _OF_ABLATIONS = (f"{_JUDGE}/test_ablation.py",)
 _OF_SWEEPS = (f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
-_OF_FIGURES = (f"{_JUDGE}/test_metrics.py", *_OF_RUNS, "harness/tests/report/test_run.py")
+_OF_FIGURES = (
+    f"{_KNOWN}/test_figures.py",
+    f"{_JUDGE}/test_metrics.py",
+    *_OF_RUNS,
+    "harness/tests/report/test_run.py",
+)
 _OF_FILES = (f"{_JUDGE}/validate/test_record.py",)
 _OF_COMMITTED = (f"{_CLAIMS}/test_standing.py", "harness/tests/test_committed_record.py")
 _OF_GRIDS = ("harness/tests/compose/test_curve.py",)
@@ -17,19 +23,27 @@ TESTS: dict[str, tuple[str, ...]] = {
         "harness/tests/compose/test_composer.py",
     ),
     "harness/judge/ablation.py": _OF_ABLATIONS,
-    "harness/judge/checks.py": (f"{_JUDGE}/test_checks.py", "harness/tests/report/test_run.py"),
+    "harness/judge/checks.py": (
+        f"{_KNOWN}/test_findings_of_checks.py",
+        f"{_JUDGE}/test_checks.py",
+        "harness/tests/report/test_run.py",
+    ),
     "harness/judge/claims/ablation.py": _OF_ABLATIONS,
     "harness/judge/claims/ablation_parts.py": _OF_ABLATIONS,
-    "harness/judge/claims/curves.py": _OF_RUNS,
-    "harness/judge/claims/evidence.py": (*_OF_RUNS, *_OF_ABLATIONS),
-    "harness/judge/claims/findings.py": (*_OF_RUNS, *_OF_SWEEPS),
-    "harness/judge/claims/losses.py": (*_OF_RUNS, *_OF_ABLATIONS),
+    "harness/judge/claims/curves.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS),
+    "harness/judge/claims/evidence.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
+    "harness/judge/claims/findings.py": (f"{_KNOWN}/test_intervals.py", *_OF_RUNS, *_OF_SWEEPS),
+    "harness/judge/claims/losses.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
     "harness/judge/claims/paper.py": (f"{_CLAIMS}/test_paper.py", *_OF_RUNS, *_OF_SWEEPS),
     "harness/judge/claims/run.py": _OF_RUNS,
     "harness/judge/claims/standing.py": (f"{_CLAIMS}/test_standing.py",),
     "harness/judge/claims/sweep.py": _OF_SWEEPS,
     "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
-    "harness/judge/judgement.py": ("harness/tests/report/test_run.py", *_OF_RUNS),
+    "harness/judge/judgement.py": (
+        f"{_KNOWN}/test_findings_of_checks.py",
+        "harness/tests/report/test_run.py",
+        *_OF_RUNS,
+    ),
     "harness/judge/latency.py": _OF_GRIDS,
     "harness/judge/metrics.py": _OF_FIGURES,
     "harness/judge/parity.py": (f"{_JUDGE}/test_parity.py", f"{_JUDGE}/test_checks.py", *_OF_RUNS),
@@ -44,7 +58,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/validate/record.py": _OF_FILES,
     "harness/judge/validate/run.py": _OF_FILES,
     "harness/judge/validate/sweep.py": (*_OF_FILES, *_OF_SWEEPS),
-    "harness/stats.py": ("harness/tests/test_stats.py", f"{_JUDGE}/test_metrics.py", *_OF_RUNS),
+    "harness/stats.py": (
+        f"{_KNOWN}/test_intervals.py",
+        "harness/tests/test_stats.py",
+        f"{_JUDGE}/test_metrics.py",
+        *_OF_RUNS,
+    ),
 }
 
 # Minutes of committed records, starts of other processes, and clocks: what they see, faster tests see too.
@@ -58,7 +77,5 @@ LEFT_OUT = (
 
 
 def tests_of(file: str) -> tuple[str, ...]:
-    """Return the files of the tests that run for a mutant of a file: those of the map, then the folder's
-    `test_known_*.py`, which hold answers worked out by hand.
-    """
-    return TESTS[file]
+    """Return the files of tests that run for a mutant of a file, in that order."""
+    return (*TESTS[file], f"{_KNOWN}/test_frozen.py")

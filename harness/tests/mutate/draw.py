@@ -7,7 +7,7 @@ file has too few places.
 Left out are mutants that no output can show:
 - of annotations, which nobody evaluates;
 - `==` for `is` and the other way round, of None, members of enumerations and short strings;
-- that do not parse, and that leave the syntax tree as it was;
+- that do not parse, or leave the syntax tree as it was, and `/` for the `*` of a function's parameters;
 - of one family of operators for another (`a << b` for `a * b`): on floats all of them raise.
 """
 
@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 
 from harness.tests.forks import ROOT
 
@@ -115,9 +114,10 @@ def mutant(place: Place) -> Mutant | None:
     text = source(place.file)
     changed = str(mutate_code(text, get_operator(place.operator)(), place.occurrence))
     try:
-        if ast.dump(ast.parse(changed)) == ast.dump(ast.parse(text)):
-            return None
+        parsed = ast.parse(changed)
     except SyntaxError:
+        return None
+    if ast.dump(parsed) == ast.dump(ast.parse(text)) or any(map(_has_a_slash, ast.walk(parsed))):
         return None
     return Mutant(place, *_changed_lines(text, changed), changed)
 
@@ -166,6 +166,11 @@ def _annotations(tree: ast.AST) -> Iterator[Span]:
         for one in found:
             if one is not None and one.end_lineno is not None and one.end_col_offset is not None:
                 yield (one.lineno, one.col_offset), (one.end_lineno, one.end_col_offset)
+
+
+def _has_a_slash(node: ast.AST) -> bool:
+    """Return whether a function has parameters before a `/`: cosmic-ray takes a `*` there for a product."""
+    return isinstance(node, ast.arguments) and bool(node.posonlyargs)
 
 
 def _changed_lines(before: str, after: str) -> tuple[str, str]:

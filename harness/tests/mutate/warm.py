@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -24,6 +25,7 @@ import scipy.stats
 import tomli_w
 
 IMPORTED = (hypothesis, numpy, pandas, pydantic, pytest_benchmark.plugin, scipy.stats, tomli_w)
+MEMORY_BYTES = 8 * 2**30
 
 
 class FirstFailure:
@@ -70,6 +72,7 @@ def _be_the_child(options: list[str], writing: int) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         sys.dont_write_bytecode = True  # a mutant's would be as old and as long as the file it stands for
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
