@@ -76,6 +76,6 @@ LEFT_OUT = (
 )
 
 
-def tests_of(file: str) -> tuple[str, ...]:
+def deciding_tests(file: str) -> tuple[str, ...]:
     """Return the files of tests that run for a mutant of a file, in that order."""
     return (*TESTS[file], f"{_KNOWN}/test_frozen.py")

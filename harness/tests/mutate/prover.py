@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.tests.forks import ROOT, CaseLog
-from harness.tests.mutate.covers import LEFT_OUT, tests_of
+from harness.tests.mutate.covers import LEFT_OUT, deciding_tests
 from harness.tests.mutate.draw import Mutant
 
 EQUIVALENT = Path(__file__).with_name("equivalent.toml")
@@ -89,7 +89,7 @@ class Prover:
 
     def try_one(self, mutant: Mutant) -> Tried:
         """Write a mutant into the copy, run the tests of its file, and put the file back."""
-        tests = tests_of(mutant.file)
+        tests = deciding_tests(mutant.file)
         limit_s = max(SHORTEST_LIMIT_S, LIMIT_FACTOR * self.whole_s(tests))
         path = self.tree / mutant.file
         whole = path.read_bytes()
@@ -136,7 +136,7 @@ class Prover:
     def _state(self, mutant: Mutant, tried: Tried) -> str:
         """Return the state of the tests that decided: the file that killed it, else all that let it live."""
         by = tried.by.split("::")[0] if tried.killed else ""
-        deciding = (by,) if by.endswith(".py") else tests_of(mutant.file)
+        deciding = (by,) if by.endswith(".py") else deciding_tests(mutant.file)
         return _hash([self.tree / test for test in deciding], base=self.tree)
 
 

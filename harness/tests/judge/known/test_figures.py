@@ -21,7 +21,7 @@ from harness.judge.totals import (
     timed_generations,
 )
 from harness.records.run import Generation, RunRecord
-from harness.stats import Interval
+from harness.stats import Interval, bootstrap_ratio_of_ratios
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 
 
@@ -126,16 +126,13 @@ def test_the_wall_speedup_of_other_tokens_is_another(record: RunRecord) -> None:
 
 def test_the_gap_of_the_identity_is_relative(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an overhead told twice as large, the identity misses half of the speedup."""
-    from harness.judge import metrics
-
-    honest = metrics.bootstrap_ratio_of_ratios
 
     def doubled(*args: Any, **options: Any) -> Interval:
-        found = honest(*args, **options)
+        found = bootstrap_ratio_of_ratios(*args, **options)
         is_overhead = args[0].max() < 20  # seconds, where the others begin with tokens
         return found.model_copy(update={"estimate": found.estimate * (2 if is_overhead else 1)})
 
-    monkeypatch.setattr(metrics, "bootstrap_ratio_of_ratios", doubled)
+    monkeypatch.setattr("harness.judge.metrics.bootstrap_ratio_of_ratios", doubled)
     found = compare(record, "chain", baseline="vanilla")
     assert found is not None and found.identity_gap == pytest.approx(0.5)
 
@@ -172,15 +169,12 @@ def test_totals_of_an_arm_are_those_of_its_generations_alone(record: RunRecord) 
             assert list(totals) == sorted({one.trial.prompt_key for one in rows})
             for key, total in totals.items():
                 mine = [one for one in rows if one.trial.prompt_key == key]
-                assert total == PromptTotals(
-                    prompt_key=key,
-                    category=mine[0].category,
-                    kept_tokens=sum(len(one.token_ids) for one in mine),
-                    decode_tokens=sum(len(one.token_ids) - 1 for one in mine),
-                    steps=sum(len(one.step_tokens) for one in mine),
-                    decode_s=pytest.approx(math.fsum(map(decode_s, mine))),
-                    wall_s=pytest.approx(math.fsum(map(wall_s, mine))),
-                )
+                assert (total.prompt_key, total.category) == (key, mine[0].category)
+                assert total.kept_tokens == sum(map(num_tokens, mine))
+                assert total.decode_tokens == sum(map(decoded, mine))
+                assert total.steps == sum(map(num_steps, mine))
+                assert total.decode_s == pytest.approx(math.fsum(map(decode_s, mine)))
+                assert total.wall_s == pytest.approx(math.fsum(map(wall_s, mine)))
         assert timed_generations(record, arm) == of(record, arm, timed=True)
     own, base = paired_totals(record, "chain", baseline="vanilla", timed=True)
     assert [one.prompt_key for one in own] == [one.prompt_key for one in base]
