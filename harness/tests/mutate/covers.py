@@ -13,7 +13,7 @@ _OF_FIGURES = (
     *_OF_RUNS,
     "harness/tests/report/test_run.py",
 )
-_OF_FILES = (f"{_JUDGE}/validate/test_record.py",)
+_OF_FILES = (f"{_KNOWN}/test_exact_faults.py", f"{_JUDGE}/validate/test_record.py")
 _OF_COMMITTED = (f"{_CLAIMS}/test_standing.py", "harness/tests/test_committed_record.py")
 _OF_GRIDS = ("harness/tests/compose/test_curve.py",)
 
@@ -34,7 +34,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/claims/evidence.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
     "harness/judge/claims/findings.py": (f"{_KNOWN}/test_intervals.py", *_OF_RUNS, *_OF_SWEEPS),
     "harness/judge/claims/losses.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
-    "harness/judge/claims/paper.py": (f"{_CLAIMS}/test_paper.py", *_OF_RUNS, *_OF_SWEEPS),
+    "harness/judge/claims/paper.py": (
+        f"{_KNOWN}/test_papers_arithmetic.py",
+        f"{_CLAIMS}/test_paper.py",
+        *_OF_RUNS,
+        *_OF_SWEEPS,
+    ),
     "harness/judge/claims/run.py": _OF_RUNS,
     "harness/judge/claims/standing.py": (f"{_CLAIMS}/test_standing.py",),
     "harness/judge/claims/sweep.py": _OF_SWEEPS,

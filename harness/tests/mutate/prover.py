@@ -92,12 +92,15 @@ class Prover:
         tests = deciding_tests(mutant.file)
         limit_s = max(SHORTEST_LIMIT_S, LIMIT_FACTOR * self.whole_s(tests))
         path = self.tree / mutant.file
-        whole = path.read_bytes()
+        whole, times = path.read_bytes(), path.stat()
         try:
             path.write_text(mutant.text, encoding="utf-8")
             told = self._ask(tests, limit_s)
         finally:
             path.write_bytes(whole)
+            os.utime(
+                path, ns=(times.st_atime_ns, times.st_mtime_ns)
+            )  # so that its compiled code counts again
         by = told["by"] if told["code"] >= 0 else "the limit in time"
         tried = Tried(
             mutant.name,
@@ -115,7 +118,7 @@ class Prover:
     def whole_s(self, tests: tuple[str, ...]) -> float:
         """Return the seconds that tests take on the whole code. Raises: SystemExit where they fail there."""
         if tests not in self._whole_s:
-            told = self._ask(tests, WHOLE_LIMIT_S)
+            told = self._ask(tests, WHOLE_LIMIT_S, keep=True)
             if told["code"]:
                 raise SystemExit(
                     f"found that {told['by'] or ' '.join(tests)} ends with {told['code']} on the whole code, "
@@ -124,11 +127,11 @@ class Prover:
             self._whole_s[tests] = told["seconds"]
         return self._whole_s[tests]
 
-    def _ask(self, tests: Sequence[str], limit_s: float) -> dict[str, Any]:
+    def _ask(self, tests: Sequence[str], limit_s: float, *, keep: bool = False) -> dict[str, Any]:
         options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--benchmark-disable", *tests]
         options += ["--hypothesis-seed=0", "-k", " and ".join(f"not {one}" for one in LEFT_OUT)]
         assert self._warm.stdin is not None and self._warm.stdout is not None
-        self._warm.stdin.write(json.dumps({"options": options, "limit_s": limit_s}) + "\n")
+        self._warm.stdin.write(json.dumps({"options": options, "limit_s": limit_s, "keep": keep}) + "\n")
         self._warm.stdin.flush()
         told: dict[str, Any] = json.loads(self._warm.stdout.readline())
         return told

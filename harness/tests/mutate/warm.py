@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import time
+from importlib.metadata import entry_points
 from typing import Any
 
 import hypothesis
@@ -20,11 +21,10 @@ import numpy
 import pandas
 import pydantic
 import pytest
-import pytest_benchmark.plugin
 import scipy.stats
 import tomli_w
 
-IMPORTED = (hypothesis, numpy, pandas, pydantic, pytest_benchmark.plugin, scipy.stats, tomli_w)
+IMPORTED = (hypothesis, numpy, pandas, pydantic, scipy.stats, tomli_w)
 MEMORY_BYTES = 8 * 2**30
 
 
@@ -45,16 +45,16 @@ class FirstFailure:
             self.name = report.nodeid
 
 
-def answer(options: list[str], limit_s: float) -> dict[str, Any]:
+def answer(options: list[str], limit_s: float, *, keep: bool) -> dict[str, Any]:
     """Return how a run of pytest in a fork ended: its exit code, -9 where the limit ended it, the first test
-    that failed and the seconds.
+    that failed and the seconds. With `keep` the code that it compiles stays on the disk, for the others.
     """
     reading, writing = os.pipe()
     started = time.monotonic()
     child = os.fork()
     if not child:
         os.close(reading)
-        _be_the_child(options, writing)
+        _be_the_child(options, writing, keep=keep)
     os.close(writing)
     watch = os.pidfd_open(child)
     in_time = bool(select.select([watch], [], [], limit_s)[0])
@@ -68,12 +68,12 @@ def answer(options: list[str], limit_s: float) -> dict[str, Any]:
     return {"code": code, "by": by, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _be_the_child(options: list[str], writing: int) -> None:
+def _be_the_child(options: list[str], writing: int, *, keep: bool) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        sys.dont_write_bytecode = True  # a mutant's would be as old and as long as the file it stands for
+        sys.dont_write_bytecode = not keep  # of a mutant nothing may stay
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
@@ -88,10 +88,15 @@ def _be_the_child(options: list[str], writing: int) -> None:
 
 def main() -> None:
     """Answer until the input ends."""
-    os.setpgid(0, 0)
+    # the smallest example that kills a mutant is not wanted
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None)
+    hypothesis.settings.load_profile("mutants")
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(answer(asked["options"], asked["limit_s"])), flush=True)
+        print(json.dumps(answer(asked["options"], asked["limit_s"], keep=asked["keep"])), flush=True)
 
 
 if __name__ == "__main__":
