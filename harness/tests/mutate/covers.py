@@ -6,7 +6,7 @@ _KNOWN = "harness/tests/judge/known"  # answers worked out by hand
 _JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
 _OF_RUNS = (f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
 _OF_ABLATIONS = (f"{_JUDGE}/test_ablation.py",)
-_OF_SWEEPS = (f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
+_OF_SWEEPS = (f"{_KNOWN}/test_sweeps.py", f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
 _OF_FIGURES = (
     f"{_KNOWN}/test_figures.py",
     f"{_JUDGE}/test_metrics.py",
@@ -15,7 +15,7 @@ _OF_FIGURES = (
 )
 _OF_FILES = (f"{_KNOWN}/test_exact_faults.py", f"{_JUDGE}/validate/test_record.py")
 _OF_COMMITTED = (f"{_CLAIMS}/test_standing.py", "harness/tests/test_committed_record.py")
-_OF_GRIDS = ("harness/tests/compose/test_curve.py",)
+_OF_GRIDS = (f"{_KNOWN}/test_grids.py", "harness/tests/compose/test_curve.py")
 
 TESTS: dict[str, tuple[str, ...]] = {
     "harness/compose/replay.py": (
@@ -41,7 +41,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_OF_SWEEPS,
     ),
     "harness/judge/claims/run.py": _OF_RUNS,
-    "harness/judge/claims/standing.py": (f"{_CLAIMS}/test_standing.py",),
+    "harness/judge/claims/standing.py": (f"{_KNOWN}/test_standings.py", f"{_CLAIMS}/test_standing.py"),
     "harness/judge/claims/sweep.py": _OF_SWEEPS,
     "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
     "harness/judge/judgement.py": (
@@ -53,7 +53,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/metrics.py": _OF_FIGURES,
     "harness/judge/parity.py": (f"{_JUDGE}/test_parity.py", f"{_JUDGE}/test_checks.py", *_OF_RUNS),
     "harness/judge/run.py": _OF_COMMITTED,
-    "harness/judge/schemas.py": _OF_FILES,
+    "harness/judge/schemas.py": (f"{_KNOWN}/test_grids.py", *_OF_FILES),
     "harness/judge/step_costs.py": _OF_FIGURES,
     "harness/judge/sweep.py": _OF_SWEEPS,
     "harness/judge/totals.py": _OF_FIGURES,
