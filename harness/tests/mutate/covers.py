@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _KNOWN = "harness/tests/judge/known"  # answers worked out by hand
 _JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
-_OF_RUNS = (f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
+_OF_RUNS = (f"{_KNOWN}/test_runs.py", f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
 _OF_ABLATIONS = (f"{_JUDGE}/test_ablation.py",)
 _OF_SWEEPS = (f"{_KNOWN}/test_sweeps.py", f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
 _OF_FIGURES = (
@@ -25,6 +25,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/ablation.py": _OF_ABLATIONS,
     "harness/judge/checks.py": (
         f"{_KNOWN}/test_findings_of_checks.py",
+        f"{_KNOWN}/test_edges_of_checks.py",
         f"{_JUDGE}/test_checks.py",
         "harness/tests/report/test_run.py",
     ),
@@ -46,6 +47,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
     "harness/judge/judgement.py": (
         f"{_KNOWN}/test_findings_of_checks.py",
+        f"{_KNOWN}/test_edges_of_checks.py",
         "harness/tests/report/test_run.py",
         *_OF_RUNS,
     ),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from harness.judge.ablation import kl_of
+from harness.judge.ablation import Columns, kl_of
 from harness.judge.claims.ablation import judge_training
 from harness.judge.claims.ablation_parts import (
     check_step_cost,
@@ -20,7 +22,7 @@ from harness.judge.claims.ablation_parts import (
 )
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import VerdictKind
-from harness.records.ablation import AblationRecord
+from harness.records.ablation import AblationRecord, ArmResult
 from harness.specs.forms import claims as forms
 from harness.tests.fake_ablation import ARMS, write_fake_ablation
 
@@ -124,6 +126,19 @@ def test_more_tokens_says_where_and_how_much_is_repeated(record: AblationRecord)
         assert "4-grams repeated within an answer: 0.0 % against 0.0 %" in found.reason
 
 
+def test_what_is_repeated_is_told_of_each_arm(
+    record: AblationRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repeated(record: AblationRecord, arm: str) -> Columns:
+        share = {"ramped": 0.25, "medusa1": 0.125}[arm]
+        return Columns(np.full(4, share), np.ones(4), (share,))
+
+    monkeypatch.setattr("harness.judge.claims.ablation.repetition_columns", repeated)
+    data = {"test": "more_tokens", "arm": "ramped", "over": "medusa1", "trees": "fixed", "bound": 1.0}
+    found = judge_training(forms.MoreTokensForm.model_validate({**data, "reason": WHY}), record)
+    assert found.reason.endswith("4-grams repeated within an answer: 25.0 % against 12.5 %")
+
+
 def test_a_backbone_that_changed_in_any_direction_has_changed(record: AblationRecord) -> None:
     form = forms.UnchangedForm.model_validate({"test": "unchanged", "arm": "medusa1", "reason": WHY})
     same = judge_training(form, record)
@@ -157,6 +172,26 @@ def test_losses_of_an_arm_rise_from_head_to_head(record: AblationRecord) -> None
     assert found.reason.startswith("the mean loss of ramped rises by more than 0 nats")
     with pytest.raises(NotTestable, match="the record has no arm nobody"):
         judge_training(form("nobody"), record)
+
+
+@pytest.mark.parametrize(("num_heads", "rises"), [(1, None), (2, 1), (3, 2)])
+def test_an_order_of_heads_needs_two(record: AblationRecord, num_heads: int, rises: int | None) -> None:
+    changed = AblationRecord(record.folder)
+
+    def trace(result: ArmResult) -> Any:
+        nll = np.arange(num_heads) + np.zeros((4, 1))
+        prompts = [SimpleNamespace(key=f"p{i}", nll=nll, num_heads=num_heads) for i in range(3)]
+        return SimpleNamespace(prompts=prompts)
+
+    changed.__dict__["trace"] = trace
+    form = forms.HeadOrderForm.model_validate(
+        {"test": "head_order", "arm": "ramped", "bound": 0.0, "reason": WHY}
+    )
+    if rises is None:
+        with pytest.raises(NotTestable, match="no losses of two heads or more"):
+            judge_training(form, changed)
+    else:
+        assert judge_training(form, changed).ours.count("1.00 [1.00, 1.00]") == rises
 
 
 def test_a_spare_head_needs_heads_enough(record: AblationRecord) -> None:
