@@ -31,7 +31,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/claims/ablation.py": (f"{_KNOWN}/test_trainings.py", *_OF_ABLATIONS),
     "harness/judge/claims/ablation_parts.py": (f"{_KNOWN}/test_trainings.py", *_OF_ABLATIONS),
-    "harness/judge/claims/curves.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS),
+    "harness/judge/claims/curves.py": (
+        f"{_KNOWN}/test_curves_and_losses.py",
+        f"{_KNOWN}/test_growth.py",
+        *_OF_RUNS,
+    ),
     "harness/judge/claims/evidence.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
     "harness/judge/claims/findings.py": (f"{_KNOWN}/test_intervals.py", *_OF_RUNS, *_OF_SWEEPS),
     "harness/judge/claims/losses.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
