@@ -88,10 +88,10 @@ def test_a_share_of_reading_holds_weights_and_the_whole_cache(tmp_path: Path) ->
     least_s = (facts.step_bytes("float32") + facts.cache_bytes(3000, dtype="float32")) / BANDWIDTH_BYTES_PER_S
     assert read_share(made, one) == pytest.approx(least_s / median(one.backbone_s))
     skipped = one.model_copy(update={"backbone_s": (), "skipped": "no memory"})
-    assert read_share(made, skipped) is prediction_of(made, skipped) is None
+    assert (read_share(made, skipped), prediction_of(made, skipped)) == (None, None)
     (made.folder / "device_limits.json").unlink()
     bare = type(made)(made.folder)
-    assert read_share(bare, one) is prediction_of(bare, one) is None
+    assert (read_share(bare, one), prediction_of(bare, one)) == (None, None)
     assert all(row.bandwidth_share is None for row in mode_rows(bare))
 
 

@@ -95,6 +95,14 @@ def test_without_a_cost_there_is_no_peak_and_two_sizes_show_none(tmp_path: Path)
     assert "over 64 nodes" in judge_transfer(three, evidence=evidence_on(tmp_path / "three")).ours
 
 
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
+def test_a_fit_does_not_hang_on_the_unit(scale: float) -> None:
+    rates = np.array([1.0, 1.8, 1.9, 3.0])
+    totals = [np.array(value) for rate in rates for value in (scale * rate, 1.0)]
+    correlation = np.corrcoef(np.log(SIZES), rates)[0, 1]
+    assert float(log_fit(totals, SIZES)[2]) == pytest.approx(correlation**2)
+
+
 def test_a_flat_curve_divides_nothing_by_nothing() -> None:
     totals = [np.full(3, value) for _ in SIZES for value in (2.0, 1.0)]
     with np.errstate(all="raise"):

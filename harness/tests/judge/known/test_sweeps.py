@@ -171,7 +171,8 @@ def searched(record: SweepRecord, ratio: float | None) -> ComposedCell:
 
 def test_searches_are_compared_where_both_were_made(record: SweepRecord) -> None:
     cells = [searched(record, ratio) for ratio in (1.2, 1.0, 0.9, None, 1.1, 1.3, 1.0 + 1e-12, 1.001, 2.5)]
-    assert searches_compared(cells) == (5, 2, pytest.approx(1.0505))
+    *counts, middle = searches_compared(cells)
+    assert counts == [5, 2] and middle == pytest.approx(1.0505)
     assert searches_compared([searched(record, 0.5)]) == (0, 0, 0.5)
     better, same, ratio = searches_compared([searched(record, None)])
     assert (better, same) == (0, 0) and math.isnan(ratio)
@@ -193,9 +194,16 @@ class Sampled(SweepRecord):
         self.__dict__["spec"] = made_up_spec()
 
 
-def cell(rule: str, temperature: float, epsilon: float | None = None, **figures: float) -> SampledCell:
-    rates = {"tokens_per_step": 2.0, "likelihood": -1.0, **figures}
-    return sampled_cell(setting(rule, temperature, epsilon), **rates)
+def cell(
+    rule: str,
+    temperature: float,
+    epsilon: float | None = None,
+    *,
+    tokens_per_step: float = 2.0,
+    likelihood: float = -1.0,
+) -> SampledCell:
+    one = setting(rule, temperature, epsilon)
+    return sampled_cell(one, tokens_per_step=tokens_per_step, likelihood=likelihood)
 
 
 def found_by(form: Any, cells: list[SampledCell]) -> tuple[VerdictKind, str, str]:
