@@ -137,6 +137,18 @@ def test_the_gap_of_the_identity_is_relative(record: RunRecord, monkeypatch: pyt
     assert found is not None and found.identity_gap == pytest.approx(0.5)
 
 
+def test_the_identity_holds_over_a_baseline_that_drafts(record: RunRecord) -> None:
+    """Over vanilla, whose rate is 1, it would hold with the baseline's rate left out."""
+    for arm, baseline in (("chain", "cartesian"), ("cartesian", "chain")):
+        found = compare(record, arm, baseline=baseline)
+        assert found is not None and found.identity_gap < 1e-12
+        own, base = (of(record, name, timed=True) for name in (arm, baseline))
+        assert rate(base, decoded, num_steps) > 1.1
+        assert found.speedup.estimate == pytest.approx(
+            rate(own, decoded, decode_s) / rate(base, decoded, decode_s)
+        )
+
+
 def test_separate_overheads_belong_to_the_arms_own_baseline(record: RunRecord) -> None:
     own, other = (compare(record, "chain", baseline=name) for name in ("vanilla", "vanilla_sampled"))
     assert own is not None and other is not None
