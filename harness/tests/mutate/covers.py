@@ -4,7 +4,12 @@ from __future__ import annotations
 
 _KNOWN = "harness/tests/judge/known"  # answers worked out by hand
 _JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
-_OF_RUNS = (f"{_KNOWN}/test_runs.py", f"{_CLAIMS}/test_run.py", f"{_CLAIMS}/test_verdicts.py")
+_OF_RUNS = (
+    f"{_KNOWN}/test_runs.py",
+    f"{_KNOWN}/test_identity.py",
+    f"{_CLAIMS}/test_run.py",
+    f"{_CLAIMS}/test_verdicts.py",
+)
 _OF_ABLATIONS = (f"{_JUDGE}/test_ablation.py",)
 _OF_SWEEPS = (f"{_KNOWN}/test_sweeps.py", f"{_CLAIMS}/test_sweep.py", "harness/tests/report/test_sweep.py")
 _OF_FIGURES = (
