@@ -62,7 +62,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/latency.py": _OF_GRIDS,
     "harness/judge/metrics.py": _OF_FIGURES,
-    "harness/judge/parity.py": (f"{_JUDGE}/test_parity.py", f"{_JUDGE}/test_checks.py", *_OF_RUNS),
+    "harness/judge/parity.py": (
+        f"{_KNOWN}/test_known_steps.py",
+        f"{_JUDGE}/test_parity.py",
+        f"{_JUDGE}/test_checks.py",
+        *_OF_RUNS,
+    ),
     "harness/judge/run.py": _OF_COMMITTED,
     "harness/judge/schemas.py": (f"{_KNOWN}/test_grids.py", *_OF_FILES),
     "harness/judge/step_costs.py": _OF_FIGURES,
