@@ -19,7 +19,6 @@ _OF_FIGURES = (
     "harness/tests/report/test_run.py",
 )
 _OF_FILES = (f"{_KNOWN}/test_exact_faults.py", f"{_JUDGE}/validate/test_record.py")
-_OF_COMMITTED = (f"{_CLAIMS}/test_standing.py", "harness/tests/test_committed_record.py")
 _OF_GRIDS = (f"{_KNOWN}/test_grids.py", "harness/tests/compose/test_curve.py")
 
 TESTS: dict[str, tuple[str, ...]] = {
@@ -68,7 +67,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         f"{_JUDGE}/test_checks.py",
         *_OF_RUNS,
     ),
-    "harness/judge/run.py": _OF_COMMITTED,
+    "harness/judge/run.py": (f"{_KNOWN}/test_judgements.py", "harness/tests/test_committed_record.py"),
     "harness/judge/schemas.py": (f"{_KNOWN}/test_grids.py", *_OF_FILES),
     "harness/judge/step_costs.py": _OF_FIGURES,
     "harness/judge/sweep.py": _OF_SWEEPS,
