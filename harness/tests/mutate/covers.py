@@ -69,7 +69,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/run.py": (f"{_KNOWN}/test_judgements.py", "harness/tests/test_committed_record.py"),
     "harness/judge/schemas.py": (f"{_KNOWN}/test_grids.py", *_OF_FILES),
-    "harness/judge/step_costs.py": _OF_FIGURES,
+    "harness/judge/step_costs.py": (f"{_KNOWN}/test_bandwidth.py", *_OF_FIGURES),
     "harness/judge/sweep.py": _OF_SWEEPS,
     "harness/judge/totals.py": _OF_FIGURES,
     "harness/judge/validate/ablation.py": (*_OF_FILES, *_OF_ABLATIONS),

@@ -7,13 +7,15 @@ The mutants themselves need cosmic-ray, which the session installs.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 
 from harness.tests.forks import ROOT
 from harness.tests.mutate import draw as drawing
+from harness.tests.mutate import prover as proving
 from harness.tests.mutate.covers import LEFT_OUT, TESTS, deciding_tests
-from harness.tests.mutate.draw import NUM_MUTANTS, NUM_OF_EACH_FILE, Place, is_wanted, source, targets
+from harness.tests.mutate.draw import NUM_MUTANTS, NUM_OF_EACH_FILE, Mutant, Place, is_wanted, source, targets
 from harness.tests.mutate.prover import MAX_EQUIVALENT, reasons
 
 needs_cosmic_ray = pytest.mark.skipif(
@@ -106,3 +108,46 @@ def test_a_places_key_does_not_hold_its_line() -> None:
     moved = Place("one.py", "core/AddNot", 5, 30, 4, "share", "if part:")
     other = Place("one.py", "core/AddNot", 0, 3, 4, "share", "if whole:")
     assert place.key(0) == moved.key(0) and place.key(0) not in (place.key(1), other.key(0))
+
+
+def planted(old: str, new: str, *, occurrence: int) -> Mutant:
+    """A mutant made by hand."""
+    file = "harness/judge/claims/findings.py"
+    text = source(file)
+    assert old in text
+    place = Place(file, "by hand", occurrence, 1, 0, "above", old)
+    return Mutant(place, old, new, text.replace(old, new))
+
+
+def test_killed_and_living_mutants_are_told_apart_and_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        proving, "deciding_tests", lambda file: ("harness/tests/judge/known/test_intervals.py",)
+    )
+    monkeypatch.setattr(proving, "LIMIT_FACTOR", 4.0)
+    monkeypatch.setattr(proving, "SHORTEST_LIMIT_S", 6.0)
+    mutants = [
+        planted("    if interval.low > bound:", "    if interval.low >= bound:", occurrence=0),
+        planted(
+            '"""Return whether an estimate lies above', '"""Say whether an estimate lies above', occurrence=1
+        ),
+        planted("_WORST_FIRST = (", "while True:\n    pass\n_WORST_FIRST = (", occurrence=2),
+        planted("_WORST_FIRST = (", "raise OSError\n_WORST_FIRST = (", occurrence=3),
+    ]
+    prover = proving.Prover(tmp_path / "tree", tmp_path / "out", seed=0)
+    try:
+        first = list(prover.run(mutants))
+        whole = (prover.tree / mutants[0].file).read_text(encoding="utf-8")
+        monkeypatch.setattr(prover, "try_one", lambda mutant: pytest.fail("tried again"))
+        assert list(prover.run(mutants)) == first
+    finally:
+        prover.close()
+    assert whole == source(mutants[0].file)
+    told = [after for _, after in first]
+    assert [after.killed for after in told] == [True, False, True, True]
+    assert "::test_above_and_below_say" in told[0].by and told[1].by == ""
+    assert told[2].by == "the limit in time" and told[3].by.endswith("test_intervals.py")
+    shown = proving.table(first, {mutants[1].name})
+    assert shown.splitlines()[-1].split() == ["|", "all", "|", "4", "|", "3", "|", "1", "|", "0", "|"]
+    assert proving.table(first, set()).splitlines()[-1].split()[-2] == "1"
