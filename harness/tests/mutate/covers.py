@@ -18,7 +18,11 @@ _OF_FIGURES = (
     *_OF_RUNS,
     "harness/tests/report/test_run.py",
 )
-_OF_FILES = (f"{_KNOWN}/test_exact_faults.py", f"{_JUDGE}/validate/test_record.py")
+_OF_FILES = (
+    f"{_KNOWN}/test_exact_faults.py",
+    f"{_KNOWN}/test_sound_records.py",
+    f"{_JUDGE}/validate/test_record.py",
+)
 _OF_GRIDS = (f"{_KNOWN}/test_grids.py", "harness/tests/compose/test_curve.py")
 
 TESTS: dict[str, tuple[str, ...]] = {
