@@ -96,7 +96,7 @@ LEFT_OUT = (
     "committed_ablations_are_whole",
     "need_no_torch",
     "figures_are_drawn",
-    "drawn",
+    "whenever_it_is_drawn",
 )
 
 
