@@ -32,6 +32,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/ablation.py": _OF_ABLATIONS,
     "harness/judge/checks.py": (
+        f"{_KNOWN}/test_edges_of_forms.py",
         f"{_KNOWN}/test_findings_of_checks.py",
         f"{_KNOWN}/test_edges_of_checks.py",
         f"{_JUDGE}/test_checks.py",
@@ -45,10 +46,16 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_OF_RUNS,
     ),
     "harness/judge/claims/evidence.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
-    "harness/judge/claims/findings.py": (f"{_KNOWN}/test_intervals.py", *_OF_RUNS, *_OF_SWEEPS),
+    "harness/judge/claims/findings.py": (
+        f"{_KNOWN}/test_intervals.py",
+        f"{_KNOWN}/test_edges_of_forms.py",
+        *_OF_RUNS,
+        *_OF_SWEEPS,
+    ),
     "harness/judge/claims/losses.py": (f"{_KNOWN}/test_curves_and_losses.py", *_OF_RUNS, *_OF_ABLATIONS),
     "harness/judge/claims/paper.py": (
         f"{_KNOWN}/test_papers_arithmetic.py",
+        f"{_KNOWN}/test_edges_of_forms.py",
         f"{_CLAIMS}/test_paper.py",
         *_OF_RUNS,
         *_OF_SWEEPS,
