@@ -130,6 +130,17 @@ def kill(session: nox.Session) -> None:
 
 
 @nox.session
+def mutate(session: nox.Session) -> None:
+    """Change the code that judges in 400 places, one at a time; a test has to notice. --file follows --."""
+    python = shared_python(session)
+    constraints = os.environ.get("MEDUSA_REPRO_CONSTRAINTS", str(ROOT / "constraints.txt"))
+    pinned = ["--constraint", constraints] if constraints else []
+    wanted = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "mutate")
+    session.run(python, "-m", "pip", "install", "--quiet", *pinned, *wanted, external=True)
+    run_module(session, "harness.tests.mutate")
+
+
+@nox.session
 def reproduce(session: nox.Session) -> None:
     """Fetch, measure, judge and report: the embedded suite, or the one named after --."""
     run_module(session, "harness", "reproduce")

@@ -41,7 +41,9 @@ class Interval(Frozen):
 
     @model_validator(mode="after")
     def _in_order(self) -> Interval:
-        if not self.low <= self.high or math.isnan(self.estimate):  # nan compares as false
+        # bounds of data without spread may lie a rounding apart; nan compares as false
+        ordered = self.low <= self.high or math.isclose(self.low, self.high, rel_tol=1e-9)
+        if not ordered or math.isnan(self.estimate):
             raise ValueError(f"found {self.estimate:g} [{self.low:g}, {self.high:g}], need bounds in order")
         return self
 

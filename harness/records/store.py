@@ -126,9 +126,9 @@ class Store(Generic[LineT]):
                 write_json(draft / kind.provenance_file, provenance)
 
             return Store(begun_folder(home, stem, begin), kind=kind)
-        for left_over in folder.glob("*.tmp"):  # of a kill while a file was written
-            left_over.unlink()
-        return Store(folder, kind=kind)
+        store = Store(folder, kind=kind)
+        store._drop_left_overs()
+        return store
 
     def write_spec(self, spec: DataFile) -> None:
         """Write the spec as it is run, command-line changes included."""
@@ -155,8 +155,16 @@ class Store(Generic[LineT]):
             asked.unlink()
 
     def lines(self) -> tuple[LineT, ...]:
-        """Return the lines that are done; half a last one, which a kill left, is dropped first."""
+        """Return the lines that are done.
+
+        What a kill left, half a last line and temporary files, is dropped first.
+        """
+        self._drop_left_overs()
         return self.kind.lines.done(self.folder)
+
+    def _drop_left_overs(self) -> None:
+        for left_over in self.folder.glob("*.tmp"):
+            left_over.unlink()
 
     def rewrite(self, lines: Iterable[LineT]) -> None:
         """Write all lines anew, at once or not at all."""

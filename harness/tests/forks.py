@@ -44,11 +44,13 @@ class Ended:
 class CaseLog:
     """A file of what was tried, a line each, from which a run that was cut off goes on.
 
-    Lines of another seed or of another state of the code stay in it and are not read.
+    Lines of another seed or of another state of the code stay in it and are not read. `code` stands for that
+    state, where it is not all Python files.
     """
 
     path: Path
     seed: int
+    code: str = ""
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what was tried before; half a last line is cut off."""
@@ -58,12 +60,16 @@ class CaseLog:
         if torn:
             self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         rows = [json.loads(line) for line in lines]
-        return [row["case"] for row in rows if (row["seed"], row["code"]) == (self.seed, code_state())]
+        return [row["case"] for row in rows if (row["seed"], row["code"]) == (self.seed, self._code)]
 
     def add(self, case: dict[str, Any]) -> None:
         """Append what was tried now."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"seed": self.seed, "code": code_state(), "case": case}) + "\n")
+            file.write(json.dumps({"seed": self.seed, "code": self._code, "case": case}) + "\n")
+
+    @property
+    def _code(self) -> str:
+        return self.code or code_state()
 
 
 @cache

@@ -111,7 +111,7 @@ def log_fit(totals: Sequence[Floats], sizes: Sequence[int]) -> tuple[Floats, Flo
     logs = np.log(np.asarray(sizes, dtype=np.float64))
     centred = logs - logs.mean()
     mean = rates.mean(axis=-1)
-    slope = rates @ centred / (centred @ centred)
+    slope = (rates - mean[..., None]) @ centred / (centred @ centred)  # exactly 0 for a flat curve
     residuals = rates - mean[..., None] - slope[..., None] * centred
     spread = ((rates - mean[..., None]) ** 2).sum(axis=-1)
     # A flat curve leaves the line nothing to explain, and 0 / 0 must not pass for a perfect fit.
