@@ -47,7 +47,7 @@ MAX_WAITS_APART = 0.2
 # A step over the price of its size in `step_costs`, at another time and context: 0.72 to 1.16.
 PRICED_STEPS = (0.6, 1.5)
 MAX_CONTEXT_OVER_PRICED = 3.0  # longer texts have longer attention than the priced steps
-# What a step takes beside its backbone, over its price (0.92 to 1.43) and over the profile (0.88 to 1.11).
+# What a step takes on top of its backbone, over its price (0.92 to 1.43) and over the profile (0.88 to 1.11).
 # The heads are 57 to 80 % of it on a CPU.
 MIN_OWN_PART = 0.7
 # What no part of a step's profile explains: 0.15 to 0.5 % on a CPU, 0.12 to 0.4 ms on a GPU; the clock itself
@@ -582,7 +582,7 @@ def steps_as_priced(record: RunRecord) -> CheckOutcome:
 
 
 def heads_are_timed(record: RunRecord) -> CheckOutcome:
-    """Check that a separate Medusa step takes beside its backbone what heads and our own code cost elsewhere.
+    """Check that a separate Medusa step takes besides its backbone what heads and own code cost elsewhere.
 
     That is the price of its size, and the profile of its arm.
     """

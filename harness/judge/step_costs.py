@@ -158,7 +158,7 @@ def decoded_over_apart(record: RunRecord, arm: str) -> Paired | None:
 
 
 def own_part_s(record: RunRecord, arm: str) -> float | None:
-    """Return what an arm's separately timed step takes beside its backbone, the median, in seconds.
+    """Return what an arm's separately timed step takes on top of its backbone, the median, in seconds.
 
     It is heads, candidates, acceptance and compaction.
     """
@@ -170,7 +170,7 @@ def own_part_s(record: RunRecord, arm: str) -> float | None:
 def priced(record: RunRecord, num_nodes: int, *, part: Literal["step", "own"]) -> float | None:
     """Return what `step_costs` says of a step of so many nodes, in seconds, between the sizes it timed.
 
-    The part is the whole step, or what it takes beside the backbone; for one node, which drafts nothing, the
+    The part is the whole step, or what it takes besides the backbone; for one node, which drafts nothing, the
     whole step is the backbone's. None beyond the sizes that were timed.
     """
     costs = record.step_costs.costs if record.step_costs is not None else ()

@@ -19,7 +19,7 @@ __all__ = ["Seed"]
 MAX_TOKENS = 2**20  # of one text, prompt or context: eight times the longest of the published models
 MAX_PROMPTS = 10**6
 MAX_TREE_NODES = 4096  # the paper's trees have 64, the widest of Fig. 4 has 256
-MAX_RESAMPLES = 10**5  # 95 % intervals change by less than their own width / 100 beyond a few thousand
+MAX_RESAMPLES = 10**5  # 25 times what the suites ask for; more costs minutes a figure
 MAX_ENTRIES = 1000  # of any list
 MAX_SIZE = 2**24  # of a dimension of a model: sixty times the largest published vocabulary
 
