@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 from scipy import stats
 
 from harness.bounds import Count, Share
@@ -39,13 +39,18 @@ class Interval(Frozen):
     level: Share = Field(description="nominal coverage, a share")
     num_prompts: Count = Field(description="units that were resampled: prompts, or batches of prompts")
 
-    @model_validator(mode="after")
-    def _in_order(self) -> Interval:
-        # bounds of data without spread may lie a rounding apart; nan compares as false
-        ordered = self.low <= self.high or math.isclose(self.low, self.high, rel_tol=1e-9)
-        if not ordered or math.isnan(self.estimate):
-            raise ValueError(f"found {self.estimate:g} [{self.low:g}, {self.high:g}], need bounds in order")
-        return self
+
+def _known(interval: Interval) -> Interval:
+    """Return an interval as a record may hold it: with an estimate, and bounds in order."""
+    # bounds of data without spread may lie a rounding apart; nan compares as false
+    ordered = interval.low <= interval.high or math.isclose(interval.low, interval.high, rel_tol=1e-9)
+    if not ordered or math.isnan(interval.estimate):
+        found = f"{interval.estimate:g} [{interval.low:g}, {interval.high:g}]"
+        raise ValueError(f"found {found}, need an estimate with bounds in order")
+    return interval
+
+
+KnownInterval = Annotated[Interval, AfterValidator(_known)]
 
 
 def bootstrap_ratio(

@@ -26,7 +26,7 @@ from harness.records.sweep_cells import (
     read_cells,
 )
 from harness.specs.sweep import SweepSpec, parse_sweep
-from harness.stats import Interval
+from harness.stats import Interval, KnownInterval
 from harness.versions import VERSION, Versioned
 from medusa_impl.tree import DraftTree
 
@@ -102,7 +102,7 @@ class TreeRate(Frozen):
         description="rows that decode together, where a batch takes as many steps as its slowest row"
     )
     tree: Count = Field(description="index of the tree in the file's trees")
-    tokens_per_step: Interval = Field(description="kept tokens a step and row, with its interval")
+    tokens_per_step: KnownInterval = Field(description="kept tokens a step and row, with its interval")
 
 
 class SweepTree(Frozen):

@@ -17,7 +17,7 @@ from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
 from harness.specs.latency import DtypeName, ModeName
 from harness.specs.sweep import SampledSetting
-from harness.stats import FigureKind, Interval
+from harness.stats import FigureKind, KnownInterval
 from harness.versions import VERSION, Versioned, read_versioned_lines
 
 Context = Literal["trace"] | Count
@@ -37,8 +37,8 @@ class ChosenTree(Frozen):
         "curve does not tell them"
     )
     overhead: Amount = Field(description="seconds of a mean step over those of vanilla's mean step")
-    tokens_per_s: Interval = Field(description="tokens a second, with its interval")
-    speedup: Interval = Field(description="tokens a second over vanilla's, with its interval")
+    tokens_per_s: KnownInterval = Field(description="tokens a second, with its interval")
+    speedup: KnownInterval = Field(description="tokens a second over vanilla's, with its interval")
     speedups: dict[Count, Amount] = Field(
         default={}, description="speedup by batch; empty where the cell was not asked for it"
     )

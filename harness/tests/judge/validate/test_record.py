@@ -284,8 +284,8 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("sweep", "cells.jsonl", lambda text: text + text, "found a cell twice"),
     ("latency", "points.jsonl", _value("backbone_s", "5e-324"), "backbone_s"),
     ("sweep", "cells.jsonl", _value("vanilla_step_s", "NaN"), "vanilla_step_s"),
-    ("sweep", "cells.jsonl", _value("estimate", "NaN"), "need bounds in order"),
-    ("sweep", "cells.jsonl", _value("low", "1e300"), "need bounds in order"),
+    ("sweep", "cells.jsonl", _value("estimate", "NaN"), "need an estimate with bounds in order"),
+    ("sweep", "cells.jsonl", _value("low", "1e300"), "need an estimate with bounds in order"),
     (
         "sweep",
         "cells.jsonl",
