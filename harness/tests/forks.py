@@ -81,8 +81,7 @@ def code_state() -> str:
 
 
 def warm_up() -> None:
-    """Import what the commands import, and let them use one thread: waiting ones starve on a busy machine."""
-    torch.set_num_threads(1)
+    """Import what the commands import."""
     import accelerate.utils  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -155,6 +154,7 @@ def _be_the_child(body: Callable[[], None], *, folder: Path, out: Path, err: Pat
     code = 1
     try:
         os.setpgid(0, 0)
+        torch.set_num_threads(1)  # of several, those that wait for each other starve on a busy machine
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for stream, path in ((1, out), (2, err)):
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

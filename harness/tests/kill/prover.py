@@ -97,7 +97,10 @@ class Prover:
             ended = self.command(job, folder, limit_s=where, busy=False)
         else:
             ended = self.command(job, folder, around=lambda body: _killing(body, folder, chosen, int(where)))
-        struck = ended.code == -signal.SIGKILL
+        struck = ended.code == -signal.SIGKILL and not _is_finished(job, folder)
+        if ended.code == -signal.SIGKILL and not struck:  # the same command begins another run then
+            shutil.rmtree(folder)
+            return Kill(job.name, number, chosen, where, struck=False)
         held = job.held(folder)
         again = self.command(job, folder)
         faults = tuple(faults_of(job, folder, whole, held=held, again=again))
@@ -150,11 +153,24 @@ def faults_of(job: Job, folder: Path, whole: Whole, *, held: dict[str, Any], aga
         yield from _record_faults(job, folder)
 
 
-def _record_faults(job: Job, folder: Path) -> Iterator[str]:
+def _records(job: Job, folder: Path) -> list[Path]:
+    """Return the records that a job made, without what was prepared for it."""
     prepared = {"sweep": "latency"}.get(job.name, "")
     spec_files = ("suite.toml", "spec.toml", "sweep.toml")
     records = sorted({path.parent for name in spec_files for path in (folder / RESULTS).rglob(name)})
-    records = [one for one in records if not prepared or prepared not in one.relative_to(folder).parts]
+    return [one for one in records if not prepared or prepared not in one.relative_to(folder).parts]
+
+
+def _is_finished(job: Job, folder: Path) -> bool:
+    """Return whether a job's record was whole, report and all, when the kill came."""
+    files = ("manifest.json", "report.md")
+    return job.makes_record and any(
+        all((record / name).exists() for name in files) for record in _records(job, folder)
+    )
+
+
+def _record_faults(job: Job, folder: Path) -> Iterator[str]:
+    records = _records(job, folder)
     if len(records) != 1:
         yield f"{len(records)} records instead of one"
     for record in records:
