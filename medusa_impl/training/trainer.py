@@ -40,8 +40,10 @@ def process_state() -> PartialState:
 
 def end_processes() -> None:
     """Leave the group of processes, after the last work that they do together."""
-    # If this is left to Python's exit, threads of the group may abort the process.
+    # If this is left to Python's exit, threads of the group may abort the process; so may those that still
+    # talk to a process which has left, so all leave together.
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

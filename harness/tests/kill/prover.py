@@ -98,7 +98,7 @@ class Prover:
         else:
             ended = self.command(job, folder, around=lambda body: _killing(body, folder, chosen, int(where)))
         struck = ended.code == -signal.SIGKILL and not _is_finished(job, folder)
-        if ended.code == -signal.SIGKILL and not struck:  # the same command begins another run then
+        if not struck:  # all was done: the same command would begin another run
             shutil.rmtree(folder)
             return Kill(job.name, number, chosen, where, struck=False)
         held = job.held(folder)
