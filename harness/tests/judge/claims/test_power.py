@@ -77,5 +77,7 @@ def test_power_names_the_papers_size_where_it_is_stated_and_multiplies_chances()
     assert both.power((1.15, 1.15)).startswith(f"{100 * chance**2:.0f} % at the paper's size; ")
     assert part.power().startswith(f"80 % from {Asked(interval, 1.0).least:.3g}; ")
     assert part.power().endswith("% at the bound")
+    assert 0 < Asked(interval, 1.0).chance(0.9) < 0.01 and 0.99 < Asked(interval, 1.0).chance(1.3) < 1
+    assert part.power((0.9,)).startswith("< 1 %") and part.power((1.3,)).startswith("> 99 %")
     exact = Finding(VerdictKind.REPRODUCED, "", "", "computed")
     assert exact.power((2.0,)) == ""
