@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -320,7 +321,7 @@ def engine_from_heads(
     """
     heads, stored = heads_for(loaded, heads_file, num_heads=num_heads)
     digest = backbone_sha256(heads)  # before the runner casts them
-    runner = StepRunner(loaded.model, heads, mode=mode)
+    runner = StepRunner(loaded.model, heads, mode=mode, clock=time.perf_counter)
     return Engine(
         loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance=stored.model_dump(mode="json")
     )
@@ -352,7 +353,7 @@ def load_engine(
         # none of the arms drafts; probes and traces ask for a head
         heads = new_heads(loaded, Medusa1Settings(num_heads=1, architecture="shared"))
     digest = backbone_sha256(heads) if heads is not None else None  # before the runner casts them
-    runner = StepRunner(loaded.model, heads, mode=chosen)
+    runner = StepRunner(loaded.model, heads, mode=chosen, clock=time.perf_counter)
     return Engine(loaded=loaded, runner=runner, heads_sha256=digest, heads_provenance={})
 
 

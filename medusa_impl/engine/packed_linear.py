@@ -5,6 +5,9 @@ Packing once costs a second copy of the weights and gives the same products. Lay
 (query, key and value; gate and up; the first layers of all draft heads) are packed as one, because one
 product is faster than several small ones.
 
+On some processors the stock product of one row or two is the faster one, so that packing would slow vanilla
+decoding down and flatter Medusa. That is measured once, on the model's own layers.
+
 The operators are private to PyTorch, so a probe looks for them. Where they are missing, nothing is packed.
 """
 
@@ -15,6 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+_MEASURED_BYTES = 2**26  # of weights; smaller models fit a cache, where times say nothing of steps
+_MEASURED_ROWS, _MEASURED_PASSES = 3, 5
 
 
 @functools.cache
@@ -81,6 +87,7 @@ class PackedLinears:
         self, *modules: nn.Module | None, rows_hint: int, groups: Sequence[Sequence[nn.Linear]] = ()
     ) -> None:
         self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        self.from_rows = 1  # fewer rows take the stock product
         for group in groups:
             if all(_packable(layer) for layer in group):
                 self._forwards.update(_JointProduct(group, rows_hint=rows_hint).forwards())
@@ -102,7 +109,42 @@ class PackedLinears:
         """Route the layers through their packed copies."""
         for module, forward in self._forwards.items():
             # On the instance: it hides the class's method until it is removed again.
-            module.forward = forward  # type: ignore[method-assign, assignment]
+            chosen = forward if self.from_rows == 1 else functools.partial(self._forward, module, forward)
+            module.forward = chosen  # type: ignore[method-assign, assignment]
+
+    def _forward(self, layer: nn.Linear, packed: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        if rows.shape[:-1].numel() < self.from_rows:
+            return nn.functional.linear(rows, layer.weight, layer.bias)
+        return packed(rows)
+
+    @torch.inference_mode()
+    def measure_rows(self, clock: Callable[[], float]) -> None:
+        """Find from how many rows on packed products are the faster ones here; small models keep one."""
+        if self.num_bytes < _MEASURED_BYTES:
+            return
+        for num_rows in range(1, _MEASURED_ROWS + 1):
+            packed_s, stock_s = self._fastest_passes(num_rows, clock)
+            if packed_s <= stock_s:
+                break
+            self.from_rows = num_rows + 1
+
+    def _fastest_passes(self, num_rows: int, clock: Callable[[], float]) -> tuple[float, float]:
+        """Return the fastest pass of all layers, packed and stock in turns. Units: seconds."""
+        widths = {(layer.in_features, layer.weight.dtype) for layer in self._forwards}
+        rows = {(width, dtype): torch.ones(num_rows, width, dtype=dtype) for width, dtype in widths}
+
+        def stock(layer: nn.Linear, given: Tensor) -> Tensor:
+            return nn.functional.linear(given, layer.weight, layer.bias)
+
+        fastest = [float("inf")] * 2
+        for _ in range(_MEASURED_PASSES):
+            for way in (0, 1):
+                started = clock()
+                for layer, packed in self._forwards.items():
+                    given = rows[layer.in_features, layer.weight.dtype]
+                    packed(given) if way == 0 else stock(layer, given)
+                fastest[way] = min(fastest[way], clock() - started)
+        return fastest[0], fastest[1]
 
     def detach(self) -> None:
         """Give the layers their stock forward back."""

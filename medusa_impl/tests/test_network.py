@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +118,31 @@ def test_packed_layers_multiply_as_stock_ones_and_come_off() -> None:
     packed.detach()
     packed.detach()  # twice is harmless
     assert not bool(module(inputs[0]).any())
+
+
+@needs_packing
+@torch.inference_mode()
+def test_few_rows_take_the_stock_product_where_that_is_the_faster_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On some processors a packed step of one row was slower than `generate`: a baseline that flatters."""
+    layer = nn.Linear(24, 40).eval()
+    for ticks, from_rows in (([0.0, 9.0, 9.0, 10.0], 4), ([0.0, 1.0, 1.0, 10.0], 1)):  # packed is slow; stock
+        packed = PackedLinears(layer, None, rows_hint=16)
+        packed.measure_rows(itertools.cycle(ticks).__next__)
+        assert packed.from_rows == 1, "a small model is not measured, since its weights fit a cache"
+        monkeypatch.setattr("medusa_impl.engine.packed_linear._MEASURED_BYTES", 0)
+        packed.measure_rows(itertools.cycle(ticks).__next__)
+        monkeypatch.undo()
+        assert packed.from_rows == from_rows
+    packed.from_rows = 3
+    expected = [layer(torch.ones(1, num_rows, 24)) for num_rows in (2, 3)]
+    packed.attach()
+    layer.weight.zero_()
+    two, three = (layer(torch.ones(1, num_rows, 24)) for num_rows in (2, 3))
+    packed.detach()
+    assert not torch.allclose(two, expected[0]), "two rows read the weight itself"
+    torch.testing.assert_close(three, expected[1], atol=1e-5, rtol=1e-5)
 
 
 class Siblings(nn.Module):

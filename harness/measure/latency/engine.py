@@ -5,6 +5,7 @@ Arithmetic on the times needs those facts.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -93,7 +94,9 @@ def load_latency_engine(
     # which copies nothing
     mode: ModeName | Literal["auto"] = "auto" if packs_weights(spec, dtype=dtype, device=device) else "eager"
     if spec.heads.path is None:
-        runner = StepRunner(loaded.model, _random_heads(spec.heads.form, loaded), mode=mode)
+        runner = StepRunner(
+            loaded.model, _random_heads(spec.heads.form, loaded), mode=mode, clock=time.perf_counter
+        )
         return Engine(loaded=loaded, runner=runner, heads_sha256=None, heads_provenance={})
     file = resolve_path(spec.heads.path, base_folder=base_folder)
     engine = engine_from_heads(loaded, file, mode=mode, num_heads=spec.heads.num_heads)
