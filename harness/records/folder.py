@@ -97,6 +97,8 @@ class RecordFolder(ABC):
         except UserError as error:
             if not unsealed:
                 raise
+            if error.where == MANIFEST_FILE and "manifest" not in vars(record):  # it cannot be read
+                vars(record)["manifest"] = None
             record.unsealed = f"found {error.found} in {error.where}, need {error.need}"
         return record
 

@@ -48,6 +48,11 @@ def unlist(folder: Path, kind: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(seal))
 
 
+def cut_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:-9])
+
+
 SPOILERS: dict[str, Callable[[Path, str], object]] = {
     "altered": alter,
     "without its manifest": lambda folder, kind: (folder / "manifest.json").unlink(),
@@ -57,6 +62,7 @@ SPOILERS: dict[str, Callable[[Path, str], object]] = {
         json.dumps({**json.loads((folder / "manifest.json").read_text()), "sha256": {}})
     ),
     "a file more": lambda folder, kind: (folder / "more.jsonl").write_text("{}\n"),
+    "a manifest that is cut short": lambda folder, kind: cut_manifest(folder),
 }
 
 
