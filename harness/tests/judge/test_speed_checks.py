@@ -338,3 +338,22 @@ def test_the_median_over_prompts_and_its_error_by_hand() -> None:
     found = paired([5.0, 1.0, 4.0, 2.0, 3.0])
     assert found is not None and found.median == 3.0
     assert found.error == pytest.approx(1.2533 * (2 / 1.349) / 5**0.5)
+
+
+def test_on_a_processor_steps_may_be_no_shorter_than_those_timed_apart(tmp_path: Path) -> None:
+    """Only on a GPU do separate steps wait for it: 0.9 of them is allowed there alone."""
+    record = priced_record(tmp_path / "record", spoil=lambda parts: scale_steps(parts, ["chain"], 0.9))
+    assert "steps_as_timed_apart" in failed(record)
+
+
+def test_all_parts_of_a_step_count_however_they_share_it(tmp_path: Path) -> None:
+    def uneven(parts: FakeParts) -> None:
+        """Give steps of ten seconds parts of a few seconds each, of which none may be left out."""
+        assert parts.profile is not None
+        shares = {"backbone_s": 2.0, "heads_s": 2.5, "candidates_s": 1.0, "acceptance_s": 3.0, "cache_s": 1.5}
+        rows = (row.model_copy(update={"step_s": 10.0, **shares}) for row in parts.profile.rows)
+        parts.profile = parts.profile.model_copy(update={"rows": tuple(rows)})
+
+    outcome = outcomes(priced_record(tmp_path / "record", spoil=uneven))["profile_adds_up"]
+    assert outcome.status is CheckStatus.PASSED and "0.0% to 0.0% of a step in no part" in outcome.found
+    assert outcome.need == "parts within the step, and at most 2% or 0.5 ms in none"
