@@ -12,8 +12,8 @@ from typing import TypedDict
 import psutil
 import torch
 
-from harness.errors import UserError
-from harness.files import lines_of, read_text
+from harness.device.processor import cpu_details, cpu_name
+from harness.files import lines_of
 from harness.paths import code_folder
 from harness.records.provenance import VARIABLES, DeviceInfo
 from harness.records.store import utc_now
@@ -111,9 +111,9 @@ def device_info(device: torch.device) -> DeviceInfo:
     else:
         kind, name, memory, details = (
             "cpu",
-            _cpu_name(),
+            cpu_name(),
             psutil.virtual_memory().total,
-            {"capability": torch.backends.cpu.get_cpu_capability()},
+            {"capability": torch.backends.cpu.get_cpu_capability(), **cpu_details()},
         )
     return DeviceInfo.model_validate(
         {
@@ -150,13 +150,3 @@ def settings() -> dict[str, str]:
 def python_version() -> str:
     """Return the interpreter's version."""
     return platform.python_version()
-
-
-def _cpu_name() -> str:
-    try:
-        line = next(
-            line for line in lines_of(read_text(Path("/proc/cpuinfo"))) if line.startswith("model name")
-        )
-        return line.split(":", 1)[1].strip()
-    except (UserError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -36,7 +36,9 @@ class DeviceInfo(Frozen):
     num_threads: Count = Field(description="threads that PyTorch uses on the CPU")
     memory_bytes: Count = Field(description="bytes of memory: of the GPU, else of the host")
     details: dict[str, str] = Field(
-        default={}, description="instruction set or compute capability, CUDA version"
+        default={},
+        description="what it says of itself beyond its name: instruction sets, family, model, stepping, "
+        "caches and hypervisor of a CPU; compute capability and CUDA version of a GPU",
     )
 
 

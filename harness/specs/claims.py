@@ -108,14 +108,16 @@ class DecidingRule(Spec):
     """Which of several records decides a claim: those of one class of machines, the newest of a suite.
 
     `counts` is the suite for what no machine bends (tokens/step, losses, replays, parity), `speeds` the one
-    for what times enter. A class of machines is a name as in the folders of records, and a band of the read
-    bandwidth that a run measures.
+    for what times enter. A class of machines is a name as in the folders of records, a band of the read
+    bandwidth that a run measures, and what the processor says of itself (`details`: stepping, caches, ..;
+    a record that does not hold one of them is placed without it).
     Units: GB/s, from the first up to the second.
     """
 
     counts: str
     speeds: str
     machine: str
+    details: dict[str, str] = Field(default_factory=dict)
     read_gb_per_s: tuple[float, float]
     reason: str = Field(min_length=1)
 
@@ -126,10 +128,15 @@ class DecidingRule(Spec):
             raise ValueError(f"read_gb_per_s is a band, from lower to higher: not {low:g} to {high:g}")
         return self
 
-    def has_bandwidth(self, limits: MeasuredLimits | None) -> bool:
-        """Return whether what a run measured lies in the band; a run without a measurement is of no class."""
+    def is_machine(self, name: str, details: Mapping[str, str], limits: MeasuredLimits | None) -> bool:
+        """Return whether a run's machine is of the class; one without measured limits is of none."""
         low, high = self.read_gb_per_s
-        return limits is not None and low <= limits.read_bandwidth_bytes_per_s / 1e9 < high
+        return (
+            name == self.machine
+            and all(details.get(key, value) == value for key, value in self.details.items())
+            and limits is not None
+            and low <= limits.read_bandwidth_bytes_per_s / 1e9 < high
+        )
 
 
 class ClaimsFile(Spec):

@@ -125,7 +125,8 @@ def _rank(rule: DecidingRule | None, run: RunRecord, *, are_speeds: bool) -> tup
     if rule is None:
         return False, False
     is_other_suite = run.suite.name != (rule.speeds if are_speeds else rule.counts)
-    is_machine = run.folder.parent.name == rule.machine and rule.has_bandwidth(run.device_limits)
+    details = run.environment.device.details
+    is_machine = rule.is_machine(run.folder.parent.name, details, run.device_limits)
     return (not is_machine, is_other_suite) if are_speeds else (is_other_suite, not is_machine)
 
 

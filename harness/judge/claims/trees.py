@@ -29,6 +29,7 @@ from harness.judge.claims.findings import (
     combined,
     equivalence,
     holds,
+    not_decidable,
     percent,
     shown,
 )
@@ -142,15 +143,10 @@ def judge_speed_peaks(form: SpeedPeaksForm, evidence: Evidence) -> Finding:
     ]
     best, last = int(np.argmax(predicted)), len(sizes) - 1
     if best == last:
-        reason = (
-            f"speed still rises at {sizes[last]} nodes, the largest timed: the device has "
-            f"arithmetic to spare there ({split.origin})"
-        )
-        return Finding(
-            kind=VerdictKind.INCONCLUSIVE,
-            ours=f"no peak up to {sizes[last]} nodes",
-            reason=reason,
-            figure_kind="composed",
+        return not_decidable(
+            f"no peak up to {sizes[last]} nodes",
+            f"speed still rises at {sizes[last]} nodes, the largest timed: the device has arithmetic to "
+            f"spare there ({split.origin})",
         )
     peak, end = (replay_counts(one) for one in replays(split.held_out, [trees[best], trees[last]]))
     spec = evidence.record.suite.interval

@@ -133,6 +133,25 @@ def test_speeds_need_a_machine_of_the_named_class_by_its_bandwidth(
         assert standing.decides is not None and standing.decides.record == deciding[0]
 
 
+def test_a_class_of_machines_goes_by_what_the_processor_says_where_a_record_holds_it(
+    registry: ClaimsFile, records: Records
+) -> None:
+    rule = registry.decides
+    assert rule is not None
+    limits = next(run.device_limits for name, run in records.runs if name.startswith("embedded/cpu"))
+    named = rule.model_copy(update={"details": {"stepping": "1", "hypervisor": "yes"}})
+    low = limits and limits.model_copy(update={"read_bandwidth_bytes_per_s": 1e9 * rule.read_gb_per_s[0]})
+    for details, is_one in (
+        ({}, True),
+        ({"capability": "AVX2"}, True),
+        ({"stepping": "1"}, True),
+        ({"stepping": "1", "hypervisor": "no"}, False),
+        ({"stepping": "2", "hypervisor": "yes"}, False),
+    ):
+        assert named.is_machine(rule.machine, details, low) is is_one
+    assert not named.is_machine("another", {}, low) and not named.is_machine(rule.machine, {}, None)
+
+
 @pytest.mark.parametrize("band", [(60.0, 60.0), (60.0, 45.0), (-1.0, 60.0), (60.0, float("inf"))])
 def test_a_band_of_bandwidth_goes_from_lower_to_higher(band: tuple[float, float]) -> None:
     with pytest.raises(ValidationError, match="read_gb_per_s"):

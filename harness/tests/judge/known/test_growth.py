@@ -87,7 +87,7 @@ def test_a_peak_is_the_best_of_the_growth_text_judged_on_the_rest(tmp_path: Path
 def test_without_a_cost_there_is_no_peak_and_two_sizes_show_none(tmp_path: Path) -> None:
     form = SpeedPeaksForm(test="speed_peaks", sizes=SIZES, max_rank=10, bound=1.0, reason=WHY)
     flat = judge_transfer(form, evidence=evidence_on(tmp_path / "flat", per_node=0.0))
-    assert (flat.kind, flat.ours) == (VerdictKind.INCONCLUSIVE, "no peak up to 64 nodes")
+    assert (flat.kind, flat.ours) == (VerdictKind.NOT_DECIDABLE, "no peak up to 64 nodes")
     few = form.model_copy(update={"sizes": (1, 2, 3, 64)})
     with pytest.raises(NotTestable, match="step times at 2 of the sizes"):
         judge_transfer(few, evidence=evidence_on(tmp_path / "few"))

@@ -56,7 +56,7 @@ def run(suite: str, machine: str, *, gb_per_s: float = 15.0, utc: str = "2026-01
         suite=SimpleNamespace(name=suite),
         folder=Path("results") / suite / machine / "one",
         device_limits=limits,
-        environment=SimpleNamespace(started_utc=utc),
+        environment=SimpleNamespace(started_utc=utc, device=SimpleNamespace(details={})),
         failures=(),
     )
     return cast(RunRecord, one)
