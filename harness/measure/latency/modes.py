@@ -35,6 +35,7 @@ from medusa_impl.tree import DraftTree
 _SHAPE_BOUND_MODES = (
     "compiled",
     "cuda_graph",
+    "fused_graph",
 )
 _WARMUP_TOKENS, _SEED = 12, "latency"
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
