@@ -128,8 +128,19 @@ def plan_sweep(
             "hardware.toml": HARDWARE_FILE,
             "shapes.toml": SHAPES_FILE,
             **{f"latency record {record.folder.name}": record.folder / "manifest.json" for record in records},
+            **(model_inputs(model, results) if model is not None else {}),
         },
     )
+
+
+def model_inputs(model: StepModel, results: Path) -> dict[str, Path]:
+    """Return the manifest of every record that a step model was fitted on, by its name as an input."""
+    latency = {path.parent.name: path for path in results.glob("latency/*/*/*/manifest.json")}
+    runs = {path.parent.name: path for path in results.glob("*/*/*/manifest.json")}
+    return {
+        **{f"run {name}": runs[name] for name in model.sources if name in runs},
+        **{f"latency record {name}": latency[name] for name in model.sources if name in latency},
+    }
 
 
 def gather_curves(

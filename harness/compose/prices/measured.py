@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import get_args
 
-from harness.compose.devices import find_latency_records, measured_curves
+from harness.compose.devices import measured_curves
 from harness.compose.prices.fitted import TimedCurve, TimedStep
 from harness.errors import UserError
 from harness.records.folder import kind_of
@@ -29,9 +29,10 @@ from harness.specs.shapes import load_shapes
 def timed_curves(results: Path) -> tuple[TimedCurve, ...]:
     """Return the newest measured curve of each device, shape and dtype under a results folder.
 
+    Never two of one kind: left out of a fit, a curve would be predicted from its twin.
     Raises: UserError for a record that is not as it was sealed.
     """
-    found = [curve for record in find_latency_records(results) for curve in curves_of_latency(record)]
+    found = list(_newest(_latency_curves(results)).values())
     known = {(curve.device, curve.shape) for curve in found}
     for record in newest_runs(results):
         curve = curve_of_run(record)
@@ -42,15 +43,29 @@ def timed_curves(results: Path) -> tuple[TimedCurve, ...]:
 
 
 def older_curves(results: Path) -> tuple[TimedCurve, ...]:
-    """Return the curves of the latency records that a newer one of the same spec and machine follows.
+    """Return the curves of latency records that a newer one of the same device, shape and dtype follows.
 
-    They show what an earlier engine took, and no fit rests on them.
+    They show what an earlier engine took, and no fit rests on them. They come in the order of their paths.
     Raises: UserError for a record that is not as it was sealed.
     """
-    newest = {record.folder for record in find_latency_records(results)}
+    curves = _latency_curves(results)
+    newest = _newest(curves).values()
+    return tuple(curve for curve in curves if curve not in newest)
+
+
+def _latency_curves(results: Path) -> tuple[TimedCurve, ...]:
     folders = sorted(manifest.parent for manifest in results.glob("latency/*/*/*/manifest.json"))
-    records = [LatencyRecord.open(folder) for folder in folders if folder not in newest]
-    return tuple(curve for record in records for curve in curves_of_latency(record))
+    return tuple(curve for folder in folders for curve in curves_of_latency(LatencyRecord.open(folder)))
+
+
+def _newest(curves: Iterable[TimedCurve]) -> dict[tuple[str, str, str], TimedCurve]:
+    """Return the newest curve of each device, shape and dtype; a record's name starts with its date."""
+    newest: dict[tuple[str, str, str], TimedCurve] = {}
+    for curve in curves:
+        key = (curve.device, curve.shape, curve.dtype)
+        if key not in newest or curve.source > newest[key].source:
+            newest[key] = curve
+    return newest
 
 
 def newest_runs(results: Path) -> tuple[RunRecord, ...]:

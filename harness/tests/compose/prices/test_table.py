@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from harness.compose.devices import PredictedCurve
+from harness.compose.plan import model_inputs
+from harness.compose.prices.fitted import step_models
 from harness.compose.prices.measured import (
     curve_of_run,
     curves_of_latency,
@@ -163,10 +165,11 @@ def test_a_latency_record_as_a_curve(tmp_path: Path) -> None:
 
 
 def test_older_records_are_shown_and_not_fitted(tmp_path: Path) -> None:
-    for number in (1, 2):
-        write_fake_latency(tmp_path / "latency" / "fake" / "m" / f"2024011{number}T120000Z-01234567")
-    assert [one.source for one in timed_curves(tmp_path)] == ["20240112T120000Z-01234567"]
-    assert [one.source for one in older_curves(tmp_path)] == ["20240111T120000Z-01234567"]
+    for number, spec in ((1, "fake"), (3, "fake"), (2, "later")):
+        write_fake_latency(tmp_path / "latency" / spec / "m" / f"2024011{number}T120000Z-01234567")
+    assert [one.source for one in timed_curves(tmp_path)] == ["20240113T120000Z-01234567"]
+    older = [one.source for one in older_curves(tmp_path)]
+    assert older == ["20240111T120000Z-01234567", "20240112T120000Z-01234567"]
 
 
 def test_limits_are_the_sheets_where_there_is_one() -> None:
@@ -231,3 +234,12 @@ def test_curves_of_a_record_name_their_source(tmp_path: Path) -> None:
     record = write_fake_latency(tmp_path / "latency" / "fake" / "m" / "20240112T120000Z-01234567")
     (found,) = curves_of_latency(LatencyRecord.open(record.folder))
     assert found.name == f"made-up CPU, {SHAPE}, float32, packed"
+
+
+def test_records_of_a_fit_are_inputs_of_the_sweep() -> None:
+    """So that a sweep which goes on with other records behind its predictions is refused."""
+    model = step_models(timed_curves(RESULTS))["cuda"]
+    inputs = model_inputs(model, RESULTS)
+    assert {name.rsplit(" ", 1)[-1] for name in inputs} == set(model.sources)
+    assert {name.split(" ")[0] for name in inputs} == {"run", "latency"}
+    assert all(path.is_file() and path.name == "manifest.json" for path in inputs.values())
