@@ -9,7 +9,15 @@ from math import fsum
 import numpy as np
 
 from harness.records.step_model import ErrorBand
-from harness.records.sweep import DENSE, JOINT, MARGINALS, PredictionError, SweepRecord, SweepTree
+from harness.records.sweep import (
+    DENSE,
+    JOINT,
+    MARGINALS,
+    PredictionError,
+    RooflineError,
+    SweepRecord,
+    SweepTree,
+)
 from harness.records.sweep_cells import ChosenTree, ComposedCell, DecodedCell
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
@@ -156,7 +164,7 @@ def overhead_band(cell: ComposedCell, record: SweepRecord) -> ErrorBand | None:
 
     A cell of the roofline has the worst error of its step cost.
     """
-    error = record.origin.roofline_error
+    error = _roofline_error(record)
     return cell.overhead_band or (_roofline_band(error.step_cost) if error is not None else None)
 
 
@@ -165,8 +173,13 @@ def seconds_band(cell: ComposedCell, record: SweepRecord) -> ErrorBand | None:
 
     A cell of the roofline has the worst error of its seconds.
     """
-    error = record.origin.roofline_error
+    error = _roofline_error(record)
     return cell.seconds_band or (_roofline_band(error.seconds) if error is not None else None)
+
+
+def _roofline_error(record: SweepRecord) -> RooflineError | None:
+    """Return the roofline's error where a record's predictions are the roofline's, not a fitted model's."""
+    return record.origin.roofline_error if record.origin.step_model is None else None
 
 
 def _roofline_band(error: PredictionError | None) -> ErrorBand | None:

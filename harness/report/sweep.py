@@ -259,23 +259,20 @@ def _prediction_error(origin: SweepOrigin) -> str:
     model = origin.step_model
     if model is None:
         return _roofline_error(origin.roofline_error)
+    about = (
+        f"Predictions are of the step model that was fitted on {count(len(model.curves), 'measured curve')}."
+    )
+    if not model.left_out:
+        return f"{about} Without a second one their error is not known."
     ranges = [
-        f"{one.curve}: {ratio(one.seconds.low)} to {ratio(one.seconds.high)} times the predicted step"
-        + (
-            f", {ratio(one.overhead.low)} to {ratio(one.overhead.high)} times the predicted overhead"
-            if one.overhead
-            else ""
-        )
+        f"{one.curve}: step {ratio(one.seconds.low)} to {ratio(one.seconds.high)}"
+        + (f", overhead {ratio(one.overhead.low)} to {ratio(one.overhead.high)}" if one.overhead else "")
         for one in model.left_out
     ]
     return (
-        f"Predictions are of the step model that was fitted on {count(len(model.curves), 'measured curve')}. "
-        "On each of these, left out of the fit, 90 % of the points took "
-        f"{'; '.join(ranges)}. The bounds of predicted figures are the widest of these ranges; a device that "
-        "nobody measured may be further off."
-        if ranges
-        else "Predictions are of the step model that was fitted on one measured curve, so their error is not "
-        "known."
+        f"{about} Each was also left out of the fit and predicted; so many times the prediction are 90 % of "
+        f"its measured points: {'; '.join(ranges)}. The bounds of predicted figures are the widest of these "
+        "ranges; a device that nobody measured may be further off."
     )
 
 

@@ -310,8 +310,15 @@ def test_a_fitted_prediction_carries_its_band(plan: SweepPlan, tmp_path: Path) -
     assert f"{speedup.estimate:.2f} [{speedup.low / 1.01:.2f}, {speedup.high / 0.99:.2f}]" in line
     assert f"[{significant(rate.low / 1.5)}, {significant(rate.high / 0.8)}]" in line
     words = part(render_sweep_report(record), "Step times that are predicted")
-    assert "fitted on 2 measured curves" in words and "0.80 to 1.50 times the predicted step" in words
-    assert "0.99 to 1.01 times the predicted overhead" in words
+    assert "fitted on 2 measured curves" in words
+    assert "another: step 0.80 to 1.50, overhead 0.99 to 1.01" in words
+
+
+def test_a_fit_on_one_curve_tells_nothing(plan: SweepPlan, tmp_path: Path) -> None:
+    alone = known_error(overhead=None).model_copy(update={"curves": ("a",), "left_out": ()})
+    record = write_sweep(tmp_path / "record", with_model(plan, alone), extra=())
+    assert "Without a second one" in part(render_sweep_report(record), "Step times that are predicted")
+    assert sweep_headline(record)["num_withheld"] == 2
 
 
 def test_a_wide_band_leaves_no_tree_and_no_speed(plan: SweepPlan, tmp_path: Path) -> None:

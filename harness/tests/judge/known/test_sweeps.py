@@ -164,7 +164,7 @@ def test_cells_of_a_headline_are_not_hypothetical_and_of_batch_1(record: SweepRe
 
 def alone(cell: ComposedCell, *, error: RooflineError | None = None) -> SweepRecord:
     """A record of one composed cell, whose roofline had this error."""
-    made = SimpleNamespace(composed=(cell,), origin=SimpleNamespace(roofline_error=error))
+    made = SimpleNamespace(composed=(cell,), origin=SimpleNamespace(roofline_error=error, step_model=None))
     return cast(SweepRecord, made)
 
 
