@@ -57,7 +57,8 @@ class BackboneOutput:
 class StepInputs:
     """The inputs of the model's own call, without the cache.
 
-    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one mask a layer type.
+    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one mask a layer type, its
+    rows repeated for each query head of a group where our attention runs (`grouped_sdpa_attention`).
     """
 
     token_ids: Tensor
@@ -128,6 +129,11 @@ class Backbone:
         self._switches_rope = switch_position(config) is not None
         self._positions_end = self._switches_rope or has_learned_positions(model, self.max_positions)
         layer_types = set(getattr(config, "layer_types", None) or ())
+        # Our attention needs the mask's rows once for each query head of a group: repeated here, not in
+        # every layer.
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        is_ours = config._attn_implementation == GROUPED_ATTENTION
+        self._mask_repeats = config.num_attention_heads // num_kv_heads if is_ours else 1
         self._mask = TreeMask(sliding_window=sliding_window(model), mixed_layers=len(layer_types) > 1)
         # Not `base_model`: OPT's LM calls the decoder inside its base model, and a hook on the base model
         # would never run.
@@ -365,12 +371,15 @@ class Backbone:
             # Only a row that has ended is written beyond the last position, while other rows go on. Its
             # positions matter to nobody, but would change longrope for all rows, or miss the table.
             position_ids = position_ids.clamp(max=self.max_positions - 1)
-        return StepInputs(
-            token_ids=token_ids,
-            position_ids=position_ids,
-            mask=self._mask(lengths, depths, tables, slots=cache.slots[: cache.plan.view_length]),
-            num_logits=num_logits,
-        )
+        mask = self._mask(lengths, depths, tables, slots=cache.slots[: cache.plan.view_length])
+        if self._mask_repeats > 1:
+            rows = (1, 1, self._mask_repeats, 1)
+            mask = (
+                {name: one.repeat(rows) for name, one in mask.items()}
+                if isinstance(mask, dict)
+                else mask.repeat(rows)
+            )
+        return StepInputs(token_ids=token_ids, position_ids=position_ids, mask=mask, num_logits=num_logits)
 
     @contextlib.contextmanager
     def stock_attention(self) -> Iterator[None]:
