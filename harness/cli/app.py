@@ -29,7 +29,7 @@ from harness.cli.devices import devices
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
-from harness.cli.profile import profile, profile_training_command
+from harness.cli.profile import profile, profile_kernels_command, profile_training_command
 from harness.cli.reproduce import claims_command, report, reproduce
 from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
@@ -54,6 +54,7 @@ app.command()(ablate)
 app.command()(trace)
 app.command()(profile)
 app.command("profile-training")(profile_training_command)
+app.command("profile-kernels")(profile_kernels_command)
 app.command()(latency)
 app.command()(sweep)
 app.command()(devices)
