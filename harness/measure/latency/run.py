@@ -8,7 +8,7 @@ dropped by forgetting it, so that every repeat sees the same context.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +19,10 @@ from rich.table import Table
 from harness.device.clock import Clock, device_clock
 from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
-from harness.device.limits import measure_device_limits
+from harness.device.gpu.watch import GpuWatch
+from harness.device.limits import better_limits
 from harness.device.locks import Held, device_turns, folder_held
+from harness.device.progress import progress_bar
 from harness.device.prompts import take_up_date
 from harness.errors import UserError
 from harness.files import write_json
@@ -35,7 +37,8 @@ from harness.measure.latency.engine import (
     planned_facts,
 )
 from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.measure.latency.timers import measure_group, release
+from harness.measure.latency.timers import measure_group, num_visits, release
+from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
     LATENCY,
@@ -74,7 +77,7 @@ def run_latency(
     device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
-    require_own_gpu()
+    gpu = require_own_gpu()
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
@@ -105,7 +108,7 @@ def run_latency(
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
-            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes)
+            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, gpu)
             num_planned += len(session.plan)
             peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
             del engine, session  # two copies of the weights may not fit
@@ -186,7 +189,9 @@ class _Session:
         held: Held,
         console: Console,
         free_bytes: int,
+        gpu: GpuWatch | None,
     ) -> None:
+        self.gpu = gpu
         self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
         self.clock, self.held, self.console, self.free_bytes = clock, held, console, free_bytes
         self.available = engine.runner.available_modes()
@@ -203,39 +208,55 @@ class _Session:
         self._measure_modes(prompts, auto=auto)
         if self.dtype == self.spec.dtypes[0]:
             self._measure_batches(prompts, auto=auto, base_folder=base_folder)
-        return max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        peak = max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        self._measure_limits(again=True)
+        return peak
 
-    def _measure_limits(self) -> None:
+    def _measure_limits(self, *, again: bool = False) -> None:
+        """Measure what is not on disk yet, or the better of that and of a second measurement."""
         path = self.store.folder / limits_file(self.dtype, first=self.spec.dtypes[0])
-        if not path.exists():
+        backbone = self.engine.runner.backbone
+        before = LatencyRecord(self.store.folder).limits(self.dtype) if path.exists() else None
+        if again or before is None:
             with self.held():
-                backbone = self.engine.runner.backbone
-                write_json(path, measure_device_limits(backbone.device, backbone.dtype, clock=self.clock))
+                write_json(path, better_limits(before, backbone.device, backbone.dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
         packs = packs_weights(self.spec, dtype=self.dtype, device=self.engine.runner.backbone.device)
-        for (dtype, mode, context_tokens, batch), members in groupby(self.plan, key=lambda key: key.group):
-            todo = [key for key in members if key not in done]
-            reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
-            self.store.append(
-                *(
-                    LatencyPoint(**dict(key), skipped=reason)
-                    for key, reason in reasons.items()
-                    if reason is not None
-                )
-            )
-            if runnable := [key for key in todo if reasons[key] is None]:
-                self.console.print(
-                    f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes",
-                    highlight=False,
-                )
-                with self.held():
-                    points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
-                self.store.append(*points)
-                peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
+        todo = [key for key in self.plan if key not in done]
+        reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
+        total = num_visits(self.spec.repeats) * sum(reason is None for reason in reasons.values())
+        with progress_bar(self.console) as progress:
+            task = progress.add_task(f"{self.dtype}, visits of points", total=total)
+            for _, members in groupby(todo, key=lambda key: key.group):
+                group = list(members)
+                skipped = [(key, reason) for key in group if (reason := reasons[key]) is not None]
+                self.store.append(*(LatencyPoint(**dict(key), skipped=reason) for key, reason in skipped))
+                if runnable := [key for key in group if reasons[key] is None]:
+                    points = self._measure_group(runnable, on_visit=lambda: progress.advance(task))
+                    self.store.append(*points)
+                    peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
         return peak
+
+    def _measure_group(
+        self, keys: Sequence[PointKey], *, on_visit: Callable[[], None]
+    ) -> tuple[LatencyPoint, ...]:
+        """Time the points of one group, and note what became of the GPU meanwhile."""
+        dtype, mode, context_tokens, batch = keys[0].group
+        self.console.print(
+            f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes", highlight=False
+        )
+        with self.held():
+            points = measure_group(
+                self.engine, keys, repeats=self.spec.repeats, clock=self.clock, on_visit=on_visit
+            )
+        if self.gpu is None:
+            return points
+        seen = self.gpu.observe()
+        tell_of_others(self.console, seen)
+        return tuple(point.model_copy(update={"gpu": seen}) for point in points)
 
     def _measure_modes(self, prompts: Sequence[LatencyPrompt], *, auto: ModeName) -> None:
         table = self.spec.modes_table
@@ -246,32 +267,34 @@ class _Session:
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
         timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
         modes = [mode for mode in self.modes if mode in self.available and mode in timed]
-        trials = measure_modes(
-            self.engine,
-            self.dtype,
-            modes,
-            prompts[: table.num_prompts],
-            max_new_tokens=table.max_new_tokens,
-            clock=self.clock,
-            held=self.held,
-        )
+        with progress_bar(self.console) as progress:
+            task = progress.add_task("table of modes, prompts", total=table.num_prompts)
+            trials = measure_modes(
+                self.engine,
+                self.dtype,
+                modes,
+                prompts[: table.num_prompts],
+                max_new_tokens=table.max_new_tokens,
+                clock=self.clock,
+                held=self.held,
+                on_prompt=lambda: progress.advance(task),
+            )
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
 
     def _measure_batches(
         self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, base_folder: Path | None
     ) -> None:
-        path = self.store.folder / BATCHES_FILE
-        if self.spec.batch_table is None or path.exists():
+        path, table = self.store.folder / BATCHES_FILE, self.spec.batch_table
+        if table is None or path.exists():
             return
-        self.console.print(
-            f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False
-        )
+        self.console.print(f"{self.dtype}: speed against batch {list(table.batches)}", highlight=False)
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
-        write_json(
-            path,
-            measure_batches(
+        groups = table.rounds * sum(-(-table.num_texts // batch) for batch in table.batches)
+        with progress_bar(self.console) as progress:
+            task = progress.add_task("speed against batch, groups", total=groups)
+            trials = measure_batches(
                 self.engine,
                 self.spec,
                 points,
@@ -280,8 +303,9 @@ class _Session:
                 clock=self.clock,
                 held=self.held,
                 base_folder=base_folder,
-            ),
-        )
+                on_group=lambda: progress.advance(task),
+            )
+        write_json(path, trials)
 
     def _reason(self, key: PointKey, facts: ModelFacts, *, packs: bool) -> str | None:
         if key.mode not in self.available:
