@@ -79,7 +79,7 @@ def progress_bar(console: Console) -> Progress:
     Where output is no terminal, lines say the same.
     """
     if not console.is_terminal:
-        return PlainProgress(console)
+        return PlainProgress(console, every_s=EVERY_S)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -102,6 +102,27 @@ def counted(items: Iterable[ItemT], description: str, *, total: int, console: Co
         for item in items:
             yield item
             progress.advance(task)
+
+
+@contextlib.contextmanager
+def counted_holds(
+    held: Callable[[], contextlib.AbstractContextManager[None]],
+    description: str,
+    *,
+    total: int,
+    console: Console,
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Lend what holds a device in turns, and show how many turns are over."""
+    with progress_bar(console) as progress:
+        task = progress.add_task(description, total=total)
+
+        @contextlib.contextmanager
+        def counting() -> Iterator[None]:
+            with held():
+                yield
+            progress.advance(task)
+
+        yield counting
 
 
 def task_line(task: Task) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.assets.chat import render_chat
@@ -89,11 +89,10 @@ def measure_modes(
     max_new_tokens: int,
     clock: Clock,
     held: Held = contextlib.nullcontext,
-    on_prompt: Callable[[], None] = lambda: None,
 ) -> tuple[ModeTrial, ...]:
     """Decode each prompt greedily in every mode and by Hugging Face `generate`, in turn.
 
-    Each prompt begins with another of them. `on_prompt` is called after each.
+    Each prompt begins with another of them.
     """
     names: list[str] = [STOCK, *modes]
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
@@ -130,7 +129,6 @@ def measure_modes(
                         }
                     )
                 )
-        on_prompt()
     return tuple(trials)
 
 
@@ -144,12 +142,11 @@ def measure_batches(
     clock: Clock,
     held: Held = contextlib.nullcontext,
     base_folder: Path | None = None,
-    on_group: Callable[[], None] = lambda: None,
 ) -> BatchTrials:
     """Decode the same texts with vanilla and with Medusa, B at a time for each batch B.
 
     The engine keeps its present mode. Every batch decodes all prompts, in as many groups as it takes; within
-    a group the two take turns in being first. `on_group` is called after each.
+    a group the two take turns in being first.
     """
     table = spec.batch_table
     assert table is not None
@@ -190,7 +187,6 @@ def measure_batches(
                                 decode_s=seconds,
                             )
                         )
-                on_group()
     return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=tuple(trials))
 
 

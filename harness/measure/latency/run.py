@@ -8,7 +8,7 @@ dropped by forgetting it, so that every repeat sees the same context.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,7 @@ from harness.device.engine import Engine, best_device
 from harness.device.gpu.watch import GpuWatch
 from harness.device.limits import better_limits
 from harness.device.locks import Held, device_turns, folder_held
-from harness.device.progress import progress_bar
+from harness.device.progress import counted, counted_holds
 from harness.device.prompts import take_up_date
 from harness.errors import UserError
 from harness.files import write_json
@@ -37,7 +37,7 @@ from harness.measure.latency.engine import (
     planned_facts,
 )
 from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.measure.latency.timers import measure_group, num_visits, release
+from harness.measure.latency.timers import measure_group, release
 from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
@@ -108,7 +108,7 @@ def run_latency(
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
-            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, gpu)
+            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, gpu=gpu)
             num_planned += len(session.plan)
             peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
             del engine, session  # two copies of the weights may not fit
@@ -189,7 +189,8 @@ class _Session:
         held: Held,
         console: Console,
         free_bytes: int,
-        gpu: GpuWatch | None,
+        *,
+        gpu: GpuWatch | None = None,
     ) -> None:
         self.gpu = gpu
         self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
@@ -215,43 +216,43 @@ class _Session:
     def _measure_limits(self, *, again: bool = False) -> None:
         """Measure what is not on disk yet, or the better of that and of a second measurement."""
         path = self.store.folder / limits_file(self.dtype, first=self.spec.dtypes[0])
-        backbone = self.engine.runner.backbone
-        before = LatencyRecord(self.store.folder).limits(self.dtype) if path.exists() else None
+        before = LatencyRecord(self.store.folder).limits(self.dtype)
         if again or before is None:
             with self.held():
+                backbone = self.engine.runner.backbone
                 write_json(path, better_limits(before, backbone.device, backbone.dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
         packs = packs_weights(self.spec, dtype=self.dtype, device=self.engine.runner.backbone.device)
-        todo = [key for key in self.plan if key not in done]
-        reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
-        total = num_visits(self.spec.repeats) * sum(reason is None for reason in reasons.values())
-        with progress_bar(self.console) as progress:
-            task = progress.add_task(f"{self.dtype}, visits of points", total=total)
-            for _, members in groupby(todo, key=lambda key: key.group):
-                group = list(members)
-                skipped = [(key, reason) for key in group if (reason := reasons[key]) is not None]
-                self.store.append(*(LatencyPoint(**dict(key), skipped=reason) for key, reason in skipped))
-                if runnable := [key for key in group if reasons[key] is None]:
-                    points = self._measure_group(runnable, on_visit=lambda: progress.advance(task))
-                    self.store.append(*points)
-                    peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
+        groups = [list(members) for _, members in groupby(self.plan, key=lambda key: key.group)]
+        shown = f"{self.dtype}, groups of points"
+        for members in counted(groups, shown, total=len(groups), console=self.console):
+            dtype, mode, context_tokens, batch = members[0].group
+            todo = [key for key in members if key not in done]
+            reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
+            self.store.append(
+                *(
+                    LatencyPoint(**dict(key), skipped=reason)
+                    for key, reason in reasons.items()
+                    if reason is not None
+                )
+            )
+            if runnable := [key for key in todo if reasons[key] is None]:
+                self.console.print(
+                    f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes",
+                    highlight=False,
+                )
+                with self.held():
+                    points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
+                points = self._with_gpu(points)
+                self.store.append(*points)
+                peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
         return peak
 
-    def _measure_group(
-        self, keys: Sequence[PointKey], *, on_visit: Callable[[], None]
-    ) -> tuple[LatencyPoint, ...]:
-        """Time the points of one group, and note what became of the GPU meanwhile."""
-        dtype, mode, context_tokens, batch = keys[0].group
-        self.console.print(
-            f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes", highlight=False
-        )
-        with self.held():
-            points = measure_group(
-                self.engine, keys, repeats=self.spec.repeats, clock=self.clock, on_visit=on_visit
-            )
+    def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
+        """Return the points with what the GPU's driver says after them; as they are where none is watched."""
         if self.gpu is None:
             return points
         seen = self.gpu.observe()
@@ -267,8 +268,9 @@ class _Session:
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
         timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
         modes = [mode for mode in self.modes if mode in self.available and mode in timed]
-        with progress_bar(self.console) as progress:
-            task = progress.add_task("table of modes, prompts", total=table.num_prompts)
+        shown = "table of modes, warm-up and prompts"
+        total = 1 + table.num_prompts
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
             trials = measure_modes(
                 self.engine,
                 self.dtype,
@@ -276,8 +278,7 @@ class _Session:
                 prompts[: table.num_prompts],
                 max_new_tokens=table.max_new_tokens,
                 clock=self.clock,
-                held=self.held,
-                on_prompt=lambda: progress.advance(task),
+                held=held,
             )
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
@@ -291,21 +292,20 @@ class _Session:
         self.console.print(f"{self.dtype}: speed against batch {list(table.batches)}", highlight=False)
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
-        groups = table.rounds * sum(-(-table.num_texts // batch) for batch in table.batches)
-        with progress_bar(self.console) as progress:
-            task = progress.add_task("speed against batch, groups", total=groups)
-            trials = measure_batches(
+        shown = "speed against batch, warm-up and groups"
+        total = 1 + table.rounds * sum(-(-table.num_texts // batch) for batch in table.batches)
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
+            batches = measure_batches(
                 self.engine,
                 self.spec,
                 points,
                 prompts,
                 dtype=self.dtype,
                 clock=self.clock,
-                held=self.held,
+                held=held,
                 base_folder=base_folder,
-                on_group=lambda: progress.advance(task),
             )
-        write_json(path, trials)
+        write_json(path, batches)
 
     def _reason(self, key: PointKey, facts: ModelFacts, *, packs: bool) -> str | None:
         if key.mode not in self.available:

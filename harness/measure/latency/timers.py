@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,12 +27,7 @@ _BACKBONE_DEPTH = 5  # of trees that are timed without heads
 
 
 def measure_group(
-    engine: Engine,
-    keys: Sequence[PointKey],
-    *,
-    repeats: int,
-    clock: Clock,
-    on_visit: Callable[[], None] = lambda: None,
+    engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock
 ) -> tuple[LatencyPoint, ...]:
     """Time the points of one group `repeats` times each, in rounds of a few times at each visit.
 
@@ -41,7 +36,7 @@ def measure_group(
 
     Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator,
     which no step of a decoding does (on a CPU in eager mode it takes half as long again). A point that runs
-    out of memory is recorded as skipped, and the others go on. `on_visit` is called before every visit.
+    out of memory is recorded as skipped, and the others go on.
     """
     device = engine.runner.backbone.device
     engine.runner.use(keys[0].mode)
@@ -60,7 +55,6 @@ def measure_group(
         for number, num_times in enumerate(rounds):
             first = number * len(keys) // len(rounds)
             for key in (*keys[first:], *keys[:first]):
-                on_visit()
                 if key in skipped:
                     continue
                 with _noting_out_of_memory(skipped, [key], device):
@@ -80,11 +74,6 @@ def measure_group(
         )
         for key in keys
     )
-
-
-def num_visits(repeats: int) -> int:
-    """Return how many visits `measure_group` pays each point, the first, untimed one included."""
-    return 1 + len(_visits(repeats))
 
 
 def _visits(repeats: int) -> list[int]:

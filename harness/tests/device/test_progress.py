@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 from rich.progress import Progress, Task
@@ -12,6 +15,7 @@ from rich.progress import Progress, Task
 from harness.device.progress import (
     PlainProgress,
     counted,
+    counted_holds,
     heartbeat,
     progress_bar,
     progress_lines,
@@ -120,6 +124,26 @@ def test_short_work_says_nothing() -> None:
     console = plain_console()
     assert list(counted(iter("ab"), "letters", total=2, console=console)) == ["a", "b"]
     assert lines_of(console) == []
+
+
+def test_turns_of_a_device_are_counted_when_they_are_over() -> None:
+    console, held = plain_console(), list[str]()
+
+    @contextlib.contextmanager
+    def hold() -> Iterator[None]:
+        held.append("begun")
+        yield
+        held.append("over")
+
+    with (
+        patch("harness.device.progress.EVERY_S", SOON_S),
+        counted_holds(hold, "turns", total=3, console=console) as counting,
+    ):
+        with counting():
+            assert held == ["begun"] and wait_for_lines(console, 1)[0].startswith("turns: 0 of 3")
+        with counting():
+            pass
+    assert held == ["begun", "over"] * 2 and lines_of(console)[-1].startswith("turns: 2 of 3")
 
 
 def test_a_terminal_has_a_bar_and_no_lines() -> None:

@@ -14,13 +14,18 @@ from harness.device.gpu.watch import GpuWatch
 from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.measure import run as run_module
+from harness.measure.latency import run as latency_module
+from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.run import RunOptions, run_suite
+from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
+from harness.report.latency import render_latency_report
 from harness.report.run import render_report
 from harness.safe_text import SafeConsole
+from harness.specs.latency import parse_latency_spec
 from harness.specs.suite import parse_suite
 from harness.tests.device.gpu.fake_nvml import FakeNvml
-from harness.tests.tiny_suite import CHAIN, VANILLA, micro_data, small_device_limits
+from harness.tests.tiny_suite import CHAIN, VANILLA, micro_data, small_device_limits, smoke_suite
 
 QUIET_LOOKS = 3
 
@@ -72,3 +77,38 @@ def test_without_a_watch_nothing_is_noted(heads_file: Path, tmp_path: Path) -> N
         options = RunOptions(results=tmp_path, limit=1)
         folder = run_suite(suite, suite_file=None, options=options, console=SafeConsole(quiet=True))
     assert [one.gpu for one in RunRecord(folder).generations] == [None]
+
+
+def test_points_of_a_latency_run_hold_what_became_of_the_gpu(
+    heads_file: Path, watch: GpuWatch, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_module, "require_own_gpu", lambda: watch)
+    model = smoke_suite().model_dump(mode="json", exclude_none=True)["model"]
+    grids = [{"num_nodes": [1, 4], "num_heads": [2], "context_tokens": [24], "batch": [1, 2, 3, 4]}]
+    data = {
+        "schema_version": 1,
+        "kind": "latency",
+        "name": "tiny",
+        "description": "for tests",
+        "model": model,
+        "heads": {"path": str(heads_file)},
+        "dtypes": ["float32"],
+        "modes": ["eager"],
+        "repeats": 1,
+        "prompts": {"source": "random", "prompt_tokens": 9},
+        "grids": grids,
+    }
+    with small_device_limits():
+        folder = run_latency(
+            parse_latency_spec(tomli_w.dumps(data), where="the test"),
+            spec_file=None,
+            options=LatencyOptions(results=tmp_path),
+            console=SafeConsole(quiet=True),
+        )
+    record = LatencyRecord(folder)
+    assert validate_record(folder) == ()
+    seen = {point.batch: point.gpu for point in record.points}
+    assert len(record.points) == 8 and all(point.gpu == seen[point.batch] for point in record.points)
+    shared = [one is not None and one.is_shared for _, one in sorted(seen.items())]
+    assert shared == [False] * QUIET_LOOKS + [True]
+    assert "seen in 2 of 8 points" in render_latency_report(record)
