@@ -62,7 +62,7 @@ def shared_python(session: nox.Session) -> str:
         "install",
         *pinned,
         "--editable",
-        f"{ROOT}[plots,ray]",
+        f"{ROOT}[gpu,plots,ray]",
         *groups,
         external=True,
     )

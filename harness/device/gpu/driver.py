@@ -19,7 +19,10 @@ _THROTTLE_REASONS: Mapping[int, str] = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
     0x100: "display clocks setting",
+    0x200: "board limit",
+    0x400: "reliability",
 }
+_SUCCESS, _NOT_FOUND = 0, 6  # NVML_SUCCESS, NVML_ERROR_NOT_FOUND
 _SM_CLOCK, _MEMORY_CLOCK, _CHIP_SENSOR = 1, 2, 0  # NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU
 
 
@@ -125,9 +128,10 @@ class GpuDriver:
         """Return an answer of the driver; `nothing` where it found none, None where it has no answer."""
         try:
             return getattr(self._nvml, name)(self._handle, *arguments)
-        except getattr(self._nvml, "NVMLError_NotFound", ()):
-            return nothing
-        except (self._nvml.NVMLError, AttributeError):  # not supported by this GPU, or by this package
+        except self._nvml.NVMLError as error:
+            # A list that is empty is an error that says "not found", or one that says "success".
+            return nothing if getattr(error, "value", None) in (_SUCCESS, _NOT_FOUND) else None
+        except AttributeError:  # another version of the package
             return None
 
 

@@ -14,10 +14,11 @@ class FakeNvml(ModuleType):
     """
 
     class NVMLError(Exception):
-        pass
+        """An error by NVML's number: 3 for what the GPU does not support, 6 for what is not found."""
 
-    class NVMLError_NotFound(NVMLError):
-        pass
+        def __init__(self, value: int = 3) -> None:
+            super().__init__(f"NVML error {value}")
+            self.value = value
 
     def __init__(self, listed: dict[int | str, list[tuple[int, int | None]]] | None = None) -> None:
         super().__init__("pynvml")
@@ -25,6 +26,7 @@ class FakeNvml(ModuleType):
         self.samples: list[SimpleNamespace] | None = None
         self.answers: dict[str, Any] = {}
         self.num_open = 0
+        self.nothing_new = 6  # or 0: drivers differ
 
     def nvmlInit(self) -> None:
         if "nvmlInit" in self.answers:
@@ -47,10 +49,10 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetProcessUtilization(self, handle: int | str, since_us: int) -> list[SimpleNamespace]:
         if self.samples is None:
-            raise self.NVMLError("not supported")
+            raise self.NVMLError
         found = [sample for sample in self.samples if sample.timeStamp > since_us]
         if not found:
-            raise self.NVMLError_NotFound("nothing new")
+            raise self.NVMLError(self.nothing_new)
         return found
 
     def nvmlDeviceGetMemoryInfo(self, handle: int | str) -> SimpleNamespace:
@@ -77,12 +79,12 @@ class FakeNvml(ModuleType):
 
     def _answer(self, name: str) -> Any:
         if name not in self.answers:
-            raise self.NVMLError(f"{name} is not supported")
+            raise self.NVMLError
         return self.answers[name]
 
     def _check(self, name: int | str) -> None:
         if name not in self.listed:
-            raise self.NVMLError("no such GPU")
+            raise self.NVMLError(6)
 
 
 def sample(pid: int, utilisation: int, *, at_us: int) -> SimpleNamespace:

@@ -62,8 +62,10 @@ def test_a_package_that_lacks_a_call_is_no_error(monkeypatch: MonkeyPatch) -> No
     assert driver_of(nvml).processes() is None
 
 
-def test_utilisation_is_that_since_the_last_call() -> None:
+@pytest.mark.parametrize("nothing_new", [0, 6])
+def test_utilisation_is_that_since_the_last_call(nothing_new: int) -> None:
     nvml = FakeNvml()
+    nvml.nothing_new = nothing_new
     nvml.samples = [sample(7, 50, at_us=100), sample(8, 20, at_us=110), sample(8, 30, at_us=120)]
     driver = driver_of(nvml)
     assert driver.utilisation() == {7: 0.5, 8: 0.3}
@@ -105,6 +107,17 @@ def test_a_gpu_beyond_the_visible_ones_is_not_asked_about(monkeypatch: MonkeyPat
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert open_driver(1) is None
+
+
+def test_the_package_has_what_is_asked_of_it() -> None:
+    """The stand-in answers whatever it is asked; a name with a slip in it would be unknown to the package."""
+    pynvml = pytest.importorskip("pynvml")
+    asked = {name for name in vars(FakeNvml) if name.startswith("nvml")}
+    assert len(asked) == 13 and [name for name in sorted(asked) if not hasattr(pynvml, name)] == []
+    assert (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU) == (1, 2, 0)
+    assert (pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_NOT_SUPPORTED) == (0, 6, 3)
+    assert pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND).value == 6
+    assert pynvml.nvmlClocksThrottleReasonSwPowerCap == 0x4
 
 
 def test_without_the_package_or_the_library_nothing_is_known(monkeypatch: MonkeyPatch) -> None:
