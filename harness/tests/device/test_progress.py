@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +24,9 @@ from harness.device.progress import (
     span,
     task_line,
 )
+from harness.errors import ExitCode
 from harness.safe_text import SafeConsole
+from harness.tests.tiny_suite import CHAIN, VANILLA, command, micro_data, write_suite
 
 SOON_S = 0.02
 
@@ -203,3 +207,12 @@ def test_a_terminal_has_no_heartbeat() -> None:
 
 def test_a_bar_outside_of_our_console_is_richs_own() -> None:
     assert type(progress_bar(SafeConsole(file=io.StringIO(), force_terminal=True))) is Progress
+
+
+def test_a_run_whose_output_is_a_file_says_how_far_it_is(heads_file: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, arms=[VANILLA, CHAIN]))
+    with patch("harness.device.progress.EVERY_S", SOON_S):
+        ran = command("reproduce", suite, "--results", tmp_path / "results")
+    told = re.findall(r"^(?:vanilla|chain) on \S+: \d of 8, \d+ s so far, .* left", ran.err, re.MULTILINE)
+    assert told and ran.code == ExitCode.OK, ran.err
+    assert "\x1b" not in ran.err and ran.err.count("of 8, took") == 1

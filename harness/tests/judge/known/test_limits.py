@@ -192,3 +192,32 @@ def test_steps_of_a_tuned_backbone_read_its_own_weights(tmp_path: Path) -> None:
     tuned = {one.what: one.share for one in run_shares(cast(RunRecord, stand_in))}
     assert tuned["reading of chain"] == pytest.approx(3 * plain["reading of chain"])
     assert tuned["reading of vanilla"] == pytest.approx(plain["reading of vanilla"])
+
+
+@pytest.mark.parametrize(("more", "reads"), [(0, True), (1, False)])
+def test_a_latency_records_cached_weights_are_not_read_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, reads: bool
+) -> None:
+    num_bytes = fake_facts().step_bytes("float32")
+    monkeypatch.setattr("harness.judge.limits.CACHED_BYTES", num_bytes + more)
+    told = [one.what for one in latency_shares(latency_with(tmp_path / "run", limits_of()))]
+    assert any(what.startswith("reading of float32 packed over") for what in told) is reads
+    assert ("reading of float32 packed" in told) is reads
+    assert any(what.startswith("products") for what in told)
+
+
+def test_points_that_were_skipped_and_dtypes_without_limits_have_no_share(tmp_path: Path) -> None:
+    record = write_fake_latency(tmp_path / "run", skipped={64: "no memory"})
+    assert not any("over 64 nodes" in one.what for one in latency_shares(record))
+    (record.folder / "device_limits.json").unlink()
+    bare = LatencyRecord(record.folder)
+    assert list(latency_shares(bare)) == [] and latency_within_limits(bare).status is SKIPPED
+
+
+def test_a_step_of_no_time_is_left_to_other_checks(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        parts.device_limits = limits_of(1e12, 1e14)
+        parts.edit(lambda row: {"step_times_s": (0.0,) * row.num_steps}, arm="vanilla")
+
+    told = {one.what for one in run_shares(write_fake_record(tmp_path, spoil=spoil, num_prompts=4))}
+    assert "reading of vanilla" not in told and "reading of chain" in told
