@@ -110,9 +110,8 @@ def run_blocks(
                 break
             with device_turn(session):
                 for planned in block:
-                    progress.update(
-                        task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}")
-                    )
+                    now = f"trials, {planned.trial.arm} on {planned.trial.prompt_key}"
+                    progress.update(task, description=escape(now))
                     prompt = prompts[planned.trial.prompt_key]
                     outcome = _run_trial(
                         session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
