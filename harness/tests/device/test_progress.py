@@ -213,8 +213,7 @@ def test_a_run_whose_output_is_a_file_says_how_far_it_is(heads_file: Path, tmp_p
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, arms=[VANILLA, CHAIN]))
     with patch("harness.device.progress.EVERY_S", SOON_S):
         ran = command("reproduce", suite, "--results", tmp_path / "results")
-    told = re.findall(
-        r"^trials, (?:vanilla|chain) on \S+: \d of 8, \d+ s so far, .* left", ran.err, re.MULTILINE
-    )
+    line = r"^trials, (?:vanilla|chain) on \S+: \d of 8, \d+ s so far, .* left"
+    told = re.findall(line, ran.err, re.MULTILINE)
     assert told and ran.code == ExitCode.OK, ran.err
     assert "\x1b" not in ran.err and ran.err.count("of 8, took") == 1
