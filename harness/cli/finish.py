@@ -14,6 +14,8 @@ from harness.cli.marked import marked_lines
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import read_text, write_bytes
+from harness.judge.judgement import CheckStatus
+from harness.judge.limits import latency_within_limits
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.ablation import AblationRecord, newest_ablations
@@ -104,7 +106,18 @@ def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:
 
     _write_report(record, render_latency_report(record))
     print_latency(SafeConsole(), record)
-    return Told(latency_headline(record), latency_block(record) if shows_block else None)
+    outcome = latency_within_limits(record)
+    is_valid = outcome.status is not CheckStatus.FAILED
+    if not is_valid:
+        console.print(
+            f"INVALID: {outcome.name}: found {outcome.found}; need {outcome.need}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return Told(
+        latency_headline(record), latency_block(record) if shows_block and is_valid else None, is_valid
+    )
 
 
 def write_latency_report(folder: Path) -> None:

@@ -14,6 +14,7 @@ from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
+from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.step import StepProfile
 from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Environment
@@ -56,6 +57,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_manifest": SweepManifest,
     "step_profile": StepProfile,
     "training_profile": TrainingProfile,
+    "kernel_races": KernelRaces,
 }
 
 

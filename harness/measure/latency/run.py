@@ -19,8 +19,10 @@ from rich.table import Table
 from harness.device.clock import Clock, device_clock
 from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
-from harness.device.limits import measure_device_limits
+from harness.device.gpu.watch import GpuWatch
+from harness.device.limits import better_limits
 from harness.device.locks import Held, device_turns, folder_held
+from harness.device.progress import counted, counted_holds
 from harness.device.prompts import take_up_date
 from harness.errors import UserError
 from harness.files import write_json
@@ -36,6 +38,7 @@ from harness.measure.latency.engine import (
 )
 from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
 from harness.measure.latency.timers import measure_group, release
+from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
     LATENCY,
@@ -74,7 +77,7 @@ def run_latency(
     device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
-    require_own_gpu()
+    gpu = require_own_gpu()
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
@@ -105,7 +108,7 @@ def run_latency(
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
-            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes)
+            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, gpu=gpu)
             num_planned += len(session.plan)
             peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
             del engine, session  # two copies of the weights may not fit
@@ -186,7 +189,10 @@ class _Session:
         held: Held,
         console: Console,
         free_bytes: int,
+        *,
+        gpu: GpuWatch | None = None,
     ) -> None:
+        self.gpu = gpu
         self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
         self.clock, self.held, self.console, self.free_bytes = clock, held, console, free_bytes
         self.available = engine.runner.available_modes()
@@ -203,20 +209,27 @@ class _Session:
         self._measure_modes(prompts, auto=auto)
         if self.dtype == self.spec.dtypes[0]:
             self._measure_batches(prompts, auto=auto, base_folder=base_folder)
-        return max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        peak = max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        self._measure_limits(again=True)
+        return peak
 
-    def _measure_limits(self) -> None:
+    def _measure_limits(self, *, again: bool = False) -> None:
+        """Measure what is not on disk yet, or the better of that and of a second measurement."""
         path = self.store.folder / limits_file(self.dtype, first=self.spec.dtypes[0])
-        if not path.exists():
+        before = LatencyRecord(self.store.folder).limits(self.dtype)
+        if again or before is None:
             with self.held():
                 backbone = self.engine.runner.backbone
-                write_json(path, measure_device_limits(backbone.device, backbone.dtype, clock=self.clock))
+                write_json(path, better_limits(before, backbone.device, backbone.dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
         packs = packs_weights(self.spec, dtype=self.dtype, device=self.engine.runner.backbone.device)
-        for (dtype, mode, context_tokens, batch), members in groupby(self.plan, key=lambda key: key.group):
+        groups = [list(members) for _, members in groupby(self.plan, key=lambda key: key.group)]
+        shown = f"{self.dtype}, groups of points"
+        for members in counted(groups, shown, total=len(groups), console=self.console):
+            dtype, mode, context_tokens, batch = members[0].group
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
             self.store.append(
@@ -233,9 +246,18 @@ class _Session:
                 )
                 with self.held():
                     points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
+                points = self._with_gpu(points)
                 self.store.append(*points)
                 peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
         return peak
+
+    def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
+        """Return the points with what the GPU's driver says after them; as they are where none is watched."""
+        if self.gpu is None:
+            return points
+        seen = self.gpu.observe()
+        tell_of_others(self.console, seen)
+        return tuple(point.model_copy(update={"gpu": seen}) for point in points)
 
     def _measure_modes(self, prompts: Sequence[LatencyPrompt], *, auto: ModeName) -> None:
         table = self.spec.modes_table
@@ -246,42 +268,44 @@ class _Session:
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
         timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
         modes = [mode for mode in self.modes if mode in self.available and mode in timed]
-        trials = measure_modes(
-            self.engine,
-            self.dtype,
-            modes,
-            prompts[: table.num_prompts],
-            max_new_tokens=table.max_new_tokens,
-            clock=self.clock,
-            held=self.held,
-        )
+        shown = "table of modes, warm-up and prompts"
+        total = 1 + table.num_prompts
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
+            trials = measure_modes(
+                self.engine,
+                self.dtype,
+                modes,
+                prompts[: table.num_prompts],
+                max_new_tokens=table.max_new_tokens,
+                clock=self.clock,
+                held=held,
+            )
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
 
     def _measure_batches(
         self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, base_folder: Path | None
     ) -> None:
-        path = self.store.folder / BATCHES_FILE
-        if self.spec.batch_table is None or path.exists():
+        path, table = self.store.folder / BATCHES_FILE, self.spec.batch_table
+        if table is None or path.exists():
             return
-        self.console.print(
-            f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False
-        )
+        self.console.print(f"{self.dtype}: speed against batch {list(table.batches)}", highlight=False)
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
-        write_json(
-            path,
-            measure_batches(
+        shown = "speed against batch, warm-up and groups"
+        total = 1 + table.rounds * sum(-(-table.num_texts // batch) for batch in table.batches)
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
+            batches = measure_batches(
                 self.engine,
                 self.spec,
                 points,
                 prompts,
                 dtype=self.dtype,
                 clock=self.clock,
-                held=self.held,
+                held=held,
                 base_folder=base_folder,
-            ),
-        )
+            )
+        write_json(path, batches)
 
     def _reason(self, key: PointKey, facts: ModelFacts, *, packs: bool) -> str | None:
         if key.mode not in self.available:

@@ -67,6 +67,15 @@ def test_a_record_of_every_version_loads_validates_and_reports(version: str, kin
     assert report.startswith("# ") and "ommit" in report and "| " in report
 
 
+@pytest.mark.parametrize("kind", ["suite", "latency"])
+def test_limits_of_version_1_are_shown_as_under_measured(kind: RecordKind) -> None:
+    """Their probe used fixed sizes, and has no product of one row."""
+    folder = FIXTURES / "v1" / kind
+    limits = RunRecord(folder).device_limits if kind == "suite" else LatencyRecord(folder).limits("float32")
+    assert limits is not None and limits.are_under_measured and limits.schema_version == 2
+    assert "limits under-measured" in report_of(folder)
+
+
 def test_a_record_from_before_kinds_were_written_says_none() -> None:
     for kind in ("suite", "latency", "sweep", "ablation"):
         assert "kind" not in json.loads((FIXTURES / "v1" / kind / "manifest.json").read_text())
@@ -154,7 +163,8 @@ def test_no_file_of_a_newer_version_is_read(tmp_path: Path, name: str) -> None:
     shutil.copytree(FIXTURES / "v1", tmp_path / "v1")
     raised(tmp_path / "v1" / name)
     told = faults_of(tmp_path / "v1")
-    words = ("found schema_version 99", "need at most 1", "to mend it: update medusa-repro")
+    newest = 2 if name.endswith("device_limits.json") or "device_limits_" in name else 1
+    words = ("found schema_version 99", f"need at most {newest}", "to mend it: update medusa-repro")
     assert any(all(word in line for word in words) for line in told), told
 
 
