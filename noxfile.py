@@ -79,6 +79,7 @@ OLDEST_TESTS = (
     "medusa_impl/tests/engine/test_backbone.py",
     "medusa_impl/tests/engine/test_families.py",
     "medusa_impl/tests/engine/test_kv_cache.py",
+    "medusa_impl/tests/engine/test_recorded_step.py",
     "medusa_impl/tests/engine/test_runner.py",
     "medusa_impl/tests/test_decode.py",
 )
