@@ -1,0 +1,125 @@
+"""How a part ended, and what there is to say of it in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from harness.errors import ExitCode, UserError
+from harness.measure.gpu.process import Ended
+from harness.records.folder import ASKED_FILE, MANIFEST_FILE
+from harness.records.gpu import GpuRecord, Outcome
+from harness.records.latency import OUT_OF_TIME, LatencyRecord
+from harness.specs.gpu import Part, TestsPart
+
+
+def newest_record(home: Path, *, since: float) -> Path | None:
+    """Return the record that a part has written to, below the folder of its name; None where there is none.
+
+    Units: seconds since the epoch, as files have them.
+    """
+    times: dict[Path, float] = {}
+    for folder in home.glob("*/*"):
+        if folder.is_dir() and not folder.name.startswith("."):
+            times[folder] = max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+    written = [folder for folder, at in times.items() if at >= since - 1]  # file systems round
+    return max(written, key=lambda folder: times[folder], default=None)
+
+
+def outcome_of(one: Part, ended: Ended, *, folder: Path, record: Path | None) -> Outcome:
+    """Return how a part ended.
+
+    `folder` is the acceptance's own record, `record` the part's own one, None where it makes none.
+    """
+    if ended.overran:
+        return "stopped"
+    if ended.code == ExitCode.INVALID_MEASUREMENT and not isinstance(one, TestsPart):
+        return "invalid"
+    if ended.code != ExitCode.OK:
+        return "failed"
+    if isinstance(one, TestsPart):
+        counts = GpuRecord(folder).tests
+        return "ok" if counts is not None and counts.num_passed > 0 else "failed"
+    return "short" if record is not None and _is_short(record) else "ok"
+
+
+def _is_short(record: Path) -> bool:
+    """Return whether a record ended by its time budget."""
+    if (record / ASKED_FILE).exists():
+        return True
+    return (record / "points.jsonl").exists() and _num_left_out(record) > 0
+
+
+def _num_left_out(record: Path) -> int:
+    return sum(point.skipped == OUT_OF_TIME for point in LatencyRecord(record).points)
+
+
+def told_of(one: Part, ended: Ended, *, folder: Path, record: Path | None) -> str:
+    """Return what there is to say of a part, in one line."""
+    said: list[str] = []
+    if ended.overran:
+        said.append(
+            "stopped at its limit" + (", and killed since it did not end" if ended.was_killed else "")
+        )
+    elif ended.code != ExitCode.OK:
+        said.append(ended.complaint or f"ended with exit code {ended.code}")
+    tell: Mapping[str, Callable[[], str]] = {
+        "tests": lambda: _told_tests(folder),
+        "limits": lambda: _told_limits(folder),
+        "latency": lambda: _told_latency(record),
+        "suite": lambda: _told_suite(ended),
+        "rates": lambda: _told_rates(folder),
+    }
+    try:
+        said.append(tell[one.part]())
+    except UserError as error:  # half a file that a kill left
+        said.append(str(error))
+    if record is not None and not (record / MANIFEST_FILE).exists():
+        said.append("its record is unfinished, and its own command resumes it")
+    return "; ".join(filter(None, said))
+
+
+def _told_tests(folder: Path) -> str:
+    counts = GpuRecord(folder).tests
+    if counts is None:
+        return "no counts"
+    failed = f" ({', '.join(counts.failed[:3])})" if counts.failed else ""
+    return f"{counts.num_passed} passed, {counts.num_failed} failed{failed}, {counts.num_skipped} skipped"
+
+
+def _told_limits(folder: Path) -> str:
+    found = GpuRecord(folder).limits
+    return ", ".join(
+        f"{dtype} reads {one.read_bandwidth_bytes_per_s / 1e9:,.0f} GB/s and multiplies "
+        f"{one.matmul_flop_per_s / 1e12:,.2f} TFLOP/s"
+        for dtype, one in found.items()
+    )
+
+
+def _told_latency(record: Path | None) -> str:
+    if record is None:
+        return ""
+    points = LatencyRecord(record).points
+    num_timed, late = sum(point.skipped is None for point in points), _num_left_out(record)
+    others = len(points) - num_timed - late
+    return f"{num_timed} sizes timed, {late} left out for want of time, {others} skipped for other reasons"
+
+
+def _told_suite(ended: Ended) -> str:
+    """Return what the suite's last line says of validity and speed."""
+    try:
+        last = json.loads(ended.last_line)
+        failed = ", ".join(last["failed_checks"])
+        return "valid" if last["valid"] else f"checks that failed: {failed}"
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def _told_rates(folder: Path) -> str:
+    record, said = GpuRecord(folder), []
+    if record.corpus is not None:
+        said.append(f"corpus {record.corpus.tokens_per_s:,.0f} tokens/s")
+    for stage in record.training.stages if record.training is not None else ():
+        said.append(f"training, {stage.name}, {stage.num_positions / stage.median_step_s:,.0f} positions/s")
+    return ", ".join(said)
