@@ -4,9 +4,11 @@
 
 Two processes, one a version, load the same model. For each prompt and each number of tree nodes they decode
 in turns, base head head base, and the next prompt begins with the other one: what drifts on the machine falls
-on both alike. A prompt's figure is the median step time of each generation. The ratio of the totals over
-prompts, head over base, has an interval from a bootstrap over prompts. The engine is slower where that
-interval lies wholly above 1 + margin, for any number of nodes, and not slower where it lies wholly below.
+on both alike. A generation's figure is the lower quartile of its step times: what disturbs a machine makes
+steps longer, never shorter. The ratio of the totals over prompts, head over base, has an interval from a
+bootstrap over prompts. The engine is slower where that interval lies wholly above 1 + margin, for any number
+of nodes, and not slower where it lies wholly below. Where other processes used more than a share of the cores
+in too many turns, neither is said: on a busy machine such intervals once took one version for two.
 
 Exit codes: 0 not slower, 1 slower, 2 neither can be said, or the texts differ; 3 user error.
 """
@@ -20,9 +22,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,8 @@ SideName = Literal["base", "head"]
 Outcome = Literal["slower", "not slower", "inconclusive"]
 Ask = Callable[[SideName, Request], Turn]
 _LEAST_PROMPTS = 8
+_QUANTILE = 0.25
+_DISTURBED_TURNS = 0.1  # the share of turns that others may have disturbed
 
 
 class TurnTaken(Turn):
@@ -95,9 +98,8 @@ def take_turns(ask: Ask, *, nodes: Sequence[int], num_prompts: int) -> Iterator[
 def compare(
     turns: Sequence[TurnTaken], *, margin: float, interval: IntervalSpec | None = None
 ) -> tuple[Compared, ...]:
-    """Return head over base for each number of nodes, from the median step of each generation.
+    """Return head over base for each number of nodes, from the lower quartile of each generation's steps.
 
-    A median leaves out steps that something else on the machine disturbed.
     Raises: ValueError where a side lacks a prompt that the other has.
     """
     spec, compared = interval or IntervalSpec(), []
@@ -106,7 +108,7 @@ def compare(
         for prompt in sorted({turn.prompt for turn in turns}):
             for side, column in totals.items():
                 of_side = [
-                    median(turn.step_s)
+                    float(np.quantile(turn.step_s, _QUANTILE))
                     for turn in turns
                     if (turn.num_nodes, turn.prompt, turn.side) == (num_nodes, prompt, side) and turn.step_s
                 ]
@@ -125,6 +127,16 @@ def outcome_of(ratio: Interval, *, margin: float) -> Outcome:
     if ratio.low > 1 + margin:
         return "slower"
     return "not slower" if ratio.high <= 1 + margin else "inconclusive"
+
+
+def disturbed_share(turns: Sequence[TurnTaken], *, others: float) -> float:
+    """Return the share of turns in which other processes used more than `others` of all cores' time."""
+    return sum(turn.others_share > others for turn in turns) / len(turns)
+
+
+def undecided(compared: Sequence[Compared]) -> tuple[Compared, ...]:
+    """Return the same ratios without what they say."""
+    return tuple(replace(one, outcome="inconclusive") for one in compared)
 
 
 def differing_texts(turns: Sequence[TurnTaken]) -> int:
@@ -249,7 +261,17 @@ def run(arguments: argparse.Namespace) -> ExitCode:
             if len(turns) % (4 * len(wanted.nodes)) == 0:
                 print(f"{turn.prompt + 1} of {found} prompts", file=sys.stderr)
     compared, num_differing = compare(turns, margin=arguments.margin), differing_texts(turns)
-    _tell(compared, ready, num_differing=num_differing, margin=arguments.margin, num_prompts=found)
+    disturbed = disturbed_share(turns, others=arguments.others)
+    if disturbed > _DISTURBED_TURNS:
+        compared = undecided(compared)
+    _tell(
+        compared,
+        ready,
+        num_differing=num_differing,
+        margin=arguments.margin,
+        num_prompts=found,
+        disturbed=disturbed,
+    )
     if arguments.out is not None:
         write_json(arguments.out, Comparison(turns=tuple(turns)))
     return exit_code(compared, num_differing=num_differing)
@@ -262,12 +284,15 @@ def _tell(
     num_differing: int,
     margin: float,
     num_prompts: int,
+    disturbed: float,
 ) -> None:
     for one in compared:
         bounds = f"[{one.ratio.low:.4f}, {one.ratio.high:.4f}]"
         print(f"{one.num_nodes} nodes: head takes {one.ratio.estimate:.4f} {bounds} of base: {one.outcome}")
     if num_differing:
         print(f"texts differ on {num_differing} of {num_prompts * len(compared)} prompts and sizes")
+    if disturbed > _DISTURBED_TURNS:
+        print(f"other processes disturbed {100 * disturbed:.0f} % of the turns: run it on a quiet machine")
     told = {
         "commits": {name: one.commit for name, one in ready.items()},
         "modes": {name: one.mode for name, one in ready.items()},
@@ -276,6 +301,7 @@ def _tell(
         "margin": margin,
         "num_prompts": num_prompts,
         "texts_differ": num_differing,
+        "disturbed": disturbed,
         "nodes": {
             one.num_nodes: {
                 **one.ratio.model_dump(include={"estimate", "low", "high"}),
@@ -299,6 +325,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of each generation")
     parser.add_argument("--nodes", default="1,8,64", help="tree nodes, root included, with commas")
     parser.add_argument("--margin", type=float, default=0.01, help="a slowdown by this share does not count")
+    parser.add_argument(
+        "--others", type=float, default=0.1, help="share of all cores that others may use in a turn"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for all turns")
     return parser.parse_args(words)
 

@@ -11,8 +11,12 @@ import hashlib
 import json
 import os
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from harness.files import Frozen
 
@@ -49,10 +53,36 @@ class Request(Frozen):
 
 
 class Turn(Frozen):
-    """The answer: seconds of each step after the prefill, and what stands for the text."""
+    """The answer: seconds of each step after the prefill, what stands for the text, and what others did.
+
+    `others_share` is the share of all cores' time that other processes used meanwhile.
+    """
 
     step_s: tuple[float, ...]
     text_sha256: str
+    others_share: float
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds: of the clock, of all cores that were busy, of those that were busy for this process."""
+
+    clock_s: float
+    busy_s: float
+    own_s: float
+
+    @staticmethod
+    def until_now() -> _Spent:
+        cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle_s = cores.idle + getattr(cores, "iowait", 0.0)
+        guests_s = getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)  # counted in user, too
+        return _Spent(time.perf_counter(), sum(cores) - idle_s - guests_s, own.user + own.system)
+
+    def others_share(self, after: _Spent) -> float:
+        """Return the share of all cores' time between two moments that other processes used."""
+        others_s = (after.busy_s - self.busy_s) - (after.own_s - self.own_s)
+        cores_s = (after.clock_s - self.clock_s) * (psutil.cpu_count() or 1)
+        return min(1.0, max(0.0, others_s / cores_s))
 
 
 def main(wanted: Wanted) -> None:
@@ -99,9 +129,11 @@ def main(wanted: Wanted) -> None:
     for line in sys.stdin:
         request = Request.model_validate_json(line)
         with held():
+            before = _Spent.until_now()
             result = runners[request.num_nodes].generate(prompts[request.prompt].prompt_ids, seed=None)
+            others_share = before.others_share(_Spent.until_now())
         digest = hashlib.sha256(json.dumps(list(result.token_ids)).encode()).hexdigest()
-        turn = Turn(step_s=result.step_times_s, text_sha256=digest)
+        turn = Turn(step_s=result.step_times_s, text_sha256=digest, others_share=others_share)
         print(turn.model_dump_json(), file=answers, flush=True)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness.errors import ExitCode
@@ -17,12 +18,14 @@ from harness.gate.run import (
     TurnTaken,
     compare,
     differing_texts,
+    disturbed_share,
     exit_code,
     order_of,
     outcome_of,
     take_turns,
+    undecided,
 )
-from harness.measure.turns import Request, Turn
+from harness.measure.turns import Request, Turn, _Spent
 from harness.paths import code_folder, shipped
 from harness.stats import Interval
 
@@ -45,8 +48,13 @@ ArmRunner.steps = _slow_steps
 """
 
 
-def turns(factor: float, *, noise: float = 0.0, other_text: int | None = None) -> list[TurnTaken]:
-    """Eight prompts on a machine that slows down by a third; the head takes `factor` times as long."""
+def turns(
+    factor: float, *, noise: float = 0.0, other_text: int | None = None, others: float = 0.0
+) -> list[TurnTaken]:
+    """Eight prompts on a machine that slows down by a third; the head takes `factor` times as long.
+
+    In every fourth turn other processes use a share of the cores.
+    """
     taken: list[TurnTaken] = []
 
     def ask(side: str, request: Request) -> Turn:
@@ -54,8 +62,11 @@ def turns(factor: float, *, noise: float = 0.0, other_text: int | None = None) -
         own = 1 + noise * (-1) ** request.prompt if side == "head" else 1.0
         step_s = request.num_nodes * drift * own * (factor if side == "head" else 1.0)
         differs = side == "head" and request.prompt == other_text
-        taken.append(TurnTaken(step_s=(), text_sha256="", side="base", prompt=0, num_nodes=1))
-        return Turn(step_s=(step_s, step_s, 100 * step_s), text_sha256="b" if differs else "a")
+        nothing = TurnTaken(step_s=(), text_sha256="", others_share=0.0, side="base", prompt=0, num_nodes=1)
+        taken.append(nothing)
+        text = "b" if differs else "a"
+        steps = (step_s, step_s, step_s, 100 * step_s)
+        return Turn(step_s=steps, text_sha256=text, others_share=others if len(taken) % 4 == 0 else 0.0)
 
     return list(take_turns(ask, nodes=NODES, num_prompts=8))
 
@@ -118,6 +129,25 @@ def test_exit_codes_say_slower_first_then_that_nothing_can_be_said() -> None:
     assert exit_code([fine, fine], num_differing=1) == ExitCode.INVALID_MEASUREMENT
 
 
+def test_on_a_busy_machine_nothing_is_said() -> None:
+    """On a loaded machine the same engine once seemed 1.15 [1.01, 1.30] times as slow as itself."""
+    assert disturbed_share(turns(1.0), others=0.1) == 0
+    assert disturbed_share(turns(1.0, others=0.3), others=0.1) == 0.25
+    assert disturbed_share(turns(1.0, others=0.3), others=0.3) == 0
+    compared = undecided(compare(turns(1.1), margin=0.01))
+    assert {one.outcome for one in compared} == {"inconclusive"}
+    assert exit_code(compared, num_differing=0) == ExitCode.INVALID_MEASUREMENT
+
+
+def test_the_share_of_others_leaves_out_what_is_our_own() -> None:
+    before = _Spent(clock_s=10.0, busy_s=100.0, own_s=5.0)
+    cores = psutil.cpu_count() or 1
+    assert before.others_share(_Spent(12.0, 100.0 + 1.5 * cores, 5.0 + 0.5 * cores)) == pytest.approx(0.5)
+    assert before.others_share(_Spent(12.0, 100.0, 6.0)) == 0, "clocks of coarse ticks"
+    now = _Spent.until_now()
+    assert now.clock_s > 0 and now.busy_s > now.own_s > 0
+
+
 def test_texts_that_differ_are_counted_by_prompt_and_size() -> None:
     assert differing_texts(turns(1.0)) == 0
     assert differing_texts(turns(1.0, other_text=3)) == len(NODES)
@@ -142,7 +172,7 @@ def test_a_slowdown_planted_into_a_copy_of_the_code_is_found(tmp_path: Path) -> 
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("tests", "__pycache__"))
     arms = copy / "harness" / "device" / "arms.py"
     arms.write_text(arms.read_text(encoding="utf-8") + SLOWED, encoding="utf-8")
-    words = ("--suite", shipped("smoke.toml"), "--tokens", "6", "--nodes", "1,8")
+    words = ("--suite", shipped("smoke.toml"), "--tokens", "6", "--nodes", "1,8", "--others", "1")
     done = gate(ROOT, copy, *words, "--out", tmp_path / "turns.json")
     assert done.returncode == ExitCode.GATE_REGRESSION, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
