@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from harness.errors import ExitCode, UserError
 from harness.measure.gpu.process import Ended
 from harness.records.folder import ASKED_FILE, MANIFEST_FILE
 from harness.records.gpu import GpuRecord, Outcome
-from harness.records.latency import OUT_OF_TIME, LatencyRecord
+from harness.records.latency import OUT_OF_TIME, LatencyPoint, LatencyRecord
 from harness.specs.gpu import Part, TestsPart
+
+_MOST_NODES = 64  # of the tree whose overhead is told, as the paper's trees
 
 
 def newest_record(home: Path, *, since: float) -> Path | None:
@@ -103,7 +106,30 @@ def _told_latency(record: Path | None) -> str:
     points = LatencyRecord(record).points
     num_timed, late = sum(point.skipped is None for point in points), _num_left_out(record)
     others = len(points) - num_timed - late
-    return f"{num_timed} sizes timed, {late} left out for want of time, {others} skipped for other reasons"
+    counted = f"{num_timed} sizes timed, {late} left out for want of time, {others} skipped for other reasons"
+    return "; ".join(filter(None, [counted, told_steps(points)]))
+
+
+def told_steps(points: Sequence[LatencyPoint]) -> str:
+    """Return what a vanilla step takes at the smallest batch and the longest context, and the overhead there.
+
+    The overhead is a whole step's, heads included, at the most nodes up to 64; medians over medians.
+    """
+    timed = [point for point in points if point.step_s]
+    one = min(
+        (point for point in timed if point.num_nodes == 1),
+        key=lambda point: (point.batch, -point.context_tokens),
+        default=None,
+    )
+    if one is None:
+        return ""
+    step_s = median(one.step_s)
+    told = f"{one.mode}, batch {one.batch}, context {one.context_tokens}: a step takes {1000 * step_s:.3g} ms"
+    trees = [point for point in timed if point.group == one.group and 1 < point.num_nodes <= _MOST_NODES]
+    if not trees:
+        return told
+    most = max(trees, key=lambda point: (point.num_nodes, point.num_heads))
+    return f"{told}, {median(most.step_s) / step_s:.2f} times that at {most.num_nodes} nodes"
 
 
 def _told_suite(ended: Ended) -> str:
@@ -111,8 +137,12 @@ def _told_suite(ended: Ended) -> str:
     try:
         last = json.loads(ended.last_line)
         failed = ", ".join(last["failed_checks"])
-        return "valid" if last["valid"] else f"checks that failed: {failed}"
-    except (ValueError, LookupError, TypeError):
+        if not last["valid"]:
+            return f"checks that failed: {failed}"
+        arm = last["headline_arm"] or {}
+        speedup = arm.get("speedup", {}).get("estimate")
+        return "valid" if speedup is None else f"valid; {arm['arm']} has a speedup of {speedup:.2f}"
+    except (ValueError, LookupError, TypeError, AttributeError):
         return ""
 
 

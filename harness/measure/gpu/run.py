@@ -24,7 +24,7 @@ from harness.files import file_sha256, write_json
 from harness.measure.gpu.outcome import newest_record, outcome_of, told_of
 from harness.measure.gpu.process import Ended, run_child
 from harness.measure.gpu.self_test import pytest_words, read_counts, test_files
-from harness.paths import code_folder, resolve_path
+from harness.paths import code_folder, resolve_path, without_paths
 from harness.records.folder import MANIFEST_FILE
 from harness.records.gpu import (
     ACCEPTED,
@@ -126,7 +126,7 @@ def run_gpu(spec: GpuSpec, *, spec_file: Path, options: GpuOptions, console: Con
         done = {result.part for result in store.lines()}
         left = [one for one in spec.parts if one.part not in done]
         for index, one in enumerate(left):
-            result = session.run(one, later=left[index + 1 :], folder=store.folder)
+            result = session.run(one, later=left[index + 1 :], folder=store.folder.absolute())
             store.append(result)
             session.say(f"{one.part}: {result.outcome} after {result.elapsed_s:.0f} s: {result.told}")
         results = GpuRecord(store.folder).parts
@@ -190,9 +190,8 @@ class _Session:
             try:
                 job = self._job(one, folder=folder, limit_s=limit_s, scratch=Path(scratch))
             except UserError as error:
-                return PartResult(
-                    part=one.part, outcome="failed", elapsed_s=0, limit_s=limit_s, told=str(error)
-                )
+                told = without_paths(str(error))
+                return PartResult(part=one.part, outcome="failed", elapsed_s=0, limit_s=limit_s, told=told)
             begun = time.time()
             ended = self._child(job.words, limit_s=limit_s)
             if (
@@ -201,7 +200,7 @@ class _Session:
             ):
                 write_json(folder / TESTS_FILE, counts)
         record = newest_record(job.home, since=begun) if job.home is not None else None
-        told = told_of(one, ended, folder=folder, record=record)
+        told = without_paths(told_of(one, ended, folder=folder, record=record))
         sealed = record / MANIFEST_FILE if record is not None else None
         return PartResult(
             part=one.part,

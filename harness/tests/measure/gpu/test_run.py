@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,14 @@ import harness.measure.gpu.run
 from harness.errors import ExitCode
 from harness.files import DataPath, Frozen, file_sha256
 from harness.judge.validate.record import validate_record
-from harness.measure.gpu.outcome import outcome_of, told_of
+from harness.measure.gpu.outcome import outcome_of, told_of, told_steps
 from harness.measure.gpu.process import Ended, run_child
 from harness.measure.gpu.run import GpuOptions, print_gpu_plan, run_gpu
 from harness.measure.gpu.self_test import read_counts, test_files
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.paths import code_folder, shipped
 from harness.records.gpu import GpuRecord
+from harness.records.latency import LatencyPoint
 from harness.specs.gpu import GpuSpec, LatencyPart, load_gpu_spec
 from harness.specs.latency import load_latency_spec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits
@@ -125,7 +127,9 @@ def test_every_part_says_what_it_found(accepted: Accepted) -> None:
     assert counts is not None and counts.num_passed >= 2 and counts.num_failed == 0
     assert told["tests"] == f"{counts.num_passed} passed, 0 failed, {counts.num_skipped} skipped"
     assert list(limits) == ["float32"] and told["limits"].startswith("float32 reads ")
-    assert told["latency"] == "6 sizes timed, 0 left out for want of time, 0 skipped for other reasons"
+    counted, steps = told["latency"].split("; ")
+    assert counted == "6 sizes timed, 0 left out for want of time, 0 skipped for other reasons"
+    assert re.fullmatch(r"eager, batch 1, context 32: a step takes \S+ ms, \S+ times that at 16 nodes", steps)
     assert told["suite"] == "valid"
     assert corpus is not None and training is not None and corpus.num_answers > 0
     assert corpus.num_tokens == 16 * corpus.num_answers, "a tiny model has no end-of-sequence token"
@@ -195,14 +199,20 @@ def small_plan(tmp_path: Path, *parts: dict[str, Any], **changes: Any) -> tuple[
     return load_gpu_spec(file), file
 
 
-def test_a_part_that_runs_over_is_stopped_and_the_next_one_runs(tmp_path: Path) -> None:
-    """Pytest takes the interrupt as Ctrl-C, and its counts are kept."""
+def test_a_part_that_runs_over_is_stopped_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """Pytest takes the interrupt as Ctrl-C, and its counts are kept.
+
+    Parts run in the checkout's folder, while the results folder goes from where the command was typed.
+    """
+    monkeypatch.chdir(tmp_path)
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     over = {"part": "tests", "files": [str(tests)], "limit_s": 8, "least_s": 1}
     limits = {"part": "limits", "dtypes": ["float32"], "limit_s": 60}
     file = small_plan(tmp_path, over, limits, minutes=68 / 60)[1]
-    ran = command("gpu", file, "--results", tmp_path / "results")
+    ran = command("gpu", file, "--results", "results")
     assert ran.code == ExitCode.INVALID_MEASUREMENT
     last = json.loads(ran.out.splitlines()[-1])
     assert [(one["part"], one["outcome"]) for one in last["parts"]] == [
@@ -233,6 +243,29 @@ def test_a_latency_run_that_its_budget_cut_short_is_told_from_a_whole_one(tmp_pa
     told = told_of(part, ended(-9, overran=True), folder=tmp_path, record=own)
     assert told.startswith("stopped at its limit, and killed since it did not end; ")
     assert told.endswith("its record is unfinished, and its own command resumes it")
+
+
+def test_a_curve_is_told_by_its_first_batch_and_longest_context(tmp_path: Path) -> None:
+    """Of 1, 4, 64 and 128 nodes it is 64: the paper's trees have as many."""
+    sizes = {1: 0.004, 4: 0.005, 64: 0.006, 128: 0.1}
+    points = [
+        LatencyPoint(
+            dtype="float32",
+            mode="eager",
+            num_nodes=nodes,
+            num_heads=min(4, nodes - 1),
+            context_tokens=context,
+            batch=batch,
+            backbone_s=(1.0,),
+            step_s=(step_s * batch * context, 9.0, step_s * batch * context),
+        )
+        for batch in (2, 1)
+        for context in (1, 2)
+        for nodes, step_s in sizes.items()
+    ]
+    assert told_steps(points) == "eager, batch 1, context 2: a step takes 8 ms, 1.50 times that at 64 nodes"
+    assert told_steps(points[:1]) == "eager, batch 2, context 1: a step takes 8 ms"
+    assert told_steps(points[1:4]) == told_steps([]) == ""
 
 
 @pytest.fixture
