@@ -44,6 +44,8 @@ def main(words: list[str]) -> None:
         return
     try:
         _do(what, rest)
+    except KeyboardInterrupt:  # its time is up, or its parent gone: both are said elsewhere
+        sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         if not isinstance(error, UserError | MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
