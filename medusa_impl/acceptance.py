@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from medusa_impl.tree_buffers import TreeBuffers
+from medusa_impl.waiting import may_look
 
 _BLOCK_TOKENS, _LEAST_BLOCK_TOKENS = 256, 32  # of the vocabulary, in `first_choice`
 
@@ -45,8 +46,26 @@ class Acceptance:
     next_token: Tensor
 
 
+def keep_root(next_token: Tensor) -> Acceptance:
+    """Return the outcome for the root alone, after which `next_token` `[B]` was drawn."""
+    root = torch.zeros_like(next_token)
+    return Acceptance(
+        nodes=root[:, None], num_kept=torch.ones_like(root), last_node=root, next_token=next_token
+    )
+
+
 class AcceptanceRule(Protocol):
-    """A law to sample tokens from, together with a way to verify a tree under it."""
+    """A law to sample tokens from, together with a way to verify a tree under it.
+
+    key: what tells two laws apart. A step that was recorded under one rule is replayed under another of the
+    same key, with the state of the other's generator.
+    generator: where the rule draws from; None for a rule that draws nothing, or from PyTorch's own.
+    """
+
+    generator: torch.Generator | None
+
+    @property
+    def key(self) -> tuple[object, ...]: ...
 
     def root(self, logits: Tensor) -> Tensor:
         """Return one token a row.
@@ -89,21 +108,17 @@ class GreedyRule:
     Paper: Section 2.3.1.
     """
 
+    generator: torch.Generator | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (type(self),)
+
     def root(self, logits: Tensor) -> Tensor:
         return first_choice(logits)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
-        # The token that the backbone wants after each node. A node passes if its parent wants its token.
-        predicted = first_choice(logits)
-        accepted = tokens == predicted[:, buffers.parents]
-        nodes, num_kept = _longest_path(accepted, buffers)
-        last = nodes.gather(1, (num_kept - 1)[:, None])
-        return Acceptance(
-            nodes=nodes,
-            num_kept=num_kept,
-            last_node=last.squeeze(1),
-            next_token=predicted.gather(1, last).squeeze(1),
-        )
+        return _longest_agreed(first_choice(logits), tokens, buffers)
 
 
 class RejectionRule:
@@ -123,14 +138,36 @@ class RejectionRule:
 
     def __init__(self, *, temperature: float, generator: torch.Generator) -> None:
         self.temperature = temperature
-        self.generator = generator
+        self.generator: torch.Generator | None = generator
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return type(self), self.temperature
 
     def root(self, logits: Tensor) -> Tensor:
-        return torch.multinomial(
-            torch.softmax(logits.float() / self.temperature, -1), 1, generator=self.generator
-        ).squeeze(1)
+        return torch.multinomial(self._law(logits), 1, generator=self.generator).squeeze(1)
 
     def verify(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
+        if may_look(tokens.device):
+            return self._descend(logits, tokens, buffers)
+        # One draw of noise a depth and one token a node: a walk from the root visits one node of each depth,
+        # chosen by noise above it only, so its tokens follow the law as if each were drawn on the way.
+        # `multinomial` draws in this way, too: of p / noise the greatest.
+        probs = self._law(logits)
+        noise = torch.stack(
+            [
+                torch.empty_like(probs[:, 0]).exponential_(generator=self.generator)
+                for _ in range(buffers.tree.depth + 1)
+            ],
+            dim=1,
+        )
+        return _longest_agreed((probs / noise[:, buffers.depths]).argmax(-1), tokens, buffers)
+
+    def _law(self, logits: Tensor) -> Tensor:
+        return torch.softmax(logits.float() / self.temperature, -1)
+
+    def _descend(self, logits: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
+        """Verify a tree with a look after each draw: one draw for each new token, and no more."""
         num_rows = tokens.shape[0]
         rows = torch.arange(num_rows, device=tokens.device)
         # `children` is padded with N. The token at index N is -1, which is never drawn.
@@ -149,8 +186,7 @@ class RejectionRule:
             node = torch.where(going, children.gather(1, hit.int().argmax(1, keepdim=True)).squeeze(1), node)
             num_kept = num_kept + going
             nodes.append(node)
-            # Only on a CPU: the host would have to wait for a GPU's answer, which costs more than it saves.
-            if going.device.type == "cpu" and not bool(going.any()):
+            if not bool(going.any()):
                 break
         # After an early end the last node fills up; entries from `num_kept` on do not count.
         width = buffers.tree.depth + 1
@@ -189,6 +225,10 @@ class TypicalRule:
         self.root_rule = root
         self.generator = generator
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        return type(self), self.temperature, self.epsilon, self.delta, self.root_rule
+
     def thresholds(self, log_probs: Tensor) -> Tensor:
         """Return min(epsilon, delta * exp(-H)) of each law.
 
@@ -226,6 +266,22 @@ class TypicalRule:
         last_node = nodes.gather(1, (num_kept - 1)[:, None]).squeeze(1)
         last = logits[torch.arange(len(tokens), device=tokens.device), last_node]
         return Acceptance(nodes=nodes, num_kept=num_kept, last_node=last_node, next_token=self.root(last))
+
+
+def _longest_agreed(predicted: Tensor, tokens: Tensor, buffers: TreeBuffers) -> Acceptance:
+    """Return the longest path of which every token is the one that its parent's state predicts.
+
+    Shapes: predicted `[B, N]`, the token that follows each node; tokens `[B, N]`.
+    """
+    accepted = tokens == predicted[:, buffers.parents]
+    nodes, num_kept = _longest_path(accepted, buffers)
+    last = nodes.gather(1, (num_kept - 1)[:, None])
+    return Acceptance(
+        nodes=nodes,
+        num_kept=num_kept,
+        last_node=last.squeeze(1),
+        next_token=predicted.gather(1, last).squeeze(1),
+    )
 
 
 def _longest_path(

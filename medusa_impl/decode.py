@@ -20,13 +20,15 @@ Paper: Section 2.1 and Figure 1.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from medusa_impl.acceptance import AcceptanceRule
+from medusa_impl.acceptance import AcceptanceRule, keep_root
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.rows import EndedBy, Rows
@@ -48,7 +50,6 @@ class DecodingStep:
     ended: tuple[EndedBy | None, ...]
 
 
-@torch.inference_mode()
 def decode_vanilla(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
@@ -61,30 +62,24 @@ def decode_vanilla(
 ) -> Iterator[DecodingStep]:
     """Yield the prefill's token, then one token a row and step, until every row has ended.
 
-    `rule.root` draws the tokens. All rows decode together, each with its own length.
+    It is Medusa decoding with nothing drafted: each step scores the root alone, and `rule.root` draws the
+    next. All rows decode together, each with its own length.
 
     Raises: UserError if a prompt and the budget exceed the cache or the model's positions.
     """
-    root = tree_buffers(DraftTree.root_only(), device=backbone.device)
-    if cache is None:
-        cache = backbone.cache_for(prompts, max_new_tokens=max_new_tokens, tree=root.tree)
-    rows = Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids, device=backbone.device)
-    logits, _ = backbone.prefill_rows(prompts, cache=cache)
-    tokens = rule.root(logits)
-    yield DecodingStep(tokens=rows.add(tokens[:, None].tolist()), ended=rows.ended)
-    while rows.going:
-        output = backbone.forward(
-            tokens[:, None], depths=root.depths, visible=root.visible, cache=cache, section=section
-        )
-        with section("acceptance"):
-            tokens = rule.root(output.logits[:, -1])
-            new_tokens = tokens[:, None].tolist()  # the host waits for the device here, once a step
-        with section("cache"):
-            cache.keep(torch.zeros_like(tokens)[:, None], rows.device_live, counts=rows.live)
-        yield DecodingStep(tokens=rows.add(new_tokens), ended=rows.ended)
+    yield from _decode(
+        backbone,
+        None,
+        DraftTree.root_only(),
+        prompts,
+        rule=rule,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        section=section,
+        cache=cache,
+    )
 
 
-@torch.inference_mode()
 def decode_medusa(
     backbone: Backbone,
     heads: MedusaHeads,
@@ -105,43 +100,154 @@ def decode_medusa(
     state from which the next tree is drafted.
     """
     tree.check_fits(num_heads=heads.num_heads, vocab_size=backbone.vocab_size)
-    buffers = tree_buffers(tree, device=backbone.device)
-    if cache is None:
-        cache = backbone.cache_for(prompts, max_new_tokens=max_new_tokens, tree=tree)
-    rows = Rows(len(prompts), max_new_tokens=max_new_tokens, eos_ids=eos_ids, device=backbone.device)
-    batch = torch.arange(len(prompts), device=backbone.device)
+    yield from _decode(
+        backbone,
+        heads,
+        tree,
+        prompts,
+        rule=rule,
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        section=section,
+        cache=cache,
+    )
 
-    logits, states = backbone.prefill_rows(prompts, cache=cache)
-    roots = rule.root(logits)
-    yield DecodingStep(tokens=rows.add(roots[:, None].tolist()), ended=rows.ended)
-    while rows.going:
-        # 1. Draft: the heads read the state that predicted the root.
-        with section("heads"):
-            head_logits = heads(states, lm_head=backbone.lm_head, num_heads=tree.depth)
-        with section("candidates"):
-            tokens = draft_tokens(head_logits, roots, buffers)
+
+class TreeStep:
+    """One decoding step of a batch: draft, verify, accept, keep; without heads nothing is drafted.
+
+    A call is a function of tensors at fixed addresses. No shape, length or branch in it is decided on the
+    host, so that it can be recorded once and replayed. Before a call the host plans the step
+    (`TreeCache.plan_step`), after it the host reads the outcome (`Rows.read`); `take` does all three.
+
+    Shapes: states `[B, H]`, from which the next tree is drafted; roots `[B]`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: MedusaHeads | None,
+        tree: DraftTree,
+        *,
+        rule: AcceptanceRule,
+        num_eos: int,
+        cache: TreeCache,
+    ) -> None:
+        device, num_rows = backbone.device, cache.num_rows
+        self.backbone, self.rule, self.cache = backbone, rule, cache
+        self.heads = heads if tree.depth else None
+        self.buffers = tree_buffers(tree, device=device)
+        self.tables = backbone.node_tables(self.buffers.depths, self.buffers.visible)
+        self.rows = Rows(num_rows, most_new=tree.depth + 1, num_eos=num_eos, device=device)
+        self.states = torch.zeros(num_rows, backbone.hidden_size, dtype=backbone.dtype, device=device)
+        self.roots = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.recorded: dict[Any, Any] = {}
+        self._batch = torch.arange(num_rows, device=device)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Return all that a call changes, the cache's keys and values apart."""
+        return self.states, self.roots, self.rows.left, self.rows.outcome, self.cache.device_lengths
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Return where the rule draws from."""
+        return self.rule.generator
+
+    @torch.inference_mode()
+    def begin(
+        self, logits: Tensor, states: Tensor, *, max_new_tokens: int, eos_ids: frozenset[int]
+    ) -> DecodingStep:
+        """Start from what the prefill returned: draw the first roots, and yield them.
+
+        Shapes: logits `[B, V]`, states `[B, H]`.
+        """
+        self.states.copy_(states)
+        self.roots.copy_(self.rule.root(logits))
+        self.rows.begin(self.roots, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        _, tokens = self.rows.read()
+        return DecodingStep(tokens=tokens, ended=self.rows.ended)
+
+    @torch.inference_mode()
+    def take(self, section: Section = no_section) -> DecodingStep:
+        """Take one step in the engine's mode; the host waits for the device once."""
+        self.cache.plan_step(num_new=self.buffers.num_nodes)
+        self.backbone.launch(self, section)
+        counts, tokens = self.rows.read()
+        self.cache.advance(counts)
+        return DecodingStep(tokens=tokens, ended=self.rows.ended)
+
+    def __call__(self, section: Section = no_section) -> None:
+        """Take the planned step on the device."""
+        buffers, tokens = self.buffers, self.roots[:, None]
+        if self.heads is not None:
+            # 1. Draft: the heads read the state that predicted the root.
+            with section("heads"):
+                head_logits = self.heads(
+                    self.states, lm_head=self.backbone.lm_head, num_heads=buffers.tree.depth
+                )
+            with section("candidates"):
+                tokens = draft_tokens(head_logits, self.roots, buffers)
         # 2. Verify: one pass scores every node.
-        output = backbone.forward(
-            tokens, depths=buffers.depths, visible=buffers.visible, cache=cache, section=section
+        output = self.backbone.score(
+            tokens, depths=buffers.depths, tables=self.tables, cache=self.cache, section=section
         )
-        # 3. Accept: one path of the tree, and the bonus token after it.
+        # 3. Accept: one path of the tree, and the bonus token after it, which is the next root.
         with section("acceptance"):
-            acceptance = rule.verify(output.logits, tokens, buffers)
-            num_kept = acceptance.num_kept * rows.device_live  # a row that has ended keeps nothing more
-            path_tokens = tokens.gather(1, acceptance.nodes)
-            # All that the host needs is in one tensor, because every transfer makes it wait for the device.
-            outcome = torch.cat(
-                [num_kept[:, None], path_tokens[:, 1:], acceptance.next_token[:, None]], dim=1
-            )
-            fetched = outcome.tolist()  # the host waits for the device here, once a step
+            if self.heads is None:
+                accepted = keep_root(self.rule.root(output.logits[:, 0]))
+            else:
+                accepted = self.rule.verify(output.logits, tokens, buffers)
+            path = tokens.gather(1, accepted.nodes)
+            num_kept = self.rows.settle(path, accepted.num_kept, accepted.next_token)
+            # The state of the last kept node predicted the bonus token; the next tree is drafted from it.
+            self.states.copy_(output.hidden[self._batch, accepted.last_node])
+            self.roots.copy_(accepted.next_token)
         # 4. Keep: the cache moves the path's keys and values to the end of the kept prefix.
         with section("cache"):
-            cache.keep(acceptance.nodes, num_kept, counts=[count for count, *_ in fetched])
-        # The state of the last kept node predicted the bonus token; the next tree is drafted from it.
-        states, roots = output.hidden[batch, acceptance.last_node], acceptance.next_token
-        # The path's root is not new: the step before has yielded it as its bonus token.
-        new_tokens = [[*drafted[: count - 1], bonus] if count else [] for count, *drafted, bonus in fetched]
-        yield DecodingStep(tokens=rows.add(new_tokens), ended=rows.ended)
+            self.cache.move(accepted.nodes, num_kept, in_place=buffers.tree.is_chain)
+
+
+@torch.inference_mode()
+def _decode(
+    backbone: Backbone,
+    heads: MedusaHeads | None,
+    tree: DraftTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    rule: AcceptanceRule,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    section: Section,
+    cache: TreeCache | None,
+) -> Iterator[DecodingStep]:
+    with contextlib.ExitStack() as held:
+        if cache is None:
+            cache = held.enter_context(backbone.lent_cache(prompts, max_new_tokens=max_new_tokens, tree=tree))
+        # A step of this kind over this cache may be there, with what was recorded of it.
+        kind = (heads, tree, rule.key, rule.generator is None, len(eos_ids))
+        step: TreeStep = cache.step_of(
+            kind,
+            lambda: TreeStep(backbone, heads, tree, rule=rule, num_eos=len(eos_ids), cache=cache),
+        )
+        held.enter_context(_drawing_from(rule, by=step.rule))
+        logits, states = backbone.prefill_rows(prompts, cache=cache)
+        yield step.begin(logits, states, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        while step.rows.going:
+            yield step.take(section)
+
+
+@contextlib.contextmanager
+def _drawing_from(rule: AcceptanceRule, *, by: AcceptanceRule) -> Iterator[None]:
+    """Let a rule of the same key draw as `rule` would, and leave its generator behind as if it had."""
+    if by is rule or by.generator is None or rule.generator is None:
+        yield
+        return
+    by.generator.set_state(rule.generator.get_state())
+    try:
+        yield
+    finally:
+        rule.generator.set_state(by.generator.get_state())
 
 
 def draft_tokens(head_logits: Tensor, roots: Tensor, buffers: TreeBuffers) -> Tensor:

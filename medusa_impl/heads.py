@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from medusa_impl.errors import UserError
 from medusa_impl.recipes import MAX_HEADS, MAX_LAYERS, HeadArchitecture
+from medusa_impl.waiting import may_look
 
 
 class ResBlock(nn.Module):
@@ -132,28 +133,37 @@ def ordered_topk(logits: Tensor, count: int) -> Tensor:
 
     Shapes: logits `[.., V]`, result `[.., count]`.
     """
-    # `torch.topk` leaves the order of equal values open. A sort would settle it, but costs far more, and ties
-    # are rare. Checking for a tie makes the host wait for a GPU, so there value and id form one sort key.
-    if logits.device.type != "cpu":
-        return topk_of_keys(logits, count)
-    vocab_size = logits.shape[-1]
+    # `torch.topk` is the fastest, but leaves the order of equal values open.
+    if not may_look(logits.device):
+        return topk_by_blocks(logits, count)
     # One value more than asked for: a tie across the cut decides which id is in.
-    values, ids = logits.topk(min(count + 1, vocab_size), dim=-1)
+    values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
     if bool((values[..., 1:] == values[..., :-1]).any()):
-        return logits.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return topk_by_blocks(logits, count)
     return ids[..., :count]
 
 
-def topk_of_keys(logits: Tensor, count: int) -> Tensor:
-    """Return what `ordered_topk` returns, without a check for ties.
+def topk_by_blocks(logits: Tensor, count: int, *, block_tokens: int = 128) -> Tensor:
+    """Return what `ordered_topk` returns, with one pass over the vocabulary and without a look at a value.
 
-    Each logit becomes one 64-bit integer: its order among all floats, times 2^32, minus its id.
+    The vocabulary is cut into blocks. In the order (greatest value, then lowest id) of their best tokens, the
+    first `count` blocks hold the first `count` tokens: each block that comes before a token's own holds at
+    least one token that comes before it.
+
+        block            0     1     2     3         count 2
+        greatest         7     9     7     4         blocks 1 and 0, of which a stable sort takes the best two
 
     Shapes: logits `[.., V]`, result `[.., count]`.
     """
-    bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0 into 0, which it equals
-    # Read as integers, the bits of positive floats are in the floats' order, those of negative floats in
-    # reverse order.
-    order = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    ids = torch.arange(logits.shape[-1], device=logits.device)
-    return ((order << 32) - ids).topk(count, dim=-1).indices
+    vocab_size = logits.shape[-1]
+    filling = -vocab_size % block_tokens
+    if filling:
+        logits = nn.functional.pad(logits, (0, filling), value=-torch.inf)
+    blocks = logits.reshape(*logits.shape[:-1], -1, block_tokens)
+    num_blocks = min(count, blocks.shape[-2])
+    order = blocks.amax(-1).sort(dim=-1, descending=True, stable=True).indices[..., :num_blocks]
+    chosen = order.sort(dim=-1).values  # so that places in the chosen blocks are in the order of the ids
+    values = blocks.gather(-2, chosen[..., None].expand(*chosen.shape, block_tokens)).flatten(-2)
+    place = values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    first_ids: Tensor = chosen.gather(-1, place // block_tokens) * block_tokens
+    return first_ids + place % block_tokens

@@ -156,6 +156,11 @@ class DraftTree:
         return len(self.paths)
 
     @property
+    def is_chain(self) -> bool:
+        """Return whether no node has more than one child; the root alone is a chain, too."""
+        return self.num_nodes == self.depth + 1
+
+    @property
     def depth(self) -> int:
         """Return the number of draft heads in use; 0 for the root alone."""
         # In canonical order the last path is one of the longest.

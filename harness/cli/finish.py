@@ -21,6 +21,7 @@ from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFold
 from harness.records.gpu import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord, open_record
+from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.step import StepProfile, read_step_profile
 from harness.records.profiles.training import TrainingProfile, read_training_profile
 from harness.records.run import RunRecord
@@ -202,6 +203,14 @@ def finish_step_profile(profile: StepProfile, *, only_json: bool = False) -> Non
     if not only_json:
         print(page_text(render_step_profile(profile)))
     print(json.dumps(profile_headline(profile), allow_nan=False))
+
+
+def finish_kernel_races(races: KernelRaces) -> None:
+    """Print the races of kernels, and end with one JSON line."""
+    from harness.report.kernels import kernels_headline, render_kernel_races
+
+    print(page_text(render_kernel_races(races)))
+    print(json.dumps(kernels_headline(races), allow_nan=False))
 
 
 def finish_training_profile(profile: TrainingProfile, *, readme: Path | None) -> None:

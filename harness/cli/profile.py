@@ -1,4 +1,4 @@
-"""`profile` and `profile-training`: where the time of a step goes."""
+"""`profile`, `profile-training` and `profile-kernels`: where the time of a step goes, and where it could."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from harness.cli.find import find_data, find_suite
-from harness.cli.finish import finish_step_profile, finish_training_profile
+from harness.cli.finish import finish_kernel_races, finish_step_profile, finish_training_profile
 from harness.cli.options import HubOption, RecipeArgument, SuiteArgument, command_line, console
 from harness.files import write_json
 from harness.paths import default_results
@@ -78,3 +78,31 @@ def profile_training_command(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, profiled)
     finish_training_profile(profiled, readme=readme)
+
+
+def profile_kernels_command(
+    dtype: Annotated[
+        str, typer.Option(help="dtype of the tensors; by default bfloat16 on a GPU, float32 on a CPU")
+    ] = "",
+    small: Annotated[
+        bool, typer.Option("--small", help="small sizes instead of those of a 7B model, as always on a CPU")
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option("--time-budget", help="minutes after which no further race is begun", min=0)
+    ] = 3.0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write the record to; without it, one in results/profile")
+    ] = None,
+) -> None:
+    """Race several ways to compute a part of a step, such as attention under a tree's mask."""
+    from harness.measure.kernels import race_kernels
+    from harness.records.provenance import machine_slug
+
+    races = race_kernels(
+        dtype=dtype, small=small, budget_s=60 * minutes, command=command_line(), console=console
+    )
+    name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}.json"
+    target = out or default_results() / "profile" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, races)
+    finish_kernel_races(races)

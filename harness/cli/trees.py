@@ -18,8 +18,11 @@ from harness.cli.find import find_suite
 from harness.cli.marked import marked_lines
 from harness.cli.options import HubOption, SuiteArgument, UnsealedOption, console
 from harness.compose.composer import KnotPrices, shared_knots, step_contexts
-from harness.compose.devices import DEFAULT_SHAPE, StepTimes, find_curves
+from harness.compose.devices import DEFAULT_SHAPE, PredictedCurve, StepTimes, find_curves
 from harness.compose.plan import search_both
+from harness.compose.prices.fitted import step_models
+from harness.compose.prices.measured import timed_curves
+from harness.compose.prices.table import banded, divided, tells
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import CostChoice, SearchSpace, cached_choices
 from harness.compose.trees import grow
@@ -27,7 +30,9 @@ from harness.errors import ExitCode, UserError
 from harness.files import write_bytes
 from harness.paths import cache_dir, default_results, resolve_path
 from harness.records.opened import open_trace, seal_fault_of
+from harness.records.step_model import StepModel
 from harness.records.trace import Trace
+from harness.report.formatting import WITHHELD
 from harness.specs.latency import HeadsForm
 from medusa_impl.tree import DraftTree
 
@@ -77,6 +82,17 @@ class PricedChoice:
             "step_s": self.choice.step_s,
         }
 
+    def speedup(self, index: ReplayIndex) -> float:
+        """Return the tokens a second that the tree promises over vanilla's."""
+        return index.replay(self.choice.tree()).tokens_per_step * self.vanilla_s / self.choice.step_s
+
+    def is_told(self, index: ReplayIndex) -> bool:
+        """Return whether the step times are measured, or their error is smaller than what the tree gains."""
+        if not isinstance(self.curve, PredictedCurve):
+            return True
+        band = self.curve.model.overhead_band if self.curve.model is not None else None
+        return tells(divided(self.speedup(index), banded(1.0, band)))
+
 
 def print_device_search(
     calibration: Trace,
@@ -89,23 +105,40 @@ def print_device_search(
     results: Path,
     cache: Path | None,
     console: Console,
+    model: StepModel | None = None,
 ) -> PricedChoice:
     """Print the fastest tree by both searches for every curve that the device's name means.
 
-    Returned is the tree of the most tokens a second, among measured curves where there are any: a predicted
-    step is a lower bound of the real one.
-    Choices are kept in `cache` by curve and trace.
-    Raises: UserError for an unknown device, or a curve that does not cover a vanilla step.
+    Returned is the tree of the most tokens a second, among measured curves where there are any. A tree whose
+    predicted gain is smaller than the prediction's error is neither shown nor returned.
+    Choices are kept in `cache` by curve and trace. Predictions take `model`, or without one the roofline,
+    whose error is not known.
+    Raises: UserError for an unknown device, a curve that does not cover a vanilla step, or predictions none
+    of which tells whether a tree pays.
     """
     index = ReplayIndex(calibration)
     other = ReplayIndex(check) if check is not None else None
     curves = find_curves(
-        device, results=results, shape=shape, dtype=dtype, heads=HeadsForm(architecture="shared")
+        device,
+        results=results,
+        shape=shape,
+        dtype=dtype,
+        heads=HeadsForm(architecture="shared"),
+        model=model,
     )
     found = fastest_trees(index, curves, max_nodes=max_nodes, cache=cache)
     console.print(_table_of(found, index=index, other=other))
-    measured = [one for one in found if one.curve.label.kind == "measured"]
-    best = max(measured or found, key=lambda one: _tokens_per_s(one, index))
+    told = [one for one in found if one.is_told(index)]
+    if not told:
+        promised = max(one.speedup(index) for one in found)
+        raise UserError(
+            found=f"a predicted speedup of {promised:.2f}, whose error is larger",
+            need="step times that tell whether a tree pays",
+            where=found[0].curve.label.words,
+            do="measure them there with medusa-repro latency",
+        )
+    measured = [one for one in told if one.curve.label.kind == "measured"]
+    best = max(measured or told, key=lambda one: _tokens_per_s(one, index))
     console.print(f"the fastest: {best.curve.label.words}, {best.choice.method}", highlight=False)
     console.print(best.choice.tree().draw(), markup=False, highlight=False)
     return best
@@ -162,6 +195,9 @@ def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: Repla
     for priced in found:
         choice, tree = priced.choice, priced.choice.tree()
         own = index.replay(tree).tokens_per_step
+        if not priced.is_told(index):
+            table.add_row(priced.curve.label.words, choice.method, *["-"] * 5, WITHHELD)
+            continue
         table.add_row(
             priced.curve.label.words,
             choice.method,
@@ -170,7 +206,7 @@ def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: Repla
             f"{own:.3f}",
             f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-",
             f"{1000 * choice.step_s:.3g}",
-            f"{own * priced.vanilla_s / choice.step_s:.2f}",
+            f"{priced.speedup(index):.2f}",
         )
     return table
 
@@ -238,19 +274,36 @@ def search_tree(
             tree = print_search(trace, num_nodes=num_nodes, values=values, check=checked, console=console)
             origin: dict[str, str | float] = {"values": values, "num_nodes": num_nodes}
         else:
-            best = print_device_search(
-                trace,
-                device=device,
-                shape=shape,
-                dtype=dtype,
-                max_nodes=num_nodes,
-                check=checked,
-                results=default_results(),
-                cache=cache_dir() / "trees",
-                console=console,
+            best = _fastest_on(
+                device, trace=trace, shape=shape, dtype=dtype, max_nodes=num_nodes, check=checked
             )
             tree, origin = best.choice.tree(), best.provenance
     _give_tree(tree, origin, out=out, fault=fault)
+
+
+def _fastest_on(
+    device: str,
+    *,
+    trace: Trace,
+    shape: str | None,
+    dtype: str | None,
+    max_nodes: int,
+    check: Trace | None,
+) -> PricedChoice:
+    """Print and return the fastest tree, with the results and the step model that lie on this machine."""
+    results = default_results()
+    return print_device_search(
+        trace,
+        device=device,
+        shape=shape,
+        dtype=dtype,
+        max_nodes=max_nodes,
+        check=check,
+        results=results,
+        cache=cache_dir() / "trees",
+        console=console,
+        model=step_models(timed_curves(results)).get("cuda"),
+    )
 
 
 def _give_tree(

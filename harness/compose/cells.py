@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.composer import Composer, Floats, KnotPrices, figure_kind
-from harness.compose.devices import StepTimes
+from harness.compose.devices import PredictedCurve, StepTimes
 from harness.compose.plan import SweepPlan
 from harness.errors import UserError
 from harness.records.sweep_cells import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
@@ -63,6 +63,7 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
     tokens = float(vanilla.tokens.sum())
     num_steps = [float(composer.steps(plan.drafts[index], batch=batch).steps.sum()) for index in figures]
     seconds = columns.sum(axis=0)[1:]
+    model = curve.model if isinstance(curve, PredictedCurve) else None
     return ComposedCell(
         curve=curve.label,
         context=context,
@@ -83,6 +84,8 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
         speedup_high=tuple(map(_rounded, high.tolist())),
         num_uncovered=len(plan.trees) - len(figures),
         chosen=_chosen(plan, prices, lengths=lengths),
+        seconds_band=model.seconds_band if model is not None else None,
+        overhead_band=model.overhead_band if model is not None else None,
     )
 
 

@@ -1,8 +1,8 @@
-"""What a step costs on a device: measured by a latency record, or predicted by the roofline.
+"""What a step costs on a device: measured by a latency record, or predicted by the step model.
 
 Both answer one question, `seconds(num_nodes, num_heads, context_tokens, batch)`, and say what they are. A
-prediction carries the error that the same roofline showed on the devices that were measured; figures that
-others published are kept apart from both, in `specs/quoted.py`.
+prediction carries the error that its model showed on curves that it was not fitted on; figures that others
+published are kept apart from both, in `specs/quoted.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import median
 from typing import Literal, Protocol
 
 from harness.compose.curve import MeasuredCurve, step_cost_of
+from harness.compose.prices.kernels import KernelTimes
 from harness.compose.roofline import (
     Prediction,
     heads_seconds,
@@ -25,6 +26,7 @@ from harness.compose.roofline import (
 from harness.errors import UserError
 from harness.files import canonical_sha256
 from harness.records.latency import DTYPE_BYTES, LatencyPoint, LatencyRecord, facts_of_shape
+from harness.records.step_model import StepModel
 from harness.records.sweep import RooflineError
 from harness.records.sweep_cells import CurveLabel
 from harness.specs.hardware import DeviceSpec, Limits, load_hardware, match_device
@@ -56,16 +58,24 @@ class StepTimes(Protocol):
 
 
 class PredictedCurve:
-    """The roofline's curve of one device and shape.
+    """The predicted curve of one device and shape: the step model's on the device's data sheet.
 
-    It is a lower bound, without launches, softmax, candidates and acceptance. Its answers are None where
-    weights, cache and logits do not fit into the device's memory.
+    Without a `model` it is the roofline alone, a lower bound whose error is not known: without launches,
+    softmax, candidates and acceptance. Its answers are None where weights, cache and logits do not fit into
+    the device's memory.
     Raises: UserError for a dtype that the device has no published throughput for, or a shape that does not
     fit at all.
     """
 
     def __init__(
-        self, key: str, device: DeviceSpec, shape: ShapeSpec, *, dtype: DtypeName, heads: HeadsForm
+        self,
+        key: str,
+        device: DeviceSpec,
+        shape: ShapeSpec,
+        *,
+        dtype: DtypeName,
+        heads: HeadsForm,
+        model: StepModel | None = None,
     ) -> None:
         if dtype not in device.dtypes:
             raise UserError(
@@ -74,6 +84,12 @@ class PredictedCurve:
                 where="the prediction",
             )
         self._device, self._shape, self._heads, self._dtype = device, shape, heads, dtype
+        self.model = model
+        self._times = (
+            KernelTimes(shape.roofline_shape, device.limits, costs=model.costs, heads=heads, dtype=dtype)
+            if model is not None
+            else None
+        )
         self._facts = facts_of_shape(shape, heads=heads, random_weights=True)
         self._label = CurveLabel(
             device=key,
@@ -81,13 +97,16 @@ class PredictedCurve:
             dtype=dtype,
             mode=None,
             kind="predicted",
-            source="roofline on hardware.toml",
+            source="roofline on hardware.toml"
+            if model is None
+            else f"step model of {len(model.curves)} measured curves on hardware.toml",
             fingerprint=canonical_sha256(
                 [
                     device.model_dump(mode="json"),
                     shape.model_dump(mode="json"),
                     heads.model_dump(mode="json"),
                     dtype,
+                    *([model.model_dump(mode="json")] if model is not None else []),
                 ]
             )[:16],
         )
@@ -111,11 +130,16 @@ class PredictedCurve:
         return (*(context for context in _PREDICTED_CONTEXTS if context < limit), limit)
 
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
-        """Return the backbone's step; the roofline leaves out what else a step needs, but for the heads."""
-        return self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        """Return a whole step less its heads; the roofline has nothing but the backbone there."""
+        backbone_s = self.backbone_seconds(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch)
+        if backbone_s is None or self._times is None:
+            return backbone_s
+        return backbone_s + self._times.own_seconds(num_nodes=num_nodes)
 
     def heads_seconds(self, *, num_heads: int, batch: int) -> float | None:
         """Return the time of the heads."""
+        if self._times is not None:
+            return self._times.heads_seconds(num_heads=num_heads, batch=batch)
         form = self._heads
         return heads_seconds(
             self._shape.roofline_shape,
@@ -131,6 +155,10 @@ class PredictedCurve:
         """Return the backbone's step over `num_nodes` after `context_tokens` kept ones."""
         if not self._fits(num_nodes=num_nodes, context_tokens=context_tokens, batch=batch):
             return None
+        if self._times is not None:
+            return self._times.backbone_seconds(
+                num_nodes=num_nodes, context_tokens=context_tokens, batch=batch
+            )
         return step_seconds(
             self._shape.roofline_shape,
             self._device.limits,
@@ -223,13 +251,20 @@ def _decoding_mode(
 
 
 def find_curves(
-    name: str, *, results: Path, shape: str | None, dtype: str | None, heads: HeadsForm
+    name: str,
+    *,
+    results: Path,
+    shape: str | None,
+    dtype: str | None,
+    heads: HeadsForm,
+    model: StepModel | None = None,
 ) -> tuple[StepTimes, ...]:
     """Return the curves that a name on the command line means.
 
     It is a device of `hardware.toml` by key or driver's name, or a latency record by its folder or by the
     folder of its machine under results/latency. A device's measured curves of the shape come first, then its
     prediction. Without a shape, a record gives the curves that it has, and a device those of `DEFAULT_SHAPE`.
+    `model` is what predictions take; without it they are the roofline's.
     Raises: UserError where nothing has that name, or not for that shape or dtype.
     """
     if Path(name).is_dir() and (Path(name) / "manifest.json").exists():
@@ -250,7 +285,9 @@ def find_curves(
                 found=f"shape {shape!r}", need=f"one of {sorted(shapes)}", where="the command line"
             )
         predicted: DtypeName = "bfloat16" if dtype == "bfloat16" else "float16"
-        found.append(PredictedCurve(key, devices[key], shapes[published], dtype=predicted, heads=heads))
+        found.append(
+            PredictedCurve(key, devices[key], shapes[published], dtype=predicted, heads=heads, model=model)
+        )
     if not found:
         need = f"one of {sorted(devices)}, or a machine or record under results/latency"
         raise UserError(found=f"device {name!r}", need=need, where="the command line")

@@ -18,6 +18,8 @@ from harness.compose.devices import (
     roofline_error,
 )
 from harness.compose.families import resolve_families
+from harness.compose.prices.fitted import step_models
+from harness.compose.prices.measured import timed_curves
 from harness.compose.replay import ReplayIndex
 from harness.compose.search import METHODS, CostChoice, Price, SearchSpace, cached_choices
 from harness.compose.trees import grow
@@ -25,6 +27,7 @@ from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
 from harness.records.opened import open_trace
+from harness.records.step_model import StepModel
 from harness.records.sweep import CHOSEN, JOINT, RooflineError, SweepTree, SweepTrees, TreeRate
 from harness.records.sweep_cells import Context, FailedCell, composed_key
 from harness.specs.hardware import HARDWARE_FILE, load_hardware
@@ -45,6 +48,7 @@ class SweepPlan:
     choices: Mapping[str, tuple[CostChoice, ...]]
     refused: tuple[FailedCell, ...]
     error: RooflineError | None
+    model: StepModel | None = None
     run_tree: DraftTree | None = None
     inputs: Mapping[str, Path] = field(default_factory=dict)
 
@@ -87,7 +91,9 @@ def plan_sweep(
         where="calibration_trace",
     )
     records = find_latency_records(results, names=spec.measured.records) if spec.measured is not None else ()
-    curves, refused = gather_curves(spec, records)
+    timed = timed_curves(results) if spec.predicted is not None else ()
+    model = step_models(timed).get("cuda")  # every device of hardware.toml is a GPU
+    curves, refused = gather_curves(spec, records, model=model)
     if not curves:
         raise UserError(
             found="no curve",
@@ -115,22 +121,34 @@ def plan_sweep(
         choices=choices,
         refused=refused,
         error=roofline_error(records),
+        model=model,
         inputs={
             "trace": trace_file,
             "calibration_trace": calibration_file,
             "hardware.toml": HARDWARE_FILE,
             "shapes.toml": SHAPES_FILE,
             **{f"latency record {record.folder.name}": record.folder / "manifest.json" for record in records},
+            **(model_inputs(model, results) if model is not None else {}),
         },
     )
 
 
+def model_inputs(model: StepModel, results: Path) -> dict[str, Path]:
+    """Return the manifest of every record that a step model was fitted on, by its name as an input."""
+    latency = {path.parent.name: path for path in results.glob("latency/*/*/*/manifest.json")}
+    runs = {path.parent.name: path for path in results.glob("*/*/*/manifest.json")}
+    return {
+        **{f"run {name}": runs[name] for name in model.sources if name in runs},
+        **{f"latency record {name}": latency[name] for name in model.sources if name in latency},
+    }
+
+
 def gather_curves(
-    spec: SweepSpec, records: Sequence[LatencyRecord]
+    spec: SweepSpec, records: Sequence[LatencyRecord], *, model: StepModel | None = None
 ) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
     """Return every curve of a sweep, measured ones first, and what could not be predicted.
 
-    Each prediction that cannot be made is a failed cell.
+    Predictions take the step model, or without one the roofline. Each that cannot be made is a failed cell.
     """
     curves: list[StepTimes] = []
     refused: list[FailedCell] = []
@@ -147,7 +165,9 @@ def gather_curves(
         (key, name, dtype) for name in wanted.shapes for key in keys for dtype in wanted.dtypes
     ):
         try:
-            curves.append(PredictedCurve(key, devices[key], shapes[name], dtype=dtype, heads=wanted.heads))
+            curves.append(
+                PredictedCurve(key, devices[key], shapes[name], dtype=dtype, heads=wanted.heads, model=model)
+            )
         except UserError as error:
             words = f"{key}, {name}, {dtype} (predicted)"
             refused.append(

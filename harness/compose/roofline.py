@@ -127,40 +127,54 @@ def step_seconds(
     Raises: UserError on a count below 1.
     Paper: Appendix G.3.
     """
-    work = _step_work(
+    work = step_work(
         shape, num_nodes=num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
     )
-    return sum(count * operator.seconds(limits) for count, operator in work)
+    return sum(count * operator.seconds(limits) for count, operator in (*work.attention, *work.products))
 
 
-def _step_work(
+@dataclass(frozen=True)
+class StepWork:
+    """What one step consists of: each operator and how often it occurs.
+
+    `products` multiply by weights; `attention` are the products of queries, keys and values.
+    """
+
+    products: tuple[tuple[int, Work], ...]
+    attention: tuple[tuple[int, Work], ...] = ()
+
+    @property
+    def num_operators(self) -> int:
+        """Return how many matrix products a step has."""
+        return sum(count for count, _ in (*self.products, *self.attention))
+
+
+def step_work(
     shape: ModelShape, *, num_nodes: int, context_tokens: int, batch: int, dtype_bytes: int
-) -> list[tuple[int, Work]]:
-    """Return what one backbone step consists of: each operator and how often it occurs."""
+) -> StepWork:
+    """Return what one backbone step consists of; `context_tokens` are the keys read.
+
+    Raises: UserError on a count below 1.
+    """
     if min(num_nodes, context_tokens, batch, dtype_bytes) < 1:
         raise UserError(
             found=f"{num_nodes} nodes, {context_tokens} keys, batch {batch}, {dtype_bytes} bytes",
             need="at least 1 of each",
         )
     rows = batch * num_nodes
-    work = [
-        (shape.num_layers * count, linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes))
-        for (inputs, outputs), count in shape.linear_widths.items()
-    ]
+    widths = [(shape.num_layers * count, *sizes) for sizes, count in shape.linear_widths.items()]
+    if shape.vocab_size:
+        widths.append((1, shape.hidden_size, shape.vocab_size))
     attention = attention_work(
         shape, num_nodes, context_tokens=context_tokens, batch=batch, dtype_bytes=dtype_bytes
     )
-    work.append((2 * shape.num_layers, attention))
-    if shape.vocab_size:
-        work.append(
-            (
-                1,
-                linear_work(
-                    rows, inputs=shape.hidden_size, outputs=shape.vocab_size, dtype_bytes=dtype_bytes
-                ),
-            )
-        )
-    return work
+    return StepWork(
+        products=tuple(
+            (count, linear_work(rows, inputs=inputs, outputs=outputs, dtype_bytes=dtype_bytes))
+            for count, inputs, outputs in widths
+        ),
+        attention=((2 * shape.num_layers, attention),),
+    )
 
 
 def heads_seconds(
@@ -175,25 +189,45 @@ def heads_seconds(
 ) -> float:
     """Return the predicted time of one evaluation of all draft heads, at one state a row.
 
-    Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the
-    unembedding for all heads (`shared`), or one a head with its own weights (`own`). No head takes no time.
     Raises: UserError on a count below 1, or below 0 heads.
     Departs: the paper's simulation leaves heads out.
+    """
+    work = heads_work(
+        shape,
+        num_heads=num_heads,
+        num_layers=num_layers,
+        architecture=architecture,
+        batch=batch,
+        dtype_bytes=dtype_bytes,
+    )
+    return sum(count * operator.seconds(limits) for count, operator in work.products)
+
+
+def heads_work(
+    shape: ModelShape,
+    *,
+    num_heads: int,
+    num_layers: int = 1,
+    architecture: Literal["own", "shared"],
+    batch: int = 1,
+    dtype_bytes: int = 2,
+) -> StepWork:
+    """Return what one evaluation of all draft heads consists of, at one state a row.
+
+    Each head has `num_layers` residual blocks of hidden by hidden weights; then one product with the
+    unembedding for all heads (`shared`), or one a head with its own weights (`own`). No head has no work.
+    Raises: UserError on a count below 1, or below 0 heads.
     """
     if num_heads < 0 or min(num_layers, batch, dtype_bytes) < 1:
         found = f"{num_heads} heads of {num_layers} layers, batch {batch}, {dtype_bytes} bytes"
         raise UserError(found=found, need="no negative number of heads, at least 1 of the others")
     if num_heads == 0:
-        return 0.0
+        return StepWork(products=())
     hidden, vocab = shape.hidden_size, shape.vocab_size
-    block_s = linear_work(batch, inputs=hidden, outputs=hidden, dtype_bytes=dtype_bytes).seconds(limits)
+    block = linear_work(batch, inputs=hidden, outputs=hidden, dtype_bytes=dtype_bytes)
     products, rows = (1, batch * num_heads) if architecture == "shared" else (num_heads, batch)
-    unembedding_s = (
-        linear_work(rows, inputs=hidden, outputs=vocab, dtype_bytes=dtype_bytes).seconds(limits)
-        if vocab
-        else 0.0
-    )
-    return num_heads * num_layers * block_s + products * unembedding_s
+    unembedding = linear_work(rows, inputs=hidden, outputs=vocab, dtype_bytes=dtype_bytes)
+    return StepWork(products=((num_heads * num_layers, block), *([(products, unembedding)] if vocab else [])))
 
 
 def step_cost(

@@ -111,16 +111,33 @@ class ArmRunner:
         self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section
     ) -> Iterator[DecodingStep]:
         """Yield the decoding steps of a vanilla or Medusa arm."""
+        return self._decoding(
+            prompt_ids,
+            seed=seed,
+            section=section,
+            eos_ids=self.engine.loaded.eos_ids,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def _decoding(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        seed: int | None,
+        section: Section,
+        eos_ids: frozenset[int],
+        max_new_tokens: int,
+    ) -> Iterator[DecodingStep]:
         assert self._cache is not None
         self._cache.clear_rows()
-        backbone, eos_ids = self.engine.runner.backbone, self.engine.loaded.eos_ids
+        backbone = self.engine.runner.backbone
         rule = acceptance_rule(self.arm, seed=seed, device=backbone.device)
         if self.tree is None:
             yield from decode_vanilla(
                 backbone,
                 [prompt_ids],
                 rule=rule,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 eos_ids=eos_ids,
                 section=section,
                 cache=self._cache,
@@ -132,11 +149,31 @@ class ArmRunner:
             self.tree,
             [prompt_ids],
             rule=rule,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             eos_ids=eos_ids,
             section=section,
             cache=self._cache,
         )
+
+    @torch.inference_mode()
+    def record(self, prompt_ids: Sequence[int]) -> None:
+        """Take a step at each length that attention may read, so that none is recorded in a timed one.
+
+        Nothing happens where steps are not recorded.
+        """
+        if self._cache is None or not self.engine.runner.records_steps:
+            return
+        eos_ids = self.engine.loaded.eos_ids
+        never = frozenset(-1 - number for number in range(len(eos_ids)))  # as many as there are, never met
+        steps = self._decoding(prompt_ids, seed=0, section=no_section, eos_ids=never, max_new_tokens=2**62)
+        next(steps)
+        while self._cache.lengths[0] < self._cache.max_length:
+            next(steps)
+            widest = self.tree.num_nodes if self.tree is not None else 1
+            following = self._cache.plan.view_length + 1 - widest
+            if following + widest > self._cache.max_length:
+                return
+            self._cache.keep_all(row=0, count=max(following - self._cache.lengths[0], 0))
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
         """Decode with `generate` of transformers on the stock model, configured here alone."""

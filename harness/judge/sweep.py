@@ -8,7 +8,16 @@ from math import fsum
 
 import numpy as np
 
-from harness.records.sweep import DENSE, JOINT, MARGINALS, SweepRecord, SweepTree
+from harness.records.step_model import ErrorBand
+from harness.records.sweep import (
+    DENSE,
+    JOINT,
+    MARGINALS,
+    PredictionError,
+    RooflineError,
+    SweepRecord,
+    SweepTree,
+)
 from harness.records.sweep_cells import ChosenTree, ComposedCell, DecodedCell
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
@@ -150,12 +159,76 @@ def hypothetical_cells(record: SweepRecord) -> list[ComposedCell]:
     return [cell for cell in record.composed if cell.kind == "hypothetical"]
 
 
+def overhead_band(cell: ComposedCell, record: SweepRecord) -> ErrorBand | None:
+    """Return the bounds of measured / predicted overhead for a predicted cell; None where they are not known.
+
+    A cell of the roofline has the worst error of its step cost.
+    """
+    error = _roofline_error(record)
+    return cell.overhead_band or (_roofline_band(error.step_cost) if error is not None else None)
+
+
+def seconds_band(cell: ComposedCell, record: SweepRecord) -> ErrorBand | None:
+    """Return the bounds of measured / predicted seconds for a predicted cell; None where they are not known.
+
+    A cell of the roofline has the worst error of its seconds.
+    """
+    error = _roofline_error(record)
+    return cell.seconds_band or (_roofline_band(error.seconds) if error is not None else None)
+
+
+def _roofline_error(record: SweepRecord) -> RooflineError | None:
+    """Return the roofline's error where a record's predictions are the roofline's, not a fitted model's."""
+    return record.origin.roofline_error if record.origin.step_model is None else None
+
+
+def _roofline_band(error: PredictionError | None) -> ErrorBand | None:
+    """Return the bounds that a worst error gives; an error of a whole measured figure leaves no upper one."""
+    if error is None or error.worst_error >= 1:
+        return None
+    return ErrorBand(low=1 / (1 + error.worst_error), high=1 / (1 - error.worst_error))
+
+
+def told_speedup(cell: ComposedCell, record: SweepRecord) -> Interval | None:
+    """Return the speedup of a cell's best tree; None where the error of its step times is larger than it.
+
+    A predicted speedup has the bounds of its interval, widened by the error of the overhead. It is told where
+    they lie on one side of 1.
+    """
+    found = cell.best.speedup
+    if cell.curve.kind == "measured":
+        return found
+    widened = _widened(found, overhead_band(cell, record))
+    return None if widened is None or widened.low <= 1 <= widened.high else widened
+
+
+def told_tokens_per_s(cell: ComposedCell, record: SweepRecord) -> Interval | None:
+    """Return tokens a second with a cell's best tree; None where its speedup is not told either.
+
+    A predicted rate has the bounds of its interval, widened by the error of a step's seconds; None where that
+    is not known.
+    """
+    found = cell.best.tokens_per_s
+    if cell.curve.kind == "measured":
+        return found
+    if told_speedup(cell, record) is None:
+        return None
+    return _widened(found, seconds_band(cell, record))
+
+
+def _widened(found: Interval, band: ErrorBand | None) -> Interval | None:
+    """Return an interval of a figure whose denominator may be off by a band; None without bounds."""
+    if band is None or band.low == 0:
+        return None
+    return found.model_copy(update={"low": found.low / band.high, "high": found.high / band.low})
+
+
 def drawn_cell(record: SweepRecord) -> ComposedCell | None:
     """Return the cell that figures are drawn for.
 
-    It is the first measured one, else the first that is not hypothetical.
+    It is the first measured one, else the first predicted one whose speedup is told.
     """
-    cells = headline_cells(record)
+    cells = [cell for cell in headline_cells(record) if told_speedup(cell, record) is not None]
     return next((cell for cell in cells if cell.curve.kind == "measured"), cells[0] if cells else None)
 
 

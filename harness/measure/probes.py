@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from harness.device.arms import ArmRunner
-from harness.device.clock import Clock, SectionTimer
+from harness.device.clock import Clock, Marks, SectionTimer
 from harness.device.engine import Engine
 from harness.device.trace import Text, kept_states, rank_rows
 from harness.records.probes import HeadsControl, ProfileRow, StepCost
 from medusa_impl.acceptance import GreedyRule
-from medusa_impl.decode import draft_tokens
+from medusa_impl.decode import TreeStep
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree
-from medusa_impl.tree_buffers import tree_buffers
+
+_ENDLESS_TOKENS = 2**62
 
 
 def measure_step_costs(
@@ -32,39 +33,40 @@ def measure_step_costs(
     on the tree's shape (the mask is dense either way), so any tree of that size serves. The whole step adds
     heads, candidates, acceptance and compaction; it is left out for one node, which drafts nothing.
     """
-    backbone = engine.runner.backbone
+    backbone, heads = engine.runner.backbone, engine.heads
     cache = backbone.new_cache(batch_size=1, max_length=context_tokens + max(sizes))
-    backbone.prefill(torch.arange(context_tokens) % backbone.vocab_size, cache=cache)
-    shapes = {
-        size: tree_buffers(_tree_of(size, num_heads=engine.heads.num_heads), device=backbone.device)
-        for size in sizes
-    }
+    output = backbone.prefill(torch.arange(context_tokens) % backbone.vocab_size, cache=cache)
+    timer = SectionTimer(clock)
+    marks = Marks(timer)
+    steps: dict[int, TreeStep] = {}
+    for size in sizes:
+        tree = _tree_of(size, num_heads=heads.num_heads)
+        steps[size] = TreeStep(backbone, heads, tree, rule=GreedyRule(), num_eos=0, cache=cache)
+        steps[size].begin(
+            output.logits[:, -1], output.hidden[:, -1], max_new_tokens=_ENDLESS_TOKENS, eos_ids=frozenset()
+        )
+
+    def take(size: int, *, marked: bool) -> float:
+        cache.clear_rows()
+        cache.keep_all(row=0, count=context_tokens)
+        marks.on = marked
+        started = clock()
+        steps[size].take(marks)
+        return clock() - started
+
     alone: dict[int, list[float]] = {size: [] for size in sizes}
     whole: dict[int, list[float]] = {size: [] for size in sizes}
-    states, roots = (
-        torch.ones(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device),
-        torch.zeros(1, dtype=torch.long, device=backbone.device),
-    )
     for repeat, size in itertools.product(range(repeats + 2), sizes):
-        buffers = shapes[size]
-        with torch.inference_mode():
-            started = clock()
-            head_logits = engine.heads(states, lm_head=backbone.lm_head, num_heads=max(buffers.tree.depth, 1))
-            tokens = draft_tokens(head_logits, roots, buffers)
-            before = clock()
-            output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
-            after = clock()
-            acceptance = GreedyRule().verify(output.logits, tokens, buffers)
-            # the copies of a kept path, with nothing kept
-            cache.keep(acceptance.nodes, torch.zeros_like(acceptance.num_kept))
-            ended = clock()
+        step_s = take(size, marked=True)
+        if engine.runner.records_steps:
+            step_s = take(size, marked=False)
         if repeat >= 2:  # the first two rounds warm kernels and allocator up
-            alone[size].append(after - before)
-            whole[size].append(ended - started)
+            alone[size].append(timer.last["backbone"])
+            whole[size].append(step_s)
     return tuple(
         StepCost(
             num_nodes=size,
-            num_heads=shapes[size].tree.depth,
+            num_heads=steps[size].buffers.tree.depth,
             context_tokens=context_tokens,
             backbone_s=tuple(alone[size]),
             step_s=tuple(whole[size]) if size > 1 else (),
@@ -90,22 +92,35 @@ class ArmSteps:
         self, runner: ArmRunner, prompt_ids: Sequence[int], *, seed: int | None, clock: Clock
     ) -> None:
         self.runner, self.context_tokens = runner, len(prompt_ids)
-        self._clock, self._timer = clock, SectionTimer(clock)
-        self._steps = runner.steps(prompt_ids, seed=seed, section=self._timer)
+        self._clock, self._marks = clock, Marks(SectionTimer(clock))
+        self._steps = runner.steps(prompt_ids, seed=seed, section=self._marks)
         self._backbone_s: list[float] = []
         self._step_s: list[float] = []
         self._ended = False
-        for _ in range(2):
+        # What is recorded in its first step of a kind is recorded here.
+        for marked in (True, True, False)[: 3 if runner.engine.runner.records_steps else 2]:
+            self._marks.on = marked
             self._advance()
 
     def time_one(self) -> None:
-        """Time the next step; nothing happens where the text has ended."""
-        if self._ended:
-            return
+        """Time the next step; nothing happens where the text has ended.
+
+        A recorded step and its marked parts are two steps, of which the first gives the backbone's time.
+        """
+        marked_s = self._time(marked=True)
+        backbone_s = self._marks.timer.last.get("backbone", 0.0)
+        step_s = self._time(marked=False) if self.runner.engine.runner.records_steps else marked_s
+        if step_s is not None:
+            self._step_s.append(step_s)
+            self._backbone_s.append(backbone_s)
+
+    def _time(self, *, marked: bool) -> float | None:
+        """Return the seconds of the next step, or None where there is none."""
+        self._marks.on = marked
         started = self._clock()
-        if self._advance():
-            self._step_s.append(self._clock() - started)
-            self._backbone_s.append(self._timer.last["backbone"])
+        if self._ended or not self._advance():
+            return None
+        return self._clock() - started
 
     @property
     def num_timed(self) -> int:

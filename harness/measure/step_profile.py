@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity
 from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
 from harness.device.arms import ArmRunner
-from harness.device.clock import Clock, SectionTimer, device_clock
+from harness.device.clock import Clock, Marks, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_model
 from harness.device.locks import Held, device_turns
 from harness.device.prompts import suite_prompts, take_date
@@ -34,7 +34,6 @@ from harness.records.run import ArmTree
 from harness.records.trace import Trace
 from harness.specs.suite import ArmSpec, GreedyAcceptance, SearchedTree, SuiteSpec
 from medusa_impl.engine.runner import Mode
-from medusa_impl.engine.sections import no_section
 
 _VISIT_STEPS = 8  # marked steps, and as many without marks, of one size before the next size has its turn
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
@@ -194,17 +193,6 @@ class _Visits:
         )
 
 
-class _Marks:
-    """Marks the parts of a step for a timer, or looks away for the steps whose whole length is wanted."""
-
-    def __init__(self, timer: SectionTimer) -> None:
-        self.timer = timer
-        self.on = False
-
-    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return self.timer(name) if self.on else no_section(name)
-
-
 def _runner(
     engine: Engine, tree: ArmTree, contexts: Sequence[Sequence[int]], *, num_steps: int, clock: Clock
 ) -> ArmRunner:
@@ -243,7 +231,8 @@ def _visit(
     Prefill and first step are dropped: they meet what another size left in the caches.
     """
     timer = SectionTimer(clock)
-    marks = _Marks(timer)
+    marks = Marks(timer)
+    marks.on = False
     started = clock()
     for number, step in enumerate(runner.steps(context, seed=None, section=marks)):
         elapsed_s = clock() - started

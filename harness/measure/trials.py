@@ -6,7 +6,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import psutil
@@ -18,14 +18,16 @@ from harness.device.engine import Engine
 from harness.device.progress import progress_bar
 from harness.device.prompts import Prompt
 from harness.device.trace import Text
+from harness.errors import InvalidMeasurement
 from harness.measure import probes
 from harness.measure.plan import PlannedTrial, finished_blocks
 from harness.measure.session import Session, device_turn, greedy_vanilla
 from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
 from harness.records.store import Store
-from harness.specs.suite import ArmSpec
+from harness.specs.suite import ArmSpec, BackboneName
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
+from medusa_impl.engine.runner import Mode
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 6
@@ -97,6 +99,7 @@ def run_blocks(
     if todo:
         with device_turn(session):
             _warm_up(session, runners)
+    modes = {name: engine.runner.mode for name, engine in session.engines.items()}
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
     with progress_bar(session.console) as progress:
         task = progress.add_task(
@@ -117,6 +120,7 @@ def run_blocks(
                     outcome = _run_trial(
                         session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
                     )
+                    _check_modes(session, modes)
                     session.store.append(outcome)
                     if isinstance(outcome, Generation):
                         peak = max(peak, outcome.peak_memory_bytes or 0)
@@ -140,6 +144,23 @@ def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
                 Exception
             ):  # an arm that cannot run fails in its own trials, where it is recorded
                 runner.generate(prompt.prompt_ids, seed=0)
+    for prompt in session.warmup[:1]:
+        for arm_runner in runners.values():
+            with contextlib.suppress(Exception):
+                arm_runner.record(prompt.prompt_ids)
+
+
+def _check_modes(session: Session, modes: Mapping[BackboneName, Mode]) -> None:
+    """Refuse a trial in which an engine left its mode: its steps are no longer those of the other trials.
+
+    Raises: InvalidMeasurement with the engine's reason.
+    """
+    for name, engine in session.engines.items():
+        if engine.runner.mode != modes[name]:
+            raise InvalidMeasurement(
+                f"engine_mode: found {engine.runner.mode} steps of the {name} backbone, need "
+                f"{modes[name]} ones, in which the run began ({engine.runner.note}); trials before are kept"
+            )
 
 
 def _run_trial(

@@ -11,6 +11,7 @@ from pydantic import Field
 from harness.bounds import Count, FileName, Seconds, Sha256, StepSeconds, Utc
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
 from harness.records.probes import DeviceLimits
+from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Provenance
 from harness.records.store import LineFile, StoreKind
@@ -19,6 +20,7 @@ from harness.versions import VERSION, Versioned, read_versioned_lines
 
 PLAN_FILE, ORIGIN_FILE, PARTS_FILE = "plan.toml", "origin.json", "parts.jsonl"
 TESTS_FILE, CORPUS_FILE, TRAINING_FILE = "tests.json", "corpus.json", "training.json"
+KERNELS_FILE = "kernels.json"
 Outcome = Literal["ok", "short", "invalid", "failed", "stopped", "skipped"]
 # what a machine is accepted with: a part that ended before it measured all is no fault of the machine
 ACCEPTED: tuple[Outcome, ...] = ("ok", "short")
@@ -132,6 +134,10 @@ class GpuRecord(RecordFolder):
     @cached_property
     def training(self) -> TrainingProfile | None:
         return self._optional(TRAINING_FILE, TrainingProfile)
+
+    @cached_property
+    def kernels(self) -> KernelRaces | None:
+        return self._optional(KERNELS_FILE, KernelRaces)
 
     @cached_property
     def manifest(self) -> GpuManifest | None:

@@ -16,6 +16,7 @@ from harness.bounds import Amount, Count, FileName, Rate, Seconds, Sha256, Utc
 from harness.files import Frozen
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
 from harness.records.provenance import Provenance
+from harness.records.step_model import StepModel
 from harness.records.store import LineFile, StoreKind
 from harness.records.sweep_cells import (
     AnyCell,
@@ -91,7 +92,11 @@ class SweepOrigin(Provenance):
     trace: TraceFacts = Field(description="the text that all trees are replayed on")
     calibration: TraceFacts = Field(description="the text that trees were grown and searched on")
     roofline_error: RooflineError | None = Field(
-        description="how far predictions were off; null where no latency record tells"
+        description="how far the roofline was off; null where no latency record tells"
+    )
+    step_model: StepModel | None = Field(
+        default=None,
+        description="the fitted model that predictions were made with; null where they are the roofline's",
     )
 
 

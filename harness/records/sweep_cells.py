@@ -15,6 +15,7 @@ from harness.bounds import SHORTEST_S, Amount, Count, Finite, Rate, Seconds, Sha
 from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
 from harness.records.provenance import DeviceInfo
+from harness.records.step_model import ErrorBand
 from harness.specs.latency import DtypeName, ModeName
 from harness.specs.sweep import SampledSetting
 from harness.stats import FigureKind, KnownInterval
@@ -99,6 +100,16 @@ class ComposedCell(Versioned):
     speedup_high: tuple[Amount, ...] = Field(description="upper bounds of the speedups, one entry a tree")
     num_uncovered: Count = Field(description="trees of the sweep that the curve does not cover")
     chosen: tuple[ChosenTree, ...] = Field(description="what the searches chose for this cell")
+    seconds_band: ErrorBand | None = Field(
+        default=None,
+        description="bounds of measured / predicted seconds of a step on curves that the step model had not "
+        "seen; null for a measured curve, and where that is not known",
+    )
+    overhead_band: ErrorBand | None = Field(
+        default=None,
+        description="bounds of measured / predicted overhead on curves that the step model had not seen; "
+        "null for a measured curve, and where that is not known",
+    )
 
     @property
     def key(self) -> str:

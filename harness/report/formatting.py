@@ -14,6 +14,7 @@ from harness.safe_text import field_text, page_text
 from harness.stats import Interval
 
 ABSENT = "–"
+WITHHELD = "error > effect"  # instead of a figure whose error band is wider than what it tells
 VERDICT_COLUMNS = ("claim", "what the paper states", "paper", "ours", "verdict")  # what a README shows
 _WIDE_CELL = 40
 # What may lie between the two clocks of a run that was not resumed: its start is noted in whole seconds, and
@@ -106,6 +107,16 @@ def table(
     if any(len(value) > _WIDE_CELL for row in cells for value in row):
         text = re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", text))
     return text
+
+
+def merged(rows: Sequence[tuple[str, ...]], *, column: int) -> list[tuple[str, ...]]:
+    """Return rows in their order, those that differ in one column alone as one row, its entries listed."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        groups.setdefault((*row[:column], *row[column + 1 :]), []).append(row[column])
+    return [
+        (*rest[:column], ", ".join(dict.fromkeys(names)), *rest[column:]) for rest, names in groups.items()
+    ]
 
 
 def pairs(values: Mapping[str, str]) -> str:

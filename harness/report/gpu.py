@@ -9,6 +9,7 @@ from rich.console import Console
 
 from harness.records.gpu import ACCEPTED, GpuRecord
 from harness.report.formatting import cell, count, heading, page, section, significant, table
+from harness.report.kernels import render_kernel_races
 from harness.report.provenance import (
     describe_commit,
     describe_device,
@@ -43,6 +44,9 @@ def render_gpu_report(record: GpuRecord) -> str:
         section("Device limits", _limits(record)),
         section("Tests that failed", _failed(record)),
         section("Corpus and training", _rates(record)),
+        section(
+            "Races of kernels", render_kernel_races(record.kernels) if record.kernels is not None else ""
+        ),
         section("Again", how_to_repeat(origin, where=" on a machine of this kind")),
     )
 

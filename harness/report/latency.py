@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.compose.curve import curve_of, step_cost_of
-from harness.compose.roofline import prediction_error
+from harness.compose.roofline import Prediction, prediction_error
 from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, prediction_of, read_share
 from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
 from harness.records.sweep import PredictionError
@@ -152,13 +152,14 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     predictions = [made for point in points if (made := prediction_of(record, point)) is not None]
     if predictions:
         lines.append(_roofline_error(prediction_error(predictions)))
+        lines.append(_limits_too_low(predictions))
     correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
     smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
     lines.append(
         f"Composition makes these times monotone in the number of nodes, which moves {smoothing}; the "
         "record keeps them raw."
     )
-    return "\n\n".join(lines)
+    return paragraphs(*lines)
 
 
 def render_readme_modes(record: LatencyRecord, *, base: Path) -> str:
@@ -294,6 +295,18 @@ def _roofline_error(error: PredictionError) -> str:
         f"{percent(error.worst_error)} at worst over "
         f"{count(error.num_points, 'point')}; the device takes {ratio(error.median_ratio)} times as long "
         "as predicted."
+    )
+
+
+def _limits_too_low(predictions: Sequence[Prediction]) -> str:
+    """Return that limits were measured too low, where a step was faster than them; else nothing."""
+    faster = [made.ratio for made in predictions if made.ratio < 1]
+    if not faster:
+        return ""
+    return (
+        f"**Limits under-measured**: {len(faster)} of {count(len(predictions), 'point')} took less time than "
+        f"this run's own limits allow (at the least {ratio(min(faster))} of it). So the device can do more "
+        "than was measured, and shares of these limits flatter."
     )
 
 

@@ -8,6 +8,7 @@ README.md` writes the block of a record of any kind:
     claims            all claims, over all records
     modes             a latency record
     sweep             a sweep
+    devices           what a step costs by device, over all latency records (`medusa-repro devices`)
     the suite's name  an ablation
     training          the profiles of trainings
 """
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.compose.prices.table import MeasuredRow, PredictedRow
 from harness.errors import InvalidMeasurement, UserError
 from harness.files import read_text, write_bytes
 from harness.judge.ablation import AblationRow
@@ -29,6 +31,7 @@ from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.ablation import render_readme_ablation
 from harness.report.claims import render_readme_claims
+from harness.report.devices import render_readme_devices
 from harness.report.formatting import VERDICT_COLUMNS, paragraphs
 from harness.report.latency import render_readme_modes
 from harness.report.profiles import render_readme_training
@@ -120,6 +123,15 @@ def ablation_block(
 def claims_block(standings: Sequence[Standing], *, results: Path) -> Block:
     """Return the block of all claims together, over the records of a results folder."""
     return Block("claims", lambda base: render_readme_claims(standings, results=results, base=base))
+
+
+def devices_block(
+    measured: Sequence[MeasuredRow], predicted: Sequence[PredictedRow], *, results: Path
+) -> Block:
+    """Return the block of what a step costs by device, over the records of a results folder."""
+    return Block(
+        "devices", lambda base: render_readme_devices(measured, predicted, results=results, base=base)
+    )
 
 
 def training_block(paths: Sequence[Path]) -> Block:

@@ -12,20 +12,29 @@ from rich.table import Table
 from harness.compose.appendix_g import simulate
 from harness.judge.claims.sweep import sweep_verdicts
 from harness.judge.judgement import VerdictKind
-from harness.judge.sweep import decoded_checks, headline_cells, hypothetical_cells, searches_compared
-from harness.records.sweep import RooflineError, SweepRecord
+from harness.judge.sweep import (
+    decoded_checks,
+    headline_cells,
+    hypothetical_cells,
+    searches_compared,
+    told_speedup,
+    told_tokens_per_s,
+)
+from harness.records.sweep import RooflineError, SweepOrigin, SweepRecord
+from harness.records.sweep_cells import ComposedCell
 from harness.report.formatting import (
     ABSENT,
+    WITHHELD,
     count,
     heading,
     page,
     pairs,
     paragraphs,
     percent,
+    rate_interval,
     ratio,
     ratio_interval,
     section,
-    significant,
     table,
 )
 from harness.report.provenance import (
@@ -54,10 +63,11 @@ _DEVICE_NOTE = """\
 *tree*: chosen for the device on the calibration trace, so never on the text it is judged on; tokens/step are
 replayed on the trace. *step cost*: the backbone's pass over the tree against one node, without heads.
 *overhead*: a whole step against vanilla's, so that speedup = tokens/step / overhead. *composed*: a replay
-priced by measured step times of the same model. *predicted*: a replay priced by the roofline on the device's
-data sheet. That is a lower bound of the time: launches, softmax, candidates and acceptance are left out.
-Brackets hold bootstrap intervals over prompts; the error of the step times is not in them. *break-even*: up
-to which batch this tree is faster than vanilla; a batch takes as many steps as its slowest row."""
+priced by measured step times of the same model. *predicted*: a replay priced by a model of the device's step.
+Brackets hold bootstrap intervals over prompts; those of predicted speedups and tokens/s are widened by the
+error of the predicted steps. *error > effect*: that error leaves open whether the tree is faster or slower
+than vanilla, so no tree and no speed is told. Rows that say the same are one row. *break-even*: up to which
+batch this tree is faster than vanilla; a batch takes as many steps as its slowest row."""
 _README_COLUMNS = (
     "device",
     "step times",
@@ -110,7 +120,7 @@ def render_sweep_report(
         section("Verdicts", render_sweep_verdicts(record, registry)),
         section("Figures", *(f"![{name}]({name})" for name in figures)),
         section("Quoted", render_quoted(load_quoted())),
-        section("Step times that are predicted", _roofline_error(origin.roofline_error)),
+        section("Step times that are predicted", _prediction_error(origin)),
         section("Decoded for real", render_decoded(record)),
         section("Thresholds and temperatures", render_sampled(record)),
         section("Sparse and dense trees", render_nodes(record)),
@@ -140,17 +150,12 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
     label = "All trees, searches, thresholds and hypothetical rows"
     cells = headline_cells(record)
     measured = [one for one in cells if one.kind == "composed"]
-    predicted = len(cells) - len(measured)
     return paragraphs(
         about,
         render_devices(measured, record, columns=_README_COLUMNS),
         _README_NOTE,
         render_decoded_gap(record),
-        f"{count(predicted, 'row')} of devices that were not measured "
-        f"{'stands' if predicted == 1 else 'stand'} in the report alone. "
-        + _roofline_error(origin.roofline_error)
-        if predicted
-        else "",
+        _not_measured([one for one in cells if one.kind != "composed"], record),
         *images,
         record_link(record.folder, base=base, label=label),
     )
@@ -159,19 +164,23 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
 def print_sweep(console: Console, record: SweepRecord) -> None:
     """Print one line a device: its tree, and what it is worth."""
     shown = Table("device", "shape", "figure", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
-    for one in headline_cells(record):
-        best = one.best
-        shown.add_row(
-            one.curve.device,
-            one.curve.shape,
-            one.kind,
-            str(len(record.trees.trees[best.tree].paths)),
-            ratio(record.trees.rate(best.tree, batch=one.batch).estimate),
-            ratio(best.overhead),
-            ratio_interval(best.speedup),
-            significant(best.tokens_per_s.estimate),
-        )
+    cells = headline_cells(record)
+    for one in cells:
+        best, speedup = one.best, told_speedup(one, record)
+        if speedup is not None:
+            shown.add_row(
+                one.curve.device,
+                one.curve.shape,
+                one.kind,
+                str(len(record.trees.trees[best.tree].paths)),
+                ratio(record.trees.rate(best.tree, batch=one.batch).estimate),
+                ratio(best.overhead),
+                ratio_interval(speedup),
+                rate_interval(told_tokens_per_s(one, record)),
+            )
     console.print(shown)
+    if withheld := [one.curve.device for one in cells if told_speedup(one, record) is None]:
+        console.print(f"{WITHHELD}, so no figure: {', '.join(withheld)}", highlight=False, markup=False)
     for failed in record.failed:
         console.print(
             f"no figure for {failed.words}: {failed.message}", highlight=False, markup=False, soft_wrap=True
@@ -184,6 +193,7 @@ def sweep_headline(
     """Return the one JSON object that ends a sweep's output."""
     verdicts = sweep_verdicts(record, claims=tuple(claims if claims is not None else load_claims()))
     checks = decoded_checks(record)
+    told = [one for one in headline_cells(record) if told_speedup(one, record) is not None]
     return {
         "sweep": record.spec.name,
         "num_trees": len(record.trees.trees),
@@ -200,8 +210,9 @@ def sweep_headline(
                 "speedup": round(one.best.speedup.estimate, 4),
                 "tokens_per_s": round(one.best.tokens_per_s.estimate, 3),
             }
-            for one in headline_cells(record)
+            for one in told
         ],
+        "num_withheld": len(headline_cells(record)) - len(told),
         "decoded": {
             "points": len(checks),
             "within": sum(check.is_within for check in checks),
@@ -230,6 +241,41 @@ def _beyond(record: SweepRecord) -> str:
     )
 
 
+def _not_measured(predicted: Sequence[ComposedCell], record: SweepRecord) -> str:
+    """Return what the report alone has of devices that were not measured, and how sure that is."""
+    if not predicted:
+        return ""
+    withheld = sum(told_speedup(one, record) is None for one in predicted)
+    return (
+        f"{count(len(predicted), 'curve')} of devices that were not measured "
+        f"{'stands' if len(predicted) == 1 else 'stand'} in the report alone. Of {withheld} of them no tree "
+        "and no speed is told, since the error of their step times is larger than what a tree would gain. "
+        f"{_prediction_error(record.origin)}"
+    )
+
+
+def _prediction_error(origin: SweepOrigin) -> str:
+    """Return how far the model was off that a sweep's predictions were made with."""
+    model = origin.step_model
+    if model is None:
+        return _roofline_error(origin.roofline_error)
+    about = (
+        f"Predictions are of the step model that was fitted on {count(len(model.curves), 'measured curve')}."
+    )
+    if not model.left_out:
+        return f"{about} Without a second one their error is not known."
+    ranges = [
+        f"{one.curve}: step {ratio(one.seconds.low)} to {ratio(one.seconds.high)}"
+        + (f", overhead {ratio(one.overhead.low)} to {ratio(one.overhead.high)}" if one.overhead else "")
+        for one in model.left_out
+    ]
+    return (
+        f"{about} Each was also left out of the fit and predicted; so many times the prediction are 90 % of "
+        f"its measured points: {'; '.join(ranges)}. The bounds of predicted figures are the widest of these "
+        "ranges; a device that nobody measured may be further off."
+    )
+
+
 def _roofline_error(error: RooflineError | None) -> str:
     if error is None:
         return "There is no latency record, so the error of the roofline's predictions is not known."
@@ -249,7 +295,8 @@ def _roofline_error(error: RooflineError | None) -> str:
     return (
         f"{told} Its step cost, on which a speedup rests, is off by "
         f"{percent(error.step_cost.median_error)} in the median and "
-        f"{percent(error.step_cost.worst_error)} at worst. Predicted rows are not corrected for either."
+        f"{percent(error.step_cost.worst_error)} at worst. Rows that the roofline predicted are not "
+        "corrected for either."
     )
 
 

@@ -13,16 +13,20 @@ from harness.files import DataFile, DataPath, parse_toml, read_toml
 from harness.specs.bounds import Many, PromptCount, Repeats, Some, SomeDistinct, Spec
 from harness.specs.latency import DtypeName
 
-PartName = Literal["tests", "limits", "latency", "suite", "rates"]
+PartName = Literal["tests", "limits", "latency", "suite", "rates", "kernels"]
 _Limit = Annotated[float, Field(gt=0, le=3600)]
 _Word = Annotated[str, Field(pattern=r"^[a-z_]+$")]
 
 
 class _Part(Spec):
-    """What every part says: after `limit_s` it is stopped; with less than `least_s` left it is not begun."""
+    """What every part says: after `limit_s` it is stopped; with less than `least_s` left it is not begun.
+
+    Time that the parts before left over makes the limit longer, up to `most_s` where that is given.
+    """
 
     limit_s: _Limit
     least_s: _Limit = 5.0
+    most_s: _Limit | None = None
 
 
 class TestsPart(_Part):
@@ -92,7 +96,15 @@ class RatesPart(_Part):
     num_steps: Repeats
 
 
-Part = Annotated[TestsPart | LimitsPart | LatencyPart | SuitePart | RatesPart, Field(discriminator="part")]
+class KernelsPart(_BudgetPart):
+    """Races of several ways to compute a part of a step, which only a device can decide."""
+
+    part: Literal["kernels"]
+
+
+Part = Annotated[
+    TestsPart | LimitsPart | LatencyPart | SuitePart | RatesPart | KernelsPart, Field(discriminator="part")
+]
 
 
 class GpuSpec(DataFile):
@@ -153,12 +165,18 @@ def allotted_s(limits_s: Sequence[float], *, left_s: float) -> float:
     return max(0.0, min(left_s, max(limits_s[0], left_s - sum(limits_s[1:]))))
 
 
+def time_for(parts: Sequence[Part], *, left_s: float) -> float:
+    """Return the seconds that the first of these parts may take: as `allotted_s` says, its most at most."""
+    given_s = allotted_s([one.limit_s for one in parts], left_s=left_s)
+    return given_s if parts[0].most_s is None else min(given_s, parts[0].most_s)
+
+
 def schedule(spec: GpuSpec) -> dict[str, float | None]:
     """Return the seconds that each part gets where every part takes all it gets; None for one not begun."""
-    left_s, limits_s = 60 * spec.minutes, [one.limit_s for one in spec.parts]
+    left_s = 60 * spec.minutes
     planned: dict[str, float | None] = {}
     for index, one in enumerate(spec.parts):
-        given_s = allotted_s(limits_s[index:], left_s=left_s)
+        given_s = time_for(spec.parts[index:], left_s=left_s)
         planned[one.part] = given_s if given_s >= one.least_s else None
         left_s -= planned[one.part] or 0.0
     return planned

@@ -31,7 +31,7 @@ from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTr
 from medusa_impl.recipes import MAX_HEADS, HeadArchitecture
 
 # the modes of medusa_impl.engine.runner, which needs torch
-ModeName = Literal["eager", "packed", "compiled", "cuda_graph"]
+ModeName = Literal["eager", "packed", "compiled", "cuda_graph", "fused_graph"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 MAX_POINTS = 100_000  # of a grid: hours of timing
 BatchSizes = SomeDistinct[BatchSize]
@@ -152,7 +152,7 @@ class LatencySpec(DataFile):
     """What a latency run times: which model, in which dtypes, modes and sizes.
 
     The model has its own weights, or is a published shape with random ones.
-    `modes` "auto" takes every mode that the device offers but `compiled`, whose first steps take minutes. A
+    `modes` "auto" takes every mode that the device offers but those that compile. A
     point is skipped where its weights, cache and logits would need more than `memory_share` of what is free.
     """
 

@@ -286,6 +286,7 @@ def made_up_origin(plan: SweepPlan) -> SweepOrigin:
         trace=facts(plan.composer.index.trace),
         calibration=facts(plan.calibration.trace),
         roofline_error=plan.error,
+        step_model=plan.model,
         started_utc="2024-01-19T12:28:30Z",
     )
 

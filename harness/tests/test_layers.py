@@ -46,6 +46,7 @@ TOP = (
     "tree_buffers",
     "tree_search",
     "tree_text",
+    "waiting",
 )
 TOP_OF_METHOD = tuple(f"medusa_impl.{name}" for name in TOP)
 

@@ -30,20 +30,18 @@ def grouped_sdpa_attention(
         q0 q1 | q2 q3                    ->    (q0; q1)  (q2; q3)
         k0      k1                              k0        k1
 
-    Shapes: query `[B, Hq, N, d]`; key and value `[B, Hkv, T, d]`; mask `[B, 1, N, T]`; result
-    `[B, N, Hq, d]`.
+    The mask's rows are repeated for each query head of a group, here or once for all layers before.
+
+    Shapes: query `[B, Hq, N, d]`; key and value `[B, Hkv, T, d]`; mask `[B, 1, N, T]`, or with its rows
+    repeated `[B, 1, Hq / Hkv * N, T]`; result `[B, N, Hq, d]`.
     """
     batch, num_heads, num_new, _ = query.shape
     groups = num_heads // key.shape[1]
     # Query heads of one group are neighbours in `query`, so a reshape stacks them.
     rows = query.reshape(batch, key.shape[1], groups * num_new, query.shape[-1])
     mask = attention_mask
-    if mask is not None and groups > 1:
-        mask = (
-            mask[:, :, None]
-            .expand(-1, -1, groups, -1, -1)
-            .reshape(mask.shape[0], 1, groups * num_new, mask.shape[-1])
-        )
+    if mask is not None and mask.shape[-2] != groups * num_new:
+        mask = mask[:, :, :num_new].repeat(1, 1, groups, 1)
     mixed = scaled_dot_product_attention(rows, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return mixed.reshape(batch, num_heads, num_new, -1).transpose(1, 2).contiguous(), None
 

@@ -32,8 +32,9 @@ from medusa_impl.engine.families import (
     switch_position,
 )
 from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.launch import Launcher, run_directly
 from medusa_impl.engine.sections import Section, no_section
-from medusa_impl.engine.tree_mask import TreeMask
+from medusa_impl.engine.tree_mask import NodeTables, TreeMask
 from medusa_impl.errors import UserError
 from medusa_impl.tree import DraftTree
 
@@ -56,7 +57,8 @@ class BackboneOutput:
 class StepInputs:
     """The inputs of the model's own call, without the cache.
 
-    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one mask a layer type.
+    Shapes: token_ids and position_ids `[B, N]`; mask `[B, 1, N, view_length]`, or one mask a layer type, its
+    rows repeated for each query head of a group where our attention runs (`grouped_sdpa_attention`).
     """
 
     token_ids: Tensor
@@ -64,6 +66,9 @@ class StepInputs:
     mask: Tensor | dict[str, Tensor]
     num_logits: int
 
+
+# Caches are as long as the next multiple of this, so that one serves many prompts; so many are kept.
+_LENGTH_CLASS_TOKENS, _MOST_FREE_CACHES = 512, 2
 
 ModelCall = Callable[[StepInputs, TreeCache], BackboneOutput]
 
@@ -124,11 +129,21 @@ class Backbone:
         self._switches_rope = switch_position(config) is not None
         self._positions_end = self._switches_rope or has_learned_positions(model, self.max_positions)
         layer_types = set(getattr(config, "layer_types", None) or ())
+        # Our attention needs the mask's rows once for each query head of a group: repeated here, not in
+        # every layer.
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        is_ours = config._attn_implementation == GROUPED_ATTENTION
+        self._mask_repeats = config.num_attention_heads // num_kv_heads if is_ours else 1
         self._mask = TreeMask(sliding_window=sliding_window(model), mixed_layers=len(layer_types) > 1)
         # Not `base_model`: OPT's LM calls the decoder inside its base model, and a hook on the base model
         # would never run.
         self._tap, is_first = _HiddenTap.on(model.get_decoder())
+        # How the model's kernels are called, how `forward` calls the model, and how a step is launched.
+        self.model_call: ModelCall = self.call_model
         self.step_call: ModelCall = self.call_model
+        self.launch: Launcher = run_directly
+        self._tables: tuple[Tensor, NodeTables] | None = None
+        self._free_caches: list[TreeCache] = []
         if is_first:
             check_first_pass(self)
 
@@ -150,10 +165,13 @@ class Backbone:
             num_layers=self.num_layers, batch_size=batch_size, max_length=max_length, device=self.device
         )
 
-    def cache_for(
+    @contextlib.contextmanager
+    def lent_cache(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, tree: DraftTree
-    ) -> TreeCache:
-        """Return an empty cache that is long enough for these prompts, their new tokens and a draft tree.
+    ) -> Iterator[TreeCache]:
+        """Lend an empty cache that is long enough for these prompts, their new tokens and a draft tree.
+
+        Caches of one length class are lent again, with all that was recorded over them.
 
         Raises: UserError if the model has too few positions for them.
         """
@@ -161,8 +179,23 @@ class Backbone:
         self.check_positions(prompt_tokens=longest, max_new_tokens=max_new_tokens, depth=tree.depth)
         # A row may end in the middle of a path. Then it has kept up to `depth` tokens more than its budget,
         # and while other rows go on, the tree is still written after them.
-        max_length = longest + max_new_tokens + tree.depth + tree.num_nodes
-        return self.new_cache(batch_size=len(prompts), max_length=max_length)
+        needed = longest + max_new_tokens + tree.depth + tree.num_nodes
+        max_length = -(-needed // _LENGTH_CLASS_TOKENS) * _LENGTH_CLASS_TOKENS
+        fitting = (
+            cache
+            for cache in self._free_caches
+            if (cache.num_rows, cache.max_length) == (len(prompts), max_length)
+        )
+        cache = next(fitting, None)
+        if cache is None:
+            cache = self.new_cache(batch_size=len(prompts), max_length=max_length)
+        else:
+            self._free_caches.remove(cache)
+            cache.reset()  # what is not finite in an unused slot would spoil the next text
+        try:
+            yield cache
+        finally:
+            self._free_caches = [cache, *self._free_caches][:_MOST_FREE_CACHES]
 
     def check_positions(self, *, prompt_tokens: int, max_new_tokens: int, depth: int) -> None:
         """Refuse a generation whose last draft node needs a position that the model does not have.
@@ -209,11 +242,46 @@ class Backbone:
         Paper: Section 2.1.2, tree attention.
         """
         with section("mask"):
+            cache.begin_step(num_new=token_ids.shape[1])
             inputs = self._inputs(
-                token_ids, depths, visible, cache, rows=slice(0, cache.num_rows), num_logits=num_logits
+                token_ids, depths, self._tables_of(depths, visible), cache, num_logits=num_logits
             )
         with section("backbone"):
             return self.step_call(inputs, cache)
+
+    def score(
+        self,
+        token_ids: Tensor,
+        *,
+        depths: Tensor,
+        tables: NodeTables,
+        cache: TreeCache,
+        section: Section = no_section,
+    ) -> BackboneOutput:
+        """Return what `forward` does, of a step that the host has planned (`TreeCache.plan_step`).
+
+        Nothing in it waits for the host or asks it: it can be a part of a recorded step.
+
+        Shapes: as in `forward`; the tables are those of `node_tables`.
+        """
+        with section("mask"):
+            cache.place_step(num_new=token_ids.shape[1])
+            inputs = self._inputs(token_ids, depths, tables, cache, num_logits=0)
+        with section("backbone"):
+            return self.model_call(inputs, cache)
+
+    def node_tables(self, depths: Tensor, visible: Tensor) -> NodeTables:
+        """Return what the masks of all steps of a tree are made from.
+
+        Shapes: depths `[N]`, visible `[N, N]`.
+        """
+        return self._mask.tables(depths, visible, dtype=self.dtype)
+
+    def _tables_of(self, depths: Tensor, visible: Tensor) -> NodeTables:
+        """Return the tables of a tree; those of the last one are kept."""
+        if self._tables is None or self._tables[0] is not visible:
+            self._tables = visible, self.node_tables(depths, visible)
+        return self._tables[1]
 
     @torch.inference_mode()
     def read(
@@ -241,9 +309,13 @@ class Backbone:
         # as it is.
         positions = torch.arange(token_ids.shape[0], device=self.device)
         visible = positions[:, None] >= positions[None, :]
-        rows = slice(row, row + 1)
+        cache.begin_step(num_new=token_ids.shape[0], rows=slice(row, row + 1))
         inputs = self._inputs(
-            token_ids[None].to(self.device), positions, visible, cache, rows=rows, num_logits=num_logits
+            token_ids[None].to(self.device),
+            positions,
+            self.node_tables(positions, visible),
+            cache,
+            num_logits=num_logits,
         )
         return self.call_model(inputs, cache)
 
@@ -290,28 +362,24 @@ class Backbone:
         return BackboneOutput(logits=output.logits, hidden=self._tap.hidden)
 
     def _inputs(
-        self,
-        token_ids: Tensor,
-        depths: Tensor,
-        visible: Tensor,
-        cache: TreeCache,
-        *,
-        rows: slice,
-        num_logits: int,
+        self, token_ids: Tensor, depths: Tensor, tables: NodeTables, cache: TreeCache, *, num_logits: int
     ) -> StepInputs:
-        view_length = cache.begin_step(num_new=token_ids.shape[1], rows=rows)
-        lengths = cache.device_lengths[rows]
+        """Return the inputs of the step that the cache has planned and placed."""
+        lengths = cache.device_lengths[cache.plan.rows]
         position_ids = lengths[:, None] + depths
         if self._positions_end and self.max_positions is not None:
             # Only a row that has ended is written beyond the last position, while other rows go on. Its
             # positions matter to nobody, but would change longrope for all rows, or miss the table.
             position_ids = position_ids.clamp(max=self.max_positions - 1)
-        return StepInputs(
-            token_ids=token_ids,
-            position_ids=position_ids,
-            mask=self._mask(lengths, depths, visible, slots=cache.slots[:view_length], dtype=self.dtype),
-            num_logits=num_logits,
-        )
+        mask = self._mask(lengths, depths, tables, slots=cache.slots[: cache.plan.view_length])
+        if self._mask_repeats > 1:
+            rows = (1, 1, self._mask_repeats, 1)
+            mask = (
+                {name: one.repeat(rows) for name, one in mask.items()}
+                if isinstance(mask, dict)
+                else mask.repeat(rows)
+            )
+        return StepInputs(token_ids=token_ids, position_ids=position_ids, mask=mask, num_logits=num_logits)
 
     @contextlib.contextmanager
     def stock_attention(self) -> Iterator[None]:

@@ -2,60 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 EndedBy = Literal["eos", "budget"]
+_ENDED: tuple[EndedBy | None, ...] = (None, "eos", "budget")
+_NO_TOKEN = -1
 
 
 class Rows:
     """The rows of a batch, each of which ends at its first end-of-sequence token or at the budget.
 
     Vanilla and Medusa decoding cut their tokens here and nowhere else, so that both end at the same token.
+    The device cuts them. A row that has ended has nothing `left`: it idles along with the others, keeps
+    nothing and adds nothing. All that the host needs of a step is in one tensor, `outcome`, since every
+    transfer makes the host wait for the device.
 
-    `live` is 1 for rows that go on and 0 for rows that have ended. It exists twice, as a list on the host and
-    as `device_live` `[B]` on the device, so that neither side has to ask the other.
+        outcome of a row      kept nodes | new tokens | why it ended | the tokens of the path and the bonus
+
+    Shapes: left `[B]`; eos_ids `[E]`; outcome `[B, 3 + D]`, where a step adds at most D tokens to a row.
     """
 
-    def __init__(
-        self, num_rows: int, *, max_new_tokens: int, eos_ids: frozenset[int], device: torch.device
-    ) -> None:
-        self.live = [1] * num_rows
-        self.device_live = torch.ones(num_rows, dtype=torch.long, device=device)
-        self._left = [max_new_tokens] * num_rows
+    def __init__(self, num_rows: int, *, most_new: int, num_eos: int, device: torch.device) -> None:
+        self.left = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self.eos_ids = torch.full((max(num_eos, 1),), _NO_TOKEN, device=device)
+        self.outcome = torch.zeros(num_rows, 3 + most_new, dtype=torch.long, device=device)
+        self._steps = torch.arange(most_new, device=device)
         self._ended: list[EndedBy | None] = [None] * num_rows
-        self._eos_ids = eos_ids
 
     @property
     def going(self) -> bool:
         """Return whether any row goes on."""
-        return any(self.live)
+        return not all(self._ended)
 
     @property
     def ended(self) -> tuple[EndedBy | None, ...]:
         """Return why each row has ended, None for rows that go on."""
         return tuple(self._ended)
 
-    def add(self, new_tokens: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        """Return the new tokens of each row up to where the row ends; nothing for rows that had ended."""
-        return tuple(self._cut(row, tokens) for row, tokens in enumerate(new_tokens))
+    def begin(self, roots: Tensor, *, max_new_tokens: int, eos_ids: frozenset[int]) -> None:
+        """Start all rows anew with the token that their prefill yielded.
 
-    def _cut(self, row: int, tokens: Sequence[int]) -> tuple[int, ...]:
-        if not self.live[row]:
-            return ()
-        taken: list[int] = []
-        for token in tokens:
-            taken.append(token)
-            self._left[row] -= 1
-            # A last token that is also end-of-sequence counts as end-of-sequence.
-            if token in self._eos_ids:
-                self._ended[row] = "eos"
-            elif self._left[row] == 0:
-                self._ended[row] = "budget"
-            if self._ended[row] is not None:
-                self.live[row] = 0
-                self.device_live[row] = 0
-                break
-        return tuple(taken)
+        Shapes: roots `[B]`.
+        """
+        self._ended = [None] * len(self._ended)
+        self.left.fill_(max_new_tokens)
+        self.eos_ids.copy_(torch.tensor(sorted(eos_ids) or [_NO_TOKEN]))
+        self.settle(roots[:, None], torch.ones_like(roots), roots)
+
+    def settle(self, path: Tensor, num_kept: Tensor, bonus: Tensor) -> Tensor:
+        """Cut the new tokens of every row, write the outcome, and return how many nodes each row keeps.
+
+        The path's root is not new: the step before has yielded it as its bonus token. A last token that is
+        also end-of-sequence counts as end-of-sequence.
+
+        Shapes: path `[B, D']` with D' up to D, the tokens of the kept nodes first; num_kept and bonus `[B]`;
+        result `[B]`.
+        """
+        kept = num_kept * (self.left > 0)
+        steps = self._steps[: path.shape[1]]
+        new = torch.where(steps == num_kept[:, None] - 1, bonus[:, None], path.roll(-1, 1))
+        is_new = steps < torch.minimum(kept, self.left)[:, None]
+        ends = (new[..., None] == self.eos_ids).any(-1) & is_new
+        # nothing after an end is new
+        is_new = is_new & (ends.long().cumsum(1) - ends.long() == 0)
+        taken, has_ended = is_new.sum(1), ends.any(1)
+        self.left.copy_((self.left - taken) * ~has_ended)
+        reason = torch.where(has_ended, 1, 2 * (self.left == 0)) * (taken > 0)
+        for column, value in enumerate((kept, taken, reason)):
+            self.outcome[:, column] = value
+        self.outcome[:, 3 : 3 + path.shape[1]] = new
+        return kept
+
+    def read(self) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+        """Return how many nodes each row has kept, and its new tokens; the host waits for the device here."""
+        counts, tokens = [], []
+        for row, (kept, taken, reason, *new) in enumerate(self.outcome.tolist()):
+            counts.append(kept)
+            tokens.append(tuple(new[:taken]))
+            self._ended[row] = _ENDED[reason] or self._ended[row]
+        return counts, tuple(tokens)

@@ -3,8 +3,9 @@
 mode          what a step runs
 eager         PyTorch's own kernels, one after another
 packed        the same, with weights packed for oneDNN once, and layers of one input as one product (CPU)
-compiled      the model through torch.compile: fused kernels; compiling a new shape takes a minute or more
-cuda_graph    the model recorded once for each shape and replayed, with no launches from Python (GPU)
+compiled      the decoder's layers through torch.compile: fused kernels, after seconds of compiling
+cuda_graph    the whole step recorded once for each shape and replayed: one launch from Python (GPU)
+fused_graph   both: steps with compiled layers, recorded (GPU)
 
 In every mode both decoding loops run the same code with the same weights. So a speedup never compares two
 different engines.
@@ -18,20 +19,32 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from medusa_impl.engine.backbone import Backbone, BackboneOutput, ModelCall, StepInputs
-from medusa_impl.engine.captured_step import CapturedSteps
-from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.engine.backbone import Backbone, ModelCall
+from medusa_impl.engine.captured_step import CapturedSteps, RecordedSteps, Recorder
+from medusa_impl.engine.compiled_layers import CompiledLayers
+from medusa_impl.engine.launch import Launcher, run_directly
+from medusa_impl.engine.meta_pass import host_question
 from medusa_impl.engine.packed_linear import PackedLinears, layers_of_one_input, packing_available
 from medusa_impl.heads import MedusaHeads
 
-Mode = Literal["eager", "packed", "compiled", "cuda_graph"]
+Mode = Literal["eager", "packed", "compiled", "cuda_graph", "fused_graph"]
 # oneDNN packs for an expected number of rows. This one is between a single node and a large tree.
 _PACKING_ROWS = 16
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """How one mode calls the model in a step, in `Backbone.forward`, and how it launches a step."""
+
+    model: ModelCall
+    forward: ModelCall
+    launch: Launcher
 
 
 class StepRunner:
@@ -58,44 +71,76 @@ class StepRunner:
         if heads is not None:
             heads.check_backbone(hidden_size=self.backbone.hidden_size, vocab_size=self.backbone.vocab_size)
         self._packed: PackedLinears | None = None
-        self._calls: dict[Mode, ModelCall] = {}
-        self.mode: Mode = "eager"
-        self.note = ""
+        self._calls: dict[Mode, _Calls] = {}
+        self._compiled: CompiledLayers | None = None
+        self._mode: Mode = "eager"
+        self._note = ""
         self.use(self.available_modes()[0] if mode == "auto" else mode)
+
+    @property
+    def mode(self) -> Mode:
+        """Return the mode in use: `eager` from the moment on in which a capture failed."""
+        return "eager" if self._failure else self._mode
+
+    @property
+    def note(self) -> str:
+        """Return why the mode in use is not the one asked for, or what is special about it; else nothing."""
+        failed = f"a capture failed, so {self._mode} mode fell back to eager: {self._failure}"
+        return failed if self._failure else self._note
+
+    @property
+    def _failure(self) -> str:
+        used: tuple[object, ...] = (self.backbone.launch, self.backbone.step_call)
+        return next((one.failure for one in used if isinstance(one, Recorder) and one.failure), "")
 
     def available_modes(self) -> tuple[Mode, ...]:
         """Return the modes that this device, dtype and PyTorch offer; `auto` takes the first."""
         device = self.backbone.device
         modes: list[Mode] = ["eager"]
         if device.type == "cuda":
-            modes = ["cuda_graph", "eager"]
+            modes = ["eager"] if self._host_question else ["cuda_graph", "eager"]
         elif device.type == "cpu" and packing_available(self.backbone.dtype):
             modes = ["packed", "eager"]
-        return (*modes, "compiled") if compiling_available(device.type) else tuple(modes)
+        if compiling_available(device.type):
+            modes += ["compiled", "fused_graph"] if "cuda_graph" in modes else ["compiled"]
+        return tuple(modes)
 
     def use(self, mode: Mode) -> None:
         """Switch to a mode, or to `eager` if it is not available.
 
         Packed weights, compiled code and captured graphs are kept, so that switching back is cheap.
         """
-        self.note = ""
+        self._note = ""
         if mode not in self.available_modes():
-            self.note = f"{mode} mode is not available here: fell back to eager"
+            self._note = f"{mode} mode is not available here: fell back to eager"
+            if self.backbone.device.type == "cuda" and self._host_question:
+                self._note += f" (a step of this model asks the host: {self._host_question})"
             mode = "eager"
         # Packed layers exist for one mode only; the others call the stock ones.
-        if self.mode == "packed" and self._packed is not None:
+        if self._mode == "packed" and self._packed is not None:
             self._packed.detach()
-        self.mode = mode
+        self._mode = mode
         if mode == "packed":
             self._packed = self._packed or self._pack()
             self._packed.attach()
             if self._packed.from_rows > 1:
-                self.note = (
+                self._note = (
                     f"fewer than {self._packed.from_rows} rows take the stock product, the faster one here"
                 )
         if mode not in self._calls:
-            self._calls[mode] = self._call_of(mode)
-        self.backbone.step_call = self._calls[mode]
+            self._calls[mode] = self._calls_of(mode)
+        calls = self._calls[mode]
+        self.backbone.model_call, self.backbone.step_call = calls.model, calls.forward
+        self.backbone.launch = calls.launch
+
+    @functools.cached_property
+    def _host_question(self) -> str:
+        return host_question(self.backbone.model)
+
+    @property
+    def records_steps(self) -> bool:
+        """Return whether whole steps are recorded: then marks of their parts make other, longer steps."""
+        return self.backbone.launch is not run_directly
 
     @property
     def packed_bytes(self) -> int:
@@ -115,12 +160,16 @@ class StepRunner:
                 if packed is not None:
                     packed.attach()
 
-    def _call_of(self, mode: Mode) -> ModelCall:
+    def _calls_of(self, mode: Mode) -> _Calls:
+        plain = self.backbone.call_model
         if mode == "cuda_graph":
-            return CapturedSteps(self.backbone.call_model)
-        if mode == "compiled":
-            return _CompiledCall(self.backbone)
-        return self.backbone.call_model
+            return _Calls(plain, CapturedSteps(plain), RecordedSteps())
+        if mode in ("compiled", "fused_graph"):
+            self._compiled = self._compiled or CompiledLayers(self.backbone)
+            if mode == "fused_graph":
+                return _Calls(self._compiled, CapturedSteps(self._compiled), RecordedSteps())
+            return _Calls(self._compiled, self._compiled, run_directly)
+        return _Calls(plain, plain, run_directly)
 
     @torch.inference_mode()
     def _pack(self) -> PackedLinears:
@@ -147,16 +196,3 @@ def compiling_available(device_type: str) -> bool:
     if device_type == "cpu":
         return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++"))
     return importlib.util.find_spec("triton") is not None
-
-
-class _CompiledCall:
-    """The model's call through torch.compile.
-
-    The part of the cache that attention reads grows; it is the only size that varies within a compiled shape.
-    """
-
-    def __init__(self, backbone: Backbone) -> None:
-        self._compiled = torch.compile(backbone.call_model)
-
-    def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
-        return self._compiled(inputs, cache)

@@ -14,3 +14,8 @@ Section = Callable[[str], contextlib.AbstractContextManager[None]]
 def no_section(name: str) -> contextlib.AbstractContextManager[None]:
     """Return a context that does nothing, for runs without a profiler."""
     return contextlib.nullcontext()
+
+
+def is_marking(section: Section) -> bool:
+    """Return whether a profiler looks at this step; one that looks away for some steps has an `on`."""
+    return section is not no_section and bool(getattr(section, "on", True))

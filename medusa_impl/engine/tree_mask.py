@@ -5,8 +5,24 @@ Paper: Section 2.1.2, tree attention, and Figure 2.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NodeTables:
+    """What each node of a tree adds to the score of each kind of key, in layers with full attention.
+
+    `near` is the same for the layers that have a sliding window, None without such layers. The first column
+    is that of any kept token, the last that of any unused slot, the others those of the nodes.
+
+    Shapes: `[N, N + 2]`.
+    """
+
+    full: Tensor
+    near: Tensor | None
 
 
 class TreeMask:
@@ -18,10 +34,19 @@ class TreeMask:
 
     def __init__(self, *, sliding_window: int | None, mixed_layers: bool) -> None:
         self._window, self._mixed_layers = sliding_window, mixed_layers
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def tables(self, depths: Tensor, visible: Tensor, *, dtype: torch.dtype) -> NodeTables:
+        """Return the tables of a tree, which all its steps share.
+
+        Shapes: depths `[N]`, visible `[N, N]`.
+        """
+        if self._window is None:
+            return NodeTables(full=_node_table(visible, dtype), near=None)
+        is_near = depths[:, None] - depths[None, :] < self._window
+        return NodeTables(full=_node_table(visible, dtype), near=_node_table(visible & is_near, dtype))
 
     def __call__(
-        self, lengths: Tensor, depths: Tensor, visible: Tensor, *, slots: Tensor, dtype: torch.dtype
+        self, lengths: Tensor, depths: Tensor, tables: NodeTables, *, slots: Tensor
     ) -> Tensor | dict[str, Tensor]:
         """Return the mask: 0 for keys that a node sees, the dtype's minimum for all others.
 
@@ -38,35 +63,28 @@ class TreeMask:
         to kept tokens and to nodes, since a long prompt is read as one chain of nodes.
 
         Shapes: lengths `[B]`, the kept tokens of each row; depths `[N]`, the position of a node after them;
-        visible `[N, N]`; slots `[S]`, 0 .. S - 1; result `[B, 1, N, S]`, or one such mask a layer type.
+        slots `[S]`, 0 .. S - 1; result `[B, 1, N, S]`, or one such mask a layer type.
         """
         # All kept tokens have one column of the table, all unused slots have another. In between, slot
         # `length + n` holds node n.
-        column = (slots - (lengths[:, None] - 1)).clamp_(0, visible.shape[0] + 1)
-        mask = self._node_table("full", visible, visible, dtype)[:, column].transpose(0, 1).unsqueeze(1)
-        if self._window is None:
+        column = (slots - (lengths[:, None] - 1)).clamp_(0, depths.shape[0] + 1)
+        mask = tables.full[:, column].transpose(0, 1).unsqueeze(1)
+        if self._window is None or tables.near is None:
             return mask
-        near = depths[:, None] - depths[None, :] < self._window
-        table = self._node_table("sliding", visible, visible & near, dtype)
-        windowed = table[:, column].transpose(0, 1).unsqueeze(1)
+        windowed = tables.near[:, column].transpose(0, 1).unsqueeze(1)
         # Which kept tokens a window hides depends on the kept length, so no table can hold it.
         distance = (lengths[:, None] + depths[None, :])[:, None, :, None] - slots
         kept = (slots[None, :] < lengths[:, None])[:, None, None, :]
-        windowed = windowed.masked_fill(kept & (distance >= self._window), torch.finfo(dtype).min)
+        windowed = windowed.masked_fill(kept & (distance >= self._window), torch.finfo(mask.dtype).min)
         return {"full_attention": mask, "sliding_attention": windowed} if self._mixed_layers else windowed
 
-    def _node_table(self, name: str, tree: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what each node adds to the score of each kind of key.
 
-        The first column is that of any kept token, the last that of any unused slot, the others those of the
-        nodes. All steps of a generation have the same tree, so the table of the last tree is kept.
+def _node_table(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what each node adds to the score of any kept token, of each node and of any unused slot.
 
-        Shapes: visible `[N, N]`, result `[N, N + 2]`.
-        """
-        if name not in self._tables or self._tables[name][0] is not tree:
-            hiding = torch.finfo(dtype).min
-            nodes = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            nodes.masked_fill_(~visible, hiding)
-            before, after = nodes.new_zeros(len(nodes), 1), nodes.new_full((len(nodes), 1), hiding)
-            self._tables[name] = (tree, torch.cat([before, nodes, after], dim=1))
-        return self._tables[name][1]
+    Shapes: visible `[N, N]`, result `[N, N + 2]`.
+    """
+    hiding = torch.finfo(dtype).min
+    nodes = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hiding)
+    before, after = nodes.new_zeros(len(nodes), 1), nodes.new_full((len(nodes), 1), hiding)
+    return torch.cat([before, nodes, after], dim=1)

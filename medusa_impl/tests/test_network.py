@@ -12,7 +12,7 @@ from torch import nn
 
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.packed_linear import PackedLinears, layers_of_one_input, packing_available
-from medusa_impl.heads import MedusaHeads, ordered_topk, topk_of_keys
+from medusa_impl.heads import MedusaHeads, ordered_topk, topk_by_blocks
 from medusa_impl.recipes import HeadArchitecture
 from medusa_impl.tests.conftest import TINY_VOCAB
 
@@ -28,8 +28,12 @@ def test_ordered_topk_equals_a_stable_sort(data: st.DataObject, vocab_size: int,
         sorted(range(vocab_size), key=lambda token: (-row[token], token))[:count] for row in logits.tolist()
     ]
     assert ordered_topk(logits, count).tolist() == expected
-    assert topk_of_keys(logits, count).tolist() == expected
-    assert topk_of_keys(logits.bfloat16() - 1, count).tolist() == expected  # negative logits and minus zero
+    assert topk_by_blocks(logits, count).tolist() == expected
+    assert topk_by_blocks(logits.bfloat16() - 1, count).tolist() == expected  # negative logits and minus zero
+    size = data.draw(st.integers(1, 5))
+    assert topk_by_blocks(logits, count, block_tokens=size).tolist() == expected
+    lowest = torch.where(logits == 0, -torch.inf, logits)  # what fills the last block must not come first
+    assert topk_by_blocks(lowest, count, block_tokens=size).tolist() == expected
 
 
 def test_ordered_topk_on_a_large_vocabulary() -> None:
@@ -43,7 +47,7 @@ def test_ordered_topk_on_a_large_vocabulary() -> None:
     for logits in (tied, distinct):
         expected = logits.sort(dim=-1, descending=True, stable=True).indices[..., :10]
         assert torch.equal(ordered_topk(logits, 10), expected) and torch.equal(
-            topk_of_keys(logits, 10), expected
+            topk_by_blocks(logits, 10), expected
         )
 
 

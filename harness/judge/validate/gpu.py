@@ -9,6 +9,7 @@ from harness.judge.validate.faults import load_faults, path_faults, place_faults
 from harness.records.gpu import (
     ACCEPTED,
     CORPUS_FILE,
+    KERNELS_FILE,
     ORIGIN_FILE,
     PARTS_FILE,
     PLAN_FILE,
@@ -29,6 +30,7 @@ def gpu_faults(folder: Path) -> tuple[str, ...]:
         TESTS_FILE: lambda: record.tests,
         CORPUS_FILE: lambda: record.corpus,
         TRAINING_FILE: lambda: record.training,
+        KERNELS_FILE: lambda: record.kernels,
         "manifest.json": lambda: record.manifest,
     }
     return load_faults(loaders) or (

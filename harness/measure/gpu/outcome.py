@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,7 @@ from harness.measure.gpu.process import Ended
 from harness.records.folder import ASKED_FILE, MANIFEST_FILE
 from harness.records.gpu import GpuRecord, Outcome
 from harness.records.latency import OUT_OF_TIME, LatencyPoint, LatencyRecord
+from harness.records.profiles.kernels import Race
 from harness.specs.gpu import Part, TestsPart
 
 _MOST_NODES = 64  # of the tree whose overhead is told, as the paper's trees
@@ -73,6 +75,7 @@ def told_of(one: Part, ended: Ended, *, folder: Path, record: Path | None) -> st
         "latency": lambda: _told_latency(record),
         "suite": lambda: _told_suite(ended),
         "rates": lambda: _told_rates(folder),
+        "kernels": lambda: _told_kernels(folder),
     }
     try:
         said.append(tell[one.part]())
@@ -153,3 +156,17 @@ def _told_rates(folder: Path) -> str:
     for stage in record.training.stages if record.training is not None else ():
         said.append(f"training, {stage.name}, {stage.num_positions / stage.median_step_s:,.0f} positions/s")
     return ", ".join(said)
+
+
+def _told_kernels(folder: Path) -> str:
+    """Return how many races there were, and in how many another way than the engine's was the fastest."""
+    kernels = GpuRecord(folder).kernels
+    if kernels is None:
+        return ""
+    won = [race for race in kernels.races if _is_beaten(race)]
+    return f"{len(kernels.races)} races in {kernels.dtype}, the engine's way is not the fastest in {len(won)}"
+
+
+def _is_beaten(race: Race) -> bool:
+    times = [median(one.call_s) if one.call_s else math.inf for one in race.contenders]
+    return min(times) < times[0]

@@ -30,6 +30,7 @@ from harness.records.gpu import (
     ACCEPTED,
     CORPUS_FILE,
     GPU,
+    KERNELS_FILE,
     TESTS_FILE,
     TRAINING_FILE,
     GpuManifest,
@@ -41,14 +42,15 @@ from harness.records.provenance import Provenance
 from harness.records.store import NO_REPORT, Store
 from harness.specs.gpu import (
     GpuSpec,
+    KernelsPart,
     LatencyPart,
     LimitsPart,
     Part,
     RatesPart,
     SuitePart,
     TestsPart,
-    allotted_s,
     schedule,
+    time_for,
 )
 from harness.specs.latency import load_latency_spec
 from harness.specs.suite import load_suite
@@ -103,6 +105,8 @@ def _what(one: Part) -> str:
         return f"step times, {one.spec}"
     if isinstance(one, SuitePart):
         return f"{one.num_prompts} prompts of the suite {one.suite}"
+    if isinstance(one, KernelsPart):
+        return "races of kernels"
     return f"{one.corpus_s:g} s of a corpus and {one.num_steps} training steps a stage, {one.recipe}"
 
 
@@ -181,7 +185,7 @@ class _Session:
     def run(self, one: Part, *, later: list[Part], folder: Path) -> PartResult:
         """Run one part in the time that is left for it, and return how it went."""
         left_s = self.ends - time.monotonic()
-        limit_s = allotted_s([one.limit_s, *(after.limit_s for after in later)], left_s=left_s)
+        limit_s = time_for([one, *later], left_s=left_s)
         if limit_s < one.least_s:
             told = f"{max(0.0, left_s):.0f} s of {self.spec.minutes:g} minutes are left, need {one.least_s:g}"
             return PartResult(part=one.part, outcome="skipped", elapsed_s=0, limit_s=limit_s, told=told)
@@ -224,7 +228,17 @@ class _Session:
         if isinstance(one, RatesPart):
             words = ["rates", str(folder), str(self._file(one)), str(one.corpus_s), str(one.num_steps)]
             return _Job([*words, self.command], files=(CORPUS_FILE, TRAINING_FILE))
-        verb, file, minutes = one.part, self._file(one), (limit_s - one.reserve_s) / 60
+        minutes = (limit_s - one.reserve_s) / 60
+        if isinstance(one, KernelsPart):
+            words = [
+                "profile-kernels",
+                "--time-budget",
+                f"{minutes:.3f}",
+                "--out",
+                str(folder / KERNELS_FILE),
+            ]
+            return _Job(["module", "harness", *words], files=(KERNELS_FILE,))
+        verb, file = one.part, self._file(one)
         words = ["reproduce" if verb == "suite" else verb, str(file), "--time-budget", f"{minutes:.3f}"]
         more = ["--limit", str(one.num_prompts)] if isinstance(one, SuitePart) else []
         home = (

@@ -45,9 +45,10 @@ _SEED = 0
 def chosen_modes(spec: LatencySpec, available: Sequence[ModeName]) -> tuple[ModeName, ...]:
     """Return the spec's modes.
 
-    `auto` is all that the device offers except `compiled`, whose first steps take minutes.
+    `auto` is all that the device offers except those that compile, which take long to begin.
     """
-    return tuple(mode for mode in available if mode != "compiled") if spec.modes == "auto" else spec.modes
+    compiling = ("compiled", "fused_graph")
+    return tuple(mode for mode in available if mode not in compiling) if spec.modes == "auto" else spec.modes
 
 
 def packs_weights(spec: LatencySpec, *, dtype: DtypeName, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.paths import without_paths
 
 # They compile or capture each new size of a step before they run it, and that can fail where eager does not.
-PREPARING_MODES = ("compiled", "cuda_graph")
+PREPARING_MODES = ("compiled", "cuda_graph", "fused_graph")
 UNPREPARED = "mode could not run it"  # in the words of such a failure
 
 

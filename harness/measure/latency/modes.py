@@ -82,7 +82,7 @@ def measure_modes(
                     with noting(name):
                         trials.append(_mode_trial(engine, name, runners[name], prompt, dtype=dtype))
                     if name not in (STOCK, engine.runner.mode):  # the engine fell back by itself
-                        faults.setdefault(name, f"{UNPREPARED}: {engine.runner.note}")
+                        faults.setdefault(name, f"{name} {UNPREPARED}: {engine.runner.note}")
     for name, reason in faults.items():
         note(f"the table of modes leaves out {name}: {reason}")
     return () if STOCK in faults else tuple(trial for trial in trials if trial.mode not in faults)

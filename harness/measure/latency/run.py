@@ -184,10 +184,11 @@ def check_fits(spec: LatencySpec, *, dtype: DtypeName, free_bytes: int) -> None:
 
 def check_device(spec: LatencySpec, device: torch.device) -> None:
     """Refuse, before anything is loaded, a spec that names CUDA graphs on a machine without a CUDA device."""
-    if device.type != "cuda" and spec.modes != "auto" and "cuda_graph" in spec.modes:
+    graphs = [mode for mode in spec.modes if mode.endswith("_graph")] if spec.modes != "auto" else []
+    if graphs and device.type != "cuda":
         raise UserError(
             found="no CUDA device",
-            need="one: the mode cuda_graph records CUDA graphs",
+            need=f"one: the mode {graphs[0]} records CUDA graphs",
             where=f"the modes of {spec.name!r}",
             do="run it on a machine with a CUDA device, or give --modes eager",
         )

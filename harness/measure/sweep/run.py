@@ -215,6 +215,7 @@ def describe_sweep(
         trace=_facts(plan.composer.index.trace),
         calibration=_facts(plan.calibration.trace),
         roofline_error=plan.error,
+        step_model=plan.model,
     )
 
 

@@ -16,7 +16,14 @@ from harness.compose.appendix_g import AppendixG, simulate
 from harness.compose.roofline import linear_intensity
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.sweep import sampled_counts, shared_prompts, threshold_cells
-from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, drawn_cell, sparse_points
+from harness.judge.sweep import (
+    best_by_heads,
+    decoded_checks,
+    dense_points,
+    drawn_cell,
+    sparse_points,
+    told_speedup,
+)
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
 from harness.report.figures.canvas import bar_lengths, bars, new_figure, plain_ticks, save_figure, styled
@@ -94,7 +101,9 @@ def draw_nodes(figure: Any, record: SweepRecord) -> bool:
     if one is not None:
         right.axhline(one.vanilla_tokens_per_s, color=_GREY, linestyle=":", label="vanilla")
         right.set_title(f"{one.kind}: {one.curve.device}, {one.curve.dtype}", fontsize=8)
-    for axes in (left, right):
+    else:
+        right.remove()  # there is no speed that may be told
+    for axes in (left, right) if one is not None else (left,):
         plain_ticks(axes, [1, 2, 4, 8, 16, 32, 64, 128, 256])
         axes.legend(frameon=False)
     left.set_title(_bars_note(record), fontsize=8)
@@ -256,9 +265,13 @@ def draw_roofline(figure: Any, record: SweepRecord) -> bool:
 def draw_heat_map(figure: Any, record: SweepRecord) -> bool:
     """Draw the speedup of each device's own tree, by device and model shape.
 
-    What is hypothetical is hatched.
+    What is hypothetical is hatched; a prediction whose error is larger than its effect is left out.
     """
-    cells = [cell for cell in record.composed if cell.batch == 1 and cell.context == "trace"]
+    cells = [
+        cell
+        for cell in record.composed
+        if cell.batch == 1 and cell.context == "trace" and told_speedup(cell, record) is not None
+    ]
     if len(cells) < 2:
         return False
     rows = list(dict.fromkeys(_row_name(cell) for cell in cells))

@@ -12,12 +12,21 @@ from math import fsum
 from harness.compose.appendix_g import AppendixG
 from harness.judge.claims.sweep import sampled_counts, sweep_verdicts
 from harness.judge.judgement import ClaimVerdict
-from harness.judge.sweep import best_by_heads, decoded_checks, dense_points, sparse_points
+from harness.judge.sweep import (
+    best_by_heads,
+    decoded_checks,
+    dense_points,
+    sparse_points,
+    told_speedup,
+    told_tokens_per_s,
+)
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
 from harness.report.formatting import (
     ABSENT,
+    WITHHELD,
     count,
+    merged,
     paragraphs,
     percent,
     rate_interval,
@@ -58,7 +67,7 @@ def render_devices(
 ) -> str:
     """Return the table of devices, the fastest tree of each, with all columns or those that `columns` names.
 
-    It is empty without cells.
+    Rows that say the same are one row. It is empty without cells.
     """
     if not cells:
         return ""
@@ -74,14 +83,18 @@ def render_devices(
     for one in cells:
         extra = [*([one.batch] if has_batches else []), *([one.context] if has_contexts else [])]
         start = _device_cells(one, record)
-        rows.append([*start[:-2], *extra, *start[-2:]])
-    return table(headers, rows, columns=columns)
+        rows.append(tuple(str(value) for value in (*start[:-2], *extra, *start[-2:])))
+    return table(headers, merged(rows, column=0), columns=columns)
 
 
 def _device_cells(one: ComposedCell, record: SweepRecord) -> list[object]:
-    best = one.best
+    best, speedup = one.best, told_speedup(one, record)
     tree = record.trees.trees[best.tree].tree()
     mode = f", {one.curve.mode}" if one.curve.mode is not None else ""
+    if speedup is None:
+        of_curve = [one.curve.device, one.curve.shape, f"{one.curve.kind}, {one.curve.dtype}{mode}", one.kind]
+        of_tree = [WITHHELD, *(ABSENT for _ in range(5))]
+        return [*of_curve, *of_tree, WITHHELD, WITHHELD, ABSENT]
     return [
         one.curve.device,
         one.curve.shape,
@@ -93,8 +106,8 @@ def _device_cells(one: ComposedCell, record: SweepRecord) -> list[object]:
         ratio_interval(record.trees.rate(best.tree, batch=one.batch)),
         ratio(best.step_cost),
         ratio(best.overhead),
-        ratio_interval(best.speedup),
-        rate_interval(best.tokens_per_s),
+        ratio_interval(speedup),
+        rate_interval(told_tokens_per_s(one, record)),
         best.break_even.words if best.break_even is not None else ABSENT,
     ]
 

@@ -22,11 +22,13 @@ from rich.console import Console
 
 from harness.compose.curve import LatencyCurve, curve_of, step_cost_of
 from harness.errors import UserError
+from harness.files import write_json
 from harness.judge.latency import batch_points, mode_rows, prediction_of, read_share
 from harness.judge.schemas import json_schemas
 from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
+from harness.records.probes import DeviceLimits
 from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import latency_block, update_readme
 from harness.specs.latency import (
@@ -353,6 +355,18 @@ def test_skipped_points_are_no_data(tmp_path: Path) -> None:
     text = render_latency_report(record)
     assert text.count("ran out of memory: made up") == 4 and "## Skipped" in text
     assert latency_headline(record)["num_skipped"] == 4
+
+
+def test_a_device_faster_than_its_limit_is_told(tmp_path: Path) -> None:
+    """An H200 took 33.7 ms for a step that its own limits put at 78.5, and no page said so."""
+    record = write_fake_latency(tmp_path / "run")
+    read_s = fake_facts().step_bytes("float32") / BANDWIDTH_BYTES_PER_S
+    assert read_s > backbone_s(1)  # so the made-up limits are too low
+    curves = [one for one in render_latency_report(record).split("\n## ") if one.startswith("Step times:")]
+    assert len(curves) == 2 and all("**Limits under-measured**" in one for one in curves)
+    limits = DeviceLimits(read_bandwidth_bytes_per_s=1e12, matmul_flop_per_s=1e14, method="made up")
+    write_json(record.folder / "device_limits.json", limits)
+    assert "under-measured" not in render_latency_report(LatencyRecord(record.folder))
 
 
 def test_table_of_modes_has_known_answers(record: LatencyRecord) -> None:

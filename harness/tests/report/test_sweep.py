@@ -5,6 +5,7 @@ whenever they are drawn.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -13,15 +14,17 @@ from rich.console import Console
 
 from harness.cli.trees import print_device_search
 from harness.compose.appendix_g import CANDIDATES, simulate
-from harness.compose.plan import SweepPlan
+from harness.compose.plan import SweepPlan, choose_trees, gather_curves, with_chosen
 from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
 from harness.judge.sweep import headline_cells
 from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
+from harness.records.step_model import StepModel
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
+from harness.report.formatting import WITHHELD, significant
 from harness.report.readme import sweep_block, update_readme
 from harness.report.sweep import (
     print_sweep,
@@ -32,6 +35,7 @@ from harness.report.sweep import (
 from harness.report.tables.sweep import render_devices
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
+from harness.tests.compose.prices.planted import known_error
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
 from harness.tests.readme_blocks import shown_record, shows
@@ -281,6 +285,95 @@ def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> Non
     assert f"{plan.composer.index.replay(best.choice.tree()).tokens_per_step:.3f}" in text
     assert best.curve.label.kind == "measured" and f"the fastest: {best.curve.label.words}" in text
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def with_model(plan: SweepPlan, model: StepModel) -> SweepPlan:
+    """The same sweep, its predictions made with a fitted model."""
+    curves, refused = gather_curves(plan.spec, (), model=model)
+    choices = choose_trees(plan.spec, plan.composer, plan.calibration, curves, cache=None)
+    trees = with_chosen(plan.trees, choices)
+    return replace(plan, curves=curves, refused=refused, choices=choices, trees=trees, model=model)
+
+
+def test_a_fitted_prediction_carries_its_band(plan: SweepPlan, tmp_path: Path) -> None:
+    model = known_error(seconds=(0.8, 1.5), overhead=(0.99, 1.01))
+    record = write_sweep(tmp_path / "record", with_model(plan, model), extra=())
+    assert validate_record(record.folder) == ()
+    assert record.origin.step_model == model
+    assert {cell.overhead_band for cell in record.composed} == {model.overhead_band}
+    assert {cell.seconds_band for cell in record.composed} == {model.seconds_band}
+    assert "step model of 2 measured curves" in record.composed[0].curve.source
+    one = headline_cells(record)[0]
+    speedup, rate = one.best.speedup, one.best.tokens_per_s
+    assert speedup.low > 1.05  # so that the narrow band tells it
+    line = render_devices([one], record).splitlines()[-1]
+    assert f"{speedup.estimate:.2f} [{speedup.low / 1.01:.2f}, {speedup.high / 0.99:.2f}]" in line
+    assert f"[{significant(rate.low / 1.5)}, {significant(rate.high / 0.8)}]" in line
+    words = part(render_sweep_report(record), "Step times that are predicted")
+    assert "fitted on 2 measured curves" in words
+    assert "another: step 0.80 to 1.50, overhead 0.99 to 1.01" in words
+
+
+def test_a_fit_on_one_curve_tells_nothing(plan: SweepPlan, tmp_path: Path) -> None:
+    alone = known_error(overhead=None).model_copy(update={"curves": ("a",), "left_out": ()})
+    record = write_sweep(tmp_path / "record", with_model(plan, alone), extra=())
+    assert "Without a second one" in part(render_sweep_report(record), "Step times that are predicted")
+    assert sweep_headline(record)["num_withheld"] == 2
+
+
+def test_a_wide_band_leaves_no_tree_and_no_speed(plan: SweepPlan, tmp_path: Path) -> None:
+    record = write_sweep(tmp_path / "record", with_model(plan, known_error(overhead=(0.3, 4.0))), extra=())
+    cells = headline_cells(record)
+    assert [cell.curve.device for cell in cells] == ["a100-80gb-pcie", "t4"]
+    (line,) = render_devices(cells, record).splitlines()[2:]
+    assert line.count(WITHHELD) == 3 and "a100-80gb-pcie, t4" in line  # both say the same
+    for cell in cells:
+        assert record.trees.trees[cell.best.tree].tree().fingerprint not in line
+        assert significant(cell.best.tokens_per_s.estimate) not in line
+    headline = sweep_headline(record)
+    assert headline["best"] == [] and headline["num_withheld"] == 2
+    out = StringIO()
+    print_sweep(Console(file=out, width=220), record)
+    assert f"{WITHHELD}, so no figure: a100-80gb-pcie, t4" in out.getvalue()
+    assert draw_figures(record, tmp_path / "figures", names=["devices"]) == ()
+    (drawn,) = draw_figures(record, tmp_path / "figures", names=["fig4_nodes"])
+    assert ">tokens/s<" not in drawn.read_text(encoding="utf-8")
+
+
+def test_a_search_on_a_prediction_that_tells_nothing_is_refused(home: Path, tmp_path: Path) -> None:
+    """Nothing was measured, so the error of the roofline's step times is not known."""
+    out = StringIO()
+    with pytest.raises(UserError, match="whose error is larger"):
+        print_device_search(
+            Trace.load(home / "calibration.npz"),
+            device="a40",
+            shape=SHAPE,
+            dtype=None,
+            max_nodes=24,
+            check=None,
+            results=tmp_path,
+            cache=None,
+            console=Console(file=out, width=220),
+        )
+    assert out.getvalue().count(WITHHELD) == 2 and "root  #0" not in out.getvalue()
+
+
+def test_a_search_on_a_sure_prediction_gives_its_tree(home: Path) -> None:
+    out = StringIO()
+    best = print_device_search(
+        Trace.load(home / "calibration.npz"),
+        device="a40",
+        shape=SHAPE,
+        dtype=None,
+        max_nodes=24,
+        check=None,
+        results=home / "nothing",
+        cache=None,
+        console=Console(file=out, width=220),
+        model=known_error(overhead=(1.0, 1.0)),
+    )
+    assert best.curve.label.kind == "predicted" and WITHHELD not in out.getvalue()
+    assert "step model" in best.curve.label.source
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)

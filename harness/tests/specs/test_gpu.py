@@ -33,7 +33,7 @@ def plan(*parts: dict[str, Any], **changes: Any) -> GpuSpec:
 def test_shipped_plans_hold_every_part_in_order_of_worth_and_in_their_time(name: str) -> None:
     spec = load_gpu_spec(shipped("gpu", f"{name}.toml"))
     assert spec.device == name and spec.minutes == 5
-    assert [one.part for one in spec.parts] == ["tests", "limits", "latency", "suite", "rates"]
+    assert [one.part for one in spec.parts] == ["tests", "limits", "latency", "suite", "rates", "kernels"]
     assert sum(one.limit_s for one in spec.parts) <= 60 * spec.minutes
     for one in spec.parts:
         for named in (getattr(one, field, None) for field in ("spec", "suite", "recipe")):
@@ -83,6 +83,8 @@ def test_a_plan_that_is_short_of_time_leaves_its_last_parts_out() -> None:
     assert schedule(plan(minutes=3)) == {"tests": 60, "limits": 30, "suite": 90}
     assert schedule(plan(minutes=1.75)) == {"tests": 60, "limits": 30, "suite": None}, "15 s, of 20 at least"
     assert schedule(plan(minutes=4)) == {"tests": 120, "limits": 30, "suite": 90}
+    bounded = plan({**TESTS, "most_s": 70}, LIMITS, minutes=4)
+    assert schedule(bounded) == {"tests": 70, "limits": 170}
 
 
 @pytest.mark.parametrize(

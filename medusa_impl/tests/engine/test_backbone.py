@@ -226,7 +226,10 @@ def test_heads_read_what_the_lm_head_reads(family: str) -> None:
 
 
 def given_masks(backbone: Backbone, *, prompt: list[int], depths: list[int], visible: list[list[int]]) -> Any:
-    """Return what the model gets as `attention_mask` for a few nodes after a kept prompt."""
+    """Return what the model gets as `attention_mask` for a few nodes after a kept prompt.
+
+    Models whose query heads share keys get its rows once for each head of a group; one of them is returned.
+    """
     cache = backbone.new_cache(batch_size=1, max_length=len(prompt) + len(depths) + 2)
     backbone.prefill(torch.tensor(prompt), cache=cache)
     seen: list[Any] = []
@@ -242,7 +245,18 @@ def given_masks(backbone: Backbone, *, prompt: list[int], depths: list[int], vis
         )
     finally:
         hook.remove()
-    return seen[0]
+    return (
+        {name: once(mask, len(depths)) for name, mask in seen[0].items()}
+        if isinstance(seen[0], dict)
+        else once(seen[0], len(depths))
+    )
+
+
+def once(mask: Tensor, num_nodes: int) -> Tensor:
+    """Return the rows of one query head, after a check that those of the others are the same."""
+    groups = mask.shape[2] // num_nodes
+    assert groups in (1, 2) and torch.equal(mask, mask[:, :, :num_nodes].repeat(1, 1, groups, 1))
+    return mask[:, :, :num_nodes]
 
 
 def drawn(mask: Tensor) -> list[str]:

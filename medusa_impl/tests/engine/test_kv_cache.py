@@ -98,7 +98,7 @@ def test_storage_starts_as_zeros_and_unused_slots_stay_finite() -> None:
         views = write(cache, [[5, 6]], rows=slice(1, 2))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert cache.num_bytes == LAYERS * 2 * 2 * 100 * HEADS * SIZE * 4
+    assert cache.num_bytes == LAYERS * 2 * 2 * (100 + 1) * HEADS * SIZE * 4
     for layer in range(LAYERS):
         keys, values = cache.layer_storage(layer)
         assert int(keys.count_nonzero()) == int(values.count_nonzero()) == 2 * HEADS * SIZE

@@ -194,6 +194,7 @@ MODES = [
     "eager",
     pytest.param("packed", marks=needs_packing),
     pytest.param("cuda_graph", marks=pytest.mark.gpu),
+    pytest.param("fused_graph", marks=pytest.mark.gpu),
 ]
 
 
@@ -220,7 +221,7 @@ def test_every_mode_decodes_the_same_texts(mode: Mode) -> None:
 
     For both arms, one row and unequal rows, the texts equal what stock kernels decode row by row.
     """
-    device = torch.device("cuda" if mode == "cuda_graph" else "cpu")
+    device = torch.device("cuda" if mode in ("cuda_graph", "fused_graph") else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     prompts = [PROMPT, [4, 4], [9, 1, 30, 2, 8, 8, 5]]

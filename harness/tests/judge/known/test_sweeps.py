@@ -24,8 +24,11 @@ from harness.judge.sweep import (
     hypothetical_cells,
     searches_compared,
     sparse_points,
+    told_speedup,
+    told_tokens_per_s,
 )
-from harness.records.sweep import JOINT, MARGINALS, SweepRecord
+from harness.records.step_model import ErrorBand
+from harness.records.sweep import JOINT, MARGINALS, PredictionError, RooflineError, SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.forms.claims import (
@@ -152,10 +155,100 @@ def test_cells_of_a_headline_are_not_hypothetical_and_of_batch_1(record: SweepRe
         one.model_copy(update={"curve": one.curve.model_copy(update={"kind": kind})})
         for one, kind in zip(some.composed[1:4:2], ("predicted", "measured"), strict=True)
     ]
-    both = cast(SweepRecord, SimpleNamespace(composed=tuple(predicted)))
+    both = cast(SweepRecord, SimpleNamespace(composed=tuple(predicted), origin=record.origin))
     assert drawn_cell(both) is predicted[1]
-    first = cast(SweepRecord, SimpleNamespace(composed=(predicted[0],)))
-    assert drawn_cell(first) is predicted[0]
+    sure = predicted[0].model_copy(update={"overhead_band": ErrorBand(low=1.0, high=1.0)})
+    assert drawn_cell(alone(sure)) is sure
+    assert drawn_cell(alone(predicted[0])) is None
+
+
+def alone(cell: ComposedCell, *, error: RooflineError | None = None) -> SweepRecord:
+    """A record of one composed cell, whose roofline had this error."""
+    made = SimpleNamespace(composed=(cell,), origin=SimpleNamespace(roofline_error=error, step_model=None))
+    return cast(SweepRecord, made)
+
+
+def roofline_error(worst: float | None) -> RooflineError:
+    """An error of the roofline's step cost; None where it is not known."""
+    seconds = PredictionError(num_points=3, median_error=0.5, worst_error=0.9, median_ratio=2.0)
+    cost = None if worst is None else seconds.model_copy(update={"worst_error": worst})
+    return RooflineError(devices=("d",), limits=("measured",), seconds=seconds, step_cost=cost)
+
+
+def predicted_cell(
+    record: SweepRecord,
+    speedup: Interval,
+    *,
+    overhead: tuple[float, float] | None = None,
+    seconds: tuple[float, float] | None = None,
+) -> ComposedCell:
+    """A predicted cell whose best tree has this speedup, and 100 to 200 tokens/s."""
+    one = record.composed[0]
+    best = one.best.model_copy(update={"speedup": speedup, "tokens_per_s": interval(100, 200)})
+    bands = {
+        name: None if band is None else ErrorBand(low=band[0], high=band[1])
+        for name, band in (("overhead_band", overhead), ("seconds_band", seconds))
+    }
+    curve = one.curve.model_copy(update={"kind": "predicted"})
+    return one.model_copy(update={"kind": "predicted", "curve": curve, "chosen": (best,), **bands})
+
+
+@pytest.mark.parametrize(
+    ("speedup", "band", "bounds"),
+    [
+        ((1.2, 1.4), (0.8, 1.1), (1.2 / 1.1, 1.4 / 0.8)),
+        ((1.2, 1.4), (0.8, 1.2), None),
+        ((1.2, 1.4), (0.8, 1.3), None),
+        ((0.5, 0.6), (0.75, 1.25), (0.4, 0.8)),
+        ((0.5, 0.6), (0.6, 1.25), None),
+        ((1.2, 1.4), (0.0, 1.1), None),
+        ((1.2, 1.4), None, None),
+    ],
+)
+def test_a_speedup_whose_error_is_larger_than_it_is_not_told(
+    record: SweepRecord,
+    speedup: tuple[float, float],
+    band: tuple[float, float] | None,
+    bounds: tuple[float, float] | None,
+) -> None:
+    cell = predicted_cell(record, interval(*speedup), overhead=band, seconds=(0.5, 2.0))
+    found, rate = told_speedup(cell, alone(cell)), told_tokens_per_s(cell, alone(cell))
+    assert (found is None, rate is None) == (bounds is None, bounds is None)
+    if found is not None and rate is not None and bounds is not None:
+        assert (found.low, found.high) == pytest.approx(bounds)
+        assert found.estimate == pytest.approx(sum(speedup) / 2)
+        assert (rate.low, rate.high, rate.estimate) == pytest.approx((50, 400, 150))
+
+
+@pytest.mark.parametrize(
+    ("worst", "bounds"), [(0.1, (1.2 * 0.9, 1.4 * 1.1)), (0.2, None), (1.0, None), (1.9, None), (None, None)]
+)
+def test_the_rooflines_cells_have_its_worst_error(
+    record: SweepRecord, worst: float | None, bounds: tuple[float, float] | None
+) -> None:
+    """A share of the measured figure: measured / predicted lies between 1 / (1 + it) and 1 / (1 - it)."""
+    cell = predicted_cell(record, interval(1.2, 1.4))
+    found = told_speedup(cell, alone(cell, error=roofline_error(worst)))
+    assert (found is None) == (bounds is None)
+    if found is not None and bounds is not None:
+        assert (found.low, found.high) == pytest.approx(bounds)
+    rate = told_tokens_per_s(cell, alone(cell, error=roofline_error(worst)))
+    assert (rate is None) == (bounds is None)
+    if rate is not None:  # the worst error of seconds is 0.9
+        assert (rate.low, rate.high) == pytest.approx((100 * 0.1, 200 * 1.9))
+
+
+def test_what_was_measured_is_told_as_it_is(record: SweepRecord) -> None:
+    cell = record.composed[0]
+    assert cell.curve.kind == "measured"
+    assert told_speedup(cell, alone(cell)) == cell.best.speedup
+    assert told_tokens_per_s(cell, alone(cell)) == cell.best.tokens_per_s
+
+
+def test_a_rate_is_told_where_the_error_of_seconds_is_known(record: SweepRecord) -> None:
+    for seconds, is_told in ((None, False), ((0.0, 2.0), False), ((0.5, 1.0), True)):
+        cell = predicted_cell(record, interval(1.2, 1.4), overhead=(1.0, 1.0), seconds=seconds)
+        assert (told_tokens_per_s(cell, alone(cell)) is not None) is is_told
 
 
 def searched(record: SweepRecord, ratio: float | None) -> ComposedCell:

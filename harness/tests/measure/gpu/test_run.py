@@ -36,7 +36,7 @@ from harness.specs.latency import load_latency_spec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits
 
 ROOT = code_folder().parent
-PARTS = ["tests", "limits", "latency", "suite", "rates"]
+PARTS = ["tests", "limits", "latency", "suite", "rates", "kernels"]
 # What a packed checkout on a GPU machine lacks. Python imports this file before all others.
 HIDING = """
 import socket
@@ -114,7 +114,7 @@ def test_every_part_runs_on_a_bare_machine_and_leaves_a_sealed_record(accepted: 
             own = accepted.results / result.record
             assert validate_record(own) == () and (own / "report.md").is_file()
             assert result.manifest_sha256 == file_sha256(own / "manifest.json")
-    assert [result.record is None for result in record.parts] == [True, True, False, False, True]
+    assert [result.record is None for result in record.parts] == [True, True, False, False, True, True]
     for line in accepted.err.splitlines():
         assert str(accepted.results) not in line
 
@@ -135,6 +135,7 @@ def test_every_part_says_what_it_found(accepted: Accepted) -> None:
     assert corpus.num_tokens == 16 * corpus.num_answers, "a tiny model has no end-of-sequence token"
     assert told["rates"].startswith("corpus ") and "training, subset, " in told["rates"]
     assert training.recipe == "tiny" and {stage.name for stage in training.stages} == {"subset", "full"}
+    assert record.kernels is not None and told["kernels"].startswith(f"{len(record.kernels.races)} races in ")
     for part in PARTS:
         assert f"{part}: ok " in accepted.err and f"{part}: ok " in accepted.out
     report = (folder / "report.md").read_text()
@@ -155,10 +156,11 @@ def test_a_printed_plan_says_what_is_left_out(capsys: pytest.CaptureFixture[str]
     ran = command("gpu", "--dry-run", "--minutes", "2", "--skip", "limits")
     assert ran.code == ExitCode.OK
     assert json.loads(ran.out.splitlines()[-1])["seconds"] == {
-        "tests": 50.0,
-        "latency": 70.0,
+        "tests": 45.0,
+        "latency": 75.0,
         "suite": None,
         "rates": None,
+        "kernels": None,
     }
     assert "suite: left out: too little time" in ran.out
     loaded = load_gpu_spec(shipped("gpu", "cuda.toml"))

@@ -1,0 +1,115 @@
+"""Races of kernels: every way runs here in small sizes, with its error, and what fails says why."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.errors import UserError
+from harness.measure import kernels
+from harness.measure.kernels import SMALL, run_races
+from harness.records.profiles.kernels import Contender, KernelRaces, Race, read_kernel_races
+from harness.report.kernels import kernels_headline, render_kernel_races
+from harness.tests.tiny_suite import command
+from medusa_impl.tests.recorded_graphs import RecordedGraphs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_CALLS", 2)
+    monkeypatch.setattr(kernels, "_REPEATS", 3)
+
+
+def races_of(**options: Any) -> list[Race]:
+    given: dict[str, Any] = {"dtype": torch.float32, "clock": time.perf_counter, "compile_kernels": False}
+    return list(run_races(SMALL, device=CPU, **{**given, **options}))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_every_way_gives_what_float64_gives(dtype: torch.dtype, bound: float) -> None:
+    races = races_of(dtype=dtype)
+    assert {race.computation for race in races} == {"product", "attention", "heads", "top-k"}
+    for one in (one for race in races for one in race.contenders):
+        assert one.failure is None and len(one.call_s) == kernels._REPEATS, one
+        if not one.name.startswith("torch.topk"):  # which leaves the order of equal ones open
+            assert one.max_error is not None and one.max_error <= bound, one
+
+
+def test_on_a_gpu_many_calls_are_one_graph() -> None:
+    graphs = RecordedGraphs()
+    races = races_of(graphs=graphs)
+    # flex attention compiles something of its own, which this recorder cannot follow
+    ways = [one for race in races for one in race.contenders if one.name != "flex"]
+    assert all(one.call_s for one in ways)
+    assert graphs.num_captures == graphs.num_warm_ups >= len(ways)
+
+
+def test_a_wrong_way_shows_its_error_and_one_that_fails_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(query: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(query)
+
+    def missing(*given: object) -> torch.Tensor:
+        raise NotImplementedError("no such kernel in /opt/torch/lib.so\nmore")
+
+    def endless(query: torch.Tensor, *others: object) -> torch.Tensor:
+        return torch.full_like(query, torch.nan)
+
+    monkeypatch.setattr(kernels, "_masked", wrong)
+    monkeypatch.setattr(kernels, "_flex", missing)
+    monkeypatch.setattr(kernels, "_prefix_and_tail", endless)
+    for race in (race for race in races_of() if race.computation == "attention"):
+        masked, flex, joined = race.contenders
+        assert masked.max_error is not None and masked.max_error > 0.1
+        assert flex.failure is not None and flex.failure.startswith("NotImplementedError: no such kernel")
+        assert "/opt" not in flex.failure and not flex.call_s
+        assert joined.failure == "ArithmeticError: a result that is not finite"
+
+
+def test_the_command_writes_a_record_and_ends_with_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    ran = command("profile-kernels", "--out", tmp_path / "kernels.json")
+    assert ran.code == 0, ran.err
+    races = read_kernel_races(tmp_path / "kernels.json")
+    assert races.dtype == "float32" and races.origin.device.kind == "cpu"
+    told = json.loads(ran.out.splitlines()[-1])
+    assert [one["computation"] for one in told["races"]] == [one.computation for one in races.races]
+    few = command("profile-kernels", "--time-budget", "0", "--out", tmp_path / "few.json")
+    assert few.code == 0 and len(read_kernel_races(tmp_path / "few.json").races) == 1
+    refused = command("profile-kernels", "--dtype", "float8")
+    assert refused.code == 3 and "float32, bfloat16 or float16" in refused.err
+
+
+def test_the_table_compares_with_the_engine_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert command("profile-kernels", "--time-budget", "0", "--out", tmp_path / "k.json").code == 0
+    origin = read_kernel_races(tmp_path / "k.json").origin
+    ways = (
+        Contender(name="masked", call_s=(2e-5, 4e-5, 3e-5), max_error=0.25),
+        Contender(name="flex", call_s=(1e-5,), max_error=0.5),
+        Contender(name="joined", failure="RuntimeError: none"),
+    )
+    race = Race(computation="attention", shape="64 nodes", read_bytes=3 * 10**6, contenders=ways)
+    lost = Race(computation="heads", shape="5", read_bytes=1, contenders=ways[2:])
+    races = KernelRaces(origin=origin, dtype="bfloat16", calls_a_repeat=20, races=(race, lost))
+    page = " ".join(render_kernel_races(races).split())
+    assert "| attention | 64 nodes | masked | 30.0 | 100 | 1.00 | 0.250 |" in page
+    assert "| attention | 64 nodes | flex | 10.0 | 300 | 0.333 | 0.500 |" in page
+    assert "did not run: RuntimeError: none" in page
+    fastest, none = kernels_headline(races)["races"]
+    assert fastest["fastest"] == "flex" and fastest["of_engine"] == pytest.approx(1 / 3)
+    assert none["fastest"] is None
+
+
+def test_a_file_that_holds_no_races_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "k.json").write_text("{}")
+    with pytest.raises(UserError, match="a KernelRaces record"):
+        read_kernel_races(tmp_path / "k.json")

@@ -1,0 +1,122 @@
+"""Compiled layers: the same numbers, compiled once, and no copy of the cache."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from medusa_impl.engine import runner
+from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.compiled_layers import CompiledLayers, decoder_layers
+from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.errors import UserError
+from medusa_impl.tests.conftest import tiny_llama
+from medusa_impl.tests.engine.test_backbone import FAMILIES, build
+from medusa_impl.tree import DraftTree
+from medusa_impl.tree_buffers import tree_buffers
+
+pytestmark = pytest.mark.skipif(
+    not runner.compiling_available("cpu"), reason="no C++ compiler for torch.compile"
+)
+TREES = [DraftTree.root_only(), DraftTree.cartesian([3, 2]), DraftTree.cartesian([4, 4])]
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.inference_mode()
+def logits_of(
+    backbone: Backbone, tree: DraftTree, *, context: int = 9, cache: TreeCache | None = None
+) -> Tensor:
+    buffers = tree_buffers(tree, device=backbone.device)
+    cache = cache or backbone.new_cache(batch_size=2, max_length=150)
+    cache.clear_rows()
+    for row, length in enumerate((context, 4)):
+        backbone.prefill(torch.arange(length) % backbone.vocab_size, cache=cache, row=row)
+    tokens = torch.arange(2 * buffers.num_nodes).reshape(2, -1) % backbone.vocab_size
+    output = backbone.forward(tokens, depths=buffers.depths, visible=buffers.visible, cache=cache)
+    return output.logits.clone()
+
+
+def num_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_all_layers_and_all_trees_share_two_graphs() -> None:
+    """One for a lone root, since sizes of 1 are always special, and one for every larger tree and view."""
+    backbone = Backbone(tiny_llama(num_layers=5))
+    expected = [logits_of(backbone, tree, context=context) for tree in TREES for context in (9, 100)]
+    backbone.step_call = CompiledLayers(backbone)
+    cache = backbone.new_cache(batch_size=2, max_length=150)
+    found = [
+        logits_of(backbone, tree, context=context, cache=cache) for tree in TREES for context in (9, 100)
+    ]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert num_graphs() == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3 text", "mixtral"])
+def test_families_that_differ_in_how_they_call_a_layer(family: str) -> None:
+    """The cache by position, masks by layer type, experts."""
+    assert family in FAMILIES
+    backbone = Backbone(build(family))
+    expected = logits_of(backbone, TREES[1])
+    backbone.step_call = CompiledLayers(backbone)
+    torch.testing.assert_close(logits_of(backbone, TREES[1]), expected, atol=1e-4, rtol=1e-4)
+    assert 1 <= num_graphs() <= 2, "one for each type of layer"
+
+
+def test_the_generated_code_copies_no_storage() -> None:
+    """A layout that is copied out and back gives the right tokens, so that nothing else notices.
+
+    Some versions of PyTorch did so with keys and values in one tensor, or with a storage flattened inside.
+    """
+    backbone = Backbone(tiny_llama(num_layers=1))
+    backbone.step_call = CompiledLayers(backbone)
+    cache = backbone.new_cache(batch_size=2, max_length=150)
+    _, codes = run_and_get_code(lambda: logits_of(backbone, TREES[1], cache=cache))
+    shapes = [
+        [size.strip() for size in shape.split(",") if size.strip()]
+        for code in codes
+        for shape in re.findall(r"empty_strided_\w+\(\(([^)]*)\)", code)
+    ]
+    sizes = [math.prod(map(int, shape)) for shape in shapes if all(size.isdigit() for size in shape)]
+    assert len(sizes) > 5 and max(sizes) < cache.flat_storage(0)[0].numel()
+
+
+def test_prompts_are_read_by_the_layers_as_they_are() -> None:
+    backbone = Backbone(tiny_llama())
+    backbone.step_call = CompiledLayers(backbone)
+    cache = backbone.new_cache(batch_size=1, max_length=40)
+    for length in (3, 5, 8):
+        backbone.prefill(torch.arange(length), cache=cache)
+        cache.clear_rows()
+    assert num_graphs() == 0
+
+
+def test_the_decoder_s_layers_are_told_from_other_lists() -> None:
+    for family in FAMILIES:
+        backbone = Backbone(build(family))
+        layers = decoder_layers(backbone)
+        assert len(layers) == backbone.num_layers
+        assert all("Layer" in type(one).__name__ or "Block" in type(one).__name__ for one in layers)
+
+
+def test_a_model_with_two_such_lists_is_refused() -> None:
+    model: Any = tiny_llama()
+    backbone = Backbone(model)
+    model.others = nn.ModuleList([nn.Linear(2, 2) for _ in range(backbone.num_layers)])
+    with pytest.raises(UserError, match="2 lists of 2 modules"):
+        decoder_layers(backbone)
