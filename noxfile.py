@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.default_venv_backend = "none"
 
 ROOT = Path(__file__).resolve().parent
-SHARED = ROOT / ".nox" / "shared"
+SHARED, OLDEST = ROOT / ".nox" / "shared", ROOT / ".nox" / "oldest"
 PYPROJECT = ROOT / "pyproject.toml"
 
 
@@ -61,11 +62,71 @@ def shared_python(session: nox.Session) -> str:
         "install",
         *pinned,
         "--editable",
-        f"{ROOT}[plots,ray]",
+        f"{ROOT}[gpu,plots,ray]",
         *groups,
         external=True,
     )
     stamp.write_text(fingerprint)
+    return str(python)
+
+
+# What another version of transformers could change: counts of `generate`, cache, masks, loading.
+OLDEST_TESTS = (
+    "harness/tests/device/test_arms.py",
+    "harness/tests/device/loading",
+    "harness/tests/device/test_random_model.py",
+    "harness/tests/device/test_trace.py",
+    "medusa_impl/tests/engine/test_backbone.py",
+    "medusa_impl/tests/engine/test_families.py",
+    "medusa_impl/tests/engine/test_kv_cache.py",
+    "medusa_impl/tests/engine/test_runner.py",
+    "medusa_impl/tests/test_decode.py",
+)
+
+
+def oldest_transformers() -> str:
+    """Return the oldest version of transformers that pyproject.toml allows."""
+    wanted = map(Requirement, nox.project.load_toml(PYPROJECT)["project"]["dependencies"])
+    (bounds,) = (one.specifier for one in wanted if one.name == "transformers")
+    (oldest,) = (bound.version for bound in bounds if bound.operator == ">=")
+    return oldest
+
+
+def oldest_python(session: nox.Session) -> str:
+    """Return the Python of an environment of its own with the oldest transformers, made where it is missing.
+
+    It lies over the shared environment and finds there what it lacks: PyTorch above all, the same as in all
+    other tests. Only transformers and what that version needs otherwise are installed.
+    """
+    shared, version = shared_python(session), oldest_transformers()
+    python = OLDEST / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    inputs = f"{(SHARED / 'installed.sha256').read_text()} {version}"
+    stamp = OLDEST / "installed.txt"
+    if stamp.is_file() and stamp.read_text() == inputs:
+        return str(python)
+    session.run(
+        sys.executable,
+        "-m",
+        "virtualenv",
+        "--clear",
+        "--quiet",
+        "--python",
+        sys.executable,
+        str(OLDEST),
+        external=True,
+    )
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    folders = [
+        str(session.run(each, "-c", where, silent=True, external=True)).strip()
+        for each in (shared, str(python))
+    ]
+    below = f"import site; site.addsitedir({folders[0]!r})\n"  # its packages, and its own .pth files
+    (Path(folders[1]) / "zz_shared.pth").write_text(below)
+    session.run(str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}", external=True)
+    found = "import transformers; print(transformers.__version__)"
+    if not str(session.run(str(python), "-c", found, silent=True, external=True)).startswith(version):
+        session.error(f"found another transformers than {version} in {OLDEST}; need that one")
+    stamp.write_text(inputs)
     return str(python)
 
 
@@ -92,6 +153,13 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; benchmarks run once, untimed."""
     run_module(session, "pytest", "--benchmark-disable")
+
+
+@nox.session
+def tests_oldest(session: nox.Session) -> None:
+    """Run the tests of what depends on transformers with the oldest version that pyproject.toml allows."""
+    python = oldest_python(session)
+    session.run(python, "-m", "pytest", "--benchmark-disable", *OLDEST_TESTS, *session.posargs, external=True)
 
 
 @nox.session

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,11 +53,25 @@ def page_text(text: str) -> str:
 class SafeConsole(Console):
     """A console of rich's that writes out whatever would steer the terminal, whoever prints it.
 
-    Names and paths of a user's hold brackets, so none is markup unless a call asks for it.
+    Names and paths of a user's hold brackets, so none is markup unless a call asks for it. It knows what was
+    said last, and when (seconds of the monotonic clock).
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, **options})
+        self.said = ""
+        self.said_s: float | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, and note a line of text as what was said last."""
+        super().print(*objects, **options)
+        self.said_s = time.monotonic()
+        if len(objects) == 1 and isinstance(objects[0], str):
+            self.said = objects[0]
+
+    def whisper(self, line: str) -> None:
+        """Print a line that does not count as said."""
+        super().print(line, markup=False, highlight=False, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
         """Raise BrokenPipeError where the reader is gone; rich would end the program with code 1."""

@@ -36,6 +36,7 @@ from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
 from harness.device.loading.folder import TRUST_VARIABLE
+from harness.device.progress import heartbeat
 from harness.errors import ExitCode, InvalidMeasurement, UserError
 from harness.files import read_text
 from harness.paths import code_folder, without_paths
@@ -119,7 +120,8 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--debug"]  # it changes no figure, so no record keeps it
     print_any_text()
     try:
-        code = app(standalone_mode=False)
+        with heartbeat(console, next((word for word in sys.argv[1:] if not word.startswith("-")), "help")):
+            code = app(standalone_mode=False)
         if sys.stdout is not None:  # None where it was closed from the start
             sys.stdout.flush()  # here, where a reader that is gone can still be told from a defect
     except BaseException as error:

@@ -14,11 +14,13 @@ from harness.cli.marked import marked_lines
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import read_text, write_bytes
+from harness.judge.judgement import CheckStatus
+from harness.judge.limits import latency_within_limits
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.ablation import AblationRecord, newest_ablations
 from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFolder
-from harness.records.gpu import GpuRecord
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord, open_record
 from harness.records.profiles.kernels import KernelRaces
@@ -107,7 +109,18 @@ def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:
 
     _write_report(record, render_latency_report(record))
     print_latency(SafeConsole(), record)
-    return Told(latency_headline(record), latency_block(record) if shows_block else None)
+    outcome = latency_within_limits(record)
+    is_valid = outcome.status is not CheckStatus.FAILED
+    if not is_valid:
+        console.print(
+            f"INVALID: {outcome.name}: found {outcome.found}; need {outcome.need}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return Told(
+        latency_headline(record), latency_block(record) if shows_block and is_valid else None, is_valid
+    )
 
 
 def write_latency_report(folder: Path) -> None:
@@ -146,7 +159,7 @@ def _tell_ablation(record: AblationRecord, claims: Sequence[ClaimSpec], *, shows
 
 def _tell_gpu(record: GpuRecord) -> Told:
     """Write the report, print the parts; a part that did not end well makes it invalid."""
-    from harness.report.gpu import gpu_headline, is_accepted, print_gpu, render_gpu_report
+    from harness.report.tables.gpu import gpu_headline, is_accepted, print_gpu, render_gpu_report
 
     _write_report(record, render_gpu_report(record))
     print_gpu(SafeConsole(), record)

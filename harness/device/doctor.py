@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from harness.device.engine import best_device
+from harness.device.gpu.watch import GpuWatch, gpu_watch
 from harness.device.machine import device_info
 from harness.errors import UserError
 from harness.files import Frozen
@@ -78,59 +79,43 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
             advice="the engine falls back to eager mode, which is slower for trees",
         ),
     ]
-    return tuple(lines)
+    return (*lines, *_gpu_lines(best_device()))
 
 
-def foreign_gpu_processes() -> int | None:
-    """Return how many other processes compute on the GPU, or None where that cannot be known.
+def require_own_gpu() -> GpuWatch | None:
+    """Refuse to measure while other processes use the GPU: they move every figure. Return a watch over it.
 
-    The driver's list (NVML) holds numbers of the host, so a container does not find its own among them. A
-    listed process is another one for certain where ours is listed too, or where we have not used the GPU yet.
+    Where it cannot be known whose the listed processes are, the run goes on. None without a GPU, or where its
+    driver tells nothing.
+    Raises: UserError where there are other processes.
     """
-    listed = _gpu_processes(best_device().index or 0) if torch.cuda.is_available() else None
-    used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if listed is None or (listed and os.getpid() not in listed and used):
-        return None
-    return len(listed - {os.getpid()})
-
-
-def require_own_gpu() -> None:
-    """Refuse to measure while other processes use the GPU: they move every figure.
-
-    Raises: UserError where there are some.
-    """
-    if foreign := foreign_gpu_processes():
+    watch = gpu_watch(best_device())
+    if watch is not None and (others := watch.num_others()):
         raise UserError(
-            found=f"{foreign} other processes on the GPU",
+            found=f"{others} other {'process' if others == 1 else 'processes'} on the GPU",
             need="a GPU of our own",
             where="this machine",
-            do="stop them",
+            do="stop them, or wait until they end",
         )
+    return watch
 
 
-def _gpu_processes(index: int) -> frozenset[int] | None:
-    """Return the numbers of the processes that compute on one of the GPUs that we see.
-
-    It is None where NVML does not tell.
-    """
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        name = visible.split(",")[index].strip() if visible else str(index)
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(name))
-            if name.isdigit()
-            else pynvml.nvmlDeviceGetHandleByUUID(name)
-        )
-        return frozenset(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except (pynvml.NVMLError, IndexError):
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+def _gpu_lines(device: torch.device) -> tuple[DoctorLine, ...]:
+    """Return who else uses the GPU; nothing without one."""
+    if device.type != "cuda":
+        return ()
+    watch = gpu_watch(device)
+    others = watch.num_others() if watch is not None else None
+    unknown = (
+        "not known: install nvidia-ml-py, with medusa-repro[gpu]"
+        if watch is None
+        else "cannot be told from ours"
+    )
+    return (
+        DoctorLine(
+            name="other processes on the GPU",
+            fine=not others,
+            found=unknown if others is None else str(others),
+            advice="stop them: they move timings",
+        ),
+    )

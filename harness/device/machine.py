@@ -12,6 +12,7 @@ from typing import TypedDict
 import psutil
 import torch
 
+from harness.device.gpu.driver import gpu_details, open_driver
 from harness.device.processor import cpu_details, cpu_name
 from harness.files import lines_of
 from harness.paths import code_folder
@@ -106,7 +107,11 @@ def device_info(device: torch.device) -> DeviceInfo:
     """Return what the device is, by its own name."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        details = {"capability": f"{properties.major}.{properties.minor}", "cuda": str(torch.version.cuda)}
+        details = {
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": str(torch.version.cuda),
+            **gpu_details(open_driver(device.index or 0)),
+        }
         kind, name, memory = "cuda", properties.name, properties.total_memory
     else:
         kind, name, memory, details = (

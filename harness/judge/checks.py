@@ -14,6 +14,7 @@ from statistics import median
 
 from harness.errors import UserError
 from harness.judge.judgement import CheckOutcome, CheckStatus
+from harness.judge.limits import limits_outcome, run_shares
 from harness.judge.parity import parity_report, rejection_pairs, replay_differences, steps_known
 from harness.judge.step_costs import (
     Paired,
@@ -523,6 +524,14 @@ def bandwidth_sane(record: RunRecord) -> CheckOutcome:
     )
 
 
+def within_limits(record: RunRecord) -> CheckOutcome:
+    """Check that no step was faster than the device was measured to be, in reading or in products."""
+    if not record.suite.reports_speed:
+        return _skipped("within_limits", "the suite reports no speed")
+    limits = [record.device_limits] if record.device_limits is not None else []
+    return limits_outcome("within_limits", limits, run_shares(record))
+
+
 def steps_as_timed_apart(record: RunRecord) -> CheckOutcome:
     """Check that an arm's decoding steps last as long as its steps timed apart, in the same block."""
     if not record.suite.reports_speed:
@@ -728,6 +737,7 @@ CHECKS: tuple[Check, ...] = (
     arms_interleaved,
     provenance_agrees,
     bandwidth_sane,
+    within_limits,
     steps_as_timed_apart,
     steps_as_priced,
     heads_are_timed,

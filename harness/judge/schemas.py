@@ -12,9 +12,11 @@ from harness.errors import UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
-from harness.records.gpu import CorpusRate, GpuManifest, PartResult, TestCounts
+from harness.records.gpu.parts import CorpusRate, PartResult, TestCounts
+from harness.records.gpu.record import GpuManifest
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
+from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.step import StepProfile
 from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Environment
@@ -63,6 +65,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_manifest": SweepManifest,
     "step_profile": StepProfile,
     "training_profile": TrainingProfile,
+    "kernel_races": KernelRaces,
 }
 
 

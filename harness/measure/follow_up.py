@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from harness.device.arms import ArmRunner
+from harness.device.limits import better_limits
+from harness.device.progress import counted
 from harness.device.prompts import Prompt
 from harness.device.trace import HEAD_TIE_MARGIN, Text, record_trace
 from harness.files import write_json
@@ -31,6 +33,9 @@ def follow_up(session: Session, runners: Mapping[str, ArmRunner]) -> None:
     _trace_vanilla(session, record)
     if session.suite.reports_speed:
         _profile_arms(session, runners, record)
+        dtype = session.engine.runner.backbone.dtype
+        limits = better_limits(record.device_limits, session.device, dtype, clock=session.clock)
+        write_json(folder / "device_limits.json", limits)
     _score_sampled(session, record.generations)
     costs = record.step_costs.costs if record.step_costs is not None else ()
     by_size = tuple(cost for cost in costs if cost.arm is None)
@@ -65,10 +70,14 @@ def _profile_arms(session: Session, runners: Mapping[str, ArmRunner], record: Ru
     """Write where the step time of every greedy arm goes that did not fail."""
     chosen = [prompt.prompt_ids for prompt in session.prompts[: session.suite.probes.profile_prompts]]
     failed = {failure.trial.arm for failure in record.failures}
-    rows = [
-        probes.profile_arm(runners[arm.name], chosen, seed=None, clock=session.clock)
+    arms = [
+        arm
         for arm in session.suite.arms
         if arm.method in ("vanilla", "medusa") and not arm.stochastic and arm.name not in failed
+    ]
+    rows = [
+        probes.profile_arm(runners[arm.name], chosen, seed=None, clock=session.clock)
+        for arm in counted(arms, "profiling, arms", total=len(arms), console=session.console)
     ]
     rows_with_steps = tuple(row for row in rows if row.num_steps)
     write_json(session.store.folder / "profile.json", Profile(rows=rows_with_steps))
@@ -77,13 +86,13 @@ def _profile_arms(session: Session, runners: Mapping[str, ArmRunner], record: Ru
 def _score_sampled(session: Session, generations: Sequence[Generation]) -> None:
     """Write the likelihood of every sampled text under the original backbone, where there is one."""
     prompts = {prompt.key: prompt for prompt in session.prompts}
+    sampled = [item for item in generations if session.suite.arm(item.trial.arm).stochastic]
     scored = tuple(
         Likelihood(
             trial=item.trial,
             mean_log_likelihood=probes.mean_log_likelihood(session.engine, _kept_text(item, prompts)),
         )
-        for item in generations
-        if session.suite.arm(item.trial.arm).stochastic
+        for item in counted(sampled, "scoring, texts", total=len(sampled), console=session.console)
     )
     if scored:
         write_json(session.store.folder / "likelihoods.json", Likelihoods(rows=scored))

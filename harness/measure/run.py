@@ -128,7 +128,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     if options.resume is not None:
         RunRecord(options.resume)  # must be there before minutes go into loading
     device = best_device()
-    require_own_gpu()
+    gpu = require_own_gpu()
     base_folder = suite_file.parent if suite_file is not None else None
     console.print(f"{suite.name}: loading {suite.model.asset or suite.model.path or 'a tiny random model'}")
     loaded = load_model(suite.model, device=device, allow_hub=options.allow_hub, base_folder=base_folder)
@@ -158,7 +158,7 @@ def run_suite(suite: SuiteSpec, *, suite_file: Path | None, options: RunOptions,
     _check_step_shapes(suite, engines)
     environment = describe(engine, suite=suite, prompts=prompts, command=options.command, tuned=tuned)
     store = Store.open(options.results, kind=RUN, spec=suite, provenance=environment, resume=options.resume)
-    session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device)
+    session = Session(suite, engines, prompts, warmup, store, console, device_clock(device), device, gpu)
     if store.is_sealed:
         console.print(NO_REPORT.format(store.folder.name), soft_wrap=True)
         return store.folder

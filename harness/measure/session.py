@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 
 from harness.device.engine import Engine, LoadedModel, load_engine
+from harness.device.gpu.watch import GpuWatch
 from harness.device.locks import device_turns
 from harness.device.prompts import Prompt, warmup_prompts
 from harness.errors import UserError
+from harness.records.noise import GpuObservation
 from harness.records.run import Failure, Generation
 from harness.records.store import Store
 from harness.specs.suite import ArmSpec, BackboneName, SuiteSpec
@@ -33,6 +35,7 @@ class Session:
     console: Console
     clock: Callable[[], float]
     device: torch.device
+    gpu: GpuWatch | None = None
 
     @property
     def engine(self) -> Engine:
@@ -80,3 +83,9 @@ def device_turn(session: Session) -> contextlib.AbstractContextManager[None]:
     if not session.suite.reports_speed:
         return contextlib.nullcontext()
     return device_turns(session.device, console=session.console)()
+
+
+def tell_of_others(console: Console, seen: GpuObservation | None) -> None:
+    """Say that another process uses the GPU, where one was seen; what was timed meanwhile is marked."""
+    if seen is not None and seen.is_shared:
+        console.print("another process uses the GPU: what was just timed is marked in the record")

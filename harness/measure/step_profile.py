@@ -14,7 +14,6 @@ from typing import get_args
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch.profiler import ProfilerActivity
 
 from harness.compose.replay import ReplayIndex
@@ -23,6 +22,7 @@ from harness.device.arms import ArmRunner
 from harness.device.clock import Clock, Marks, SectionTimer, device_clock
 from harness.device.engine import Engine, best_device, load_model
 from harness.device.locks import Held, device_turns
+from harness.device.progress import counted
 from harness.device.prompts import suite_prompts, take_date
 from harness.device.trace import calibration_of
 from harness.errors import UserError
@@ -153,7 +153,8 @@ def measure_sizes(
     with held():
         for context, runner in itertools.product(contexts, runners):
             _visit(runner, context, _Visits(), num_steps=2 * steps_a_visit, clock=clock)
-    for number in track(rounds, description="profiling", console=console or Console(quiet=True)):
+    shown_on = console or Console(quiet=True)
+    for number in counted(rounds, "profiling, rounds", total=len(rounds), console=shown_on):
         first = number % len(trees)
         with held():
             for index in (*range(first, len(trees)), *range(first)):

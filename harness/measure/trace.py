@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
 from harness.device.engine import best_device, load_model
+from harness.device.progress import counted
 from harness.device.prompts import check_lengths, suite_prompts, take_date
 from harness.device.trace import Text, record_trace
 from harness.measure.session import suite_engine
@@ -49,7 +49,7 @@ def trace_suite(
     )
     texts = [
         Text(rendered[done.key], tuple(done.token_ids), done.ended_by)
-        for done in track(stream, total=len(prompts), description="vanilla texts", console=console)
+        for done in counted(stream, "vanilla texts", total=len(prompts), console=console)
     ]
     texts.sort(key=lambda text: list(rendered).index(text.prompt.key))
     trace = record_trace(engine, texts, max_new_tokens=suite.max_new_tokens, extra={"suite": suite.name})

@@ -22,6 +22,7 @@ from harness.device.engine import LoadedModel, best_device, load_model, new_head
 from harness.device.environment import describe_training
 from harness.device.limits import measure_device_limits
 from harness.device.locks import device_turns
+from harness.device.progress import progress_bar
 from harness.errors import UserError
 from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import resolve_path
@@ -89,7 +90,9 @@ def profile_training(
         )
         with device_turns(device, console=console)():
             before = _limits(bench.dtypes, device=device, clock=clock)
-            with bench.watch:
+            with bench.watch, progress_bar(console) as progress:
+                task = progress.add_task("steps", total=bench.watch.num_steps)
+                bench.watch.on_step = lambda: progress.advance(task)
                 bench.run()
             after = _limits(bench.dtypes, device=device, clock=clock)
     stages = bench.watch.profiles(bench.rates, parts=bench.parts)

@@ -21,7 +21,7 @@ from harness.device.trace import Text
 from harness.errors import InvalidMeasurement
 from harness.measure import probes
 from harness.measure.plan import PlannedTrial, finished_blocks
-from harness.measure.session import Session, device_turn, greedy_vanilla
+from harness.measure.session import Session, device_turn, greedy_vanilla, tell_of_others
 from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
 from harness.records.store import Store
@@ -113,9 +113,8 @@ def run_blocks(
                 break
             with device_turn(session):
                 for planned in block:
-                    progress.update(
-                        task, description=escape(f"{planned.trial.arm} on {planned.trial.prompt_key}")
-                    )
+                    now = f"trials, {planned.trial.arm} on {planned.trial.prompt_key}"
+                    progress.update(task, description=escape(now))
                     prompt = prompts[planned.trial.prompt_key]
                     outcome = _run_trial(
                         session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
@@ -124,6 +123,7 @@ def run_blocks(
                     session.store.append(outcome)
                     if isinstance(outcome, Generation):
                         peak = max(peak, outcome.peak_memory_bytes or 0)
+                        tell_of_others(session.console, outcome.gpu)
                     progress.advance(task)
                 _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
     return peak
@@ -201,6 +201,7 @@ def _run_trial(
         cache_bytes=result.cache_bytes,
         load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
         processor_s=processor_s,
+        gpu=session.gpu.observe() if session.gpu is not None else None,
     )
 
 

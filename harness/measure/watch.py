@@ -125,6 +125,7 @@ class StepWatch:
         kinds = ("dropped", *("plain", "marked") * num_steps, "counted")
         self._plan = [(stage, kind) for stage in stages for kind in kinds]
         self._clock, self._marks = clock, marks
+        self.on_step: Callable[[], None] = lambda: None  # called between steps, on no one's time
         self._open = contextlib.ExitStack()
         self._place = 0
         self._parts, self._counter = PartClock(clock), ProductCounter(PartClock(clock))
@@ -153,6 +154,7 @@ class StepWatch:
             self.flops[stage] = {part: dict(counts) for part, counts in self._counter.flops.items()}
             self.num_positions[stage] = num_positions
         self._place += 1
+        self.on_step()
         if self._place < len(self._plan):
             self._begin(self._plan[self._place][1])
         self._started = self._clock()

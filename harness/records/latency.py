@@ -14,6 +14,7 @@ from pydantic import Field
 from harness.bounds import Count, FileName, Seconds, Sha256, StepSeconds, Utc
 from harness.files import Frozen
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
+from harness.records.noise import GpuObservation
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
@@ -47,6 +48,11 @@ class LatencyPoint(Versioned, PointKey):
         default=None,
         description="most bytes allocated while the points of the same dtype, mode, context and batch were "
         "timed (on a CPU: resident in memory)",
+    )
+    gpu: GpuObservation | None = Field(
+        default=None,
+        description="the GPU after the points of the same dtype, mode, context and batch, and who else used "
+        "it; null on a CPU, without its driver's package, and in older records",
     )
     skipped: str | None = Field(default=None, description="why nothing was timed; null where it was")
 

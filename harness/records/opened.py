@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.records.ablation import AblationRecord
 from harness.records.folder import MANIFEST_FILE, RecordKind, kind_of
-from harness.records.gpu import GpuRecord
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord

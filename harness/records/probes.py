@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from harness.bounds import Amount, Count, Rate, Seconds, Share, StepSeconds
 from harness.files import Frozen
-from harness.versions import VERSION, Versioned
+from harness.versions import VERSION, Data, Versioned
 
 
 class StepCost(Versioned):
@@ -64,15 +65,48 @@ class Profile(Versioned):
     rows: tuple[ProfileRow, ...] = Field(description="one entry an arm")
 
 
-class DeviceLimits(Versioned):
-    """What this device can do, measured in the same run."""
+def _of_fixed_sizes(data: Data) -> Data:
+    """Return limits of version 1 as those of version 2: the probe of that time had no one-row product."""
+    return {**data, "row_product_bytes_per_s": None}
 
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    read_bandwidth_bytes_per_s: Rate = Field(description="bytes read a second, the best of several repeats")
-    matmul_flop_per_s: Rate = Field(
-        description="floating-point operations of a matrix product a second, the best of several repeats"
+
+class DeviceLimits(Versioned):
+    """What this device can do, measured in the same run.
+
+    The probe of version 1 used small or fixed sizes, so that steps could be faster than its figures.
+    """
+
+    upgrades: ClassVar[Mapping[int, Callable[[Data], Data]]] = {1: _of_fixed_sizes}
+
+    schema_version: Annotated[Literal[2], VERSION] = 2
+    read_bandwidth_bytes_per_s: Rate = Field(
+        description="bytes read a second, the best of several repeats and growing sizes"
     )
-    method: str = Field(description="sizes and repeats of the two measurements, in words")
+    matmul_flop_per_s: Rate = Field(
+        description="floating-point operations of a matrix product a second in the dtype of the run, the "
+        "best of several repeats and growing sizes"
+    )
+    row_product_bytes_per_s: Rate | None = Field(
+        default=None,
+        description="bytes of weights a second that products of one row read in the dtype of the run, as "
+        "those of a vanilla step do; null in records of version 1",
+    )
+    method: str = Field(description="sizes and repeats of the measurements, in words")
+
+    @property
+    def are_under_measured(self) -> bool:
+        """Return whether an older probe measured them, which the device itself may exceed."""
+        return self.row_product_bytes_per_s is None
+
+    def best_with(self, other: DeviceLimits) -> DeviceLimits:
+        """Return the higher figure of each of two measurements of one device and dtype."""
+        rows = [rate for one in (self, other) if (rate := one.row_product_bytes_per_s) is not None]
+        return DeviceLimits(
+            read_bandwidth_bytes_per_s=max(self.read_bandwidth_bytes_per_s, other.read_bandwidth_bytes_per_s),
+            matmul_flop_per_s=max(self.matmul_flop_per_s, other.matmul_flop_per_s),
+            row_product_bytes_per_s=max(rows, default=None),
+            method=f"the better of twice: {self.method}; then {other.method}",
+        )
 
 
 class HeadsControl(Versioned):

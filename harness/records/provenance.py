@@ -38,7 +38,8 @@ class DeviceInfo(Frozen):
     details: dict[str, str] = Field(
         default={},
         description="what it says of itself beyond its name: instruction sets, family, model, stepping, "
-        "caches and hypervisor of a CPU; compute capability and CUDA version of a GPU",
+        "caches and hypervisor of a CPU; compute capability, CUDA version, driver, memory and power limit of "
+        "a GPU",
     )
 
 

@@ -38,6 +38,7 @@ from harness.records.folder import (
     RecordFolder,
     file_of,
 )
+from harness.records.noise import GpuObservation
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
@@ -94,6 +95,11 @@ class Generation(Versioned):
         default=None,
         description="seconds for which the thread that decodes had a processor during the trial; null where "
         "it waits for another device, and in older records",
+    )
+    gpu: GpuObservation | None = Field(
+        default=None,
+        description="the GPU at the trial's end, and who else used it; null on a CPU, without its driver's "
+        "package, and in older records",
     )
 
     @property

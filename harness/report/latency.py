@@ -12,7 +12,9 @@ from rich.table import Table
 
 from harness.compose.curve import curve_of, step_cost_of
 from harness.compose.roofline import Prediction, prediction_error
+from harness.judge.judgement import CheckStatus
 from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, prediction_of, read_share
+from harness.judge.limits import latency_within_limits
 from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
 from harness.records.sweep import PredictionError
 from harness.report.formatting import (
@@ -33,6 +35,8 @@ from harness.report.formatting import (
     significant,
     table,
 )
+from harness.report.limits import limits_note, limits_validity
+from harness.report.noise import gpu_rows
 from harness.report.provenance import (
     describe_commit,
     describe_device,
@@ -71,6 +75,7 @@ def render_latency_report(record: LatencyRecord) -> str:
                 "Commit": describe_commit(environment),
             },
         ),
+        limits_validity(record),
         section("Table of modes", render_modes_table(record)),
         section("Speed against batch", render_batches(record)),
         *(
@@ -97,7 +102,9 @@ def render_modes_table(record: LatencyRecord) -> str:
         "same text",
     ]
     cells = [_mode_cells(row, sizes=spec.sizes) for row in rows]
-    return f"{table(headers, cells)}\n\n{_MODES_NOTE.format(context=spec.context_tokens)}"
+    return paragraphs(
+        table(headers, cells), _MODES_NOTE.format(context=spec.context_tokens), limits_note(record)
+    )
 
 
 def render_batches(record: LatencyRecord) -> str:
@@ -237,6 +244,7 @@ def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict
         ],
         "speedup_by_batch": {str(batch): speedup for batch, speedup in speedups.items()},
         "break_even": break_even(speedups).words if speedups else None,
+        "valid": latency_within_limits(record).status is not CheckStatus.FAILED,
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
 
@@ -353,6 +361,7 @@ def _render_provenance(record: LatencyRecord) -> str:
         ("device", describe_device(environment)),
         *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
         *((f"device limits, {dtype}", _limits(record, dtype)) for dtype in record.spec.dtypes),
+        *gpu_rows([point.gpu for point in record.points if point.backbone_s], noun="point"),
         ("weights that a step reads", weights),
         ("weights", f"SHA-256 {environment.backbone_sha256[:16]}"),
         (

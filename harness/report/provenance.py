@@ -11,6 +11,8 @@ from harness.records.probes import DeviceLimits
 from harness.records.provenance import Environment, Provenance
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, describe_end, megabytes, pairs, paragraphs, table
+from harness.report.limits import UNDER_MEASURED
+from harness.report.noise import gpu_rows
 from harness.specs.suite import IntervalSpec
 
 
@@ -61,9 +63,12 @@ def describe_finish(origin: Provenance, manifest: Finished | None) -> str:
 
 def describe_limits(limits: DeviceLimits) -> str:
     """Return what the device can do and how that was measured."""
+    rows = limits.row_product_bytes_per_s
     return (
         f"{limits.read_bandwidth_bytes_per_s / 1e9:,.1f} GB/s read, "
-        f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s ({limits.method})"
+        + (f"{rows / 1e9:,.1f} GB/s in products of one row, " if rows is not None else "")
+        + f"{limits.matmul_flop_per_s / 1e9:,.0f} GFLOP/s ({limits.method})"
+        + (f"; **{UNDER_MEASURED}**" if limits.are_under_measured else "")
     )
 
 
@@ -112,6 +117,7 @@ def render_provenance(record: RunRecord) -> str:
         ("device", describe_device(environment)),
         *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
         *_limits(record),
+        *gpu_rows([one.gpu for one in record.generations], noun="trial"),
         ("engine", f"{environment.engine}, {environment.dtype}"),
         ("linear algebra", environment.blas),
         ("variables", pairs(environment.variables)),

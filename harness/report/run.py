@@ -14,6 +14,7 @@ from rich.text import Text
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind, by_test
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, heading, megabytes, page, ratio_interval, section
+from harness.report.limits import under_measured_note
 from harness.report.provenance import describe_commit, describe_device, relative_folder, render_provenance
 from harness.report.run_evidence import (
     render_checks,
@@ -230,6 +231,7 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
         arms_note(record),
         f"{'Latency and memory' if speed else 'Memory'} ({parts}):",
         render_latency_table(record, judgement),
+        under_measured_note(record.device_limits) if speed else "",
     ]
 
 

@@ -299,7 +299,8 @@ def fake_parts(
         profile=_profile(trees, step_s=dict(step_s)),
         device_limits=DeviceLimits(
             read_bandwidth_bytes_per_s=WEIGHT_BYTES / (STEP_S["vanilla"] * VANILLA_BANDWIDTH_SHARE),
-            matmul_flop_per_s=2e11,
+            matmul_flop_per_s=4e12,
+            row_product_bytes_per_s=WEIGHT_BYTES / STEP_S["vanilla"],
             method="made up",
         ),
         heads_control=HeadsControl(

@@ -248,5 +248,6 @@ def small_device_limits() -> Iterator[None]:
     with (
         patch("harness.device.limits._BANDWIDTH_BYTES", 2**20),
         patch("harness.device.limits._MATMUL_SIZE", 64),
+        patch("harness.device.limits._ROW_SHAPE", (8, 8)),
     ):
         yield

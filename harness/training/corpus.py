@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.assets.catalogue import TrainingPrompt, training_prompts
 from harness.assets.chat import asks_for_date, render_chat, taken_date
 from harness.assets.prompts import BenchmarkPrompt, load_prompt_file, overlap_report
 from harness.device.engine import LoadedModel
 from harness.device.loading.behaviour import PARTS, differing
+from harness.device.progress import progress_bar
 from harness.device.prompts import NUM_WARMUP, WARMUP_SEED, benchmark_prompts
 from harness.errors import UserError
 from harness.files import canonical_sha256, read_text, write_bytes, write_text
@@ -263,22 +263,15 @@ def make_corpus(
     held = amount(spec, samples)
     num_made = 0
     started = time.monotonic()
-    columns = (
-        TextColumn("corpus"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("corpus", total=spec.goal, completed=held, rate="-")
+    with progress_bar(console) as progress:
+        task = progress.add_task("corpus", total=spec.goal, completed=held)
 
         def advance(sample: CorpusSample) -> None:
             nonlocal held, num_made
             held += amount(spec, [sample])
             num_made += len(sample.token_ids)
             rate = num_made / max(time.monotonic() - started, 1e-9)
-            progress.update(task, completed=held, rate=f"{rate:.0f}")
+            progress.update(task, completed=held, description=f"corpus, {rate:.0f} tokens/s")
             if rate_file is not None:
                 write_text(rate_file, f"{rate:.3f}\n")
 

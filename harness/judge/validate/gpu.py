@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness.judge.validate.faults import load_faults, path_faults, place_faults, repeated, seal_faults
-from harness.records.gpu import (
-    ACCEPTED,
+from harness.records.gpu.parts import ACCEPTED
+from harness.records.gpu.record import (
     CORPUS_FILE,
     KERNELS_FILE,
     ORIGIN_FILE,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.assets.catalogue import training_prompts
 from harness.assets.fetch import fetch_asset
 from harness.assets.prompts import load_mt_bench
 from harness.device.engine import Engine, LoadedModel, best_device, engine_from_heads, load_model
+from harness.device.progress import progress_bar
 from harness.device.prompts import Prompt
 from harness.device.trace import Text, record_trace
 from harness.errors import UserError
@@ -221,10 +221,9 @@ class ArmBench:
     ) -> MeasuredArm:
         arm = job.arm if job is not None else START_ARM
         is_original = engine.loaded.model is self.engine.loaded.model
-        columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task(
-                "measuring",
+                f"measuring {arm}, texts",
                 total=len(self.held_out) + len(self.references) + len(answers) * (1 if is_original else 2),
             )
 

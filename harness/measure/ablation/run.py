@@ -24,6 +24,7 @@ from harness.device.engine import Engine, best_device, engine_from_heads, load_m
 from harness.device.environment import describe_engine
 from harness.device.locks import folder_held
 from harness.device.machine import device_info
+from harness.device.progress import progress_lines
 from harness.device.prompts import take_up_date
 from harness.device.trace import calibration_of
 from harness.errors import UserError
@@ -135,25 +136,41 @@ def _fill_record(
 ) -> None:
     """Train and measure every arm and seed that is not done yet, one after another."""
     done = {(result.arm, result.seed) for result in store.lines()}
-    for arm, seed in bench.spec.plan():
-        if (arm, seed) in done:
-            continue
-        if seed is None:
-            start = bench.measure_start()
-            _keep(store, start.result, trace=start.trace, step_log=None)
-            continue
-        work = bench.work / f"{arm}-{seed}"
-        job = ArmJob(bench.spec, suite_file, arm, seed, work, options.allow_hub)
-        bench.console.print(f"{arm}, seed {seed}")
-        _train(job, own_process=options.own_process)
-        found = bench.measure(job, recipes[arm])
-        _keep(
-            store,
-            found.result,
-            trace=found.trace,
-            original_text=found.original_text,
-            step_log=job.target / STEP_LOG,
-        )
+    plan = bench.spec.plan()
+    with progress_lines(bench.console) as progress:
+        task = progress.add_task("arms trained and measured", total=len(plan), completed=len(done))
+        for arm, seed in plan:
+            if (arm, seed) in done:
+                continue
+            if seed is None:
+                start = bench.measure_start()
+                _keep(store, start.result, trace=start.trace, step_log=None)
+            else:
+                job = ArmJob(
+                    bench.spec, suite_file, arm, seed, bench.work / f"{arm}-{seed}", options.allow_hub
+                )
+                bench.console.print(f"{arm}, seed {seed}")
+                _train_and_measure(store, bench, job, recipes[arm], options=options)
+            progress.advance(task)
+
+
+def _train_and_measure(
+    store: Store[ArmResult],
+    bench: ArmBench,
+    job: ArmJob,
+    recipe: Medusa2Settings,
+    *,
+    options: AblateOptions,
+) -> None:
+    _train(job, own_process=options.own_process)
+    found = bench.measure(job, recipe)
+    _keep(
+        store,
+        found.result,
+        trace=found.trace,
+        original_text=found.original_text,
+        step_log=job.target / STEP_LOG,
+    )
 
 
 def _keep(

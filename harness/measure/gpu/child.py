@@ -102,7 +102,7 @@ def _measure_limits(target: Path, *, dtypes: list[str]) -> None:
     from harness.device.limits import measure_device_limits
     from harness.device.locks import device_turns
     from harness.files import write_json
-    from harness.records.gpu import limits_of
+    from harness.records.gpu.record import limits_of
 
     require_own_gpu()
     device = best_device()

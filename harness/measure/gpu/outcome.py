@@ -11,7 +11,8 @@ from statistics import median
 from harness.errors import ExitCode, UserError
 from harness.measure.gpu.process import Ended
 from harness.records.folder import ASKED_FILE, MANIFEST_FILE
-from harness.records.gpu import GpuRecord, Outcome
+from harness.records.gpu.parts import Outcome
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import OUT_OF_TIME, LatencyPoint, LatencyRecord
 from harness.records.profiles.kernels import Race
 from harness.specs.gpu import Part, TestsPart

@@ -17,7 +17,8 @@ from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.faults import release
 from harness.measure.training_profile import profile_training
-from harness.records.gpu import CORPUS_FILE, TRAINING_FILE, CorpusRate
+from harness.records.gpu.parts import CorpusRate
+from harness.records.gpu.record import CORPUS_FILE, TRAINING_FILE
 from harness.safe_text import SafeConsole
 from harness.specs.recipe import AnyRecipe, HeadsRecipe, load_recipe, needed_corpus
 from harness.training.corpus import corpus_prompts

@@ -26,8 +26,8 @@ from harness.measure.gpu.process import Ended, run_child
 from harness.measure.gpu.self_test import pytest_words, read_counts, test_files
 from harness.paths import code_folder, resolve_path, without_paths
 from harness.records.folder import MANIFEST_FILE
-from harness.records.gpu import (
-    ACCEPTED,
+from harness.records.gpu.parts import ACCEPTED, PartResult
+from harness.records.gpu.record import (
     CORPUS_FILE,
     GPU,
     KERNELS_FILE,
@@ -35,7 +35,6 @@ from harness.records.gpu import (
     TRAINING_FILE,
     GpuManifest,
     GpuRecord,
-    PartResult,
     limits_of,
 )
 from harness.records.provenance import Provenance

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from harness.errors import UserError
 from harness.files import read_text
 from harness.paths import without_paths
-from harness.records.gpu import TestCounts
+from harness.records.gpu.parts import TestCounts
 from harness.specs.gpu import TestsPart
 
 _MOST_NAMES = 20  # of failed tests that a record keeps

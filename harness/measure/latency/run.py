@@ -15,17 +15,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from harness.device.clock import Clock, device_clock
 from harness.device.doctor import require_own_gpu
 from harness.device.engine import Engine, best_device
-from harness.device.limits import measure_device_limits
+from harness.device.gpu.watch import GpuWatch
+from harness.device.limits import better_limits
 from harness.device.locks import Held, device_turns, folder_held
+from harness.device.progress import counted, counted_holds
 from harness.device.prompts import take_up_date
-from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.engine import (
     chosen_modes,
@@ -40,7 +40,9 @@ from harness.measure.latency.engine import (
 from harness.measure.latency.faults import UNPREPARED, noting_fault, release
 from harness.measure.latency.modes import measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt, table_prompts
+from harness.measure.latency.room import check_device, check_fits, skip_reason
 from harness.measure.latency.timers import measure_group
+from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
     LATENCY,
@@ -84,7 +86,7 @@ def run_latency(
     check_device(spec, device)
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
-    require_own_gpu()
+    gpu = require_own_gpu()
     clock = device_clock(device)
     held = device_turns(device, console=console)
     first = spec.dtypes[0]
@@ -115,7 +117,9 @@ def run_latency(
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
-            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, ends)
+            session = _Session(
+                spec, engine, dtype, store, clock, held, console, free_bytes, gpu=gpu, ends=ends
+            )
             peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
             num_planned += session.num_planned
             del engine, session  # two copies of the weights may not fit
@@ -167,33 +171,6 @@ def print_latency_plan(
     return counts
 
 
-def check_fits(spec: LatencySpec, *, dtype: DtypeName, free_bytes: int) -> None:
-    """Refuse, before random weights are made, a shape of which no point fits into memory."""
-    facts = planned_facts(spec)
-    needed = min(
-        facts.needed_bytes(key, packs=False) for key in spec.points(dtype, chosen_modes(spec, ("eager",)))
-    )
-    if needed > spec.memory_share * free_bytes:
-        raise UserError(
-            found=f"{facts.name} in {dtype}, which needs {needed / 1e9:.1f} GB at its smallest size",
-            need=f"at most {spec.memory_share:g} of the free {free_bytes / 1e9:.1f} GB",
-            where="this machine",
-            do="choose a smaller shape or dtype",
-        )
-
-
-def check_device(spec: LatencySpec, device: torch.device) -> None:
-    """Refuse, before anything is loaded, a spec that names CUDA graphs on a machine without a CUDA device."""
-    graphs = [mode for mode in spec.modes if mode.endswith("_graph")] if spec.modes != "auto" else []
-    if graphs and device.type != "cuda":
-        raise UserError(
-            found="no CUDA device",
-            need=f"one: the mode {graphs[0]} records CUDA graphs",
-            where=f"the modes of {spec.name!r}",
-            do="run it on a machine with a CUDA device, or give --modes eager",
-        )
-
-
 class _Session:
     """One dtype's share of a run; nothing new is begun after `ends`, in monotonic seconds."""
 
@@ -207,9 +184,12 @@ class _Session:
         held: Held,
         console: Console,
         free_bytes: int,
-        ends: float,
+        *,
+        gpu: GpuWatch | None = None,
+        ends: float = math.inf,
     ) -> None:
-        self.spec, self.engine, self.dtype, self.store, self.ends = spec, engine, dtype, store, ends
+        self.gpu, self.ends = gpu, ends
+        self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
         self.clock, self.held, self.console, self.free_bytes = clock, held, console, free_bytes
         self.available = engine.runner.available_modes()
         self.modes = chosen_modes(spec, self.available)
@@ -234,20 +214,26 @@ class _Session:
         self._measure_modes(prompts, auto=auto)
         if self.dtype == self.spec.dtypes[0]:
             self._measure_batches(prompts, auto=auto, base_folder=base_folder)
-        return max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        peak = max(peak, peak_memory_bytes(self.engine.runner.backbone.device))
+        self._measure_limits(again=True)
+        return peak
 
-    def _measure_limits(self) -> None:
+    def _measure_limits(self, *, again: bool = False) -> None:
+        """Measure what is not on disk yet, or the better of that and of a second measurement."""
         path = self.store.folder / limits_file(self.dtype, first=self.spec.dtypes[0])
-        if not path.exists():
+        before = LatencyRecord(self.store.folder).limits(self.dtype)
+        if before is None or (again and time.monotonic() < self.ends):
             with self.held(), noting_fault("eager", device=self.device, note=self._say_no("device limits")):
                 dtype = self.engine.runner.backbone.dtype
-                write_json(path, measure_device_limits(self.device, dtype, clock=self.clock))
+                write_json(path, better_limits(before, self.device, dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
         packs = packs_weights(self.spec, dtype=self.dtype, device=self.device)
-        for _, members in groupby(self.plan, key=lambda key: key.group):
+        groups = [list(members) for _, members in groupby(self.plan, key=lambda key: key.group)]
+        shown = f"{self.dtype}, groups of points"
+        for members in counted(groups, shown, total=len(groups), console=self.console):
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
             self.store.append(
@@ -269,6 +255,7 @@ class _Session:
         )
         with self.held():
             points = measure_group(self.engine, keys, repeats=self.spec.repeats, clock=self.clock)
+        points = self._with_gpu(points)
         self.store.append(*points)
         for reason in dict.fromkeys(point.skipped for point in points if point.skipped is not None):
             sizes = [point.num_nodes for point in points if point.skipped == reason]
@@ -289,6 +276,14 @@ class _Session:
                 peak = max(peak, self._measure_group(list(members)))
         return peak
 
+    def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
+        """Return the points with what the GPU's driver says after them; as they are where none is watched."""
+        if self.gpu is None:
+            return points
+        seen = self.gpu.observe()
+        tell_of_others(self.console, seen)
+        return tuple(point.model_copy(update={"gpu": seen}) for point in points)
+
     def _measure_modes(self, prompts: Sequence[LatencyPrompt], *, auto: ModeName) -> None:
         table = self.spec.modes_table
         record = LatencyRecord(self.store.folder)
@@ -298,41 +293,45 @@ class _Session:
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
         timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
         modes = [mode for mode in self.modes if mode in self.available and mode in timed]
-        trials = measure_modes(
-            self.engine,
-            self.dtype,
-            modes,
-            prompts[: table.num_prompts],
-            max_new_tokens=table.max_new_tokens,
-            clock=self.clock,
-            held=self.held,
-            note=self._say,
-        )
+        shown = "table of modes, warm-up and prompts"
+        total = 1 + table.num_prompts
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
+            trials = measure_modes(
+                self.engine,
+                self.dtype,
+                modes,
+                prompts[: table.num_prompts],
+                max_new_tokens=table.max_new_tokens,
+                clock=self.clock,
+                held=held,
+                note=self._say,
+            )
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
 
     def _measure_batches(
         self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, base_folder: Path | None
     ) -> None:
-        path = self.store.folder / BATCHES_FILE
-        if self.spec.batch_table is None or path.exists() or self._is_late("table of batches"):
+        path, table = self.store.folder / BATCHES_FILE, self.spec.batch_table
+        if table is None or path.exists() or self._is_late("table of batches"):
             return
-        self.console.print(
-            f"{self.dtype}: speed against batch {list(self.spec.batch_table.batches)}", highlight=False
-        )
+        self.console.print(f"{self.dtype}: speed against batch {list(table.batches)}", highlight=False)
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
         points = LatencyRecord(self.store.folder).points
-        batches = measure_batches(
-            self.engine,
-            self.spec,
-            points,
-            prompts,
-            dtype=self.dtype,
-            clock=self.clock,
-            held=self.held,
-            base_folder=base_folder,
-            note=self._say,
-        )
+        shown = "speed against batch, warm-up and groups"
+        total = 1 + table.rounds * sum(-(-table.num_texts // batch) for batch in table.batches)
+        with counted_holds(self.held, shown, total=total, console=self.console) as held:
+            batches = measure_batches(
+                self.engine,
+                self.spec,
+                points,
+                prompts,
+                dtype=self.dtype,
+                clock=self.clock,
+                held=held,
+                base_folder=base_folder,
+                note=self._say,
+            )
         if batches is not None:
             write_json(path, batches)
 
@@ -361,19 +360,3 @@ class _Session:
 
 def _in_eager(key: PointKey) -> PointKey:
     return key.model_copy(update={"mode": "eager"})
-
-
-def skip_reason(
-    key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: int, memory_share: float
-) -> str | None:
-    """Return why a point must not be tried, or None: too many positions for real weights, or too much memory.
-
-    Random weights have learned no positions, so that they are timed at any length.
-    """
-    last = key.context_tokens + key.num_nodes
-    if facts.max_positions is not None and not facts.random_weights and last > facts.max_positions:
-        return f"needs {last} positions, the model has {facts.max_positions}"
-    needed = facts.needed_bytes(key, packs=packs)
-    if needed > memory_share * free_bytes:
-        return f"needs {needed / 1e9:.2f} GB, {memory_share:g} of the free {free_bytes / 1e9:.2f} GB is less"
-    return None

@@ -154,9 +154,9 @@ def run_sweep(
         runs = [one.key for one in (*tasks, *without_curve)]
         num_planned = len(plan.cells) + len(plan.refused) + len(runs)
         with progress_bar(console) as progress:
-            composing = progress.add_task("composed", total=len(plan.cells) + len(plan.refused))
             kept = {key for key in done if key.split()[0] in ("composed", "curve")}
-            progress.update(composing, completed=len(kept))
+            num_composed = len(plan.cells) + len(plan.refused)
+            composing = progress.add_task("composed", total=num_composed, completed=len(kept))
             for cell in compose(plan, done=done):
                 store.append(cell)
                 progress.advance(composing)

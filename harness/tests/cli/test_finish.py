@@ -10,6 +10,9 @@ import pytest
 
 from harness.cli.marked import MARK, marked_lines
 from harness.errors import ExitCode
+from harness.files import file_sha256, write_json
+from harness.records.probes import DeviceLimits
+from harness.tests.fake_latency import write_fake_latency
 from harness.tests.tiny_suite import command
 
 FIXTURES = Path(__file__).resolve().parents[1] / "records" / "fixtures" / "v1"
@@ -103,3 +106,35 @@ def test_the_reason_of_an_unsealed_record_cannot_steer_the_terminal(
         print("shown")
     out, err = capsys.readouterr()
     assert "\x1b" not in err and err.count("\n") == 1 and err.startswith(MARK) and out == f"{MARK}shown\n"
+
+
+def test_a_latency_record_that_beat_its_limits_is_invalid_and_shown_in_no_readme(tmp_path: Path) -> None:
+    """A step of 33.7 ms once stood next to a bound of 78.5 ms from its limits, valid all the same."""
+
+    def write(folder: Path, *, bytes_per_s: float) -> Path:
+        record = write_fake_latency(folder)
+        limits = DeviceLimits(
+            read_bandwidth_bytes_per_s=bytes_per_s,
+            matmul_flop_per_s=1e14,
+            row_product_bytes_per_s=bytes_per_s,
+            method="made up",
+        )
+        write_json(folder / "device_limits.json", limits)
+        manifest = record.manifest
+        assert manifest is not None
+        sha256 = {**manifest.sha256, "device_limits.json": file_sha256(folder / "device_limits.json")}
+        write_json(folder / "manifest.json", manifest.model_copy(update={"sha256": sha256}))
+        return folder
+
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- begin:modes -->\n<!-- end:modes -->\n")
+    ran = command("report", write(tmp_path / "slow", bytes_per_s=1e9), "--readme", readme)
+    assert ran.code == ExitCode.INVALID_MEASUREMENT and "INVALID: within_limits: found reading" in ran.err
+    assert json.loads(ran.out.splitlines()[-1])["valid"] is False
+    assert "**INVALID.** The device's limits" in (tmp_path / "slow" / "report.md").read_text()
+    assert readme.read_text() == "<!-- begin:modes -->\n<!-- end:modes -->\n"
+    ran = command("report", write(tmp_path / "fine", bytes_per_s=1e12), "--readme", readme)
+    assert ran.code == ExitCode.OK and json.loads(ran.out.splitlines()[-1])["valid"] is True
+    page = (tmp_path / "fine" / "report.md").read_text()
+    assert "**Valid**: reading" in page and "under-measured" not in page
+    assert "against `generate`" in readme.read_text()

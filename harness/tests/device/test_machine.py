@@ -8,15 +8,13 @@ import getpass
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from pytest import MonkeyPatch
 
-from harness.device.doctor import examine, foreign_gpu_processes
+from harness.device.doctor import examine
 from harness.device.engine import Engine
 from harness.device.machine import blas_settings, device_info, git_state, package_versions, settings
 from harness.device.prompts import suite_prompts
@@ -153,86 +151,6 @@ def test_doctor_warns_of_too_many_threads(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
     line = next(line for line in examine(interval_s=0.05) if line.name == "threads")
     assert not line.fine and "OMP_NUM_THREADS" in line.advice
-
-
-class FakeNvml(ModuleType):
-    """The driver's library on a machine with three GPUs; `listed` holds the processes on each, by index and
-    by name.
-    """
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, listed: dict[int | str, list[int]]) -> None:
-        super().__init__("pynvml")
-        self.listed, self.num_open = listed, 0
-
-    def nvmlInit(self) -> None:
-        self.num_open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.num_open -= 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
-
-    def nvmlDeviceGetHandleByUUID(self, name: str) -> str:
-        return name
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int | str) -> list[SimpleNamespace]:
-        if handle not in self.listed:
-            raise self.NVMLError
-        return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in self.listed[handle]]
-
-
-def foreign_with(monkeypatch: MonkeyPatch, nvml: FakeNvml | None, *, used_gpu: bool) -> int | None:
-    """Ask as process 7, on a machine with a GPU and this driver's library."""
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)  # None: importing it fails
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: used_gpu)
-    monkeypatch.setattr("os.getpid", lambda: 7)
-    found = foreign_gpu_processes()
-    assert nvml is None or nvml.num_open == 0
-    return found
-
-
-@pytest.mark.parametrize(
-    ("listed", "used_gpu", "foreign"),
-    [
-        ([], False, 0),
-        ([], True, 0),
-        ([7], True, 0),
-        ([7, 8], True, 1),
-        ([8, 9, 9], False, 2),  # none of them is ours yet
-        ([4007], True, None),  # ours by its number outside the container, or another one
-        ([4007, 4008], True, None),
-    ],
-)
-def test_other_processes_on_the_gpu_are_counted_where_they_are_known_to_be_others(
-    listed: list[int], used_gpu: bool, foreign: int | None, monkeypatch: MonkeyPatch
-) -> None:
-    """An idle GPU was once refused: torch's sentence "no processes are running" holds the word that was
-    counted.
-    """
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert foreign_with(monkeypatch, FakeNvml({0: listed}), used_gpu=used_gpu) == foreign
-
-
-@pytest.mark.parametrize(
-    ("visible", "foreign"), [("2,0", 2), ("GPU-1f", 1), ("3", None), ("GPU-1", None), ("0", 0)]
-)
-def test_the_gpu_asked_about_is_the_first_visible_one(
-    visible: str, foreign: int | None, monkeypatch: MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert foreign_with(monkeypatch, FakeNvml({0: [], 2: [8, 9], "GPU-1f": [8]}), used_gpu=False) == foreign
-
-
-def test_without_the_drivers_library_nothing_is_known_of_other_processes(monkeypatch: MonkeyPatch) -> None:
-    assert foreign_with(monkeypatch, None, used_gpu=False) is None
-    broken = FakeNvml({0: [8]})
-    monkeypatch.setattr(broken, "nvmlInit", lambda: (_ for _ in ()).throw(broken.NVMLError()))
-    assert foreign_with(monkeypatch, broken, used_gpu=False) is None
 
 
 def test_results_go_to_the_checkout(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def without(name: str) -> Spoiler:
     return lambda parts: setattr(parts, name, None)
 
 
+def slow_products(parts: FakeParts) -> None:
+    """Limits whose products are slower than those of the run's own steps."""
+    assert parts.device_limits is not None
+    parts.device_limits = parts.device_limits.model_copy(update={"matmul_flop_per_s": 2e11})
+
+
 SPOILT = (
     SpoiltRecord("trials_complete", drop_one, "missing: "),
     SpoiltRecord(
@@ -197,6 +203,7 @@ SPOILT = (
         edits(lambda row: {"step_times_s": (0.001,) * row.num_steps}, arm="vanilla", limit=None),
         "reads at",
     ),
+    SpoiltRecord("within_limits", slow_products, "products over 64 nodes at 3.81"),
 )
 
 
@@ -263,7 +270,7 @@ def test_a_check_that_cannot_read_its_file_fails(tmp_path: Path) -> None:
 def test_timing_checks_are_skipped_where_no_speed_is_reported(tmp_path: Path) -> None:
     found = outcomes(write_fake_record(tmp_path, reports_speed=False, num_prompts=NUM_PROMPTS))
     skipped = {name for name, row in found.items() if row.status is CheckStatus.SKIPPED}
-    own = {"timings_valid", "machine_quiet", "arms_interleaved", "bandwidth_sane"}
+    own = {"timings_valid", "machine_quiet", "arms_interleaved", "bandwidth_sane", "within_limits"}
     assert skipped == own | set(SPEED_CHECKS)
     assert not any(row.status is CheckStatus.FAILED for row in found.values())
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from unittest.mock import patch
 
 import pytest
 import torch
 
-from harness.device import limits as limits_module
 from harness.device.arms import ArmRunner
-from harness.device.clock import device_clock
 from harness.device.engine import Engine
-from harness.device.limits import measure_device_limits
 from harness.device.prompts import Prompt, suite_prompts, warmup_prompts
 from harness.device.trace import Text
 from harness.measure import probes
@@ -22,62 +18,6 @@ from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.tree import DraftTree
-
-
-def test_device_limits_are_work_over_the_best_time() -> None:
-    """On a clock that takes one second for everything, the limits are the work itself."""
-    with (
-        patch.object(limits_module, "_BANDWIDTH_BYTES", 4096),
-        patch.object(limits_module, "_MATMUL_SIZE", 10),
-    ):
-        limits = measure_device_limits(torch.device("cpu"), torch.float32, clock=TickClock())
-    assert limits.read_bandwidth_bytes_per_s == 4096 and limits.matmul_flop_per_s == 2000
-    assert "10-square" in limits.method and "doubled" not in limits.method
-
-
-def read_seconds(size: int, *, wait_s: float = 30e-6, bytes_per_s: float = 4.5e12) -> float:
-    """The seconds of a read on a GPU whose launch and wait take as long as 135 MB."""
-    return wait_s + size / bytes_per_s
-
-
-def test_work_grows_until_launches_and_waits_do_not_show() -> None:
-    """512 MiB once showed 3.6 of 4.5 TB/s: a step could be faster than the device's limit."""
-    sizes = [2**29 << step for step in range(7)]
-    size, seconds = limits_module.plateau(read_seconds, float, sizes=sizes)
-    assert 2**29 / read_seconds(2**29) < 0.82 * 4.5e12 and 0.97 * 4.5e12 < size / seconds < 4.5e12
-    assert size < sizes[-1]
-
-
-def test_growth_stops_at_the_best_size_at_long_work_and_at_the_last_size() -> None:
-    # a work of 8 would be an error: the third size is slower, so none larger is tried
-    seconds = {
-        1: 0.001,
-        2: 0.001,
-        4: 0.003,
-    }
-    assert limits_module.plateau(lambda size: seconds[size], float, sizes=[1, 2, 4, 8]) == (2, 0.001)
-    assert limits_module.plateau(lambda size: seconds[size], float, sizes=[1]) == (1, 0.001)
-    assert limits_module.plateau(
-        lambda size: {1: 0.01, 2: 0.05}[size], lambda size: float(size**3), sizes=[1, 2, 4]
-    ) == (2, 0.05)
-
-
-def test_sizes_double_as_far_as_they_fit() -> None:
-    assert limits_module._doublings(3, lambda size: size <= 24) == [3, 6, 12, 24]
-    assert limits_module._doublings(3, lambda size: False) == [3], (
-        "a device with little room still has figures"
-    )
-
-
-@pytest.mark.gpu
-def test_limits_of_a_gpu_are_those_of_its_largest_work() -> None:
-    device = torch.device("cuda")
-    clock = device_clock(device)
-    limits = measure_device_limits(device, torch.bfloat16, clock=clock)
-    assert "doubled" in limits.method and "1536-square" not in limits.method
-    assert limits.read_bandwidth_bytes_per_s > 0.95 * 2**29 / limits_module._read_seconds(
-        2**29, device=device, clock=clock
-    )
 
 
 def test_step_costs_are_those_of_their_nodes(engine: Engine) -> None:

@@ -80,6 +80,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_OF_RUNS,
     ),
     "harness/judge/latency.py": _OF_GRIDS,
+    "harness/judge/limits.py": (f"{_KNOWN}/test_limits.py",),
     "harness/judge/metrics.py": _OF_FIGURES,
     "harness/judge/parity.py": (
         f"{_KNOWN}/test_known_steps.py",

@@ -23,7 +23,7 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import RecordKind, kind_of
-from harness.records.gpu import GpuRecord
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.profiles.step import read_step_profile
 from harness.records.profiles.training import read_training_profile
@@ -31,11 +31,11 @@ from harness.records.run import RunRecord, read_arm_steps
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
 from harness.report.ablation import render_ablation
-from harness.report.gpu import render_gpu_report
 from harness.report.latency import render_latency_report
 from harness.report.profiles import render_step_profile, training_headline
 from harness.report.run import render_report
 from harness.report.sweep import render_sweep_report
+from harness.report.tables.gpu import render_gpu_report
 from harness.specs.claims import load_claims
 from harness.tests.records.cut_record import cut
 from medusa_impl.tree import DraftTree
@@ -69,6 +69,15 @@ def test_a_record_of_every_version_loads_validates_and_reports(version: str, kin
     assert validate_record(folder) == ()
     report = report_of(folder)
     assert report.startswith("# ") and "ommit" in report and "| " in report
+
+
+@pytest.mark.parametrize("kind", ["suite", "latency"])
+def test_limits_of_version_1_are_shown_as_under_measured(kind: RecordKind) -> None:
+    """Their probe used fixed sizes, and has no product of one row."""
+    folder = FIXTURES / "v1" / kind
+    limits = RunRecord(folder).device_limits if kind == "suite" else LatencyRecord(folder).limits("float32")
+    assert limits is not None and limits.are_under_measured and limits.schema_version == 2
+    assert "limits under-measured" in report_of(folder)
 
 
 def test_a_record_from_before_kinds_were_written_says_none() -> None:
@@ -154,7 +163,8 @@ def test_no_file_of_a_newer_version_is_read(tmp_path: Path, name: str) -> None:
     shutil.copytree(FIXTURES / "v1", tmp_path / "v1")
     raised(tmp_path / "v1" / name)
     told = faults_of(tmp_path / "v1")
-    words = ("found schema_version 99", "need at most 1", "to mend it: update medusa-repro")
+    newest = 2 if name.endswith("device_limits.json") or "device_limits_" in name else 1
+    words = ("found schema_version 99", f"need at most {newest}", "to mend it: update medusa-repro")
     assert any(all(word in line for word in words) for line in told), told
 
 

@@ -14,7 +14,7 @@ from harness.files import write_json
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import ABLATION, AblationManifest, newest_ablations
 from harness.records.folder import RecordKind, kind_of
-from harness.records.gpu import GPU, GpuManifest
+from harness.records.gpu.record import GPU, GpuManifest
 from harness.records.latency import LATENCY, LatencyManifest
 from harness.records.run import RUN, Manifest
 from harness.records.store import Store, StoreKind

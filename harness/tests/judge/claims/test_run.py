@@ -212,7 +212,7 @@ CASES: list[tuple[str, VerdictKind, dict[str, Any]]] = [
     ("RL-acc", NO, {"head_hits": (0.97, 0.97, 0.97, 0.97, 0.97)}),
     ("RL-acc", OPEN, {}),
     ("F4-2", YES, {"spoil": _with_steps(per_node=0.05)}),
-    ("F4-2", OPEN, {"spoil": _with_steps(per_node=-0.005)}),
+    ("F4-2", VerdictKind.NOT_DECIDABLE, {"spoil": _with_steps(per_node=-0.005)}),
     ("F4-2", UNTESTED, {"reports_speed": False}),
     ("F4-2", UNTESTED, {"omit": ("step_costs.json",)}),
 ]

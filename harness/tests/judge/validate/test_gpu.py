@@ -12,18 +12,11 @@ import pytest
 from harness.files import file_sha256, write_json
 from harness.judge.validate.gpu import gpu_faults
 from harness.judge.validate.record import validate_record
-from harness.records.gpu import (
-    GPU,
-    PARTS_FILE,
-    TESTS_FILE,
-    GpuManifest,
-    GpuRecord,
-    PartResult,
-    TestCounts,
-)
+from harness.records.gpu.parts import PartResult, TestCounts
+from harness.records.gpu.record import GPU, PARTS_FILE, TESTS_FILE, GpuManifest, GpuRecord
 from harness.records.provenance import DeviceInfo, Provenance
 from harness.records.store import Store
-from harness.report.gpu import gpu_headline, is_accepted, render_gpu_report
+from harness.report.tables.gpu import gpu_headline, is_accepted, render_gpu_report
 from harness.specs.gpu import GpuSpec
 
 SPEC = GpuSpec.model_validate(

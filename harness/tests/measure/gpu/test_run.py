@@ -29,7 +29,7 @@ from harness.measure.gpu.run import GpuOptions, print_gpu_plan, run_gpu
 from harness.measure.gpu.self_test import read_counts, test_files
 from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.paths import code_folder, shipped
-from harness.records.gpu import GpuRecord
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyPoint
 from harness.specs.gpu import GpuSpec, LatencyPart, load_gpu_spec
 from harness.specs.latency import load_latency_spec

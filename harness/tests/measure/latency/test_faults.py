@@ -24,7 +24,8 @@ from harness.judge.validate.record import validate_record
 from harness.measure.latency.faults import fault_in_words
 from harness.measure.latency.modes import measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt
-from harness.measure.latency.run import LatencyOptions, check_device, run_latency
+from harness.measure.latency.room import check_device
+from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.latency.timers import measure_group
 from harness.records.latency import STOCK, BatchTrials, LatencyRecord
 from harness.report.latency import latency_headline, render_latency_report
@@ -205,7 +206,7 @@ def test_memory_that_runs_out_at_the_device_limits_leaves_a_record_without_them(
     def full(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(harness.measure.latency.run, "measure_device_limits", full)
+    monkeypatch.setattr(harness.measure.latency.run, "better_limits", full)
     record, said = measured(small_data(modes=["eager"], modes_table=None), tmp_path)
     assert record.limits("float32") is None and all(point.skipped is None for point in record.points)
     assert "no device limits: ran out of memory" in said

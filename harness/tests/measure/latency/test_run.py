@@ -31,7 +31,8 @@ from harness.judge.validate.record import validate_record
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
 from harness.measure.latency.modes import batch_tree, measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt, table_prompts
-from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
+from harness.measure.latency.room import check_fits, skip_reason
+from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
 from harness.records.latency import (
     LATENCY,

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from harness.records.gpu import ACCEPTED, GpuRecord
+from harness.records.gpu.parts import ACCEPTED
+from harness.records.gpu.record import GpuRecord
 from harness.report.formatting import cell, count, heading, page, section, significant, table
 from harness.report.kernels import render_kernel_races
 from harness.report.provenance import (
