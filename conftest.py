@@ -14,6 +14,9 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# a machine that only measures need not have pytest-benchmark
+_OF_BENCHMARKS = pytest.hookimpl(optionalhook=True)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--wheel`, which lets the tests of the built wheel run."""
@@ -40,6 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
 
 
+@_OF_BENCHMARKS
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     """Return what moves a micro-benchmark: device, threads, versions, packed operators.
 
@@ -65,6 +69,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
     }
 
 
+@_OF_BENCHMARKS
 def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     """Return the commit and whether the checkout differs from it; pytest-benchmark's own also names folder
     and branch.
@@ -76,6 +81,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
     return {"id": commit, "dirty": dirty, "project": "medusa-repro"}
 
 
+@_OF_BENCHMARKS
 def pytest_benchmark_compare_machine_info(
     machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:

@@ -187,6 +187,12 @@ def smoke(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Accept a GPU machine in under five minutes; --only, --minutes, --device cpu and others follow --."""
+    run_module(session, "harness", "gpu")
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Alter files in ten ways and run the commands that read them; --limit, --kind and others follow --."""
     run_module(session, "harness.tests.fuzz")

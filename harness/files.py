@@ -28,6 +28,7 @@ _COMMANDS = {
     "sweep": "sweep",
     "ablation": "ablate",
     "recipe": "train",
+    "gpu": "gpu",
 }
 # what recipes called themselves before 0.2.0, and what to write instead
 _OLD_KINDS = {

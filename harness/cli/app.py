@@ -26,6 +26,7 @@ from rich.markup import escape
 from harness.cli.ablate import ablate
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
+from harness.cli.gpu import gpu
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
@@ -57,6 +58,7 @@ app.command()(profile)
 app.command("profile-training")(profile_training_command)
 app.command("profile-kernels")(profile_kernels_command)
 app.command()(latency)
+app.command()(gpu)
 app.command()(sweep)
 app.command()(devices)
 app.command("search-tree")(search_tree)

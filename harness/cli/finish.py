@@ -20,6 +20,7 @@ from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.ablation import AblationRecord, newest_ablations
 from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFolder
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord, open_record
 from harness.records.profiles.kernels import KernelRaces
@@ -84,6 +85,8 @@ def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) 
         return _tell_sweep(record, claims, shows_block=shows_block)
     if isinstance(record, AblationRecord):
         return _tell_ablation(record, claims, shows_block=shows_block)
+    if isinstance(record, GpuRecord):
+        return _tell_gpu(record)
     return _tell_run(record, claims)
 
 
@@ -152,6 +155,15 @@ def _tell_ablation(record: AblationRecord, claims: Sequence[ClaimSpec], *, shows
         elsewhere = decided_elsewhere(claims, record, others)
         block = ablation_block(record, rows, verdicts, elsewhere=elsewhere)
     return Told(ablation_headline(record, rows, verdicts), block)
+
+
+def _tell_gpu(record: GpuRecord) -> Told:
+    """Write the report, print the parts; a part that did not end well makes it invalid."""
+    from harness.report.tables.gpu import gpu_headline, is_accepted, print_gpu, render_gpu_report
+
+    _write_report(record, render_gpu_report(record))
+    print_gpu(SafeConsole(), record)
+    return Told(gpu_headline(record), None, is_accepted(record))
 
 
 def _tell_sweep(record: SweepRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:

@@ -37,6 +37,10 @@ def latency(
     batches: Annotated[
         str | None, typer.Option(help="batch sizes for every grid, with commas between them")
     ] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(help="minutes after which no further size is begun; what is left is skipped", min=0.1),
+    ] = None,
     resume: ResumeOption = None,
     results: ResultsOption = None,
     dry_run: Annotated[
@@ -62,7 +66,11 @@ def latency(
         print(json.dumps({"latency": wanted.name, **counts}))
         return
     options = LatencyOptions(
-        results=results or default_results(), resume=resume, allow_hub=hub, command=command_line()
+        results=results or default_results(),
+        resume=resume,
+        time_budget_s=time_budget * 60 if time_budget is not None else None,
+        allow_hub=hub,
+        command=command_line(),
     )
     folder = run_latency(wanted, spec_file=file, options=options, console=console)
     finish(folder, claims=(), readme=readme)

@@ -12,6 +12,8 @@ from harness.errors import UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
+from harness.records.gpu.parts import CorpusRate, PartResult, TestCounts
+from harness.records.gpu.record import GpuManifest
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
 from harness.records.profiles.kernels import KernelRaces
@@ -23,6 +25,7 @@ from harness.records.sweep import SweepManifest, SweepOrigin, SweepTrees
 from harness.records.sweep_cells import SweepCell
 from harness.records.trace import TraceHeader
 from harness.specs.ablation import AblationSpec
+from harness.specs.gpu import GpuSpec
 from harness.specs.latency import LatencySpec
 from harness.specs.suite import SuiteSpec
 from harness.specs.sweep import SweepSpec
@@ -45,6 +48,11 @@ _MODELS: dict[str, type[BaseModel]] = {
     "ablation_step": StepPoint,
     "ablation_tree": ArmTree,
     "ablation_manifest": AblationManifest,
+    "gpu_plan": GpuSpec,
+    "gpu_part": PartResult,
+    "gpu_tests": TestCounts,
+    "gpu_corpus": CorpusRate,
+    "gpu_manifest": GpuManifest,
     "latency_spec": LatencySpec,
     "latency_model": ModelFacts,
     "latency_point": LatencyPoint,

@@ -22,7 +22,7 @@ from harness.versions import ReadFrom, check_version
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-RecordKind = Literal["suite", "latency", "sweep", "ablation"]
+RecordKind = Literal["suite", "latency", "sweep", "ablation", "gpu"]
 
 MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE = "manifest.json", "report.md", "report-unsealed.md"
 # what was asked for, where the spec in the record is shorter: a time budget was used up
@@ -36,6 +36,7 @@ _FILES_OF: Mapping[RecordKind, tuple[str, ...]] = {
     "latency": ("spec.toml", "points.jsonl"),
     "sweep": ("sweep.toml", "cells.jsonl"),
     "ablation": ("arms.jsonl", "tree.json"),
+    "gpu": ("plan.toml", "parts.jsonl"),
     "suite": ("suite.toml", "generations.jsonl"),
 }
 
@@ -43,6 +44,7 @@ _SPEC_OF: Mapping[RecordKind, str] = {
     "latency": "spec.toml",
     "sweep": "sweep.toml",
     "ablation": "suite.toml",
+    "gpu": "plan.toml",
     "suite": "suite.toml",
 }
 

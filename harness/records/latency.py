@@ -25,6 +25,7 @@ from harness.versions import VERSION, Versioned, read_versioned_lines
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"
+OUT_OF_TIME = "the time budget was used up"  # why a point was skipped
 POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json", "modes.json", "batches.json"
 
 

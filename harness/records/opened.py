@@ -7,19 +7,22 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.records.ablation import AblationRecord
 from harness.records.folder import MANIFEST_FILE, RecordKind, kind_of
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
 
-AnyRecord = RunRecord | LatencyRecord | SweepRecord | AblationRecord
+AnyRecord = RunRecord | LatencyRecord | SweepRecord | AblationRecord | GpuRecord
 RECORDS: dict[
-    RecordKind, type[RunRecord] | type[LatencyRecord] | type[SweepRecord] | type[AblationRecord]
+    RecordKind,
+    type[RunRecord] | type[LatencyRecord] | type[SweepRecord] | type[AblationRecord] | type[GpuRecord],
 ] = {
     "suite": RunRecord,
     "latency": LatencyRecord,
     "sweep": SweepRecord,
     "ablation": AblationRecord,
+    "gpu": GpuRecord,
 }
 LOOK = "; to look at it all the same: --unsealed"
 

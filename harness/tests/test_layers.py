@@ -110,6 +110,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "harness.training",
         *METHOD,
     ),
+    "harness.gate": (
+        *GROUND,
+        "harness.specs",
+        "harness.stats",
+        "harness.records",
+        "harness.compose",
+        "harness.judge",
+        "harness.measure",
+    ),
     "harness.cli": ("harness", *METHOD),
     "harness.__main__": ("harness.cli",),
     **dict.fromkeys(TOP_OF_METHOD, TOP_OF_METHOD),
@@ -246,6 +255,8 @@ def test_every_row_of_the_table_is_there() -> None:
         ("medusa_impl/engine/runner.py", "from medusa_impl.decode import decode_medusa"),
         ("medusa_impl/heads.py", "from harness.files import Frozen"),
         ("harness/specs/suite.py", "import harness.tests.tiny_suite"),
+        ("harness/gate/run.py", "from harness.device.engine import load_engine"),
+        ("harness/gate/run.py", "from harness.report.run import render_report"),
     ],
 )
 @pytest.mark.parametrize("inside", ["at the top", "in a function"])

@@ -27,7 +27,7 @@ from harness.device.environment import describe_engine
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
-from harness.measure.latency.modes import LatencyPrompt
+from harness.measure.latency.prompts import LatencyPrompt
 from harness.paths import resolve_path
 from harness.records.latency import ModelFacts, facts_of_shape
 from harness.records.provenance import Environment

@@ -6,79 +6,31 @@ Everything that is compared takes turns on the same texts.
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from harness.assets.chat import render_chat
 from harness.compose.curve import LatencyCurve
 from harness.compose.trees import resolve_trees
 from harness.device.arms import ArmRunner
 from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
-from harness.device.prompts import benchmark_prompts
 from harness.device.trace import calibration_of
-from harness.errors import UserError
-from harness.files import Frozen
+from harness.measure.latency.faults import PREPARING_MODES, UNPREPARED, noting_fault
+from harness.measure.latency.prompts import LatencyPrompt, random_prompts
 from harness.paths import resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
 from harness.records.probes import StepCost
 from harness.records.run import ArmTree
 from harness.specs.latency import DtypeName, LatencySpec, ModeName
-from harness.specs.suite import ArmSpec, GreedyAcceptance, PromptSpec
+from harness.specs.suite import ArmSpec, GreedyAcceptance
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.tree import DraftTree
 
-# each new size of the attention view costs them a compilation or a capture
-_SHAPE_BOUND_MODES = (
-    "compiled",
-    "cuda_graph",
-    "fused_graph",
-)
-_WARMUP_TOKENS, _SEED = 12, "latency"
+_WARMUP_TOKENS = 12
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
 _STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
-
-
-class LatencyPrompt(Frozen):
-    """One prompt as token ids."""
-
-    key: str
-    prompt_ids: tuple[int, ...]
-
-
-def table_prompts(spec: LatencySpec, engine: Engine, *, allow_hub: bool) -> tuple[LatencyPrompt, ...]:
-    """Return as many prompts as the spec's tables need.
-
-    They are first turns in the model's chat template, or random token ids.
-    Raises: UserError where there are too few, or one leaves too few positions for its answer.
-    """
-    tables = (spec.modes_table, spec.batch_table)
-    count = max(
-        spec.modes_table.num_prompts if spec.modes_table else 0,
-        spec.batch_table.num_texts if spec.batch_table else 0,
-    )
-    if not count:
-        return ()
-    if spec.prompts.source == "random":
-        prompts = _random_prompts(engine, [spec.prompts.prompt_tokens] * count)
-    else:
-        prompts = _benchmark_prompts(spec, engine, count=count, allow_hub=allow_hub)
-    if len(prompts) < count:
-        raise UserError(
-            found=f"{len(prompts)} prompts",
-            need=f"{count} for the tables",
-            where=f"prompts.source {spec.prompts.source!r}",
-        )
-    budget = max(table.max_new_tokens for table in tables if table is not None)
-    for prompt in prompts:
-        engine.loaded.require_known_ids(prompt.prompt_ids, where=f"prompt {prompt.key!r}")
-        engine.runner.backbone.check_positions(
-            prompt_tokens=len(prompt.prompt_ids), max_new_tokens=budget, depth=engine.heads.num_heads
-        )
-    return prompts
 
 
 def measure_modes(
@@ -90,10 +42,13 @@ def measure_modes(
     max_new_tokens: int,
     clock: Clock,
     held: Held = contextlib.nullcontext,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[ModeTrial, ...]:
     """Decode each prompt greedily in every mode and by Hugging Face `generate`, in turn.
 
-    Each prompt begins with another of them.
+    Each prompt begins with another of them. A mode that runs out of memory or cannot prepare a step is left
+    out with all its trials, and `note` is told; without `generate`, with which all are compared, nothing is
+    left.
     """
     names: list[str] = [STOCK, *modes]
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
@@ -108,29 +63,47 @@ def measure_modes(
         )
         for name in names
     }
+    faults: dict[str, str] = {}
+
+    def noting(name: str) -> contextlib.AbstractContextManager[None]:
+        device = engine.runner.backbone.device
+        return noting_fault(name, device=device, note=lambda reason: faults.update({name: reason}))
+
     with held():
-        _warm_up(engine, runners, prompts)
-    trials = []
+        for name, runner in runners.items():
+            with noting(name):
+                _warm_up(engine, name, runner, prompts)
+    trials: list[ModeTrial] = []
     for number, prompt in enumerate(prompts):
         first = number % len(names)
         with held():
             for name in (*names[first:], *names[:first]):
-                result = _in_mode(engine, name, runners[name]).generate(prompt.prompt_ids, seed=None)
-                trials.append(
-                    ModeTrial.model_validate(
-                        {
-                            "dtype": dtype,
-                            "mode": name,
-                            "prompt_key": prompt.key,
-                            "prompt_tokens": len(prompt.prompt_ids),
-                            "token_ids": result.token_ids,
-                            "step_tokens": result.step_tokens,
-                            "step_times_s": result.step_times_s,
-                            "prefill_s": result.prefill_s,
-                        }
-                    )
-                )
-    return tuple(trials)
+                if name not in faults:
+                    with noting(name):
+                        trials.append(_mode_trial(engine, name, runners[name], prompt, dtype=dtype))
+                    if name not in (STOCK, engine.runner.mode):  # the engine fell back by itself
+                        faults.setdefault(name, f"{name} {UNPREPARED}: {engine.runner.note}")
+    for name, reason in faults.items():
+        note(f"the table of modes leaves out {name}: {reason}")
+    return () if STOCK in faults else tuple(trial for trial in trials if trial.mode not in faults)
+
+
+def _mode_trial(
+    engine: Engine, name: str, runner: ArmRunner, prompt: LatencyPrompt, *, dtype: DtypeName
+) -> ModeTrial:
+    result = _in_mode(engine, name, runner).generate(prompt.prompt_ids, seed=None)
+    return ModeTrial.model_validate(
+        {
+            "dtype": dtype,
+            "mode": name,
+            "prompt_key": prompt.key,
+            "prompt_tokens": len(prompt.prompt_ids),
+            "token_ids": result.token_ids,
+            "step_tokens": result.step_tokens,
+            "step_times_s": result.step_times_s,
+            "prefill_s": result.prefill_s,
+        }
+    )
 
 
 def measure_batches(
@@ -143,52 +116,75 @@ def measure_batches(
     clock: Clock,
     held: Held = contextlib.nullcontext,
     base_folder: Path | None = None,
-) -> BatchTrials:
+    note: Callable[[str], None] = lambda _: None,
+) -> BatchTrials | None:
     """Decode the same texts with vanilla and with Medusa, B at a time for each batch B.
 
     The engine keeps its present mode. Every batch decodes all prompts, in as many groups as it takes; within
-    a group the two take turns in being first.
+    a group the two take turns in being first. A batch that runs out of memory, or that the mode cannot
+    prepare, is left out, and `note` is told. The result is None where none is left.
     """
     table = spec.batch_table
     assert table is not None
     mode: ModeName = engine.runner.mode
     tree = batch_tree(spec, engine, points, mode=mode, dtype=dtype, base_folder=base_folder)
     texts = prompts[: table.num_texts]
+    faults: dict[int, str] = {}
+
+    def noting(batch: int) -> contextlib.AbstractContextManager[None]:
+        device = engine.runner.backbone.device
+        return noting_fault(mode, device=device, note=lambda reason: faults.update({batch: reason}))
+
     with held():
         for batch in table.batches:
-            others = _random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])
-            for drafted in (None, tree.tree()):
-                _decode_together(
-                    engine,
-                    drafted,
-                    others,
-                    max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens),
-                    clock=clock,
-                )
+            others = random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])
+            with noting(batch):
+                for drafted in (None, tree.tree()):
+                    _decode_together(
+                        engine,
+                        drafted,
+                        others,
+                        max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens),
+                        clock=clock,
+                    )
     trials: list[BatchTrial] = []
     for number in range(table.rounds):
         for batch in table.batches:
             for start in range(0, len(texts), batch):
-                group = texts[start : start + batch]
+                if batch in faults:
+                    break
                 turns = ("vanilla", "medusa") if (number + start // batch) % 2 == 0 else ("medusa", "vanilla")
-                with held():
+                with held(), noting(batch):
                     for method in turns:
                         drafted = tree.tree() if method == "medusa" else None
-                        tokens, steps, seconds = _decode_together(
+                        group = texts[start : start + batch]
+                        done = _decode_together(
                             engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock
                         )
-                        trials.append(
-                            BatchTrial(
-                                method="medusa" if drafted is not None else "vanilla",
-                                batch=batch,
-                                round=number,
-                                prompt_keys=tuple(prompt.key for prompt in group),
-                                num_tokens=tokens,
-                                num_steps=steps,
-                                decode_s=seconds,
-                            )
-                        )
-    return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=tuple(trials))
+                        trials.append(_batch_trial(drafted, group, done, number=number))
+    for batch, reason in faults.items():
+        note(f"speed against batch leaves out batch {batch}: {reason}")
+    kept = tuple(trial for trial in trials if trial.batch not in faults)
+    return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=kept) if kept else None
+
+
+def _batch_trial(
+    drafted: DraftTree | None,
+    group: Sequence[LatencyPrompt],
+    done: tuple[int, int, float],
+    *,
+    number: int,
+) -> BatchTrial:
+    num_tokens, num_steps, decode_s = done
+    return BatchTrial(
+        method="medusa" if drafted is not None else "vanilla",
+        batch=len(group),
+        round=number,
+        prompt_keys=tuple(prompt.key for prompt in group),
+        num_tokens=num_tokens,
+        num_steps=num_steps,
+        decode_s=decode_s,
+    )
 
 
 def batch_tree(
@@ -306,29 +302,28 @@ def _decode_together(
     return num_tokens, num_steps, clock() - started
 
 
-def _warm_up(engine: Engine, runners: dict[str, ArmRunner], prompts: Sequence[LatencyPrompt]) -> None:
-    """Decode other texts first.
+def _warm_up(engine: Engine, name: str, runner: ArmRunner, prompts: Sequence[LatencyPrompt]) -> None:
+    """Decode other texts first in one mode.
 
     A few tokens are enough, except where each size of a step has to be prepared: there all sizes that will be
     timed.
     """
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
-    for name, runner in runners.items():
-        _in_mode(engine, name, runner)
-        if name in _SHAPE_BOUND_MODES:
-            for other in _random_prompts(engine, sorted(set(lengths))):
-                runner.generate(other.prompt_ids, seed=None)
-        else:
-            few = ArmRunner(
-                engine,
-                runner.arm,
-                tree=None,
-                max_new_tokens=_WARMUP_TOKENS,
-                max_prompt_tokens=max(lengths),
-                clock=runner.clock,
-            )
-            (other,) = _random_prompts(engine, [max(lengths)])
-            few.generate(other.prompt_ids, seed=None)
+    _in_mode(engine, name, runner)
+    if name in PREPARING_MODES:  # each new size of the attention view is compiled or captured
+        for other in random_prompts(engine, sorted(set(lengths))):
+            runner.generate(other.prompt_ids, seed=None)
+        return
+    few = ArmRunner(
+        engine,
+        runner.arm,
+        tree=None,
+        max_new_tokens=_WARMUP_TOKENS,
+        max_prompt_tokens=max(lengths),
+        clock=runner.clock,
+    )
+    (other,) = random_prompts(engine, [max(lengths)])
+    few.generate(other.prompt_ids, seed=None)
 
 
 def _in_mode(engine: Engine, name: str, runner: ArmRunner) -> ArmRunner:
@@ -336,31 +331,3 @@ def _in_mode(engine: Engine, name: str, runner: ArmRunner) -> ArmRunner:
     mode = next((mode for mode in engine.runner.available_modes() if mode == name), None)
     engine.runner.use(mode or "eager")
     return runner
-
-
-def _random_prompts(engine: Engine, lengths: Sequence[int]) -> tuple[LatencyPrompt, ...]:
-    source, vocab_size = random.Random(_SEED), engine.runner.backbone.vocab_size
-    return tuple(
-        LatencyPrompt(
-            key=f"random-{number}", prompt_ids=tuple(source.randrange(vocab_size) for _ in range(length))
-        )
-        for number, length in enumerate(lengths)
-    )
-
-
-def _benchmark_prompts(
-    spec: LatencySpec, engine: Engine, *, count: int, allow_hub: bool
-) -> tuple[LatencyPrompt, ...]:
-    tokenizer = engine.loaded.tokenizer
-    if tokenizer is None:
-        raise UserError(
-            found="prompts of text for random weights",
-            need="prompts.source = 'random'",
-            where=f"the spec {spec.name!r}",
-        )
-    assert spec.prompts.source != "random"
-    wanted = PromptSpec(source=spec.prompts.source, limit=count)
-    return tuple(
-        LatencyPrompt(key=text.key, prompt_ids=render_chat(tokenizer, text.turns[0]))
-        for text in benchmark_prompts(wanted, allow_hub=allow_hub)
-    )

@@ -7,11 +7,13 @@ dropped by forgetting it, so that every repeat sees the same context.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +26,6 @@ from harness.device.limits import better_limits
 from harness.device.locks import Held, device_turns, folder_held
 from harness.device.progress import counted, counted_holds
 from harness.device.prompts import take_up_date
-from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.engine import (
     chosen_modes,
@@ -36,14 +37,18 @@ from harness.measure.latency.engine import (
     packs_weights,
     planned_facts,
 )
-from harness.measure.latency.modes import LatencyPrompt, measure_batches, measure_modes, table_prompts
-from harness.measure.latency.timers import measure_group, release
+from harness.measure.latency.faults import UNPREPARED, noting_fault, release
+from harness.measure.latency.modes import measure_batches, measure_modes
+from harness.measure.latency.prompts import LatencyPrompt, table_prompts
+from harness.measure.latency.room import check_device, check_fits, skip_reason
+from harness.measure.latency.timers import measure_group
 from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
     LATENCY,
     MODEL_FILE,
     MODES_FILE,
+    OUT_OF_TIME,
     LatencyManifest,
     LatencyPoint,
     LatencyRecord,
@@ -62,6 +67,7 @@ class LatencyOptions:
 
     results: Path
     resume: Path | None = None
+    time_budget_s: float | None = None
     allow_hub: bool = False
     command: str = ""
 
@@ -71,10 +77,13 @@ def run_latency(
 ) -> Path:
     """Run a latency spec, or resume it, and return the folder of its sealed record.
 
+    What a time budget leaves undone is recorded as skipped, with that reason.
     Raises: UserError for input that cannot be run, or a resume of another run.
     """
     started = time.monotonic()
+    ends = math.inf if options.time_budget_s is None else started + options.time_budget_s
     device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
+    check_device(spec, device)
     if options.resume is not None:
         LatencyRecord(options.resume)  # must be there before minutes go into loading
     gpu = require_own_gpu()
@@ -108,22 +117,23 @@ def run_latency(
                 engine = load_latency_engine(
                     spec, dtype=dtype, device=device, base_folder=base_folder, allow_hub=options.allow_hub
                 )
-            session = _Session(spec, engine, dtype, store, clock, held, console, free_bytes, gpu=gpu)
-            num_planned += len(session.plan)
+            session = _Session(
+                spec, engine, dtype, store, clock, held, console, free_bytes, gpu=gpu, ends=ends
+            )
             peak = max(peak, session.measure(prompts, done=done, base_folder=base_folder))
+            num_planned += session.num_planned
             del engine, session  # two copies of the weights may not fit
-        points = LatencyRecord(store.folder).points
-        skipped = sum(point.skipped is not None for point in points)
-        store.seal(
-            LatencyManifest,
-            spec=spec.name,
-            num_planned=num_planned,
-            num_measured=len(points) - skipped,
-            num_skipped=skipped,
-            elapsed_s=time.monotonic() - started,
-            peak_memory_bytes=peak,
-        )
+        _seal(store, num_planned=num_planned, elapsed_s=time.monotonic() - started, peak_memory_bytes=peak)
     return store.folder
+
+
+def _seal(store: Store[LatencyPoint], **facts: Any) -> None:
+    record = LatencyRecord(store.folder)
+    skipped = sum(point.skipped is not None for point in record.points)
+    num_measured = len(record.points) - skipped
+    store.seal(
+        LatencyManifest, spec=record.spec.name, num_measured=num_measured, num_skipped=skipped, **facts
+    )
 
 
 def print_latency_plan(
@@ -161,23 +171,8 @@ def print_latency_plan(
     return counts
 
 
-def check_fits(spec: LatencySpec, *, dtype: DtypeName, free_bytes: int) -> None:
-    """Refuse, before random weights are made, a shape of which no point fits into memory."""
-    facts = planned_facts(spec)
-    needed = min(
-        facts.needed_bytes(key, packs=False) for key in spec.points(dtype, chosen_modes(spec, ("eager",)))
-    )
-    if needed > spec.memory_share * free_bytes:
-        raise UserError(
-            found=f"{facts.name} in {dtype}, which needs {needed / 1e9:.1f} GB at its smallest size",
-            need=f"at most {spec.memory_share:g} of the free {free_bytes / 1e9:.1f} GB",
-            where="this machine",
-            do="choose a smaller shape or dtype",
-        )
-
-
 class _Session:
-    """One dtype's share of a run."""
+    """One dtype's share of a run; nothing new is begun after `ends`, in monotonic seconds."""
 
     def __init__(
         self,
@@ -191,13 +186,23 @@ class _Session:
         free_bytes: int,
         *,
         gpu: GpuWatch | None = None,
+        ends: float = math.inf,
     ) -> None:
-        self.gpu = gpu
+        self.gpu, self.ends = gpu, ends
         self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
         self.clock, self.held, self.console, self.free_bytes = clock, held, console, free_bytes
         self.available = engine.runner.available_modes()
         self.modes = chosen_modes(spec, self.available)
         self.plan = spec.points(dtype, self.modes)
+        self.device = engine.runner.backbone.device
+
+    @property
+    def num_planned(self) -> int:
+        """Return how many points of this dtype the record is to hold: planned, or in eager mode instead."""
+        return len({*self.plan, *(key for key in map(_in_eager, self.plan) if key in self._on_disk())})
+
+    def _on_disk(self) -> dict[PointKey, LatencyPoint]:
+        return {point.key: point for point in LatencyRecord(self.store.folder).points}
 
     def measure(
         self, prompts: Sequence[LatencyPrompt], *, done: set[PointKey], base_folder: Path | None
@@ -217,19 +222,18 @@ class _Session:
         """Measure what is not on disk yet, or the better of that and of a second measurement."""
         path = self.store.folder / limits_file(self.dtype, first=self.spec.dtypes[0])
         before = LatencyRecord(self.store.folder).limits(self.dtype)
-        if again or before is None:
-            with self.held():
-                backbone = self.engine.runner.backbone
-                write_json(path, better_limits(before, backbone.device, backbone.dtype, clock=self.clock))
+        if before is None or (again and time.monotonic() < self.ends):
+            with self.held(), noting_fault("eager", device=self.device, note=self._say_no("device limits")):
+                dtype = self.engine.runner.backbone.dtype
+                write_json(path, better_limits(before, self.device, dtype, clock=self.clock))
 
     def _measure_points(self, done: set[PointKey]) -> int:
         """Time every group that is not on disk; return the peak memory seen."""
         facts, peak = facts_of_engine(self.engine), 0
-        packs = packs_weights(self.spec, dtype=self.dtype, device=self.engine.runner.backbone.device)
+        packs = packs_weights(self.spec, dtype=self.dtype, device=self.device)
         groups = [list(members) for _, members in groupby(self.plan, key=lambda key: key.group)]
         shown = f"{self.dtype}, groups of points"
         for members in counted(groups, shown, total=len(groups), console=self.console):
-            dtype, mode, context_tokens, batch = members[0].group
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
             self.store.append(
@@ -240,15 +244,36 @@ class _Session:
                 )
             )
             if runnable := [key for key in todo if reasons[key] is None]:
-                self.console.print(
-                    f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(runnable)} sizes",
-                    highlight=False,
-                )
-                with self.held():
-                    points = measure_group(self.engine, runnable, repeats=self.spec.repeats, clock=self.clock)
-                points = self._with_gpu(points)
-                self.store.append(*points)
-                peak = max(peak, *(point.peak_memory_bytes or 0 for point in points))
+                peak = max(peak, self._measure_group(runnable))
+        return max(peak, self._measure_instead())
+
+    def _measure_group(self, keys: Sequence[PointKey]) -> int:
+        """Time the points of one group; return the peak memory seen."""
+        dtype, mode, context_tokens, batch = keys[0].group
+        self.console.print(
+            f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes", highlight=False
+        )
+        with self.held():
+            points = measure_group(self.engine, keys, repeats=self.spec.repeats, clock=self.clock)
+        points = self._with_gpu(points)
+        self.store.append(*points)
+        for reason in dict.fromkeys(point.skipped for point in points if point.skipped is not None):
+            sizes = [point.num_nodes for point in points if point.skipped == reason]
+            self._say(f"{dtype} {mode}, context {context_tokens}, batch {batch}, nodes {sizes}: {reason}")
+        return max(point.peak_memory_bytes or 0 for point in points)
+
+    def _measure_instead(self) -> int:
+        """Time in eager mode what a mode failed to prepare; return the peak memory seen.
+
+        So a failed capture costs a curve its speed, not its sizes. Each such point says which mode it is of.
+        """
+        found, peak = self._on_disk(), 0
+        failed = [key for key in self.plan if key in found and UNPREPARED in (found[key].skipped or "")]
+        asked = {*self.spec.points(self.dtype, ("eager",))} - {*self.plan, *found}
+        todo = [key for key in dict.fromkeys(map(_in_eager, failed)) if key in asked]
+        for _, members in groupby(todo, key=lambda key: key.group):
+            if time.monotonic() < self.ends:
+                peak = max(peak, self._measure_group(list(members)))
         return peak
 
     def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
@@ -263,7 +288,7 @@ class _Session:
         table = self.spec.modes_table
         record = LatencyRecord(self.store.folder)
         before = record.modes or ModeTrials(auto={}, trials=())
-        if table is None or self.dtype in before.auto:
+        if table is None or self.dtype in before.auto or self._is_late("table of modes"):
             return
         self.console.print(f"{self.dtype}: the table of modes, {table.num_prompts} prompts", highlight=False)
         timed = {key.mode for key in self.plan}  # a grid may leave a mode to some dtypes
@@ -279,6 +304,7 @@ class _Session:
                 max_new_tokens=table.max_new_tokens,
                 clock=self.clock,
                 held=held,
+                note=self._say,
             )
         after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
         write_json(self.store.folder / MODES_FILE, after)
@@ -287,7 +313,7 @@ class _Session:
         self, prompts: Sequence[LatencyPrompt], *, auto: ModeName, base_folder: Path | None
     ) -> None:
         path, table = self.store.folder / BATCHES_FILE, self.spec.batch_table
-        if table is None or path.exists():
+        if table is None or path.exists() or self._is_late("table of batches"):
             return
         self.console.print(f"{self.dtype}: speed against batch {list(table.batches)}", highlight=False)
         self.engine.runner.use(auto if auto in self.modes else self.modes[0])
@@ -304,28 +330,33 @@ class _Session:
                 clock=self.clock,
                 held=held,
                 base_folder=base_folder,
+                note=self._say,
             )
-        write_json(path, batches)
+        if batches is not None:
+            write_json(path, batches)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _say_no(self, what: str) -> Callable[[str], None]:
+        return lambda reason: self._say(f"no {what}: {reason}")
+
+    def _is_late(self, what: str) -> bool:
+        """Return whether the time budget is used up, and say so of what it leaves undone."""
+        is_late = time.monotonic() >= self.ends
+        if is_late:
+            self._say_no(what)(OUT_OF_TIME)
+        return is_late
 
     def _reason(self, key: PointKey, facts: ModelFacts, *, packs: bool) -> str | None:
         if key.mode not in self.available:
             return f"mode {key.mode} is not available on this device in {key.dtype}"
+        if time.monotonic() >= self.ends:
+            return OUT_OF_TIME
         return skip_reason(
             key, facts, packs=packs, free_bytes=self.free_bytes, memory_share=self.spec.memory_share
         )
 
 
-def skip_reason(
-    key: PointKey, facts: ModelFacts, *, packs: bool, free_bytes: int, memory_share: float
-) -> str | None:
-    """Return why a point must not be tried, or None: too many positions for real weights, or too much memory.
-
-    Random weights have learned no positions, so that they are timed at any length.
-    """
-    last = key.context_tokens + key.num_nodes
-    if facts.max_positions is not None and not facts.random_weights and last > facts.max_positions:
-        return f"needs {last} positions, the model has {facts.max_positions}"
-    needed = facts.needed_bytes(key, packs=packs)
-    if needed > memory_share * free_bytes:
-        return f"needs {needed / 1e9:.2f} GB, {memory_share:g} of the free {free_bytes / 1e9:.2f} GB is less"
-    return None
+def _in_eager(key: PointKey) -> PointKey:
+    return key.model_copy(update={"mode": "eager"})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from harness.device.clock import Clock
 from harness.device.engine import Engine
-from harness.paths import without_paths
+from harness.measure.latency.faults import UNPREPARED, noting_fault
 from harness.records.latency import LatencyPoint
 from harness.specs.latency import PointKey
 from medusa_impl.acceptance import GreedyRule
@@ -36,14 +35,22 @@ def measure_group(
 
     Each visit's first pass is dropped: it meets what a pass of another size left in caches and allocator,
     which no step of a decoding does (on a CPU in eager mode it takes half as long again). A point that runs
-    out of memory is recorded as skipped, and the others go on.
+    out of memory, or that a preparing mode cannot run, is recorded as skipped, and the others go on.
     """
     device = engine.runner.backbone.device
     engine.runner.use(keys[0].mode)
     reset_peak_memory(device)
     skipped: dict[PointKey, str] = {}
     timers: dict[PointKey, _PointTimer] = {}
-    with _noting_out_of_memory(skipped, keys, device):  # of the context; points note their own
+
+    def noting(*faulty: PointKey) -> contextlib.AbstractContextManager[None]:
+        return noting_fault(
+            keys[0].mode,
+            device=device,
+            note=lambda reason: skipped.update(dict.fromkeys(faulty, reason)),
+        )
+
+    with noting(*keys):  # of the context; points note their own
         room_tokens = max(key.num_nodes for key in keys) + 1
         cache = filled_cache(
             engine.runner.backbone,
@@ -57,10 +64,13 @@ def measure_group(
             for key in (*keys[first:], *keys[:first]):
                 if key in skipped:
                     continue
-                with _noting_out_of_memory(skipped, [key], device):
+                with noting(key):
                     if key not in timers:
                         timers[key] = _PointTimer(engine, key, cache, clock=clock)
                     timers[key].visit(num_times)
+    if engine.runner.mode != keys[0].mode:  # the engine fell back by itself: these are times of another mode
+        reason = f"{keys[0].mode} {UNPREPARED}: {engine.runner.note or engine.runner.mode}"
+        skipped = {key: skipped.get(key, reason) for key in keys}
     peak = peak_memory_bytes(device)
     return tuple(
         LatencyPoint(**dict(key), skipped=skipped[key])
@@ -198,32 +208,3 @@ def comb_tree(num_nodes: int, *, depth: int) -> DraftTree:
     depth = min(depth, num_nodes - 1)
     teeth = ((0,) * level + (rank,) for rank in range(num_nodes) for level in range(depth))
     return DraftTree.from_paths([(), *(tooth for tooth, _ in zip(teeth, range(num_nodes - 1), strict=False))])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def _noting_out_of_memory(
-    skipped: dict[PointKey, str], keys: Sequence[PointKey], device: torch.device
-) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        words = " ".join(without_paths(str(error)).split())[:200]
-        skipped.update(dict.fromkeys(keys, f"ran out of memory: {words}"))
-    else:
-        return
-    release(device)
-
-
-def release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -117,6 +117,7 @@ _LINE_FILES = (
     ("latency", "points.jsonl"),
     ("sweep", "cells.jsonl"),
     ("ablation", "arms.jsonl"),
+    ("gpu", "parts.jsonl"),
 )
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -188,7 +189,7 @@ KINDS: dict[str, Kind] = {
                     SCHEMA,
                     checked=_manifest_parts,
                 )
-                for kind in ("suite", "latency", "sweep", "ablation")
+                for kind in ("suite", "latency", "sweep", "ablation", "gpu")
             ),
         ),
         Kind(

@@ -100,6 +100,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/totals.py": _OF_FIGURES,
     "harness/judge/validate/ablation.py": (*_OF_FILES, *_OF_ABLATIONS),
     "harness/judge/validate/faults.py": (*_OF_FILES, *_OF_GRIDS),
+    "harness/judge/validate/gpu.py": ("harness/tests/judge/validate/test_gpu.py",),
     "harness/judge/validate/latency.py": (*_OF_FILES, *_OF_GRIDS),
     "harness/judge/validate/record.py": _OF_FILES,
     "harness/judge/validate/run.py": _OF_FILES,

@@ -9,6 +9,7 @@ made anew. `fixtures/v1/` was cut, at version 1 of all files, from
     latency            results/latency/embedded/cpu-amd-epyc-2c/20261123T182039Z-65181af9
     sweep              results/sweep/embedded/cpu-amd-epyc-2c/20261123T191353Z-381fd0e6
     ablation           results/embedded_training_quick/cpu-amd-epyc-2c/20261123T222817Z-ca4ed959
+    gpu                medusa-repro gpu --device cpu, at bc3d0a5a
     step_profile.json, training_profile.json    results/profile/ embedded- and training-embedded_medusa1-
     trace.npz          results/embedded_full/trace-mt-bench-80.npz
 """
@@ -205,7 +206,19 @@ def cut_profile(source: Path, target: Path) -> None:
     write(target, data)
 
 
-CUTS = {"suite": cut_run, "latency": cut_latency, "sweep": cut_sweep, "ablation": cut_ablation}
+def copy_gpu(source: Path, target: Path) -> Data:
+    """Take all of an acceptance in small form, which is short as it is."""
+    copy(source, target, *sorted(path.name for path in source.iterdir() if path.name not in UNSEALED))
+    return {}
+
+
+CUTS = {
+    "suite": cut_run,
+    "latency": cut_latency,
+    "sweep": cut_sweep,
+    "ablation": cut_ablation,
+    "gpu": copy_gpu,
+}
 
 
 def cut(source: Path, target: Path) -> None:

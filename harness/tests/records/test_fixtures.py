@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import RecordKind, kind_of
+from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.profiles.step import read_step_profile
 from harness.records.profiles.training import read_training_profile
@@ -34,6 +35,7 @@ from harness.report.latency import render_latency_report
 from harness.report.profiles import render_step_profile, training_headline
 from harness.report.run import render_report
 from harness.report.sweep import render_sweep_report
+from harness.report.tables.gpu import render_gpu_report
 from harness.specs.claims import load_claims
 from harness.tests.records.cut_record import cut
 from medusa_impl.tree import DraftTree
@@ -53,12 +55,14 @@ def report_of(folder: Path) -> str:
         ablation = AblationRecord(folder)
         verdicts = training_verdicts(claims, ablation)
         return render_ablation(ablation, ablation_rows(ablation), verdicts, has_curves=False)
+    if kind == "gpu":
+        return render_gpu_report(GpuRecord(folder))
     run = RunRecord(folder)
     return render_report(run, judge(run, claims=claims))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("kind", ["suite", "latency", "sweep", "ablation"])
+@pytest.mark.parametrize("kind", get_args(RecordKind))
 def test_a_record_of_every_version_loads_validates_and_reports(version: str, kind: RecordKind) -> None:
     folder = FIXTURES / version / kind
     assert kind_of(folder) == kind
@@ -106,11 +110,7 @@ def test_every_step_log_and_separate_step_of_the_fixtures_is_read() -> None:
 
 def faults_of(folder: Path) -> list[str]:
     """Return what is wrong with the files of a version's fixtures, each of them read."""
-    told = [
-        fault
-        for kind in ("suite", "latency", "sweep", "ablation")
-        for fault in validate_record(folder / kind)
-    ]
+    told = [fault for kind in get_args(RecordKind) for fault in validate_record(folder / kind)]
     readers: tuple[tuple[Callable[[Path], object], str], ...] = (
         (read_arm_steps, "suite/arm_steps.jsonl"),
         (Trace.load, "suite/calibration.npz"),

@@ -14,6 +14,7 @@ from harness.files import write_json
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import ABLATION, AblationManifest, newest_ablations
 from harness.records.folder import RecordKind, kind_of
+from harness.records.gpu.record import GPU, GpuManifest
 from harness.records.latency import LATENCY, LatencyManifest
 from harness.records.run import RUN, Manifest
 from harness.records.store import Store, StoreKind
@@ -26,6 +27,7 @@ STORES: dict[RecordKind, StoreKind[Any]] = {
     "latency": LATENCY,
     "sweep": SWEEP,
     "ablation": ABLATION,
+    "gpu": GPU,
 }
 COUNTS: dict[RecordKind, tuple[type[Any], dict[str, Any]]] = {
     "suite": (
@@ -38,6 +40,7 @@ COUNTS: dict[RecordKind, tuple[type[Any], dict[str, Any]]] = {
     ),
     "sweep": (SweepManifest, {"sweep": "x", "num_done": 0, "num_failed": 0, "num_points": 0}),
     "ablation": (AblationManifest, {"suite": "x", "num_arms": 0}),
+    "gpu": (GpuManifest, {"plan": "x", "num_accepted": 0}),
 }
 
 
@@ -113,7 +116,7 @@ def test_a_kind_that_is_not_known_yet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "suite.toml").write_text("")
     with pytest.raises(UserError) as caught:
         kind_of(tmp_path)
-    assert "found a record of kind 'quality'; need one of latency, sweep, ablation, suite" in str(
+    assert "found a record of kind 'quality'; need one of latency, sweep, ablation, gpu, suite" in str(
         caught.value
     )
     assert "manifest.json; to mend it: update medusa-repro" in str(caught.value)

@@ -29,14 +29,10 @@ from harness.files import Frozen
 from harness.judge.latency import batch_points, mode_rows
 from harness.judge.validate.record import validate_record
 from harness.measure.latency.engine import chosen_modes, facts_of_engine, load_latency_engine, planned_facts
-from harness.measure.latency.modes import (
-    LatencyPrompt,
-    batch_tree,
-    measure_batches,
-    measure_modes,
-    table_prompts,
-)
-from harness.measure.latency.run import LatencyOptions, check_fits, run_latency, skip_reason
+from harness.measure.latency.modes import batch_tree, measure_batches, measure_modes
+from harness.measure.latency.prompts import LatencyPrompt, table_prompts
+from harness.measure.latency.room import check_fits, skip_reason
+from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
 from harness.records.latency import (
     LATENCY,
@@ -427,7 +423,7 @@ def test_batches_decode_the_same_texts_at_known_speeds(engine: Engine, heads_fil
     assert len(prompts) == 8 and all(len(prompt.prompt_ids) == 9 for prompt in prompts)
     with WorkClock(engine.loaded.model) as clock:
         found = measure_batches(engine, spec, [], prompts, dtype="float32", clock=clock)
-    assert found.mode == engine.runner.mode and len(found.tree.paths) == 5
+    assert found is not None and found.mode == engine.runner.mode and len(found.tree.paths) == 5
     for batch in (1, 2, 4):
         for method in ("vanilla", "medusa"):
             mine = [trial for trial in found.trials if (trial.batch, trial.method) == (batch, method)]
