@@ -26,7 +26,7 @@ from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap, check_same_behaviour, keep_date
 from harness.training.held_out import evaluate_joint, print_joint_figures
-from harness.training.resume import check_same_run, last_checkpoint
+from harness.training.resume import check_same_run
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.adapter import save_adapter
@@ -38,6 +38,7 @@ from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sharding import check_launcher, under_fsdp
 from medusa_impl.training.trainer import MedusaTrainer, process_state, training_arguments
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 from medusa_impl.training_log import STEP_LOG, JointFigures, JointStep, read_step_log
 
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, Medusa1Settings
+from medusa_impl.training.batches import epoch_order
 from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import NO_TARGET
-from medusa_impl.training.medusa1 import epoch_order, train_medusa1
+from medusa_impl.training.medusa1 import train_medusa1
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2
@@ -181,9 +184,21 @@ def test_another_recipe_or_corpus_cannot_go_on_from_a_kept_state(tmp_path: Path)
 
 def test_corrupt_state_is_a_clear_error(tmp_path: Path) -> None:
     _train(tmp_path)
-    path = tmp_path / "training-state.pt"
-    path.write_bytes(path.read_bytes()[:500])
+    path = tmp_path / "heads-run.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
     with pytest.raises(UserError, match="unreadable training state"):
+        _train(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "checkpoint-24" / "model.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        _train(tmp_path)
+
+
+def test_a_checkpoint_without_its_counts_is_a_clear_error(tmp_path: Path) -> None:
+    _train(tmp_path)
+    (tmp_path / "checkpoint-24" / "counts.json").unlink()
+    with pytest.raises(UserError, match="no readable counts"):
         _train(tmp_path)
 
 
@@ -195,9 +210,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: P
     states[poisoned_row, 0] = float("inf")
     with pytest.raises(UserError, match="step 8"):
         _train(tmp_path, features=replace(features, states=states))
-    kept = torch.load(tmp_path / "training-state.pt", weights_only=True)
-    assert kept["step"] == 5
-    assert all(torch.isfinite(tensor).all() for tensor in kept["heads"].values())
+    kept = last_checkpoint(tmp_path)
+    assert kept is not None and kept.step == 5
+    assert all(
+        torch.isfinite(tensor).all() for tensor in load_file(kept.folder / "model.safetensors").values()
+    )
 
 
 def test_same_seed_same_heads_other_seed_other_heads(tmp_path: Path) -> None:
