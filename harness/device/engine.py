@@ -375,7 +375,12 @@ def load_tuned_engine(
 
 def new_heads(loaded: LoadedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:
     """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
-    lm_head: Any = loaded.model.get_output_embeddings()
+    return heads_like(loaded.model, recipe)
+
+
+def heads_like(model: PreTrainedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:
+    """Return the same for a bare model, which may stand on the meta device."""
+    lm_head: Any = model.get_output_embeddings()
     return MedusaHeads(
         num_heads=recipe.num_heads,
         num_layers=recipe.num_layers,
