@@ -25,6 +25,7 @@ from torch import Tensor
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
 from medusa_impl.engine.rows import EndedBy
+from medusa_impl.stream_rows import DeviceRows, StreamRequest
 
 # A new cache gets room for somewhat longer prompts than the one that asks for it, rounded up, so that it is
 # not replaced for every prompt that is a little longer.
@@ -32,19 +33,6 @@ _SPARE_TOKENS, _ROUNDING_TOKENS = 128, 64
 CACHE_SPARE_TOKENS = _SPARE_TOKENS + _ROUNDING_TOKENS  # at most
 _PREFILL_TOKENS = 8192  # of one pass over several prompts, padding included
 GPU_PREFILL_ROWS = 16  # prompts that a GPU reads in one pass; a CPU reads each alone, without any padding
-
-
-@dataclass(frozen=True)
-class StreamRequest:
-    """One prompt for `decode_stream`.
-
-    Temperature 0 means greedy decoding; otherwise `seed` starts the random numbers of this prompt alone.
-    """
-
-    key: str
-    prompt_ids: Sequence[int]
-    temperature: float
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -99,96 +87,6 @@ def decode_stream(
     while stream.num_active:
         yield from stream.take_step()
         stream.fill_rows()
-
-
-class DeviceRows:
-    """The answers that grow, in buffers on the device: `take` adds a token to each without asking the host.
-
-    Shapes: next_ids `[B, 1]`; counts, active, temperatures `[B]`; tokens and uniforms `[B, n]` with n the
-    budget; states `[B, n, H]` float16, if they are kept.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        *,
-        max_new_tokens: int,
-        eos_ids: frozenset[int],
-        hidden_size: int | None,
-        device: torch.device,
-    ) -> None:
-        self.num_rows, self.max_new_tokens, self.device = num_rows, max_new_tokens, device
-        self.next_ids = torch.zeros(num_rows, 1, dtype=torch.long, device=device)
-        self.counts = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self.active = torch.zeros(num_rows, dtype=torch.bool, device=device)
-        self.tokens = torch.zeros(num_rows, max_new_tokens, dtype=torch.long, device=device)
-        self.temperatures = torch.ones(num_rows, device=device)
-        self.uniforms = torch.zeros(num_rows, max_new_tokens, dtype=torch.float64, device=device)
-        self.states: Tensor | None = None
-        if hidden_size is not None:
-            self.states = torch.zeros(
-                num_rows, max_new_tokens, hidden_size, dtype=torch.float16, device=device
-            )
-        self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-        self._sampled: dict[int, None] = {}
-        self._sampled_rows = torch.zeros(0, dtype=torch.long, device=device)
-
-    @torch.inference_mode()
-    def start(self, row: int, request: StreamRequest) -> None:
-        """Give a row a request whose prompt's keys are in the cache, all but the last token's."""
-        self.next_ids[row] = request.prompt_ids[-1]
-        self.counts[row] = 0
-        self.active[row] = True
-        was_sampled = row in self._sampled
-        if request.temperature:
-            # The numbers are drawn on the host: so the text does not depend on the device's generator.
-            generator = torch.Generator().manual_seed(request.seed)
-            drawn = torch.rand(self.max_new_tokens, generator=generator, dtype=torch.float64)
-            self.uniforms[row] = drawn.to(self.device)
-            self.temperatures[row] = request.temperature
-            self._sampled[row] = None
-        else:
-            self._sampled.pop(row, None)
-        if was_sampled != (row in self._sampled):
-            self._sampled_rows = torch.tensor(sorted(self._sampled), dtype=torch.long, device=self.device)
-
-    @torch.inference_mode()
-    def take(self, logits: Tensor, hidden: Tensor) -> Tensor:
-        """Return which rows go on, after each active one has taken its next token from these logits.
-
-        Shapes: logits `[B, V]`, hidden `[B, H]`; result `[B]` boolean.
-        """
-        chosen = logits.argmax(-1)
-        if self._sampled:  # known to the host since the rows began
-            rows = self._sampled_rows
-            # Sampling by inverting the cumulative law takes one uniform number a token.
-            place = self.counts[rows].clamp_max(self.max_new_tokens - 1)
-            uniform = self.uniforms[rows].gather(1, place[:, None])
-            law = torch.softmax(logits[rows].float() / self.temperatures[rows, None], dim=-1)
-            cumulative = law.cumsum(-1, dtype=torch.float64)
-            drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
-            chosen = chosen.index_copy(0, rows, drawn.clamp_max(logits.shape[-1] - 1).squeeze(1))
-        # A row that has ended writes its last token once more, so that no shape depends on it.
-        place = self.counts.clamp_max(self.max_new_tokens - 1)[:, None]
-        chosen = torch.where(self.active[:, None], chosen[:, None], self.tokens.gather(1, place))
-        self.tokens.scatter_(1, place, chosen)
-        if self.states is not None:
-            index = place[:, :, None].expand(-1, -1, self.states.shape[2])
-            kept = torch.where(
-                self.active[:, None, None], hidden[:, None].half(), self.states.gather(1, index)
-            )
-            self.states.scatter_(1, index, kept)
-        self.counts += self.active
-        self.next_ids.copy_(torch.where(self.active[:, None], chosen, self.next_ids))
-        at_end = torch.isin(chosen.squeeze(1), self._eos_ids) | (self.counts >= self.max_new_tokens)
-        self.active &= ~at_end
-        return self.active.clone()
-
-    def answer(self, row: int) -> tuple[list[int], Tensor | None]:
-        """Return the tokens and states of a row that has ended. The host waits for them."""
-        count = int(self.counts[row])
-        states = None if self.states is None else self.states[row, :count].to("cpu", copy=True)
-        return self.tokens[row, :count].tolist(), states
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,10 +161,11 @@ class _Prompts:
             assert self._cache is not None
             keys = self._cache.layer_storage(0)[0].transpose(1, 2)
             cache.allocate(keys, keys)
-            for layer in range(len(cache.layers)):
-                pairs = zip(cache.layer_storage(layer), self._cache.layer_storage(layer), strict=True)
-                for ours, theirs in pairs:
-                    ours[row, :count] = theirs[self._row, :count]
+            layers = range(len(cache.layers))
+            torch._foreach_copy_(  # of all layers in a few launches
+                [ours[row, :count] for layer in layers for ours in cache.layer_storage(layer)],
+                [kept[self._row, :count] for layer in layers for kept in self._cache.layer_storage(layer)],
+            )
             cache.keep_all(row=row, count=count)
         self._row += 1
         return request
@@ -370,13 +269,16 @@ class _Stream:
     def _settle(self, outcome: _Outcome) -> Iterator[StreamCompletion]:
         """Free the rows that ended in a step, and yield their answers."""
         assert self._cache is not None
-        for row, owner in outcome.ended_rows():
-            if self._owners[row] is not owner:
-                continue  # it had ended in an earlier step, which was looked at since
+        # Others had ended in an earlier step, which was looked at since.
+        ended = [(row, owner) for row, owner in outcome.ended_rows() if self._owners[row] is owner]
+        if not ended:
+            return
+        for row, _ in ended:
             self._owners[row] = None
             # Idle rows run along in the batch. Cleared, they do not make attention read further than it must.
             self._cache.clear_rows(slice(row, row + 1))
-            token_ids, states = self._rows.answer(row)
+        answers = self._rows.answers([row for row, _ in ended], ready=outcome.ready)
+        for (_, owner), (token_ids, states) in zip(ended, answers, strict=True):
             yield StreamCompletion(
                 key=owner.request.key,
                 token_ids=token_ids,

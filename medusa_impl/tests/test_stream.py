@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM
 
 import medusa_impl.stream
 from medusa_impl.engine.backbone import Backbone
-from medusa_impl.stream import DeviceRows, StreamCompletion, StreamRequest, decode_stream
+from medusa_impl.stream import StreamCompletion, decode_stream
+from medusa_impl.stream_rows import DeviceRows, StreamRequest
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 
 BUDGET = 14
@@ -137,9 +138,8 @@ def test_a_row_that_ended_keeps_its_text_while_the_others_go_on(backbone: Backbo
         flags = rows.take(laws[list(pair)], torch.full((2, 4), float(step)))
         going.append(flags.tolist())
     assert going == [[False, True], [False, True], [False, False], [False, False]]
-    first, states = rows.answer(0)
-    assert first == [5] and states is not None and states.tolist() == [[0.0] * 4]
-    second, states = rows.answer(1)
+    (second, states), (first, first_states) = rows.answers([1, 0])
+    assert first == [5] and first_states is not None and first_states.tolist() == [[0.0] * 4]
     assert second == [1, 2, 6] and states is not None and states[:, 0].tolist() == [0.0, 1.0, 2.0]
     assert rows.next_ids.squeeze(1).tolist() == [5, 6]
 
@@ -161,7 +161,7 @@ def test_a_step_asks_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [(row, owner) for row, owner in enumerate(outcome.owners) if owner is not None][:1]
 
     monkeypatch.setattr(medusa_impl.stream._Outcome, "ended_rows", ended_rows)
-    monkeypatch.setattr(DeviceRows, "answer", lambda rows, row: ([row], None))
+    monkeypatch.setattr(DeviceRows, "answers", lambda rows, which, ready: [([row], None) for row in which])
     for keep_states, prefill_rows in ((True, 4), (False, 4), (False, 1)):
         made = _stream(
             backbone, _requests(9), keep_states=keep_states, prefill_rows=prefill_rows, delay_steps=2

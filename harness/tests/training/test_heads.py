@@ -36,7 +36,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def spec_of(folder: Path, *, recipe: dict[str, Any] | None = None, **changes: Any) -> HeadsRecipe:
+def spec_of(
+    folder: Path | ModelFolder, *, recipe: dict[str, Any] | None = None, **changes: Any
+) -> HeadsRecipe:
     corpus = {"num_samples": 40, "max_new_tokens": 12, "temperature": 1.0, "num_rows": 8}
     data = {
         "schema_version": 1,

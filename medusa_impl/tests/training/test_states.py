@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, masking_utils
+from transformers import LlamaForCausalLM, TrainingArguments, masking_utils
 
 from medusa_impl.engine.backbone import Backbone
+from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import FeaturesWay, HeadArchitecture, Medusa1Settings
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.training.batches import AnswerBatches, PositionBatches
 from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus
 from medusa_impl.training.features import AnswerSet, FeatureSet, load_answers, load_features
-from medusa_impl.training.medusa1 import train_medusa1
+from medusa_impl.training.heads_trainer import HeadsTrainer, StepItems, heads_arguments
+from medusa_impl.training.medusa1 import HeadsTrainingModel, train_medusa1
 from medusa_impl.training.states import BackboneStates, DeviceStates, FileStates
 
 NUM_HEADS = 3
@@ -130,7 +132,7 @@ def test_losses_are_the_same_in_all_three_ways(
     assert near.held_out.loss_sums == pytest.approx(figures.held_out.loss_sums, rel=2e-3)
     assert all(bool(parameter.any()) for parameter in fresh.blocks.parameters())  # which start at 0
     for ours, theirs in zip(fresh.parameters(), on_device.parameters(), strict=True):
-        assert float((ours - theirs).norm()) < 0.02 * float(theirs.norm())
+        assert float((ours - theirs).detach().norm()) < 0.02 * float(theirs.detach().norm())
 
 
 def test_batches_of_positions_are_the_same_from_a_file(
@@ -144,6 +146,48 @@ def test_batches_of_positions_are_the_same_from_a_file(
     kept = _train(tmp_path / "device", features, model, way="device", whole_answers=False)
     streamed = _train(tmp_path / "file", mapped, model, way="file", whole_answers=False)
     assert kept[1:] == streamed[1:]
+
+
+def test_what_a_gpu_is_told_trains_the_same_heads_on_a_cpu(
+    tmp_path: Path, model: LlamaForCausalLM, features: FeatureSet
+) -> None:
+    """Another process makes the items, and copies do not wait: the same heads, bit for bit."""
+    recipe = RECIPE.model_copy(update={"subset_size": None, "features": "file"})
+    batches = PositionBatches(features, batch_positions=recipe.batch_positions, seed=recipe.seed)
+    weight = model.get_output_embeddings().get_parameter("weight").detach()
+    trained = []
+    for kind in ("cpu", "cuda"):
+        heads = MedusaHeads(
+            num_heads=NUM_HEADS, num_layers=1, hidden_size=32, vocab_size=TINY_VOCAB, architecture="shared"
+        )
+        source = FileStates(features)
+        arguments = heads_arguments(
+            recipe, folder=tmp_path / kind, num_steps=6, save_steps=100, device=torch.device(kind)
+        )
+        on_gpu = kind == "cuda"
+        assert (arguments.dataloader_num_workers, arguments.dataloader_pin_memory) == (int(on_gpu), on_gpu)
+        HeadsTrainer(
+            HeadsTrainingModel(heads, weight, source=source, recipe=recipe, num_steps=6, subset=None),
+            items=StepItems(source, batches, num_steps=6),
+            arguments=arguments,
+            recipe=recipe,
+            clock=lambda: 0.0,
+        ).train()
+        trained.append(heads)
+    for ours, theirs in zip(*(heads.parameters() for heads in trained), strict=True):
+        assert torch.equal(ours, theirs) and bool(ours.any())
+
+
+@pytest.mark.parametrize(
+    ("found", "world_size", "n_gpu"), [("2 processes", 2, 1), ("4 GPUs in one process", 1, 4)]
+)
+def test_several_processes_are_sent_to_the_joint_trainer(
+    tmp_path: Path, found: str, world_size: int, n_gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", world_size)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", n_gpu)
+    with pytest.raises(UserError, match=found):
+        heads_arguments(RECIPE, folder=tmp_path, num_steps=6, save_steps=9, device=torch.device("cpu"))
 
 
 def _read(source: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
