@@ -99,6 +99,10 @@ class Medusa1Settings(Frozen):
         assert self.num_epochs is not None
         return max(1, round(self.num_epochs * batches_per_epoch))
 
+    def subset_steps(self, num_steps: int) -> int:
+        """Return how many of the steps compute the loss over a subset of the vocabulary, if there is one."""
+        return num_steps - math.ceil(num_steps * self.full_vocabulary_rate)
+
     def learning_rate_at(self, step: int, *, num_steps: int) -> float:
         """Return the learning rate of step 0 .. num_steps - 1."""
         share = cosine_share(

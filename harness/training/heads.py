@@ -5,6 +5,7 @@ Each part resumes by itself.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from medusa_impl.training.features import (
     load_features,
     load_texts,
 )
+from medusa_impl.training.heads_trainer import check_one_process
 from medusa_impl.training.medusa1 import train_medusa1
 from medusa_impl.training_log import TrainingFigures, TrainingStep
 
@@ -59,9 +61,10 @@ def train_heads(
 
     All of it happens on the recipe's device. The plan says, before anything is loaded, whether it fits, and
     where the backbone's states are kept. What is already there is kept.
-    Raises: UserError where a training prompt overlaps with a benchmark prompt, the data cannot train the
-    heads, or the device is too small.
+    Raises: UserError for several processes, or where a training prompt overlaps with a benchmark prompt, the
+    data cannot train the heads, or the device is too small.
     """
+    check_one_process(int(os.environ.get("WORLD_SIZE", "1")))  # which launchers set
     device = heads_device(spec.recipe)
     plans = plans_of(spec, device=device, corpus=corpus_size(spec))
     plan = chosen_plan(spec, plans, room_here(device, work=work), work=work)

@@ -1,4 +1,4 @@
-"""What training heads alone will need, counted before anything is loaded: memory, operations, least time.
+"""What training heads alone will need, counted before anything is loaded: memory, operations, time.
 
     on the device      weights of the backbone, the unembedding once more where it is cast, heads, their
                        gradients, AdamW's two moments, activations, and with features = "device" the states
@@ -59,9 +59,10 @@ class CorpusSize:
 class HeadsPlan:
     """What one way of training heads alone takes.
 
-    Units: device, host and disk in bytes by what they hold; step_flops and once_flops in operations of matrix
-    products, by the dtype of their factors: of one step over the whole vocabulary, and of the pass over the
-    corpus before the first step. num_steps is None where the text is not there.
+    Units: device and disk in bytes by what they hold; step_flops, subset_flops and once_flops in operations
+    of matrix products, by the dtype of their factors: of one step over the whole vocabulary, of one over the
+    subset, and of the pass over the corpus before the first step. num_steps is None where the text is not
+    there.
     """
 
     model: str
@@ -69,7 +70,9 @@ class HeadsPlan:
     device: dict[str, int]
     disk: dict[str, int]
     num_steps: int | None
+    num_subset_steps: int
     step_flops: dict[str, int]
+    subset_flops: dict[str, int]
     once_flops: dict[str, int]
 
     @property
@@ -85,12 +88,14 @@ class HeadsPlan:
     def total_flops(self) -> dict[str, int]:
         """Operations of the whole training, by dtype; of one step where the text is not there."""
         dtypes = sorted({*self.step_flops, *self.once_flops})
-        return {
-            dtype: (self.num_steps or 1) * self.step_flops.get(dtype, 0) + self.once_flops.get(dtype, 0)
-            for dtype in dtypes
-        }
+        parts = (
+            ((self.num_steps or 1) - self.num_subset_steps, self.step_flops),
+            (self.num_subset_steps, self.subset_flops),
+            (1, self.once_flops),
+        )
+        return {dtype: sum(count * flops.get(dtype, 0) for count, flops in parts) for dtype in dtypes}
 
-    def least_seconds(self, flop_per_s: dict[str, float]) -> float | None:
+    def seconds(self, flop_per_s: dict[str, float]) -> float | None:
         """Return the time at a device's full throughput, or None where a dtype's is not known."""
         total = self.total_flops()
         if not all(dtype in flop_per_s for dtype in total):
@@ -171,14 +176,19 @@ def plan_heads(
     mapped = {"states as one table": corpus.num_rows * heads.hidden_size * FEATURE_BYTES}
     tokens = -(-corpus.num_tokens * recipe.batch_positions // max(corpus.num_rows, 1))
     reading = {_word(dtype): backbone_flops(model, tokens)}
-    step = heads_flops(heads, recipe)
+    step = heads_flops(heads, recipe, vocab_size=heads.vocab_size)
+    subset = min(recipe.subset_size or heads.vocab_size, heads.vocab_size)
+    num_steps = recipe.steps_for(max(corpus.num_rows, 1)) if corpus.is_there else None
+    reads = reading if way == "none" else {}
     return HeadsPlan(
         model=name,
         way=way,
         device=on_device,
         disk=kept | (mapped if way == "file" else {}),
-        num_steps=recipe.steps_for(max(corpus.num_rows, 1)) if corpus.is_there else None,
-        step_flops=_sum(step, reading) if way == "none" else step,
+        num_steps=num_steps,
+        num_subset_steps=recipe.subset_steps(num_steps or 0) if subset < heads.vocab_size else 0,
+        step_flops=_sum(step, reads),
+        subset_flops=_sum(heads_flops(heads, recipe, vocab_size=subset), reads),
         once_flops={} if way == "none" else {_word(dtype): backbone_flops(model, corpus.num_tokens)},
     )
 
@@ -270,17 +280,17 @@ def _pass_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return PASS_TOKENS * (6 * int(config.hidden_size) + 3 * inner) * _bytes(dtype)
 
 
-def heads_flops(heads: MedusaHeads, recipe: Medusa1Settings) -> dict[str, int]:
-    """Return the operations of a step's products over the whole vocabulary, by dtype.
+def heads_flops(heads: MedusaHeads, recipe: Medusa1Settings, *, vocab_size: int) -> dict[str, int]:
+    """Return the operations of a step's products over so many tokens of the vocabulary, by dtype.
 
     A product of m x n by n x k has 2 m n k. A block: forward, the weight's gradient, and the input's but for
     the first block of a head. A shared unembedding: logits and the states' gradient. One of its own: logits,
     logits once more for the backward pass, and both gradients. Each head is counted with a target at every
-    position; the last few of an answer have none for the later heads.
+    position; the last few of an answer have none for the later heads, and a subset lacks some.
     """
     positions, hidden = recipe.batch_positions, heads.hidden_size
     block = 2 * positions * heads.num_heads * hidden * hidden
-    unembedding = 2 * positions * heads.num_heads * hidden * heads.vocab_size
+    unembedding = 2 * positions * heads.num_heads * hidden * vocab_size
     products = 4 if heads.architecture == "own" else 2
     blocks = block * (3 * heads.num_layers - 1)
     return _sum({"float32": blocks}, {recipe.matmul_dtype: products * unembedding})
@@ -297,7 +307,7 @@ def backbone_flops(model: PreTrainedModel, tokens: int) -> int:
 def device_flop_per_s(device: DeviceSpec) -> dict[str, float]:
     """Return a device's published matrix throughput, that of half precision, for every dtype.
 
-    None is faster, so a time from it stays the least.
+    None is faster, so a time from it is no longer than that of any.
     """
     return dict.fromkeys(("float32", "bfloat16", "float16"), device.limits.flop_per_s)
 

@@ -53,12 +53,28 @@ class StepItems(Dataset[dict[str, Any]]):
         return self._source.item(self._batches.rows(step))
 
 
+def check_one_process(num_processes: int) -> None:
+    """Refuse to train heads alone in several processes: each would train the same, into the same files.
+
+    Raises: UserError that names what can be shared.
+    """
+    if num_processes > 1:
+        raise UserError(
+            found=f"{num_processes} processes",
+            need="one process",
+            where="training heads alone",
+            do='start it without a launcher, or take trains = "heads_and_backbone" with backbone = "frozen", '
+            "which several processes share",
+        )
+
+
 def heads_arguments(
     recipe: Medusa1Settings, *, folder: Path, num_steps: int, save_steps: int, device: torch.device
 ) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe of heads alone.
 
-    Raises: UserError for several processes, or several GPUs in one process.
+    Of several GPUs it takes one.
+    Raises: UserError for several processes.
     """
     on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
@@ -81,21 +97,10 @@ def heads_arguments(
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},
     )
-    found = (
-        f"{arguments.world_size} processes"
-        if arguments.world_size > 1
-        else f"{arguments.n_gpu} GPUs in one process"
-        if arguments.n_gpu > 1
-        else None
-    )
-    if found is not None:
-        raise UserError(
-            found=found,
-            need="one process with one GPU",
-            where="training heads alone",
-            do='limit it with CUDA_VISIBLE_DEVICES, or take trains = "heads_and_backbone" with backbone = '
-            '"frozen", which several processes share',
-        )
+    check_one_process(arguments.world_size)
+    if arguments.n_gpu > 1:
+        # Else the Trainer would copy the model to every GPU that it sees.
+        arguments._n_gpu = 1
     return arguments
 
 

@@ -9,7 +9,6 @@ Paper: Section 2.2.1 and Appendix B.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -59,9 +58,7 @@ class HeadsTrainingModel(nn.Module):
         self.source, self.recipe, self.num_steps = source, recipe, num_steps
         self.lambdas = head_weights(num_heads=heads.num_heads, lambda_base=recipe.lambda_base)
         self.subset = None if subset is None else subset.to(device)
-        self.num_subset_steps = (
-            0 if subset is None else num_steps - math.ceil(num_steps * recipe.full_vocabulary_rate)
-        )
+        self.num_subset_steps = 0 if subset is None else recipe.subset_steps(num_steps)
         self._dtype = torch.bfloat16 if recipe.matmul_dtype == "bfloat16" else torch.float32
         # Cast and cut once for the whole run. In a dictionary: these are no parameters of the heads.
         self._weights = {"full": lm_head_weight.detach(), "subset": lm_head_weight.detach()}

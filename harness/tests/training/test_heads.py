@@ -147,6 +147,14 @@ def test_a_device_too_small_is_told_before_anything_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+def test_several_processes_are_refused_before_anything_is_loaded(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes"):
+        train_heads(spec_of(model_folder), work=tmp_path, target=tmp_path, console=QUIET)
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.training.room, "best_device", lambda: torch.device("cpu"))
     with pytest.raises(UserError, match="no CUDA device"):
@@ -182,7 +190,7 @@ def test_dry_runs_of_the_papers_models(shape: str, device: str, code: ExitCode) 
         told = json.loads(ran.out.splitlines()[-1])
         assert told["features"] == "none" and set(told["ways"]) == {"none"}
         way = told["ways"]["none"]
-        assert way["device_bytes"] == sum(way["parts"].values()) and way["least_s"] > 0
+        assert way["device_bytes"] == sum(way["parts"].values()) and way["full_throughput_s"] > 0
         assert way["num_steps"] is None and "those of one step" in ran.err + ran.out
     elif shape == "vicuna-33b-v1.3":
         assert "weights 65.1" in ran.error_line and "lower" not in ran.error_line

@@ -29,6 +29,7 @@ from harness.training.plan import (
     check_fits,
     choose_way,
     device_flop_per_s,
+    heads_flops,
     plan_heads,
     shape_model,
 )
@@ -308,13 +309,32 @@ def test_the_papers_shapes_with_own_heads(name: str) -> None:
     else:
         assert choose_way(plans, DeviceRoom("h100", h100.memory_bytes, disk_bytes=10**12 // 2)) == "none"
     rates = device_flop_per_s(load_hardware()["h100-80gb-sxm"])
-    least = plans["none"].least_seconds(rates)
+    seconds = plans["none"].seconds(rates)
     total = sum(plans["none"].total_flops().values())
-    assert least == pytest.approx(total / rates["bfloat16"])
+    assert seconds == pytest.approx(total / rates["bfloat16"])
     assert (
         total >= 2 * (shape.num_parameters - 2 * vocab * hidden) * corpus.num_tokens * 6 * 0.99
     )  # six epochs
-    assert plans["none"].least_seconds({}) is None
+    assert plans["none"].seconds({}) is None
+
+
+def test_steps_over_a_subset_are_cheaper_and_as_many_as_the_recipe_says() -> None:
+    recipe = _recipe("shared").model_copy(
+        update={"subset_size": 128, "full_vocabulary_rate": 0.25, "num_steps": 10}
+    )
+    plan = _plan(recipe, "device")
+    assert (plan.num_steps, plan.num_subset_steps) == (10, 7)  # three of ten, rounded up, take all of it
+    blocks = heads_flops(
+        _heads(recipe, random_model(SHAPE, dtype=torch.float32, device=CPU)), recipe, vocab_size=0
+    )
+    products, cheaper = (
+        flops["float32"] - blocks["float32"] for flops in (plan.step_flops, plan.subset_flops)
+    )
+    assert products == cheaper * SHAPE.vocab_size // 128
+    once = plan.once_flops["float32"]
+    assert plan.total_flops() == {
+        "float32": 3 * plan.step_flops["float32"] + 7 * plan.subset_flops["float32"] + once
+    }
 
 
 def test_the_first_way_that_fits_is_taken() -> None:

@@ -178,16 +178,28 @@ def test_what_a_gpu_is_told_trains_the_same_heads_on_a_cpu(
         assert torch.equal(ours, theirs) and bool(ours.any())
 
 
-@pytest.mark.parametrize(
-    ("found", "world_size", "n_gpu"), [("2 processes", 2, 1), ("4 GPUs in one process", 1, 4)]
-)
-def test_several_processes_are_sent_to_the_joint_trainer(
-    tmp_path: Path, found: str, world_size: int, n_gpu: int, monkeypatch: pytest.MonkeyPatch
+def test_several_processes_are_sent_to_the_joint_trainer_and_one_gpu_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrainingArguments, "world_size", world_size)
-    monkeypatch.setattr(TrainingArguments, "n_gpu", n_gpu)
-    with pytest.raises(UserError, match=found):
-        heads_arguments(RECIPE, folder=tmp_path, num_steps=6, save_steps=9, device=torch.device("cpu"))
+    """The Trainer would spread one process over all GPUs that it sees, with a copy of the heads on each."""
+    options: dict[str, Any] = {
+        "folder": tmp_path,
+        "num_steps": 6,
+        "save_steps": 9,
+        "device": torch.device("cpu"),
+    }
+    made: Any = TrainingArguments.__post_init__
+
+    def on_four(arguments: TrainingArguments) -> None:
+        made(arguments)
+        arguments._n_gpu = 4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingArguments, "__post_init__", on_four)
+        assert heads_arguments(RECIPE, **options).n_gpu == 1
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(UserError, match="2 processes"):
+        heads_arguments(RECIPE, **options)
 
 
 def _read(source: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
