@@ -137,6 +137,20 @@ def test_lm_head_stays_bit_identical_and_every_head_parameter_moves(tmp_path: Pa
         assert not torch.equal(parameter, start)
 
 
+def test_own_unembeddings_multiply_in_the_recipes_dtype_and_learn_in_float32(tmp_path: Path) -> None:
+    """Regression: bfloat16 was for shared ones alone, and own ones, which a GPU takes longest for, kept
+    float32.
+    """
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = RECIPE.model_copy(update={"architecture": "own", "matmul_dtype": dtype, "num_steps": 4})
+        heads, _ = _train(tmp_path / dtype, recipe=recipe)
+        assert {parameter.dtype for parameter in heads.parameters()} == {torch.float32}
+        losses[dtype] = [line["loss"] for line in _log(tmp_path / dtype)]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
 class _Killed(Exception):
     pass
 
