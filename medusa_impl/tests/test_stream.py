@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 import medusa_impl.stream
 from medusa_impl.engine.backbone import Backbone
+from medusa_impl.engine.runner import Mode, StepRunner
 from medusa_impl.stream import StreamCompletion, decode_stream
 from medusa_impl.stream_rows import DeviceRows, StreamRequest
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
@@ -204,3 +205,17 @@ def test_prompts_that_need_a_longer_cache_wait_for_the_rows_in_flight(backbone: 
             delay_steps=delay_steps,
         )
         assert {len(done.token_ids) for done in made.values()} == {BUDGET} and len(made) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", ["eager", "cuda_graph"])
+def test_a_gpu_makes_the_texts_of_a_cpu(model: LlamaForCausalLM, mode: Mode) -> None:
+    """Its own defaults: prompts in one pass, ended rows read beside the next step."""
+    on_gpu: Any = tiny_llama(seed=8)
+    backbone = StepRunner(on_gpu.to("cuda"), None, mode=mode).backbone
+    requests = _requests()
+    expected = {request.key: _alone(model, request) for request in requests}
+    for keep_states in (False, True):
+        made = _stream(backbone, requests, num_rows=8, keep_states=keep_states)
+        assert {key: (done.token_ids, done.ended_by) for key, done in made.items()} == expected

@@ -282,3 +282,25 @@ def test_evaluation_splits_at_answers(model: LlamaForCausalLM, answers: AnswerSe
     assert torch.equal(torch.cat(parts), rows) and len(parts) > 1
     for part in parts:
         source.item(part)  # whole answers
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("architecture", ["shared", "own"])
+def test_a_gpu_trains_as_a_cpu_does(
+    tmp_path: Path,
+    model: LlamaForCausalLM,
+    features: FeatureSet,
+    answers: AnswerSet,
+    architecture: HeadArchitecture,
+) -> None:
+    on_gpu: Any = tiny_llama(seed=3)
+    on_gpu = on_gpu.to("cuda")
+    ways: tuple[FeaturesWay, ...] = ("device", "file", "none")
+    for way in ways:
+        table = answers if way == "none" else features
+        _, _, log = _train(tmp_path / f"cpu-{way}", table, model, way=way, architecture=architecture)
+        heads, _, gpu_log = _train(tmp_path / way, table, on_gpu, way=way, architecture=architecture)
+        assert {parameter.device.type for parameter in heads.parameters()} == {"cuda"}
+        for line, other in zip(gpu_log, log, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
