@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the module imports torch, which most commands do without
 DryRunOption = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="print what heads alone will need, counted before anything is loaded, and end"
+        "--dry-run", help="print what the training will need, counted before anything is loaded, and end"
     ),
 ]
 ShapeOption = Annotated[

@@ -303,9 +303,11 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
     return tensors_sha256(place.path)
 
 
-def model_without_weights(spec: ModelSpec, *, base_folder: Path | None = None) -> PreTrainedModel:
+def model_without_weights(
+    spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None
+) -> PreTrainedModel:
     """Return the model of a local folder on the meta device. Raises: UserError as `load_model` does."""
-    return empty_model(trusted_folder(spec, base_folder=base_folder), spec)
+    return empty_model(trusted_folder(spec, allow_hub=allow_hub, base_folder=base_folder), spec)
 
 
 def engine_from_heads(

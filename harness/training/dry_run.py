@@ -10,16 +10,26 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.device.clock import device_clock
+from harness.device.engine import best_device
 from harness.device.limits import measure_device_limits
 from harness.errors import UserError
 from harness.paths import cache_dir, resolve_path
 from harness.specs.hardware import load_hardware, match_device
-from harness.specs.recipe import AnyRecipe, HeadsRecipe
-from harness.training.plan import CorpusSize, HeadsPlan, device_flop_per_s
+from harness.specs.recipe import AnyRecipe, HeadsRecipe, JointRecipe
+from harness.training.joint_plan import joint_bytes
+from harness.training.plan import (
+    CorpusSize,
+    DeviceRoom,
+    HeadsPlan,
+    check_memory,
+    device_flop_per_s,
+    planned_model,
+)
 from harness.training.room import (
     chosen_plan,
     corpus_size,
     heads_device,
+    model_name,
     plans_of,
     room_here,
     room_of,
@@ -34,16 +44,9 @@ def print_plan(
 ) -> dict[str, Any]:
     """Print memory, operations and their time of all three ways, and return them; load nothing.
 
-    Raises: UserError for a recipe that trains the backbone too, an unknown shape or device, or a plan that
-    does not fit.
+    Of heads and backbone together, print what is held all the time.
+    Raises: UserError for an unknown shape or device, or a plan that does not fit.
     """
-    if not isinstance(spec, HeadsRecipe):
-        raise UserError(
-            found=f"the recipe {spec.name!r}, which trains heads and backbone",
-            need='one for heads alone (trains = "heads")',
-            where="--dry-run",
-            do="see the arithmetic in the recipe's own comments",
-        )
     devices = load_hardware()
     if device is not None and device not in devices:
         raise UserError(
@@ -51,8 +54,13 @@ def print_plan(
             need=f"one of {', '.join(sorted(devices))}",
             where="the command line",
         )
-    on = heads_device(spec.recipe) if device is None else torch.device("cuda")
+    if isinstance(spec, JointRecipe):
+        on = best_device() if device is None else torch.device("cuda")
+    else:
+        on = heads_device(spec.recipe) if device is None else torch.device("cuda")
     room = room_here(on, work=work or cache_dir()) if device is None else room_of(devices[device])
+    if isinstance(spec, JointRecipe):
+        return _print_joint(spec, room, shape=shape, console=console)
     corpus = _corpus(spec)
     plans = plans_of(spec, device=on, corpus=corpus, shape=shape)
     rates = _rates(plans, on=on, named=device or match_device(room.name))
@@ -76,6 +84,26 @@ def print_plan(
         "features": plan.way,
         "ways": {way: _figures(one, rates) for way, one in plans.items()},
     }
+
+
+def _print_joint(
+    spec: JointRecipe, room: DeviceRoom, *, shape: str | None, console: Console
+) -> dict[str, Any]:
+    """Print what heads and backbone hold all the time, and return it."""
+    name = shape or model_name(spec.model)
+    parts = joint_bytes(
+        planned_model(spec.model, shape=shape), spec.recipe, dtype=getattr(torch, spec.model.dtype)
+    )
+    needed = sum(parts.values())
+    table = Table(title="GB on the device, before activations", title_justify="left")
+    for column in ("", "GB"):
+        table.add_column(column)
+    for part, size in {**parts, "all": needed}.items():
+        table.add_row(part, f"{size / 1e9:.2f}")
+    console.print(f"{spec.name} with {name} on {room.name}, {room.memory_bytes / 1e9:.1f} GB", soft_wrap=True)
+    console.print(table)
+    check_memory(parts, room, model=name, do="take a device with more memory, or several by FSDP")
+    return {"recipe": spec.name, "model": name, "device": room.name, "device_bytes": needed, "parts": parts}
 
 
 def _corpus(spec: HeadsRecipe) -> CorpusSize:

@@ -66,7 +66,7 @@ def train_heads(
     """
     check_one_process(int(os.environ.get("WORLD_SIZE", "1")))  # which launchers set
     device = heads_device(spec.recipe)
-    plans = plans_of(spec, device=device, corpus=corpus_size(spec))
+    plans = plans_of(spec, device=device, corpus=corpus_size(spec), allow_hub=allow_hub)
     plan = chosen_plan(spec, plans, room_here(device, work=work), work=work)
     console.print(told(plan, asked=spec.recipe.features))
     spec = spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"features": plan.way})})

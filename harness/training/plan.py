@@ -112,7 +112,7 @@ class DeviceRoom:
     disk_bytes: int | None = None
 
 
-def planned_model(spec: ModelSpec, *, shape: str | None = None) -> PreTrainedModel:
+def planned_model(spec: ModelSpec, *, shape: str | None = None, allow_hub: bool = False) -> PreTrainedModel:
     """Return a recipe's model on the meta device, or one of a published shape in its place.
 
     An asset that has a published shape's name is not looked for, and neither is a folder of that name that is
@@ -131,7 +131,7 @@ def planned_model(spec: ModelSpec, *, shape: str | None = None) -> PreTrainedMod
         tiny: Any = tiny_model(spec.tiny, dtype=torch.float32)
         on_meta: PreTrainedModel = tiny.to("meta")
         return on_meta
-    return model_without_weights(spec)
+    return model_without_weights(spec, allow_hub=allow_hub)
 
 
 def _missing_folder(spec: ModelSpec) -> str | None:
@@ -199,21 +199,27 @@ def check_fits(plan: HeadsPlan, room: DeviceRoom) -> None:
     Raises: UserError that names the largest parts.
     """
     limit = MEMORY_SHARE * room.memory_bytes
-    if plan.device_bytes > limit:
-        largest = sorted(plan.device.items(), key=lambda part: -part[1])[:3]
-        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
-        raise UserError(
-            found=f"{plan.model} with its heads, which needs {plan.device_bytes / 1e9:.1f} GB ({parts})",
-            need=f"at most {MEMORY_SHARE:g} of the {room.memory_bytes / 1e9:.1f} GB of {room.name}",
-            where="the plan of the training",
-            do=_remedy(plan, limit=limit),
-        )
+    check_memory(plan.device, room, model=plan.model, do=_remedy(plan, limit=limit))
     if room.disk_bytes is not None and plan.disk_bytes > room.disk_bytes:
         raise UserError(
             found=f"states of {plan.disk_bytes / 1e9:.1f} GB",
             need=f"at most the {room.disk_bytes / 1e9:.1f} GB that are free on the disk",
             where="the plan of the training",
             do='set features = "none" in the recipe, which keeps none',
+        )
+
+
+def check_memory(parts: dict[str, int], room: DeviceRoom, *, model: str, do: str) -> None:
+    """Refuse what does not fit into a device's memory. Raises: UserError that names the largest parts."""
+    needed = sum(parts.values())
+    if needed > MEMORY_SHARE * room.memory_bytes:
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        named = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
+        raise UserError(
+            found=f"{model} with its heads, which needs {needed / 1e9:.1f} GB ({named})",
+            need=f"at most {MEMORY_SHARE:g} of the {room.memory_bytes / 1e9:.1f} GB of {room.name}",
+            where="the plan of the training",
+            do=do,
         )
 
 

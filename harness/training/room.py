@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.specs.hardware import DeviceSpec
 from harness.specs.recipe import HeadsRecipe, needed_corpus
+from harness.specs.suite import ModelSpec
 from harness.training.conversations import load_conversations
 from harness.training.plan import (
     CorpusSize,
@@ -122,14 +123,19 @@ def size_of_one_step(recipe: Medusa1Settings) -> CorpusSize:
 
 
 def plans_of(
-    spec: HeadsRecipe, *, device: torch.device, corpus: CorpusSize, shape: str | None = None
+    spec: HeadsRecipe,
+    *,
+    device: torch.device,
+    corpus: CorpusSize,
+    shape: str | None = None,
+    allow_hub: bool = False,
 ) -> dict[FeaturesWay, HeadsPlan]:
     """Return the plan of each way, for the recipe's model or one of a published shape.
 
     Raises: UserError as `planned_model` does.
     """
-    model = planned_model(spec.model, shape=shape)
-    name = shape or spec.model.asset or (Path(spec.model.path).name if spec.model.path else "a tiny model")
+    model = planned_model(spec.model, shape=shape, allow_hub=allow_hub)
+    name = shape or model_name(spec.model)
     # Of conversations no states are kept.
     ways = WAYS if spec.conversations is None else WAYS[-1:]
     return {
@@ -144,6 +150,11 @@ def plans_of(
         )
         for way in ways
     }
+
+
+def model_name(spec: ModelSpec) -> str:
+    """Return a model's name as its recipe gives it."""
+    return spec.asset or (Path(spec.path).name if spec.path is not None else "a tiny model")
 
 
 def chosen_plan(

@@ -213,5 +213,23 @@ def test_a_dry_run_plans_this_machine_too(model_folder: Path, packed: Path, tmp_
     assert not (tmp_path / "work").exists()
     for wrong in (["--shape", "vicuna-7b-v1.5"], ["--device", "b200"]):
         assert command("train", file, *wrong).code == ExitCode.USER_ERROR
-    joint = command("train", "embedded_medusa2_ramped", "--dry-run")
-    assert joint.code == ExitCode.USER_ERROR and "heads alone" in joint.error_line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "device", "fits"),
+    [
+        ("embedded_medusa2_ramped", "smollm2-135m-instruct", "t4", True),
+        ("paper_7b_two_stage", "vicuna-7b-v1.5", "a100-40gb-sxm", True),
+        ("paper_33b_ramped", "vicuna-33b-v1.3", "h100-80gb-sxm", False),
+        ("paper_33b_ramped", "vicuna-33b-v1.3", "h200-sxm", True),
+    ],
+)
+def test_dry_runs_of_heads_and_backbone(recipe: str, shape: str, device: str, fits: bool) -> None:
+    ran = command("train", recipe, "--dry-run", "--shape", shape, "--device", device)
+    assert (ran.code == ExitCode.OK) == fits, ran.err
+    if fits:
+        told = json.loads(ran.out.splitlines()[-1])
+        assert told["device_bytes"] == sum(told["parts"].values()) > 0
+        assert told["parts"]["adapter"] > 0
+    else:
+        assert "weights 65." in ran.error_line and "FSDP" in ran.error_line
