@@ -53,11 +53,15 @@ def heads_device(recipe: Medusa1Settings) -> torch.device:
 
 
 def room_here(device: torch.device, *, work: Path) -> DeviceRoom:
-    """Return what this machine's device, and the disk of the work folder, can hold."""
+    """Return what this machine's device, and the disk of the work folder, can hold.
+
+    States that the work folder holds already have their place.
+    """
     info = device_info(device)
     there = next(folder for folder in (work, *work.absolute().parents) if folder.exists())
+    kept = sum(file.stat().st_size for file in work.rglob("states*") if file.is_file())
     return DeviceRoom(
-        name=info.name, memory_bytes=info.memory_bytes, disk_bytes=shutil.disk_usage(there).free
+        name=info.name, memory_bytes=info.memory_bytes, disk_bytes=shutil.disk_usage(there).free + kept
     )
 
 

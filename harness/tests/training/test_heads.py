@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -165,9 +166,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert heads_device(Medusa1Settings(device="cpu")).type == "cpu"
 
 
-def test_the_machine_is_what_the_plan_is_held_against(tmp_path: Path) -> None:
+def test_the_machine_is_what_the_plan_is_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = room_here(torch.device("cpu"), work=tmp_path / "not" / "there")
     assert room.memory_bytes > 2**28 and (room.disk_bytes or 0) > 0 and room.name
+    free = SimpleNamespace(free=1000)
+    monkeypatch.setattr("harness.training.room.shutil.disk_usage", lambda folder: free)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "states-0-00000.safetensors").write_bytes(b"x" * 70)
+    (tmp_path / "corpus" / "corpus-0-00000.jsonl").write_bytes(b"x" * 9)
+    assert room_here(torch.device("cpu"), work=tmp_path).disk_bytes == 1070
     size = size_of_one_step(Medusa1Settings(batch_positions=100))
     assert size.num_rows == 100 and not size.is_there
 
