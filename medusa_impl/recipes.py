@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 HeadsLmHead = Literal["original", "adapted"]
 
 HeadArchitecture = Literal["own", "shared"]
+FeaturesWay = Literal["device", "file", "none"]
 
 # More than any heads that were published (5 of 1 layer), and few enough to be built without a second thought.
 MAX_HEADS, MAX_LAYERS = 64, 64
@@ -47,8 +48,14 @@ class Medusa1Settings(Frozen):
     num_epochs, num_steps: the length of the training; exactly one of the two is set.
     subset_size: most steps compute the loss over this many frequent tokens, which is cheaper. The last
     `full_vocabulary_rate` of the steps use the whole vocabulary. None uses it in all steps.
-    matmul_dtype: the type of the two products with the shared unembedding. Weights, softmax and optimiser
-    stay in float32.
+    matmul_dtype: the type of the products with the unembeddings. Weights, softmax and optimiser stay in
+    float32.
+    features: where the backbone's states come from: kept on the `device`, mapped from a `file`, or `none`
+    kept, so that the frozen backbone runs with the heads. `auto` takes the first of the three that fits. The
+    first two give the same heads. The third has batches of whole answers, about as large, not of single
+    positions: the same loss of every position, in another order.
+    device: where the heads learn; `auto` is the GPU where there is one.
+    max_length: the tokens at which a conversation is cut.
 
     Paper: Section 2.2.1; Appendix B has AdamW, a cosine schedule and a warm-up.
     Departs: a step has a number of positions, not of conversations. The default rate is for `shared` heads on
@@ -70,6 +77,9 @@ class Medusa1Settings(Frozen):
     subset_size: int | None = Field(default=8192, ge=1, le=_MAX_ROWS)
     full_vocabulary_rate: float = Field(default=0.1, ge=0, le=1)
     matmul_dtype: Literal["float32", "bfloat16"] = "float32"
+    features: Literal["auto"] | FeaturesWay = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_length: int = Field(default=2048, ge=2, le=_MAX_ROWS)
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -80,12 +90,18 @@ class Medusa1Settings(Frozen):
 
     def steps_for(self, num_rows: int) -> int:
         """Return the number of steps over `num_rows` training rows."""
+        return self.steps_of(steps_per_epoch(num_rows, batch_positions=self.batch_positions))
+
+    def steps_of(self, batches_per_epoch: int) -> int:
+        """Return the number of steps where an epoch has so many batches."""
         if self.num_steps is not None:
             return self.num_steps
         assert self.num_epochs is not None
-        return max(
-            1, round(self.num_epochs * steps_per_epoch(num_rows, batch_positions=self.batch_positions))
-        )
+        return max(1, round(self.num_epochs * batches_per_epoch))
+
+    def subset_steps(self, num_steps: int) -> int:
+        """Return how many of the steps compute the loss over a subset of the vocabulary, if there is one."""
+        return num_steps - math.ceil(num_steps * self.full_vocabulary_rate)
 
     def learning_rate_at(self, step: int, *, num_steps: int) -> float:
         """Return the learning rate of step 0 .. num_steps - 1."""

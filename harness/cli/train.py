@@ -18,6 +18,20 @@ if TYPE_CHECKING:  # the module imports torch, which most commands do without
     from harness.training.joint import JointFiles
 
 
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="print what the training will need, counted before anything is loaded, and end"
+    ),
+]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="with --dry-run: a model of shapes.toml in place of the recipe's")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="with --dry-run: a GPU of hardware.toml in place of this machine's")
+]
+
+
 def train(
     recipe: RecipeArgument = "embedded_medusa1",
     out: Annotated[
@@ -33,12 +47,18 @@ def train(
         ),
     ] = False,
     hub: HubOption = False,
+    dry_run: DryRunOption = False,
+    shape: ShapeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Train draft heads, alone or together with the backbone.
 
     Makes or reads the text, trains, prints figures on held-out text, and records a calibration trace.
     A training that was cut off is resumed by the same command.
     """
+    if dry_run or shape is not None or device is not None:
+        _plan(recipe, dry_run=dry_run, shape=shape, device=device, work=work)
+        return
     from harness.specs.recipe import JointRecipe, load_recipe
     from harness.training.heads import train_heads
     from harness.training.joint import check_runnable, train_both
@@ -65,6 +85,21 @@ def train(
         spec, work=place, target=target, console=console, from_scratch=from_scratch, allow_hub=hub
     )
     print(json.dumps({"recipe": spec.name, "heads": heads.heads.name, "calibration": heads.calibration.name}))
+
+
+def _plan(recipe: str, *, dry_run: bool, shape: str | None, device: str | None, work: Path | None) -> None:
+    """Print the plan of a recipe, and as one JSON line."""
+    from harness.specs.recipe import load_recipe
+    from harness.training.dry_run import print_plan
+
+    if not dry_run:
+        raise UserError(
+            found="--shape or --device without --dry-run",
+            need="--dry-run with them: a training runs its own model on this machine",
+            where="the command line",
+        )
+    spec = load_recipe(find_data(recipe, kind="recipe"))
+    print(json.dumps(print_plan(spec, shape=shape, device=device, work=work, console=console)))
 
 
 def _tell(recipe: str, files: JointFiles) -> None:

@@ -303,9 +303,11 @@ def model_sha256(spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path 
     return tensors_sha256(place.path)
 
 
-def model_without_weights(spec: ModelSpec, *, base_folder: Path | None = None) -> PreTrainedModel:
+def model_without_weights(
+    spec: ModelSpec, *, allow_hub: bool = False, base_folder: Path | None = None
+) -> PreTrainedModel:
     """Return the model of a local folder on the meta device. Raises: UserError as `load_model` does."""
-    return empty_model(trusted_folder(spec, base_folder=base_folder), spec)
+    return empty_model(trusted_folder(spec, allow_hub=allow_hub, base_folder=base_folder), spec)
 
 
 def engine_from_heads(
@@ -375,7 +377,12 @@ def load_tuned_engine(
 
 def new_heads(loaded: LoadedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:
     """Return untrained heads of a recipe's form for a model: each predicts what the model itself does."""
-    lm_head: Any = loaded.model.get_output_embeddings()
+    return heads_like(loaded.model, recipe)
+
+
+def heads_like(model: PreTrainedModel, recipe: Medusa1Settings | Medusa2Settings) -> MedusaHeads:
+    """Return the same for a bare model, which may stand on the meta device."""
+    lm_head: Any = model.get_output_embeddings()
     return MedusaHeads(
         num_heads=recipe.num_heads,
         num_layers=recipe.num_layers,

@@ -13,7 +13,8 @@ from harness.device.trace import Text, record_trace
 from harness.measure.session import suite_engine
 from harness.records.trace import Trace
 from harness.specs.suite import SuiteSpec
-from medusa_impl.stream import StreamRequest, decode_stream
+from medusa_impl.stream import decode_stream
+from medusa_impl.stream_rows import StreamRequest
 
 _NUM_ROWS = 16
 

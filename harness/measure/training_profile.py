@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,22 +23,25 @@ from harness.device.limits import measure_device_limits
 from harness.device.locks import device_turns
 from harness.device.progress import progress_bar
 from harness.errors import UserError
-from harness.measure.watch import HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
+from harness.measure.watch import BACKBONE, HEADS_PARTS, JOINT_PARTS, StepWatch, heads_marks, joint_marks
 from harness.paths import resolve_path
 from harness.records.probes import DeviceLimits
 from harness.records.profiles.training import MatrixThroughput, TrainingProfile
 from harness.records.provenance import Environment
 from harness.specs.recipe import AnyRecipe, HeadsRecipe, JointRecipe
+from harness.training.heads import unembedding
 from harness.training.joint import check_runnable, first_heads
+from harness.training.room import heads_device
 from harness.training.text import read_text, token_subset
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import CorpusSample, unpack_corpus
-from medusa_impl.training.features import FeatureSet, add_states, load_features
+from medusa_impl.training.features import AnswerTable, add_states, load_answers, load_features
 from medusa_impl.training.medusa1 import train_medusa1
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sequences import LikeLengthSampler, TrainingSequence
 from medusa_impl.training.trainer import MedusaTrainer, training_arguments
+from medusa_impl.training_log import TrainingStep
 
 _STATE_BATCHES = 2  # batches' worth of cached states that heads alone are profiled on
 _NEVER = 1_000_000_000  # steps between two saves: none falls among the timed ones
@@ -66,12 +68,12 @@ def profile_training(
     """Return the profile of a recipe's training steps, by stage.
 
     It takes `num_steps` plain and as many marked steps of every stage, and counts the products of one more.
-    Heads alone train on the CPU, whatever else there is. Matrix throughput is measured just before and after,
-    the device held throughout.
+    Heads alone learn from states on the device, unless the recipe says otherwise. Matrix throughput is
+    measured just before and after, the device held throughout.
     Raises: UserError for a recipe that cannot run here or whose text is not there.
     """
     _check_profiled(spec)
-    device = best_device() if isinstance(spec, JointRecipe) else torch.device("cpu")
+    device = best_device() if isinstance(spec, JointRecipe) else heads_device(spec.recipe)
     clock = device_clock(device)
     console.print(f"{spec.name}: loading {spec.model.asset or spec.model.path or 'a tiny random model'}")
     quantisation = spec.recipe.quantisation if isinstance(spec, JointRecipe) else None
@@ -140,7 +142,6 @@ def _heads_bench(
     recipe = spec.recipe
     samples = _samples(spec, loaded)
     features = _features(samples, loaded, recipe, folder=folder)
-    lm_head: Any = loaded.model.get_output_embeddings()
     heads = new_heads(loaded, recipe)
     rates = heads_stages(recipe, vocab_size=heads.vocab_size)
     watch = StepWatch(tuple(rates), num_steps=num_steps, clock=clock, marks=partial(heads_marks, heads=heads))
@@ -157,18 +158,30 @@ def _heads_bench(
         train_medusa1,
         features,
         heads,
-        lm_head.weight.detach().float().cpu(),
+        unembedding(loaded, recipe),
         recipe=recipe.model_copy(update=changed),
         checkpoint_dir=folder / "training",
+        decoder=loaded.model.get_decoder(),
         resume=False,
-        on_step=lambda _: watch(recipe.batch_positions),
+        on_step=_Positions(watch),
         log_every_steps=1,
         save_every_steps=_NEVER,
     )
-    dtypes = tuple(sorted({"float32", recipe.matmul_dtype}))
-    return _Bench(
-        watch=watch, run=run, rates=rates, parts=HEADS_PARTS, dtypes=dtypes, environment=environment
-    )
+    reads = recipe.features == "none"
+    dtypes = tuple(sorted({"float32", recipe.matmul_dtype, *((spec.model.dtype,) if reads else ())}))
+    parts = (BACKBONE, *HEADS_PARTS) if reads else HEADS_PARTS
+    return _Bench(watch=watch, run=run, rates=rates, parts=parts, dtypes=dtypes, environment=environment)
+
+
+class _Positions:
+    """Tells a watch how many positions each logged step learnt from."""
+
+    def __init__(self, watch: StepWatch) -> None:
+        self._watch, self._seen = watch, 0
+
+    def __call__(self, step: TrainingStep) -> None:
+        taken, self._seen = step.num_positions_seen - self._seen, step.num_positions_seen
+        self._watch(taken)
 
 
 def heads_stages(recipe: Medusa1Settings, *, vocab_size: int) -> dict[str, float]:
@@ -207,7 +220,9 @@ def _samples(spec: HeadsRecipe, loaded: LoadedModel) -> list[CorpusSample]:
 
 def _features(
     samples: Sequence[CorpusSample], loaded: LoadedModel, recipe: Medusa1Settings, *, folder: Path
-) -> FeatureSet:
+) -> AnswerTable:
+    if recipe.features == "none":
+        return load_answers(samples, num_heads=recipe.num_heads, held_out_rate=0.0)
     backbone = StepRunner(loaded.model, None, mode="eager").backbone
     store = add_states(backbone, samples, cache_folder=folder, backbone_sha256=loaded.sha256)
     return load_features(store, num_heads=recipe.num_heads, held_out_rate=0.0)

@@ -24,8 +24,10 @@ from harness.device.clock import Clock
 from harness.records.profiles.training import PartProfile, StageProfile
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.training.medusa2 import MedusaTrainingModel
+from medusa_impl.training.states import BackboneStates
 
 OTHER = "other"
+BACKBONE = "backbone"  # of heads alone, where no states are kept
 HEADS_PARTS = ("states", "logits_loss", "backward", "optimiser", OTHER)
 JOINT_PARTS = ("teacher", "student", "backbone_loss", "heads_loss", "backward", "optimiser", OTHER)
 
@@ -207,6 +209,7 @@ def heads_marks(parts: PartClock, *, heads: MedusaHeads) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_timed(medusa_impl.training.medusa1, "medusa1_loss", parts, part="logits_loss"))
         stack.enter_context(_timed(heads, "states", parts, part="states"))
+        stack.enter_context(_timed(BackboneStates, "read", parts, part=BACKBONE))
         stack.enter_context(_timed(torch.nn.utils, "clip_grad_norm_", parts, part="optimiser"))
         stack.enter_context(_end_marks(parts))
         yield

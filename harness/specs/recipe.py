@@ -43,7 +43,8 @@ class _Recipe(DataFile):
 class CorpusSpec(Spec):
     """What text to make: prompts are drawn until `num_tokens` or `num_samples` are answered.
 
-    A share of the answers is sampled, the rest is greedy.
+    A share of the answers is sampled, the rest is greedy. `num_rows` of them are made together; on a GPU
+    more, where half of its free memory holds them. No text depends on that.
     `prompts_file` holds prompts of the user's own instead of the project's. `second_turn_share` of the
     conversations whose first answer came to its end go on: through all further turns of the file's, one after
     another, or to one other of the project's prompts of that category. A conversation ends before its last
@@ -90,14 +91,26 @@ class CorpusSpec(Spec):
 
 
 class HeadsRecipe(_Recipe):
-    """A recipe for heads alone: model, corpus, heads and calibration.
+    """A recipe for heads alone: model, text, heads and calibration.
 
-    `packed_corpus` names a shipped corpus, which spares making it.
+    The text is a corpus to be made, or `conversations`: a file in ShareGPT's layout, whose states are not
+    kept. `packed_corpus` names a shipped corpus, which spares making it.
     """
 
     trains: Literal["heads"] = "heads"
-    corpus: CorpusSpec
+    corpus: CorpusSpec | None = None
+    conversations: DataPath | None = None
     recipe: Medusa1Settings
+
+    @model_validator(mode="after")
+    def _one_text(self) -> HeadsRecipe:
+        if (self.corpus is None) == (self.conversations is None):
+            raise ValueError("give either corpus or conversations")
+        if self.conversations is not None and self.packed_corpus is not None:
+            raise ValueError("conversations are text of their own: leave out packed_corpus")
+        if self.conversations is not None and self.recipe.features in ("device", "file"):
+            raise ValueError('no states of conversations are kept: set features = "none", or leave it out')
+        return self
 
 
 class JointRecipe(_Recipe):

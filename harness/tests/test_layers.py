@@ -40,6 +40,7 @@ TOP = (
     "heads",
     "recipes",
     "stream",
+    "stream_rows",
     "text_files",
     "training_log",
     "tree",

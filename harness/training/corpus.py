@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from harness.assets.catalogue import TrainingPrompt, training_prompts
@@ -32,10 +34,16 @@ from harness.training.conversations import (
     next_turn_key,
 )
 from medusa_impl.engine.backbone import Backbone
+from medusa_impl.stream import CACHE_SPARE_TOKENS
 from medusa_impl.training.distill import CorpusPrompt, CorpusSample, CorpusStore, generate_corpus
 
 RUN_FILE = "run.json"  # in a work folder: what a joint training began with
 _DATE_FILE, _BEHAVIOUR_FILE = "chat_date.txt", "behaviour.json"
+_RATE_EVERY_S = 1.0  # between two notes of the rate: a GPU ends hundreds of answers a second
+_GPU_ROWS, _GPU_SHARE = (
+    512,
+    0.5,
+)  # answers that decode together at the most, and the free memory that they fill
 _LOG = logging.getLogger(__name__)
 
 
@@ -263,24 +271,27 @@ def make_corpus(
     held = amount(spec, samples)
     num_made = 0
     started = time.monotonic()
+    noted = -math.inf
     with progress_bar(console) as progress:
         task = progress.add_task("corpus", total=spec.goal, completed=held)
 
         def advance(sample: CorpusSample) -> None:
-            nonlocal held, num_made
+            nonlocal held, num_made, noted
             held += amount(spec, [sample])
             num_made += len(sample.token_ids)
-            rate = num_made / max(time.monotonic() - started, 1e-9)
+            now = time.monotonic()
+            rate = num_made / max(now - started, 1e-9)
             progress.update(task, completed=held, description=f"corpus, {rate:.0f} tokens/s")
-            if rate_file is not None:
+            if rate_file is not None and now - noted > _RATE_EVERY_S:
                 write_text(rate_file, f"{rate:.3f}\n")
+                noted = now
 
         if held < spec.goal:
             generate_corpus(
                 backbone,
                 prompts,
                 store=store,
-                num_rows=spec.num_rows,
+                num_rows=rows_together(backbone, prompts, spec=spec, keep_states=keep_states),
                 max_new_tokens=spec.max_new_tokens,
                 eos_ids=eos_ids,
                 on_sample=advance,
@@ -288,6 +299,40 @@ def make_corpus(
                 keep_states=keep_states,
             )
     return held
+
+
+def rows_together(
+    backbone: Backbone, prompts: Sequence[CorpusPrompt], *, spec: CorpusSpec, keep_states: bool
+) -> int:
+    """Return how many answers decode together: `num_rows`, and on a GPU more, as far as its memory goes."""
+    if backbone.device.type != "cuda":
+        return spec.num_rows
+    longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0)
+    row = row_bytes(backbone, longest + spec.max_new_tokens, budget=spec.max_new_tokens if keep_states else 0)
+    free_bytes, _ = torch.cuda.mem_get_info(backbone.device)
+    return rows_that_fit(spec.num_rows, row=row, free_bytes=free_bytes)
+
+
+def rows_that_fit(num_rows: int, *, row: int, free_bytes: int) -> int:
+    """Return the recipe's rows, or as many of so many bytes as half of the free memory holds, if more.
+
+    Half, since a longer cache and the one that it replaces are there together for a while.
+    """
+    return max(num_rows, min(_GPU_ROWS, int(_GPU_SHARE * free_bytes) // row))
+
+
+def row_bytes(backbone: Backbone, slots: int, *, budget: int) -> int:
+    """Return the bytes of one answer in the making: keys and values, kept states, and its logits.
+
+    The cache has some slots more than asked for. Logits are there in float32, as a law, and summed up.
+    """
+    config: Any = backbone.model.config
+    num_heads = int(config.num_attention_heads)
+    head_size = int(getattr(config, "head_dim", None) or backbone.hidden_size // num_heads)
+    keys = int(getattr(config, "num_key_value_heads", None) or num_heads) * head_size
+    item = torch.empty(0, dtype=backbone.dtype).element_size()
+    cache = 2 * backbone.num_layers * keys * (slots + CACHE_SPARE_TOKENS) * item
+    return cache + 2 * budget * backbone.hidden_size + (4 + 4 + 8) * backbone.vocab_size
 
 
 def check_overlap(spec: AnyRecipe, *, allow_hub: bool) -> None:

@@ -26,7 +26,10 @@ from harness.specs.recipe import JointRecipe
 from harness.training.calibration import calibrate_folder
 from harness.training.corpus import check_overlap, check_same_behaviour, keep_date
 from harness.training.held_out import evaluate_joint, print_joint_figures
-from harness.training.resume import check_same_run, last_checkpoint
+from harness.training.joint_plan import joint_bytes
+from harness.training.plan import check_memory, planned_model
+from harness.training.resume import check_same_run
+from harness.training.room import model_name, room_here
 from harness.training.text import JointText, read_text, token_subset
 from harness.training.workers import fill_corpus
 from medusa_impl.checkpoints.adapter import save_adapter
@@ -38,6 +41,7 @@ from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sharding import check_launcher, under_fsdp
 from medusa_impl.training.trainer import MedusaTrainer, process_state, training_arguments
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 from medusa_impl.training_log import STEP_LOG, JointFigures, JointStep, read_step_log
 
 MAX_HELD_OUT = 64  # held-out sequences that the figures at the end are taken on
@@ -74,6 +78,7 @@ def train_both(
     cannot train.
     """
     check_runnable(spec.recipe)
+    _check_memory(spec, work=work, allow_hub=allow_hub)
     check_overlap(spec, allow_hub=allow_hub)
     if spec.conversations is None and (from_scratch or spec.packed_corpus is None):
         if process_state().num_processes > 1:
@@ -104,6 +109,22 @@ def train_both(
     del loaded
     calibration = calibrate_folder(spec, target, work=work, console=console, allow_hub=allow_hub)
     return JointFiles(**{**files.__dict__, "calibration": calibration})
+
+
+def _check_memory(spec: JointRecipe, *, work: Path, allow_hub: bool) -> None:
+    """Refuse, before anything is loaded, what one device cannot hold; launchers may share it among several.
+
+    Raises: UserError in one line.
+    """
+    if under_fsdp() or process_state().num_processes > 1:
+        return
+    model = planned_model(spec.model, allow_hub=allow_hub)
+    check_memory(
+        joint_bytes(model, spec.recipe, dtype=getattr(torch, spec.model.dtype)),
+        room_here(best_device(), work=work),
+        model=model_name(spec.model),
+        do="take a device with more memory, or share it among several by FSDP (suites/README.md)",
+    )
 
 
 def _too_large(recipe: Medusa2Settings) -> str | None:

@@ -1,39 +1,16 @@
-"""Where a joint training that was cut off goes on, and whether it is the one that was cut off."""
+"""Whether a joint training that goes on is the one that was cut off."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import read_text, write_bytes
+from harness.files import write_bytes
 from harness.training.corpus import RUN_FILE, read_noted
 from harness.training.text import JointText
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.sequences import WINDOW_BATCHES
-
-
-@dataclass(frozen=True)
-class LastCheckpoint:
-    """The newest whole checkpoint of a run."""
-
-    folder: Path
-    step: int
-    is_finished: bool
-
-
-def last_checkpoint(folder: Path) -> LastCheckpoint | None:
-    """Return the newest checkpoint that was written to its end; one that a kill cut short is passed over."""
-    found = []
-    for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
-        try:
-            state = json.loads(read_text(state_file))
-            step, num_steps = int(state["global_step"]), int(state["max_steps"])
-        except (UserError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def check_same_run(

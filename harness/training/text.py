@@ -12,7 +12,7 @@ from rich.console import Console
 from harness.device.engine import LoadedModel
 from harness.device.progress import progress_bar
 from harness.errors import UserError
-from harness.files import canonical_sha256
+from harness.files import DataPath, canonical_sha256
 from harness.paths import resolve_path
 from harness.specs.recipe import HeadsRecipe, JointRecipe
 from harness.training.conversations import (
@@ -33,15 +33,22 @@ from medusa_impl.training.sequences import TrainingSequence
 HELD_OUT_RATE = 0.03  # of the prompts, as in Medusa-1's features: those that heads of that run never saw
 
 
+def packed_samples(spec: HeadsRecipe, loaded: LoadedModel) -> list[CorpusSample]:
+    """Return the answers of the shipped corpus, without states.
+
+    Raises: UserError for a file that cannot be read, or another model's answers.
+    """
+    assert spec.packed_corpus is not None
+    file = resolve_path(spec.packed_corpus, base_folder=None)
+    return list(unpack_corpus(file, backbone_sha256=loaded.sha256))
+
+
 def unpacked_corpus(spec: HeadsRecipe, loaded: LoadedModel, *, work: Path, console: Console) -> CorpusStore:
     """Return the shipped corpus with the states of this backbone, one forward pass an answer.
 
     Goes on where it stopped.
     """
-    assert spec.packed_corpus is not None
-    samples = list(
-        unpack_corpus(resolve_path(spec.packed_corpus, base_folder=None), backbone_sha256=loaded.sha256)
-    )
+    samples = packed_samples(spec, loaded)
     runner = StepRunner(loaded.model, None)
     with progress_bar(console) as progress:
         task = progress.add_task("states", total=len(samples))
@@ -87,23 +94,37 @@ def read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratc
     return text
 
 
+def conversation_texts(
+    file: DataPath, loaded: LoadedModel, *, max_length: int, where: str
+) -> list[tuple[str, TrainingSequence]]:
+    """Return the conversations of a file as sequences, each with its key.
+
+    Raises: UserError for a model without a tokenizer or a template, or a file that cannot be read.
+    """
+    if loaded.tokenizer is None:
+        raise UserError(
+            found="conversations for a tiny random model, which reads no text",
+            need="a model with a tokenizer",
+            where=where,
+            do="name a model by asset or path in [model]",
+        )
+    check_has_template(loaded.tokenizer, where=where)
+    conversations = load_conversations(resolve_path(file, base_folder=None))
+    made = [
+        (
+            conversation.key,
+            conversation_sequence(loaded.tokenizer, conversation.turns, max_length=max_length),
+        )
+        for conversation in conversations
+    ]
+    return [(key, sequence) for key, sequence in made if sequence is not None]
+
+
 def _read_text(spec: JointRecipe, loaded: LoadedModel, *, work: Path, from_scratch: bool) -> JointText:
     length = spec.recipe.max_length
     if spec.conversations is not None:
-        if loaded.tokenizer is None:
-            raise UserError(
-                found="conversations for a tiny random model, which reads no text",
-                need="a model with a tokenizer",
-                where=f"{spec.name}.toml",
-                do="name a model by asset or path in [model]",
-            )
-        check_has_template(loaded.tokenizer, where=f"{spec.name}.toml")
-        conversations = load_conversations(resolve_path(spec.conversations, base_folder=None))
-        made = [
-            conversation_sequence(loaded.tokenizer, conversation.turns, max_length=length)
-            for conversation in conversations
-        ]
-        return split_text([sequence for sequence in made if sequence is not None])
+        made = conversation_texts(spec.conversations, loaded, max_length=length, where=f"{spec.name}.toml")
+        return split_text([sequence for _, sequence in made])
     if from_scratch or spec.packed_corpus is None or CorpusStore(work / "corpus").shard_files():
         store = corpus_store(work, backbone_sha256=loaded.sha256)
         return corpus_text(list(store.samples(with_states=False)), max_length=length)

@@ -33,6 +33,7 @@ from harness.training.corpus import (
     make_corpus,
     next_questions,
     next_turn_prompts,
+    rows_together,
 )
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.runner import StepRunner
@@ -207,8 +208,8 @@ def corpus_worker(
     )
     store = corpus_store(Path(work), backbone_sha256=loaded.sha256, writer=str(index))
     check_same_behaviour(Path(work), loaded.behaviour)
-    # what heads alone learn from; with the backbone they learn from text
-    keep_states = isinstance(spec, HeadsRecipe)
+    # what heads alone learn from, unless the backbone runs with them; with it they learn from text
+    keep_states = isinstance(spec, HeadsRecipe) and spec.recipe.features != "none"
     console = SafeConsole(stderr=True, quiet=index > 0)
     rate_file = store.folder / f"rate-{index}.txt"
     make_corpus(
@@ -259,7 +260,7 @@ def answer_further_turns(
             backbone,
             going_on,
             store=store,
-            num_rows=spec.num_rows,
+            num_rows=rows_together(backbone, going_on, spec=spec, keep_states=keep_states),
             max_new_tokens=spec.max_new_tokens,
             eos_ids=loaded.eos_ids,
             keep_states=keep_states,

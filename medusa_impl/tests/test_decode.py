@@ -15,7 +15,8 @@ from medusa_impl.decode import DecodingStep, decode_medusa, decode_vanilla
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
-from medusa_impl.stream import StreamRequest, decode_stream
+from medusa_impl.stream import decode_stream
+from medusa_impl.stream_rows import StreamRequest
 from medusa_impl.tests.conftest import TINY_VOCAB, tiny_llama
 from medusa_impl.tree import DraftTree
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from medusa_impl.checkpoints.tensors import read_safetensors, write_by_rename
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
-from medusa_impl.stream import StreamRequest, decode_stream
+from medusa_impl.stream import decode_stream
+from medusa_impl.stream_rows import StreamRequest
 from medusa_impl.text_files import read_lines
 
 SCHEMA_VERSION = 1

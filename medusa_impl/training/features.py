@@ -15,7 +15,7 @@ Paper: Section 2.2.1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,22 +26,21 @@ from medusa_impl.engine.backbone import Backbone
 from medusa_impl.errors import UserError
 from medusa_impl.training.distill import CorpusSample, CorpusStore
 from medusa_impl.training.losses import NO_TARGET
+from medusa_impl.training.sequences import TrainingSequence
 
 
 @dataclass(frozen=True)
-class FeatureSet:
-    """States and targets of all positions that have a target for head 1, of all answers in one table.
+class AnswerTable:
+    """The targets of all positions that have one for head 1, of all answers in one table.
 
     targets: token ids, `NO_TARGET` after the end of the answer.
-    sample_index: the answer that a row belongs to.
+    sample_index: the answer that a row belongs to; the rows of an answer are in order and together.
     held_out: whether an answer is kept out of training.
     num_tokens: the tokens of all answers, the last ones included.
 
-    Shapes: states `[S, H]` float16; targets `[S, K]` int32; sample_index `[S]` int32; held_out `[answers]`
-    boolean.
+    Shapes: targets `[S, K]` int32; sample_index `[S]` int32; held_out `[answers]` boolean.
     """
 
-    states: Tensor
     targets: Tensor
     sample_index: Tensor
     held_out: Tensor
@@ -61,6 +60,14 @@ class FeatureSet:
         """Return the rows that training never sees."""
         return self.held_out[self.sample_index.long()].nonzero().squeeze(1)
 
+    def answers_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whose rows these are, in their order, and how many of them follow each other.
+
+        Shapes: both `[A]` int64.
+        """
+        answers, counts = torch.unique_consecutive(self.sample_index[rows].long(), return_counts=True)
+        return answers, counts
+
     def token_counts(self, *, vocab_size: int) -> Tensor:
         """Return how often each token is a target of head 1 in the training rows.
 
@@ -69,42 +76,72 @@ class FeatureSet:
         return torch.bincount(self.targets[self.train_rows(), 0].long(), minlength=vocab_size)
 
     def fingerprint(self) -> str:
+        """Return a SHA-256 that changes with the answers, their order or their split."""
+        return _digest(self.keys, (self.targets, self.sample_index, self.held_out))
+
+
+@dataclass(frozen=True)
+class FeatureSet(AnswerTable):
+    """The same table with the frozen backbone's state of every row, in memory or mapped from a file.
+
+    Shapes: states `[S, H]` float16.
+    """
+
+    states: Tensor
+
+    def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the answers, their order, their split or their states.
 
         Of the states only some 4,096 rows are hashed: they are many gigabytes.
         """
-        digest = hashlib.sha256("\n".join(self.keys).encode())
-        for tensor in (
-            self.targets,
-            self.sample_index,
-            self.held_out,
-            self.states[:: max(1, len(self.states) // 4096)],
-        ):
-            digest.update(
-                str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()
+        some_states = self.states[:: max(1, len(self.states) // 4096)]
+        return _digest(self.keys, (self.targets, self.sample_index, self.held_out, some_states))
 
 
-def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 0.03) -> FeatureSet:
+@dataclass(frozen=True)
+class AnswerSet(AnswerTable):
+    """The same table with the texts, for states that are computed while the heads train.
+
+    A text may have several answers, the turns of a conversation. All rows of a text belong together:
+    `sample_index` counts texts, and `keys` are theirs.
+    """
+
+    texts: tuple[TrainingSequence, ...]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that changes with any token of the texts, their order or their split."""
+        tokens = [torch.tensor(text.token_ids, dtype=torch.int32) for text in self.texts]
+        return _digest(self.keys, (self.targets, self.sample_index, self.held_out, *tokens))
+
+
+def _digest(keys: Iterable[str], tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256("\n".join(keys).encode())
+    for tensor in tensors:
+        digest.update(
+            str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def load_features(
+    store: CorpusStore, *, num_heads: int, held_out_rate: float = 0.03, states_file: Path | None = None
+) -> FeatureSet:
     """Return the features of every answer in the store.
 
     Answers of one token are left out, since no token follows. Whether an answer is held out depends on its
     prompt's tokens only. So all answers to one prompt are on one side of the split, and answers that are
-    added later move none of the others.
+    added later move none of the others. With `states_file` the states are written to that file and mapped
+    from it, and need no more memory than the rows that are read.
 
     Raises: UserError for an empty store, an answer without states, or a state that is not finite.
     """
-    samples = [sample for sample in store.samples(with_states=False) if len(sample.token_ids) > 1]
-    if not samples:
-        raise UserError(
-            found="no answer of two tokens or more",
-            need="a corpus",
-            where=store.folder.name,
-            do="generate it first",
-        )
-    num_rows = sum(len(sample.token_ids) - 1 for sample in samples)
-    targets = torch.full((num_rows, num_heads), NO_TARGET, dtype=torch.int32)
+    samples = _long_enough(store.samples(with_states=False), where=store.folder.name)
+    table = _table(
+        [_sequence(sample) for sample in samples],
+        [sample.key for sample in samples],
+        num_heads,
+        held_out_rate,
+    )
     states: Tensor | None = None
     start = 0
     # The first pass counted rows, this one fills them. Another process may add answers in between, not only
@@ -115,22 +152,93 @@ def load_features(store: CorpusStore, *, num_heads: int, held_out_rate: float = 
             continue
         part = _finite_states(sample)
         if states is None:
-            states = torch.empty(num_rows, part.shape[1], dtype=torch.float16)
+            states = _room(len(table.targets), part.shape[1], file=states_file)
         length = len(sample.token_ids) - 1
         states[start : start + length] = part[:-1]
-        _fill_targets(targets[start : start + length], sample.token_ids)
         start += length
     assert states is not None
-    lengths = torch.tensor([len(sample.token_ids) - 1 for sample in samples])
-    held_out = torch.tensor([is_held_out(sample.prompt_ids, rate=held_out_rate) for sample in samples])
-    return FeatureSet(
-        states=states,
-        targets=targets,
-        sample_index=torch.arange(len(samples), dtype=torch.int32).repeat_interleave(lengths),
-        held_out=held_out,
-        keys=tuple(sample.key for sample in samples),
-        num_tokens=int(lengths.sum()) + len(samples),
+    return FeatureSet(**vars(table), states=states)
+
+
+def load_answers(
+    samples: Iterable[CorpusSample], *, num_heads: int, held_out_rate: float = 0.03
+) -> AnswerSet:
+    """Return the table of these answers as `load_features` makes it, with their tokens in place of states.
+
+    Raises: UserError where there are none.
+    """
+    kept = _long_enough(samples, where="the corpus")
+    texts = tuple(_sequence(sample) for sample in kept)
+    keys = tuple(sample.key for sample in kept)
+    return load_texts(texts, keys=keys, num_heads=num_heads, held_out_rate=held_out_rate)
+
+
+def load_texts(
+    texts: Sequence[TrainingSequence], *, keys: Sequence[str], num_heads: int, held_out_rate: float = 0.03
+) -> AnswerSet:
+    """Return the table of these texts; whether one is held out depends on the tokens of its first prompt.
+
+    Raises: UserError where no answer has two tokens.
+    """
+    kept = [
+        (text, key) for text, key in zip(texts, keys, strict=True) if any(b - a > 1 for a, b in text.answers)
+    ]
+    if not kept:
+        raise _nothing_to_learn("the texts")
+    table = _table([text for text, _ in kept], [key for _, key in kept], num_heads, held_out_rate)
+    return AnswerSet(**vars(table), texts=tuple(text for text, _ in kept))
+
+
+def _sequence(sample: CorpusSample) -> TrainingSequence:
+    start = len(sample.prompt_ids)
+    tokens = sample.prompt_ids + sample.token_ids
+    return TrainingSequence(token_ids=tokens, answers=((start, len(tokens)),))
+
+
+def _long_enough(samples: Iterable[CorpusSample], *, where: str) -> list[CorpusSample]:
+    kept = [sample for sample in samples if len(sample.token_ids) > 1]
+    if not kept:
+        raise _nothing_to_learn(where)
+    return kept
+
+
+def _nothing_to_learn(where: str) -> UserError:
+    return UserError(
+        found="no answer of two tokens or more", need="a corpus", where=where, do="generate it first"
     )
+
+
+def _table(
+    texts: Sequence[TrainingSequence], keys: Sequence[str], num_heads: int, held_out_rate: float
+) -> AnswerTable:
+    spans = [
+        (index, *span) for index, text in enumerate(texts) for span in text.answers if span[1] - span[0] > 1
+    ]
+    lengths = torch.tensor([end - start - 1 for _, start, end in spans])
+    targets = torch.full((int(lengths.sum()), num_heads), NO_TARGET, dtype=torch.int32)
+    rows = torch.split(targets, lengths.tolist())
+    for part, (index, start, end) in zip(rows, spans, strict=True):
+        _fill_targets(part, texts[index].token_ids[start:end])
+    first_prompts = [text.token_ids[: text.answers[0][0]] for text in texts]
+    return AnswerTable(
+        targets=targets,
+        sample_index=torch.tensor([index for index, _, _ in spans], dtype=torch.int32).repeat_interleave(
+            lengths
+        ),
+        held_out=torch.tensor([is_held_out(prompt, rate=held_out_rate) for prompt in first_prompts]),
+        keys=tuple(keys),
+        num_tokens=int(lengths.sum()) + len(spans),
+    )
+
+
+def _room(num_rows: int, hidden_size: int, *, file: Path | None) -> Tensor:
+    """Return a table for all states, in memory, or mapped from a file that is made as large as the table."""
+    if file is None:
+        return torch.empty(num_rows, hidden_size, dtype=torch.float16)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)  # another process may still read the old one
+    mapped = torch.from_file(str(file), shared=True, size=num_rows * hidden_size, dtype=torch.float16)
+    return mapped.view(num_rows, hidden_size)
 
 
 def is_held_out(prompt_ids: Iterable[int], *, rate: float) -> bool:

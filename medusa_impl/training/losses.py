@@ -27,6 +27,7 @@ NO_TARGET = -1  # of a head that would look past the end of the answer
 OUTSIDE_SUBSET = -2  # of a target that the restricted vocabulary does not have
 NUM_RANKS = 10  # accuracies are counted among a head's 1, 2, .., 10 best tokens
 DEFAULT_LOGITS_BYTES = 32 * 2**20  # one float32 slice; two or three of this size are alive at once
+GPU_LOGITS_BYTES = 512 * 2**20  # the same on a GPU, whose products need more rows to be busy
 _CACHE_BYTES = 2 * 2**20  # float32 logits worked on at once on a CPU: what its cache holds
 
 
@@ -102,6 +103,11 @@ def head_weights(*, num_heads: int, lambda_base: float) -> tuple[float, ...]:
     return tuple(lambda_base**k for k in range(1, num_heads + 1))
 
 
+def logits_bytes(device: torch.device) -> int:
+    """Return how large one slice of float32 logits is on a device."""
+    return DEFAULT_LOGITS_BYTES if device.type == "cpu" else GPU_LOGITS_BYTES
+
+
 def medusa1_loss(
     states: Tensor,
     targets: Tensor,
@@ -112,13 +118,15 @@ def medusa1_loss(
     subset: TokenSubset | None = None,
     num_positions: int | None = None,
     max_logits_bytes: int = DEFAULT_LOGITS_BYTES,
+    own_dtype: torch.dtype = torch.float32,
 ) -> Medusa1Loss:
     """Return Eq. 1 of a batch: the weighted sum over all targets, divided by the number of positions.
 
     All heads are divided by the same number: that of the positions with a target for head 1, in the subset or
     not. For one part of a batch it is given as `num_positions`. Rows without any target change nothing, so a
     batch may be padded. The products with a shared unembedding run in the dtype of `lm_head_weight`, the
-    softmax in float32. All tensors are on one device, also those of the subset.
+    softmax in float32; those with own unembeddings run in `own_dtype`. All tensors are on one device, also
+    those of the subset.
 
     Shapes: states `[T, H]`; targets `[T, K]` token ids, or indices of the subset if there is one, and
     `NO_TARGET` where there is none; lm_head_weight `[V', H]`, already restricted to the subset, and not used
@@ -143,7 +151,7 @@ def medusa1_loss(
         )
     else:
         loss, row_losses, row_ranks, row_heads = _own_loss(
-            head_states, targets, heads, scales, subset, max_logits_bytes
+            head_states, targets, heads, scales, subset, max_logits_bytes, own_dtype
         )
     num_heads = heads.num_heads
     return Medusa1Loss(
@@ -266,6 +274,7 @@ def _own_loss(
     scales: Tensor,
     subset: TokenSubset | None,
     max_logits_bytes: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Zero, but connected to the blocks: a batch without any target can still call backward.
     loss = head_states.sum() * 0.0
@@ -279,7 +288,12 @@ def _own_loss(
             # These unembeddings learn, so autograd is needed. The checkpoint drops the logits after the
             # forward pass and computes them again in the backward pass.
             row_loss, row_rank = checkpoint(
-                _chunk_loss, head_states[part, head], weight, targets[part, head].long(), use_reentrant=False
+                _chunk_loss,
+                head_states[part, head],
+                weight,
+                targets[part, head].long(),
+                dtype,
+                use_reentrant=False,
             )
             loss = loss + scales[head] * row_loss.sum()
             losses.append(row_loss.detach())
@@ -291,7 +305,8 @@ def _own_loss(
     return loss, torch.cat(losses), torch.cat(ranks), torch.cat(row_heads)
 
 
-def _chunk_loss(states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = linear(states, weight).float()
+def _chunk_loss(states: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Cast here, so that the gradients of all chunks are summed in the weight's own float32.
+    logits = linear(states.to(dtype), weight.to(dtype)).float()
     ranks = (logits.detach() > logits.detach().gather(1, targets[:, None])).sum(1)
     return cross_entropy(logits, targets, reduction="none"), ranks

@@ -7,6 +7,8 @@ with another number of processes. DeepSpeed alone saves its own parts of the opt
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from medusa_impl.errors import UserError
-from medusa_impl.training.medusa2 import MedusaTrainingModel
 from medusa_impl.training.sharding import (
     cut_like,
     load_optimizer_state,
@@ -28,18 +29,38 @@ from medusa_impl.training.sharding import (
 )
 
 
+@dataclass(frozen=True)
+class LastCheckpoint:
+    """The newest whole checkpoint of a run."""
+
+    folder: Path
+    step: int
+    is_finished: bool
+
+
+def last_checkpoint(folder: Path) -> LastCheckpoint | None:
+    """Return the newest checkpoint that was written to its end; one that a kill cut short is passed over."""
+    found = []
+    for state_file in folder.glob("checkpoint-*/trainer_state.json"):  # the Trainer writes this file last
+        try:
+            state = json.loads(state_file.read_text(encoding="utf-8"))
+            step, num_steps = int(state["global_step"]), int(state["max_steps"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+        found.append(LastCheckpoint(folder=state_file.parent, step=step, is_finished=step >= num_steps))
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
 class WholeCheckpointTrainer(Trainer):
-    """A Trainer of a `MedusaTrainingModel` that saves and loads only what learns.
+    """A Trainer that saves and loads only what learns of its model.
 
     The methods that the Trainer calls have its names and arguments.
     """
 
     @property
-    def _training_model(self) -> MedusaTrainingModel:
+    def _training_model(self) -> Any:
         """Return the model without what accelerate wraps around it."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        assert isinstance(model, MedusaTrainingModel)
-        return model
+        return self.accelerator.unwrap_model(self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Return the Trainer's result of a training from the start or from a checkpoint.

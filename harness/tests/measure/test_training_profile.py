@@ -19,7 +19,7 @@ import medusa_impl.training.medusa1
 from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
 from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
-from harness.measure.watch import HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
+from harness.measure.watch import BACKBONE, HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
 from harness.records.profiles.training import (
     MatrixThroughput,
@@ -37,6 +37,7 @@ from medusa_impl.recipes import Medusa1Settings
 from medusa_impl.training.distill import unpack_corpus
 from medusa_impl.training.losses import TokenSubset
 from medusa_impl.training.sequences import TrainingSequence
+from medusa_impl.training.states import BackboneStates
 
 NUM_HEADS, NUM_LAYERS, SUBSET = 3, 2, 32
 ANSWERS = 9  # that a batch of heads alone is made of
@@ -159,6 +160,21 @@ def test_heads_alone_are_counted_as_by_hand(heads_profile: TrainingProfile, fold
             "logits_loss": {"bfloat16": 2 * linear_flops(rows, width, size)},
             "backward": {"float32": NUM_HEADS * (2 * NUM_LAYERS - 1) * block},
         }
+
+
+def test_a_backbone_that_runs_with_the_heads_is_a_part_of_its_own(folder: Path) -> None:
+    """Where no states are kept; the heads' parts are those that they have without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)
+        profile = profiled(heads_data(folder, features="none"))
+    for stage in profile.stages:
+        assert [part.name for part in stage.parts] == [BACKBONE, *HEADS_PARTS]
+        assert stage.num_positions == POSITIONS  # one batch is all there is
+    subset, full = (stage_of(profile, stage.name) for stage in profile.stages)
+    assert subset[BACKBONE] == full[BACKBONE] and subset[BACKBONE]["float32"] > 0
+    block = linear_flops(POSITIONS, tiny_spec().hidden_size, tiny_spec().hidden_size)
+    assert full["states"] == {"float32": NUM_HEADS * NUM_LAYERS * block}
+    assert BackboneStates.read.__name__ == "read"  # the mark is gone
 
 
 def test_every_part_of_heads_alone_takes_time(heads_profile: TrainingProfile) -> None:

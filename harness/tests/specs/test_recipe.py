@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from harness.errors import ExitCode, UserError
 from harness.measure.ablation.arm import arm_recipe
@@ -35,7 +36,24 @@ def joint(name: str) -> JointRecipe:
 def test_shipped_recipes_are_whole_and_bear_their_files_name(path: Path) -> None:
     spec = load_recipe(path)
     assert spec.name == path.stem
-    assert isinstance(spec, HeadsRecipe) == (path.stem in ("embedded_medusa1", "tiny"))
+    assert isinstance(spec, HeadsRecipe) == (path.stem in ("embedded_medusa1", "paper_7b_medusa1", "tiny"))
+
+
+def test_the_7b_recipe_of_heads_alone_keeps_no_states() -> None:
+    spec = load_recipe(SUITES / "recipes" / "paper_7b_medusa1.toml")
+    assert isinstance(spec, HeadsRecipe) and spec.conversations is not None
+    recipe = spec.recipe
+    assert (recipe.features, recipe.architecture, recipe.num_epochs) == ("none", "own", 2.0)
+    both = joint("paper_7b_two_stage").recipe
+    assert recipe.learning_rate == both.heads_learning_rate and recipe.warmup_steps == both.warmup_steps
+    for changes, message in (
+        ({"conversations": None}, "either corpus or conversations"),
+        ({"corpus": {"num_samples": 2}}, "either corpus or conversations"),
+        ({"packed_corpus": "x"}, "leave out packed_corpus"),
+        ({"recipe": {"features": "file"}}, "no states of conversations"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            HeadsRecipe.model_validate({**spec.model_dump(), **changes})
 
 
 def test_the_7b_recipe_carries_appendix_b() -> None:

@@ -7,15 +7,18 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+import harness.training.corpus
 from harness.device.engine import Engine
 from harness.errors import UserError
 from harness.specs.recipe import CorpusSpec
 from harness.tests.tiny_suite import QUIET
-from harness.training.corpus import corpus_prompts, make_corpus
+from harness.training.corpus import corpus_prompts, make_corpus, row_bytes, rows_that_fit, rows_together
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.kv_cache import TreeCache
+from medusa_impl.stream import CACHE_SPARE_TOKENS
 from medusa_impl.tests.conftest import tiny_llama
 from medusa_impl.training.distill import CorpusPrompt, CorpusStore, generate_corpus
 
@@ -154,3 +157,49 @@ def test_corpus_ends_with_its_prompts(
     engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path
 ) -> None:
     assert fill(engine, prompts[:5], tmp_path) == 5 * 16
+
+
+def test_a_row_is_counted_as_its_cache_states_and_logits_are(prompts: tuple[CorpusPrompt, ...]) -> None:
+    """Against the cache of a real model: a GPU's rows are taken from this."""
+    backbone = Backbone(tiny_llama())
+    slots = 50 + CACHE_SPARE_TOKENS
+    cache = backbone.new_cache(batch_size=1, max_length=slots)
+    backbone.prefill(torch.tensor([1, 2, 3]), cache=cache)
+    without = row_bytes(backbone, 50, budget=0)
+    assert without == cache.num_bytes + 16 * backbone.vocab_size
+    assert row_bytes(backbone, 50, budget=7) == without + 7 * 2 * backbone.hidden_size
+    assert rows_together(backbone, prompts, spec=SPEC, keep_states=True) == SPEC.num_rows  # on a CPU
+
+
+def test_a_gpu_makes_as_many_answers_as_half_of_its_memory_holds() -> None:
+    """At least the recipe's, which its author may have counted out, and at most 512."""
+    assert rows_that_fit(48, row=10**6, free_bytes=500 * 10**6) == 250
+    assert rows_that_fit(48, row=10**6, free_bytes=10**6) == 48
+    assert rows_that_fit(48, row=1, free_bytes=10**12) == 512
+    assert rows_that_fit(600, row=1, free_bytes=10**12) == 600
+
+
+def test_the_rate_is_noted_once_a_second(
+    engine: Engine, prompts: tuple[CorpusPrompt, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU ends hundreds of answers a second, and each note is a file."""
+    now, notes = [0.0], list[str]()
+
+    def monotonic() -> float:
+        now[0] += 0.25
+        return now[0]
+
+    monkeypatch.setattr("harness.training.corpus.time.monotonic", monotonic)
+    monkeypatch.setattr(harness.training.corpus, "write_text", lambda path, text: notes.append(text))
+    store = CorpusStore(tmp_path)
+    make_corpus(
+        engine.runner.backbone,
+        prompts,
+        store=store,
+        spec=SPEC,
+        eos_ids=frozenset(),
+        console=QUIET,
+        rate_file=tmp_path / "rate-0.txt",
+    )
+    answers = len(store.finished_keys())
+    assert answers > 8 and 2 <= len(notes) <= answers // 4 + 1

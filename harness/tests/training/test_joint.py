@@ -31,11 +31,11 @@ from harness.training.joint import (
     train_both,
     train_joint,
 )
-from harness.training.resume import last_checkpoint
 from harness.training.text import read_text
 from medusa_impl.checkpoints.heads import HeadsProvenance, load_heads
 from medusa_impl.tests.training.test_trainer import DATA_PARALLEL, DEEPSPEED, FSDP, SHARDED, needs_deepspeed
 from medusa_impl.training.trainer import MedusaTrainer
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 from medusa_impl.training_log import JointFigures, JointStep, read_step_log
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import pytest
 
 from harness.errors import UserError
 from harness.training.corpus import check_same_behaviour
-from harness.training.resume import check_same_run, last_checkpoint
+from harness.training.resume import check_same_run
 from harness.training.text import JointText
 from medusa_impl.recipes import Medusa2Settings
 from medusa_impl.training.sequences import TrainingSequence
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 
 TEXT = JointText(train=(TrainingSequence(token_ids=(1, 2, 3), answers=((1, 3),)),), held_out=())
 

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from medusa_impl.errors import UserError
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import HeadArchitecture, Medusa1Settings
+from medusa_impl.training.batches import epoch_order
 from medusa_impl.training.evaluation import evaluate_heads
 from medusa_impl.training.features import FeatureSet
 from medusa_impl.training.losses import NO_TARGET
-from medusa_impl.training.medusa1 import epoch_order, train_medusa1
+from medusa_impl.training.medusa1 import train_medusa1
+from medusa_impl.training.whole_checkpoints import last_checkpoint
 from medusa_impl.training_log import TrainingStep
 
 HIDDEN, VOCAB, NUM_HEADS = 24, 40, 2
@@ -134,6 +137,20 @@ def test_lm_head_stays_bit_identical_and_every_head_parameter_moves(tmp_path: Pa
         assert not torch.equal(parameter, start)
 
 
+def test_own_unembeddings_multiply_in_the_recipes_dtype_and_learn_in_float32(tmp_path: Path) -> None:
+    """Regression: bfloat16 was for shared ones alone, and own ones, which a GPU takes longest for, kept
+    float32.
+    """
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = RECIPE.model_copy(update={"architecture": "own", "matmul_dtype": dtype, "num_steps": 4})
+        heads, _ = _train(tmp_path / dtype, recipe=recipe)
+        assert {parameter.dtype for parameter in heads.parameters()} == {torch.float32}
+        losses[dtype] = [line["loss"] for line in _log(tmp_path / dtype)]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
 class _Killed(Exception):
     pass
 
@@ -181,9 +198,21 @@ def test_another_recipe_or_corpus_cannot_go_on_from_a_kept_state(tmp_path: Path)
 
 def test_corrupt_state_is_a_clear_error(tmp_path: Path) -> None:
     _train(tmp_path)
-    path = tmp_path / "training-state.pt"
-    path.write_bytes(path.read_bytes()[:500])
+    path = tmp_path / "heads-run.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:50])
     with pytest.raises(UserError, match="unreadable training state"):
+        _train(tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "checkpoint-24" / "model.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        _train(tmp_path)
+
+
+def test_a_checkpoint_without_its_counts_is_a_clear_error(tmp_path: Path) -> None:
+    _train(tmp_path)
+    (tmp_path / "checkpoint-24" / "counts.json").unlink()
+    with pytest.raises(UserError, match="no readable counts"):
         _train(tmp_path)
 
 
@@ -195,9 +224,11 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: P
     states[poisoned_row, 0] = float("inf")
     with pytest.raises(UserError, match="step 8"):
         _train(tmp_path, features=replace(features, states=states))
-    kept = torch.load(tmp_path / "training-state.pt", weights_only=True)
-    assert kept["step"] == 5
-    assert all(torch.isfinite(tensor).all() for tensor in kept["heads"].values())
+    kept = last_checkpoint(tmp_path)
+    assert kept is not None and kept.step == 5
+    assert all(
+        torch.isfinite(tensor).all() for tensor in load_file(kept.folder / "model.safetensors").values()
+    )
 
 
 def test_same_seed_same_heads_other_seed_other_heads(tmp_path: Path) -> None:
