@@ -156,16 +156,16 @@ class ArmRunner:
         )
 
     @torch.inference_mode()
-    def record(self, prompt_ids: Sequence[int]) -> None:
+    def record(self, prompt_ids: Sequence[int], *, section: Section = no_section) -> None:
         """Take a step at each length that attention may read, so that none is recorded in a timed one.
 
-        Nothing happens where steps are not recorded.
+        With marked parts other graphs are recorded. Nothing happens where steps are not recorded.
         """
         if self._cache is None or not self.engine.runner.records_steps:
             return
         eos_ids = self.engine.loaded.eos_ids
         never = frozenset(-1 - number for number in range(len(eos_ids)))  # as many as there are, never met
-        steps = self._decoding(prompt_ids, seed=0, section=no_section, eos_ids=never, max_new_tokens=2**62)
+        steps = self._decoding(prompt_ids, seed=0, section=section, eos_ids=never, max_new_tokens=2**62)
         next(steps)
         while self._cache.lengths[0] < self._cache.max_length:
             next(steps)

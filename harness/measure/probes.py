@@ -152,6 +152,7 @@ def profile_arm(
     runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: int | None, clock: Clock
 ) -> ProfileRow:
     """Return where an arm's step time goes, summed over whole generations, prefill left out."""
+    runner.record(prompts[0], section=SectionTimer(clock))
     timer = SectionTimer(clock)
     num_steps, step_s = 0, 0.0
     for prompt_ids in prompts:

@@ -86,6 +86,23 @@ def test_separate_steps_and_their_backbone_are_other_steps(engine: Engine, graph
     assert graphs.num_captures == 14 and len(shape.step_s) == len(shape.backbone_s) == 2
 
 
+def test_the_parts_of_a_profile_are_recorded_before_it_begins(
+    engine: Engine, graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt.prompt_ids for prompt in suite_prompts(smoke_suite(), engine.loaded)][:2]
+    runner, before = arm_runner(engine, "chain"), []
+    generate = runner.generate
+
+    def noting(*arguments: object, **options: object) -> object:
+        before.append(graphs.num_captures)
+        return generate(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "generate", noting)
+    row = probes.profile_arm(runner, prompts, seed=None, clock=time.perf_counter)
+    assert before == [3 * 6] * 2 and graphs.num_captures == 3 * 6
+    assert row.num_steps > 0 and row.heads_s > 0
+
+
 def test_a_run_whose_engine_leaves_its_mode_ends_there(
     heads_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
