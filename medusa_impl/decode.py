@@ -21,6 +21,7 @@ Paper: Section 2.1 and Figure 1.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def decode_vanilla(
     It is Medusa decoding with nothing drafted: each step scores the root alone, and `rule.root` draws the
     next. All rows decode together, each with its own length.
 
-    Raises: UserError if a prompt and the budget exceed the cache or the model's positions.
+    Raises: UserError if a prompt and the budget exceed the given cache, or without one the model's positions.
     """
     yield from _decode(
         backbone,
@@ -95,7 +96,7 @@ def decode_medusa(
     """Yield the prefill's token, then one verified path a row and step, until every row has ended.
 
     Raises: UserError if the tree is deeper than there are heads, or if a prompt, the budget and the tree
-    exceed the cache or the model's positions.
+    exceed the given cache, or without one the model's positions.
     Departs: the released code runs the heads at every node of the tree; here they run once a step, at the
     state from which the next tree is drafted.
     """
@@ -134,7 +135,11 @@ class TreeStep:
         cache: TreeCache,
     ) -> None:
         device, num_rows = backbone.device, cache.num_rows
-        self.backbone, self.rule, self.cache = backbone, rule, cache
+        self.backbone, self.cache = backbone, cache
+        # A rule of the step's own: what is recorded draws from its generator, whoever's state that holds.
+        self.rule = copy.copy(rule)
+        if rule.generator is not None:
+            self.rule.generator = torch.Generator(device=rule.generator.device)
         self.heads = heads if tree.depth else None
         self.buffers = tree_buffers(tree, device=device)
         self.tables = backbone.node_tables(self.buffers.depths, self.buffers.visible)
@@ -156,23 +161,35 @@ class TreeStep:
 
     @torch.inference_mode()
     def begin(
-        self, logits: Tensor, states: Tensor, *, max_new_tokens: int, eos_ids: frozenset[int]
+        self, roots: Tensor, states: Tensor, *, max_new_tokens: int, eos_ids: frozenset[int]
     ) -> DecodingStep:
-        """Start from what the prefill returned: draw the first roots, and yield them.
+        """Start from the roots that were drawn after the prefill, and yield them.
 
-        Shapes: logits `[B, V]`, states `[B, H]`.
+        Shapes: roots `[B]`, states `[B, H]`.
         """
         self.states.copy_(states)
-        self.roots.copy_(self.rule.root(logits))
+        self.roots.copy_(roots)
         self.rows.begin(self.roots, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
         _, tokens = self.rows.read()
         return DecodingStep(tokens=tokens, ended=self.rows.ended)
 
     @torch.inference_mode()
-    def take(self, section: Section = no_section) -> DecodingStep:
-        """Take one step in the engine's mode; the host waits for the device once."""
+    def take(
+        self, section: Section = no_section, *, generator: torch.Generator | None = None
+    ) -> DecodingStep:
+        """Take one step in the engine's mode; the host waits for the device once.
+
+        The step draws as from `generator`, that of a rule of the same key, and leaves it behind as if so.
+
+        Raises: UserError if the nodes do not fit into the cache.
+        """
         self.cache.plan_step(num_new=self.buffers.num_nodes)
+        own = self.rule.generator
+        if own is not None and generator is not None:
+            own.set_state(generator.get_state())
         self.backbone.launch(self, section)
+        if own is not None and generator is not None:
+            generator.set_state(own.get_state())
         counts, tokens = self.rows.read()
         self.cache.advance(counts)
         return DecodingStep(tokens=tokens, ended=self.rows.ended)
@@ -230,24 +247,11 @@ def _decode(
             kind,
             lambda: TreeStep(backbone, heads, tree, rule=rule, num_eos=len(eos_ids), cache=cache),
         )
-        held.enter_context(_drawing_from(rule, by=step.rule))
         logits, states = backbone.prefill_rows(prompts, cache=cache)
-        yield step.begin(logits, states, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+        roots = rule.root(logits)
+        yield step.begin(roots, states, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
         while step.rows.going:
-            yield step.take(section)
-
-
-@contextlib.contextmanager
-def _drawing_from(rule: AcceptanceRule, *, by: AcceptanceRule) -> Iterator[None]:
-    """Let a rule of the same key draw as `rule` would, and leave its generator behind as if it had."""
-    if by is rule or by.generator is None or rule.generator is None:
-        yield
-        return
-    by.generator.set_state(rule.generator.get_state())
-    try:
-        yield
-    finally:
-        rule.generator.set_state(by.generator.get_state())
+            yield step.take(section, generator=rule.generator)
 
 
 def draft_tokens(head_logits: Tensor, roots: Tensor, buffers: TreeBuffers) -> Tensor:

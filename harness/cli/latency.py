@@ -23,7 +23,11 @@ def latency(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="dtypes to time, with commas between them")] = None,
     modes: Annotated[
-        str | None, typer.Option(help="engine modes to time, with commas between them, or auto")
+        str | None,
+        typer.Option(
+            help="engine modes to time, with commas between them (eager, packed, compiled, cuda_graph, "
+            "fused_graph), or auto: all that need no compiling"
+        ),
     ] = None,
     nodes: Annotated[
         str | None, typer.Option(help="tree nodes for every grid, root included, with commas between them")

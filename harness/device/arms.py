@@ -156,7 +156,7 @@ class ArmRunner:
         )
 
     @torch.inference_mode()
-    def record(self, prompt_ids: Sequence[int], *, section: Section = no_section) -> None:
+    def record(self, *, section: Section = no_section) -> None:
         """Take a step at each length that attention may read, so that none is recorded in a timed one.
 
         With marked parts other graphs are recorded. Nothing happens where steps are not recorded.
@@ -165,15 +165,16 @@ class ArmRunner:
             return
         eos_ids = self.engine.loaded.eos_ids
         never = frozenset(-1 - number for number in range(len(eos_ids)))  # as many as there are, never met
-        steps = self._decoding(prompt_ids, seed=0, section=section, eos_ids=never, max_new_tokens=2**62)
+        steps = self._decoding((0,), seed=0, section=section, eos_ids=never, max_new_tokens=2**62)
         next(steps)
         while self._cache.lengths[0] < self._cache.max_length:
             next(steps)
             widest = self.tree.num_nodes if self.tree is not None else 1
             following = self._cache.plan.view_length + 1 - widest
             if following + widest > self._cache.max_length:
-                return
+                break
             self._cache.keep_all(row=0, count=max(following - self._cache.lengths[0], 0))
+        self._cache.reset()  # of what was kept without being written
 
     def _generate_stock(self, prompt_ids: Sequence[int]) -> TimedGeneration:
         """Decode with `generate` of transformers on the stock model, configured here alone."""

@@ -43,7 +43,10 @@ def measure_step_costs(
         tree = _tree_of(size, num_heads=heads.num_heads)
         steps[size] = TreeStep(backbone, heads, tree, rule=GreedyRule(), num_eos=0, cache=cache)
         steps[size].begin(
-            output.logits[:, -1], output.hidden[:, -1], max_new_tokens=_ENDLESS_TOKENS, eos_ids=frozenset()
+            GreedyRule().root(output.logits[:, -1]),
+            output.hidden[:, -1],
+            max_new_tokens=_ENDLESS_TOKENS,
+            eos_ids=frozenset(),
         )
 
     def take(size: int, *, marked: bool) -> float:
@@ -152,7 +155,7 @@ def profile_arm(
     runner: ArmRunner, prompts: Sequence[Sequence[int]], *, seed: int | None, clock: Clock
 ) -> ProfileRow:
     """Return where an arm's step time goes, summed over whole generations, prefill left out."""
-    runner.record(prompts[0], section=SectionTimer(clock))
+    runner.record(section=SectionTimer(clock))
     timer = SectionTimer(clock)
     num_steps, step_s = 0, 0.0
     for prompt_ids in prompts:

@@ -6,7 +6,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import psutil
@@ -25,9 +25,8 @@ from harness.measure.session import Session, device_turn, greedy_vanilla, tell_o
 from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
 from harness.records.store import Store
-from harness.specs.suite import ArmSpec, BackboneName
+from harness.specs.suite import ArmSpec
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
-from medusa_impl.engine.runner import Mode
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS, _CONTROL_PROMPTS, _CONTROL_TOKENS, _ARM_STEPS = 12, 4, 64, 6
@@ -99,7 +98,7 @@ def run_blocks(
     if todo:
         with device_turn(session):
             _warm_up(session, runners)
-    modes = {name: engine.runner.mode for name, engine in session.engines.items()}
+    _check_mode(session)
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
     with progress_bar(session.console) as progress:
         task = progress.add_task(
@@ -119,7 +118,7 @@ def run_blocks(
                     outcome = _run_trial(
                         session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
                     )
-                    _check_modes(session, modes)
+                    _check_mode(session)
                     session.store.append(outcome)
                     if isinstance(outcome, Generation):
                         peak = max(peak, outcome.peak_memory_bytes or 0)
@@ -144,22 +143,27 @@ def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
                 Exception
             ):  # an arm that cannot run fails in its own trials, where it is recorded
                 runner.generate(prompt.prompt_ids, seed=0)
-    for prompt in session.warmup[:1]:
-        for arm_runner in runners.values():
-            with contextlib.suppress(Exception):
-                arm_runner.record(prompt.prompt_ids)
+    for name, arm_runner in runners.items():
+        try:
+            arm_runner.record()
+        except Exception as error:  # its own trials record it then, and say so if they fail
+            session.console.print(
+                f"{name}: no steps recorded ahead: {type(error).__name__}: {without_paths(str(error))[:200]}",
+                markup=False,
+            )
 
 
-def _check_modes(session: Session, modes: Mapping[BackboneName, Mode]) -> None:
-    """Refuse a trial in which an engine left its mode: its steps are no longer those of the other trials.
+def _check_mode(session: Session) -> None:
+    """Refuse to go on with an engine that left the mode which the record names: its steps are others.
 
     Raises: InvalidMeasurement with the engine's reason.
     """
+    begun_in = RunRecord(session.store.folder).environment.engine
     for name, engine in session.engines.items():
-        if engine.runner.mode != modes[name]:
+        if engine.runner.mode != begun_in:
             raise InvalidMeasurement(
-                f"engine_mode: found {engine.runner.mode} steps of the {name} backbone, need "
-                f"{modes[name]} ones, in which the run began ({engine.runner.note}); trials before are kept"
+                f"engine_mode: found {engine.runner.mode} steps of the {name} backbone, need {begun_in} "
+                f"ones, in which the run began ({engine.runner.note}); trials before are kept"
             )
 
 

@@ -159,7 +159,9 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     predictions = [made for point in points if (made := prediction_of(record, point)) is not None]
     if predictions:
         lines.append(_roofline_error(prediction_error(predictions)))
-        lines.append(_limits_too_low(predictions))
+        limits = record.limits(dtype)
+        if limits is not None and limits.are_under_measured:
+            lines.append(_limits_too_low(predictions))
     correction = curve_of(record, dtype=dtype, mode=mode).largest_correction
     smoothing = "no value" if correction == 0 else f"no value by more than {percent(correction)}"
     lines.append(
@@ -307,7 +309,7 @@ def _roofline_error(error: PredictionError) -> str:
 
 
 def _limits_too_low(predictions: Sequence[Prediction]) -> str:
-    """Return that limits were measured too low, where a step was faster than them; else nothing."""
+    """Return that an older probe measured too low limits, where a step was faster than them; else nothing."""
     faster = [made.ratio for made in predictions if made.ratio < 1]
     if not faster:
         return ""

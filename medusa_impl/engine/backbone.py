@@ -232,9 +232,9 @@ class Backbone:
         """Return the logits and states of N new tokens in every row.
 
         Their keys and values are written after the kept prefix; which of them stay is decided by
-        `TreeCache.keep`. Vanilla and Medusa decoding both take their steps here. `step_call` is the model's
-        call in the engine's mode. The sections `mask` and `backbone` are the preparation and this call. The
-        logits are those of the last `num_logits` tokens, by default of all.
+        `TreeCache.keep`. Streams and probes take their steps here, decoding in `score`. `step_call` is the
+        model's call in the engine's mode. The sections `mask` and `backbone` are the preparation and this
+        call. The logits are those of the last `num_logits` tokens, by default of all.
 
         Shapes: token_ids `[B, N]`; depths `[N]`, a node's position minus the kept length; visible `[N, N]`
         boolean, whether node n sees node m.

@@ -59,14 +59,18 @@ class CudaGraphs:
     fill unusable for any other.
     """
 
+    def __init__(self) -> None:
+        self._stream: Any = None
+
     @contextlib.contextmanager
     def warming(self) -> Iterator[None]:
-        # PyTorch requires that these calls run on another stream than the default one.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # PyTorch requires that these calls run on another stream than the default one: always the same, since
+        # libraries keep a workspace for each.
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             yield
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     @contextlib.contextmanager
     def capture(
@@ -76,16 +80,37 @@ class CudaGraphs:
         if generator is not None:
             graph.register_generator_state(generator)
         pool = {} if after is None else {"pool": after.pool()}  # type: ignore[attr-defined]
-        with _no_collection(), torch.cuda.graph(graph, **pool):
-            yield graph
+        stream = torch.cuda.current_stream()
+        try:
+            with _no_collection(), torch.cuda.graph(graph, **pool):
+                yield graph
+        except BaseException:
+            # A capture that fails at its end leaves its stream in use, and generators that believe in it.
+            torch.cuda.set_stream(stream)
+            for used in (generator, *torch.cuda.default_generators):
+                if used is not None:
+                    with contextlib.suppress(Exception):
+                        used.graphsafe_set_state(used.clone_state())
+            raise
+
+
+class Failure:
+    """Why nothing is recorded any more; empty while all is well. Those who record for one engine share it."""
+
+    text = ""
 
 
 class Recorder:
     """Records, and says once where that failed: from then on everything runs directly."""
 
-    def __init__(self, graphs: Graphs | None = None) -> None:
+    def __init__(self, graphs: Graphs | None = None, *, failed: Failure | None = None) -> None:
         self._graphs: Graphs = graphs or CudaGraphs()
-        self.failure = ""
+        self._failed = failed or Failure()
+
+    @property
+    def failure(self) -> str:
+        """Return why everything runs directly, or nothing while it does not."""
+        return self._failed.text
 
     def try_to(self, record: Callable[[], None]) -> None:
         """Record something, or note why it cannot be.
@@ -97,7 +122,10 @@ class Recorder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.failure = (str(error).splitlines() or [type(error).__name__])[0]
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of a broken capture complains about its beginning
+                first = first.__context__
+            self._failed.text = (str(first).splitlines() or [type(first).__name__])[0]
 
 
 class RecordedSteps(Recorder):
@@ -120,7 +148,10 @@ class RecordedSteps(Recorder):
             step.recorded[key](section)
 
     def _record(self, step: Step, *, by_part: bool) -> Callable[[Section], None]:
-        """Return what replays the step; state and generator are as before."""
+        """Return what replays the step; state and generator are as before.
+
+        PyTorch's own generator is not put back: a rule without one draws on from where the warm-ups ended.
+        """
         generator = step.generator
         held = [tensor.clone() for tensor in step.state]
         drawn = generator.get_state() if generator is not None else None
@@ -169,8 +200,10 @@ class RecordedSteps(Recorder):
 class CapturedSteps(Recorder):
     """The model's call by graphs, one for each shape and cache; a new shape is captured when it occurs."""
 
-    def __init__(self, call: ModelCall, graphs: Graphs | None = None) -> None:
-        super().__init__(graphs)
+    def __init__(
+        self, call: ModelCall, graphs: Graphs | None = None, *, failed: Failure | None = None
+    ) -> None:
+        super().__init__(graphs, failed=failed)
         self._call = call
         self._captured: weakref.WeakKeyDictionary[TreeCache, dict[tuple[Any, ...], _CapturedStep]] = (
             weakref.WeakKeyDictionary()

@@ -2,13 +2,14 @@
 
 Everything around the layers, and the cache, stays as it is. A compiled layer gets the cache's tensors of its
 own layer, flat, and writes into them in place; what its attention reads is a view of them, as long as the
-mask. So neither more layers, nor a longer view, nor a larger tree compile anything anew.
+mask. So neither more layers, nor a longer view or cache, nor a larger tree compile anything anew.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,14 +51,32 @@ class CompiledLayers:
 
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self._run = torch.compile(_run_layer, fullgraph=True)
+        # PyTorch counts what it compiled by code object, and gives up after a few: each model has its own.
+        own = types.FunctionType(_run_layer.__code__.replace(), _run_layer.__globals__, "run_layer")
+        self._run = torch.compile(own, fullgraph=True)
         self._cache: TreeCache | None = None
-        for index, layer in enumerate(decoder_layers(backbone)):
+        self.failure = ""  # why the layers run as they are, where they cannot be compiled
+        layers = decoder_layers(backbone)
+        if any("forward" in vars(layer) for layer in layers):
+            raise UserError(
+                found="decoder layers whose forward pass something else has replaced",
+                need="layers as they are",
+                where="the compiled mode",
+                do="take another mode",
+            )
+        for index, layer in enumerate(layers):
             plain = type(layer).forward
             parameters = inspect.signature(plain)
             layer.forward = functools.partial(
                 self._forward, layer, index=index, plain=plain, parameters=parameters
             )
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> CompiledLayers:
+        """Return the compiled layers of a model: there is one set, however many backbones share it."""
+        installed = vars(decoder_layers(backbone)[0]).get("forward")
+        owner = getattr(getattr(installed, "func", None), "__self__", None)
+        return owner if isinstance(owner, cls) else cls(backbone)
 
     def __call__(self, inputs: StepInputs, cache: TreeCache) -> BackboneOutput:
         """Return the output of a step whose rows are all the cache's."""
@@ -79,14 +98,23 @@ class CompiledLayers:
         **options: Any,
     ) -> Any:
         cache = self._cache
-        if cache is None:
+        # Before anything was written there are no tensors to give.
+        if cache is None or cache.num_bytes == 0 or self.failure:
             return plain(layer, *arguments, **options)
         given = _by_name(parameters, layer, arguments, options)
         name = next(name for name, value in given.items() if isinstance(value, TreeCache))
         keys, values = cache.flat_storage(index)
+        for tensor in (keys, values):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # caches differ in length
         slots = cache.plan.flat_slots
         assert slots is not None
-        return self._run(plain, layer, keys, values, slots, cache.num_rows, name, given)
+        try:
+            return self._run(plain, layer, keys, values, slots, cache.num_rows, name, given)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what a compiler raises, or PyTorch where it gives up
+            self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return plain(layer, *arguments, **options)
 
 
 def decoder_layers(backbone: Backbone) -> nn.ModuleList:

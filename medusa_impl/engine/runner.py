@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from medusa_impl.engine.backbone import Backbone, ModelCall
-from medusa_impl.engine.captured_step import CapturedSteps, RecordedSteps, Recorder
+from medusa_impl.engine.captured_step import CapturedSteps, Failure, RecordedSteps, Recorder
 from medusa_impl.engine.compiled_layers import CompiledLayers
 from medusa_impl.engine.launch import Launcher, run_directly
 from medusa_impl.engine.meta_pass import host_question
@@ -72,21 +72,30 @@ class StepRunner:
             heads.check_backbone(hidden_size=self.backbone.hidden_size, vocab_size=self.backbone.vocab_size)
         self._packed: PackedLinears | None = None
         self._calls: dict[Mode, _Calls] = {}
-        self._compiled: CompiledLayers | None = None
         self._mode: Mode = "eager"
         self._note = ""
         self.use(self.available_modes()[0] if mode == "auto" else mode)
 
     @property
     def mode(self) -> Mode:
-        """Return the mode in use: `eager` from the moment on in which a capture failed."""
+        """Return the mode in use: one without graphs from the moment on in which a capture failed."""
+        call = self.backbone.model_call
+        compiles = isinstance(call, CompiledLayers) and not call.failure
+        if self._mode == "fused_graph" and not self._failure:
+            return "fused_graph" if compiles else "cuda_graph"
+        if self._mode in ("compiled", "fused_graph"):
+            return "compiled" if compiles else "eager"
         return "eager" if self._failure else self._mode
 
     @property
     def note(self) -> str:
         """Return why the mode in use is not the one asked for, or what is special about it; else nothing."""
-        failed = f"a capture failed, so {self._mode} mode fell back to eager: {self._failure}"
-        return failed if self._failure else self._note
+        call = self.backbone.model_call
+        whys = [("a capture", self._failure)]
+        if isinstance(call, CompiledLayers):
+            whys.append(("compiling", call.failure))
+        failed = [f"{what} failed: {why}" for what, why in whys if why]
+        return f"{self._mode} mode fell back to {self.mode}: {'; '.join(failed)}" if failed else self._note
 
     @property
     def _failure(self) -> str:
@@ -116,6 +125,8 @@ class StepRunner:
             if self.backbone.device.type == "cuda" and self._host_question:
                 self._note += f" (a step of this model asks the host: {self._host_question})"
             mode = "eager"
+        if mode not in self._calls:
+            self._calls[mode] = self._calls_of(mode)
         # Packed layers exist for one mode only; the others call the stock ones.
         if self._mode == "packed" and self._packed is not None:
             self._packed.detach()
@@ -127,8 +138,6 @@ class StepRunner:
                 self._note = (
                     f"fewer than {self._packed.from_rows} rows take the stock product, the faster one here"
                 )
-        if mode not in self._calls:
-            self._calls[mode] = self._calls_of(mode)
         calls = self._calls[mode]
         self.backbone.model_call, self.backbone.step_call = calls.model, calls.forward
         self.backbone.launch = calls.launch
@@ -162,14 +171,13 @@ class StepRunner:
 
     def _calls_of(self, mode: Mode) -> _Calls:
         plain = self.backbone.call_model
-        if mode == "cuda_graph":
-            return _Calls(plain, CapturedSteps(plain), RecordedSteps())
+        call: ModelCall = plain
         if mode in ("compiled", "fused_graph"):
-            self._compiled = self._compiled or CompiledLayers(self.backbone)
-            if mode == "fused_graph":
-                return _Calls(self._compiled, CapturedSteps(self._compiled), RecordedSteps())
-            return _Calls(self._compiled, self._compiled, run_directly)
-        return _Calls(plain, plain, run_directly)
+            call = CompiledLayers.of(self.backbone)
+        if mode in ("cuda_graph", "fused_graph"):
+            failed = Failure()
+            return _Calls(call, CapturedSteps(call, failed=failed), RecordedSteps(failed=failed))
+        return _Calls(call, call, run_directly)
 
     @torch.inference_mode()
     def _pack(self) -> PackedLinears:
@@ -192,7 +200,11 @@ class StepRunner:
 
 @functools.cache
 def compiling_available(device_type: str) -> bool:
-    """Return whether torch.compile can build code: it needs a C++ compiler for a CPU, Triton for a GPU."""
+    """Return whether torch.compile can build code.
+
+    It needs a C++ compiler for a CPU, Triton and the C compiler that Triton calls for a GPU.
+    """
     if device_type == "cpu":
         return any(shutil.which(compiler) for compiler in (os.environ.get("CXX") or "g++", "clang++"))
-    return importlib.util.find_spec("triton") is not None
+    has_compiler = any(shutil.which(compiler) for compiler in (os.environ.get("CC") or "gcc", "clang"))
+    return has_compiler and importlib.util.find_spec("triton") is not None

@@ -75,9 +75,13 @@ class _Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class RecordedGraphs:
-    """Makes recorded graphs and counts them; `fails_at` names captures, from 1, that fail like a real one."""
+    """Makes recorded graphs and counts them; `fails_at` names captures, from 1, that fail like a real one.
 
-    def __init__(self, *, fails_at: frozenset[int] = frozenset()) -> None:
+    With `complains_at_the_end` a capture in which something fails raises an error of its own at its end.
+    """
+
+    def __init__(self, *, fails_at: frozenset[int] = frozenset(), complains_at_the_end: bool = False) -> None:
+        self._complains = complains_at_the_end
         self.num_captures = self.num_warm_ups = 0
         self._fails_at = fails_at
 
@@ -94,5 +98,10 @@ class RecordedGraphs:
         if self.num_captures in self._fails_at:
             raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
         graph = _Recorded()
-        with graph:
-            yield graph
+        try:
+            with graph:
+                yield graph
+        except RuntimeError:
+            if self._complains:  # as CUDA does where a broken capture ends
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+            raise

@@ -277,13 +277,13 @@ def _decode_together(
     longest = max(map(len, texts)) + max_new_tokens + depth + num_nodes
     cache = backbone.new_cache(batch_size=len(texts), max_length=longest)
     rule = GreedyRule()
-    steps: Iterator[DecodingStep]
-    if tree is None:
-        steps = decode_vanilla(
-            backbone, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache
-        )
-    else:
-        steps = decode_medusa(
+
+    def decoding() -> Iterator[DecodingStep]:
+        if tree is None:
+            return decode_vanilla(
+                backbone, texts, rule=rule, max_new_tokens=max_new_tokens, eos_ids=eos_ids, cache=cache
+            )
+        return decode_medusa(
             backbone,
             engine.heads,
             tree,
@@ -293,6 +293,12 @@ def _decode_together(
             eos_ids=eos_ids,
             cache=cache,
         )
+
+    if engine.runner.records_steps:  # of every length that attention reads, over this very cache
+        for _ in decoding():
+            continue
+        cache.reset()
+    steps = decoding()
     next(steps)
     started = clock()
     num_tokens, num_steps = 0, 0

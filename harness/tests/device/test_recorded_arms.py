@@ -17,7 +17,7 @@ from harness.measure.session import Session
 from harness.tests.tiny_suite import command, micro_data, smoke_suite, write_suite
 from medusa_impl import acceptance
 from medusa_impl import heads as heads_module
-from medusa_impl.engine.captured_step import RecordedSteps
+from medusa_impl.engine.captured_step import Failure, RecordedSteps
 from medusa_impl.engine.launch import run_directly
 from medusa_impl.tests.recorded_graphs import RecordedGraphs
 from medusa_impl.tree import DraftTree
@@ -56,7 +56,7 @@ def test_what_attention_may_read_is_recorded_before_the_trials(
 ) -> None:
     prompts = [prompt.prompt_ids for prompt in suite_prompts(smoke_suite(), engine.loaded)][:2]
     runner = arm_runner(engine, arm)
-    runner.record(prompts[0])
+    runner.record()
     assert engine.runner.note == "" and graphs.num_captures == 3, (
         "up to 64 slots, to 128 and to the cache's end"
     )
@@ -69,7 +69,7 @@ def test_what_attention_may_read_is_recorded_before_the_trials(
 
 def test_without_recorded_steps_nothing_is_taken(engine: Engine) -> None:
     runner = arm_runner(engine, "vanilla")
-    runner.record((1, 2, 3))
+    runner.record()
     assert runner._cache is not None and runner._cache.lengths == [0]
 
 
@@ -113,8 +113,9 @@ def test_a_run_whose_engine_leaves_its_mode_ends_there(
         outcome = run_trial(session, *arguments, **options)  # type: ignore[arg-type]
         taken.append(outcome)
         if len(taken) == 3:
-            launch = RecordedSteps(RecordedGraphs())
-            launch.failure = "operation not permitted"
+            failed = Failure()
+            failed.text = "operation not permitted"
+            launch = RecordedSteps(RecordedGraphs(), failed=failed)
             session.engines["original"].runner.backbone.launch = launch
         return outcome
 

@@ -67,6 +67,59 @@ def test_all_layers_and_all_trees_share_two_graphs() -> None:
     assert num_graphs() == 2
 
 
+def test_another_length_of_cache_and_other_batches_compile_little_more() -> None:
+    """PyTorch gives up after eight graphs of one code, and other models have graphs of their own."""
+    for model in (tiny_llama(), tiny_llama().bfloat16()):
+        backbone = Backbone(model)
+        backbone.step_call = CompiledLayers.of(backbone)
+        for max_length in (150, 90, 200):
+            for tree in TREES[:2]:
+                cache = backbone.new_cache(batch_size=2, max_length=max_length)
+                logits_of(backbone, tree, cache=cache)
+    assert num_graphs() == 4, "a lone root and a tree, of each model"
+
+
+def test_backbones_of_one_model_share_its_compiled_layers() -> None:
+    model = tiny_llama()
+    first, second = Backbone(model), Backbone(model)
+    assert CompiledLayers.of(first) is CompiledLayers.of(second)
+    layer: Any = decoder_layers(Backbone(other := tiny_llama()))[0]
+    layer.forward = lambda *arguments, **options: None
+    with pytest.raises(UserError, match="something else has replaced"):
+        CompiledLayers.of(Backbone(other))
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = runner.StepRunner(tiny_llama(), None, mode="compiled")
+    plain = Backbone(tiny_llama())
+    expected = logits_of(plain, TREES[1])
+    call: Any = engine.backbone.model_call
+
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("no compiler was found\nlong trace")
+
+    monkeypatch.setattr(call, "_run", failing)
+    modes: list[str] = [engine.mode]
+    assert engine.note == "" and torch.equal(logits_of(engine.backbone, TREES[1]), expected)
+    modes.append(engine.mode)
+    assert modes == ["compiled", "eager"]
+    assert engine.note == "compiled mode fell back to eager: compiling failed: no compiler was found"
+
+
+@torch.inference_mode()
+def test_a_first_step_without_a_prompt_runs_as_it_is() -> None:
+    backbone = Backbone(tiny_llama())
+    tokens, depths = torch.tensor([[3]]), torch.zeros(1, dtype=torch.long)
+    visible = torch.ones(1, 1, dtype=torch.bool)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            backbone.step_call = CompiledLayers.of(backbone)
+        cache = backbone.new_cache(batch_size=1, max_length=20)
+        found.append(backbone.forward(tokens, depths=depths, visible=visible, cache=cache).logits.clone())
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3 text", "mixtral"])
 def test_families_that_differ_in_how_they_call_a_layer(family: str) -> None:
     """The cache by position, masks by layer type, experts."""
