@@ -43,16 +43,24 @@ def random_model(
         raise UserError(
             found=f"{num_layers} layers", need=f"1 to {shape.num_layers}", where=f"the shape {shape.name}"
         )
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            transformers_config(shape, num_layers=num_layers), dtype=dtype
-        )
+    model: Any = shape_without_weights(shape, num_layers=num_layers, dtype=dtype)
     model.to_empty(device=device)
     model.tie_weights()  # moving off the meta device parts tied tensors
     _fill(model, buffers=_buffers(shape), seed=seed)
     model.generation_config = GenerationConfig()
     ready: PreTrainedModel = model.eval()
     return ready
+
+
+def shape_without_weights(
+    shape: ShapeSpec, *, num_layers: int | None = None, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Return a model of that shape on the meta device, whose tensors have no data."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            transformers_config(shape, num_layers=num_layers), dtype=dtype
+        )
+    return model
 
 
 def transformers_config(

@@ -331,7 +331,8 @@ def row_bytes(backbone: Backbone, slots: int, *, budget: int) -> int:
     head_size = int(getattr(config, "head_dim", None) or backbone.hidden_size // num_heads)
     keys = int(getattr(config, "num_key_value_heads", None) or num_heads) * head_size
     item = torch.empty(0, dtype=backbone.dtype).element_size()
-    cache = 2 * backbone.num_layers * keys * (slots + CACHE_SPARE_TOKENS) * item
+    row_slots = slots + CACHE_SPARE_TOKENS + 1  # one is never read (`TreeCache.row_slots`)
+    cache = 2 * backbone.num_layers * keys * row_slots * item
     return cache + 2 * budget * backbone.hidden_size + (4 + 4 + 8) * backbone.vocab_size
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness.device.engine import heads_like, model_without_weights
 from harness.device.loading.tiny import tiny_model
-from harness.device.random_model import transformers_config
+from harness.device.random_model import shape_without_weights
 from harness.errors import UserError
 from harness.specs.hardware import DeviceSpec
-from harness.specs.shapes import ShapeSpec, load_shapes
+from harness.specs.shapes import load_shapes
 from harness.specs.suite import ModelSpec
 from medusa_impl.heads import MedusaHeads
 from medusa_impl.recipes import FeaturesWay, Medusa1Settings
@@ -126,7 +126,7 @@ def planned_model(spec: ModelSpec, *, shape: str | None = None, allow_hub: bool 
         )
     for named in (shape, spec.asset, _missing_folder(spec)):
         if named in shapes:
-            return shape_model(shapes[named])
+            return shape_without_weights(shapes[named])
     if spec.tiny is not None:
         tiny: Any = tiny_model(spec.tiny, dtype=torch.float32)
         on_meta: PreTrainedModel = tiny.to("meta")
@@ -137,13 +137,6 @@ def planned_model(spec: ModelSpec, *, shape: str | None = None, allow_hub: bool 
 def _missing_folder(spec: ModelSpec) -> str | None:
     """Return the name of a model's folder where it is not there yet."""
     return None if spec.path is None or Path(spec.path).exists() else Path(spec.path).name
-
-
-def shape_model(shape: ShapeSpec) -> PreTrainedModel:
-    """Return the model of a published shape on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(transformers_config(shape))
-    return model
 
 
 def plan_heads(

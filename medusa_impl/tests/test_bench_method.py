@@ -130,7 +130,7 @@ def test_bench_compaction(benchmark: BenchmarkFixture) -> None:
     cache = TreeCache(num_layers=LAYERS, batch_size=1, max_length=CONTEXT + 2 * NUM_NODES, device=DEVICE)
     state = torch.zeros(1, KEY_VALUE_HEADS, 1, HEAD_SIZE, device=DEVICE)
     cache.allocate(state, state)
-    slots = torch.arange(cache.max_length, dtype=torch.float32, device=DEVICE)[None, :, None, None]
+    slots = torch.arange(cache.row_slots, dtype=torch.float32, device=DEVICE)[None, :, None, None]
     nodes, num_kept = torch.tensor([path], device=DEVICE), torch.tensor([len(path)], device=DEVICE)
 
     def setup() -> None:

@@ -364,8 +364,14 @@ def test_a_device_faster_than_its_limit_is_told(tmp_path: Path) -> None:
     assert read_s > backbone_s(1)  # so the made-up limits are too low
     curves = [one for one in render_latency_report(record).split("\n## ") if one.startswith("Step times:")]
     assert len(curves) == 2 and all("**Limits under-measured**" in one for one in curves)
-    limits = DeviceLimits(read_bandwidth_bytes_per_s=1e12, matmul_flop_per_s=1e14, method="made up")
-    write_json(record.folder / "device_limits.json", limits)
+    limits = DeviceLimits(
+        read_bandwidth_bytes_per_s=1e12,
+        matmul_flop_per_s=1e14,
+        row_product_bytes_per_s=1e12,
+        method="made up",
+    )
+    for name in ("device_limits.json", "device_limits_bfloat16.json"):
+        write_json(record.folder / name, limits)
     assert "under-measured" not in render_latency_report(LatencyRecord(record.folder))
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import medusa_impl.training.losses
-from harness.device.random_model import random_model, transformers_config
+from harness.device.random_model import random_model, shape_without_weights, transformers_config
 from harness.errors import UserError
 from harness.measure.watch import OTHER, PartClock, ProductCounter
 from harness.specs.hardware import load_hardware
@@ -31,7 +31,6 @@ from harness.training.plan import (
     device_flop_per_s,
     heads_flops,
     plan_heads,
-    shape_model,
 )
 from harness.training.room import WAYS, room_of
 from medusa_impl.heads import MedusaHeads
@@ -79,7 +78,7 @@ def _recipe(architecture: HeadArchitecture, *, num_layers: int = 1) -> Medusa1Se
 
 def _plan(recipe: Medusa1Settings, way: FeaturesWay, *, dtype: torch.dtype = torch.float32) -> HeadsPlan:
     return plan_heads(
-        shape_model(SHAPE), recipe, name="small", dtype=dtype, corpus=CORPUS, way=way, device=CPU
+        shape_without_weights(SHAPE), recipe, name="small", dtype=dtype, corpus=CORPUS, way=way, device=CPU
     )
 
 
@@ -153,7 +152,7 @@ def test_weights_are_counted_to_the_byte(tied: bool, dtype: torch.dtype) -> None
     real = random_model(shape, dtype=dtype, device=CPU)
     held = sum(one.numel() * one.element_size() for one in (*real.parameters(), *real.buffers()))
     planned = plan_heads(
-        shape_model(shape),
+        shape_without_weights(shape),
         _recipe("shared"),
         name="small",
         dtype=dtype,
@@ -231,7 +230,7 @@ def test_activations_are_bounded_and_not_by_far(
     with _LiveBytes() as live:
         trained(item, vocabulary="full").loss.backward()
     bound = activation_bytes(
-        shape_model(SHAPE), trained.heads, recipe, dtype=torch.float32, way=way, device=CPU
+        shape_without_weights(SHAPE), trained.heads, recipe, dtype=torch.float32, way=way, device=CPU
     )
     assert 0.4 * bound < live.peak <= bound
 
@@ -264,7 +263,7 @@ def test_operations_are_those_that_a_step_makes(architecture: HeadArchitecture, 
         reader.read(item)
     per_token = 2 * 2 * SHAPE.num_layers * SHAPE.num_attention_heads * SHAPE.head_size
     scores = per_token * tokens * (PROMPT + LENGTH - 2)
-    left = counter.flops[OTHER]["float32"] - backbone_flops(shape_model(SHAPE), tokens) - scores
+    left = counter.flops[OTHER]["float32"] - backbone_flops(shape_without_weights(SHAPE), tokens) - scores
     # Some versions compute the rotary embedding's angles as a product.
     assert left in (0, 2 * (PROMPT + LENGTH - 2) * SHAPE.head_size // 2)
 
@@ -282,7 +281,13 @@ def test_the_papers_shapes_with_own_heads(name: str) -> None:
     corpus = CorpusSize(num_answers=10**5, num_answer_tokens=10**8, num_tokens=15 * 10**7)
     plans = {
         way: plan_heads(
-            shape_model(shape), recipe, name=name, dtype=torch.bfloat16, corpus=corpus, way=way, device=CPU
+            shape_without_weights(shape),
+            recipe,
+            name=name,
+            dtype=torch.bfloat16,
+            corpus=corpus,
+            way=way,
+            device=CPU,
         )
         for way in WAYS
     }
@@ -366,4 +371,4 @@ def test_a_shape_stands_for_its_model() -> None:
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(transformers_config(SHAPE))
     assert {one.device.type for one in made.parameters()} == {"meta"}
-    assert sum(one.numel() for one in shape_model(SHAPE).parameters()) == SHAPE.num_parameters
+    assert sum(one.numel() for one in shape_without_weights(SHAPE).parameters()) == SHAPE.num_parameters
