@@ -77,10 +77,19 @@ SMALL = Sizes(
 )
 
 
-def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, console: Console) -> KernelRaces:
+def race_kernels(
+    *,
+    dtype: str,
+    small: bool,
+    budget_s: float,
+    command: str,
+    console: Console,
+    keep: Callable[[KernelRaces], None],
+) -> KernelRaces:
     """Return the races on this machine's best device, in small sizes on a CPU.
 
-    After `budget_s` seconds no further race is begun; the first always is.
+    After `budget_s` seconds no further race is begun; the first always is. `keep` is given all races so far
+    after each one, to write them to disk: an interrupt loses the race in progress alone.
 
     Raises: UserError for an unknown dtype.
     """
@@ -93,7 +102,11 @@ def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, cons
             found=f"--dtype {name}", need="float32, bfloat16 or float16", where="the command line"
         )
     sizes = SMALL if small or device.type == "cpu" else SHAPE_7B
-    races = []
+    where, races = Provenance(**origin(device, command=command)), list[Race]()
+
+    def so_far() -> KernelRaces:
+        return KernelRaces(origin=where, dtype=name, calls_a_repeat=_CALLS, races=tuple(races))
+
     with device_turns(device, console=console)():
         for race in run_races(
             sizes,
@@ -103,15 +116,11 @@ def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, cons
         ):
             console.print(f"{race.computation}: {race.shape}", highlight=False, markup=False)
             races.append(race)
+            keep(so_far())
             if time.monotonic() > ends:
                 console.print("time budget used up: the races after this one are left out")
                 break
-    return KernelRaces(
-        origin=Provenance(**origin(device, command=command)),
-        dtype=name,
-        calls_a_repeat=_CALLS,
-        races=tuple(races),
-    )
+    return so_far()
 
 
 def run_races(

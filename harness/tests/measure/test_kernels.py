@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from harness.cli.profile import profile_kernels_command
 from harness.errors import UserError
 from harness.measure import kernels
 from harness.measure.kernels import SMALL, run_races
@@ -86,6 +88,23 @@ def test_the_command_writes_a_record_and_ends_with_json(
     assert few.code == 0 and len(read_kernel_races(tmp_path / "few.json").races) == 1
     refused = command("profile-kernels", "--dtype", "float8")
     assert refused.code == 3 and "float32, bfloat16 or float16" in refused.err
+
+
+def test_an_interrupt_keeps_the_races_that_were_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All races were once written at the end alone, so that a part stopped at its limit left none."""
+
+    def interrupted(*given: object) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(kernels, "_heads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_kernels_command(
+            dtype="float32", small=True, minutes=3.0, out=tmp_path / "new" / "kernels.json"
+        )
+    kept = read_kernel_races(tmp_path / "new" / "kernels.json").races
+    assert [race.computation for race in kept] == ["product", *["attention"] * 4]
 
 
 def test_the_table_compares_with_the_engine_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
