@@ -33,7 +33,7 @@ from harness.records.gpu.record import KERNELS_FILE, GpuRecord
 from harness.records.latency import LatencyPoint
 from harness.records.profiles.kernels import Contender, KernelRaces, Race
 from harness.records.provenance import Provenance
-from harness.specs.gpu import GpuSpec, KernelsPart, LatencyPart, load_gpu_spec
+from harness.specs.gpu import GpuSpec, KernelsPart, LatencyPart, load_gpu_spec, schedule
 from harness.specs.latency import load_latency_spec
 from harness.tests.tiny_suite import QUIET, command, small_device_limits
 
@@ -153,7 +153,7 @@ def test_the_plan_is_printed_on_a_bare_machine_in_little_time(bare: dict[str, st
     assert done.returncode == ExitCode.OK and not (tmp_path / "results").exists(), done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     spec = load_gpu_spec(shipped("gpu", "cuda.toml"))
-    assert last["seconds"] == {one.part: one.limit_s for one in spec.parts} and last["device"] == "cuda"
+    assert last["seconds"] == schedule(spec) and last["device"] == "cuda"
     for part in PARTS:
         assert f"  {part}: from " in done.stdout
 
@@ -162,8 +162,8 @@ def test_a_printed_plan_says_what_is_left_out(capsys: pytest.CaptureFixture[str]
     ran = command("gpu", "--dry-run", "--minutes", "2", "--skip", "limits")
     assert ran.code == ExitCode.OK
     assert json.loads(ran.out.splitlines()[-1])["seconds"] == {
-        "tests": 45.0,
-        "latency": 75.0,
+        "tests": 60.0,
+        "latency": 60.0,
         "suite": None,
         "rates": None,
         "kernels": None,
