@@ -189,6 +189,18 @@ def test_a_part_that_does_not_exist_is_a_user_error() -> None:
     assert ran.code == ExitCode.USER_ERROR and "no part 'curve'" in ran.error_line
 
 
+@pytest.mark.parametrize(("plan", "device"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_plan_for_another_device_than_asked_for_is_refused(plan: str, device: str) -> None:
+    """`gpu cuda --device cpu` once took the plan and left out what the option says."""
+    ran = command("gpu", plan, "--device", device, "--dry-run")
+    assert ran.code == ExitCode.USER_ERROR
+    assert ran.error_line.startswith(
+        f"error: found --device {device} with the plan {plan}; need --device {plan}"
+    )
+    same = command("gpu", plan, "--device", plan, "--dry-run")
+    assert same.code == ExitCode.OK and json.loads(same.out.splitlines()[-1])["device"] == plan
+
+
 # Parts that are stopped, and their processes
 
 
