@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedModel
 
-from harness.device.engine import Engine, LoadedModel
+from harness.device.engine import Engine, LoadedModel, embedding_weights
 from harness.device.loading.experts import chosen_share
 from harness.measure.latency.engine import facts_of_engine
 from medusa_impl.engine.runner import StepRunner
@@ -33,7 +33,7 @@ def engine_of(model: PreTrainedModel) -> Engine:
 def dense_numbers(model: PreTrainedModel) -> int:
     """Return the numbers outside of experts and embedding, by the module that owns them."""
     every = sum(one.numel() for one in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = embedding_weights(model)[0].numel()
     return every - embedding - expert_numbers(model)
 
 
@@ -58,7 +58,7 @@ def test_half_of_the_experts_are_read_where_two_of_four_are_chosen(family: str) 
 
 def test_a_model_without_experts_is_read_whole() -> None:
     model = build("llama")
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = embedding_weights(model)[0].numel()
     assert engine_of(model).weight_bytes == 4 * (sum(one.numel() for one in model.parameters()) - embedding)
 
 
