@@ -10,6 +10,7 @@ import typer
 from harness.cli.find import find_data
 from harness.cli.finish import finish
 from harness.cli.options import ResultsOption, command_line, console
+from harness.errors import UserError
 from harness.paths import default_results
 from harness.safe_text import SafeConsole
 
@@ -20,9 +21,11 @@ def gpu(
         typer.Argument(help="name of a shipped plan, or a TOML file; the device's own if not given"),
     ] = None,
     device: Annotated[
-        Literal["cuda", "cpu"],
-        typer.Option(help="cpu runs every part in small form, on tiny random models"),
-    ] = "cuda",
+        Literal["cuda", "cpu"] | None,
+        typer.Option(
+            help="cuda, as without it, or cpu, which runs every part in small form, on tiny random models"
+        ),
+    ] = None,
     only: Annotated[
         str | None, typer.Option(help="parts to run, with commas between them: tests, limits, latency, ..")
     ] = None,
@@ -44,8 +47,16 @@ def gpu(
     from harness.measure.gpu.run import GpuOptions, print_gpu_plan, run_gpu
     from harness.specs.gpu import chosen_parts, load_gpu_spec
 
-    file = find_data(plan or device, kind="gpu")
-    spec = chosen_parts(load_gpu_spec(file), only=only, skip=skip, minutes=minutes)
+    file = find_data(plan or device or "cuda", kind="gpu")
+    whole = load_gpu_spec(file)
+    if device not in (None, whole.device):
+        raise UserError(
+            found=f"--device {device} with the plan {whole.name}",
+            need=f"--device {whole.device}, for which that plan is",
+            where="the command line",
+            do="leave out the plan or the option",
+        )
+    spec = chosen_parts(whole, only=only, skip=skip, minutes=minutes)
     if dry_run:
         planned = print_gpu_plan(spec, console=SafeConsole())
         print(

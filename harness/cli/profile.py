@@ -96,13 +96,16 @@ def profile_kernels_command(
 ) -> None:
     """Race several ways to compute a part of a step, such as attention under a tree's mask."""
     from harness.measure.kernels import race_kernels
+    from harness.records.profiles.kernels import KernelRaces
     from harness.records.provenance import machine_slug
 
+    def keep(races: KernelRaces) -> None:
+        name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}.json"
+        target = out or default_results() / "profile" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, races)
+
     races = race_kernels(
-        dtype=dtype, small=small, budget_s=60 * minutes, command=command_line(), console=console
+        dtype=dtype, small=small, budget_s=60 * minutes, command=command_line(), console=console, keep=keep
     )
-    name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}.json"
-    target = out or default_results() / "profile" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, races)
     finish_kernel_races(races)

@@ -23,6 +23,7 @@ from harness.device.loading.behaviour import (
     differing,
     eos_ids_of,
 )
+from harness.device.loading.experts import step_numbers
 from harness.device.loading.folder import (
     ModelFolder,
     asset_folder,
@@ -116,12 +117,13 @@ class Engine:
     def weight_bytes(self) -> int:
         """Return the bytes of the backbone's weights that one decoding step reads.
 
-        An embedding table is read by rows, not whole.
+        An embedding table is read by rows, not whole; of a mixture only the experts of one token.
         """
         model = self.loaded.model
+        numbers = step_numbers(model)
         counted = {
-            parameter.data_ptr(): parameter.numel() * parameter.element_size()
-            for parameter in model.parameters()
+            parameter.data_ptr(): numbers[name] * parameter.element_size()
+            for name, parameter in model.named_parameters()
         }
         embedding, lm_head = embedding_weights(model)
         if embedding.data_ptr() != lm_head.data_ptr():

@@ -103,6 +103,17 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
     return commit, None if changes is None else bool(changes)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that this process can still take: of the GPU, else of the host.
+
+    What PyTorch has set aside on the GPU and does not use counts as free.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def device_info(device: torch.device) -> DeviceInfo:
     """Return what the device is, by its own name."""
     if device.type == "cuda":

@@ -34,6 +34,7 @@ from medusa_impl.engine.captured_step import CudaGraphs, Graphs
 from medusa_impl.heads import topk_by_blocks
 
 _CALLS, _REPEATS, _SEED = 20, 10, 0
+_HEADS_RACES, _TOPK_RACES = 2, 1  # unembeddings and a residual block; all heads at once
 Call = Callable[[], Tensor]
 
 
@@ -77,10 +78,19 @@ SMALL = Sizes(
 )
 
 
-def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, console: Console) -> KernelRaces:
+def race_kernels(
+    *,
+    dtype: str,
+    small: bool,
+    budget_s: float,
+    command: str,
+    console: Console,
+    keep: Callable[[KernelRaces], None],
+) -> KernelRaces:
     """Return the races on this machine's best device, in small sizes on a CPU.
 
-    After `budget_s` seconds no further race is begun; the first always is.
+    After `budget_s` seconds no further race is begun; the first always is. `keep` is given all races so far
+    after each one, to write them to disk: an interrupt loses the race in progress alone.
 
     Raises: UserError for an unknown dtype.
     """
@@ -93,7 +103,14 @@ def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, cons
             found=f"--dtype {name}", need="float32, bfloat16 or float16", where="the command line"
         )
     sizes = SMALL if small or device.type == "cpu" else SHAPE_7B
-    races = []
+    where, races = Provenance(**origin(device, command=command)), list[Race]()
+
+    def so_far() -> KernelRaces:
+        left_out = num_races(sizes) - len(races)
+        return KernelRaces(
+            origin=where, dtype=name, calls_a_repeat=_CALLS, races=tuple(races), num_left_out=left_out
+        )
+
     with device_turns(device, console=console)():
         for race in run_races(
             sizes,
@@ -103,15 +120,16 @@ def race_kernels(*, dtype: str, small: bool, budget_s: float, command: str, cons
         ):
             console.print(f"{race.computation}: {race.shape}", highlight=False, markup=False)
             races.append(race)
-            if time.monotonic() > ends:
+            keep(so_far())
+            if so_far().num_left_out and time.monotonic() > ends:
                 console.print("time budget used up: the races after this one are left out")
                 break
-    return KernelRaces(
-        origin=Provenance(**origin(device, command=command)),
-        dtype=name,
-        calls_a_repeat=_CALLS,
-        races=tuple(races),
-    )
+    return so_far()
+
+
+def num_races(sizes: Sizes) -> int:
+    """Return how many races `run_races` yields."""
+    return len(sizes.products) + len(sizes.attention) * len(sizes.nodes) + _HEADS_RACES + _TOPK_RACES
 
 
 def run_races(

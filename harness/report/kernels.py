@@ -19,13 +19,19 @@ def render_kernel_races(races: KernelRaces) -> str:
     """Return the races as Markdown."""
     rows = [row for race in races.races for row in _rows(race)]
     where = f"{describe_device(races.origin)}, {races.dtype}, {races.calls_a_repeat} calls a time."
-    return paragraphs(where, table(_HEADERS, rows), _NOTE)
+    return paragraphs(where, table(_HEADERS, rows), _NOTE, _left_out(races))
+
+
+def _left_out(races: KernelRaces) -> str:
+    total = len(races.races) + races.num_left_out
+    return f"Of {total} races {races.num_left_out} were not run." if races.num_left_out else ""
 
 
 def kernels_headline(races: KernelRaces) -> dict[str, Any]:
     """Return what the last JSON line says: of each race the fastest way and its time over the engine's."""
     return {
         "dtype": races.dtype,
+        "num_left_out": races.num_left_out,
         "races": [
             {"computation": race.computation, "shape": race.shape, **_fastest(race)} for race in races.races
         ],

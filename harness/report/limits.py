@@ -16,7 +16,7 @@ def under_measured_note(*measured: DeviceLimits | None) -> str:
     if not any(limits is not None and limits.are_under_measured for limits in measured):
         return ""
     return (
-        f"*{UNDER_MEASURED.capitalize()}*: an older probe measured them, without growing sizes up to the "
+        f"*{UNDER_MEASURED.capitalize()}*: an earlier probe measured them, which looked less far for the "
         "device's best, so shares of them may flatter."
     )
 

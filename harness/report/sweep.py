@@ -246,12 +246,28 @@ def _not_measured(predicted: Sequence[ComposedCell], record: SweepRecord) -> str
     if not predicted:
         return ""
     withheld = sum(told_speedup(one, record) is None for one in predicted)
-    return (
-        f"{count(len(predicted), 'curve')} of devices that were not measured "
-        f"{'stands' if len(predicted) == 1 else 'stand'} in the report alone. Of {withheld} of them no tree "
-        "and no speed is told, since the error of their step times is larger than what a tree would gain. "
-        f"{_prediction_error(record.origin)}"
+    return " ".join(
+        filter(
+            None,
+            (
+                f"{count(len(predicted), 'curve')} of devices that were not measured "
+                f"{'stands' if len(predicted) == 1 else 'stand'} in the report alone.",
+                _withheld(withheld, total=len(predicted)),
+                _prediction_error(record.origin),
+            ),
+        )
     )
+
+
+def _withheld(number: int, *, total: int) -> str:
+    """Return of how many curves nothing is told, and why; nothing where all are told."""
+    if not number:
+        return ""
+    if number == total > 1:
+        told = "Of none of them is a tree or a speed told"
+    else:
+        told = f"Of {'it' if total == 1 else f'{number} of these'} no tree and no speed is told"
+    return f"{told}, since the error of the step times is larger than what a tree would gain."
 
 
 def _prediction_error(origin: SweepOrigin) -> str:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from harness.device.engine import best_device
-from harness.device.machine import device_info
+from harness.device.machine import device_info, free_bytes
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.specs.hardware import DeviceSpec
@@ -55,13 +55,16 @@ def heads_device(recipe: Medusa1Settings) -> torch.device:
 def room_here(device: torch.device, *, work: Path) -> DeviceRoom:
     """Return what this machine's device, and the disk of the work folder, can hold.
 
-    States that the work folder holds already have their place.
+    Memory that others use is not there to be planned with. States that the work folder holds already have
+    their place.
     """
     info = device_info(device)
     there = next(folder for folder in (work, *work.absolute().parents) if folder.exists())
     kept = sum(file.stat().st_size for file in work.rglob("states*") if file.is_file())
     return DeviceRoom(
-        name=info.name, memory_bytes=info.memory_bytes, disk_bytes=shutil.disk_usage(there).free + kept
+        name=info.name,
+        memory_bytes=min(info.memory_bytes, free_bytes(device)),
+        disk_bytes=shutil.disk_usage(there).free + kept,
     )
 
 

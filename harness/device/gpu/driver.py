@@ -149,10 +149,13 @@ def open_driver(index: int) -> GpuDriver | None:
     except pynvml.NVMLError:
         return None
     try:
-        return GpuDriver(pynvml, _handle(pynvml, index))
+        handle = _handle(pynvml, index)
     except (pynvml.NVMLError, IndexError):
+        handle = None
+    if handle is None:
         pynvml.nvmlShutdown()
         return None
+    return GpuDriver(pynvml, handle)
 
 
 def gpu_details(driver: GpuDriver | None) -> dict[str, str]:
@@ -169,12 +172,30 @@ def gpu_details(driver: GpuDriver | None) -> dict[str, str]:
 
 
 def _handle(nvml: Any, index: int) -> Any:
-    """Return NVML's handle of a GPU; which ones a process sees, and in which order, a variable may say."""
+    """Return NVML's handle of a GPU; which ones a process sees, and in which order, a variable may say.
+
+    NVML counts GPUs as they stand on the bus, CUDA from the fastest on if it is not told otherwise. So a
+    number is the same GPU for both where there is one, or where CUDA was told; else the GPU's own name
+    decides, and None is returned where PyTorch does not tell it.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    name = visible.split(",")[index].strip() if visible else str(index)
-    if name.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
+    name: str | None = visible.split(",")[index].strip() if visible else str(index)
+    if name is not None and name.isdigit():
+        if nvml.nvmlDeviceGetCount() == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
+            return nvml.nvmlDeviceGetHandleByIndex(int(name))
+        name = _own_name(index)
+    return None if name is None else nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _own_name(index: int) -> str | None:
+    """Return the name that a GPU bears on any machine, or None where PyTorch does not tell it."""
+    import torch  # after which PyTorch counts as in use, so this is asked only where nothing else tells
+
+    try:
+        found = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    except (AssertionError, RuntimeError):
+        return None
+    return None if found is None else f"GPU-{found}"
 
 
 def _number(answer: Any, *, unit: int = 1) -> float | None:

@@ -15,7 +15,7 @@ from harness.records.gpu.parts import Outcome
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import OUT_OF_TIME, LatencyPoint, LatencyRecord
 from harness.records.profiles.kernels import Race
-from harness.specs.gpu import Part, TestsPart
+from harness.specs.gpu import KernelsPart, Part, TestsPart
 
 _MOST_NODES = 64  # of the tree whose overhead is told, as the paper's trees
 
@@ -47,6 +47,9 @@ def outcome_of(one: Part, ended: Ended, *, folder: Path, record: Path | None) ->
     if isinstance(one, TestsPart):
         counts = GpuRecord(folder).tests
         return "ok" if counts is not None and counts.num_passed > 0 else "failed"
+    if isinstance(one, KernelsPart):
+        kernels = GpuRecord(folder).kernels
+        return "short" if kernels is not None and kernels.num_left_out else "ok"
     return "short" if record is not None and _is_short(record) else "ok"
 
 
@@ -165,7 +168,8 @@ def _told_kernels(folder: Path) -> str:
     if kernels is None:
         return ""
     won = [race for race in kernels.races if _is_beaten(race)]
-    return f"{len(kernels.races)} races in {kernels.dtype}, the engine's way is not the fastest in {len(won)}"
+    told = f"{len(kernels.races)} races in {kernels.dtype}, the engine's way is not the fastest in {len(won)}"
+    return f"{told}, {kernels.num_left_out} left out for want of time" if kernels.num_left_out else told
 
 
 def _is_beaten(race: Race) -> bool:

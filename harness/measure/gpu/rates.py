@@ -21,7 +21,7 @@ from harness.records.gpu.parts import CorpusRate
 from harness.records.gpu.record import CORPUS_FILE, TRAINING_FILE
 from harness.safe_text import SafeConsole
 from harness.specs.recipe import AnyRecipe, HeadsRecipe, load_recipe, needed_corpus
-from harness.training.corpus import corpus_prompts
+from harness.training.corpus import corpus_prompts, rows_together
 from medusa_impl.engine.runner import StepRunner
 from medusa_impl.training.distill import (
     CorpusPrompt,
@@ -73,27 +73,25 @@ def corpus_rate(
         if loaded.tokenizer is None
         else corpus_prompts(loaded.tokenizer, spec=corpus, num_prompts=corpus.num_prompts())
     )
-    console.print(f"corpus: {len(prompts)} prompts, {corpus.num_rows} rows, {limit_s:g} s")
+    keep_states = isinstance(spec, HeadsRecipe)  # as a corpus for heads alone is made
+    num_rows = rows_together(backbone, prompts, spec=corpus, keep_states=keep_states)
+    console.print(f"corpus: {len(prompts)} prompts, {num_rows} rows, {limit_s:g} s")
     clock, answers = device_clock(device), list[CorpusSample]()
     with device_turns(device, console=console)():
-        started = ended = clock()
-
-        def is_late() -> bool:
-            nonlocal ended
-            ended = clock()
-            return ended - started >= limit_s
-
+        started = clock()
         generate_corpus(
             backbone,
             prompts,
             store=store,
-            num_rows=corpus.num_rows,
+            num_rows=num_rows,
             max_new_tokens=corpus.max_new_tokens,
             eos_ids=loaded.eos_ids,
             on_sample=answers.append,
-            stop=is_late,
-            keep_states=isinstance(spec, HeadsRecipe),  # as a corpus for heads alone is made
+            # The host's own clock: the device's would wait for the step that is under way after each answer.
+            stop=lambda: time.perf_counter() - started >= limit_s,
+            keep_states=keep_states,
         )
+        elapsed_s = clock() - started
     if not answers:
         raise UserError(
             found="no answer at all", need="one at least to take a rate of", where=f"recipe {spec.name!r}"
@@ -102,10 +100,10 @@ def corpus_rate(
         recipe=spec.name,
         model=loaded.name,
         dtype=spec.model.dtype,
-        num_rows=corpus.num_rows,
+        num_rows=num_rows,
         num_answers=len(answers),
         num_tokens=sum(len(answer.token_ids) for answer in answers),
-        elapsed_s=ended - started,
+        elapsed_s=elapsed_s,
     )
 
 

@@ -6,8 +6,9 @@ leaves the others standing. And parts with commands of their own are those very 
 which was cut off is resumed by the command as a user would type it.
 
 This process itself never opens the device: a context of its own would take memory from the parts, and count
-as another process on the GPU. It imports no torch before the first part is begun, so that `--dry-run` is
-quick and works anywhere. What it does itself is to divide the time, to note each outcome, and to seal.
+as another process on the GPU. It imports torch only once it runs a plan, for the locks of folders, so that
+`--dry-run` is quick and works anywhere. What it does itself is to divide the time, to note each outcome, and
+to seal.
 """
 
 from __future__ import annotations

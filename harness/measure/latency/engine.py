@@ -24,6 +24,7 @@ from harness.device.engine import (
     model_without_weights,
 )
 from harness.device.environment import describe_engine
+from harness.device.loading.experts import step_numbers
 from harness.device.random_model import random_model
 from harness.errors import UserError
 from harness.files import canonical_sha256
@@ -142,7 +143,8 @@ def facts_of_model(
         intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * hidden_size),
         vocab_size=vocab_size,
         num_parameters=num_parameters,
-        step_parameters=num_parameters - (0 if embedding is lm_head else embedding.numel()),
+        step_parameters=sum(step_numbers(model).values())
+        - (0 if embedding is lm_head else embedding.numel()),
         max_positions=position_limit(config),
         num_heads=heads.num_heads,
         num_head_layers=heads.num_layers,

@@ -108,7 +108,7 @@ def run_latency(
         return store.folder
     with folder_held(store.folder):
         write_json(store.folder / MODEL_FILE, facts_of_engine(engine))
-        done, num_planned, peak = {point.key for point in store.lines()}, 0, 0
+        done, num_planned, peak = _done(store), 0, 0
         for dtype in spec.dtypes:
             if dtype != first:
                 release(device)
@@ -125,6 +125,15 @@ def run_latency(
             del engine, session  # two copies of the weights may not fit
         _seal(store, num_planned=num_planned, elapsed_s=time.monotonic() - started, peak_memory_bytes=peak)
     return store.folder
+
+
+def _done(store: Store[LatencyPoint]) -> set[PointKey]:
+    """Return what is on disk, less what an earlier time budget left undone, which is dropped from there."""
+    points = store.lines()
+    kept = [point for point in points if point.skipped != OUT_OF_TIME]
+    if len(kept) < len(points):
+        store.rewrite(kept)
+    return {point.key for point in kept}
 
 
 def _seal(store: Store[LatencyPoint], **facts: Any) -> None:

@@ -62,7 +62,9 @@ class CorpusRate(Versioned):
     num_tokens: Count = Field(
         description="tokens of these answers; those of answers in progress at the end do not count"
     )
-    elapsed_s: StepSeconds = Field(description="seconds from the first prefill to the last of these answers")
+    elapsed_s: StepSeconds = Field(
+        description="seconds from the first prefill until these answers are stored"
+    )
 
     @property
     def tokens_per_s(self) -> float:

@@ -44,6 +44,10 @@ class KernelRaces(Versioned):
     dtype: str = Field(description="dtype of the tensors")
     calls_a_repeat: Count = Field(description="calls that one time is the mean of")
     races: tuple[Race, ...] = Field(min_length=1, description="one entry a computation and size")
+    num_left_out: Count = Field(
+        default=0,
+        description="races that were not run, for want of time or by an interrupt; 0 in older files",
+    )
 
 
 def read_kernel_races(path: Path) -> KernelRaces:

@@ -16,6 +16,7 @@ from harness.report.provenance import (
     describe_device,
     describe_finish,
     how_to_repeat,
+    path_within,
     relative_folder,
 )
 
@@ -66,13 +67,15 @@ def print_gpu(console: Console, record: GpuRecord) -> None:
 def gpu_headline(record: GpuRecord, *, base: Path | None = None) -> dict[str, Any]:
     """Return the one JSON object that ends a run's output: every part, its outcome, seconds and record.
 
-    A part whose files lie in this record names this one.
+    A part whose files lie in this record names this one. Records are named by their path from `base`, the
+    working folder by default, or where they lie elsewhere from the folder that holds the results.
     """
+    results = record.folder.resolve().parents[_DEPTH - 1]
 
     def named(folder: Path) -> str:
-        return relative_folder(folder, base=base or Path.cwd())
+        return path_within(folder, base=base or Path.cwd()) or relative_folder(folder, base=results.parent)
 
-    home, results = named(record.folder), record.folder.parents[_DEPTH - 1]
+    home = named(record.folder)
     return {
         "gpu": record.spec.name,
         "device": record.origin.device.name,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from harness.cli.profile import profile_kernels_command
 from harness.errors import UserError
 from harness.measure import kernels
-from harness.measure.kernels import SMALL, run_races
+from harness.measure.kernels import SMALL, num_races, run_races
 from harness.records.profiles.kernels import Contender, KernelRaces, Race, read_kernel_races
 from harness.report.kernels import kernels_headline, render_kernel_races
 from harness.tests.tiny_suite import command
@@ -35,6 +37,7 @@ def races_of(**options: Any) -> list[Race]:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_every_way_gives_what_float64_gives(dtype: torch.dtype, bound: float) -> None:
     races = races_of(dtype=dtype)
+    assert len(races) == num_races(SMALL)
     assert {race.computation for race in races} == {"product", "attention", "heads", "top-k"}
     for one in (one for race in races for one in race.contenders):
         assert one.failure is None and len(one.call_s) == kernels._REPEATS, one
@@ -82,10 +85,32 @@ def test_the_command_writes_a_record_and_ends_with_json(
     assert races.dtype == "float32" and races.origin.device.kind == "cpu"
     told = json.loads(ran.out.splitlines()[-1])
     assert [one["computation"] for one in told["races"]] == [one.computation for one in races.races]
+    assert (told["num_left_out"], races.num_left_out) == (0, 0) and "were not run" not in ran.out
     few = command("profile-kernels", "--time-budget", "0", "--out", tmp_path / "few.json")
-    assert few.code == 0 and len(read_kernel_races(tmp_path / "few.json").races) == 1
+    cut = read_kernel_races(tmp_path / "few.json")
+    assert few.code == 0 and len(cut.races) == 1 and cut.num_left_out == len(races.races) - 1
+    assert f"Of {len(races.races)} races {cut.num_left_out} were not run." in few.out
+    assert json.loads(few.out.splitlines()[-1])["num_left_out"] == cut.num_left_out
     refused = command("profile-kernels", "--dtype", "float8")
     assert refused.code == 3 and "float32, bfloat16 or float16" in refused.err
+
+
+def test_an_interrupt_keeps_the_races_that_were_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All races were once written at the end alone, so that a part stopped at its limit left none."""
+
+    def interrupted(*given: object) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(kernels, "_heads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_kernels_command(
+            dtype="float32", small=True, minutes=3.0, out=tmp_path / "new" / "kernels.json"
+        )
+    kept = read_kernel_races(tmp_path / "new" / "kernels.json")
+    assert [race.computation for race in kept.races] == ["product", *["attention"] * 4]
+    assert kept.num_left_out == 3, "two of heads, one of top-k"
 
 
 def test_the_table_compares_with_the_engine_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

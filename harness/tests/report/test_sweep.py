@@ -22,11 +22,13 @@ from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.step_model import StepModel
 from harness.records.sweep import SweepRecord
+from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
 from harness.report.formatting import WITHHELD, significant
 from harness.report.readme import sweep_block, update_readme
 from harness.report.sweep import (
+    _not_measured,
     print_sweep,
     render_readme_sweep,
     render_sweep_report,
@@ -338,6 +340,26 @@ def test_a_wide_band_leaves_no_tree_and_no_speed(plan: SweepPlan, tmp_path: Path
     assert draw_figures(record, tmp_path / "figures", names=["devices"]) == ()
     (drawn,) = draw_figures(record, tmp_path / "figures", names=["fig4_nodes"])
     assert ">tokens/s<" not in drawn.read_text(encoding="utf-8")
+
+
+def test_the_readme_says_of_how_many_devices_nothing_is_told(plan: SweepPlan, tmp_path: Path) -> None:
+    """It once said "18 curves .. Of 18 of them no tree and no speed is told"."""
+
+    def cells(name: str, overhead: tuple[float, float]) -> tuple[SweepRecord, tuple[ComposedCell, ...]]:
+        record = write_sweep(
+            tmp_path / name, with_model(plan, known_error(seconds=(0.8, 1.5), overhead=overhead)), extra=()
+        )
+        return record, tuple(headline_cells(record))
+
+    record, wide = cells("wide", (0.3, 4.0))
+    text = sweep_block(record).render(tmp_path)
+    assert "2 curves of devices that were not measured stand in the report alone." in text
+    assert "Of none of them is a tree or a speed told, since the error" in text
+    assert "in the report alone. Of it no tree and no speed is told, since" in _not_measured(wide[:1], record)
+    narrow_record, narrow = cells("narrow", (0.99, 1.01))
+    told = _not_measured(narrow, narrow_record)
+    assert "in the report alone. Predictions are of the step model" in told and "no speed" not in told
+    assert "Of 1 of these no tree and no speed is told" in _not_measured([*wide[:1], *narrow], narrow_record)
 
 
 def test_a_search_on_a_prediction_that_tells_nothing_is_refused(home: Path, tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ def test_shipped_plans_hold_every_part_in_order_of_worth_and_in_their_time(name:
     spec = load_gpu_spec(shipped("gpu", f"{name}.toml"))
     assert spec.device == name and spec.minutes == 5
     assert [one.part for one in spec.parts] == ["tests", "limits", "latency", "suite", "rates", "kernels"]
-    assert sum(one.limit_s for one in spec.parts) <= 60 * spec.minutes
+    # The rest is for the process that asks the device and for what lies between two parts.
+    assert sum(one.limit_s for one in spec.parts) <= 0.9 * 60 * spec.minutes
+    planned = schedule(spec)
+    assert all((planned[one.part] or 0) >= one.limit_s for one in spec.parts)
     for one in spec.parts:
         for named in (getattr(one, field, None) for field in ("spec", "suite", "recipe")):
             assert named is None or resolve_path(named, base_folder=shipped("gpu")).is_file()

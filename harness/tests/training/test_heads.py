@@ -181,6 +181,32 @@ def test_the_machine_is_what_the_plan_is_held_against(
     assert size.num_rows == 100 and not size.is_there
 
 
+def test_memory_that_others_use_is_not_planned_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan for a GPU that was half in use went by all of its memory, and training ran out of it."""
+    some = SimpleNamespace(total=9999, available=1234)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: some)
+    assert room_here(torch.device("cpu"), work=tmp_path).memory_bytes == 1234
+    some.available = 3 * some.total
+    assert room_here(torch.device("cpu"), work=tmp_path).memory_bytes == some.total
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "room"), [(80, 80, 80), (80, 30, 35), (80, 79, 80)], ids=["idle", "shared", "reserved"]
+)
+def test_on_a_gpu_what_pytorch_keeps_for_itself_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, free: int, room: int
+) -> None:
+    gpu, named = torch.device("cuda"), SimpleNamespace(name="a card", memory_bytes=total)
+    monkeypatch.setattr("harness.training.room.device_info", lambda device: named)
+    for name, value in {
+        "mem_get_info": (free, total),
+        "memory_reserved": 9,
+        "memory_allocated": 4,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    assert room_here(gpu, work=tmp_path).memory_bytes == room
+
+
 @pytest.mark.parametrize(
     ("shape", "device", "code"),
     [

@@ -36,6 +36,9 @@ class FakeNvml(ModuleType):
     def nvmlShutdown(self) -> None:
         self.num_open -= 1
 
+    def nvmlDeviceGetCount(self) -> int:
+        return int(self.answers.get("count", 1))
+
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         self._check(index)
         return index

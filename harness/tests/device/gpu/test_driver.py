@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from pytest import MonkeyPatch
 
-from harness.device.gpu.driver import GpuDriver, GpuProcess, gpu_details, open_driver
+from harness.device.gpu.driver import GpuDriver, GpuProcess, _own_name, gpu_details, open_driver
 from harness.tests.device.gpu.fake_nvml import FakeNvml, sample
 
 FULL = {
@@ -103,6 +105,67 @@ def test_the_gpu_asked_about_is_the_first_visible_one(
     assert driver is not None and [one.pid for one in driver.processes() or ()] == pids
 
 
+@pytest.mark.parametrize("visible", [None, "1,0"])
+@pytest.mark.parametrize(
+    ("order", "told", "pids"),
+    [
+        (None, {"uuid": "1f"}, [5]),
+        ("FASTEST_FIRST", {"uuid": "1f"}, [5]),
+        (None, {"uuid": "77"}, None),  # a part of a GPU, which the driver lists under another name
+        (None, {}, None),
+        (None, None, None),
+        ("PCI_BUS_ID", None, [1]),
+    ],
+)
+def test_of_several_gpus_the_name_and_not_the_number_says_which_one_is_ours(
+    visible: str | None,
+    order: str | None,
+    told: dict[str, str] | None,
+    pids: list[int] | None,
+    monkeypatch: MonkeyPatch,
+) -> None:
+    """CUDA counts the fastest GPU first, NVML by the bus: the watch once looked at the wrong one."""
+    first = 0 if visible is None else 1
+    nvml = FakeNvml({first: [(1, None)], 1 - first: [(2, None)], "GPU-1f": [(5, None)]})
+    nvml.answers["count"] = 2
+
+    def properties(index: int) -> SimpleNamespace:
+        assert index == 0
+        if told is None:
+            raise AssertionError("Invalid device id")
+        return SimpleNamespace(**told)
+
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    driver = open_driver(0)
+    assert nvml.num_open == (pids is not None)
+    assert (None if driver is None else [one.pid for one in driver.processes() or ()]) == pids
+
+
+@pytest.mark.gpu
+def test_the_driver_knows_the_name_that_pytorch_tells() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    name = _own_name(0)
+    if name is None:
+        pytest.skip("this PyTorch tells no name")
+    if "MIG" in torch.cuda.get_device_name(0):
+        pytest.skip("a part of a GPU has a name of its own")
+    pynvml.nvmlInit()
+    try:
+        names = [
+            pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))
+            for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+    finally:
+        pynvml.nvmlShutdown()
+    assert name in names
+
+
 def test_a_gpu_beyond_the_visible_ones_is_not_asked_about(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -113,7 +176,7 @@ def test_the_package_has_what_is_asked_of_it() -> None:
     """The stand-in answers whatever it is asked; a name with a slip in it would be unknown to the package."""
     pynvml = pytest.importorskip("pynvml")
     asked = {name for name in vars(FakeNvml) if name.startswith("nvml")}
-    assert len(asked) == 13 and [name for name in sorted(asked) if not hasattr(pynvml, name)] == []
+    assert len(asked) == 14 and [name for name in sorted(asked) if not hasattr(pynvml, name)] == []
     assert (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM, pynvml.NVML_TEMPERATURE_GPU) == (1, 2, 0)
     assert (pynvml.NVML_SUCCESS, pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_NOT_SUPPORTED) == (0, 6, 3)
     assert pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND).value == 6

@@ -21,6 +21,7 @@ from harness.judge.limits import (
 )
 from harness.records.latency import LatencyRecord
 from harness.records.probes import DeviceLimits
+from harness.records.provenance import Environment
 from harness.records.run import RunRecord
 from harness.tests.fake_latency import backbone_s, fake_facts, write_fake_latency
 from harness.tests.fake_record import (
@@ -80,10 +81,19 @@ def test_an_upgraded_record_of_version_1_is_an_older_probes(tmp_path: Path) -> N
     assert (limits.read_bandwidth_bytes_per_s, limits.matmul_flop_per_s) == (2.0, 3.0)
 
 
-def run_with(folder: Path, limits: DeviceLimits | None, **changes: object) -> RunRecord:
+def on(environment: Environment, kind: str, **changes: object) -> Environment:
+    device = environment.device.model_copy(update={"kind": kind})
+    return environment.model_copy(update={"device": device, **changes})
+
+
+def run_with(
+    folder: Path, limits: DeviceLimits | None, *, kind: str = "cuda", **changes: object
+) -> RunRecord:
+    """Write a run; on a GPU, since a CPU's caches may hold its weights."""
+
     def spoil(parts: FakeParts) -> None:
         parts.device_limits = limits
-        parts.environment = parts.environment.model_copy(update=dict(changes))
+        parts.environment = on(parts.environment, kind, **changes)
 
     return write_fake_record(folder, spoil=spoil, num_prompts=4, jitter=0)
 
@@ -128,11 +138,21 @@ def test_a_run_faster_than_a_limit_fails(
     assert checked(run_with(tmp_path, limits)).status is status
 
 
-@pytest.mark.parametrize(("num_bytes", "reads"), [(CACHED_BYTES, True), (CACHED_BYTES - 1, False)])
+@pytest.mark.parametrize(
+    ("kind", "num_bytes", "reads"),
+    [
+        ("cpu", CACHED_BYTES["cpu"], True),
+        ("cpu", CACHED_BYTES["cpu"] - 1, False),
+        ("cuda", CACHED_BYTES["cuda"], True),
+        ("cuda", CACHED_BYTES["cuda"] - 1, False),
+        ("cpu", 269_060_352, False),  # SmolLM2-135M in bfloat16, less than some servers' caches
+    ],
+)
 def test_weights_that_a_cache_may_hold_are_not_read_from_memory(
-    tmp_path: Path, num_bytes: int, reads: bool
+    tmp_path: Path, kind: str, num_bytes: int, reads: bool
 ) -> None:
-    record = run_with(tmp_path, limits_of(1.0, 1e17), weight_bytes=num_bytes)
+    """A small model out of a large cache was once called faster than its device."""
+    record = run_with(tmp_path, limits_of(1.0, 1e17), kind=kind, weight_bytes=num_bytes)
     assert any(one.what.startswith("reading") for one in run_shares(record)) is reads
     assert any(one.what.startswith("products") for one in run_shares(record))
 
@@ -140,6 +160,7 @@ def test_weights_that_a_cache_may_hold_are_not_read_from_memory(
 def latency_with(folder: Path, limits: DeviceLimits) -> LatencyRecord:
     record = write_fake_latency(folder)
     write_json(folder / "device_limits.json", limits)
+    write_json(folder / "environment.json", on(record.environment, "cuda"))
     return LatencyRecord(record.folder)
 
 
@@ -185,7 +206,10 @@ def test_steps_of_a_tuned_backbone_read_its_own_weights(tmp_path: Path) -> None:
         device_limits=record.device_limits,
         step_costs=record.step_costs,
         environment=SimpleNamespace(
-            dtype="float32", weight_bytes=WEIGHT_BYTES, tuned=SimpleNamespace(weight_bytes=3 * WEIGHT_BYTES)
+            dtype="float32",
+            device=record.environment.device,
+            weight_bytes=WEIGHT_BYTES,
+            tuned=SimpleNamespace(weight_bytes=3 * WEIGHT_BYTES),
         ),
     )
     plain = {one.what: one.share for one in run_shares(record)}
@@ -199,7 +223,7 @@ def test_a_latency_records_cached_weights_are_not_read_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, reads: bool
 ) -> None:
     num_bytes = fake_facts().step_bytes("float32")
-    monkeypatch.setattr("harness.judge.limits.CACHED_BYTES", num_bytes + more)
+    monkeypatch.setattr("harness.judge.limits.CACHED_BYTES", {"cuda": num_bytes + more})
     told = [one.what for one in latency_shares(latency_with(tmp_path / "run", limits_of()))]
     assert any(what.startswith("reading of float32 packed over") for what in told) is reads
     assert ("reading of float32 packed" in told) is reads
@@ -217,6 +241,7 @@ def test_points_that_were_skipped_and_dtypes_without_limits_have_no_share(tmp_pa
 def test_a_step_of_no_time_is_left_to_other_checks(tmp_path: Path) -> None:
     def spoil(parts: FakeParts) -> None:
         parts.device_limits = limits_of(1e12, 1e14)
+        parts.environment = on(parts.environment, "cuda")
         parts.edit(lambda row: {"step_times_s": (0.0,) * row.num_steps}, arm="vanilla")
 
     told = {one.what for one in run_shares(write_fake_record(tmp_path, spoil=spoil, num_prompts=4))}

@@ -87,6 +87,16 @@ def test_a_sound_record_has_no_faults_and_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_records_outside_of_the_working_folder_are_named_from_that_of_the_results(tmp_path: Path) -> None:
+    """The last line gave the bare name of a record there, and nobody could tell where it lies."""
+    folder, elsewhere = write(tmp_path / "out", TESTS, LATENCY), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    told = gpu_headline(GpuRecord.open(folder), base=elsewhere)
+    home = folder.relative_to(tmp_path).as_posix()
+    assert home.startswith("out/gpu/") and told["record"] == home
+    assert [one["record"] for one in told["parts"]] == [home, "out/latency/tiny/x/y"]
+
+
 def changed(result: PartResult, /, **changes: Any) -> PartResult:
     return result.model_copy(update=changes)
 

@@ -36,6 +36,7 @@ from harness.measure.latency.run import LatencyOptions, run_latency
 from harness.measure.latency.timers import comb_tree, filled_cache, measure_group, rewind
 from harness.records.latency import (
     LATENCY,
+    OUT_OF_TIME,
     POINTS_FILE,
     STOCK,
     LatencyPoint,
@@ -554,6 +555,21 @@ def test_run_cut_at_any_byte_resumes_and_measures_nothing_twice(
     assert sorted(map(_place, record.points)) == sorted(map(_place, whole.points))
     assert (folder / "modes.json").read_bytes() == modes and record.batches is not None
     assert not list(folder.glob("*.tmp"))
+
+
+def test_what_a_time_budget_left_undone_is_measured_when_the_run_goes_on(
+    ran: LatencyRun, tmp_path: Path
+) -> None:
+    """A run killed after its budget and before its seal once went on without one, and measured nothing."""
+    folder = cut_copy(ran, tmp_path / "run", num_bytes=0, keep=("modes.json", "batches.json"))
+    whole = read_points(ran.folder / POINTS_FILE)
+    late = [LatencyPoint(**dict(point.key), skipped=OUT_OF_TIME) for point in whole[3:]]
+    Store(folder, kind=LATENCY).append(*whole[:3], *late)
+    resumed(ran, folder)
+    record = LatencyRecord(folder)
+    assert validate_record(folder) == () and record.points[:3] == whole[:3]
+    assert not any(point.skipped == OUT_OF_TIME for point in record.points)
+    assert sorted(map(_place, record.points)) == sorted(map(_place, whole))
 
 
 def _place(point: PointKey) -> tuple[str, int, int, int, int]:
