@@ -60,11 +60,18 @@ def render_readme_claims(standings: Sequence[Standing], *, results: Path, base: 
     held = sum(verdict.kind.value == "reproduced" for verdict in found)
     alone = sum(verdict.form == "paper-only" for verdict in found)
     claims = sum(one.claim.kind == "claim" for one in standings)
+    others = [one for one in standings if one.is_decided_elsewhere and one.claim.kind == "claim"]
+    elsewhere = (
+        f" On other classes of machines alone {', '.join(one.claim.id for one in others)} are decided, each by "
+        "a test of its own: speeds that turn on the machine."
+        if others
+        else ""
+    )
     link = (results / CLAIMS_PAGE).resolve().relative_to(base.resolve()).as_posix()
     return paragraphs(
         f"Over all records {len(decided)} of the {claims} claims are decided, by "
         f"{count(len(tests), 'different test')}: {held} hold, {len(tests) - held} do not; "
-        f"{count(alone, 'test')} rest on arithmetic with the paper's figures alone.",
+        f"{count(alone, 'test')} rest on arithmetic with the paper's figures alone.{elsewhere}",
         render_counts(standings),
         f"Each claim with the record that decides it: [`{CLAIMS_PAGE}`]({link}).",
     )

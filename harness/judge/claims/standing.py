@@ -64,6 +64,12 @@ class Standing:
     decides: RecordVerdict | None = None
     differing: tuple[RecordVerdict, ...] = field(default=())
 
+    @property
+    def is_decided_elsewhere(self) -> bool:
+        """Return whether a speed that the named class of machines leaves open is decided on another one."""
+        turns_on_machine = self.group in ("open", "cannot") and isinstance(self.claim.transfer, _SPEED_FORMS)
+        return turns_on_machine and any(_GROUPS[one.verdict.kind] == "decided" for one in self.differing)
+
 
 @dataclass(frozen=True)
 class Records:

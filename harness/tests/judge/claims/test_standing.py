@@ -158,6 +158,18 @@ def test_a_band_of_bandwidth_goes_from_lower_to_higher(band: tuple[float, float]
         DecidingRule(counts="a", speeds="b", machine="c", read_gb_per_s=band, reason="one")
 
 
+def test_speeds_that_turn_on_the_machine_are_told_from_what_more_prompts_leave_open(
+    registry: ClaimsFile, records: Records
+) -> None:
+    found = {one.claim.id: one for one in standings(registry, records)}
+    elsewhere = {name for name, one in found.items() if one.is_decided_elsewhere}
+    assert {"T3-1", "T3-2"} <= elsewhere
+    assert all(found[name].group in ("open", "cannot") for name in elsewhere)
+    # a loss is no speed: other records, of fewer prompts, decide it, and their machines are not why
+    assert found["Q-loss"].differing and "Q-loss" not in elsewhere
+    assert not any(one.is_decided_elsewhere for one in standings(registry, Records([], [], [])))
+
+
 def test_without_records_nothing_is_decided(registry: ClaimsFile) -> None:
     found = standings(registry, Records([], [], []))
     counts = Counter(one.group for one in found)
