@@ -61,9 +61,10 @@ def render_readme_claims(standings: Sequence[Standing], *, results: Path, base: 
     alone = sum(verdict.form == "paper-only" for verdict in found)
     claims = sum(one.claim.kind == "claim" for one in standings)
     others = [one for one in standings if one.is_decided_elsewhere and one.claim.kind == "claim"]
+    named = ", ".join(one.claim.id for one in others)
     elsewhere = (
-        f" On other classes of machines alone {', '.join(one.claim.id for one in others)} are decided, each by "
-        "a test of its own: speeds that turn on the machine."
+        f" On other classes of machines alone {named} are decided, each by a test of its own: speeds that "
+        "turn on the machine."
         if others
         else ""
     )
