@@ -111,12 +111,12 @@ def test_the_reason_of_an_unsealed_record_cannot_steer_the_terminal(
 def test_a_latency_record_that_beat_its_limits_is_invalid_and_shown_in_no_readme(tmp_path: Path) -> None:
     """A step of 33.7 ms once stood next to a bound of 78.5 ms from its limits, valid all the same."""
 
-    def write(folder: Path, *, bytes_per_s: float) -> Path:
+    def write(folder: Path, *, flop_per_s: float) -> Path:
         record = write_fake_latency(folder)
         limits = DeviceLimits(
-            read_bandwidth_bytes_per_s=bytes_per_s,
-            matmul_flop_per_s=1e14,
-            row_product_bytes_per_s=bytes_per_s,
+            read_bandwidth_bytes_per_s=1e12,
+            matmul_flop_per_s=flop_per_s,
+            row_product_bytes_per_s=1e12,
             method="made up",
         )
         write_json(folder / "device_limits.json", limits)
@@ -128,13 +128,13 @@ def test_a_latency_record_that_beat_its_limits_is_invalid_and_shown_in_no_readme
 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- begin:modes -->\n<!-- end:modes -->\n")
-    ran = command("report", write(tmp_path / "slow", bytes_per_s=1e9), "--readme", readme)
-    assert ran.code == ExitCode.INVALID_MEASUREMENT and "INVALID: within_limits: found reading" in ran.err
+    ran = command("report", write(tmp_path / "slow", flop_per_s=1e10), "--readme", readme)
+    assert ran.code == ExitCode.INVALID_MEASUREMENT and "INVALID: within_limits: found products" in ran.err
     assert json.loads(ran.out.splitlines()[-1])["valid"] is False
     assert "**INVALID.** The device's limits" in (tmp_path / "slow" / "report.md").read_text()
     assert readme.read_text() == "<!-- begin:modes -->\n<!-- end:modes -->\n"
-    ran = command("report", write(tmp_path / "fine", bytes_per_s=1e12), "--readme", readme)
+    ran = command("report", write(tmp_path / "fine", flop_per_s=1e14), "--readme", readme)
     assert ran.code == ExitCode.OK and json.loads(ran.out.splitlines()[-1])["valid"] is True
     page = (tmp_path / "fine" / "report.md").read_text()
-    assert "**Valid**: reading" in page and "under-measured" not in page
+    assert "**Valid**: reading in products of one row" in page and "under-measured" not in page
     assert "against `generate`" in readme.read_text()
