@@ -24,10 +24,7 @@ def latency(
     dtype: Annotated[str | None, typer.Option(help="dtypes to time, with commas between them")] = None,
     modes: Annotated[
         str | None,
-        typer.Option(
-            help="engine modes to time, with commas between them (eager, packed, compiled, cuda_graph, "
-            "fused_graph), or auto: all that need no compiling"
-        ),
+        typer.Option(help="eager, packed, compiled, cuda_graph, fused_graph; auto: all but compiling"),
     ] = None,
     nodes: Annotated[
         str | None, typer.Option(help="tree nodes for every grid, root included, with commas between them")

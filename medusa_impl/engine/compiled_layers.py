@@ -113,7 +113,8 @@ class CompiledLayers:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what a compiler raises, or PyTorch where it gives up
-            self.failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            lines = (line.strip() for line in str(error).splitlines())
+            self.failure = next(filter(None, lines), type(error).__name__)
             return plain(layer, *arguments, **options)
 
 
