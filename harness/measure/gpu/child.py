@@ -38,6 +38,9 @@ def end_with_parent(parent: int) -> None:
 def main(words: list[str]) -> None:
     """Do what the words say: run a module with its arguments, or a part that has no command of its own."""
     parent, what, *rest = words
+    # Where the command was started in the background of a script, interrupts are ignored, and children would
+    # ignore them, too: a part could only be killed then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with_parent(int(parent))
     if what == "module":
         _run_module(rest[0], rest[1:])
