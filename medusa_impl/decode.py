@@ -179,7 +179,8 @@ class TreeStep:
     ) -> DecodingStep:
         """Take one step in the engine's mode; the host waits for the device once.
 
-        The step draws as from `generator`, that of a rule of the same key, and leaves it behind as if so.
+        The step draws what `generator`, that of a rule of the same key, would draw, and leaves it in the
+        state that it would then have.
 
         Raises: UserError if the nodes do not fit into the cache.
         """

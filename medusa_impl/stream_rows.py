@@ -51,7 +51,7 @@ class DeviceRows:
                 num_rows, max_new_tokens, hidden_size, dtype=torch.float16, device=device
             )
         self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._sampled: dict[int, None] = {}
         self._sampled_rows = torch.zeros(0, dtype=torch.long, device=device)
 
@@ -112,12 +112,12 @@ class DeviceRows:
     ) -> list[tuple[list[int], Tensor | None]]:
         """Return the tokens and states of rows that have ended. The host waits for these alone.
 
-        On a GPU they are read beside the step that runs, as soon as `ready`, the step in which they ended, is
+        On a GPU they are read while the next step runs, as soon as `ready`, the step in which they ended, is
         over: later steps write into ended rows what is there already.
         """
-        if self._beside is not None and ready is not None:
-            self._beside.wait_event(ready)
-        with torch.cuda.stream(self._beside):  # None changes nothing
+        if self._side_stream is not None and ready is not None:
+            self._side_stream.wait_event(ready)
+        with torch.cuda.stream(self._side_stream):  # None changes nothing
             index = torch.tensor(rows, device=self.device)
             counts, tokens = self.counts[index].tolist(), self.tokens[index].tolist()
             states = None if self.states is None else self.states[index].to("cpu")

@@ -329,7 +329,7 @@ def _heads(sizes: Sizes, device: torch.device, dtype: torch.dtype, compiled: Any
 
 
 def _topk(sizes: Sizes, device: torch.device, dtype: torch.dtype, compiled: Any) -> Iterator[_Entry]:
-    """The best ten tokens of each head in exact order, by blocks of several sizes; PyTorch's own beside."""
+    """The best ten tokens of each head in exact order, by blocks of several sizes, and in PyTorch's order."""
     logits = torch.randn(1, sizes.num_heads, sizes.vocab, device=device, dtype=dtype)
     count = min(10, sizes.vocab)
     want = logits.sort(dim=-1, descending=True, stable=True).indices[..., :count]

@@ -1,4 +1,4 @@
-"""Races of kernels as a table: each way's time, rate and error beside the engine's."""
+"""Races of kernels as a table: each way's time, rate and error, compared with the engine's."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class TreeCache(Cache):
     `device_lengths` `[B]` the device computes slots, positions and masks. Neither side waits for the other:
     `plan_step` and `advance` are the host's part of a step, `place_step` and `move` the device's.
 
-    Keys and values lie in tensors of their own, and the rows of a layer behind each other: a compiled layer
+    Keys and values lie in tensors of their own, and the rows of a layer one after another: a compiled layer
     that writes into such a tensor makes no copy of it.
 
     Shapes: keys and values `[layers, B * row_slots, Hkv, d]`, allocated in the first forward pass.
@@ -170,7 +170,7 @@ class TreeCache(Cache):
         )
 
     def flat_storage(self, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of one layer, the slots of all rows behind each other.
+        """Return the keys and values of one layer, the slots of one row after those of another.
 
         Shapes: `[B * row_slots, Hkv, d]` each.
         """
@@ -246,7 +246,7 @@ class TreeCache(Cache):
 
     @torch.inference_mode()  # the storage is an inference tensor: it was allocated in a forward pass
     def move(self, nodes: Tensor, num_kept: Tensor, *, in_place: bool = False) -> None:
-        """Move the kept nodes behind the prefix on the device; `advance` tells the host.
+        """Move the kept nodes to the end of the prefix on the device; `advance` tells the host.
 
         `in_place` says that the nodes are those of a chain, which lie there already. So does a root alone.
 

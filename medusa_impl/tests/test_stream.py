@@ -211,7 +211,7 @@ def test_prompts_that_need_a_longer_cache_wait_for_the_rows_in_flight(backbone: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["eager", "cuda_graph"])
 def test_a_gpu_makes_the_texts_of_a_cpu(model: LlamaForCausalLM, mode: Mode) -> None:
-    """Its own defaults: prompts in one pass, ended rows read beside the next step."""
+    """Its own defaults: prompts in one pass, ended rows read while the next step runs."""
     on_gpu: Any = tiny_llama(seed=8)
     backbone = StepRunner(on_gpu.to("cuda"), None, mode=mode).backbone
     requests = _requests()

@@ -237,7 +237,7 @@ def test_curves_of_a_record_name_their_source(tmp_path: Path) -> None:
 
 
 def test_records_of_a_fit_are_inputs_of_the_sweep() -> None:
-    """So that a sweep which goes on with other records behind its predictions is refused."""
+    """So that a sweep which goes on from other records than its predictions were made from is refused."""
     model = step_models(timed_curves(RESULTS))["cuda"]
     inputs = model_inputs(model, RESULTS)
     assert {name.rsplit(" ", 1)[-1] for name in inputs} == set(model.sources)
