@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache
 
-from medusa_impl.engine import runner
+from medusa_impl.engine import compiled_layers, runner
 from medusa_impl.engine.backbone import Backbone
 from medusa_impl.engine.compiled_layers import CompiledLayers, decoder_layers
 from medusa_impl.engine.kv_cache import TreeCache
@@ -131,22 +130,45 @@ def test_families_that_differ_in_how_they_call_a_layer(family: str) -> None:
     assert 1 <= num_graphs() <= 2, "one for each type of layer"
 
 
-def test_the_generated_code_copies_no_storage() -> None:
-    """A layout that is copied out and back gives the right tokens, so that nothing else notices.
+def largest_allocation(cache: TreeCache, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the elements of the largest tensor that the generated code of a step allocates."""
+    guards: Any = torch._C._dynamo.guards
+    allocate, sizes = guards._empty_strided_cpu, []
 
-    Some versions of PyTorch did so with keys and values in one tensor, or with a storage flattened inside.
+    def noting(size: tuple[int, ...], *others: Any) -> Any:
+        sizes.append(math.prod(size))
+        return allocate(size, *others)
+
+    with fresh_cache(), monkeypatch.context() as patch:  # code that is there already has the other function
+        patch.setattr(guards, "_empty_strided_cpu", noting)
+        logits_of(backbone, TREES[1], cache=cache)
+    assert len(sizes) > 5, "the code allocates what its products give"
+    return max(sizes)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_the_generated_code_allocates_no_second_storage(grows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is copied gives the right tokens, so that nothing else notices.
+
+    The control puts old and new keys together, as a cache that grows does: that is seen.
     """
     backbone = Backbone(tiny_llama(num_layers=1))
     backbone.step_call = CompiledLayers(backbone)
     cache = backbone.new_cache(batch_size=2, max_length=150)
-    _, codes = run_and_get_code(lambda: logits_of(backbone, TREES[1], cache=cache))
-    shapes = [
-        [size.strip() for size in shape.split(",") if size.strip()]
-        for code in codes
-        for shape in re.findall(r"empty_strided_\w+\(\(([^)]*)\)", code)
-    ]
-    sizes = [math.prod(map(int, shape)) for shape in shapes if all(size.isdigit() for size in shape)]
-    assert len(sizes) > 5 and max(sizes) < cache.flat_storage(0)[0].numel()
+
+    def growing(slots: Any, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> Any:
+        views = []
+        for storage, states in ((slots._keys, keys), (slots._values, values)):
+            new = states.transpose(1, 2).flatten(0, 1)
+            storage.index_copy_(0, slots._slots, new)
+            by_row = torch.cat([storage, new])[: storage.shape[0]].view(2, -1, *storage.shape[1:])
+            views.append(by_row[:, : slots._view_length].transpose(1, 2))
+        return tuple(views)
+
+    if grows:
+        monkeypatch.setattr(compiled_layers._LayerSlots, "update", growing)
+    largest = largest_allocation(cache, backbone, monkeypatch)
+    assert (largest >= cache.flat_storage(0)[0].numel()) is grows
 
 
 def test_prompts_are_read_by_the_layers_as_they_are() -> None:
