@@ -11,13 +11,14 @@ from harness.judge.latency import mode_rows
 from harness.judge.totals import timed_generations
 from harness.records.latency import DTYPE_BYTES, LatencyRecord
 from harness.records.probes import DeviceLimits
-from harness.records.provenance import Environment, TunedOrigin
+from harness.records.provenance import DeviceInfo, Environment, TunedOrigin
 from harness.records.run import RunRecord
 
 MAX_OVER_LIMIT = 1.1  # the 10 % are for the spread of the probe
 # Fewer bytes of weights may lie in a cache, which is faster than the memory; the largest caches of servers'
 # CPUs hold a small model in half precision.
 CACHED_BYTES: Mapping[str, int] = {"cpu": 2**30, "cuda": 256 * 2**20}
+_CACHE_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ def limits_outcome(name: str, limits: Iterable[DeviceLimits], shares: Iterable[L
     )
 
 
+def bytes_in_cache(device: DeviceInfo) -> int:
+    """Return how many bytes of weights may lie in a cache: twice the largest that a processor tells of.
+
+    A part of what is larger still comes out of it; from twice its size on that part is less than half. Where
+    a record holds no cache's size, it is as much as the largest of them have.
+    """
+    told = [
+        int(size[:-1]) * _CACHE_UNITS[size[-1]]
+        for name, size in device.details.items()
+        if name.startswith("cache level") and size[-1:] in _CACHE_UNITS and size[:-1].isdigit()
+    ]
+    return min(2 * max(told), CACHED_BYTES[device.kind]) if told else CACHED_BYTES[device.kind]
+
+
 def run_shares(record: RunRecord) -> Iterator[LimitShare]:
     """Yield the shares of the limits that a run's steps reached, decoded ones and separate ones.
 
@@ -64,7 +79,7 @@ def run_shares(record: RunRecord) -> Iterator[LimitShare]:
     if limits is None:
         return
     numbers = DTYPE_BYTES[record.environment.dtype]
-    cached_bytes = CACHED_BYTES[record.environment.device.kind]
+    cached_bytes = bytes_in_cache(record.environment.device)
     for arm in record.suite.arms:
         times = [time for one in timed_generations(record, arm.name) for time in one.step_times_s]
         weight_bytes = _origin(record, arm.name).weight_bytes
@@ -84,7 +99,7 @@ def run_shares(record: RunRecord) -> Iterator[LimitShare]:
 
 def latency_shares(record: LatencyRecord) -> Iterator[LimitShare]:
     """Yield the shares of the limits that the points and the modes of a latency record reached."""
-    facts, cached_bytes = record.facts, CACHED_BYTES[record.environment.device.kind]
+    facts, cached_bytes = record.facts, bytes_in_cache(record.environment.device)
     for point in record.points:
         limits = record.limits(point.dtype)
         if limits is None or not point.backbone_s:

@@ -14,6 +14,7 @@ from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.judge.limits import (
     CACHED_BYTES,
     LimitShare,
+    bytes_in_cache,
     latency_shares,
     latency_within_limits,
     limits_outcome,
@@ -23,7 +24,7 @@ from harness.records.latency import LatencyRecord
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import Environment
 from harness.records.run import RunRecord
-from harness.tests.fake_latency import backbone_s, fake_facts, write_fake_latency
+from harness.tests.fake_latency import backbone_s, fake_environment, fake_facts, write_fake_latency
 from harness.tests.fake_record import (
     BACKBONE_ONE_NODE_S,
     STEP_S,
@@ -155,6 +156,24 @@ def test_weights_that_a_cache_may_hold_are_not_read_from_memory(
     record = run_with(tmp_path, limits_of(1.0, 1e17), kind=kind, weight_bytes=num_bytes)
     assert any(one.what.startswith("reading") for one in run_shares(record)) is reads
     assert any(one.what.startswith("products") for one in run_shares(record))
+
+
+@pytest.mark.parametrize(
+    ("details", "expected"),
+    [
+        ({}, CACHED_BYTES["cpu"]),
+        ({"cache level 1": "32K", "cache level 3": "32768K", "stepping": "1"}, 2 * 32 * 2**20),
+        ({"cache level 3": "32M"}, 2 * 32 * 2**20),
+        ({"cache level 3": "491520K"}, 2 * 480 * 2**20),
+        ({"cache level 3": "2G"}, CACHED_BYTES["cpu"]),
+        ({"cache level 3": "unknown"}, CACHED_BYTES["cpu"]),
+    ],
+)
+def test_a_processor_that_tells_its_cache_is_held_to_twice_that(
+    details: dict[str, str], expected: int
+) -> None:
+    device = fake_environment().device.model_copy(update={"details": details})
+    assert bytes_in_cache(device) == expected
 
 
 def latency_with(folder: Path, limits: DeviceLimits) -> LatencyRecord:
