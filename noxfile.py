@@ -152,8 +152,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests; benchmarks run once, untimed."""
-    run_module(session, "pytest", "--benchmark-disable")
+    """Run the tests, a file on one core at a time; benchmarks run once, untimed."""
+    workers = str(min(os.cpu_count() or 1, 4))
+    python, words = (
+        shared_python(session),
+        ("--benchmark-disable", "--numprocesses", workers, "--dist", "loadfile"),
+    )
+    session.run(python, "-m", "pytest", *words, *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True)
 
 
 @nox.session

@@ -160,6 +160,19 @@ def bootstrap_groups(
     )
 
 
+def long_share(times: Sequence[float], *, factor: float, width: int = 9) -> float:
+    """Return the share of a sequence's time in steps of more than `factor` times the median around them.
+
+    Shapes: one entry a step; the median is over the step and up to `width // 2` on each side. Fewer than
+    three steps have no median that one of them does not make, and no long step.
+    """
+    if len(times) < 3:
+        return 0.0
+    steps, reach = np.asarray(times, dtype=np.float64), width // 2
+    around = [np.median(steps[max(0, at - reach) : at + reach + 1]) for at in range(len(steps))]
+    return float(steps[steps > factor * np.array(around)].sum() / steps.sum())
+
+
 def spread_of(interval: Interval) -> tuple[float, float]:
     """Return an interval's standard error and half its width, as other samples of as many prompts have them.
 

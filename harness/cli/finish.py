@@ -98,6 +98,7 @@ def _write_report(record: RecordFolder, text: str) -> None:
 
 def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec]) -> Told:
     judgement = judge(record, claims=claims)
+    record = record.withholding(judgement.withheld)
     _write_report(record, render_report(record, judgement))
     print_verdicts(SafeConsole(), judgement)
     is_valid = judgement.valid and not record.failures

@@ -28,8 +28,9 @@ from harness.judge.step_costs import (
     steps_over,
 )
 from harness.judge.totals import timed_generations
-from harness.records.run import Generation, RunRecord, TrialKey, planned_trials
+from harness.records.run import RunRecord, planned_trials
 from harness.records.trace import Trace
+from harness.records.trials import Generation, TrialKey
 from harness.specs.suite import ArmSpec, BackboneName, is_deterministic
 
 Check = Callable[[RunRecord], CheckOutcome]
@@ -405,14 +406,10 @@ def timings_valid(record: RunRecord) -> CheckOutcome:
 
     Timings that are marked invalid are left out.
     """
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("timings_valid", "the suite reports no speed")
     generations = _generations(record)
-    unusable = [
-        generation.trial
-        for generation in generations
-        if not generation.timing_valid or not _times_positive(generation)
-    ]
+    unusable = [one.trial for one in generations if not one.timing_valid or not _times_positive(one)]
     excluded = sum(not generation.timing_valid for generation in _attempts(record))
     found = f"{len(generations)} generations, {excluded} timings left out" + _first(
         ", unusable", map(_name, unusable)
@@ -426,12 +423,32 @@ def timings_valid(record: RunRecord) -> CheckOutcome:
 
 
 def machine_quiet(record: RunRecord) -> CheckOutcome:
-    """Check that the machine did not do far more than this measurement.
+    """Check that enough prompts have a block that nothing disturbed: all speeds come from those.
 
-    The median load a core must stay within a generous bound.
+    Records from before the rule on disturbance tell the load average alone; its median must stay within a
+    generous bound.
     """
-    if not record.suite.reports_speed:
+    rule = record.suite.disturbance
+    if not record.reports_speed:
         return _skipped("machine_quiet", "the suite reports no speed")
+    if rule is None:
+        return _loaded_little(record)
+    prompts = {one.prompt_key for one in record.tries}
+    quiet = {one.prompt_key for one in record.tries if one.is_quiet}
+    reasons = [words for one in record.tries for words in one.disturbances]
+    needed = max(1, ceil(rule.min_quiet_share * len(prompts)))
+    num_disturbed = sum(bool(one.disturbances) for one in record.tries)
+    found = f"{len(quiet)} of {len(prompts)} prompts with a quiet block, {num_disturbed} blocks disturbed"
+    return _outcome(
+        "machine_quiet",
+        len(quiet) >= needed,
+        found=found + _first(", by", reasons),
+        need=f"{needed} prompts with one",
+    )
+
+
+def _loaded_little(record: RunRecord) -> CheckOutcome:
+    """Return whether the median load average lay within its bound."""
     loads = [
         generation.load_average for generation in _generations(record) if generation.load_average is not None
     ]
@@ -450,7 +467,7 @@ def machine_quiet(record: RunRecord) -> CheckOutcome:
 
 def arms_interleaved(record: RunRecord) -> CheckOutcome:
     """Check that all arms decode one prompt before any decodes the next, in changing order."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("arms_interleaved", "the suite reports no speed")
     blocks: dict[tuple[int, str], list[Generation]] = defaultdict(list)
     for generation in _generations(record):
@@ -507,7 +524,7 @@ def provenance_agrees(record: RunRecord) -> CheckOutcome:
 
 def bandwidth_sane(record: RunRecord) -> CheckOutcome:
     """Check that vanilla does not read its weights faster than the device can."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("bandwidth_sane", "the suite reports no speed")
     shares = {
         arm.name: bandwidth_share(record, arm.name) for arm in record.suite.arms if arm.method == "vanilla"
@@ -526,7 +543,7 @@ def bandwidth_sane(record: RunRecord) -> CheckOutcome:
 
 def within_limits(record: RunRecord) -> CheckOutcome:
     """Check that no step was faster than the device was measured to be, in reading or in products."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("within_limits", "the suite reports no speed")
     limits = [record.device_limits] if record.device_limits is not None else []
     return limits_outcome("within_limits", limits, run_shares(record))
@@ -534,7 +551,7 @@ def within_limits(record: RunRecord) -> CheckOutcome:
 
 def steps_as_timed_apart(record: RunRecord) -> CheckOutcome:
     """Check that an arm's decoding steps last as long as its steps timed apart, in the same block."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("steps_as_timed_apart", "the suite reports no speed")
     ratios = {arm.name: decoded_over_apart(record, arm.name) for arm in _on_our_engine(record)}
     known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
@@ -563,7 +580,7 @@ def steps_as_timed_apart(record: RunRecord) -> CheckOutcome:
 
 def steps_as_priced(record: RunRecord) -> CheckOutcome:
     """Check that an arm's decoding step lies near what a step of as many nodes cost before the trials."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("steps_as_priced", "the suite reports no speed")
     longest = MAX_CONTEXT_OVER_PRICED * record.suite.probes.step_context_tokens
     shares = {}
@@ -595,7 +612,7 @@ def heads_are_timed(record: RunRecord) -> CheckOutcome:
 
     That is the price of its size, and the profile of its arm.
     """
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("heads_are_timed", "the suite reports no speed")
     profiled = {
         row.arm: (row.step_s - row.backbone_s) / row.num_steps
@@ -632,7 +649,7 @@ def profile_adds_up(record: RunRecord) -> CheckOutcome:
 
     A Medusa step has a part for its heads.
     """
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("profile_adds_up", "the suite reports no speed")
     rows = [row for row in (record.profile.rows if record.profile is not None else ()) if row.step_s > 0]
     if not rows:
@@ -662,7 +679,7 @@ def profile_adds_up(record: RunRecord) -> CheckOutcome:
 
 def vanilla_is_least(record: RunRecord) -> CheckOutcome:
     """Check that no Medusa step is much shorter than vanilla's, which is a part of it."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("vanilla_is_least", "the suite reports no speed")
     ratios = {
         arm.name: steps_over(record, arm.baseline, of=arm.name)
@@ -676,7 +693,7 @@ def vanilla_is_least(record: RunRecord) -> CheckOutcome:
 
 def vanilla_against_generate(record: RunRecord) -> CheckOutcome:
     """Check that vanilla's step is not longer than that of `generate` of transformers."""
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("vanilla_against_generate", "the suite reports no speed")
     ratios = {
         arm.name: steps_over(record, arm.baseline, of=arm.name)
@@ -693,7 +710,7 @@ def processor_busy(record: RunRecord) -> CheckOutcome:
 
     A pause in one arm alone shows however short it is against the load of the machine.
     """
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return _skipped("processor_busy", "the suite reports no speed")
     if record.environment.device.kind != "cpu":
         return _skipped("processor_busy", "the host waits for another device")
@@ -716,7 +733,7 @@ def processor_busy(record: RunRecord) -> CheckOutcome:
     )
 
 
-CHECKS: tuple[Check, ...] = (
+TEXT_CHECKS: tuple[Check, ...] = (
     trials_complete,
     no_failures,
     seal_intact,
@@ -732,10 +749,12 @@ CHECKS: tuple[Check, ...] = (
     repeats_agree,
     seeds_matter,
     acceptance_within_tree,
+    provenance_agrees,
+)
+SPEED_CHECKS: tuple[Check, ...] = (
     timings_valid,
     machine_quiet,
     arms_interleaved,
-    provenance_agrees,
     bandwidth_sane,
     within_limits,
     steps_as_timed_apart,
@@ -748,9 +767,13 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+CHECKS = (*TEXT_CHECKS, *SPEED_CHECKS)
+
+
 def run_checks(record: RunRecord) -> tuple[CheckOutcome, ...]:
     """Return the outcome of every check, in order; one that cannot read what it judges has failed."""
-    return tuple(_run(check, record) for check in CHECKS)
+    of_speeds = (_run(check, record).model_copy(update={"guards": "speeds"}) for check in SPEED_CHECKS)
+    return (*(_run(check, record) for check in TEXT_CHECKS), *of_speeds)
 
 
 def _run(check: Check, record: RunRecord) -> CheckOutcome:

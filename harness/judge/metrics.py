@@ -39,7 +39,7 @@ def comparisons(record: RunRecord) -> tuple[Comparison, ...]:
 
     An arm without a prompt that both it and its baseline decoded with valid timing is left out.
     """
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return ()
     made = (
         compare(record, arm.name, baseline=arm.baseline)
@@ -70,6 +70,7 @@ def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
 
     speedup = over_baseline("decode_tokens", "decode_s")
     overhead = over_baseline("decode_s", "steps")
+    median_overhead = _median_step(record, arm, own) / _median_step(record, baseline, base)
     rates = [column(totals, "decode_tokens").sum() / column(totals, "steps").sum() for totals in (own, base)]
     return Comparison(
         arm=arm,
@@ -83,7 +84,15 @@ def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
         identity_gap=float(
             abs(speedup.estimate - rates[0] / rates[1] / overhead.estimate) / speedup.estimate
         ),
+        speedup_by_medians=float(rates[0] / rates[1] / median_overhead),
     )
+
+
+def _median_step(record: RunRecord, arm: str, totals: Sequence[PromptTotals]) -> float:
+    """Return the median step of an arm over the prompts of some totals, in seconds."""
+    keys = {total.prompt_key for total in totals}
+    generations = (one for one in timed_generations(record, arm) if one.trial.prompt_key in keys)
+    return median(time for one in generations for time in one.step_times_s)
 
 
 def original_baseline(record: RunRecord, arm: ArmSpec) -> ArmSpec | None:
@@ -176,15 +185,13 @@ def _arm_metrics(
 ) -> ArmMetrics:
     generations = [generation for generation in record.generations if generation.trial.arm == arm.name]
     totals = list(prompt_totals(record, arm.name, timed=False).values())
-    timed_totals = (
-        list(prompt_totals(record, arm.name, timed=True).values()) if record.suite.reports_speed else []
-    )
+    timed_totals = list(prompt_totals(record, arm.name, timed=True).values()) if record.reports_speed else []
     timed = timed_generations(record, arm.name)
     step_times = [time for generation in timed for time in generation.step_times_s]
     rate = _rate(record, totals)
     separate = (
         separate_costs(record, arm.name)
-        if record.suite.reports_speed
+        if record.reports_speed
         else SeparateCosts(step_cost=None, overhead=None)
     )
     return ArmMetrics(
@@ -248,7 +255,7 @@ def _categories(record: RunRecord, arm: ArmSpec) -> tuple[CategoryMetrics, ...]:
             )
             for side in (own, base)
         ]
-        is_fast = record.suite.reports_speed and all(speeds)
+        is_fast = record.reports_speed and all(speeds)
         rows.append(
             CategoryMetrics(
                 category=category,

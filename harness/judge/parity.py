@@ -24,8 +24,9 @@ from harness.compose.differences import (
 from harness.compose.replay import replay
 from harness.files import Frozen
 from harness.judge.judgement import Divergence, ParityReport, ParityRounding
-from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation, RunRecord, TrialKey
+from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, RunRecord
 from harness.records.trace import PromptTrace, Trace
+from harness.records.trials import Generation, TrialKey
 from harness.specs.suite import ArmSpec, BackboneName, RejectionAcceptance, is_deterministic
 
 

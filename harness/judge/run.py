@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from harness.judge.checks import run_checks
 from harness.judge.claims.evidence import Evidence
 from harness.judge.claims.verdicts import evaluate_claims
-from harness.judge.judgement import Judgement
+from harness.judge.judgement import Judgement, withheld_by
 from harness.judge.metrics import arm_metrics, comparisons
 from harness.judge.parity import parity_report
 from harness.records.run import RunRecord
@@ -19,7 +19,13 @@ from harness.specs.claims import ClaimSpec, load_claims
 
 
 def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Judgement:
-    """Return the judgement of a sealed record under a registry of claims (the shipped one by default)."""
+    """Return the judgement of a sealed record under a registry of claims (the shipped one by default).
+
+    Where a check of times fails, the record is judged as one whose suite reports no speed: tokens/step,
+    replays, parity and likelihoods do not depend on times.
+    """
+    checks = run_checks(record)
+    record = record.withholding(withheld_by(checks))
     arms, compared, parity = arm_metrics(record), comparisons(record), parity_report(record)
     evidence = Evidence(
         record=record, arms=arms, comparisons=compared, parity=parity, calibration=calibration_of(record)
@@ -29,8 +35,9 @@ def judge(record: RunRecord, *, claims: Sequence[ClaimSpec] | None = None) -> Ju
         arms=arms,
         comparisons=compared,
         parity=parity,
-        checks=run_checks(record),
+        checks=checks,
         verdicts=evaluate_claims(claims if claims is not None else load_claims(), evidence),
+        reports_speed=record.suite.reports_speed,
     )
 
 

@@ -20,10 +20,11 @@ from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.step import StepProfile
 from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Environment
-from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest, TrialOutcome
+from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest
 from harness.records.sweep import SweepManifest, SweepOrigin, SweepTrees
 from harness.records.sweep_cells import SweepCell
 from harness.records.trace import TraceHeader
+from harness.records.trials import TrialOutcome
 from harness.specs.ablation import AblationSpec
 from harness.specs.gpu import GpuSpec
 from harness.specs.latency import LatencySpec

@@ -79,9 +79,11 @@ def separate_s_by_prompt(
     costs = record.step_costs.costs if record.step_costs is not None else ()
     rows = [row for row in costs if row.arm == arm and row.step_s]
     blocks = list(dict.fromkeys((one.trial.round, one.trial.prompt_key) for one in record.outcomes))
-    if any(row.prompt_key is None for row in rows) and len(rows) != len(blocks):
-        return None
-    keys = [row.prompt_key or key for row, (_, key) in zip(rows, blocks, strict=False)]
+    keys = [row.prompt_key for row in rows if row.prompt_key is not None]
+    if len(keys) < len(rows):
+        if len(rows) != len(blocks):
+            return None
+        keys = [key for _, key in blocks]
     found: dict[str, list[float]] = {}
     for key, row in zip(keys, rows, strict=True):
         found.setdefault(key, []).append(median(getattr(row, part)))

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.records.run import Generation, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Generation
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class PromptTotals:
 def prompt_totals(record: RunRecord, arm: str, *, timed: bool) -> dict[str, PromptTotals]:
     """Return the totals of an arm by prompt key.
 
-    With `timed` only generations whose timing is valid count.
+    With `timed` only generations whose times may be used count.
     """
     grouped: dict[str, list[Generation]] = {}
     for generation in record.generations:
-        if generation.trial.arm == arm and (generation.timing_valid or not timed):
+        if generation.trial.arm == arm and (record.is_timed(generation) or not timed):
             grouped.setdefault(generation.trial.prompt_key, []).append(generation)
     return {
         key: PromptTotals(
@@ -61,13 +62,13 @@ def paired_totals(
 
 
 def timed_generations(record: RunRecord, arm: str) -> list[Generation]:
-    """Return an arm's generations whose timing is valid; none where the suite reports no speed."""
-    if not record.suite.reports_speed:
+    """Return an arm's generations whose times may be used; none where the suite reports no speed."""
+    if not record.reports_speed:
         return []
     return [
         generation
         for generation in record.generations
-        if generation.trial.arm == arm and generation.timing_valid
+        if generation.trial.arm == arm and record.is_timed(generation)
     ]
 
 

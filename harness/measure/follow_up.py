@@ -14,15 +14,8 @@ from harness.measure import probes
 from harness.measure.session import Session, greedy_vanilla
 from harness.records.folder import file_of
 from harness.records.probes import Profile, StepCosts
-from harness.records.run import (
-    ARM_STEPS,
-    TIE_SHIFTS,
-    TRACE_FILE,
-    Generation,
-    Likelihood,
-    Likelihoods,
-    RunRecord,
-)
+from harness.records.run import ARM_STEPS, TIE_SHIFTS, TRACE_FILE, Likelihood, Likelihoods, RunRecord
+from harness.records.trials import Generation
 
 
 def follow_up(session: Session, runners: Mapping[str, ArmRunner]) -> None:
@@ -39,7 +32,8 @@ def follow_up(session: Session, runners: Mapping[str, ArmRunner]) -> None:
     _score_sampled(session, record.generations)
     costs = record.step_costs.costs if record.step_costs is not None else ()
     by_size = tuple(cost for cost in costs if cost.arm is None)
-    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *ARM_STEPS.done(folder))))
+    of_arms = [one for one in ARM_STEPS.done(folder) if one.is_quiet(session.suite.disturbance)]
+    write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *of_arms)))
 
 
 def _trace_vanilla(session: Session, record: RunRecord) -> None:

@@ -19,7 +19,8 @@ from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.provenance import machine_slug
-from harness.records.run import Failure, Generation, RunRecord, TrialKey
+from harness.records.run import RunRecord
+from harness.records.trials import Failure, Generation, TrialKey
 from harness.specs.suite import SuiteSpec
 
 

@@ -16,6 +16,7 @@ from harness.device.clock import Clock, Marks, SectionTimer
 from harness.device.engine import Engine
 from harness.device.trace import Text, kept_states, rank_rows
 from harness.records.probes import HeadsControl, ProfileRow, StepCost
+from harness.records.trials import ProcessorObservation
 from medusa_impl.acceptance import GreedyRule
 from medusa_impl.decode import TreeStep
 from medusa_impl.heads import MedusaHeads
@@ -130,8 +131,10 @@ class ArmSteps:
         """Return how many steps were timed so far; a short text can end before the first."""
         return len(self._step_s)
 
-    def cost(self, *, prompt_key: str | None = None) -> StepCost:
-        """Return what was timed so far, at least one step."""
+    def cost(
+        self, *, prompt_key: str | None = None, processor: ProcessorObservation | None = None
+    ) -> StepCost:
+        """Return what was timed so far, at least one step, and what the host's cores did meanwhile."""
         tree = self.runner.tree
         return StepCost(
             arm=self.runner.arm.name,
@@ -141,6 +144,7 @@ class ArmSteps:
             context_tokens=self.context_tokens,
             backbone_s=tuple(self._backbone_s),
             step_s=tuple(self._step_s),
+            processor=processor,
         )
 
     def _advance(self) -> bool:

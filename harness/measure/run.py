@@ -40,6 +40,7 @@ from harness.records.run import (
 )
 from harness.records.store import NO_REPORT, Store
 from harness.records.trace import Trace
+from harness.specs.disturbance import DisturbanceRule
 from harness.specs.suite import ArmSpec, BackboneName, FastestTree, FileTree, SearchedTree, SuiteSpec
 from medusa_impl.engine.memory import peak_memory_bytes
 from medusa_impl.tree import DraftTree
@@ -78,7 +79,10 @@ def effective_suite(suite: SuiteSpec, options: RunOptions) -> SuiteSpec:
         )
     if options.limit is not None:
         prompts = prompts.model_copy(update={"limit": options.limit})
-    return suite.model_copy(update={"prompts": prompts, "arms": arms, "headline_arm": headline})
+    changes: dict[str, object] = {"prompts": prompts, "arms": arms, "headline_arm": headline}
+    if suite.disturbance is None and suite.reports_speed:
+        changes["disturbance"] = DisturbanceRule()
+    return suite.model_copy(update=changes)
 
 
 def _with_tree(arms: Sequence[ArmSpec], file: Path) -> tuple[tuple[ArmSpec, ...], dict[str, str]]:

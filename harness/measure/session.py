@@ -15,9 +15,8 @@ from harness.device.gpu.watch import GpuWatch
 from harness.device.locks import device_turns
 from harness.device.prompts import Prompt, warmup_prompts
 from harness.errors import UserError
-from harness.records.noise import GpuObservation
-from harness.records.run import Failure, Generation
 from harness.records.store import Store
+from harness.records.trials import Failure, Generation, GpuObservation
 from harness.specs.suite import ArmSpec, BackboneName, SuiteSpec
 from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.engine.runner import Mode

@@ -6,7 +6,7 @@ import contextlib
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import psutil
@@ -15,7 +15,8 @@ from rich.markup import escape
 from harness.device.arms import ArmRunner
 from harness.device.clock import processor_clock
 from harness.device.engine import Engine
-from harness.device.progress import progress_bar
+from harness.device.noise import ProcessorMoment
+from harness.device.progress import counted, progress_bar
 from harness.device.prompts import Prompt
 from harness.device.trace import Text
 from harness.errors import InvalidMeasurement
@@ -23,8 +24,9 @@ from harness.measure import probes
 from harness.measure.plan import PlannedTrial, finished_blocks
 from harness.measure.session import Session, device_turn, greedy_vanilla, tell_of_others
 from harness.paths import without_paths
-from harness.records.run import ARM_STEPS, ArmTree, Failure, Generation, RunRecord, TrialKey
+from harness.records.run import ARM_STEPS, ArmTree, RunRecord
 from harness.records.store import Store
+from harness.records.trials import Failure, Generation, TrialKey
 from harness.specs.suite import ArmSpec
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
@@ -89,17 +91,20 @@ def run_blocks(
 ) -> int:
     """Run all blocks that are not done yet; return the peak memory seen."""
     finished, attempts = take_up(session.store, plan)
-    prompts = {prompt.key: prompt for prompt in session.prompts}
     todo = [
         list(block)
         for number, block in groupby(plan, key=lambda planned: planned.block)
         if number not in finished
     ]
-    if todo:
+    if todo or _disturbed(session, plan):
         with device_turn(session):
             _warm_up(session, runners)
     _check_mode(session)
     peak = peak_memory_bytes(session.device)  # of loading and probing; the trials start new peaks
+
+    def has_time() -> bool:
+        return budget_s is None or time.monotonic() - started <= budget_s
+
     with progress_bar(session.console) as progress:
         task = progress.add_task(
             "trials", total=len(plan), completed=len(plan) - sum(len(block) for block in todo)
@@ -108,24 +113,77 @@ def run_blocks(
             # later rounds only as a whole
             may_stop = block[0].trial.round == 0 or block[0].trial.prompt_key == plan[0].trial.prompt_key
             has_any = number > 0 or bool(finished)
-            if budget_s is not None and may_stop and has_any and time.monotonic() - started > budget_s:
+            if may_stop and has_any and not has_time():
                 break
-            with device_turn(session):
-                for planned in block:
-                    now = f"trials, {planned.trial.arm} on {planned.trial.prompt_key}"
-                    progress.update(task, description=escape(now))
-                    prompt = prompts[planned.trial.prompt_key]
-                    outcome = _run_trial(
-                        session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0)
-                    )
-                    _check_mode(session)
-                    session.store.append(outcome)
-                    if isinstance(outcome, Generation):
-                        peak = max(peak, outcome.peak_memory_bytes or 0)
-                        tell_of_others(session.console, outcome.gpu)
-                    progress.advance(task)
-                _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
+            for outcome in _run_block(session, runners, block, attempts):
+                now = f"trials, {outcome.trial.arm} on {outcome.trial.prompt_key}"
+                progress.update(task, description=escape(now))
+                if isinstance(outcome, Generation):
+                    peak = max(peak, outcome.peak_memory_bytes or 0)
+                progress.advance(task)
+    return max(peak, _repeat_disturbed(session, runners, plan, has_time))
+
+
+def _repeat_disturbed(
+    session: Session,
+    runners: dict[str, ArmRunner],
+    plan: Sequence[PlannedTrial],
+    has_time: Callable[[], bool],
+) -> int:
+    """Run the blocks again whose times cannot be used, as rounds of their own; return the peak memory seen.
+
+    It ends when all are quiet, when the rule's repeats or the time are used up, or when a whole round made
+    none quiet: a neighbour that stays is not waited for.
+    """
+    rule, peak = session.suite.disturbance, 0
+    for number in range(rule.max_repeats if rule is not None else 0):
+        again = _disturbed(session, plan)
+        if not again or not has_time():
+            break
+        session.console.print(
+            f"other work disturbed {len(again)} of the blocks: repeating them, round {number + 1} of at most "
+            f"{rule.max_repeats if rule is not None else 0}"
+        )
+        blocks = counted(again, "repeats, blocks", total=len(again), console=session.console)
+        for block in (block for block in blocks if has_time()):
+            _, attempts = take_up(session.store, plan)
+            for outcome in _run_block(session, runners, block, attempts):
+                if isinstance(outcome, Generation):
+                    peak = max(peak, outcome.peak_memory_bytes or 0)
+        if len(_disturbed(session, plan)) == len(again):
+            break
     return peak
+
+
+def _disturbed(session: Session, plan: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
+    """Return the blocks that were run, none of whose tries was quiet; none where no speed is reported."""
+    if not session.suite.reports_speed or session.suite.disturbance is None:
+        return []
+    tries = RunRecord(session.store.folder).tries
+    quiet = {(one.prompt_key, one.round) for one in tries if one.is_quiet}
+    run = {(one.prompt_key, one.round) for one in tries} - quiet
+    blocks = (list(block) for _, block in groupby(plan, key=lambda planned: planned.block))
+    return [block for block in blocks if (block[0].trial.prompt_key, block[0].trial.round) in run]
+
+
+def _run_block(
+    session: Session,
+    runners: dict[str, ArmRunner],
+    block: Sequence[PlannedTrial],
+    attempts: Mapping[TrialKey, int],
+) -> Iterator[Generation | Failure]:
+    """Run the trials of one prompt, then the arms' separate steps; yield each outcome as it is kept."""
+    prompts = {prompt.key: prompt for prompt in session.prompts}
+    with device_turn(session):
+        for planned in block:
+            prompt = prompts[planned.trial.prompt_key]
+            outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
+            _check_mode(session)
+            session.store.append(outcome)
+            if isinstance(outcome, Generation):
+                tell_of_others(session.console, outcome.gpu)
+            yield outcome
+        _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
 
 
 def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
@@ -177,11 +235,13 @@ def _run_trial(
 ) -> Generation | Failure:
     trial = planned.trial
     reset_peak_memory(session.device)
-    processor = processor_clock(session.device)
-    started = processor() if processor is not None else 0.0
+    thread_clock = processor_clock(session.device)
+    before = ProcessorMoment.now()
+    started = thread_clock() if thread_clock is not None else 0.0
     try:
         result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
-        processor_s = processor() - started if processor is not None else None
+        processor_s = thread_clock() - started if thread_clock is not None else None
+        seen = before.until(ProcessorMoment.now())
     except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
         return Failure(
             trial=trial,
@@ -205,6 +265,7 @@ def _run_trial(
         cache_bytes=result.cache_bytes,
         load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
         processor_s=processor_s,
+        processor=seen,
         gpu=session.gpu.observe() if session.gpu is not None else None,
     )
 
@@ -242,15 +303,16 @@ def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Pro
             steps[arm.name] = probes.ArmSteps(
                 runners[arm.name], contexts[arm.backbone], seed=None, clock=session.clock
             )
-    order = random.Random(f"{session.suite.plan_seed}-{prompt.key}")
+    order, before = random.Random(f"{session.suite.plan_seed}-{prompt.key}"), ProcessorMoment.now()
     for _ in range(_ARM_STEPS):  # in turns, so that a drift of the machine falls on all arms alike
         for arm in order.sample(arms, len(arms)):
             if arm.name not in broken:
                 with _left_out(session, arm, broken):
                     steps[arm.name].time_one()
+    seen = before.until(ProcessorMoment.now())
     for one in (one for name, one in steps.items() if name not in broken):
         if one.num_timed:
-            ARM_STEPS.append(session.store.folder, one.cost(prompt_key=prompt.key))
+            ARM_STEPS.append(session.store.folder, one.cost(prompt_key=prompt.key, processor=seen))
 
 
 @contextlib.contextmanager

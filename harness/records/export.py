@@ -15,7 +15,8 @@ import pandas as pd
 from harness.errors import UserError
 from harness.files import write_bytes
 from harness.paths import without_paths
-from harness.records.run import Failure, Generation, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Failure, Generation
 from harness.safe_text import terminal_text
 
 ExportTable = Literal["generations", "steps"]

@@ -14,11 +14,11 @@ from pydantic import Field
 from harness.bounds import Count, FileName, Seconds, Sha256, StepSeconds, Utc
 from harness.files import Frozen
 from harness.records.folder import ELAPSED_S, FILE_HASHES, FINISHED_UTC, KIND, RecordFolder
-from harness.records.noise import GpuObservation
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import LineFile, StoreKind
+from harness.records.trials import GpuObservation
 from harness.specs.latency import DtypeName, HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
 from harness.versions import VERSION, Versioned, read_versioned_lines

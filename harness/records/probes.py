@@ -9,6 +9,8 @@ from pydantic import Field
 
 from harness.bounds import Amount, Count, Rate, Seconds, Share, StepSeconds
 from harness.files import Frozen
+from harness.records.trials import ProcessorObservation
+from harness.specs.disturbance import DisturbanceRule
 from harness.versions import VERSION, Data, Versioned
 
 
@@ -31,6 +33,17 @@ class StepCost(Versioned):
         description="seconds of each whole step, with heads, candidates, acceptance and compaction; empty "
         "where only the backbone was timed",
     )
+    processor: ProcessorObservation | None = Field(
+        default=None,
+        description="what the host's cores did while an arm's steps were timed, in turns with those of the "
+        "block's other arms; null for a shape alone, and in older records",
+    )
+
+    def is_quiet(self, rule: DisturbanceRule | None) -> bool:
+        """Return whether no other work took more of the cores than a rule allows; true without a rule."""
+        if rule is None or self.processor is None:
+            return True
+        return self.processor.others_share <= rule.max_others_share
 
 
 class StepCosts(Versioned):

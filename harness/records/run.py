@@ -10,23 +10,15 @@ No clock, device or torch is needed to read one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from harness.bounds import (
-    Amount,
-    Count,
-    FileName,
-    Finite,
-    Seconds,
-    Sha256,
-    Utc,
-    Whole,
-)
+from harness.bounds import Amount, Count, FileName, Finite, Seconds, Sha256, Utc
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.records.folder import (
@@ -38,11 +30,11 @@ from harness.records.folder import (
     RecordFolder,
     file_of,
 )
-from harness.records.noise import GpuObservation
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.store import LineFile, StoreKind
 from harness.records.trace import Trace
+from harness.records.trials import BlockTry, Failure, Generation, TrialKey, block_tries, read_outcomes
 from harness.specs.suite import BackboneName, SuiteSpec, parse_suite
 from harness.versions import VERSION, Versioned, read_versioned_lines
 from medusa_impl.tree import DraftTree
@@ -55,88 +47,6 @@ TIE_MARGIN_FLOAT32 = 5e-4  # rounding moved top-two gaps by at most 8e-5 in tria
 # Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred
 # positions miss the rarest shift.
 TIE_SHIFTS = 2.0
-
-
-class TrialKey(Frozen):
-    """One arm on one prompt in one round with one seed: the unit that is run once."""
-
-    arm: str = Field(description="name that the suite gives the arm")
-    prompt_key: str = Field(description="prompt, such as mt_bench-81; pairs the arms")
-    round: Count = Field(description="which pass over all arms and prompts, from 0")
-    seed: Whole | None = Field(default=None, description="seed of the draws; null where nothing is drawn")
-
-
-class Generation(Versioned):
-    """One finished trial: raw token ids, raw counts and times of its steps."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    kind: Literal["generation"] = Field(default="generation", description="tells it from a failure")
-    trial: TrialKey = Field(description="what was run")
-    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
-    attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
-    category: str | None = Field(description="category of the prompt; null where it has none")
-    prompt_tokens: Count = Field(description="number of tokens of the prompt")
-    token_ids: tuple[Count, ...] = Field(
-        description="ids of the kept tokens y_1..y_n, cut after the end of sequence or at the budget"
-    )
-    ended_by: Literal["eos", "budget"] = Field(description="end of sequence, or the budget of tokens")
-    step_tokens: tuple[Count, ...] = Field(
-        description="kept tokens of each decoding step; their sum is n - 1, since the prefill yields y_1"
-    )
-    step_times_s: tuple[Seconds, ...] = Field(description="seconds of each decoding step, as in step_tokens")
-    prefill_s: Seconds = Field(description="seconds until y_1 is on the host; then the decode clock starts")
-    timing_valid: bool = Field(default=True, description="false where a kill cut its block of trials")
-    peak_memory_bytes: Count | None = Field(
-        default=None, description="most bytes allocated during the trial (on a CPU: resident in memory)"
-    )
-    cache_bytes: Count | None = Field(default=None, description="bytes of the key-value cache")
-    load_average: Amount | None = Field(default=None, description="one-minute load average at its end")
-    processor_s: Seconds | None = Field(
-        default=None,
-        description="seconds for which the thread that decodes had a processor during the trial; null where "
-        "it waits for another device, and in older records",
-    )
-    gpu: GpuObservation | None = Field(
-        default=None,
-        description="the GPU at the trial's end, and who else used it; null on a CPU, without its driver's "
-        "package, and in older records",
-    )
-
-    @property
-    def num_tokens(self) -> int:
-        """Return the number of kept tokens, y_1 included."""
-        return len(self.token_ids)
-
-    @property
-    def num_steps(self) -> int:
-        """Return the number of decoding steps after the prefill."""
-        return len(self.step_tokens)
-
-    @property
-    def decode_s(self) -> float:
-        """Return the seconds on the decode clock."""
-        return sum(self.step_times_s)
-
-    @property
-    def wall_s(self) -> float:
-        """Return the seconds with the prefill."""
-        return self.prefill_s + self.decode_s
-
-
-class Failure(Versioned):
-    """A trial that raised: no metric, never a data point."""
-
-    schema_version: Annotated[Literal[1], VERSION] = 1
-    kind: Literal["failure"] = Field(default="failure", description="tells it from a generation")
-    trial: TrialKey = Field(description="what was run")
-    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
-    attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
-    error_type: str = Field(description="class of the exception")
-    message: str = Field(description="what the exception said, without paths, at most 500 characters")
-
-
-TrialOutcome = Annotated[Generation | Failure, Field(discriminator="kind")]
-_OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
 
 
 class ArmTree(Versioned):
@@ -216,6 +126,7 @@ class RunRecord(RecordFolder):
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
+    withheld: str | None = None  # why its speeds are not shown, in words
     core = ("suite.toml", "environment.json", "trees.json", GENERATIONS_FILE)
 
     @cached_property
@@ -249,15 +160,55 @@ class RunRecord(RecordFolder):
         )
 
     @cached_property
+    def tries(self) -> tuple[BlockTry, ...]:
+        """Return the blocks as they were run, repeats and those that a kill cut included."""
+        return block_tries(self.outcomes, rule=self.suite.disturbance)
+
+    @cached_property
     def generations(self) -> tuple[Generation, ...]:
-        """Return one generation a trial: the last whose timing is valid, else the last."""
+        """Return one generation a trial: the last whose times may be used, else the last."""
         chosen: dict[TrialKey, Generation] = {}
         for outcome in self.outcomes:
             if isinstance(outcome, Generation):
                 before = chosen.get(outcome.trial)
-                if before is None or outcome.timing_valid or not before.timing_valid:
+                if before is None or self.is_timed(outcome) or not self.is_timed(before):
                     chosen[outcome.trial] = outcome
         return tuple(sorted(chosen.values(), key=lambda generation: generation.order))
+
+    def is_timed(self, generation: Generation) -> bool:
+        """Return whether a generation's times may be used: no kill cut its block, and nothing disturbed it.
+
+        Records of suites without a rule on disturbance know of kills alone.
+        """
+        return generation.timing_valid and (generation.trial, generation.attempt) not in self._untimed
+
+    @cached_property
+    def _untimed(self) -> frozenset[tuple[TrialKey, int]]:
+        if self.suite.disturbance is None:
+            return frozenset()
+        return frozenset(
+            (one.trial, one.attempt) for run in self.tries if not run.is_quiet for one in run.outcomes
+        )
+
+    @property
+    def reports_speed(self) -> bool:
+        """Return whether speeds are to be shown: the suite asks for them, and they are not withheld."""
+        return self.suite.reports_speed and self.withheld is None
+
+    @property
+    def why_no_speed(self) -> str:
+        """Return in words why no speed is shown."""
+        if self.withheld is None:
+            return f"suite {self.suite.name} reports no speed"
+        return "the run's speeds are withheld, since checks of its times failed"
+
+    def withholding(self, why: str | None) -> RunRecord:
+        """Return this record as one whose speeds are not shown, with the reason; itself without one."""
+        if why is None:
+            return self
+        view = copy.copy(self)
+        view.withheld = why
+        return view
 
     @cached_property
     def arm_steps(self) -> tuple[StepCost, ...]:
@@ -353,13 +304,6 @@ class RunRecord(RecordFolder):
     @cached_property
     def _traces(self) -> dict[BackboneName, Trace | None]:
         return {}
-
-
-def read_outcomes(path: Path, *, allow_torn_tail: bool = False) -> tuple[Generation | Failure, ...]:
-    """Return the trial outcomes of a `generations.jsonl`, read as `read_lines` does."""
-    return read_versioned_lines(
-        path, _OUTCOME.validate_json, holds="one trial outcome", allow_torn_tail=allow_torn_tail
-    )
 
 
 def read_arm_steps(path: Path, *, allow_torn_tail: bool = False) -> tuple[StepCost, ...]:

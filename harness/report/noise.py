@@ -1,12 +1,67 @@
-"""What was seen of a GPU over the trials, in words."""
+"""What was seen of the machine over the trials, in words: of its cores, and of a GPU."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from harness.records.noise import GpuObservation
-from harness.report.formatting import count, percent
+from harness.records.run import RunRecord
+from harness.records.trials import BlockTry, GpuObservation, ProcessorObservation
+from harness.report.formatting import cell, count, percent, table
+from harness.specs.disturbance import DisturbanceRule
+
+_MOST_TRIES = 20  # that the report lists; all are in the record
+_FIRST_REASONS = 2
+
+
+def processor_rows(seen: Sequence[ProcessorObservation | None], *, noun: str) -> list[tuple[str, str]]:
+    """Return rows on what the host's cores did besides our work; none where nothing was observed."""
+    known = [one for one in seen if one is not None]
+    if not known:
+        return []
+    shares = sorted(one.others_share for one in known)
+    stolen = [one.steal_s for one in known if one.steal_s is not None]
+    forced = [one.forced_switches for one in known if one.forced_switches is not None]
+    clocks = _span([one.clock_mhz for one in known])
+    told = f"others used {percent(shares[len(shares) // 2])} of all cores in the middle one of "
+    told += f"{count(len(known), noun)}, at most {percent(shares[-1])}"
+    if stolen:
+        told += f"; the hypervisor gave {sum(stolen):.1f} s of cores to other machines"
+    if forced:
+        told += f"; {sum(forced):,} times a thread of ours had to leave its core"
+    return [("Cores", told + (f"; at {clocks} MHz" if clocks else ""))]
+
+
+def render_disturbance(record: RunRecord) -> str:
+    """Return the rule by which blocks count as disturbed, and the blocks that did; empty without a rule."""
+    rule = record.suite.disturbance
+    if rule is None or not record.suite.reports_speed:
+        return ""
+    cut = [one for one in record.tries if not one.is_quiet]
+    rows = [_try_row(one) for one in cut[:_MOST_TRIES]]
+    more = f"\n\n{len(cut) - _MOST_TRIES} further ones are in the record." if len(cut) > _MOST_TRIES else ""
+    tries = table(["prompt", "round", "trials", "disturbed by"], rows) + more if rows else ""
+    repeats = len(record.tries) - len({(one.prompt_key, one.round) for one in record.tries})
+    told = f"{len(record.tries) - len(cut)} of {len(record.tries)} blocks were quiet, {repeats} are repeats."
+    return "\n\n".join(filter(None, (_rule(rule), told, tries)))
+
+
+def _rule(rule: DisturbanceRule) -> str:
+    return (
+        "Set before the run: a block (one prompt, all arms) is disturbed if in one of its trials others used "
+        f"more than {percent(rule.max_others_share)} of all cores, or more than "
+        f"{percent(rule.max_long_share)} of the decoding time lay in steps of over {rule.long_step:g} times "
+        "the median of the steps around them, or another process or heat held the GPU back. It is repeated "
+        f"up to {count(rule.max_repeats, 'time')} while there is time; both tries are kept. Speeds come from "
+        f"quiet blocks, and are withheld where less than {percent(rule.min_quiet_share)} of the prompts have "
+        f"one. {cell(rule.reason)}"
+    )
+
+
+def _try_row(one: BlockTry) -> tuple[object, ...]:
+    first, more = one.disturbances[:_FIRST_REASONS], len(one.disturbances) - _FIRST_REASONS
+    told = "; ".join(first) + (f"; and {more} more" if more > 0 else "")
+    return one.prompt_key, one.round, len(one.outcomes), cell(told) if told else "a kill cut it"
 
 
 def gpu_rows(seen: Sequence[GpuObservation | None], *, noun: str) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from harness.records.provenance import Environment, Provenance
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, describe_end, megabytes, pairs, paragraphs, table
 from harness.report.limits import UNDER_MEASURED
-from harness.report.noise import gpu_rows
+from harness.report.noise import gpu_rows, processor_rows
 from harness.specs.suite import IntervalSpec
 
 
@@ -117,6 +117,7 @@ def render_provenance(record: RunRecord) -> str:
         ("device", describe_device(environment)),
         *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
         *_limits(record),
+        *processor_rows([one.processor for one in record.generations], noun="trial"),
         *gpu_rows([one.gpu for one in record.generations], noun="trial"),
         ("engine", f"{environment.engine}, {environment.dtype}"),
         ("linear algebra", environment.blas),
@@ -185,7 +186,7 @@ def _times(record: RunRecord) -> list[tuple[str, object]]:
 
 def _limits(record: RunRecord) -> list[tuple[str, object]]:
     limits = record.device_limits
-    if limits is None or not record.suite.reports_speed:
+    if limits is None or not record.reports_speed:
         return []
     return [("device limits", describe_limits(limits))]
 

@@ -24,7 +24,7 @@ from harness.errors import InvalidMeasurement, UserError
 from harness.files import read_text, write_bytes
 from harness.judge.ablation import AblationRow
 from harness.judge.claims.standing import Standing
-from harness.judge.judgement import CheckStatus, ClaimVerdict, Judgement
+from harness.judge.judgement import ClaimVerdict, Judgement
 from harness.records.ablation import AblationRecord
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
@@ -181,20 +181,23 @@ def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> st
 
     The report has the other columns and the verdicts that rest on arithmetic alone. `base` is the README's
     folder, which the link to the record is given from.
-    Raises: InvalidMeasurement for a run that failed a validity check: its figures may not be shown in a
-    README.
+    Raises: InvalidMeasurement for a run whose texts failed a validity check: no figure of it may be shown in
+    a README. Where only its times did, no speed is shown.
     """
-    if failed := [check.name for check in judgement.checks if check.status is CheckStatus.FAILED]:
+    if not judgement.valid_texts:
+        failed = [check.name for check in judgement.failed]
         raise InvalidMeasurement(
             f"found failed validity checks ({', '.join(failed)}); need a valid record for the README"
         )
+    withheld = f"*Speeds are withheld*: {judgement.withheld}." if judgement.withheld is not None else ""
     return paragraphs(
         f"Suite `{record.suite.name}` with {describe_origin(record.environment)}.",
         f"Claims: {verdicts_in_words(judgement)}",
+        withheld,
         render_headline_arm(record, judgement),
         render_verdicts(on_run, columns=VERDICT_COLUMNS) if (on_run := verdicts_on_run(judgement)) else "",
         _VERDICT_NOTE,
-        render_arms_table(record, judgement, columns=_ARM_COLUMNS if record.suite.reports_speed else None),
-        _ARMS_NOTE if record.suite.reports_speed else "",
+        render_arms_table(record, judgement, columns=_ARM_COLUMNS if record.reports_speed else None),
+        _ARMS_NOTE if record.reports_speed else "",
         record_link(record.folder, base=base, label="Full report and raw data"),
     )

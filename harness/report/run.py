@@ -15,6 +15,7 @@ from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictK
 from harness.records.run import RunRecord
 from harness.report.formatting import ABSENT, cell, count, heading, megabytes, page, ratio_interval, section
 from harness.report.limits import under_measured_note
+from harness.report.noise import render_disturbance
 from harness.report.provenance import describe_commit, describe_device, relative_folder, render_provenance
 from harness.report.run_evidence import (
     render_checks,
@@ -32,6 +33,7 @@ from harness.report.tables.run import (
     arms_note,
     comparisons_by_arm,
     count_verdicts,
+    estimates_note,
     named_claims,
     render_arms_table,
     render_category_tables,
@@ -72,6 +74,7 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
         section("Where a step goes", render_profile(record)),
         section("Step cost", render_step_costs(record)),
         section("Draft heads", render_heads(record)),
+        section("Disturbance", render_disturbance(record)),
         section("Parity", render_parity(judgement)),
         section("Likelihood of sampled text", render_likelihoods(record)),
         section("Checks", render_checks(judgement)),
@@ -98,20 +101,24 @@ def render_heading(record: RunRecord) -> str:
 def render_summary(record: RunRecord, judgement: Judgement) -> str:
     """Return what the run says in a few lines.
 
-    An invalid run names its failed checks first and no speed figure at all.
+    A run with failed checks names them first: no figure at all where its texts are invalid, no speed where
+    only its times are.
     """
     verdicts = f"Verdicts: {verdicts_in_words(judgement)}"
-    if not judgement.valid:
-        failed = [check for check in judgement.checks if check.status is CheckStatus.FAILED]
-        reasons = "\n".join(
-            f"- **{cell(check.name)}**: found {cell(check.found)}; need {cell(check.need)}"
-            for check in failed
-        )
-        start = (
-            f"**INVALID.** {count(len(failed), 'validity check')} of {len(judgement.checks)} failed, "
-            "so no figure below may be cited:"
-        )
+    reasons = "\n".join(
+        f"- **{cell(check.name)}**: found {cell(check.found)}; need {cell(check.need)}"
+        for check in judgement.failed
+    )
+    how_many = f"{count(len(judgement.failed), 'validity check')} of {len(judgement.checks)} failed"
+    if not judgement.valid_texts:
+        start = f"**INVALID.** {how_many}, so no figure below may be cited:"
         return section("Summary", start, reasons, verdicts)
+    if judgement.withheld is not None:
+        start = (
+            f"**Texts valid, speeds withheld.** {how_many}, all of them of times, so no speed is shown. "
+            "Tokens/step, replays, parity and likelihoods do not depend on times, and stand:"
+        )
+        return section("Summary", start, reasons, verdicts, render_headline_arm(record, judgement))
     passed = sum(check.status is CheckStatus.PASSED for check in judgement.checks)
     skipped = sum(check.status is CheckStatus.SKIPPED for check in judgement.checks)
     rest = f", {skipped} skipped because they do not apply" if skipped else ""
@@ -133,19 +140,19 @@ def headline_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
     arm = next((arm for arm in judgement.arms if arm.arm == name), None)
     if arm is None or not isfinite(arm.acceleration_rate.estimate):
         return None
-    return arm if not suite.reports_speed or arm.arm in comparisons_by_arm(judgement) else None
+    return arm if not record.reports_speed or arm.arm in comparisons_by_arm(judgement) else None
 
 
 def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = None) -> dict[str, Any]:
-    """Return the one JSON object that ends a run's output; an invalid run has no figures in it.
+    """Return the one JSON object that ends a run's output; it has valid figures only.
 
     `base` is the folder that the record's path is given from (default: the working directory).
     """
-    told = headline_arm(record, judgement) if judgement.valid else None
+    told = headline_arm(record, judgement) if judgement.valid_texts else None
     return {
         "suite": judgement.suite,
-        "valid": judgement.valid,
-        "failed_checks": [check.name for check in judgement.checks if check.status is CheckStatus.FAILED],
+        "valid": {"texts": judgement.valid_texts, "speeds": judgement.valid_speeds},
+        "failed_checks": [check.name for check in judgement.failed],
         "num_failures": len(record.failures),
         "verdicts": count_verdicts(judgement),
         "headline_arm": told and _headline_figures(told, record, judgement),
@@ -159,7 +166,7 @@ def _headline_figures(arm: ArmMetrics, record: RunRecord, judgement: Judgement) 
         "num_nodes": arm.num_nodes,
         "tokens_per_step": _bounds(arm.acceleration_rate),
     }
-    if record.suite.reports_speed:
+    if record.reports_speed:
         comparison = comparisons_by_arm(judgement)[arm.arm]
         figures |= {
             "baseline": comparison.baseline,
@@ -186,7 +193,7 @@ def render_headline_arm(record: RunRecord, judgement: Judgement) -> str:
         f"Brackets hold {100 * rate.level:g} % bootstrap intervals over {count(rate.num_prompts, 'prompt')}."
     )
     text = f"Arm `{arm.arm}` ({count(arm.num_nodes, 'node')}): {ratio_interval(rate)} tokens/step"
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return f"{text}. {spread}"
     comparison = comparisons_by_arm(judgement)[arm.arm]
     return (
@@ -197,7 +204,7 @@ def render_headline_arm(record: RunRecord, judgement: Judgement) -> str:
 
 
 def _no_speed_reason(record: RunRecord) -> str:
-    if record.suite.reports_speed:
+    if record.reports_speed:
         return ""
     why = (
         "its model is tiny and random, so times would say nothing about decoding"
@@ -210,7 +217,7 @@ def _no_speed_reason(record: RunRecord) -> str:
 def _invalid_note(judgement: Judgement) -> str:
     return (
         ""
-        if judgement.valid
+        if judgement.valid_texts
         else "**This run is invalid (see the summary); the figures are shown for diagnosis only.**"
     )
 
@@ -218,7 +225,7 @@ def _invalid_note(judgement: Judgement) -> str:
 def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
     if not judgement.arms:
         return [render_arms_table(record, judgement)]
-    environment, speed = record.environment, record.suite.reports_speed
+    environment, speed = record.environment, record.reports_speed
     parts = (
         f"weights take {megabytes(environment.weight_bytes)} MB, their prepacked copies "
         f"{megabytes(environment.packed_bytes)} MB, "
@@ -229,6 +236,7 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
     return [
         render_arms_table(record, judgement),
         arms_note(record),
+        estimates_note(judgement),
         f"{'Latency and memory' if speed else 'Memory'} ({parts}):",
         render_latency_table(record, judgement),
         under_measured_note(record.device_limits) if speed else "",
@@ -251,9 +259,13 @@ def print_verdicts(console: Console, judgement: Judgement) -> None:
             grid.add_row(
                 *(Text(figure) for figure in figures), Text(verdict.kind.value, style=_STYLES[verdict.kind])
             )
-    if not judgement.valid:
+    if not judgement.valid_texts:
         console.print(
             Text("INVALID: a validity check failed; the figures below may not be cited.", style="bold red")
+        )
+    elif judgement.withheld is not None:
+        console.print(
+            Text(f"No speed is shown, since checks of times failed: {judgement.withheld}.", style="bold red")
         )
     console.print(grid)
     not_tested = count_verdicts(judgement)[VerdictKind.NOT_TESTED.value]

@@ -83,7 +83,7 @@ def render_profile(record: RunRecord) -> str:
 
     It is empty where nothing was profiled or no speed is reported.
     """
-    if record.profile is None or not record.profile.rows or not record.suite.reports_speed:
+    if record.profile is None or not record.profile.rows or not record.reports_speed:
         return ""
     rows = []
     for row in record.profile.rows:
@@ -122,7 +122,7 @@ def render_step_costs(record: RunRecord) -> str:
 
     It is empty where none was timed or no speed is reported.
     """
-    costs = record.step_costs.costs if record.step_costs and record.suite.reports_speed else ()
+    costs = record.step_costs.costs if record.step_costs and record.reports_speed else ()
     curve = sorted(
         (cost for cost in costs if cost.arm is None), key=lambda cost: (cost.context_tokens, cost.num_nodes)
     )
@@ -302,7 +302,7 @@ def render_failures(record: RunRecord) -> str:
 
 
 def _factors(record: RunRecord, judgement: Judgement) -> str:
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return ""
     compared = comparisons_by_arm(judgement)
     rows = []

@@ -28,6 +28,7 @@ from harness.specs.bounds import (
     TokenCount,
     Width,
 )
+from harness.specs.disturbance import DisturbanceRule
 
 BackboneName = Literal["original", "tuned"]
 MAX_TINY_SIZE, MAX_TINY_PARAMETERS = 2**17, 10**8
@@ -304,6 +305,7 @@ class SuiteSpec(DataFile):
     tuned: TunedSpec | None = None
     prompts: PromptSpec
     interval: IntervalSpec = IntervalSpec()
+    disturbance: DisturbanceRule | None = None  # runs take the default; records without one are older
     probes: ProbeSpec = ProbeSpec()
     arms: Some[ArmSpec]
     headline_arm: str | None = None  # the greedy Medusa arm on the original backbone that a run is told by
@@ -377,9 +379,8 @@ class SuiteSpec(DataFile):
 
         Raises: UserError where there is none.
         """
-        for arm in self.arms:
-            if arm.name == name:
-                return arm
+        if (found := next((arm for arm in self.arms if arm.name == name), None)) is not None:
+            return found
         need = f"one of {', '.join(arm.name for arm in self.arms)}"
         raise UserError(found=f"arm {name!r}", need=need, where=f"suite {self.name!r}")
 

@@ -58,5 +58,6 @@ def judge(record: RunRecord, **changes: Any) -> Judgement:
         parity=parity_report(record),
         checks=run_checks(record),
         verdicts=VERDICTS,
+        reports_speed=record.suite.reports_speed,
     )
     return plain.model_copy(update=changes)

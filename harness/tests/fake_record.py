@@ -33,17 +33,9 @@ from harness.records.probes import (
     StepCosts,
 )
 from harness.records.provenance import DeviceInfo, Environment
-from harness.records.run import (
-    ArmTree,
-    ArmTrees,
-    Failure,
-    Generation,
-    Likelihood,
-    Likelihoods,
-    RunRecord,
-    TrialKey,
-)
+from harness.records.run import ArmTree, ArmTrees, Likelihood, Likelihoods, RunRecord
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.records.trials import Failure, Generation, TrialKey
 from harness.specs.suite import RejectionAcceptance, SuiteSpec, parse_suite
 from medusa_impl.tree import DraftTree
 from medusa_impl.tree_search import grow_by_joint_hits

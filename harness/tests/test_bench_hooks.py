@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = (
     "-p",
     "no:cacheprovider",
+    "-p",
+    "no:xdist",
     "--benchmark-max-time=0.001",
     "--benchmark-min-rounds=1",
     "--benchmark-disable-gc",
@@ -28,8 +30,9 @@ QUICK = (
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> pytest.Pytester:
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A project with one benchmark and this project's hooks."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # workers disable benchmarks
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile(test_bench="def test_bench(benchmark):\n    assert benchmark(lambda: 3) == 3\n")
     return pytester

@@ -24,8 +24,9 @@ from harness.device.engine import Engine, LoadedModel, load_engine, load_model
 from harness.device.prompts import warmup_prompts
 from harness.measure.run import RunOptions, run_suite
 from harness.paths import shipped
-from harness.records.run import Failure, Generation, RunRecord
+from harness.records.run import RunRecord
 from harness.records.store import Store
+from harness.records.trials import Failure, Generation
 from harness.specs.suite import SuiteSpec, load_suite, parse_suite
 from harness.training.tiny_heads import train_tiny_heads
 from medusa_impl.checkpoints.heads import HeadsProvenance, save_heads
@@ -163,6 +164,10 @@ SAMPLED: dict[str, Any] = {"name": "sampled", "method": "vanilla", "temperature"
 FASTEST: dict[str, Any] = {**CHAIN, "name": "fastest", "tree": {"kind": "fastest", "max_nodes": 8}}
 
 
+# A rule that nothing breaks: steps of a tiny model last as long as whatever else the machine does.
+UNDISTURBED = {"max_others_share": 1.0, "max_long_share": 1.0, "max_repeats": 0}
+
+
 def micro_data(
     heads_file: Path, *, arms: list[dict[str, Any]] | None = None, **changes: Any
 ) -> dict[str, Any]:
@@ -179,6 +184,7 @@ def micro_data(
         "heads": {"path": str(heads_file), "num_heads": 4},
         "prompts": {"source": "random", "limit": 4},
         "interval": {"num_resamples": 100},
+        "disturbance": UNDISTURBED,
         "probes": {
             "step_nodes": [1, 2, 4, 8],
             "step_context_tokens": 16,

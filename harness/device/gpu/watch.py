@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from harness.device.gpu.driver import GpuDriver, GpuProcess, open_driver
-from harness.records.noise import GpuObservation
+from harness.records.trials import GpuObservation
 
 _OUTSIDE_BYTES = 2 * 2**30  # of our own memory that PyTorch's allocator does not count: context and libraries
 

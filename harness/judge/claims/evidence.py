@@ -15,8 +15,9 @@ from harness.errors import UserError
 from harness.judge.claims.findings import NotTestable
 from harness.judge.judgement import ArmMetrics, Comparison, ParityReport
 from harness.judge.totals import paired_totals
-from harness.records.run import Generation, RunRecord
+from harness.records.run import RunRecord
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.records.trials import Generation
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio_of_ratios, bootstrap_totals
 from medusa_impl.tree import DraftTree
@@ -53,8 +54,8 @@ class Evidence:
 
     def require_speed(self) -> None:
         """Refuse a speed from a suite that reports none."""
-        if not self.record.suite.reports_speed:
-            raise NotTestable(f"suite {self.record.suite.name} reports no speed")
+        if not self.record.reports_speed:
+            raise NotTestable(self.record.why_no_speed)
 
     def require_original(self, arm: str) -> None:
         """Refuse an arm on the tuned backbone: the claims that a run decides are about a frozen one."""

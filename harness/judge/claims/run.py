@@ -50,7 +50,7 @@ from harness.judge.judgement import Comparison, Divergence, VerdictKind
 from harness.judge.parity import rejection_pairs
 from harness.judge.step_costs import separate_s_by_prompt
 from harness.judge.totals import column, prompt_totals, ratio_of_sums
-from harness.records.run import Generation
+from harness.records.trials import Generation
 from harness.specs.forms.claims import (
     AccuracyFallsForm,
     AddedStepForm,
@@ -194,9 +194,9 @@ def _ladder_step(form: LadderStepForm, evidence: Evidence) -> Finding:
     rate = ratio_of_rates(
         (counts.tokens[0], counts.steps[0]), over=(counts.tokens[1], counts.steps[1]), spec=spec
     )
-    if not evidence.record.suite.reports_speed:
+    if not evidence.record.reports_speed:
         raise NotTestable(
-            f"suite {evidence.record.suite.name} reports no speed; tokens/step alone, {shown(rate, 'x')}, "
+            f"{evidence.record.why_no_speed}; tokens/step alone, {shown(rate, 'x')}, "
             "does not decide this rung of the ladder"
         )
     timed = paired_counts(evidence, form.arm, over=form.over, timed=True)

@@ -137,13 +137,16 @@ def _rank(rule: DecidingRule | None, run: RunRecord, *, are_speeds: bool) -> tup
 
 
 def _of_runs(registry: ClaimsFile, records: Records) -> list[tuple[RunRecord, list[RecordVerdict]]]:
-    """Return the valid runs, the newest first, each with the verdicts that decide."""
+    """Return the runs of valid texts, the newest first, each with the verdicts that decide.
+
+    Where a run's times are invalid, it tests no claim about speed.
+    """
     newest = sorted(records.runs, key=lambda one: one[1].environment.started_utc, reverse=True)
     judged = [(name, record, judge(record, claims=registry.claims)) for name, record in newest]
     return [
         (record, _deciding(name, "run", judgement.verdicts))
         for name, record, judgement in judged
-        if judgement.valid and not record.failures
+        if judgement.valid_texts and not record.failures
     ]
 
 

@@ -22,11 +22,10 @@ from harness.records.run import (
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
     TRACE_FILE,
-    Generation,
     RunRecord,
-    TrialKey,
     planned_trials,
 )
+from harness.records.trials import Generation, TrialKey
 from harness.specs.suite import BackboneName
 
 _PROBES = (ARM_STEPS_FILE, "step_costs.json", "profile.json", "likelihoods.json")
@@ -142,7 +141,7 @@ def _plan_faults(record: RunRecord) -> Iterator[str]:
     timed = (
         outcome.trial
         for outcome in record.outcomes
-        if isinstance(outcome, Generation) and outcome.timing_valid
+        if isinstance(outcome, Generation) and record.is_timed(outcome)
     )
     yield from repeated(timed, file="generations.jsonl", noun="a valid timing of")
     orders: dict[int, TrialKey] = {}
@@ -166,7 +165,7 @@ def _asked_faults(record: RunRecord) -> Iterator[str]:
 def _probe_faults(record: RunRecord) -> Iterator[str]:
     """Yield measurements apart from the trials that are there twice, or of an arm that is not there."""
     arms = {arm.name: arm for arm in record.suite.arms}
-    num_blocks = len({(one.trial.prompt_key, one.trial.round) for one in record.outcomes})
+    num_blocks = len(record.tries)
     for number, cost in enumerate(record.arm_steps, start=1):
         arm = arms.get(cost.arm) if cost.arm is not None else None
         if arm is None or arm.method not in ("vanilla", "medusa") or arm.stochastic:
@@ -177,8 +176,8 @@ def _probe_faults(record: RunRecord) -> Iterator[str]:
     keyed = (cost for cost in record.arm_steps if cost.prompt_key is not None)
     of_prompts = Counter((cost.arm, cost.prompt_key) for cost in keyed)
     for (arm_name, key), count in of_prompts.items():
-        if count > record.suite.rounds:
-            need = f"at most {record.suite.rounds}, one a round"
+        if count > (num_tries := sum(one.prompt_key == key for one in record.tries)):
+            need = f"at most {num_tries}, one each time that its block was run"
             yield f"{ARM_STEPS_FILE}: found {count} lines of {arm_name} after {key}, need {need}"
     lines = Counter(cost.arm for cost in record.arm_steps)
     if more := sorted(str(arm) for arm, count in lines.items() if count > num_blocks):

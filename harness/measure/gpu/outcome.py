@@ -144,7 +144,7 @@ def _told_suite(ended: Ended) -> str:
     try:
         last = json.loads(ended.last_line)
         failed = ", ".join(last["failed_checks"])
-        if not last["valid"]:
+        if failed:
             return f"checks that failed: {failed}"
         arm = last["headline_arm"] or {}
         speedup = arm.get("speedup", {}).get("estimate")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.judge.judgement import ArmMetrics, ClaimVerdict, Comparison, Judgement, VerdictKind, by_test
+from harness.judge.judgement import (
+    MAX_MEDIANS_APART,
+    ArmMetrics,
+    ClaimVerdict,
+    Comparison,
+    Judgement,
+    VerdictKind,
+    by_test,
+)
 from harness.judge.metrics import compare, original_baseline
 from harness.records.run import RunRecord
 from harness.report.formatting import (
@@ -160,7 +168,7 @@ def render_arms_table(
     if not judgement.arms:
         return "No arm has a finished generation."
     compared = comparisons_by_arm(judgement)
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         slow_rows = [
             (arm.arm, arm.num_nodes, arm.num_prompts, _tokens_per_step(arm), arm.diagnosis)
             for arm in judgement.arms
@@ -185,7 +193,7 @@ def arms_note(record: RunRecord) -> str:
 
     Where there are arms on a tuned backbone, it says how they compare with the original.
     """
-    note = ARMS_NOTE if record.suite.reports_speed else TOKENS_NOTE
+    note = ARMS_NOTE if record.reports_speed else TOKENS_NOTE
     tuned = [arm for arm in record.suite.arms if arm.backbone == "tuned"]
     if not tuned:
         return note
@@ -195,7 +203,7 @@ def arms_note(record: RunRecord) -> str:
         "arm, whose text greedy ones must repeat. Both backbones are loaded throughout, and peak memory "
         "counts both."
     )
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         return note
     across = []
     for arm in tuned:
@@ -210,13 +218,25 @@ def arms_note(record: RunRecord) -> str:
     return f"{note} In tokens/s against the original backbone: {'; '.join(across)}." if across else note
 
 
+def estimates_note(judgement: Judgement) -> str:
+    """Return the speedups by medians of steps beside those by totals; empty where no speed is shown."""
+    if not judgement.comparisons:
+        return ""
+    by_medians = ", ".join(f"`{one.arm}` {ratio(one.speedup_by_medians)}" for one in judgement.comparisons)
+    note = f"Speedups by each arm's median step in place of the totals: {by_medians}."
+    apart = [f"`{one.arm}`" for one in judgement.comparisons if not one.estimates_agree]
+    if not apart:
+        return f"{note} All lie within {MAX_MEDIANS_APART:.0%} of those by totals."
+    return f"{note} **More than {MAX_MEDIANS_APART:.0%} from those by totals**: {', '.join(apart)}."
+
+
 def render_latency_table(record: RunRecord, judgement: Judgement) -> str:
     """Return one row an arm: bandwidth, latencies and memory.
 
     Bandwidth and latencies are left out where the suite reports no speed.
     """
     rows: Sequence[Sequence[object]]
-    if not record.suite.reports_speed:
+    if not record.reports_speed:
         rows = [
             (arm.arm, megabytes(arm.peak_memory_bytes), megabytes(arm.cache_bytes)) for arm in judgement.arms
         ]
@@ -269,7 +289,7 @@ def render_category_tables(record: RunRecord, judgement: Judgement) -> str:
         "not the decimals):\n\n"
     )
     text += table(headers, tokens)
-    if record.suite.reports_speed and speedups:
+    if record.reports_speed and speedups:
         text += "\n\nSpeedup over the arm's baseline:\n\n" + table(headers, speedups)
     return text
 

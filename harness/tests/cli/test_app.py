@@ -209,7 +209,7 @@ def test_readme_option_writes_between_the_markers(smoke: SmokeRun, tmp_path: Pat
     page = tmp_path / "PAGE.md"
     page.write_text("Title\n<!-- begin:results -->\n<!-- end:results -->\nrest\n")
     ran = command("report", smoke.record.folder, "--readme", page)
-    assert ran.code == ExitCode.OK and json.loads(ran.out.splitlines()[-1])["valid"]
+    assert ran.code == ExitCode.OK and json.loads(ran.out.splitlines()[-1])["valid"]["texts"]
     assert smoke.record.folder.name in page.read_text() and page.read_text().endswith("rest\n")
 
 

@@ -20,9 +20,10 @@ from pytest import MonkeyPatch
 
 from harness.device.engine import Engine, LoadedModel
 from harness.errors import ExitCode, InvalidMeasurement, UserError
-from harness.records.run import RunRecord, read_outcomes
+from harness.records.run import RunRecord
 from harness.records.store import LineFile
 from harness.records.trace import Trace
+from harness.records.trials import read_outcomes
 from harness.tests.tiny_suite import (
     CHAIN,
     FASTEST,

@@ -46,7 +46,7 @@ def test_the_readme_followed_by_the_letter_makes_a_valid_run(
     assert made.code == ExitCode.OK, made.err
     assert "medusa-repro reproduce mine.toml" in made.err
     told = json.loads(ran.out.split("\n")[-2])
-    assert set(told["failed_checks"]) <= {"machine_quiet"}, "other programs may run while tests do"
+    assert told["valid"]["texts"], "its times may be disturbed: other programs may run while tests do"
     (folder,) = (home / "results").glob("*/*/*")
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", environment["chat_date"]), "the day is kept in the record"

@@ -55,12 +55,12 @@ def _grown() -> GrownTree:
 
 
 def _best_s(work: Callable[[], object], *, repeats: int = 7) -> float:
-    """The shortest of several runs: what the work costs when nothing else has the core."""
+    """The shortest of several runs, in seconds of a core: what the work costs, whoever else runs."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 

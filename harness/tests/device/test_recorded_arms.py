@@ -31,7 +31,10 @@ def graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded
     for module in (acceptance, heads_module):
         monkeypatch.setattr(module, "may_look", lambda device: False)
     made, mode = RecordedGraphs(), engine.runner.mode
-    engine.runner.use("eager")  # packed weights are of a kind that the recorder cannot follow
+    # Packed weights are of a kind that the recorder cannot follow. Other engines of this session share the
+    # model, and may have left theirs attached: they go with ours.
+    engine.runner.use("packed")
+    engine.runner.use("eager")
     engine.runner.backbone.launch = RecordedSteps(made)
     assert engine.runner.records_steps
     yield made

@@ -16,8 +16,9 @@ import pytest
 from harness.judge.checks import CHECKS, run_checks
 from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.records.probes import HeadsControl
-from harness.records.run import Failure, Generation, RunRecord
+from harness.records.run import RunRecord
 from harness.records.trace import Trace
+from harness.records.trials import Failure, Generation
 from harness.tests.fake_record import EOS_ID, FakeParts, fake_rounding, write_fake_record
 from harness.tests.judge.test_speed_checks import NAMES as SPEED_CHECKS
 

@@ -11,7 +11,8 @@ from harness.judge.metrics import arm_metrics, comparisons, diagnose, replayed_t
 from harness.judge.step_costs import bandwidth_share, separate_costs
 from harness.judge.totals import paired_totals, prompt_totals
 from harness.records.probes import StepCosts
-from harness.records.run import Failure, Generation, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Failure, Generation
 from harness.stats import Interval
 from harness.tests.fake_record import (
     HEADS_BYTES,
@@ -290,6 +291,7 @@ def test_diagnosis(
         overhead=an_interval(overhead),
         separate_overhead=None,
         identity_gap=0,
+        speedup_by_medians=rate / overhead,
     )
     found = diagnose(
         acceleration_rate=rate,

@@ -13,8 +13,9 @@ import pytest
 from harness.compose.differences import RankRanges
 from harness.compose.replay import replay
 from harness.judge.parity import parity_report, replay_differences, steps_known, tie_margin_of
-from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS, Generation
+from harness.records.run import TIE_MARGIN_FLOAT32, TIE_SHIFTS
 from harness.records.trace import PromptTrace, Trace, TraceProvenance
+from harness.records.trials import Generation
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record
 from medusa_impl.tree import DraftTree
 

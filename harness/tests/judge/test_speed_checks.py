@@ -15,7 +15,8 @@ from harness.judge.checks import run_checks
 from harness.judge.judgement import CheckOutcome, CheckStatus
 from harness.judge.step_costs import paired, priced
 from harness.records.probes import StepCosts
-from harness.records.run import Generation, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Generation
 from harness.tests.fake_record import (
     BACKBONE_ONE_NODE_S,
     PROCESSOR_SHARE,

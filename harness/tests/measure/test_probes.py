@@ -12,7 +12,7 @@ from harness.device.engine import Engine
 from harness.device.prompts import Prompt, suite_prompts, warmup_prompts
 from harness.device.trace import Text
 from harness.measure import probes
-from harness.records.run import Failure
+from harness.records.trials import Failure
 from harness.tests.device.test_trace import texts_of
 from harness.tests.tiny_suite import TickClock, WorkClock, smoke_suite
 from medusa_impl.engine.runner import StepRunner

@@ -29,8 +29,9 @@ from harness.measure.plan import PlannedTrial, make_plan
 from harness.measure.trials import take_up
 from harness.records.probes import StepCost
 from harness.records.provenance import DeviceInfo
-from harness.records.run import ARM_STEPS, RUN, Generation, RunRecord, TrialKey, read_outcomes
+from harness.records.run import ARM_STEPS, RUN, RunRecord
 from harness.records.store import Store
+from harness.records.trials import Generation, TrialKey, read_outcomes
 from harness.specs.suite import SuiteSpec
 from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
 from harness.tests.tiny_text import DATED, save_text_model

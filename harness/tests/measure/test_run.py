@@ -62,7 +62,7 @@ def test_smoke_ends_well_and_says_so_in_one_json_line(smoke: SmokeRun) -> None:
     last = json.loads(smoke.ran.out.splitlines()[-1])
     assert (
         last["suite"] == "smoke"
-        and last["valid"] is True
+        and last["valid"] == {"texts": True, "speeds": None}
         and last["failed_checks"] == []
         and last["num_failures"] == 0
     )
@@ -199,7 +199,11 @@ def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypat
     ran = command("reproduce", suite, "--results", tmp_path / "results")
     assert ran.code == ExitCode.INVALID_MEASUREMENT and "Traceback" not in ran.err
     last = json.loads(ran.out.splitlines()[-1])
-    assert last["num_failures"] == 4 and last["valid"] is False and "no_failures" in last["failed_checks"]
+    assert (
+        last["num_failures"] == 4
+        and last["valid"]["texts"] is False
+        and "no_failures" in last["failed_checks"]
+    )
     (folder,) = (tmp_path / "results").glob("micro/*/*")
     record = RunRecord(folder)
     assert {failure.trial.arm for failure in record.failures} == {"chain"}

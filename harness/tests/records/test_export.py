@@ -19,7 +19,8 @@ from harness.records.export import (
     generations_frame,
     steps_frame,
 )
-from harness.records.run import Failure, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Failure
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 
 

@@ -10,7 +10,8 @@ import pytest
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_bytes, write_json
 from harness.records.provenance import Environment
-from harness.records.run import Generation, Manifest, RunRecord, read_outcomes
+from harness.records.run import Manifest, RunRecord
+from harness.records.trials import Generation, read_outcomes
 from harness.tests.fake_record import FakeParts, write_fake_record
 
 

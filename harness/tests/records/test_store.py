@@ -11,8 +11,9 @@ import pytest
 
 from harness.errors import UserError
 from harness.paths import holds_absolute_path
-from harness.records.run import RUN, Failure, Generation, RunRecord
+from harness.records.run import RUN, RunRecord
 from harness.records.store import Store, begun_folder, new_folder, portable
+from harness.records.trials import Failure, Generation
 from harness.specs.suite import SuiteSpec
 from harness.specs.sweep import SweepSpec
 from harness.tests.fake_sweep import sweep_data

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from harness.judge.run import judge
-from harness.records.noise import GpuObservation
+from harness.records.trials import GpuObservation
 from harness.report.noise import gpu_rows
 from harness.report.run import render_report
 from harness.tests.fake_record import FakeParts, write_fake_record

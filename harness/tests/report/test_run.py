@@ -17,7 +17,8 @@ from rich.console import Console
 from harness.errors import UserError
 from harness.judge.judgement import Divergence, Judgement, ParityReport, ParityRounding, VerdictKind
 from harness.paths import holds_absolute_path, shipped, without_paths
-from harness.records.run import Failure, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Failure
 from harness.report.formatting import (
     ABSENT,
     cell,
@@ -201,7 +202,7 @@ def test_invalid_report_says_so_first_and_gives_no_speed_in_summary_or_headline(
     )
     found = headline(invalid, record)
     assert (found["valid"], found["failed_checks"], found["headline_arm"]) == (
-        False,
+        {"texts": False, "speeds": False},
         ["greedy_parity"],
         None,
     )

@@ -13,7 +13,7 @@ from harness.device import doctor
 from harness.device.gpu.driver import GpuDriver, GpuProcess, _handle
 from harness.device.gpu.watch import GpuWatch, gpu_watch, own_process
 from harness.errors import UserError
-from harness.records.noise import NOTICED_BYTES
+from harness.records.trials import NOTICED_BYTES
 from harness.tests.device.gpu.fake_nvml import FakeNvml, sample
 
 GB = 2**30

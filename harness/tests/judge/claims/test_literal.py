@@ -21,8 +21,9 @@ from harness.judge.claims.standing import Records, finished_records, standings
 from harness.judge.claims.verdicts import evaluate_claims
 from harness.judge.judgement import ClaimVerdict, Divergence, ParityReport, VerdictKind
 from harness.judge.run import judge
-from harness.records.run import Generation, RunRecord
+from harness.records.run import RunRecord
 from harness.records.trace import Trace
+from harness.records.trials import Generation
 from harness.report.claims import render_claims_page
 from harness.report.run import render_report
 from harness.specs.claims import ClaimsFile, ClaimSpec, load_claims, load_registry

@@ -18,8 +18,9 @@ from harness.judge.judgement import ClaimVerdict, Divergence, VerdictKind
 from harness.judge.metrics import comparisons
 from harness.judge.parity import parity_report
 from harness.records.probes import StepCosts
-from harness.records.run import ArmTree, Generation
+from harness.records.run import ArmTree
 from harness.records.trace import Trace
+from harness.records.trials import Generation
 from harness.specs.claims import ClaimSpec, load_claims
 from harness.specs.forms.claims import LogGrowthForm
 from harness.tests.fake_record import FakeParts, fake_rounding, write_fake_record

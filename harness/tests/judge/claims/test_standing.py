@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from harness.judge.claims.standing import Records, Standing, finished_records, standings
 from harness.judge.judgement import VerdictKind
-from harness.records.run import Failure, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Failure
 from harness.report.claims import CLAIMS_PAGE, GROUPS, render_claims_page
 from harness.report.readme import claims_block
 from harness.specs.claims import ClaimsFile, DecidingRule, Group, load_registry
@@ -94,7 +95,10 @@ def _failing(record: RunRecord) -> RunRecord:
 
 
 def _deciding(registry: ClaimsFile, runs: list[tuple[str, RunRecord]], claim_id: str) -> Standing:
-    return next(one for one in standings(registry, Records(runs, [], [])) if one.claim.id == claim_id)
+    """Return where one claim stands over some runs; the others are not judged."""
+    (claim,) = (one for one in registry.claims if one.id == claim_id)
+    (standing,) = standings(registry.model_copy(update={"claims": (claim,)}), Records(runs, [], []))
+    return standing
 
 
 def test_a_run_decides_whatever_it_finds_where_the_rule_names_it(
@@ -159,14 +163,14 @@ def test_a_band_of_bandwidth_goes_from_lower_to_higher(band: tuple[float, float]
 
 
 def test_speeds_that_turn_on_the_machine_are_told_from_what_more_prompts_leave_open(
-    registry: ClaimsFile, records: Records
+    registry: ClaimsFile, found: tuple[Standing, ...]
 ) -> None:
-    found = {one.claim.id: one for one in standings(registry, records)}
-    elsewhere = {name for name, one in found.items() if one.is_decided_elsewhere}
+    by_id = {one.claim.id: one for one in found}
+    elsewhere = {name for name, one in by_id.items() if one.is_decided_elsewhere}
     assert {"T3-1", "T3-2"} <= elsewhere
-    assert all(found[name].group in ("open", "cannot") for name in elsewhere)
+    assert all(by_id[name].group in ("open", "cannot") for name in elsewhere)
     # a loss is no speed: other records, of fewer prompts, decide it, and their machines are not why
-    assert found["Q-loss"].differing and "Q-loss" not in elsewhere
+    assert by_id["Q-loss"].differing and "Q-loss" not in elsewhere
     assert not any(one.is_decided_elsewhere for one in standings(registry, Records([], [], [])))
 
 

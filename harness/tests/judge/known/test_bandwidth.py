@@ -26,6 +26,8 @@ def test_an_arm_reads_the_weights_of_its_own_backbone(tmp_path: Path, arm: str, 
     tuned = SimpleNamespace(weight_bytes=TUNED_BYTES, heads_bytes=TUNED_HEADS_BYTES)
     stand_in = SimpleNamespace(
         suite=suite.model_copy(update={"arms": tuple(arms)}),
+        reports_speed=True,
+        is_timed=record.is_timed,
         generations=record.generations,
         device_limits=limits,
         environment=SimpleNamespace(weight_bytes=WEIGHT_BYTES, heads_bytes=HEADS_BYTES, tuned=tuned),

@@ -127,7 +127,8 @@ def test_as_many_lines_of_an_arm_after_a_prompt_as_rounds(tmp_path: Path) -> Non
 
     assert faults_of(tmp_path / "one", "suite", {"arm_steps.jsonl": keyed(1)}) == []
     assert faults_of(tmp_path / "two", "suite", {"arm_steps.jsonl": keyed(2)}) == [
-        "arm_steps.jsonl: found 2 lines of vanilla after mt_bench-81, need at most 1, one a round"
+        "arm_steps.jsonl: found 2 lines of vanilla after mt_bench-81, need at most 1, one each "
+        "time that its block was run"
     ]
 
 

@@ -20,7 +20,8 @@ from harness.judge.totals import (
     ratio_of_sums,
     timed_generations,
 )
-from harness.records.run import Generation, RunRecord
+from harness.records.run import RunRecord
+from harness.records.trials import Generation
 from harness.stats import Interval, bootstrap_ratio_of_ratios
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 

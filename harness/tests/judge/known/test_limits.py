@@ -222,6 +222,8 @@ def test_steps_of_a_tuned_backbone_read_its_own_weights(tmp_path: Path) -> None:
     stand_in = SimpleNamespace(
         suite=record.suite.model_copy(update={"arms": arms}),
         generations=record.generations,
+        reports_speed=True,
+        is_timed=record.is_timed,
         device_limits=record.device_limits,
         step_costs=record.step_costs,
         environment=SimpleNamespace(

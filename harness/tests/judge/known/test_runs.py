@@ -342,6 +342,7 @@ class Tuned:
             one.model_copy(update={"backbone": "tuned"}) if one.name == arm else one for one in suite.arms
         ]
         self.suite = suite.model_copy(update={"arms": tuple(arms)})
+        self.reports_speed, self.is_timed = True, evidence.record.is_timed
         self.generations, self.trees = evidence.record.generations, evidence.record.trees
 
 

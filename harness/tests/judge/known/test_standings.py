@@ -147,7 +147,7 @@ def test_speeds_and_counts_are_decided_by_the_runs_that_their_rules_name(
     def judged(record: RunRecord, *, claims: tuple[ClaimSpec, ...]) -> Judgement:
         verdicts = tuple(verdict(claim.id) for claim in claims)
         valid = record is not runs["invalid"]
-        return cast(Judgement, SimpleNamespace(valid=valid, verdicts=verdicts))
+        return cast(Judgement, SimpleNamespace(valid_texts=valid, verdicts=verdicts))
 
     monkeypatch.setattr(standing, "judge", judged)
     records = Records(list(runs.items()), [], [])

@@ -444,7 +444,7 @@ def run_plan(tmp_path: Path, *parts: dict[str, Any], **changes: Any) -> GpuRecor
 def test_a_part_that_fails_says_why_and_the_next_one_runs(
     planted: Callable[..., list[list[str]]], tmp_path: Path
 ) -> None:
-    invalid = json.dumps({"valid": False, "failed_checks": ["token_counts"]})
+    invalid = json.dumps({"valid": {"texts": False, "speeds": None}, "failed_checks": ["token_counts"]})
     begun = planted(
         ended(3, complaint="error: found too little memory"), ended(2, last_line=invalid), ended(-11)
     )

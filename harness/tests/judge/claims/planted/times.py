@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from harness.records.probes import StepCost, StepCosts
-from harness.records.run import Generation
 from harness.records.trace import PromptTrace
+from harness.records.trials import Generation
 from harness.tests.fake_record import FakeParts
 from harness.tests.judge.claims.planted.traces import change_prompts
 
