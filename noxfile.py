@@ -210,6 +210,12 @@ def kill(session: nox.Session) -> None:
 
 
 @nox.session
+def noise(session: nox.Session) -> None:
+    """Run a suite next to a neighbour that takes a core, between quiet runs; --bursts and others follow --."""
+    run_module(session, "harness.tests.noise")
+
+
+@nox.session
 def mutate(session: nox.Session) -> None:
     """Change the code that judges in 400 places, one at a time; a test has to notice. --file follows --."""
     python = shared_python(session)
