@@ -6,6 +6,7 @@ tell of it.
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ PLANTED = {
     "credentials left": ("gate.yml", "persist-credentials: false", "persist-credentials: true"),
     "a token next to the labelled commit": (
         "gate.yml",
-        "run: nox -s gate ",
+        r"run: nox -s gate ",
         "env:\n          GH_TOKEN: ${{ secrets.PUBLISH }}\n        run: nox -s gate ",
     ),
     "a token for a whole workflow": ("gate.yml", "env:\n", "env:\n  GH_TOKEN: ${{ github.token }}\n"),
@@ -96,8 +97,13 @@ PLANTED = {
     "each push after the label": ("gate.yml", r"types: \[labeled\]", "types: [labeled, synchronize]"),
     "the newest commit instead of the labelled one": (
         "gate.yml",
-        r"ref: \${{ github.event.pull_request.head.sha \|\| github.sha }}",
-        "ref: ${{ github.head_ref }}",
+        r"ref: >-\n +\${{ inputs.head .*\n.*}}\n",
+        "ref: ${{ github.head_ref }}\n",
+    ),
+    "any commit that is asked for": (
+        "gate.yml",
+        r"format\('refs/heads/\{0\}', inputs.head\)",
+        "inputs.head",
     ),
     "a check of pull requests on a self-hosted runner": (
         "checks.yml",
@@ -113,6 +119,7 @@ PLANTED = {
     "two commands in a line": ("checks.yml", "nox -s lint", "nox -s lint; nox -s types"),
     "a session that is not there": ("checks.yml", "nox -s lint", "nox -s lints"),
     "an option that is not there": ("checks.yml", "results -- --check", "results -- --chek"),
+    "any Python": ("results.yml", r"      - uses: actions/setup-python@.*\n        with:\n.*\n", ""),
     "no time limit": ("gate.yml", r"    timeout-minutes: 60\n", ""),
     "no concurrency group": ("checks.yml", r"concurrency:\n  group: .*\n  cancel-in-progress: true\n", ""),
 }
@@ -177,6 +184,16 @@ def test_a_planted_fault_is_found(name: str) -> None:
     assert set(found_in(planted(name))) - set(found_in(WORKFLOWS))
 
 
+@pytest.mark.parametrize(("base", "words"), [("", []), ("v0.2.0", ["--base", "v0.2.0"])])
+def test_the_gate_is_given_a_base_only_where_one_was_named(base: str, words: list[str]) -> None:
+    """An empty one is the gate's own choice, the merge base with main, and no revision of no name."""
+    (line,) = {line for _, line in run_lines(WORKFLOWS) if "BASE" in line}
+    script = f'nox() {{ printf "%s\\n" "$@"; }}; {line}'
+    environment = {"BASE": base, "RUNNER_TEMP": "a folder"}
+    said = subprocess.check_output(["bash", "-euc", script], env=environment, text=True).splitlines()
+    assert said == ["-s", "gate", "--", *words, "--results", "a folder/gate"]
+
+
 def test_a_labelled_commit_of_this_repository_is_measured() -> None:
     """Else the rules on forks would hold for a job that never runs."""
     (gate,) = (one for one in WORKFLOWS if one.name == "gate.yml")
@@ -189,7 +206,7 @@ def test_a_labelled_commit_of_this_repository_is_measured() -> None:
 def test_a_fork_gets_the_gate_on_a_machine_of_github() -> None:
     (gate,) = (one for one in WORKFLOWS if one.name == "gate.yml")
     assert runs_for(gate.jobs["cpu"]["if"], UNTRUSTED["a fork, labelled by a maintainer"])
-    assert not runs_for(gate.jobs["cpu"]["if"], UNTRUSTED["a fork, labelled by a stranger"])
+    assert not runs_for(gate.jobs["cpu"]["if"], UNTRUSTED["another label"])
 
 
 def test_results_come_from_main_and_end_in_a_proposal() -> None:
@@ -200,6 +217,23 @@ def test_results_come_from_main_and_end_in_a_proposal() -> None:
     assert runs_for(after[0], {"needs.measure.result": "failure"})
     assert not runs_for(after[0], {"needs.measure.result": "skipped"})
     assert not runs_for(after[1], {"needs.pages.result": "failure"})
+
+
+def test_variables_and_runner_labels_are_told_of() -> None:
+    """A maintainer who sets none of them gets a gate that nobody can start by a label."""
+    section = (ROOT / "harness" / "README.md").read_text(encoding="utf-8").split("## Workflows")[1]
+    named = {name for one in WORKFLOWS for name in re.findall(r"vars\.(\w+)", one.text)}
+    assert named == set(re.findall(r"`(G[A-Z]+_[A-Z]+)`", section))
+    assert named == {"GPU_DEVICES", "GATE_MAINTAINERS", "GATE_BASE"}
+    for label in ("self-hosted", "gpu", "A100", "H100", "L4", "gate", *(one.name for one in WORKFLOWS)):
+        assert f"`{label}`" in section or f"`{label}:" in section or f"`{label}`:" in section, label
+
+
+def test_the_lint_session_runs_both_tools() -> None:
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    (session,) = (one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == "lint")
+    names = {one.id for one in ast.walk(session) if isinstance(one, ast.Name)}
+    assert {"WORKFLOW_SCHEMA", "ZIZMOR"} <= names
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,11 @@ INSTALL = "python3 -m pip install --constraint constraints.txt nox"
 PUBLISHES = "nox -s results_pull_request"
 WRITES = {"contents": "write", "pull-requests": "write"}
 TRIGGERS = {"pull_request", "push", "workflow_dispatch", "schedule"}
-LABELLED = "${{ github.event.pull_request.head.sha || github.sha }}"
+# a branch of this repository that was asked for, the commit that was labelled, or that of the event
+MEASURED = (
+    "${{ inputs.head && format('refs/heads/{0}', inputs.head) "
+    "|| github.event.pull_request.head.sha || github.sha }}"
+)
 _SESSION = re.compile(r"nox -s (\w+)(?: -- (.+))?")
 _PIN = re.compile(r"uses: (actions/[\w-]+)@([0-9a-f]{40}) # (v\d+\.\d+\.\d+)$")
 _SECRET = re.compile(r"\bsecrets\b|github\.token|GITHUB_TOKEN|toJSON\(github\)")
@@ -116,6 +120,9 @@ def _form_faults(one: Workflow) -> Iterator[str]:
     for name, job in one.jobs.items():
         if "timeout-minutes" not in job:
             yield f"job {name} has no time limit"
+        uses = [str(step.get("uses", "")) for step in job["steps"]]
+        if not any(each.startswith("actions/setup-python@") for each in uses):  # not all let pip install
+            yield f"job {name} runs with whatever Python its machine has"
 
 
 def _pin_faults(one: Workflow) -> Iterator[str]:
@@ -141,9 +148,9 @@ def _checkout_faults(one: Workflow) -> Iterator[str]:
             if step.get("with", {}).get("persist-credentials") is not False:
                 yield f"job {name} leaves credentials in the checkout"
             ref = step.get("with", {}).get("ref")
-            if ref not in (None, LABELLED):
+            if ref not in (None, MEASURED):
                 yield f"job {name} checks out {ref}"
-            if _is_self_hosted(one.jobs[name]) and "pull_request" in one.data["on"] and ref != LABELLED:
+            if _is_self_hosted(one.jobs[name]) and "pull_request" in one.data["on"] and ref != MEASURED:
                 yield f"job {name} checks out another commit than the labelled one"
 
 
