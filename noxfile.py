@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -136,12 +137,22 @@ def run_module(session: nox.Session, module: str, *args: str) -> None:
     session.run(shared_python(session), "-m", module, *args, *session.posargs, external=True)
 
 
+# Both read what they bring with them and ask no network.
+WORKFLOW_SCHEMA = "vendor.github-workflows"
+ZIZMOR = ("--offline", "--no-progress", "--quiet", "--persona", "auditor")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style and formatting, and the workflows: their form, and what an intruder could use."""
     python = shared_python(session)
     session.run(python, "-m", "ruff", "check", external=True)
     session.run(python, "-m", "ruff", "format", "--check", external=True)
+    workflows = sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    session.run(
+        python, "-m", "check_jsonschema", "--builtin-schema", WORKFLOW_SCHEMA, *workflows, external=True
+    )
+    session.run(str(Path(python).with_name("zizmor")), *ZIZMOR, *workflows, external=True)
 
 
 @nox.session
@@ -230,6 +241,63 @@ def mutate(session: nox.Session) -> None:
 def reproduce(session: nox.Session) -> None:
     """Fetch, measure, judge and report: the embedded suite, or the one named after --."""
     run_module(session, "harness", "reproduce")
+
+
+@nox.session
+def results(session: nox.Session) -> None:
+    """Make all that comes from the records again: pages, tables; --check and --take FOLDER follow --."""
+    run_module(session, "harness", "results")
+
+
+PAGES = ("README.md", "results")  # what the records give, and all that a results pull request may change
+COMMITTER = (
+    "-c",
+    "user.name=github-actions[bot]",
+    "-c",
+    "user.email=41898282+github-actions[bot]@users.noreply.github.com",
+)
+CREDENTIALS = ("-c", "credential.helper=", "-c", "credential.helper=!gh auth git-credential")
+
+
+def git(session: nox.Session, *args: str) -> str:
+    """Run git in the checkout and return what it answers; what it remarks goes to the log."""
+    answer = session.run("git", "-C", str(ROOT), *args, silent=True, stderr=None, external=True)
+    return str(answer).strip()
+
+
+@nox.session
+def results_pull_request(session: nox.Session) -> None:
+    """Propose the README.md and results/ of a folder, named after --, by a branch and a pull request.
+
+    The one job that may write runs it, so it needs git and gh, and neither installs nor imports the packages.
+    Where nothing differs, or the same was proposed before, it ends without one.
+    """
+    if len(session.posargs) != 1 or not (folder := Path(session.posargs[0])).is_dir():
+        session.error("found no folder; need one with README.md and results/; name it after --")
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    for path in paths:
+        if path.is_symlink() or path.relative_to(folder).parts[0] not in PAGES:
+            session.error(f"found {path.relative_to(folder)}; need files of {' and '.join(PAGES)} alone")
+    for path in paths:
+        target = ROOT / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+    git(session, "add", "--", *PAGES)
+    if not git(session, "diff", "--cached", "--name-only"):
+        session.log("nothing to propose: these pages are committed")
+        return
+    branch = f"results-{git(session, 'write-tree')[:12]}"  # one content, one branch
+    if git(session, *CREDENTIALS, "ls-remote", "origin", f"refs/heads/{branch}"):
+        session.log(f"nothing to propose: {branch} holds the same")
+        return
+    title = "Bring the tables of results up to date"
+    git(session, *COMMITTER, "commit", "--message", title)
+    git(session, *CREDENTIALS, "push", "origin", f"HEAD:refs/heads/{branch}")
+    body = (
+        "Records of GPU runners, and the pages that they give. Drop older records of the same device first."
+    )
+    session.run("gh", "pr", "create", "--head", branch, "--title", title, "--body", body, external=True)
 
 
 @nox.session

@@ -32,6 +32,7 @@ from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
 from harness.cli.profile import profile, profile_kernels_command, profile_training_command
 from harness.cli.reproduce import claims_command, report, reproduce
+from harness.cli.results import results
 from harness.cli.sweep import sweep
 from harness.cli.train import calibrate, distill, train
 from harness.cli.trees import search_tree, trace
@@ -49,6 +50,7 @@ app.command("new-suite")(new_suite)
 app.command()(reproduce)
 app.command()(report)
 app.command("claims")(claims_command)
+app.command()(results)
 app.command()(train)
 app.command()(calibrate)
 app.command()(distill)

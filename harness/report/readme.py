@@ -15,6 +15,7 @@ README.md` writes the block of a record of any kind:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,29 @@ def replace_block(text: str, *, name: str, content: str) -> str:
     if stop < start:
         raise UserError(found=f"{end} before {begin}", need="the beginning first", do="swap the two markers")
     return f"{text[:start]}\n{content.strip()}\n{text[stop:]}"
+
+
+def block_names(readme: Path) -> tuple[str, ...]:
+    """Return the names of a README's blocks, in order. Raises: UserError for a README that cannot be read."""
+    return tuple(re.findall(r"<!-- begin:([\w-]+) -->", read_text(readme)))
+
+
+def shown_record(readme: Path, name: str) -> Path:
+    """Return the folder of the record that a block of a README shows: the one whose report it links.
+
+    Raises: UserError for a block that lacks its end, or links no report or several.
+    """
+    _, _, rest = read_text(readme).partition(f"<!-- begin:{name} -->")
+    block, end, _ = rest.partition(f"<!-- end:{name} -->")
+    linked: list[str] = sorted(set(re.findall(r"\(([\w./-]+)/report\.md\)", block)))
+    if not end or len(linked) != 1:
+        raise UserError(
+            found=f"{len(linked)} reports linked in the block {name!r}",
+            need="one, which says what record the block shows, and the block's end",
+            where=readme.name,
+            do="name the record with: medusa-repro report RECORD --readme README.md",
+        )
+    return readme.parent / linked[0]
 
 
 def render_results(record: RunRecord, judgement: Judgement, *, base: Path) -> str:

@@ -12,8 +12,8 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.records.folder import kind_of
 from harness.records.run import RunRecord
-from harness.report.readme import run_block
-from harness.tests.readme_blocks import shown_record, shows
+from harness.report.readme import run_block, shown_record
+from harness.tests.readme_blocks import shows
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(

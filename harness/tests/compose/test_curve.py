@@ -30,7 +30,7 @@ from harness.paths import holds_absolute_path
 from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, break_even, read_points
 from harness.records.probes import DeviceLimits
 from harness.report.latency import latency_headline, print_latency, render_latency_report
-from harness.report.readme import latency_block, update_readme
+from harness.report.readme import latency_block, shown_record, update_readme
 from harness.specs.latency import (
     LatencySpec,
     ModeName,
@@ -53,7 +53,7 @@ from harness.tests.fake_latency import (
     step_s,
     write_fake_latency,
 )
-from harness.tests.readme_blocks import shown_record, shows
+from harness.tests.readme_blocks import shows
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "results" / "latency").glob("*/*/*/manifest.json"))

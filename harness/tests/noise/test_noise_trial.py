@@ -1,4 +1,4 @@
-"""The trial next to a neighbour: its bursts, how a run is judged, and that it goes on where it was cut off."""
+"""The trial next to a neighbour: its bursts, how a run is judged, and that it goes on after a cut."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
 from harness.report.formatting import WITHHELD, significant
-from harness.report.readme import sweep_block, update_readme
+from harness.report.readme import shown_record, sweep_block, update_readme
 from harness.report.sweep import (
     _not_measured,
     print_sweep,
@@ -40,7 +40,7 @@ from harness.specs.hardware import load_hardware
 from harness.tests.compose.prices.planted import known_error
 from harness.tests.fake_latency import SHAPE
 from harness.tests.fake_sweep import made_up_plan, write_sweep
-from harness.tests.readme_blocks import shown_record, shows
+from harness.tests.readme_blocks import shows
 from medusa_impl.tree import DraftTree
 
 ROOT = Path(__file__).resolve().parents[3]
