@@ -222,7 +222,7 @@ def kill(session: nox.Session) -> None:
 
 @nox.session
 def noise(session: nox.Session) -> None:
-    """Run a suite next to a neighbour that takes a core, between quiet runs; --bursts and others follow --."""
+    """Run a suite next to a neighbour that takes a core; --bursts, --steady and others follow --."""
     run_module(session, "harness.tests.noise")
 
 

@@ -101,11 +101,29 @@ class ArmRunner:
 
         Units: seconds on the arm's clock, which synchronises the device.
         """
-        if self.arm.method in ("hf_greedy", "hf_prompt_lookup"):
+        if not self.takes_turns:
             return self._generate_stock(prompt_ids)
+        begun = self.begin(prompt_ids, seed=seed, section=section)
+        begun.take(None)
+        return begun.result()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Return whether its generations can be taken a few steps at a time."""
+        return self.arm.method in ("vanilla", "medusa")
+
+    def begin(
+        self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section
+    ) -> TimedSteps:
+        """Return a generation of a vanilla or Medusa arm, no step of which is taken yet.
+
+        It uses the arm's cache, so the arm can have only one under way.
+        """
         assert self._cache is not None
         self._cache.clear_rows()
-        return timed(self.steps(prompt_ids, seed=seed, section=section), clock=self.clock, cache=self._cache)
+        return TimedSteps(
+            self.steps(prompt_ids, seed=seed, section=section), clock=self.clock, cache=self._cache
+        )
 
     def steps(
         self, prompt_ids: Sequence[int], *, seed: int | None, section: Section = no_section
@@ -263,26 +281,47 @@ class _Marks(BaseStreamer):
         """Nothing is left to note."""
 
 
+class TimedSteps:
+    """A decoding of one row, taken a few steps at a time; what runs in between counts for no step."""
+
+    def __init__(self, steps: Iterator[DecodingStep], *, clock: Clock, cache: TreeCache | None) -> None:
+        self._steps, self._clock, self._cache = steps, clock, cache
+        self._token_ids: list[int] = []
+        self._step_tokens: list[int] = []
+        self._times_s: list[float] = []
+        self._ended: EndedBy | None = None
+
+    def take(self, num_steps: int | None) -> bool:
+        """Take so many steps, or all that are left; return whether there are more.
+
+        The prefill is a step of its own.
+        """
+        num_taken, mark = 0, self._clock()
+        while self._ended is None and num_taken != num_steps:
+            step = next(self._steps)
+            now = self._clock()
+            self._times_s.append(now - mark)
+            self._token_ids.extend(step.tokens[0])
+            self._step_tokens.append(len(step.tokens[0]))
+            self._ended = step.ended[0]
+            mark, num_taken = now, num_taken + 1
+        return self._ended is None
+
+    def result(self) -> TimedGeneration:
+        """Return the tokens and the time of every step, once there are no more."""
+        assert self._ended is not None
+        return TimedGeneration(
+            token_ids=tuple(self._token_ids),
+            ended_by=self._ended,
+            prefill_s=self._times_s[0],
+            step_tokens=tuple(self._step_tokens[1:]),
+            step_times_s=tuple(self._times_s[1:]),
+            cache_bytes=self._cache.num_bytes if self._cache is not None else None,
+        )
+
+
 def timed(steps: Iterator[DecodingStep], *, clock: Clock, cache: TreeCache | None = None) -> TimedGeneration:
     """Exhaust a single-row decoding and return its tokens and the time of every step."""
-    token_ids: list[int] = []
-    step_tokens: list[int] = []
-    times: list[float] = []
-    ended: EndedBy | None = None
-    mark = clock()
-    for step in steps:
-        now = clock()
-        times.append(now - mark)
-        token_ids.extend(step.tokens[0])
-        step_tokens.append(len(step.tokens[0]))
-        ended = step.ended[0]
-        mark = now
-    assert ended is not None
-    return TimedGeneration(
-        token_ids=tuple(token_ids),
-        ended_by=ended,
-        prefill_s=times[0],
-        step_tokens=tuple(step_tokens[1:]),
-        step_times_s=tuple(times[1:]),
-        cache_bytes=cache.num_bytes if cache is not None else None,
-    )
+    begun = TimedSteps(steps, clock=clock, cache=cache)
+    begun.take(None)
+    return begun.result()

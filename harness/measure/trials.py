@@ -6,13 +6,14 @@ import contextlib
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import psutil
 from rich.markup import escape
 
-from harness.device.arms import ArmRunner
+from harness.device.arms import ArmRunner, TimedGeneration, TimedSteps
 from harness.device.clock import processor_clock
 from harness.device.engine import Engine
 from harness.device.noise import ProcessorMoment
@@ -26,7 +27,7 @@ from harness.measure.session import Session, device_turn, greedy_vanilla, tell_o
 from harness.paths import without_paths
 from harness.records.run import ARM_STEPS, ArmTree, RunRecord
 from harness.records.store import Store
-from harness.records.trials import Failure, Generation, TrialKey
+from harness.records.trials import Failure, Generation, GpuObservation, ProcessorObservation, TrialKey
 from harness.specs.suite import ArmSpec
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 from medusa_impl.tree import DraftTree
@@ -173,17 +174,43 @@ def _run_block(
     attempts: Mapping[TrialKey, int],
 ) -> Iterator[Generation | Failure]:
     """Run the trials of one prompt, then the arms' separate steps; yield each outcome as it is kept."""
-    prompts = {prompt.key: prompt for prompt in session.prompts}
+    (prompt,) = (one for one in session.prompts if one.key == block[0].trial.prompt_key)
+    rule = session.suite.disturbance
+    turn_steps = rule.turn_steps if rule is not None else 0
     with device_turn(session):
-        for planned in block:
-            prompt = prompts[planned.trial.prompt_key]
-            outcome = _run_trial(session, runners, planned, prompt, attempt=attempts.get(planned.trial, 0))
-            _check_mode(session)
-            session.store.append(outcome)
-            if isinstance(outcome, Generation):
-                tell_of_others(session.console, outcome.gpu)
-            yield outcome
-        _time_arm_steps(session, runners, prompts[block[0].trial.prompt_key])
+        for group in _groups(block):
+            in_turns = [one for one in group if turn_steps and runners[one.trial.arm].takes_turns]
+            alone = [one for one in group if one not in in_turns]
+            for one in alone:
+                trial = _Trial(session, runners, one, prompt, attempt=attempts.get(one.trial, 0))
+                yield _kept(session, *_run_in_turns([trial], None))
+            begun = [
+                _Trial(session, runners, one, prompt, attempt=attempts.get(one.trial, 0)) for one in in_turns
+            ]
+            for outcome in _run_in_turns(begun, turn_steps) if begun else ():
+                yield _kept(session, outcome)
+        _time_arm_steps(session, runners, prompt)
+
+
+def _kept(session: Session, outcome: Generation | Failure) -> Generation | Failure:
+    _check_mode(session)
+    session.store.append(outcome)
+    if isinstance(outcome, Generation):
+        tell_of_others(session.console, outcome.gpu)
+    return outcome
+
+
+def _groups(block: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
+    """Return a block's trials in groups in which each arm has one: an arm has one cache for all its seeds."""
+    groups: list[list[PlannedTrial]] = []
+    seen: Counter[str] = Counter()
+    for planned in block:
+        number = seen[planned.trial.arm]
+        seen[planned.trial.arm] += 1
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(planned)
+    return groups
 
 
 def _warm_up(session: Session, runners: dict[str, ArmRunner]) -> None:
@@ -225,49 +252,89 @@ def _check_mode(session: Session) -> None:
             )
 
 
-def _run_trial(
-    session: Session,
-    runners: dict[str, ArmRunner],
-    planned: PlannedTrial,
-    prompt: Prompt,
-    *,
-    attempt: int,
-) -> Generation | Failure:
-    trial = planned.trial
-    reset_peak_memory(session.device)
-    thread_clock = processor_clock(session.device)
-    before = ProcessorMoment.now()
-    started = thread_clock() if thread_clock is not None else 0.0
-    try:
-        result = runners[trial.arm].generate(prompt.prompt_ids, seed=trial.seed)
-        processor_s = thread_clock() - started if thread_clock is not None else None
-        seen = before.until(ProcessorMoment.now())
-    except Exception as error:  # whatever went wrong becomes a Failure with no metric; the other trials go on
-        return Failure(
-            trial=trial,
+class _Trial:
+    """A trial under way: what it has used so far, whoever had a turn in between."""
+
+    def __init__(
+        self,
+        session: Session,
+        runners: dict[str, ArmRunner],
+        planned: PlannedTrial,
+        prompt: Prompt,
+        *,
+        attempt: int,
+    ) -> None:
+        self.session, self.planned, self.prompt, self.attempt = session, planned, prompt, attempt
+        self._runner = runners[planned.trial.arm]
+        self._thread_clock = processor_clock(session.device)
+        self._processor_s, self._peak_bytes = 0.0, 0
+        self._steps: TimedSteps | None = None
+        self._result: TimedGeneration | None = None
+        self._error: Exception | None = None
+
+    def take(self, num_steps: int | None) -> bool:
+        """Take so many steps, or all; return whether there are more. An exception ends the trial."""
+        reset_peak_memory(self.session.device)
+        started = self._thread_clock() if self._thread_clock is not None else 0.0
+        goes_on = False
+        try:
+            if num_steps is None:
+                self._result = self._runner.generate(self.prompt.prompt_ids, seed=self.planned.trial.seed)
+            else:
+                if self._steps is None:
+                    self._steps = self._runner.begin(self.prompt.prompt_ids, seed=self.planned.trial.seed)
+                goes_on = self._steps.take(num_steps)
+                self._result = None if goes_on else self._steps.result()
+        except Exception as error:  # becomes a Failure with no metric; the other trials go on
+            self._error, self._steps = error, None
+        if self._thread_clock is not None:
+            self._processor_s += self._thread_clock() - started
+        self._peak_bytes = max(self._peak_bytes, peak_memory_bytes(self.session.device))
+        return goes_on
+
+    def outcome(self, seen: ProcessorObservation, gpu: GpuObservation | None) -> Generation | Failure:
+        """Return what became of it, and what was seen of the machine meanwhile."""
+        planned, result, error = self.planned, self._result, self._error
+        if result is None:
+            return Failure(
+                trial=planned.trial,
+                order=planned.order,
+                attempt=self.attempt,
+                error_type=type(error).__name__,
+                message=without_paths(str(error))[:500],
+            )
+        return Generation(
+            trial=planned.trial,
             order=planned.order,
-            attempt=attempt,
-            error_type=type(error).__name__,
-            message=without_paths(str(error))[:500],
+            attempt=self.attempt,
+            category=self.prompt.category,
+            prompt_tokens=len(self.prompt.prompt_ids),
+            token_ids=result.token_ids,
+            ended_by=result.ended_by,
+            step_tokens=result.step_tokens,
+            step_times_s=result.step_times_s,
+            prefill_s=result.prefill_s,
+            peak_memory_bytes=self._peak_bytes,
+            cache_bytes=result.cache_bytes,
+            load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
+            processor_s=self._processor_s if self._thread_clock is not None else None,
+            processor=seen,
+            gpu=gpu,
         )
-    return Generation(
-        trial=trial,
-        order=planned.order,
-        attempt=attempt,
-        category=prompt.category,
-        prompt_tokens=len(prompt.prompt_ids),
-        token_ids=result.token_ids,
-        ended_by=result.ended_by,
-        step_tokens=result.step_tokens,
-        step_times_s=result.step_times_s,
-        prefill_s=result.prefill_s,
-        peak_memory_bytes=peak_memory_bytes(session.device),
-        cache_bytes=result.cache_bytes,
-        load_average=psutil.getloadavg()[0] if sys.platform != "win32" else None,
-        processor_s=processor_s,
-        processor=seen,
-        gpu=session.gpu.observe() if session.gpu is not None else None,
-    )
+
+
+def _run_in_turns(trials: Sequence[_Trial], turn_steps: int | None) -> list[Generation | Failure]:
+    """Run trials of one prompt in turns of so many steps, or each whole; return their outcomes.
+
+    In every round of turns the order is another one, so that no arm always follows the same other one.
+    """
+    order = random.Random(f"turns-{trials[0].planned.trial.prompt_key}-{trials[0].attempt}")
+    before, going = ProcessorMoment.now(), list(trials)
+    while going:
+        going = [one for one in order.sample(going, len(going)) if one.take(turn_steps)]
+    seen, watch = before.until(ProcessorMoment.now()), trials[0].session.gpu
+    gpu = watch.observe() if watch is not None else None
+    return [one.outcome(seen, gpu) for one in trials]
 
 
 def _time_arm_steps(session: Session, runners: dict[str, ArmRunner], prompt: Prompt) -> None:

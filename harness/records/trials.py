@@ -166,7 +166,9 @@ class Generation(Versioned):
         "it waits for another device, and in older records",
     )
     processor: ProcessorObservation | None = Field(
-        default=None, description="what the host's cores did meanwhile; null in older records"
+        default=None,
+        description="what the host's cores did meanwhile, and during the trials that took turns with this "
+        "one; null in older records",
     )
     gpu: GpuObservation | None = Field(
         default=None,

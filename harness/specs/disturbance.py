@@ -17,12 +17,15 @@ class DisturbanceRule(Spec):
     A disturbed block is repeated after the others, while there is time. `max_others_share` is of the time of
     all cores, over one trial: what other processes used and the hypervisor gave away. A long step takes more
     than `long_step` times the median of the steps around it; `max_long_share` is of a trial's decoding time.
-    `min_quiet_share` is of the prompts: with fewer that have a quiet block the run shows no speed.
+    `min_quiet_share` is of the prompts: with fewer that have a quiet block the run shows no speed. The arms
+    of a block decode in turns of `turn_steps` steps, so that whatever comes meets all of them; 0 lets them
+    decode one after another. Arms that `generate` of transformers decodes take no turns.
     """
 
     max_others_share: _Share = 0.05
     long_step: float = Field(default=2.0, gt=1)
     max_long_share: _Share = 0.1
+    turn_steps: int = Field(default=4, ge=0, le=1000)
     max_repeats: int = Field(default=2, ge=0, le=100)
     min_quiet_share: _Share = 0.5
     reason: str = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode
 from harness.measure import probes, trials
 from harness.measure.session import Session
-from harness.tests.tiny_suite import command, micro_data, smoke_suite, write_suite
+from harness.tests.tiny_suite import UNDISTURBED, command, micro_data, smoke_suite, write_suite
 from medusa_impl import acceptance
 from medusa_impl import heads as heads_module
 from medusa_impl.engine.captured_step import Failure, RecordedSteps
@@ -22,6 +23,7 @@ from medusa_impl.engine.launch import run_directly
 from medusa_impl.tests.recorded_graphs import RecordedGraphs
 from medusa_impl.tree import DraftTree
 
+ONE_AFTER_ANOTHER = {**UNDISTURBED, "turn_steps": 0}
 TREE = DraftTree.cartesian((3, 2, 1))
 
 
@@ -109,11 +111,12 @@ def test_the_parts_of_a_profile_are_recorded_before_it_begins(
 def test_a_run_whose_engine_leaves_its_mode_ends_there(
     heads_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_trial = trials._run_trial
+    run_in_turns = trials._run_in_turns
     taken = []
 
-    def losing(session: Session, *arguments: object, **options: object) -> object:
-        outcome = run_trial(session, *arguments, **options)  # type: ignore[arg-type]
+    def losing(group: list[Any], turn_steps: int | None) -> object:
+        session: Session = group[0].session
+        outcome = run_in_turns(group, turn_steps)
         taken.append(outcome)
         if len(taken) == 3:
             failed = Failure()
@@ -122,8 +125,9 @@ def test_a_run_whose_engine_leaves_its_mode_ends_there(
             session.engines["original"].runner.backbone.launch = launch
         return outcome
 
-    monkeypatch.setattr(trials, "_run_trial", losing)
-    suite = write_suite(tmp_path / "micro.toml", {**micro_data(heads_file), "engine": "packed"})
+    monkeypatch.setattr(trials, "_run_in_turns", losing)
+    data = {**micro_data(heads_file, disturbance=ONE_AFTER_ANOTHER), "engine": "packed"}
+    suite = write_suite(tmp_path / "micro.toml", data)
     ran = command("reproduce", suite, "--results", tmp_path / "results")
     assert ran.code == ExitCode.INVALID_MEASUREMENT and len(taken) == 3
     told = " ".join(ran.err.split())

@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 import harness.paths
-from harness.device.arms import ArmRunner, TimedGeneration
+from harness.device.arms import ArmRunner, TimedSteps
 from harness.device.engine import Engine, LoadedModel
 from harness.device.prompts import suite_prompts
 from harness.errors import ExitCode, UserError
@@ -187,14 +187,14 @@ def test_speeds_are_measured_where_the_suite_reports_them(heads_file: Path, tmp_
 
 def test_arm_that_raises_fails_alone(heads_file: Path, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """It fails in the warm-up as well, which must not end the run."""
-    generate = ArmRunner.generate
+    begin = ArmRunner.begin
 
-    def broken(runner: ArmRunner, prompt_ids: tuple[int, ...], **options: Any) -> TimedGeneration:
+    def broken(runner: ArmRunner, prompt_ids: tuple[int, ...], **options: Any) -> TimedSteps:
         if runner.arm.name == "chain":
             raise RuntimeError("no kernel in /opt/secret/place/kernels.so")
-        return generate(runner, prompt_ids, **options)
+        return begin(runner, prompt_ids, **options)
 
-    monkeypatch.setattr(ArmRunner, "generate", broken)
+    monkeypatch.setattr(ArmRunner, "begin", broken)
     suite = write_suite(tmp_path / "micro.toml", micro_data(heads_file, reports_speed=True))
     ran = command("reproduce", suite, "--results", tmp_path / "results")
     assert ran.code == ExitCode.INVALID_MEASUREMENT and "Traceback" not in ran.err
