@@ -20,7 +20,7 @@ from harness.measure.sweep.node import Shipment
 from harness.measure.sweep.tasks import CellInputs
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
-from harness.records.provenance import machine_slug
+from harness.records.machines.identity import machine_slug
 from harness.records.store import hashes, new_folder
 from harness.specs.suite import SuiteSpec
 

@@ -20,7 +20,8 @@ from harness.device.machine import blas_settings, device_info, git_state, packag
 from harness.device.prompts import suite_prompts
 from harness.measure.run import describe
 from harness.paths import default_results, holds_absolute_path
-from harness.records.provenance import DeviceInfo, machine_slug
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
 from harness.tests.tiny_suite import smoke_suite
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 
