@@ -18,8 +18,9 @@ from harness.device.machine import device_info
 from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records.machines.comparable import MeasuredMachine, machine_of, not_comparable
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
 from harness.records.machines.identity import machine_folders
+from harness.records.opened import machine_of
 from harness.records.provenance import DeviceInfo
 from harness.records.run import Failure, Generation, RunRecord, TrialKey
 from harness.specs.suite import SuiteSpec

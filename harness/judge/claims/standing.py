@@ -16,9 +16,9 @@ from harness.judge.claims.sweep import sweep_verdicts
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.judge.run import judge
 from harness.records.ablation import AblationRecord
-from harness.records.machines.comparable import MeasuredMachine, machine_of, not_comparable
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
 from harness.records.machines.identity import machine_folders
-from harness.records.opened import open_record
+from harness.records.opened import machine_of, open_record
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.specs.claims import ClaimsFile, ClaimSpec, DecidingRule, Group

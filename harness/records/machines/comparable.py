@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.records.ablation import AblationRecord
-from harness.records.latency import LatencyRecord
 from harness.records.machines.identity import identity_of
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import DeviceInfo
-from harness.records.run import RunRecord
-from harness.records.sweep import SweepRecord
 
 MAX_BANDWIDTH_RATIO = 1.3
 """How far apart the measured read bandwidths of one machine may lie.
@@ -38,17 +34,6 @@ class MeasuredMachine:
         """Return a machine with the best of the read bandwidths that were measured on it, whatever dtype."""
         known = (one.read_bandwidth_bytes_per_s for one in limits if one is not None)
         return MeasuredMachine(device, max(known, default=None))
-
-
-def machine_of(record: RunRecord | LatencyRecord | AblationRecord | SweepRecord) -> MeasuredMachine:
-    """Return the machine that a record was made on; trainings and sweeps measure no bandwidth."""
-    if isinstance(record, RunRecord):
-        return MeasuredMachine.of(record.environment.device, [record.device_limits])
-    if isinstance(record, LatencyRecord):
-        limits = [record.limits(dtype) for dtype in record.spec.dtypes]
-        return MeasuredMachine.of(record.environment.device, limits)
-    origin = record.origin if isinstance(record, SweepRecord) else record.environment
-    return MeasuredMachine(origin.device)
 
 
 def not_comparable(one: MeasuredMachine, other: MeasuredMachine) -> str | None:

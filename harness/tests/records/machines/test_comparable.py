@@ -7,19 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from harness.records.ablation import AblationRecord
-from harness.records.latency import LatencyRecord
 from harness.records.machines.comparable import (
     MAX_BANDWIDTH_RATIO,
     MeasuredMachine,
-    machine_of,
     not_comparable,
 )
-from harness.records.opened import open_record
+from harness.records.opened import machine_of, open_record
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import DeviceInfo
-from harness.records.run import RunRecord
-from harness.records.sweep import SweepRecord
 from harness.tests.processors import EPYC, EPYC_CACHES, XEON, XEON_CACHES, cpu
 from harness.tests.test_layers import ROOT
 
@@ -101,9 +96,9 @@ def test_the_best_bandwidth_of_all_dtypes_counts(epyc: DeviceInfo) -> None:
 def committed() -> dict[str, MeasuredMachine]:
     found = {}
     for manifest in sorted((ROOT / "results").rglob("manifest.json")):
-        record = open_record(manifest.parent)
-        assert isinstance(record, (RunRecord, LatencyRecord, AblationRecord, SweepRecord))
-        found[manifest.parent.relative_to(ROOT / "results").as_posix()] = machine_of(record)
+        found[manifest.parent.relative_to(ROOT / "results").as_posix()] = machine_of(
+            open_record(manifest.parent)
+        )
     return found
 
 
