@@ -100,7 +100,7 @@ class MeasuredCurve:
         ]
         self._curve = LatencyCurve(points)
         self._contexts = tuple(sorted({point.context_tokens for point in points}))
-        name = record.environment.device.name
+        name, limits = record.environment.device.name, record.limits(dtype)
         self._label = CurveLabel(
             device=match_device(name) or name,
             shape=record.facts.name,
@@ -110,6 +110,8 @@ class MeasuredCurve:
             source=f"latency record {record.folder.name}",
             fingerprint=canonical_sha256([point.model_dump(mode="json") for point in points])[:16],
             weights_sha256=None if record.facts.random_weights else record.environment.backbone_sha256,
+            timed_on=record.environment.device,
+            read_bandwidth_bytes_per_s=None if limits is None else limits.read_bandwidth_bytes_per_s,
         )
 
     @property
