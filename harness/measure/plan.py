@@ -193,6 +193,6 @@ def _known_seconds(
         }
         where = path.parent.parent.name
         other = not_comparable(machine_of(record), MeasuredMachine(device))
-        origin = f"{path.parent.name} of {where} ({other} here)" if other else path.parent.name
+        origin = f"{path.parent.name} of {where} ({other})" if other else path.parent.name
         return {arm: value * scale for arm, value in mean.items()}, origin
     return {}, None

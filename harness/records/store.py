@@ -314,4 +314,4 @@ def _difference(
     if other != "device":
         return other
     differing = "; ".join(device_differences(then.device, provenance.device))
-    return f"device, {differing} of this machine"
+    return f"device (then against here: {differing})"

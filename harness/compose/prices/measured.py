@@ -93,9 +93,9 @@ def _told_apart(curve: TimedCurve, *, among: Iterable[TimedCurve]) -> TimedCurve
     if curve.machine is None or not any(_apart(curve, one) for one in others):
         return curve
     rate, device = curve.machine.read_bytes_per_s, curve.machine.device
-    are_told = identity_of(device).are_details_told or rate is None
-    which = machine_slug(device) if are_told else f"reads {rate / 1e9:,.1f} GB/s"
-    return replace(curve, which_machine=which)
+    if rate is None or identity_of(device).are_details_told:
+        return replace(curve, which_machine=machine_slug(device))
+    return replace(curve, which_machine=f"reads {rate / 1e9:,.1f} GB/s")
 
 
 def newest_runs(results: Path) -> tuple[RunRecord, ...]:
