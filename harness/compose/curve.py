@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import copy
 from statistics import fmean, median
 
 from scipy.optimize import isotonic_regression
@@ -113,6 +114,12 @@ class MeasuredCurve:
             timed_on=record.environment.device,
             read_bandwidth_bytes_per_s=None if limits is None else limits.read_bandwidth_bytes_per_s,
         )
+
+    def of_which_machine(self, which: str) -> MeasuredCurve:
+        """Return the curve with a label that says which of the machines of its device's name was timed."""
+        named = copy(self)
+        named._label = self._label.model_copy(update={"device": f"{self._label.device} ({which})"})
+        return named
 
     @property
     def label(self) -> CurveLabel:

@@ -20,7 +20,6 @@ from harness.errors import UserError
 from harness.records.folder import RecordKind, kind_of
 from harness.records.latency import LatencyRecord
 from harness.records.machines.comparable import MeasuredMachine, not_comparable
-from harness.records.machines.identity import identity_of, machine_slug
 from harness.records.opened import machine_of
 from harness.records.probes import DeviceLimits, StepCost
 from harness.records.provenance import DeviceInfo
@@ -92,10 +91,7 @@ def _told_apart(curve: TimedCurve, *, among: Iterable[TimedCurve]) -> TimedCurve
     others = (one for one in among if one.dtype == curve.dtype and _share_a_name(curve, one))
     if curve.machine is None or not any(_apart(curve, one) for one in others):
         return curve
-    rate, device = curve.machine.read_bytes_per_s, curve.machine.device
-    if rate is None or identity_of(device).are_details_told:
-        return replace(curve, which_machine=machine_slug(device))
-    return replace(curve, which_machine=f"reads {rate / 1e9:,.1f} GB/s")
+    return replace(curve, which_machine=curve.machine.which)
 
 
 def newest_runs(results: Path) -> tuple[RunRecord, ...]:

@@ -18,7 +18,6 @@ from harness.measure.sweep.sampled import run_sampled, sampled_prompts
 from harness.measure.sweep.tasks import CellInputs, RunTask, SampledTask, failed_cell
 from harness.records.machines.comparable import MeasuredMachine, not_comparable
 from harness.records.sweep_cells import AnyCell
-from harness.specs.hardware import match_device
 
 
 class CellRunner:
@@ -68,10 +67,10 @@ class CellRunner:
                 self._inputs, self._engine, task, self._sampled_prompts, clock=self._clock, held=self._held
             )
         here, label = device_info(self._device), task.curve.label
-        why = not_comparable(label.machine, MeasuredMachine(here)) if label.machine is not None else None
-        if why is not None or (match_device(here.name) or here.name) != label.device:
+        assert label.machine is not None  # a point is decoded where a measured curve says so
+        if (why := not_comparable(label.machine, MeasuredMachine(here))) is not None:
             raise UserError(
-                found=f"a {here.name}" + (f" ({why})" if why is not None else ""),
+                found=f"a {here.name} ({why})",
                 need=f"the {label.device} whose curve the point is composed with",
                 where="this node",
             )

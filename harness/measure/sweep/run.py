@@ -45,7 +45,6 @@ from harness.records.sweep import (
 )
 from harness.records.sweep_cells import AnyCell, FailedCell, decoded_key
 from harness.records.trace import Trace
-from harness.specs.hardware import match_device
 from harness.specs.suite import load_suite
 from harness.specs.sweep import SweepSpec
 
@@ -290,15 +289,15 @@ def own_curve(plan: SweepPlan, *, dtype: str, device: DeviceInfo) -> tuple[StepT
 
     With it come the records of the device's name that are of another machine, and why they are.
     """
-    wanted = (match_device(device.name) or device.name, plan.spec.shape, dtype)
+    wanted = (device.name, plan.spec.shape, dtype)
     others: dict[str, str] = {}
-    for curve in plan.curves:
-        label = curve.label
-        if label.kind == "measured" and (label.device, label.shape, label.dtype) == wanted:
-            why = not_comparable(label.machine, MeasuredMachine(device)) if label.machine else None
-            if why is None:
-                return curve, {}
-            others[label.source] = why
+    for label, curve in ((curve.label, curve) for curve in plan.curves):
+        if label.machine is None or (label.machine.device.name, label.shape, label.dtype) != wanted:
+            continue
+        why = not_comparable(label.machine, MeasuredMachine(device))
+        if why is None:
+            return curve, {}
+        others[label.source] = why
     return None, others
 
 

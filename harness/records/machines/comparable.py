@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.records.machines.identity import identity_of
+from harness.records.machines.identity import identity_of, machine_slug
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import DeviceInfo
 
@@ -34,6 +34,13 @@ class MeasuredMachine:
         """Return a machine with the best of the read bandwidths that were measured on it, whatever dtype."""
         known = (one.read_bandwidth_bytes_per_s for one in limits if one is not None)
         return MeasuredMachine(device, max(known, default=None))
+
+    @property
+    def which(self) -> str:
+        """Return in words which of the machines of its device's name it is, as far as that is known."""
+        rate = f"reads {self.read_bytes_per_s / 1e9:,.1f} GB/s" if self.read_bytes_per_s is not None else ""
+        is_told = identity_of(self.device).are_details_told or not rate
+        return ", ".join(filter(None, (machine_slug(self.device) if is_told else "", rate)))
 
 
 def not_comparable(one: MeasuredMachine, other: MeasuredMachine) -> str | None:

@@ -12,6 +12,7 @@ from harness.records.machines.comparable import (
     MeasuredMachine,
     not_comparable,
 )
+from harness.records.machines.identity import machine_slug
 from harness.records.opened import machine_of, open_record
 from harness.records.probes import DeviceLimits
 from harness.records.provenance import DeviceInfo
@@ -90,6 +91,12 @@ def test_an_older_record_is_placed_by_its_bandwidth_alone(epyc: DeviceInfo) -> N
 def test_the_best_bandwidth_of_all_dtypes_counts(epyc: DeviceInfo) -> None:
     assert MeasuredMachine.of(epyc, [limits(34), None, limits(50)]) == at(epyc, 50)
     assert MeasuredMachine.of(epyc, [None]) == MeasuredMachine.of(epyc) == at(epyc, None)
+
+
+def test_a_machine_is_told_from_others_of_its_name_by_what_is_known(epyc: DeviceInfo) -> None:
+    name = machine_slug(epyc)
+    assert at(epyc, 60).which == f"{name}, reads 60.0 GB/s" and at(epyc, None).which == name
+    assert at(OLD, 60).which == "reads 60.0 GB/s" and at(OLD, None).which == "cpu-amd-epyc-2c"
 
 
 @pytest.fixture(scope="module")

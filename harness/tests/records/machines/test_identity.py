@@ -47,7 +47,12 @@ def gpu(
 ) -> DeviceInfo:
     """A GPU as a fake driver tells of it, on a host with a Xeon."""
     nvml = FakeNvml()
-    nvml.answers = {"version": driver, "total": memory_bytes + 5 * 10**8, "limit_milliwatts": milliwatts}
+    nvml.answers = {
+        "version": driver,
+        "used": 0,
+        "total": memory_bytes + 5 * 10**8,
+        "limit_milliwatts": milliwatts,
+    }
     details = {
         "capability": "9.0",
         "cuda": "13.0",
