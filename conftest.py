@@ -60,9 +60,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": python_version(),
         "torch": torch.__version__,
-        "device": device.model_dump(
-            mode="json", include={"kind", "name", "num_cores", "num_threads", "details"}
-        ),
+        "device": device.model_dump(mode="json"),
         "packed_operators": [
             str(dtype) for dtype in (torch.float32, torch.bfloat16) if packing_available(dtype)
         ],
@@ -92,24 +90,37 @@ def pytest_benchmark_compare_machine_info(
     from harness.errors import UserError
 
     # through JSON, as the saved one went
-    saved, here = (
-        dict(_flat(compared_benchmark.get("machine_info", {}))),
-        dict(_flat(json.loads(json.dumps(machine_info)))),
-    )
-    differing = sorted(name for name in here if name not in saved or saved[name] != here[name])
-    if differing:
+    saved, here = compared_benchmark.get("machine_info", {}), json.loads(json.dumps(machine_info))
+    if faults := [*_other_software(saved, here), *_other_machine(saved.get("device"), here["device"])]:
         found = UserError(
-            found=", ".join(f"{name} {saved.get(name, 'absent')}" for name in differing),
-            need=", ".join(f"{name} {here[name]}" for name in differing),
+            found="; ".join(faults),
+            need="one saved on this machine with its software and threads",
             where="the benchmark to compare with",
-            do="save one on this machine with --benchmark-save=NAME and compare with that",
+            do="save one here with --benchmark-save=NAME and compare with that",
         )
         raise pytest.UsageError(str(found))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _other_software(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Yield in words what differs beside the device, saved against here."""
+    for name, value in here.items():
+        if name != "device" and saved.get(name) != value:
+            yield f"{name} {saved.get(name, 'absent')} against {value}"
+
+
+def _other_machine(saved: Any, here: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a saved benchmark's device must not be compared with this one, by the rule of records."""
+    from pydantic import ValidationError
+
+    from harness.records.machines.comparable import MeasuredMachine, not_comparable
+    from harness.records.provenance import DeviceInfo
+
+    try:
+        one, other = DeviceInfo.model_validate(saved), DeviceInfo.model_validate(here)
+    except ValidationError:
+        yield "a benchmark that does not say which device it was measured on"
+        return
+    if reason := not_comparable(MeasuredMachine(one), MeasuredMachine(other)):
+        yield reason
+    if one.num_threads != other.num_threads:
+        yield f"{one.num_threads} threads against {other.num_threads}"

@@ -68,7 +68,7 @@ def profile_training_command(
 ) -> None:
     """Say what share of a device's matrix throughput training reaches, and where its other time goes."""
     from harness.measure.training_profile import profile_training
-    from harness.records.provenance import machine_slug
+    from harness.records.machines.identity import machine_slug
     from harness.specs.recipe import load_recipe
 
     spec = load_recipe(find_data(recipe, kind="recipe"))
@@ -96,8 +96,8 @@ def profile_kernels_command(
 ) -> None:
     """Race several ways to compute a part of a step, such as attention under a tree's mask."""
     from harness.measure.kernels import race_kernels
+    from harness.records.machines.identity import machine_slug
     from harness.records.profiles.kernels import KernelRaces
-    from harness.records.provenance import machine_slug
 
     def keep(races: KernelRaces) -> None:
         name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import copy
 from statistics import fmean, median
 
 from scipy.optimize import isotonic_regression
@@ -100,7 +101,7 @@ class MeasuredCurve:
         ]
         self._curve = LatencyCurve(points)
         self._contexts = tuple(sorted({point.context_tokens for point in points}))
-        name = record.environment.device.name
+        name, limits = record.environment.device.name, record.limits(dtype)
         self._label = CurveLabel(
             device=match_device(name) or name,
             shape=record.facts.name,
@@ -110,7 +111,15 @@ class MeasuredCurve:
             source=f"latency record {record.folder.name}",
             fingerprint=canonical_sha256([point.model_dump(mode="json") for point in points])[:16],
             weights_sha256=None if record.facts.random_weights else record.environment.backbone_sha256,
+            timed_on=record.environment.device,
+            read_bandwidth_bytes_per_s=None if limits is None else limits.read_bandwidth_bytes_per_s,
         )
+
+    def of_which_machine(self, which: str) -> MeasuredCurve:
+        """Return the curve with a label that says which of the machines of its device's name was timed."""
+        named = copy(self)
+        named._label = self._label.model_copy(update={"device": f"{self._label.device} ({which})"})
+        return named
 
     @property
     def label(self) -> CurveLabel:

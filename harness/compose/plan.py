@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
+from harness.compose.curve import MeasuredCurve
 from harness.compose.devices import (
     PredictedCurve,
     StepTimes,
@@ -26,10 +27,11 @@ from harness.compose.trees import grow
 from harness.errors import UserError
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
+from harness.records.machines.comparable import not_comparable
 from harness.records.opened import open_trace
 from harness.records.step_model import StepModel
 from harness.records.sweep import CHOSEN, JOINT, RooflineError, SweepTree, SweepTrees, TreeRate
-from harness.records.sweep_cells import Context, FailedCell, composed_key
+from harness.records.sweep_cells import Context, CurveLabel, FailedCell, composed_key
 from harness.specs.hardware import HARDWARE_FILE, load_hardware
 from harness.specs.shapes import SHAPES_FILE, load_shapes
 from harness.specs.sweep import SweepSpec
@@ -148,12 +150,13 @@ def gather_curves(
 ) -> tuple[tuple[StepTimes, ...], tuple[FailedCell, ...]]:
     """Return every curve of a sweep, measured ones first, and what could not be predicted.
 
-    Predictions take the step model, or without one the roofline. Each that cannot be made is a failed cell.
+    Measured ones of machines that share no more than a name say which they are of. Predictions take the step
+    model, or without one the roofline. Each that cannot be made is a failed cell.
     """
-    curves: list[StepTimes] = []
+    dtypes = spec.measured.dtypes if spec.measured is not None else ()
+    measured = [curve for record in records for curve in measured_curves(record, dtypes=dtypes)]
+    curves: list[StepTimes] = [_told_apart(curve, among=measured) for curve in measured]
     refused: list[FailedCell] = []
-    for record in records:
-        curves += measured_curves(record, dtypes=spec.measured.dtypes if spec.measured is not None else ())
     wanted, devices, shapes = spec.predicted, load_hardware(), load_shapes()
     if wanted is None:
         return tuple(curves), ()
@@ -174,6 +177,22 @@ def gather_curves(
                 FailedCell(key=f"curve {words}", words=words, error_type="UserError", message=str(error))
             )
     return tuple(curves), tuple(refused)
+
+
+def _told_apart(curve: MeasuredCurve, *, among: Iterable[MeasuredCurve]) -> MeasuredCurve:
+    """Return a curve that says which machine of its device's name it is of, where another timed the same."""
+
+    def is_another(other: CurveLabel) -> bool:
+        if mine is None or other.machine is None or what(other) != what(curve.label):
+            return False
+        return not_comparable(mine, other.machine) is not None
+
+    def what(label: CurveLabel) -> tuple[str, str, str]:
+        return label.device, label.shape, label.dtype
+
+    mine = curve.label.machine
+    is_alone = mine is None or not any(is_another(other.label) for other in among)
+    return curve if is_alone or mine is None else curve.of_which_machine(mine.which)
 
 
 def choose_trees(

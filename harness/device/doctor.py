@@ -15,6 +15,7 @@ from harness.device.machine import device_info
 from harness.errors import UserError
 from harness.files import Frozen
 from harness.paths import cache_dir
+from harness.records.machines.identity import machine_slug
 from medusa_impl.engine.packed_linear import packing_available
 
 _NEEDED_MEMORY_BYTES, _NEEDED_DISK_BYTES, _QUIET_SHARE = 8 * 10**9, 3 * 10**9, 0.25
@@ -46,7 +47,8 @@ def examine(*, interval_s: float = 1.0) -> tuple[DoctorLine, ...]:
         DoctorLine(
             name="device",
             fine=True,
-            found=f"{device.kind}: {device.name}, {device.memory_bytes / 1e9:.1f} GB",
+            found=f"{device.kind}: {device.name}, {device.memory_bytes / 1e9:.1f} GB, known as "
+            f"{machine_slug(device)}",
         ),
         DoctorLine(
             name="threads",

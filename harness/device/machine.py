@@ -13,9 +13,10 @@ import psutil
 import torch
 
 from harness.device.gpu.driver import gpu_details, open_driver
-from harness.device.processor import cpu_details, cpu_name
+from harness.device.processor import cpu_details, cpu_name, host_processor
 from harness.files import lines_of
 from harness.paths import code_folder
+from harness.records.machines.identity import HOST_PROCESSOR
 from harness.records.provenance import VARIABLES, DeviceInfo
 from harness.records.store import utc_now
 
@@ -122,6 +123,7 @@ def device_info(device: torch.device) -> DeviceInfo:
             "capability": f"{properties.major}.{properties.minor}",
             "cuda": str(torch.version.cuda),
             **gpu_details(open_driver(device.index or 0)),
+            HOST_PROCESSOR: host_processor(),
         }
         kind, name, memory = "cuda", properties.name, properties.total_memory
     else:

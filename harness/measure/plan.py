@@ -18,7 +18,10 @@ from harness.device.machine import device_info
 from harness.device.prompts import NUM_RANDOM_PROMPTS, benchmark_prompts
 from harness.errors import UserError
 from harness.files import Frozen
-from harness.records.provenance import machine_slug
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
+from harness.records.machines.identity import machine_folders
+from harness.records.opened import machine_of
+from harness.records.provenance import DeviceInfo
 from harness.records.run import RunRecord
 from harness.records.trials import Failure, Generation, TrialKey
 from harness.specs.suite import SuiteSpec
@@ -113,7 +116,7 @@ def print_plan(
     from harness.device.engine import best_device
 
     device = device_info(best_device())
-    seconds, origin = _known_seconds(suite, results=results, slug=machine_slug(device))
+    seconds, origin = _known_seconds(suite, results=results, device=device)
     num_prompts = _num_prompts(suite, prompts_file=prompts_file, base_folder=base_folder, console=console)
     table = Table("arm", "method", "tree", "seeds", "trials", "minutes")
     total = 0.0
@@ -164,10 +167,18 @@ def _num_prompts(
     return min(spec.limit or available, (spec.per_category or available) * num_categories, available)
 
 
-def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[str, float], str | None]:
+def _known_seconds(
+    suite: SuiteSpec, *, results: Path, device: DeviceInfo
+) -> tuple[dict[str, float], str | None]:
+    """Return each arm's seconds a generation, and the record that they are from.
+
+    It is the newest of the suite's model, of this machine's folder before the one that older records of its
+    name lie in, and of both before any other.
+    """
     newest = sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
-    here = [path for path in newest if path.parent.parent.name == slug]
-    for path in here + [path for path in newest if path not in here]:
+    folders = machine_folders(device)
+    ranks = {name: rank for rank, name in enumerate(folders)}
+    for path in sorted(newest, key=lambda path: ranks.get(path.parent.parent.name, len(folders))):
         try:
             record = RunRecord.open(path.parent)
             is_other = record.suite.model != suite.model
@@ -181,10 +192,8 @@ def _known_seconds(suite: SuiteSpec, *, results: Path, slug: str) -> tuple[dict[
             arm: float(np.mean([item.wall_s for item in record.generations if item.trial.arm == arm]))
             for arm in arms
         }
-        origin = (
-            path.parent.name
-            if path in here
-            else f"{path.parent.name} of another machine, {path.parent.parent.name}"
-        )
+        where = path.parent.parent.name
+        other = not_comparable(machine_of(record), MeasuredMachine(device))
+        origin = f"{path.parent.name} of {where} ({other})" if other else path.parent.name
         return {arm: value * scale for arm, value in mean.items()}, origin
     return {}, None

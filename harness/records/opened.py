@@ -9,6 +9,7 @@ from harness.records.ablation import AblationRecord
 from harness.records.folder import MANIFEST_FILE, RecordKind, kind_of
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
+from harness.records.machines.comparable import MeasuredMachine
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
@@ -40,6 +41,22 @@ def open_record(folder: Path, *, unsealed: bool = False) -> AnyRecord:
             raise
         do = f"{error.do}{LOOK}" if error.do else LOOK.removeprefix("; ")
         raise UserError(found=error.found, need=error.need, where=error.where, do=do) from error
+
+
+def machine_of(record: AnyRecord) -> MeasuredMachine:
+    """Return the machine that a record was made on, with its best measured bandwidth of all dtypes.
+
+    Trainings and sweeps measure none.
+    """
+    if isinstance(record, RunRecord):
+        return MeasuredMachine.of(record.environment.device, [record.device_limits])
+    if isinstance(record, LatencyRecord):
+        limits = [record.limits(dtype) for dtype in record.spec.dtypes]
+        return MeasuredMachine.of(record.environment.device, limits)
+    if isinstance(record, GpuRecord):
+        return MeasuredMachine.of(record.origin.device, record.limits.values())
+    origin = record.origin if isinstance(record, SweepRecord) else record.environment
+    return MeasuredMachine(origin.device)
 
 
 def open_trace(path: Path, *, unsealed: bool = False) -> Trace:

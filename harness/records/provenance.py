@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -37,9 +36,9 @@ class DeviceInfo(Frozen):
     memory_bytes: Count = Field(description="bytes of memory: of the GPU, else of the host")
     details: dict[str, str] = Field(
         default={},
-        description="what it says of itself beyond its name: instruction sets, family, model, stepping, "
-        "caches and hypervisor of a CPU; compute capability, CUDA version, driver, memory and power limit of "
-        "a GPU",
+        description="what it says of itself beyond its name: architecture, family, model, stepping, "
+        "instruction sets, hypervisor and caches of a CPU; compute capability, CUDA version, driver, memory, "
+        "power limit and host processor of a GPU",
     )
 
 
@@ -131,9 +130,3 @@ ENGINE_IDENTITY = (
     "prompts_sha256",
 )
 """The fields of an `Environment` that two sessions of one record must agree on."""
-
-
-def machine_slug(device: DeviceInfo) -> str:
-    """Return the folder name of a machine: kind, device name and cores, fit for a path."""
-    words = re.sub(r"[^a-z0-9]+", "-", f"{device.kind}-{device.name}-{device.num_cores}c".lower())
-    return words.strip("-")

@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from harness.errors import UserError
 from harness.files import DataFile, file_sha256, with_paths, write_bytes, write_json
 from harness.records.folder import ASKED_FILE, MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE, RecordKind
-from harness.records.provenance import DeviceInfo, Provenance, machine_slug
+from harness.records.machines.identity import device_differences, machine_slug
+from harness.records.provenance import DeviceInfo, Provenance
 
 UNSEALED = (MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE)
 NO_REPORT = "found {} measured and sealed, and without a report: only that is left to be written"
@@ -302,8 +303,15 @@ def _unfinished(
 def _difference(
     folder: Path, *, kind: StoreKind[LineT], spec: DataFile, provenance: Provenance
 ) -> str | None:
-    """Return the first thing in which what a folder was begun with differs from this run, or None."""
+    """Return the first thing in which what a folder was begun with differs from this run, or None.
+
+    Of a device it says in words what differs.
+    """
     begun, then = kind.begun(folder)
     if begun != type(spec).model_validate(portable(spec)):
         return kind.spec_noun
-    return next((name for name in kind.identity if getattr(then, name) != getattr(provenance, name)), None)
+    other = next((name for name in kind.identity if getattr(then, name) != getattr(provenance, name)), None)
+    if other != "device":
+        return other
+    differing = "; ".join(device_differences(then.device, provenance.device))
+    return f"device (then against here: {differing})"

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from harness.bounds import SHORTEST_S, Amount, Count, Finite, Rate, Seconds, Share, StepSeconds, Whole
 from harness.files import Frozen
 from harness.records.latency import BreakEven, break_even
+from harness.records.machines.comparable import MeasuredMachine
 from harness.records.provenance import DeviceInfo
 from harness.records.step_model import ErrorBand
 from harness.specs.latency import DtypeName, ModeName
@@ -64,6 +65,21 @@ class CurveLabel(Frozen):
         default=None,
         description="SHA-256 of the timed model's tensors; null for random weights and predictions",
     )
+    timed_on: DeviceInfo | None = Field(
+        default=None, description="the machine that was timed; null for a prediction, and in older records"
+    )
+    read_bandwidth_bytes_per_s: Rate | None = Field(
+        default=None,
+        description="bytes that the timed machine read a second; null where they were not measured, for a "
+        "prediction, and in older records",
+    )
+
+    @property
+    def machine(self) -> MeasuredMachine | None:
+        """Return the machine that was timed; None where the label does not say it."""
+        if self.timed_on is None:
+            return None
+        return MeasuredMachine(self.timed_on, self.read_bandwidth_bytes_per_s)
 
     @property
     def words(self) -> str:

@@ -26,7 +26,8 @@ _NOTE = """\
 with other values of settings that are this project's own. *power*: how often samples of this size and spread
 say `reproduced`, at the size that the paper states, where there is no difference, or from which size on in
 80 %; and at the bound itself, where it is an error. *elsewhere*: what other records find by the same
-test, where it is not the same. A claim that fails is a finding, not an error."""
+test, where it is not the same; of a speed it says where that machine shares no more than the name. A claim
+that fails is a finding, not an error."""
 
 
 def render_claims_page(registry: ClaimsFile, standings: Sequence[Standing]) -> str:
@@ -122,8 +123,16 @@ def _decided_row(group: Sequence[Standing]) -> tuple[object, ...]:
         marked_verdict(verdict),
         verdict.power or ABSENT,
         _link(one.decides),
-        "; ".join(f"{other.verdict.kind.value} ({_link(other)})" for other in one.differing) or ABSENT,
+        "; ".join(_differing(one, other) for other in one.differing) or ABSENT,
     )
+
+
+def _differing(standing: Standing, other: RecordVerdict) -> str:
+    """Return what another record finds, and why it is another machine where its name is the same."""
+    mine, apart = standing.decides, standing.apart(other)
+    is_one_name = mine is not None and mine.record.split("/")[-2] == other.record.split("/")[-2]
+    why = f"; {apart}" if apart is not None and is_one_name else ""
+    return f"{other.verdict.kind.value} ({_link(other)}{why})"
 
 
 def _link(found: RecordVerdict) -> str:

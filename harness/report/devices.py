@@ -41,7 +41,8 @@ _MEASURED_NOTE = f"""\
 Batch 1, medians. *vanilla step*: a whole step of plain decoding after so many kept tokens (of the timed
 lengths the one nearest to {CONTEXT_TOKENS:,}). *overhead*: a whole step with a tree of so many nodes and all
 draft heads against it, so a tree pays where its tokens/step are above it. *engine before*: a newer record of
-the same measurement stands in the table as well."""
+the same measurement on the same machine stands in the table as well. Machines that share no more than a name
+have rows of their own: their times are not comparable."""
 _PREDICTED_NOTE = f"""\
 The step model on each device's data sheet: half precision, batch 1, {CONTEXT_TOKENS:,} kept tokens,
 {PAPER_HEADS.num_heads} heads with an unembedding each, {PAPER_NODES} nodes. Brackets hold the model's error:
@@ -119,7 +120,7 @@ def render_measured(rows: Sequence[MeasuredRow]) -> str:
     headers += [*(f"overhead, {size} nodes" for size in SIZES), "record"]
     cells = [
         (
-            row.curve.device,
+            row.curve.machine_name,
             row.curve.shape,
             f"{row.curve.dtype}, {row.curve.mode}",
             f"{row.context_tokens:,}",

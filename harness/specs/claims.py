@@ -108,9 +108,10 @@ class DecidingRule(Spec):
     """Which of several records decides a claim: those of one class of machines, the newest of a suite.
 
     `counts` is the suite for what no machine bends (tokens/step, losses, replays, parity), `speeds` the one
-    for what times enter. A class of machines is a name as in the folders of records, a band of the read
-    bandwidth that a run measures, and what the processor says of itself (`details`: stepping, caches, ..;
-    a record that does not hold one of them is placed without it).
+    for what times enter. A class of machines is a name, a band of the read bandwidth that a run measures, and
+    what the processor says of itself (`details`: stepping, caches, ..; a record that does not hold one of
+    them is placed without it). The name is that of one machine's folder, or the plain one of kind, device and
+    cores: older records lie under it, and newer ones of any such machine count as well.
     Units: GB/s, from the first up to the second.
     """
 

@@ -80,16 +80,31 @@ def test_the_same_machine_is_compared(project: pytest.Pytester) -> None:
     assert "machine_info is different" not in run.stdout.str() + run.stderr.str()
 
 
+@pytest.mark.filterwarnings("ignore:Benchmark machine_info is different")  # pytest-benchmark's own
+def test_another_driver_or_a_little_less_memory_is_the_same_machine(project: pytest.Pytester) -> None:
+    result = saved(project)
+    device = result["machine_info"]["device"]
+    device["details"] |= {"driver": "1.0", "capability": "another word of PyTorch's"}
+    device["memory_bytes"] -= 8192
+    if device["kind"] == "cpu":
+        assert compared(project, result).ret == pytest.ExitCode.OK
+
+
 def test_another_machine_fails_the_comparison(project: pytest.Pytester) -> None:
     """pytest-benchmark itself only warns, so that a slower machine reads as a slower commit."""
     result = saved(project)
     here = result["machine_info"]["device"]["name"]
     result["machine_info"]["device"] |= {"name": "Abacus 9", "num_threads": 77}
+    result["machine_info"]["torch"] = "0.1"
     run = compared(project, result)
     assert run.ret == pytest.ExitCode.USAGE_ERROR
     message = run.stderr.str()
-    assert "found device.name Abacus 9, device.num_threads 77; need" in message
-    assert f"device.name {here}" in message and "passed" not in run.stdout.str()
+    assert (
+        f"found torch 0.1 against {torch.__version__}; another machine: name Abacus 9 against {here}"
+        in message
+    )
+    assert f"; 77 threads against {torch.get_num_threads()}; need one saved on this machine" in message
+    assert "passed" not in run.stdout.str()
 
     # as saved without this project's hooks
     result["machine_info"] = {
@@ -97,4 +112,14 @@ def test_another_machine_fails_the_comparison(project: pytest.Pytester) -> None:
         "machine": "x86_64",
     }
     run = compared(project, result)
-    assert run.ret == pytest.ExitCode.USAGE_ERROR and "device.kind absent" in run.stderr.str()
+    assert run.ret == pytest.ExitCode.USAGE_ERROR
+    assert "a benchmark that does not say which device it was measured on" in run.stderr.str()
+
+
+def test_a_benchmark_saved_before_machines_said_who_they_are_is_refused(project: pytest.Pytester) -> None:
+    """Only its name is known, and one name has stood for several machines."""
+    result = saved(project)
+    result["machine_info"]["device"]["details"] = {"capability": "AVX512"}
+    run = compared(project, result)
+    assert run.ret == pytest.ExitCode.USAGE_ERROR
+    assert "perhaps another machine of that name: one does not tell its" in run.stderr.str()

@@ -23,6 +23,7 @@ from scipy.optimize import least_squares
 
 from harness.compose.prices.kernels import ROOFLINE, KernelTimes
 from harness.errors import UserError
+from harness.records.machines.comparable import MeasuredMachine
 from harness.records.step_model import DeviceKind, EngineCosts, ErrorBand, LeftOut, StepModel
 from harness.specs.hardware import Limits
 from harness.specs.latency import DtypeName, HeadsForm
@@ -62,7 +63,10 @@ class TimedStep:
 
 @dataclass(frozen=True)
 class TimedCurve:
-    """Measured steps of one shape on one device in one dtype and mode, with that device's limits."""
+    """Measured steps of one shape on one device in one dtype and mode, with that device's limits.
+
+    `which_machine` tells machines of one name apart in words; it is empty where a name stands for one.
+    """
 
     source: str
     kind: DeviceKind
@@ -74,11 +78,18 @@ class TimedCurve:
     mode: str
     limits: Limits
     steps: tuple[TimedStep, ...]
+    machine: MeasuredMachine | None = None
+    which_machine: str = ""
+
+    @property
+    def machine_name(self) -> str:
+        """Return the device's name, and which machine of that name it is where there are several."""
+        return f"{self.device} ({self.which_machine})" if self.which_machine else self.device
 
     @property
     def name(self) -> str:
         """Return the curve in a few words."""
-        return f"{self.device}, {self.shape}, {self.dtype}, {self.mode}"
+        return f"{self.machine_name}, {self.shape}, {self.dtype}, {self.mode}"
 
     def times(self, costs: EngineCosts) -> KernelTimes:
         """Return the model's times of this curve's shape on its device."""

@@ -1,7 +1,7 @@
 """The measured curves that lie under a results folder, ready to be fitted and shown.
 
 A latency record gives one curve a dtype, in the mode that decoding takes. A run timed its own steps as well:
-where no latency record timed that shape on that device, these stand in.
+where no latency record timed that shape on that machine, these stand in.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import get_args
@@ -16,8 +17,10 @@ from typing import get_args
 from harness.compose.devices import measured_curves
 from harness.compose.prices.fitted import TimedCurve, TimedStep
 from harness.errors import UserError
-from harness.records.folder import kind_of
+from harness.records.folder import RecordKind, kind_of
 from harness.records.latency import LatencyRecord
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
+from harness.records.opened import machine_of
 from harness.records.probes import DeviceLimits, StepCost
 from harness.records.provenance import DeviceInfo
 from harness.records.run import RunRecord
@@ -27,58 +30,92 @@ from harness.specs.shapes import load_shapes
 
 
 def timed_curves(results: Path) -> tuple[TimedCurve, ...]:
-    """Return the newest measured curve of each device, shape and dtype under a results folder.
+    """Return the newest measured curve of each machine, shape and dtype under a results folder.
 
-    Never two of one kind: left out of a fit, a curve would be predicted from its twin.
+    Machines of one name are one where `not_comparable` finds nothing between them. Never two curves of one:
+    left out of a fit, a curve would be predicted from its twin.
     Raises: UserError for a record that is not as it was sealed.
     """
-    found = list(_newest(_latency_curves(results)).values())
-    known = {(curve.device, curve.shape) for curve in found}
-    for record in newest_runs(results):
-        curve = curve_of_run(record)
-        if curve is not None and (curve.device, curve.shape) not in known:
-            known.add((curve.device, curve.shape))
-            found.append(curve)
-    return tuple(found)
+    return _newest_and_older(results)[0]
 
 
 def older_curves(results: Path) -> tuple[TimedCurve, ...]:
-    """Return the curves of latency records that a newer one of the same device, shape and dtype follows.
+    """Return the curves of latency records that a newer one of the same machine, shape and dtype follows.
 
     They show what an earlier engine took, and no fit rests on them. They come in the order of their paths.
     Raises: UserError for a record that is not as it was sealed.
     """
-    curves = _latency_curves(results)
-    newest = _newest(curves).values()
-    return tuple(curve for curve in curves if curve not in newest)
+    return _newest_and_older(results)[1]
 
 
-def _latency_curves(results: Path) -> tuple[TimedCurve, ...]:
+def _newest_and_older(results: Path) -> tuple[tuple[TimedCurve, ...], tuple[TimedCurve, ...]]:
+    """Return the curves that stand for their machines, and those of latency records that a newer one follows.
+
+    Where one name stands for several machines that timed a shape, each of their curves says which it is of.
+    """
     folders = sorted(manifest.parent for manifest in results.glob("latency/*/*/*/manifest.json"))
-    return tuple(curve for folder in folders for curve in curves_of_latency(LatencyRecord.open(folder)))
+    curves = [curve for folder in folders for curve in curves_of_latency(LatencyRecord.open(folder))]
+    newest: list[TimedCurve] = []
+    for curve in sorted(curves, key=lambda one: one.source, reverse=True):  # a name starts with its date
+        if not any(curve.dtype == other.dtype and _are_of_one_machine(curve, other) for other in newest):
+            newest.append(curve)
+    older = [curve for curve in curves if not any(curve is one for one in newest)]
+    newest = [curve for curve in curves if any(curve is one for one in newest)]
+    for record in newest_runs(results):
+        of_run = curve_of_run(record)
+        if of_run is not None and not any(_are_of_one_machine(of_run, other) for other in newest):
+            newest.append(of_run)
+    shown = [*newest, *older]
+    return tuple(_told_apart(one, among=shown) for one in newest), tuple(
+        _told_apart(one, among=shown) for one in older
+    )
 
 
-def _newest(curves: Iterable[TimedCurve]) -> dict[tuple[str, str, str], TimedCurve]:
-    """Return the newest curve of each device, shape and dtype; a record's name starts with its date."""
-    newest: dict[tuple[str, str, str], TimedCurve] = {}
-    for curve in curves:
-        key = (curve.device, curve.shape, curve.dtype)
-        if key not in newest or curve.source > newest[key].source:
-            newest[key] = curve
-    return newest
+def _are_of_one_machine(one: TimedCurve, other: TimedCurve) -> bool:
+    """Return whether two curves are of one shape on one machine."""
+    return _share_a_name(one, other) and _apart(one, other) is None
+
+
+def _share_a_name(one: TimedCurve, other: TimedCurve) -> bool:
+    return (one.device, one.shape) == (other.device, other.shape)
+
+
+def _apart(one: TimedCurve, other: TimedCurve) -> str | None:
+    if one.machine is None or other.machine is None:
+        return None
+    return not_comparable(one.machine, other.machine)
+
+
+def _told_apart(curve: TimedCurve, *, among: Iterable[TimedCurve]) -> TimedCurve:
+    """Return a curve that says which machine of its name it is of, where another timed the same there."""
+    others = (one for one in among if one.dtype == curve.dtype and _share_a_name(curve, one))
+    if curve.machine is None or not any(_apart(curve, one) for one in others):
+        return curve
+    return replace(curve, which_machine=curve.machine.which)
 
 
 def newest_runs(results: Path) -> tuple[RunRecord, ...]:
     """Return the newest sealed run of every suite and machine, in the order of their paths.
 
+    A folder of older records may hold several machines: each has its newest.
     Raises: UserError for a run that is not as it was sealed.
     """
-    newest: dict[tuple[str, str], Path] = {}
-    for manifest in sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name):
-        with contextlib.suppress(UserError):  # a folder of something else, or of a kind yet to come
-            if kind_of(manifest.parent) == "suite":
-                newest[manifest.parts[-4], manifest.parts[-3]] = manifest.parent
-    return tuple(RunRecord.open(newest[key]) for key in sorted(newest))
+    kept: dict[Path, list[RunRecord]] = {}
+    for manifest in sorted(results.glob("*/*/*/manifest.json"), reverse=True):
+        if _kind(manifest.parent) != "suite":
+            continue
+        of_machine = kept.setdefault(manifest.parent.parent, [])
+        record = RunRecord.open(manifest.parent)
+        if all(not_comparable(machine_of(record), machine_of(one)) for one in of_machine):
+            of_machine.append(record)
+    return tuple(sorted((one for found in kept.values() for one in found), key=lambda one: one.folder))
+
+
+def _kind(folder: Path) -> RecordKind | None:
+    """Return a record's kind; None for a folder of something else, or of a kind yet to come."""
+    with contextlib.suppress(UserError):
+        return kind_of(folder)
+    return None
 
 
 def curves_of_latency(record: LatencyRecord) -> tuple[TimedCurve, ...]:
@@ -110,6 +147,7 @@ def curves_of_latency(record: LatencyRecord) -> tuple[TimedCurve, ...]:
                 dtype=label.dtype,
                 mode=label.mode,
                 limits=limits,
+                machine=MeasuredMachine.of(record.environment.device, [record.limits(label.dtype)]),
                 steps=tuple(
                     TimedStep(
                         num_nodes=point.num_nodes,
@@ -154,6 +192,7 @@ def curve_of_run(record: RunRecord) -> TimedCurve | None:
         dtype=dtype,
         mode=environment.engine,
         limits=limits,
+        machine=machine_of(record),
         steps=_steps_of(costs),
     )
 

@@ -159,7 +159,7 @@ def open_driver(index: int) -> GpuDriver | None:
 
 
 def gpu_details(driver: GpuDriver | None) -> dict[str, str]:
-    """Return what tells two GPUs of one name apart: driver, memory and power limit, each where it is told."""
+    """Return what the driver says of a GPU, where it does: its own version, memory and power limit."""
     if driver is None:
         return {}
     memory, limit_w = driver.memory_total_bytes, driver.power_limit_w

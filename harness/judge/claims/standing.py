@@ -16,7 +16,9 @@ from harness.judge.claims.sweep import sweep_verdicts
 from harness.judge.judgement import ClaimVerdict, VerdictKind
 from harness.judge.run import judge
 from harness.records.ablation import AblationRecord
-from harness.records.opened import open_record
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
+from harness.records.machines.identity import machine_folders
+from harness.records.opened import machine_of, open_record
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.specs.claims import ClaimsFile, ClaimSpec, DecidingRule, Group
@@ -42,11 +44,15 @@ Source = Literal["run", "training", "sweep"]
 
 @dataclass(frozen=True)
 class RecordVerdict:
-    """What one record finds on a claim; `record` is the record's folder, from the results folder."""
+    """What one record finds on a claim; `record` is the record's folder, from the results folder.
+
+    `machine` is the one that a run was made on; trainings and sweeps judge no times of a device.
+    """
 
     record: str
     source: Source
     verdict: ClaimVerdict
+    machine: MeasuredMachine | None = None
 
     @property
     def test(self) -> tuple[str, str]:
@@ -67,8 +73,19 @@ class Standing:
     @property
     def is_decided_elsewhere(self) -> bool:
         """Return whether a speed that the named class of machines leaves open is decided on another one."""
-        turns_on_machine = self.group in ("open", "cannot") and isinstance(self.claim.transfer, _SPEED_FORMS)
-        return turns_on_machine and any(_GROUPS[one.verdict.kind] == "decided" for one in self.differing)
+        return self.group in ("open", "cannot") and any(
+            _GROUPS[one.verdict.kind] == "decided" and self.apart(one) is not None for one in self.differing
+        )
+
+    def apart(self, other: RecordVerdict) -> str | None:
+        """Return why another record's times are not comparable with those that decide.
+
+        None where they are, and for a claim that no times enter.
+        """
+        mine = self.decides.machine if self.decides is not None else None
+        if not isinstance(self.claim.transfer, _SPEED_FORMS) or mine is None or other.machine is None:
+            return None
+        return not_comparable(mine, other.machine)
 
 
 @dataclass(frozen=True)
@@ -127,12 +144,19 @@ def _standing(claim: ClaimSpec, registry: ClaimsFile, found: Sequence[RecordVerd
 
 
 def _rank(rule: DecidingRule | None, run: RunRecord, *, are_speeds: bool) -> tuple[bool, bool]:
-    """Return the place of a run among those that test a claim: by the rule's suite and machine."""
+    """Return the place of a run among those that test a claim: by the rule's suite and machine.
+
+    A rule may name a machine by its own name, or by the one that all of its device and cores share, which is
+    the name of older records.
+    """
     if rule is None:
         return False, False
     is_other_suite = run.suite.name != (rule.speeds if are_speeds else rule.counts)
-    details = run.environment.device.details
-    is_machine = rule.is_machine(run.folder.parent.name, details, run.device_limits)
+    device = run.environment.device
+    is_machine = any(
+        rule.is_machine(name, device.details, run.device_limits)
+        for name in {run.folder.parent.name, *machine_folders(device)}
+    )
     return (not is_machine, is_other_suite) if are_speeds else (is_other_suite, not is_machine)
 
 
@@ -144,7 +168,7 @@ def _of_runs(registry: ClaimsFile, records: Records) -> list[tuple[RunRecord, li
     newest = sorted(records.runs, key=lambda one: one[1].environment.started_utc, reverse=True)
     judged = [(name, record, judge(record, claims=registry.claims)) for name, record in newest]
     return [
-        (record, _deciding(name, "run", judgement.verdicts))
+        (record, _deciding(name, "run", judgement.verdicts, machine=machine_of(record)))
         for name, record, judgement in judged
         if judgement.valid_texts and not record.failures
     ]
@@ -161,10 +185,12 @@ def _of_sweeps(registry: ClaimsFile, records: Records) -> Iterator[RecordVerdict
         yield from _deciding(name, "sweep", sweep_verdicts(record, claims=registry.claims))
 
 
-def _deciding(name: str, source: Source, verdicts: Iterable[ClaimVerdict]) -> list[RecordVerdict]:
+def _deciding(
+    name: str, source: Source, verdicts: Iterable[ClaimVerdict], *, machine: MeasuredMachine | None = None
+) -> list[RecordVerdict]:
     """Return the verdicts of a record on claims that it tests, without those of further forms."""
     return [
-        RecordVerdict(name, source, verdict)
+        RecordVerdict(name, source, verdict, machine)
         for verdict in verdicts
         if verdict.kind is not VerdictKind.NOT_TESTED and verdict.decides
     ]

@@ -43,7 +43,8 @@ from harness.records.ablation import (
     steps_file,
     trace_file,
 )
-from harness.records.provenance import Environment, machine_slug
+from harness.records.machines.identity import machine_folders
+from harness.records.provenance import DeviceInfo, Environment
 from harness.records.run import ArmTree
 from harness.records.store import NO_REPORT, Store
 from harness.records.trace import Trace
@@ -208,8 +209,8 @@ def fixed_tree(spec: AblationSpec, calibration: Trace | None, *, num_heads: int)
 def print_ablation_plan(spec: AblationSpec, *, results: Path, console: Console) -> float:
     """Print what is run and how long each arm should take, and return the minutes in all.
 
-    The rates are those of this machine's newest record of an ablation of the same model, else the suite's own
-    word for training.
+    The rates are those of this machine's newest record of an ablation of the same model, else of an older one
+    under its plain name, else the suite's own word for training.
     """
     train_s, evaluate_s, origin = _known_rates(spec, results=results)
     table = Table("arm", "recipe", "seeds", "answer tokens", "minutes a seed")
@@ -227,11 +228,8 @@ def print_ablation_plan(spec: AblationSpec, *, results: Path, console: Console) 
 
 def _known_rates(spec: AblationSpec, *, results: Path) -> tuple[float, float, str]:
     """Return seconds a trained token, seconds of measuring an arm, and where they come from."""
-    slug = machine_slug(device_info(best_device()))
     texts = spec.held_out.num_prompts
-    for path in sorted(
-        results.glob(f"*/{slug}/*/arms.jsonl"), key=lambda path: path.parent.name, reverse=True
-    ):
+    for path in _arms_of_machine(results, device=device_info(best_device())):
         try:
             record = AblationRecord.open(path.parent, unsealed=True)  # its rates count while it is under way
             trained = [result for result in record.results if result.num_answer_tokens]
@@ -249,6 +247,15 @@ def _known_rates(spec: AblationSpec, *, results: Path) -> tuple[float, float, st
         return sum(result.train_s for result in trained) / tokens, measured, f"record {path.parent.name}"
     rate = 1 / spec.expected_tokens_per_s
     return rate, rate * texts * spec.held_out.max_new_tokens, "the suite's own expectation"
+
+
+def _arms_of_machine(results: Path, *, device: DeviceInfo) -> list[Path]:
+    """Return the arms of a machine's records, its own folder first, and there the newest first."""
+    found = (
+        sorted(results.glob(f"*/{name}/*/arms.jsonl"), key=lambda path: path.parent.name, reverse=True)
+        for name in machine_folders(device)
+    )
+    return [path for paths in found for path in paths]
 
 
 def _train(job: ArmJob, *, own_process: bool) -> None:

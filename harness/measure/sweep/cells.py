@@ -16,8 +16,8 @@ from harness.errors import UserError
 from harness.measure.sweep.decoded import decode_point, traced_prompts
 from harness.measure.sweep.sampled import run_sampled, sampled_prompts
 from harness.measure.sweep.tasks import CellInputs, RunTask, SampledTask, failed_cell
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
 from harness.records.sweep_cells import AnyCell
-from harness.specs.hardware import match_device
 
 
 class CellRunner:
@@ -66,11 +66,12 @@ class CellRunner:
             return run_sampled(
                 self._inputs, self._engine, task, self._sampled_prompts, clock=self._clock, held=self._held
             )
-        name, label = device_info(self._device).name, task.curve.label
-        if (match_device(name) or name) != label.device:
+        here, label = device_info(self._device), task.curve.label
+        assert label.machine is not None  # a point is decoded where a measured curve says so
+        if (why := not_comparable(label.machine, MeasuredMachine(here))) is not None:
             raise UserError(
-                found=f"a {name}",
-                need=f"{label.device}, whose curve the point is composed with",
+                found=f"a {here.name} ({why})",
+                need=f"the {label.device} whose curve the point is composed with",
                 where="this node",
             )
         if label.mode is not None:

@@ -29,9 +29,12 @@ from harness.device.machine import checkout_state
 from harness.errors import UserError
 from harness.measure.sweep.node import describe_node, measure_curve, run_cell
 from harness.measure.sweep.run import SweepOptions
-from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_devices, packed, ship
+from harness.measure.sweep.shipping import code_to_ship, keep_record, measured_machines, packed, ship
 from harness.measure.sweep.tasks import CellInputs, RunTask, SampledTask, failed_cell
 from harness.paths import CACHE_VARIABLE, resolve_path
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
 from harness.records.sweep_cells import AnyCell, RanOn
 from harness.specs.latency import LatencySpec, load_latency_spec
 from harness.specs.sweep import ClusterSpec, SweepSpec
@@ -106,7 +109,7 @@ class RayExecutor:
 
     def ready(
         self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
-    ) -> Mapping[str | None, str]:
+    ) -> Mapping[str | None, DeviceInfo]:
         """Return the device of each accelerator type.
 
         Every curve is then there that `cluster.latency` asks for.
@@ -133,7 +136,7 @@ class RayExecutor:
                     ) from lost
         if latency is not None:
             self._measure(latency, nodes, base_folder=base_folder, options=options, console=console)
-        return {kind: nodes[kind].device.name for kind in self._types}
+        return {kind: nodes[kind].device for kind in self._types}
 
     def run(
         self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
@@ -285,12 +288,16 @@ class RayExecutor:
         options: SweepOptions,
         console: Console,
     ) -> None:
-        """Measure a latency spec once on every device that has no sealed record of it.
+        """Measure a latency spec once on every machine that has no sealed record of it.
 
         Each record is kept as it comes.
         """
-        known = set(measured_devices(options.results, name=latency.name))
-        missing = {node.device.name: kind for kind, node in nodes.items() if node.device.name not in known}
+        known = tuple(measured_machines(options.results, name=latency.name))
+        missing = {
+            machine_slug(node.device): kind
+            for kind, node in nodes.items()
+            if all(not_comparable(one, MeasuredMachine(node.device)) for one in known)
+        }
         if not missing:
             return
         console.print(f"Ray: measuring {latency.name} on {', '.join(sorted(missing))}", highlight=False)

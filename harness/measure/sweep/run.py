@@ -31,6 +31,8 @@ from harness.files import file_sha256, write_bytes
 from harness.measure.sweep.cells import CellRunner
 from harness.measure.sweep.tasks import CellInputs, DecodedTask, RunTask, SampledTask
 from harness.paths import resolve_path
+from harness.records.machines.comparable import MeasuredMachine, not_comparable
+from harness.records.provenance import DeviceInfo
 from harness.records.store import NO_REPORT, Store
 from harness.records.sweep import (
     SWEEP,
@@ -43,7 +45,6 @@ from harness.records.sweep import (
 )
 from harness.records.sweep_cells import AnyCell, FailedCell, decoded_key
 from harness.records.trace import Trace
-from harness.specs.hardware import match_device
 from harness.specs.suite import load_suite
 from harness.specs.sweep import SweepSpec
 
@@ -70,8 +71,8 @@ class Executor(Protocol):
     def name(self) -> Literal["local", "ray"]: ...
     def ready(
         self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
-    ) -> Mapping[str | None, str]:
-        """Return the device's name by accelerator type, when all is there to begin.
+    ) -> Mapping[str | None, DeviceInfo]:
+        """Return the device by accelerator type, when all is there to begin.
 
         The type is None for a machine that has no need of one.
         """
@@ -91,9 +92,9 @@ class LocalExecutor:
 
     def ready(
         self, spec: SweepSpec, *, base_folder: Path | None, options: SweepOptions, console: Console
-    ) -> Mapping[str | None, str]:
+    ) -> Mapping[str | None, DeviceInfo]:
         """Return this machine's device."""
-        return {None: device_info(best_device()).name}
+        return {None: device_info(best_device())}
 
     def run(
         self, inputs: CellInputs, tasks: Sequence[RunTask], *, on_start: Callable[[str], None]
@@ -236,12 +237,13 @@ def _shower(progress: Progress, task: TaskID) -> Callable[[str], None]:
 
 
 def plan_runs(
-    plan: SweepPlan, *, devices: Mapping[str | None, str], base_folder: Path | None
+    plan: SweepPlan, *, devices: Mapping[str | None, DeviceInfo], base_folder: Path | None
 ) -> tuple[tuple[RunTask, ...], tuple[FailedCell, ...]]:
     """Return what is run, in order, and the cells that cannot be.
 
     There is a failed cell for each device that has no measured curve to check a composition with. Every
-    device decodes points that are drawn on its own curve; `devices` gives names by accelerator type.
+    device decodes points that are drawn on its own curve, which one of another machine is not, whatever its
+    name; `devices` gives them by accelerator type.
     """
     spec, tasks, without_curve = plan.spec, list[RunTask](), list[FailedCell]()
     for setting in spec.sampled.settings if spec.sampled is not None else ():
@@ -251,7 +253,7 @@ def plan_runs(
         return tuple(tasks), ()
     dtype = load_suite(resolve_path(spec.suite, base_folder=base_folder)).model.dtype
     for accelerator_type, device in devices.items():
-        curve = own_curve(plan, dtype=dtype, device=device)
+        curve, others = own_curve(plan, dtype=dtype, device=device)
         if curve is not None:
             tasks += [
                 DecodedTask(plan.drafts[index], index, curve, accelerator_type)
@@ -261,7 +263,7 @@ def plan_runs(
         where = f"of {accelerator_type} nodes" if accelerator_type is not None else "of this device"
         message = (
             f"no latency record {where} for {spec.shape} in {dtype}: nothing to check a composition with"
-        )
+        ) + "".join(f"; {source} is of {why}" for source, why in others.items())
         key = decoded_key("none", accelerator_type=accelerator_type)
         without_curve.append(
             FailedCell(key=key, words="points decoded for real", error_type="UserError", message=message)
@@ -282,14 +284,21 @@ def cell_inputs(plan: SweepPlan, *, base_folder: Path | None, allow_hub: bool) -
     )
 
 
-def own_curve(plan: SweepPlan, *, dtype: str, device: str) -> StepTimes | None:
-    """Return a device's own measured curve of the trace's model in a dtype; None where there is none."""
-    wanted = (match_device(device) or device, plan.spec.shape, dtype)
-    for curve in plan.curves:
-        label = curve.label
-        if label.kind == "measured" and (label.device, label.shape, label.dtype) == wanted:
-            return curve
-    return None
+def own_curve(plan: SweepPlan, *, dtype: str, device: DeviceInfo) -> tuple[StepTimes | None, dict[str, str]]:
+    """Return a machine's own measured curve of the trace's model in a dtype; None where there is none.
+
+    With it come the records of the device's name that are of another machine, and why they are.
+    """
+    wanted = (device.name, plan.spec.shape, dtype)
+    others: dict[str, str] = {}
+    for label, curve in ((curve.label, curve) for curve in plan.curves):
+        if label.machine is None or (label.machine.device.name, label.shape, label.dtype) != wanted:
+            continue
+        why = not_comparable(label.machine, MeasuredMachine(device))
+        if why is None:
+            return curve, {}
+        others[label.source] = why
+    return None, others
 
 
 def drawn_points(plan: SweepPlan, curve: StepTimes) -> tuple[int, ...]:

@@ -20,7 +20,9 @@ from harness.measure.sweep.node import Shipment
 from harness.measure.sweep.tasks import CellInputs
 from harness.paths import resolve_path
 from harness.records.latency import LatencyRecord
-from harness.records.provenance import machine_slug
+from harness.records.machines.comparable import MeasuredMachine
+from harness.records.machines.identity import machine_slug
+from harness.records.opened import machine_of
 from harness.records.store import hashes, new_folder
 from harness.specs.suite import SuiteSpec
 
@@ -75,10 +77,10 @@ def packed(spec: BaseModel, *, base_folder: Path | None) -> tuple[dict[str, Any]
     return with_paths(spec, place), files
 
 
-def measured_devices(results: Path, *, name: str) -> Iterator[str]:
-    """Yield the names of the devices of which there is a sealed latency record of a spec."""
+def measured_machines(results: Path, *, name: str) -> Iterator[MeasuredMachine]:
+    """Yield the machines of which there is a sealed latency record of a spec."""
     for manifest in results.glob(f"latency/{name}/*/*/manifest.json"):
-        yield LatencyRecord.open(manifest.parent).environment.device.name
+        yield machine_of(LatencyRecord.open(manifest.parent))
 
 
 def keep_record(

@@ -9,18 +9,24 @@ import re
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pytest import MonkeyPatch
 
+import harness.device.machine
 from harness.device.doctor import examine
 from harness.device.engine import Engine
+from harness.device.gpu.driver import GpuDriver
 from harness.device.machine import blas_settings, device_info, git_state, package_versions, settings
+from harness.device.processor import host_processor
 from harness.device.prompts import suite_prompts
 from harness.measure.run import describe
 from harness.paths import default_results, holds_absolute_path
-from harness.records.provenance import DeviceInfo, machine_slug
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
+from harness.tests.device.gpu.fake_nvml import FakeNvml
 from harness.tests.tiny_suite import smoke_suite
 from medusa_impl.engine.memory import peak_memory_bytes, reset_peak_memory
 
@@ -155,3 +161,28 @@ def test_doctor_warns_of_too_many_threads(monkeypatch: MonkeyPatch) -> None:
 
 def test_results_go_to_the_checkout(tmp_path: Path) -> None:
     assert default_results() == Path(__file__).resolve().parents[3] / "results"
+
+
+def test_a_gpu_is_described_by_its_driver_and_its_host(monkeypatch: MonkeyPatch) -> None:
+    """All but the calls themselves runs here: PyTorch's properties and NVML are stand-ins."""
+    nvml = FakeNvml()
+    nvml.answers = {"version": "580.1", "used": 0, "total": 143771 * 2**20, "limit_milliwatts": 700_000}
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=150109880320)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(harness.device.machine, "open_driver", lambda index: GpuDriver(nvml, index))
+    device = device_info(torch.device("cuda"))
+    assert device.kind == "cuda" and device.name == "NVIDIA H200"
+    assert device.details == {
+        "capability": "9.0",
+        "cuda": str(torch.version.cuda),
+        "driver": "580.1",
+        "memory": "143771 MiB",
+        "power limit": "700 W",
+        "host processor": host_processor(),
+    }
+    slug = machine_slug(device)
+    assert re.fullmatch(rf"cuda-nvidia-h200-700w-{device.num_cores}c-[0-9a-f]{{8}}", slug)
+    nvml.answers["version"] = "575.2"
+    assert machine_slug(device_info(torch.device("cuda"))) == slug
+    nvml.answers["limit_milliwatts"] = 600_000
+    assert machine_slug(device_info(torch.device("cuda"))) != slug

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
-from harness.measure.plan import PlannedTrial, make_plan
+from harness.measure.plan import PlannedTrial, _known_seconds, make_plan
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
 from harness.specs.suite import SuiteSpec
+from harness.tests.fake_record import FakeParts, write_fake_record
 from harness.tests.tiny_suite import smoke_suite
 
 KEYS = [f"prompt-{number}" for number in range(12)]
@@ -57,3 +61,34 @@ def test_rounds_differ_in_order() -> None:
 def test_fewer_prompts_are_a_prefix_of_more() -> None:
     """So `--limit` and a time budget measure the same trials in the same order, only fewer."""
     assert make_plan(smoke_suite(), KEYS[:5]) == planned()[: len(planned()) * 5 // 12]
+
+
+OLD = DeviceInfo(kind="cpu", name="box", num_cores=2, num_threads=2, memory_bytes=8_000_000_000)
+HERE = OLD.model_copy(update={"details": {"family": "25", "model": "17", "stepping": "1"}})
+OTHER = OLD.model_copy(update={"name": "abacus"})
+
+
+def test_minutes_are_of_this_machine_before_one_of_its_name_before_any_other(tmp_path: Path) -> None:
+    """Records of before machines said who they are lie under the plain name, and are still found."""
+
+    def known() -> str | None:
+        return _known_seconds(record.suite, results=tmp_path, device=HERE)[1]
+
+    for device, stem, told in (
+        (OTHER, "20240103T000000Z-c", " of cpu-abacus-2c (another machine: name abacus against box)"),
+        (
+            OLD,
+            "20240101T000000Z-a",
+            " of cpu-box-2c (perhaps another machine of that name: one does not tell its family, model, "
+            "stepping, and not both measured their bandwidth)",
+        ),
+        (HERE, "20240102T000000Z-b", ""),
+    ):
+
+        def on_device(parts: FakeParts, device: DeviceInfo = device) -> None:
+            parts.environment = parts.environment.model_copy(update={"device": device})
+
+        record = write_fake_record(
+            tmp_path / "fake" / machine_slug(device) / stem, rounds=1, num_prompts=2, spoil=on_device
+        )
+        assert known() == stem + told

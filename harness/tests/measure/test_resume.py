@@ -176,6 +176,27 @@ def test_another_run_is_not_resumed(
         Store.open(tmp_path, kind=RUN, spec=micro.record.suite, provenance=environment, resume=folder)
 
 
+def test_a_run_of_another_machine_is_told_apart_in_words(micro: MicroRun, tmp_path: Path) -> None:
+    folder = killed_copy(micro.record, tmp_path / "run", num_bytes=0)
+    environment = micro.record.environment
+    here = environment.device
+    details = {**here.details, "architecture": "pdp11", "driver": "1.0"}
+    other = here.model_copy(update={"details": details, "num_threads": 99})
+    with pytest.raises(UserError) as caught:
+        Store.open(
+            tmp_path,
+            kind=RUN,
+            spec=micro.record.suite,
+            provenance=environment.model_copy(update={"device": other}),
+            resume=folder,
+        )
+    assert str(caught.value) == (
+        f"found another device (then against here: threads {here.num_threads} against 99; architecture "
+        f"{here.details['architecture']} against pdp11; driver not told against 1.0); need the one that "
+        "began the run; in run; to mend it: start a new run"
+    )
+
+
 def test_another_suite_or_a_finished_run_is_not_resumed(micro: MicroRun, tmp_path: Path) -> None:
     environment = micro.record.environment
     folder = killed_copy(micro.record, tmp_path / "run", num_bytes=0)

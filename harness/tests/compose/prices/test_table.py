@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from harness.compose.prices.table import (
 from harness.records.latency import LatencyRecord
 from harness.records.probes import DeviceLimits
 from harness.records.step_model import ErrorBand
+from harness.records.store import hashes
 from harness.specs.hardware import load_hardware
 from harness.specs.latency import HeadsForm
 from harness.specs.shapes import load_shapes
@@ -184,13 +186,67 @@ def test_limits_are_the_sheets_where_there_is_one() -> None:
 
 def test_a_run_stands_in_where_no_latency_record_timed_its_model() -> None:
     """The committed H200 has a latency record of the 7B shape, and a run of the embedded model."""
-    curves = {(one.device, one.shape): one for one in timed_curves(RESULTS)}
-    run = curves["h200-sxm", SHAPE]
+    curves = timed_curves(RESULTS)
+    (run,) = [one for one in curves if (one.device, one.shape) == ("h200-sxm", SHAPE)]
     assert run.source in {record.folder.name for record in newest_runs(RESULTS)}
     assert run.heads == HeadsForm(num_heads=5, num_layers=1, architecture="shared")
     assert any(step.step_s and step.num_nodes == 1 for step in run.steps)
-    latency = curves["AMD EPYC", SHAPE]
-    assert latency.source not in {record.folder.name for record in newest_runs(RESULTS)}
+
+
+def test_a_run_of_another_machine_of_one_name_has_a_curve_of_its_own() -> None:
+    """The step of 42 ms once stood for a machine that takes 18: its run counted as one of the other."""
+    of_name = [one for one in timed_curves(RESULTS) if (one.device, one.shape) == ("AMD EPYC", SHAPE)]
+    whole = {one.which_machine: one for one in of_name if one.dtype == "float32"}
+    assert set(whole) == {"reads 34.3 GB/s", "reads 77.1 GB/s"}
+    assert whole["reads 77.1 GB/s"].source == "20261125T202908Z-e4ce6458"
+    vanilla_s = {row.curve.which_machine: row.vanilla_s for row in measured_rows(whole.values())}
+    assert vanilla_s["reads 34.3 GB/s"] > 2 * vanilla_s["reads 77.1 GB/s"]
+    assert whole["reads 77.1 GB/s"].name == f"AMD EPYC (reads 77.1 GB/s), {SHAPE}, float32, packed"
+    assert [one.which_machine for one in of_name if one.dtype == "bfloat16"] == [""]
+    assert all(
+        not one.which_machine
+        for one in (*timed_curves(RESULTS), *older_curves(RESULTS))
+        if one.kind == "cuda"
+    )
+    # of two runs that one folder of older records holds, each is the newest of its machine
+    assert [one.folder.name[:8] for one in newest_runs(RESULTS) if one.folder.parts[-3] == "embedded"] == [
+        "20261123",
+        "20261125",
+        "20261127",
+    ]
+
+
+def with_machine(folder: Path, *, gb_per_s: float, **details: str) -> None:
+    """Write a latency record of a machine that says this of itself and reads at so many GB/s."""
+    write_fake_latency(folder)
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["device"]["details"] = details
+    limits = json.loads((folder / "device_limits.json").read_text())
+    limits["read_bandwidth_bytes_per_s"] = 1e9 * gb_per_s
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "device_limits.json").write_text(json.dumps(limits))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": hashes(folder)}))
+
+
+def test_a_newer_record_follows_one_of_the_same_machine_alone(tmp_path: Path) -> None:
+    home = tmp_path / "latency" / "fake"
+    told = {"family": "25", "model": "17", "stepping": "1"}
+    with_machine(home / "m" / "20240111T120000Z-00000001", gb_per_s=34)
+    with_machine(home / "m" / "20240112T120000Z-00000002", gb_per_s=40)
+    with_machine(home / "m" / "20240113T120000Z-00000003", gb_per_s=77)
+    with_machine(home / "n" / "20240114T120000Z-00000004", gb_per_s=77, **told)
+    with_machine(home / "o" / "20240115T120000Z-00000005", gb_per_s=77, **(told | {"stepping": "2"}))
+    newest = {one.source[-1]: one.which_machine for one in timed_curves(tmp_path)}
+    older = {one.source[-1]: one.which_machine for one in older_curves(tmp_path)}
+    assert set(newest) == {"2", "4", "5"} and set(older) == {
+        "1",
+        "3",
+    }  # 3 may be 4 or 5: its bandwidth is theirs
+    assert newest["2"] == "reads 40.0 GB/s" and older == {"1": "reads 34.0 GB/s", "3": "reads 77.0 GB/s"}
+    assert newest["4"].startswith("cpu-made-up-f25m17s1-2c-") and newest["5"].startswith(
+        "cpu-made-up-f25m17s2-2c-"
+    )
 
 
 def test_a_run_of_no_published_shape_gives_no_curve(tmp_path: Path) -> None:

@@ -11,7 +11,11 @@ import pytest
 from harness.judge.claims import standing
 from harness.judge.claims.standing import Records, RecordVerdict, finished_records
 from harness.judge.judgement import ClaimVerdict, Judgement, VerdictKind
+from harness.records.machines.comparable import MeasuredMachine
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
 from harness.records.run import RunRecord
+from harness.report import claims
 from harness.specs.claims import ClaimsFile, ClaimSpec, DecidingRule, load_registry
 from harness.specs.forms.claims import FasterForm
 from harness.tests.fake_ablation import write_fake_ablation
@@ -50,16 +54,77 @@ def found(record: str, kind: VerdictKind = YES, *, source: Any = "run", **change
     return RecordVerdict(record, source, verdict("X", kind, **changes))
 
 
-def run(suite: str, machine: str, *, gb_per_s: float = 15.0, utc: str = "2026-01-01") -> RunRecord:
+DEVICE = DeviceInfo(kind="cpu", name="made-up", num_cores=2, num_threads=2, memory_bytes=8_000_000_000)
+
+
+def run(
+    suite: str,
+    machine: str,
+    *,
+    gb_per_s: float = 15.0,
+    utc: str = "2026-01-01",
+    device: DeviceInfo = DEVICE,
+) -> RunRecord:
     limits = SimpleNamespace(read_bandwidth_bytes_per_s=1e9 * gb_per_s)
     one = SimpleNamespace(
         suite=SimpleNamespace(name=suite),
         folder=Path("results") / suite / machine / "one",
         device_limits=limits,
-        environment=SimpleNamespace(started_utc=utc, device=SimpleNamespace(details={})),
+        environment=SimpleNamespace(started_utc=utc, device=device),
         failures=(),
     )
     return cast(RunRecord, one)
+
+
+def test_a_rule_names_a_machine_by_its_own_name_or_by_the_one_that_older_records_share() -> None:
+    details = {"family": "25", "model": "17", "stepping": "1"}
+    new = DEVICE.model_copy(update={"details": details})
+    own = machine_slug(new)
+    assert own != "cpu-made-up-2c"
+    of_new, of_old = run("fast", own, device=new), run("fast", "cpu-made-up-2c")
+    slow = run("fast", own, device=new, gb_per_s=5.0)
+    for named, placed in (
+        ({"machine": "cpu-made-up-2c"}, (True, True, False)),  # all of the name, by their bandwidth
+        ({"machine": "cpu-made-up-2c", "details": {"stepping": "1"}}, (True, True, False)),
+        ({"machine": "cpu-made-up-2c", "details": {"stepping": "2"}}, (False, True, False)),
+        ({"machine": own}, (True, False, False)),  # one machine alone
+        ({"machine": "cpu-made-up-4c"}, (False, False, False)),
+    ):
+        rule = RULE.model_copy(update=named)
+        found = tuple(not standing._rank(rule, one, are_speeds=True)[0] for one in (of_new, of_old, slow))
+        assert found == placed, named
+
+
+def machine(gb_per_s: float | None, **changes: Any) -> MeasuredMachine:
+    rate = None if gb_per_s is None else 1e9 * gb_per_s
+    return MeasuredMachine(DEVICE.model_copy(update=changes), rate)
+
+
+def test_a_speed_is_decided_elsewhere_only_on_a_machine_that_is_not_comparable(registry: ClaimsFile) -> None:
+    """A run of the very machine that leaves a speed open once counted as another class of machines."""
+    timed = next(one for one in registry.claims if isinstance(one.transfer, FasterForm))
+    counted = next(one for one in registry.claims if one.id == "Q-loss")
+    words = "one machine name, but measured bandwidths 34.0 and 77.0 GB/s, more than 1.3 times apart"
+    for other, why in (
+        (machine(40), None),
+        (machine(77), words),
+        (machine(34, name="another"), "another machine: name made-up against another"),
+    ):
+        first = RecordVerdict("fast/box/one", "run", verdict("X", OPEN), machine(34))
+        second = RecordVerdict("fast/box/two", "run", verdict("X", YES), other)
+        one = standing._standing(timed, registry, [first, second])
+        assert one.differing == (second,) and one.apart(second) == why
+        assert one.is_decided_elsewhere is (why is not None)
+        of_counts = standing._standing(counted, registry, [first, second])
+        assert of_counts.apart(second) is None and not of_counts.is_decided_elsewhere
+        shown = claims._differing(one, second)
+        assert shown == f"reproduced ([fast box](fast/box/two/report.md){f'; {why}' if why else ''})"
+    elsewhere = RecordVerdict("fast/gpu/two", "run", verdict("X", YES), machine(77))
+    assert claims._differing(one, elsewhere) == "reproduced ([fast gpu](fast/gpu/two/report.md))"
+    unknown = RecordVerdict("fast/box/two", "run", verdict("X", YES))
+    assert one.apart(unknown) is None
+    decided = standing._standing(timed, registry, [second, first])
+    assert decided.group == "decided" and not decided.is_decided_elsewhere
 
 
 def test_the_rule_ranks_counts_by_suite_first_and_speeds_by_machine_first() -> None:

@@ -30,8 +30,10 @@ from harness.measure.ablation.backbone_change import (
     read_text,
     text_change,
 )
-from harness.measure.ablation.run import AblateOptions, run_ablation
+from harness.measure.ablation.run import AblateOptions, _arms_of_machine, run_ablation
 from harness.records.ablation import ARMS_FILE, AblationRecord
+from harness.records.machines.identity import machine_slug
+from harness.records.provenance import DeviceInfo
 from harness.specs.ablation import AblationSpec
 from harness.tests.tiny_suite import QUIET, command
 from harness.tests.tiny_training import ablation_data, write_corpus
@@ -90,6 +92,24 @@ def test_the_record_is_whole_and_says_what_every_arm_did(record: AblationRecord)
         assert record.trace(result).provenance.heads_hash == result.heads_sha256
         assert len(result.held_out) == len(result.greedy) == len(result.heads) == 5
     assert len({result.heads_sha256 for result in record.results}) == len(record.results)
+
+
+def test_rates_are_of_this_machine_before_older_records_of_its_name(tmp_path: Path) -> None:
+    old = DeviceInfo(kind="cpu", name="box", num_cores=2, num_threads=2, memory_bytes=8_000_000_000)
+    here = old.model_copy(update={"details": {"stepping": "1"}})
+    for machine, stem in (
+        (machine_slug(old), "20260103"),
+        (machine_slug(here), "20260101"),
+        (machine_slug(here), "20260102"),
+        ("cpu-abacus-2c", "20260104"),
+    ):
+        (tmp_path / "tiny" / machine / stem).mkdir(parents=True)
+        (tmp_path / "tiny" / machine / stem / ARMS_FILE).touch()
+    assert [path.parent.name for path in _arms_of_machine(tmp_path, device=here)] == [
+        "20260102",
+        "20260101",
+        "20260103",
+    ]
 
 
 def test_a_frozen_backbone_is_the_original_and_a_trained_one_is_not(record: AblationRecord) -> None:

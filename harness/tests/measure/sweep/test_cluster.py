@@ -40,6 +40,7 @@ from harness.measure.sweep.shipping import keep_record, packed
 from harness.measure.sweep.tasks import CellInputs, DecodedTask, SampledTask
 from harness.measure.trace import trace_suite
 from harness.records.latency import LatencyRecord
+from harness.records.provenance import DeviceInfo
 from harness.records.store import Store, portable
 from harness.records.sweep import CELLS_FILE, SweepRecord
 from harness.records.sweep_cells import AnyCell, DecodedCell, FailedCell, SampledCell
@@ -390,7 +391,9 @@ def inputs(plan: SweepPlan, home: Path) -> CellInputs:
 def test_points_are_decoded_on_devices_that_have_a_curve(
     plan: SweepPlan, home: Path, record: SweepRecord
 ) -> None:
-    devices: dict[str | None, str] = {"A100": record.origin.device.name, "H100": "NVIDIA H100 PCIe"}
+    here = record.origin.device
+    h100 = here.model_copy(update={"kind": "cuda", "name": "NVIDIA H100 PCIe"})
+    devices: dict[str | None, DeviceInfo] = {"A100": here, "H100": h100}
     tasks, without_curve = plan_runs(plan, devices=devices, base_folder=home)
     assert {task.accelerator_type for task in tasks if isinstance(task, DecodedTask)} == {"A100"} and len(
         tasks
@@ -410,7 +413,9 @@ def test_a_node_with_another_device_than_its_type_promised(
     task = DecodedTask(plan.drafts[0], 0, curve, "H100")
     (failed,) = executor.run(inputs, [task], on_start=lambda words: None)
     assert isinstance(failed, FailedCell) and failed.key == "decoded 0 on H100" and failed.ran_on is not None
-    assert f"found a {failed.ran_on.device.name}; need made-up CPU" in failed.message
+    here = failed.ran_on.device.name
+    assert f"found a {here} (another machine: name made-up CPU against {here}" in failed.message
+    assert "need the made-up CPU whose curve the point is composed with" in failed.message
 
 
 def asking(inputs: CellInputs, **changes: Any) -> CellInputs:

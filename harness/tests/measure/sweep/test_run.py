@@ -22,6 +22,8 @@ import harness.device.machine
 import harness.measure.sweep.cells
 import harness.measure.sweep.run
 import harness.report.figures.sweep
+from harness.compose.devices import find_latency_records
+from harness.compose.plan import gather_curves, plan_sweep
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel
 from harness.device.machine import device_info, git_state
@@ -30,10 +32,15 @@ from harness.files import file_sha256, write_json
 from harness.judge.schemas import json_schemas
 from harness.judge.sweep import decoded_checks
 from harness.judge.validate.record import validate_record
+from harness.measure.sweep.cells import CellRunner
 from harness.measure.sweep.decoded import step_difference
-from harness.measure.sweep.run import SweepOptions, run_sweep
+from harness.measure.sweep.run import SweepOptions, cell_inputs, own_curve, plan_runs, run_sweep
 from harness.measure.sweep.sampled import arm_of
+from harness.measure.sweep.tasks import DecodedTask
 from harness.measure.trace import trace_suite
+from harness.records.latency import LatencyRecord
+from harness.records.machines.comparable import MeasuredMachine
+from harness.records.machines.identity import machine_slug
 from harness.records.provenance import Environment
 from harness.records.store import Store
 from harness.records.sweep import CELLS_FILE, SweepRecord
@@ -42,7 +49,7 @@ from harness.records.trace import Trace
 from harness.specs.suite import parse_suite
 from harness.specs.sweep import SampledSetting, SweepSpec, parse_sweep
 from harness.stats import FigureKind
-from harness.tests.fake_latency import write_fake_latency
+from harness.tests.fake_latency import BANDWIDTH_BYTES_PER_S, write_fake_latency
 from harness.tests.fake_sweep import sweep_data
 from harness.tests.tiny_suite import QUIET, command, micro_data, write_suite
 from medusa_impl.tree import DraftTree
@@ -292,6 +299,60 @@ def test_a_device_without_a_record_has_nothing_to_check_with(
     record = swept(home, other, tmp_path / "results")
     (failed,) = record.failed
     assert failed.key == "decoded none" and "no latency record of this device" in failed.message
+
+
+def test_a_point_is_not_composed_with_the_curve_of_another_machine_of_the_name(
+    home: Path, spec: SweepSpec
+) -> None:
+    """A processor whose vanilla step took 42 ms once priced the steps of one that takes 18."""
+    plan = plan_sweep(spec, base_folder=home, results=home / "results")
+    here = device_info(CPU)
+    curve, others = own_curve(plan, dtype="float32", device=here)
+    assert curve is not None and curve.label.timed_on == here and others == {}
+    assert curve.label.machine == MeasuredMachine(here, BANDWIDTH_BYTES_PER_S)
+    other = here.model_copy(update={"details": here.details | {"architecture": "pdp11"}})
+    (source,) = {one.label.source for one in plan.curves if one.label.kind == "measured"}
+    none, refused = own_curve(plan, dtype="float32", device=other)
+    why = f"another machine: architecture {here.details['architecture']} against pdp11"
+    assert none is None and refused == {source: why}
+    tasks, (failed,) = plan_runs(plan, devices={None: other}, base_folder=home)
+    assert not any(isinstance(task, DecodedTask) for task in tasks)
+    assert failed.message.endswith(f"; {source} is of {why}")
+    task = DecodedTask(plan.drafts[0], 0, curve, None)
+    runner = CellRunner(cell_inputs(plan, base_folder=home, allow_hub=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness.measure.sweep.cells, "device_info", lambda device: other)
+        cell = runner.run(task)
+    assert isinstance(cell, FailedCell) and f"found a {here.name} ({why}); need the" in cell.message
+
+
+def test_curves_of_machines_that_share_a_name_say_which_they_are_of(home: Path, spec: SweepSpec) -> None:
+    """Two rows of a sweep once bore one name, one of 42 ms a vanilla step and one of 18."""
+    (record,) = find_latency_records(home / "results")
+    limits = record.limits("float32")
+    assert limits is not None
+    here = record.environment.device
+
+    def like(gb_per_s: float, **details: str) -> LatencyRecord:
+        other = LatencyRecord(record.folder)
+        device = here.model_copy(update={"details": {**here.details, **details}})
+        other.__dict__["environment"] = record.environment.model_copy(update={"device": device})
+        rate = {"read_bandwidth_bytes_per_s": 1e9 * gb_per_s}
+        patch.setattr(other, "limits", lambda dtype: limits.model_copy(update=rate), raising=True)
+        return other
+
+    with pytest.MonkeyPatch.context() as patch:
+        own, other = like(40), like(40, architecture="pdp11")
+        alone, _ = gather_curves(spec, [own, like(45)])
+        apart, _ = gather_curves(spec, [own, other])
+        fast, _ = gather_curves(spec, [own, like(77)])
+    assert {one.label.device for one in alone} == {here.name}
+    devices = (own.environment.device, other.environment.device)
+    assert [one.label.device for one in apart] == [
+        f"{here.name} ({machine_slug(one)}, reads 40.0 GB/s)" for one in devices
+    ]
+    assert [one.label.read_bandwidth_bytes_per_s for one in fast] == [40e9, 77e9]
+    assert len({one.label.device for one in fast}) == 2
 
 
 def test_a_trace_of_other_heads(home: Path, tiny: tuple[LoadedModel, Engine], tmp_path: Path) -> None:
