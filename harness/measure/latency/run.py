@@ -1,8 +1,9 @@
 """Record a latency run: every size on the device, then the tables of modes and of batches.
 
 Backbone, heads and whole steps are timed. All sizes after one context share a cache and are timed in turn.
-Its keys and values come from a real prefill of random tokens, in chunks, once a group; a timed step is
-dropped by forgetting it, so that every repeat sees the same context.
+Its keys and values come from a real prefill of random tokens, in chunks, once a group; what a visit to a
+size has kept is forgotten at the next one. Every point says how its steps followed each other, and in which
+rounds.
 """
 
 from __future__ import annotations
