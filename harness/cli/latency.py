@@ -56,7 +56,8 @@ def latency(
 
     The engine's modes are compared, and speed is shown against the batch size.
     """
-    from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
+    from harness.measure.latency.room import print_latency_plan
+    from harness.measure.latency.run import LatencyOptions, run_latency
     from harness.specs.latency import load_latency_spec, overridden
 
     file = find_data(spec, kind="latency")

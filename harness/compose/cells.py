@@ -106,28 +106,36 @@ def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) 
                 overhead=(total_s / float(steps.steps.sum())) / (vanilla_s / float(vanilla.steps.sum())),
                 tokens_per_s=resamples.interval(float(steps.tokens.sum()) / total_s, tokens / seconds.draws),
                 speedup=resamples.interval(vanilla_s / total_s, vanilla_seconds.draws / seconds.draws),
-                speedups=_by_batch(plan, curve, tree, context=prices.context)
-                if batch == 1 and choice.method == "joint"
-                else {},
+                **(
+                    _by_batch(plan, curve, tree, context=prices.context)
+                    if batch == 1 and choice.method == "joint"
+                    else {}
+                ),
             )
         )
     return tuple(found)
 
 
-def _by_batch(plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Context) -> dict[int, float]:
-    """Return a tree's speedup at every break-even batch that the curve covers and the trace can fill."""
-    composer, speedups = plan.composer, dict[int, float]()
+def _by_batch(
+    plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Context
+) -> dict[str, dict[int, float]]:
+    """Return a tree's speedup at every break-even batch that curve and trace cover, and its bounds."""
+    composer = plan.composer
+    found: dict[str, dict[int, float]] = {"speedups": {}, "speedups_low": {}, "speedups_high": {}}
     for batch in plan.spec.break_even_batches:
         if batch > len(composer.index.trace.prompts):
             continue
         prices = KnotPrices(curve, knots=composer.knots, context=context, batch=batch)
-        ours, vanilla = composer.steps(tree, batch=batch), composer.steps(DraftTree.root_only(), batch=batch)
-        ours_at, vanilla_at = prices.step(ours.num_nodes, ours.num_heads), prices.step(1, 0)
-        if ours_at is not None and vanilla_at is not None:
-            speedups[batch] = _rounded(
-                float((vanilla.shares @ vanilla_at).sum() / (ours.shares @ ours_at).sum())
-            )
-    return speedups
+        ours, vanilla = (composer.seconds(one, prices) for one in (tree, DraftTree.root_only()))
+        if ours is None or vanilla is None:
+            continue
+        found["speedups"][batch] = _rounded(vanilla.total / ours.total)
+        resamples = composer.resamples(len(ours.by_unit))
+        if resamples.num_units > 1:
+            interval = resamples.interval(vanilla.total / ours.total, vanilla.draws / ours.draws)
+            found["speedups_low"][batch] = _rounded(interval.low)
+            found["speedups_high"][batch] = _rounded(interval.high)
+    return found
 
 
 def _beyond(lengths: NDArray[np.int64], covered: Sequence[int]) -> float:

@@ -122,13 +122,12 @@ class Composer:
         )
         if redrawn is None:
             return Seconds(by_unit, draws=resamples.totals(by_unit))
-        drawn, counts = resamples.totals(steps.shares), steps.shares.sum(axis=0)
+        drawn = resamples.totals(steps.shares)
         assert prices.curve.num_rounds is not None  # else nothing would be redrawn
         redrawn = widened(
             redrawn,
             about=values,
             rounds=prices.curve.num_rounds,
-            groups=float(counts.sum() ** 2 / (counts**2).sum()),  # as many equal ones would be as good
             level=resamples.level,
             num_units=resamples.num_units,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,6 +86,16 @@ class LatencyPoint(Versioned, PointKey):
     def key(self) -> PointKey:
         """Return the combination alone."""
         return PointKey.model_validate({name: getattr(self, name) for name in PointKey.model_fields})
+
+    def with_rounds_of(self, later: LatencyPoint) -> LatencyPoint:
+        """Return the point with the rounds of a later sitting added; as it is where that one was skipped."""
+        if later.skipped is not None:
+            return self
+        parts = ("backbone_s", "heads_s", "step_s", "times_a_round")
+        peaks = [one.peak_memory_bytes for one in (self, later) if one.peak_memory_bytes is not None]
+        added: dict[str, Any] = {name: getattr(self, name) + getattr(later, name) for name in parts}
+        last = {"gpu": later.gpu, "peak_memory_bytes": max(peaks, default=None)}
+        return LatencyPoint.model_validate({**dict(self), **added, **last})
 
     def by_round(self, part: Literal["backbone_s", "heads_s", "step_s"]) -> tuple[tuple[float, ...], ...]:
         """Return the times of a part round by round; times within a round are moments apart."""

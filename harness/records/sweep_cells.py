@@ -43,11 +43,30 @@ class ChosenTree(Frozen):
     speedups: dict[Count, Amount] = Field(
         default={}, description="speedup by batch; empty where the cell was not asked for it"
     )
+    speedups_low: dict[Count, Amount] = Field(
+        default={},
+        description="lower bounds of these speedups; empty in older records; a batch that takes all prompts "
+        "at once has none",
+    )
+    speedups_high: dict[Count, Amount] = Field(
+        default={}, description="upper bounds of these speedups, of the same batches as the lower ones"
+    )
 
     @property
     def break_even(self) -> BreakEven | None:
         """Return up to which batch the tree pays; None where the cell was not asked for it."""
         return break_even(self.speedups) if self.speedups else None
+
+    @property
+    def break_even_range(self) -> tuple[int | None, int | None] | None:
+        """Return the largest batches whose bounds lie above 1, the lower bound's first; None without bounds.
+
+        A bound that lies above 1 at no batch gives None in its place.
+        """
+        if not self.speedups_low:
+            return None
+        low, high = (break_even(some).largest_batch for some in (self.speedups_low, self.speedups_high))
+        return low, high
 
 
 class CurveLabel(Frozen):

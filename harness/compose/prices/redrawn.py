@@ -1,8 +1,7 @@
 """The middle of a latency point's times, and the middles that other rounds of timing would have given.
 
 A machine's speed drifts. Times within a round are moments apart and share one level; the next round has
-another. So rounds are drawn, not single times, and all sizes after one context, which were timed in turn, are
-drawn together:
+another. So rounds are drawn, not single times, and the same rounds for all sizes, which were timed in turn:
 
     round            1       2       3                     a draw: rounds 1, 1, 3
     one node         35 35   44 43   37 38        ->       35 35   35 35   37 38
@@ -15,7 +14,6 @@ an interval over few prompts are (`harness/stats.py`).
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from functools import cache
 from statistics import fmean, median
@@ -57,11 +55,11 @@ def num_rounds(point: LatencyPoint) -> int:
 def redrawn(point: LatencyPoint, part: Part) -> Floats:
     """Return a part's middles over draws of its rounds, with replacement; not yet widened.
 
-    Parts and sizes of one group and number of rounds are drawn together.
+    Parts and points of as many rounds are drawn together.
     Shapes: result [NUM_DRAWS].
     """
     rounds = point.by_round(part)
-    picks = _picks(repr(point.group), len(rounds))
+    picks = _picks(len(rounds))
     if point.times_a_round:
         middles = np.array([median(one) for one in rounds])
         return np.asarray(middles[picks].mean(axis=1))
@@ -70,33 +68,28 @@ def redrawn(point: LatencyPoint, part: Part) -> Floats:
     return np.asarray(np.nanmedian(padded[picks].reshape(NUM_DRAWS, -1), axis=1))
 
 
-def widened(
-    draws: Floats, *, about: Floats, rounds: int, groups: float, level: float, num_units: int
-) -> Floats:
+def widened(draws: Floats, *, about: Floats, rounds: int, level: float, num_units: int) -> Floats:
     """Return draws moved away from their figure, for the few rounds that they come from.
 
-    `groups` counts the groups of sizes, each timed in so many rounds of its own, that the figure is a mean
-    of: the more there are, the better is the spread of rounds known. An interval of `level` over `num_units`
-    prompts moves its tails already, and so far the draws need not go. They move on the scale of logarithms,
-    so that no time falls to 0.
+    An interval of `level` over `num_units` prompts moves its tails already, and so far the draws need not go.
+    They move on the scale of logarithms, so that no time falls to 0.
     Shapes: `draws` [NUM_DRAWS, knots], as the result; `about` [knots].
     """
-    times = _quantile(level, freedom=max(groups, 1.0) * (rounds - 1), num=rounds)
+    times = _quantile(level, num=rounds)
     if num_units > 1:
-        times /= _quantile(level, freedom=num_units - 1, num=num_units)
+        times /= _quantile(level, num=num_units)
     return np.asarray(about * (np.maximum(draws, _LEAST * about) / about) ** times)
 
 
-def _quantile(level: float, *, freedom: float, num: int) -> float:
+def _quantile(level: float, *, num: int) -> float:
     """Return how many bootstrap errors of so many things a tail lies away (`stats.widened_level`)."""
-    return float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(num / (num - 1))
+    return float(stats.t.ppf((1 + level) / 2, num - 1)) * math.sqrt(num / (num - 1))
 
 
 @cache
-def _picks(group: str, rounds: int) -> NDArray[np.int64]:
+def _picks(rounds: int) -> NDArray[np.int64]:
     """Return which rounds each draw takes.
 
     Shapes: [NUM_DRAWS, rounds].
     """
-    rng = np.random.default_rng([_SEED, rounds, zlib.crc32(group.encode())])
-    return rng.integers(rounds, size=(NUM_DRAWS, rounds))
+    return np.random.default_rng([_SEED, rounds]).integers(rounds, size=(NUM_DRAWS, rounds))

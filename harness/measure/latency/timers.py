@@ -29,13 +29,14 @@ _BACKBONE_DEPTH = 5  # of trees that are timed without heads
 
 
 def measure_group(
-    engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock
+    engine: Engine, keys: Sequence[PointKey], *, repeats: int, clock: Clock, rounds: range | None = None
 ) -> tuple[LatencyPoint, ...]:
     """Time the points of one group `repeats` times each, in rounds of a few times at each visit.
 
-    Each round begins with another point. So what disturbs the machine for a moment meets a size in one round
-    only. Every speedup rests on the step of one node: before each visit of another size it is visited too,
-    and so it is timed as often as all others together, at the levels that they meet.
+    `rounds` asks for some of these rounds; the others belong to other sittings. Each round begins with
+    another point, so that what disturbs the machine for a moment meets a size in one round only. Every
+    speedup rests on the step of one node: before each visit of another size it is visited too, and so it is
+    timed as often as all others together, at the levels that they meet.
 
     A visit is a stretch of decoding: its steps follow each other over a growing text, and each visit of a
     size starts at another length about the context, as the steps of a decoding do. A mode that prepares its
@@ -66,15 +67,19 @@ def measure_group(
             batch=keys[0].batch,
             room_tokens=max(key.num_nodes for key in keys) + stretch.grown,
         )
-        rounds = (0, *_visits(repeats))  # the first warms kernels and allocator up
-        for number, num_times in enumerate(rounds):
-            for key in visited(keys, number=number, num_rounds=len(rounds)):
+        counts = (0, *visits_of(repeats))  # the first warms kernels and allocator up
+        wanted = range(len(counts)) if rounds is None else [number + 1 for number in rounds]
+        for number in wanted if wanted[0] != 1 else (0, *wanted):
+            for key in visited(keys, number=number, num_rounds=len(counts)):
                 if key in skipped:
                     continue
                 with noting(key):
                     if key not in timers:
-                        timers[key] = _PointTimer(engine, key, cache, stretch=stretch, clock=clock)
-                    timers[key].visit(num_times, number=number)
+                        begun = number * len(keys)  # so that each sitting starts at other lengths
+                        timers[key] = _PointTimer(
+                            engine, key, cache, stretch=stretch, begun=begun, clock=clock
+                        )
+                    timers[key].visit(counts[number], number=number)
     if engine.runner.mode != keys[0].mode:  # the engine fell back by itself: these are times of another mode
         reason = f"{keys[0].mode} {UNPREPARED}: {engine.runner.note or engine.runner.mode}"
         skipped = {key: skipped.get(key, reason) for key in keys}
@@ -126,8 +131,8 @@ def stretch_of(keys: Sequence[PointKey], *, backbone: Backbone) -> Stretch:
     return Stretch(longest=int(longest), span=min(2 * half, int(longest) - 1), grown=grown)
 
 
-def _visits(repeats: int) -> list[int]:
-    """Return how many times each visit takes."""
+def visits_of(repeats: int) -> list[int]:
+    """Return how many times each visit of a size takes, one entry a round."""
     whole, rest = divmod(repeats, _TIMES_A_VISIT)
     return [_TIMES_A_VISIT] * whole + ([rest] if rest else [])
 
@@ -139,10 +144,17 @@ class _PointTimer:
     """
 
     def __init__(
-        self, engine: Engine, key: PointKey, cache: TreeCache, *, stretch: Stretch, clock: Clock
+        self,
+        engine: Engine,
+        key: PointKey,
+        cache: TreeCache,
+        *,
+        stretch: Stretch,
+        begun: int,
+        clock: Clock,
     ) -> None:
         backbone = engine.runner.backbone
-        self._stretch, self._num_visits = stretch, 0
+        self._stretch, self._num_visits = stretch, begun
         self._engine, self._key, self._cache, self._clock = engine, key, cache, clock
         self._tree = comb_tree(key.num_nodes, depth=key.num_heads or _BACKBONE_DEPTH)
         self._buffers = tree_buffers(self._tree, device=backbone.device)

@@ -22,7 +22,7 @@ from harness.judge.sweep import (
     told_tokens_per_s,
 )
 from harness.records.sweep import SweepRecord
-from harness.records.sweep_cells import ComposedCell, SampledCell
+from harness.records.sweep_cells import ChosenTree, ComposedCell, SampledCell
 from harness.report.formatting import (
     ABSENT,
     WITHHELD,
@@ -109,8 +109,18 @@ def _device_cells(one: ComposedCell, record: SweepRecord) -> list[object]:
         ratio(best.overhead),
         ratio_interval(speedup),
         rate_interval(told_tokens_per_s(one, record)),
-        best.break_even.words if best.break_even is not None else ABSENT,
+        _break_even(best),
     ]
+
+
+def _break_even(tree: ChosenTree) -> str:
+    """Return up to which batch a tree pays, and up to which its bounds leave open that it does."""
+    if tree.break_even is None:
+        return ABSENT
+    told = tree.break_even_range
+    if told is None or told[0] == told[1]:
+        return tree.break_even.words
+    return f"{tree.break_even.words} [{', '.join('none' if one is None else str(one) for one in told)}]"
 
 
 def render_quoted(rows: Sequence[QuotedRow]) -> str:

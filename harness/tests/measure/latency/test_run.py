@@ -4,12 +4,14 @@ and resumed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 from collections.abc import Iterator
 from functools import cache as cached
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from pytest import MonkeyPatch
 import harness.device.locks
 import harness.device.machine
 import harness.measure.latency.engine
+import harness.measure.latency.room
 import harness.measure.latency.run
 import harness.measure.latency.timers
 from harness.device.engine import Engine, LoadedModel
@@ -127,7 +130,8 @@ def quick_and_steady() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness.device.machine, "git_state", cached(git_state))
         patch.setattr(harness.device.locks, "_YIELD_S", 0.0)
-        patch.setattr(harness.measure.latency.run, "best_device", lambda: CPU)
+        for module in (harness.measure.latency.run, harness.measure.latency.room):
+            patch.setattr(module, "best_device", lambda: CPU)
         yield
 
 
@@ -602,6 +606,101 @@ def resumed(run: LatencyRun, folder: Path, **changes: Any) -> Path:
         )
 
 
+def several_rounds(**changes: Any) -> LatencySpec:
+    """Two groups of two sizes, timed in three rounds of three times."""
+    grid = {"num_nodes": [1, 4], "num_heads": [2], "context_tokens": [20, 32]}
+    return parsed(shape_spec(dtypes=["float32"], grids=[grid], repeats=9, **changes))
+
+
+def timed_rounds(
+    spec: LatencySpec,
+    results: Path,
+    monkeypatch: MonkeyPatch,
+    *,
+    die_after: int | None = None,
+    sitting_s: float = 0.0,
+    **options: Any,
+) -> list[tuple[int, tuple[int, ...]]]:
+    """Run a spec, and return which contexts and rounds were timed in turn.
+
+    It is killed after so many sittings; each takes so long on the run's clock.
+    """
+    sat: list[tuple[int, tuple[int, ...]]] = []
+
+    def noting(engine: Engine, keys: Any, *, rounds: range, **how: Any) -> Any:
+        if len(sat) == die_after:
+            raise KeyboardInterrupt
+        sat.append((keys[0].context_tokens, tuple(rounds)))
+        return measure_group(engine, keys, rounds=rounds, **how)
+
+    with monkeypatch.context() as patch, small_device_limits():
+        patch.setattr(harness.measure.latency.engine, "load_shapes", lambda: {"tiny-llama": TINY_SHAPE})
+        patch.setattr(harness.measure.latency.run, "measure_group", noting)
+        clock = SimpleNamespace(monotonic=lambda: sitting_s * len(sat))
+        patch.setattr(harness.measure.latency.run, "time", clock)
+        with contextlib.suppress(KeyboardInterrupt):
+            run_latency(
+                spec, spec_file=None, options=LatencyOptions(results=results, **options), console=QUIET
+            )
+    return sat
+
+
+def test_the_rounds_of_a_group_are_spread_over_the_run(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """A machine's speed drifts over minutes. Timed within one, a group's rounds all met one level, and looked
+    surer than they were.
+    """
+    spec = several_rounds(modes_table=None)
+    sat = timed_rounds(spec, tmp_path, monkeypatch)
+    assert sat == [(context, (number,)) for number in range(3) for context in (20, 32)]
+    (folder,) = tmp_path.glob("latency/*/*/*")
+    points = LatencyRecord(folder).points
+    assert [(point.context_tokens, point.num_nodes) for point in points] == [
+        (context, nodes) for context in (20, 32) for nodes in (1, 4)
+    ]
+    assert all(point.times_a_round == (3, 3, 3) and len(point.step_s) == 9 for point in points)
+    assert all(point.timing == "decoding" for point in points)
+    assert validate_record(folder) == ()
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_a_run_that_is_killed_between_rounds_goes_on_with_the_next(
+    tmp_path: Path, monkeypatch: MonkeyPatch, after: int
+) -> None:
+    spec = several_rounds(modes_table=None)
+    every = [(context, (number,)) for number in range(3) for context in (20, 32)]
+    assert timed_rounds(spec, tmp_path, monkeypatch, die_after=after) == every[:after]
+    (folder,) = tmp_path.glob("latency/*/*/*")
+    before = LatencyRecord(folder).points
+    assert timed_rounds(spec, tmp_path, monkeypatch, resume=folder) == every[after:]
+    points = {point.key: point for point in LatencyRecord(folder).points}
+    assert all(point.times_a_round == (3, 3, 3) for point in points.values()) and len(points) == 4
+    for point in before:
+        assert points[point.key].step_s[: len(point.step_s)] == point.step_s
+    assert validate_record(folder) == ()
+
+
+def test_rounds_that_time_leaves_out_leave_what_was_timed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """A budget that ends in the second round costs rounds, no size."""
+    spec = several_rounds(modes_table=None)
+    sat = timed_rounds(spec, tmp_path, monkeypatch, sitting_s=10.0, time_budget_s=25.0)
+    assert sat == [(20, (0,)), (32, (0,)), (20, (1,))]
+    (folder,) = tmp_path.glob("latency/*/*/*")
+    counts = [len(point.times_a_round) for point in LatencyRecord(folder).points]
+    assert counts == [2, 2, 1, 1] and validate_record(folder) == ()
+
+
+def test_later_rounds_are_added_and_a_failed_sitting_takes_nothing_away(engine: Engine) -> None:
+    first, later = (
+        measure_group(engine, [key(4, 2)], repeats=6, rounds=range(number, number + 1), clock=TickClock())[0]
+        for number in (0, 1)
+    )
+    both = first.with_rounds_of(later.model_copy(update={"peak_memory_bytes": 1}))
+    assert both.times_a_round == (3, 3) and both.step_s == first.step_s + later.step_s
+    assert both.peak_memory_bytes == first.peak_memory_bytes
+    failed = LatencyPoint(**dict(first.key), skipped="ran out of memory")
+    assert first.with_rounds_of(failed) == first
+
+
 @pytest.mark.parametrize("share", [0.0, 0.21, 0.63, 0.999, 1.0])
 def test_run_cut_at_any_byte_resumes_and_measures_nothing_twice(
     ran: LatencyRun, tmp_path: Path, share: float
@@ -726,7 +825,7 @@ def test_dry_run_loads_nothing_and_says_what_would_be_skipped(
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
     assert done.code == ExitCode.OK and not (tmp_path / "results").exists()
     assert json.loads(done.out.splitlines()[-1]) == {"latency": "tiny", "points": 4, "skipped": 0}
-    monkeypatch.setattr(harness.measure.latency.run, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(harness.measure.latency.room, "free_memory_bytes", lambda device: 1000)
     done = command("latency", ran.spec_file, "--nodes", "1,8", "--modes", "eager", *results)
     assert json.loads(done.out.splitlines()[-1])["skipped"] == 4
     shipped: Ran = command(
