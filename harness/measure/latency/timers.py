@@ -61,11 +61,9 @@ def measure_group(
 
     with noting(*keys):  # of the context; points note their own
         stretch = stretch_of(keys, backbone=engine.runner.backbone)
+        room_tokens, batch = max(key.num_nodes for key in keys) + stretch.grown, keys[0].batch
         cache = filled_cache(
-            engine.runner.backbone,
-            context_tokens=stretch.longest,
-            batch=keys[0].batch,
-            room_tokens=max(key.num_nodes for key in keys) + stretch.grown,
+            engine.runner.backbone, context_tokens=stretch.longest, batch=batch, room_tokens=room_tokens
         )
         counts = (0, *visits_of(repeats))  # the first warms kernels and allocator up
         wanted = range(len(counts)) if rounds is None else [number + 1 for number in rounds]

@@ -278,8 +278,8 @@ def test_sizes_take_turns_and_each_visit_drops_its_first_pass(
 
 
 def test_one_node_is_visited_before_every_other_size(engine: Engine) -> None:
-    """Every speedup rests on it. Timed as seldom as any other size, it once came out too fast in a whole sweep,
-    and every composed speedup too low, in twelve decoded points of twelve.
+    """Every speedup rests on it. Timed as seldom as any other size, it once came out too fast in a sweep, and
+    the composed speedup too low in twelve decoded points of twelve.
     """
     one, two, three = key(1), key(2), key(3, 2)
     assert visited([one, two, three], number=0, num_rounds=2) == [one, two, one, three]
