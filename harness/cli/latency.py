@@ -13,6 +13,7 @@ from harness.cli.finish import finish
 from harness.cli.options import HubOption, ResultsOption, ResumeOption, command_line, console
 from harness.paths import default_results
 from harness.safe_text import SafeConsole
+from harness.specs.latency import load_latency_spec, overridden
 
 
 def latency(
@@ -56,8 +57,8 @@ def latency(
 
     The engine's modes are compared, and speed is shown against the batch size.
     """
-    from harness.measure.latency.run import LatencyOptions, print_latency_plan, run_latency
-    from harness.specs.latency import load_latency_spec, overridden
+    from harness.measure.latency.room import print_latency_plan
+    from harness.measure.latency.run import LatencyOptions, run_latency
 
     file = find_data(spec, kind="latency")
     changes = {"num_nodes": nodes, "num_heads": heads, "context_tokens": contexts, "batch": batches}

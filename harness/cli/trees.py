@@ -17,7 +17,7 @@ from rich.table import Table
 from harness.cli.find import find_suite
 from harness.cli.marked import marked_lines
 from harness.cli.options import HubOption, SuiteArgument, UnsealedOption, console
-from harness.compose.composer import KnotPrices, shared_knots, step_contexts
+from harness.compose.composer import Composer, KnotPrices, shared_knots, step_contexts
 from harness.compose.devices import DEFAULT_SHAPE, PredictedCurve, StepTimes, find_curves
 from harness.compose.plan import search_both
 from harness.compose.prices.fitted import step_models
@@ -32,8 +32,10 @@ from harness.paths import cache_dir, default_results, resolve_path
 from harness.records.opened import open_trace, seal_fault_of
 from harness.records.step_model import StepModel
 from harness.records.trace import Trace
-from harness.report.formatting import WITHHELD
+from harness.report.formatting import WITHHELD, ratio_interval
 from harness.specs.latency import HeadsForm
+from harness.specs.suite import IntervalSpec
+from harness.stats import Interval
 from medusa_impl.tree import DraftTree
 
 
@@ -63,11 +65,16 @@ def print_search(
 
 @dataclass(frozen=True)
 class PricedChoice:
-    """The fastest tree that one search found at a curve's prices, and what a vanilla step costs there."""
+    """The fastest tree that one search found at a curve's prices, and what a vanilla step costs there.
+
+    `composed` is its speedup step by step on the calibration text. The interval draws prompts, and the rounds
+    in which the curve was timed where these show its error.
+    """
 
     curve: StepTimes
     choice: CostChoice
     vanilla_s: float
+    composed: Interval
 
     @property
     def provenance(self) -> dict[str, str | float]:
@@ -159,9 +166,11 @@ def fastest_trees(
     lengths = step_contexts(index.replay(DraftTree.root_only()))
     knots, usual = np.array(shared_knots(curves, lengths), dtype=np.float64), float(np.mean(lengths))
     space = SearchSpace(index, max_nodes=max_nodes)
+    composer = Composer(index.trace, knots=knots.tolist(), interval=IntervalSpec())
     found: list[PricedChoice] = []
     for curve in curves:
-        price = KnotPrices(curve, knots=knots, context="trace", batch=1).price_at(usual)
+        prices = KnotPrices(curve, knots=knots, context="trace", batch=1)
+        price = prices.price_at(usual)
         vanilla_s = price(1, 0)
         if vanilla_s is None:
             raise UserError(
@@ -176,8 +185,19 @@ def fastest_trees(
             folder=cache,
             search=partial(search_both, space, price),
         )
-        found += [PricedChoice(curve, choice, vanilla_s) for choice in choices]
+        found += [
+            PricedChoice(curve, choice, vanilla_s, _composed(composer, choice.tree(), prices))
+            for choice in choices
+        ]
     return found
+
+
+def _composed(composer: Composer, tree: DraftTree, prices: KnotPrices) -> Interval:
+    """Return a chosen tree's composed speedup."""
+    vanilla, drafted = (composer.seconds(one, prices) for one in (DraftTree.root_only(), tree))
+    assert vanilla is not None and drafted is not None  # the search priced both
+    resamples = composer.resamples(len(drafted.by_unit))
+    return resamples.interval(vanilla.total / drafted.total, vanilla.draws / drafted.draws)
 
 
 def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: ReplayIndex | None) -> Table:
@@ -206,7 +226,9 @@ def _table_of(found: Sequence[PricedChoice], *, index: ReplayIndex, other: Repla
             f"{own:.3f}",
             f"{other.replay(tree).tokens_per_step:.3f}" if other is not None else "-",
             f"{1000 * choice.step_s:.3g}",
-            f"{priced.speedup(index):.2f}",
+            ratio_interval(priced.composed)
+            if priced.curve.num_rounds is not None
+            else f"{priced.speedup(index):.2f}, its error left out",
         )
     return table
 

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.compose.composer import Composer, Floats, KnotPrices, figure_kind
+from harness.compose.composer import KnotPrices, figure_kind
 from harness.compose.devices import PredictedCurve, StepTimes
 from harness.compose.plan import SweepPlan
 from harness.errors import UserError
@@ -40,8 +40,8 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
     composer = plan.composer
     prices = KnotPrices(curve, knots=composer.knots, context=context, batch=batch)
     vanilla = composer.steps(DraftTree.root_only(), batch=batch)
-    vanilla_prices = prices.step(1, 0)
-    if vanilla_prices is None:
+    vanilla_seconds = composer.seconds(DraftTree.root_only(), prices)
+    if vanilla_seconds is None:
         found = f"no vanilla step at batch {batch}, context {context}"
         raise UserError(
             found=found,
@@ -49,20 +49,16 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
             where=curve.label.words,
             do="measure it, or leave the size out",
         )
-    vanilla_s = float((vanilla.shares @ vanilla_prices).sum())
-    figures = {}
-    for index, tree in enumerate(plan.drafts):
-        steps = composer.steps(tree, batch=batch)
-        values = prices.step(steps.num_nodes, steps.num_heads)
-        if values is not None:
-            figures[index] = steps.shares @ values
-    columns = np.stack([vanilla.shares @ vanilla_prices, *figures.values()], axis=1)
-    speedups, low, high = _speedups(composer, columns)
+    vanilla_s = vanilla_seconds.total
+    priced = ((index, composer.seconds(tree, prices)) for index, tree in enumerate(plan.drafts))
+    figures = {index: one for index, one in priced if one is not None}
+    resamples = composer.resamples(len(vanilla_seconds.by_unit))
+    low, high = resamples.bounds(np.stack([vanilla_seconds.draws / one.draws for one in figures.values()]))
     provenance = composer.index.trace.provenance
     lengths = composer.trace_contexts(batch=batch)
     tokens = float(vanilla.tokens.sum())
     num_steps = [float(composer.steps(plan.drafts[index], batch=batch).steps.sum()) for index in figures]
-    seconds = columns.sum(axis=0)[1:]
+    seconds = [one.total for one in figures.values()]
     model = curve.model if isinstance(curve, PredictedCurve) else None
     return ComposedCell(
         curve=curve.label,
@@ -75,29 +71,17 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
         vanilla_step_s=_rounded(vanilla_s / float(vanilla.steps.sum())),
         vanilla_tokens_per_s=_rounded(tokens / vanilla_s),
         trees=tuple(figures),
-        step_s=tuple(
-            _rounded(total / count) for total, count in zip(seconds.tolist(), num_steps, strict=True)
-        ),
-        tokens_per_s=tuple(_rounded(tokens / total) for total in seconds.tolist()),
-        speedup=tuple(map(_rounded, speedups.tolist())),
+        step_s=tuple(_rounded(total / count) for total, count in zip(seconds, num_steps, strict=True)),
+        tokens_per_s=tuple(_rounded(tokens / total) for total in seconds),
+        speedup=tuple(_rounded(vanilla_s / total) for total in seconds),
         speedup_low=tuple(map(_rounded, low.tolist())),
         speedup_high=tuple(map(_rounded, high.tolist())),
         num_uncovered=len(plan.trees) - len(figures),
         chosen=_chosen(plan, prices, lengths=lengths),
+        timing_rounds=curve.num_rounds,
         seconds_band=model.seconds_band if model is not None else None,
         overhead_band=model.overhead_band if model is not None else None,
     )
-
-
-def _speedups(composer: Composer, columns: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return speedups and their bounds.
-
-    Shapes: `columns` [U, 1 + T], vanilla's seconds first; results [T].
-    """
-    resamples, totals = composer.resamples(len(columns)), columns.sum(axis=0)
-    draws = resamples.totals(columns)
-    low, high = resamples.bounds((draws[:, :1] / draws[:, 1:]).T)
-    return np.asarray(totals[0] / totals[1:]), low, high
 
 
 def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) -> tuple[ChosenTree, ...]:
@@ -105,16 +89,14 @@ def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) 
     composer, curve, batch = plan.composer, prices.curve, prices.batch
     found = []
     vanilla = composer.steps(DraftTree.root_only(), batch=batch)
-    vanilla_prices = prices.step(1, 0)
+    vanilla_seconds = composer.seconds(DraftTree.root_only(), prices)
     for choice in plan.choices.get(composed_key(curve.label, context=prices.context, batch=batch), ()):
         tree = choice.tree()
-        steps = composer.steps(tree, batch=batch)
-        values = prices.step(steps.num_nodes, steps.num_heads)
-        assert values is not None and vanilla_prices is not None  # the search priced it
-        seconds, vanilla_seconds = steps.shares @ values, vanilla.shares @ vanilla_prices
-        resamples = composer.resamples(len(seconds))
-        draws = resamples.totals(np.stack([steps.tokens, seconds, vanilla_seconds], axis=1))
-        total_s, vanilla_s = float(seconds.sum()), float(vanilla_seconds.sum())
+        steps, seconds = composer.steps(tree, batch=batch), composer.seconds(tree, prices)
+        assert seconds is not None and vanilla_seconds is not None  # the search priced it
+        resamples = composer.resamples(len(steps.tokens))
+        tokens = resamples.totals(steps.tokens)
+        total_s, vanilla_s = seconds.total, vanilla_seconds.total
         found.append(
             ChosenTree(
                 method=choice.method,
@@ -122,32 +104,38 @@ def _chosen(plan: SweepPlan, prices: KnotPrices, *, lengths: NDArray[np.int64]) 
                 promised=choice.promised,
                 step_cost=prices.backbone_cost(tree.num_nodes, context_tokens=int(median(lengths.tolist()))),
                 overhead=(total_s / float(steps.steps.sum())) / (vanilla_s / float(vanilla.steps.sum())),
-                tokens_per_s=resamples.interval(
-                    float(steps.tokens.sum()) / total_s, draws[:, 0] / draws[:, 1]
+                tokens_per_s=resamples.interval(float(steps.tokens.sum()) / total_s, tokens / seconds.draws),
+                speedup=resamples.interval(vanilla_s / total_s, vanilla_seconds.draws / seconds.draws),
+                **(
+                    _by_batch(plan, curve, tree, context=prices.context)
+                    if batch == 1 and choice.method == "joint"
+                    else {}
                 ),
-                speedup=resamples.interval(vanilla_s / total_s, draws[:, 2] / draws[:, 1]),
-                speedups=_by_batch(plan, curve, tree, context=prices.context)
-                if batch == 1 and choice.method == "joint"
-                else {},
             )
         )
     return tuple(found)
 
 
-def _by_batch(plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Context) -> dict[int, float]:
-    """Return a tree's speedup at every break-even batch that the curve covers and the trace can fill."""
-    composer, speedups = plan.composer, dict[int, float]()
+def _by_batch(
+    plan: SweepPlan, curve: StepTimes, tree: DraftTree, *, context: Context
+) -> dict[str, dict[int, float]]:
+    """Return a tree's speedup at every break-even batch that curve and trace cover, and its bounds."""
+    composer = plan.composer
+    found: dict[str, dict[int, float]] = {"speedups": {}, "speedups_low": {}, "speedups_high": {}}
     for batch in plan.spec.break_even_batches:
         if batch > len(composer.index.trace.prompts):
             continue
         prices = KnotPrices(curve, knots=composer.knots, context=context, batch=batch)
-        ours, vanilla = composer.steps(tree, batch=batch), composer.steps(DraftTree.root_only(), batch=batch)
-        ours_at, vanilla_at = prices.step(ours.num_nodes, ours.num_heads), prices.step(1, 0)
-        if ours_at is not None and vanilla_at is not None:
-            speedups[batch] = _rounded(
-                float((vanilla.shares @ vanilla_at).sum() / (ours.shares @ ours_at).sum())
-            )
-    return speedups
+        ours, vanilla = (composer.seconds(one, prices) for one in (tree, DraftTree.root_only()))
+        if ours is None or vanilla is None:
+            continue
+        found["speedups"][batch] = _rounded(vanilla.total / ours.total)
+        resamples = composer.resamples(len(ours.by_unit))
+        if resamples.num_units > 1:
+            interval = resamples.interval(vanilla.total / ours.total, vanilla.draws / ours.draws)
+            found["speedups_low"][batch] = _rounded(interval.low)
+            found["speedups_high"][batch] = _rounded(interval.high)
+    return found
 
 
 def _beyond(lengths: NDArray[np.int64], covered: Sequence[int]) -> float:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.compose.devices import StepTimes
+from harness.compose.prices.redrawn import widened
 from harness.compose.replay import Replay, ReplayIndex
 from harness.compose.search import Price
 from harness.errors import UserError
@@ -45,6 +46,25 @@ class ReplayedSteps:
     steps: Floats
     row_steps: Floats
     shares: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Seconds:
+    """The composed seconds of a tree's steps, and their totals in every draw.
+
+    A draw takes units with replacement, and where a curve's timing shows its own error also the curve of
+    other rounds of timing. Draw d of all trees has the same units and the same curve, so that figures may be
+    divided draw by draw.
+    Shapes: `by_unit` [U], `draws` [draws].
+    """
+
+    by_unit: Floats
+    draws: Floats
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of all units."""
+        return float(self.by_unit.sum())
 
 
 class Composer:
@@ -88,6 +108,44 @@ class Composer:
         draws = self.resamples(len(steps.tokens)).totals(np.stack([steps.tokens, steps.row_steps], axis=1))
         rate = float(steps.tokens.sum() / steps.row_steps.sum())
         return self.resamples(len(steps.tokens)).interval(rate, draws[:, 0] / draws[:, 1])
+
+    def seconds(self, tree: DraftTree, prices: KnotPrices) -> Seconds | None:
+        """Return a tree's seconds at a curve's prices; None where the curve does not reach."""
+        steps = self.steps(tree, batch=prices.batch)
+        values = prices.step(steps.num_nodes, steps.num_heads)
+        if values is None:
+            return None
+        by_unit = steps.shares @ values
+        resamples, redrawn = (
+            self.resamples(len(by_unit)),
+            prices.step_redrawn(steps.num_nodes, steps.num_heads),
+        )
+        if redrawn is None:
+            return Seconds(by_unit, draws=resamples.totals(by_unit))
+        drawn = resamples.totals(steps.shares)
+        assert prices.curve.num_rounds is not None  # else nothing would be redrawn
+        redrawn = widened(
+            redrawn,
+            about=values,
+            rounds=prices.curve.num_rounds,
+            level=resamples.level,
+            num_units=resamples.num_units,
+        )
+        return Seconds(by_unit, draws=(drawn * np.resize(redrawn, drawn.shape)).sum(axis=1))
+
+    def gap(self, vanilla: Seconds, tree: Seconds, *, vanilla_s: Floats, tree_s: Floats) -> Interval:
+        """Return the composed speedup over the measured one of the same prompts, less 1.
+
+        Its interval draws the prompts of both together, and what the composed seconds draw besides.
+        Shapes: `vanilla_s`, `tree_s` [U], measured seconds.
+        """
+        resamples = self.resamples(len(vanilla_s))
+        composed, measured = (
+            vanilla.draws / tree.draws,
+            resamples.totals(vanilla_s) / resamples.totals(tree_s),
+        )
+        estimate = (vanilla.total / tree.total) / float(vanilla_s.sum() / tree_s.sum()) - 1
+        return resamples.interval(estimate, composed / measured - 1)
 
     def trace_contexts(self, *, batch: int = 1) -> NDArray[np.int64]:
         """Return after how many kept tokens each vanilla step runs."""
@@ -154,6 +212,7 @@ class KnotPrices:
         self.curve, self.knots, self.context, self.batch = curve, knots, context, batch
         self._bodies: dict[int, Floats | None] = {}
         self._heads: dict[int, float | None] = {}
+        self._redrawn: dict[tuple[int, int], Floats | None] = {}
 
     def step(self, num_nodes: int, num_heads: int) -> Floats | None:
         """Return the seconds of a whole step at every knot; None where the curve does not reach.
@@ -166,6 +225,37 @@ class KnotPrices:
             self._heads[num_heads] = self.curve.heads_seconds(num_heads=num_heads, batch=self.batch)
         body, heads = self._bodies[num_nodes], self._heads[num_heads]
         return None if body is None or heads is None else body + heads
+
+    def step_redrawn(self, num_nodes: int, num_heads: int) -> Floats | None:
+        """Return the seconds of a whole step at every knot that other rounds of timing would have given.
+
+        None where no timing shows its own error. Draw d of every size belongs to one curve.
+        Shapes: result [draws, knots].
+        """
+        key = (num_nodes, num_heads)
+        if key not in self._redrawn:
+            self._redrawn[key] = self._step_redrawn(num_nodes, num_heads)
+        return self._redrawn[key]
+
+    def _step_redrawn(self, num_nodes: int, num_heads: int) -> Floats | None:
+        if self.curve.num_rounds is None:
+            return None
+        asked = {"num_nodes": num_nodes, "num_heads": num_heads, "batch": self.batch}
+        drawn = [(at, self.curve.step_redrawn(context_tokens=at, **asked)) for at in self._near()]
+        known = [(at, seconds) for at, seconds in drawn if seconds is not None]
+        if not known:
+            return None
+        lengths, seconds = zip(*known, strict=True)
+        # Interpolation is linear: what each length counts at each knot, times its draws.
+        counts = np.stack(
+            [np.interp(self._wanted, lengths, one) for one in np.eye(len(lengths))], axis=1
+        )  # [knots, lengths]
+        return np.asarray((counts @ np.stack(seconds)).T)
+
+    @property
+    def _wanted(self) -> Floats:
+        """Return at which lengths the knots are priced."""
+        return self.knots if self.context == "trace" else np.full(len(self.knots), float(self.context))
 
     def price_at(self, context_tokens: float) -> Price:
         """Return a search's price of a size: the step's seconds at one context length."""
@@ -195,8 +285,7 @@ class KnotPrices:
         if not known:
             return None
         lengths, seconds = zip(*known, strict=True)
-        wanted = self.knots if self.context == "trace" else np.full(len(self.knots), float(self.context))
-        return np.asarray(np.interp(wanted, lengths, seconds))
+        return np.asarray(np.interp(self._wanted, lengths, seconds))
 
     def _near(self) -> tuple[int, ...]:
         low, high = (

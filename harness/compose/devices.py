@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from harness.compose.curve import MeasuredCurve, step_cost_of
 from harness.compose.prices.kernels import KernelTimes
+from harness.compose.prices.redrawn import Floats
 from harness.compose.roofline import (
     Prediction,
     heads_seconds,
@@ -45,13 +46,19 @@ class StepTimes(Protocol):
     """A device's curve, measured or predicted.
 
     `contexts` are the lengths between which times are linear. At a length outside of them the nearest one is
-    taken, and the report says so.
+    taken, and the report says so. `step_redrawn` holds the whole steps that other rounds of timing would have
+    given; `num_rounds` and it are None where no timing shows its own error.
     """
 
     @property
     def label(self) -> CurveLabel: ...
     @property
     def contexts(self) -> tuple[int, ...]: ...
+    @property
+    def num_rounds(self) -> int | None: ...
+    def step_redrawn(
+        self, *, num_nodes: int, num_heads: int, context_tokens: int, batch: int
+    ) -> Floats | None: ...
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
     def heads_seconds(self, *, num_heads: int, batch: int) -> float | None: ...
     def backbone_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None: ...
@@ -128,6 +135,15 @@ class PredictedCurve:
         """Return a grid so fine that lines between its points stay within half a percent of the roofline."""
         limit = self._shape.max_positions
         return (*(context for context in _PREDICTED_CONTEXTS if context < limit), limit)
+
+    @property
+    def num_rounds(self) -> None:
+        """Return None: the error of a prediction is its model's band."""
+        return None
+
+    def step_redrawn(self, *, num_nodes: int, num_heads: int, context_tokens: int, batch: int) -> None:
+        """Return None, as `num_rounds`."""
+        return None
 
     def body_seconds(self, *, num_nodes: int, context_tokens: int, batch: int) -> float | None:
         """Return a whole step less its heads; the roofline has nothing but the backbone there."""

@@ -20,14 +20,15 @@ from harness.records.sweep import (
 )
 from harness.records.sweep_cells import ChosenTree, ComposedCell, DecodedCell
 from harness.specs.suite import IntervalSpec
-from harness.stats import Interval, bootstrap_ratio
+from harness.stats import Interval, bootstrap_ratio, bootstrap_totals
 
 
 @dataclass(frozen=True)
 class DecodedCheck:
     """The measured and the composed speedup of one decoded point, over the same prompts.
 
-    Both are on the decode clock.
+    Both are on the decode clock. The interval of the gap is over prompts; where `holds_timing` it holds the
+    error of the curve's step times as well.
     """
 
     tree: int
@@ -36,6 +37,8 @@ class DecodedCheck:
     num_ties: int
     num_bugs: int
     device: str
+    gap_interval: Interval | None = None
+    holds_timing: bool = False
 
     @property
     def gap(self) -> float:
@@ -44,18 +47,31 @@ class DecodedCheck:
 
     @property
     def is_within(self) -> bool:
-        """Return whether the composed speedup lies within the run's interval."""
+        """Return whether the two may be one speed: the interval of their gap holds 0.
+
+        Where the error of the step times is not known, whether the run's own interval holds the composed one.
+        """
+        if self.holds_timing and self.gap_interval is not None:
+            return self.gap_interval.low <= 0 <= self.gap_interval.high
         return self.measured.low <= self.composed <= self.measured.high
 
 
 def decoded_check(cell: DecodedCell, *, spec: IntervalSpec) -> DecodedCheck:
-    """Return a decoded point's check, its interval over the decoded prompts."""
-    vanilla, medusa = [row.vanilla_s for row in cell.rows], [row.medusa_s for row in cell.rows]
+    """Return a decoded point's check, its intervals over the decoded prompts."""
+    names = ("vanilla_s", "medusa_s", "composed_vanilla_s", "composed_medusa_s")
+    vanilla, medusa, *composed = ([getattr(row, name) for row in cell.rows] for name in names)
+    over_prompts = bootstrap_totals(
+        lambda plain, tree, plain_s, tree_s: (plain_s / tree_s) / (plain / tree) - 1,
+        *(vanilla, medusa, *composed),
+        spec=spec,
+        rng=np.random.default_rng(spec.seed),
+    )
     return DecodedCheck(
         tree=cell.tree,
         measured=bootstrap_ratio(vanilla, medusa, spec=spec, rng=np.random.default_rng(spec.seed)),
-        composed=fsum(row.composed_vanilla_s for row in cell.rows)
-        / fsum(row.composed_medusa_s for row in cell.rows),
+        composed=fsum(composed[0]) / fsum(composed[1]),
+        gap_interval=cell.gap or over_prompts,
+        holds_timing=cell.gap is not None,
         num_ties=sum(difference.kind == "tie" for difference in cell.differences),
         num_bugs=sum(difference.kind == "bug" for difference in cell.differences),
         device=cell.curve.device,

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.bounds import Count, FileName, Seconds, Sha256, StepSeconds, Utc
 from harness.files import Frozen
@@ -27,6 +28,10 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STOCK = "hf_generate"
 OUT_OF_TIME = "the time budget was used up"  # why a point was skipped
 POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json", "modes.json", "batches.json"
+
+
+Timing = Literal["fixed", "decoding"]
+_OLDER_TIMES_A_ROUND = 3  # of records that do not say
 
 
 class LatencyPoint(Versioned, PointKey):
@@ -54,12 +59,51 @@ class LatencyPoint(Versioned, PointKey):
         description="the GPU after the points of the same dtype, mode, context and batch, and who else used "
         "it; null on a CPU, without its driver's package, and in older records",
     )
+    timing: Timing = Field(
+        default="fixed",
+        description="how a visit's steps follow each other. fixed: each after the same context, which it is "
+        "made to forget. decoding: over a growing text, as the decoding loop takes them, each visit from "
+        "another length about the context",
+    )
+    times_a_round: tuple[Count, ...] = Field(
+        default=(),
+        description="how many of the times of each part every round over the sizes took, in order; a step of "
+        "one node is timed before each other size, so that its rounds are longer; empty in older records, "
+        "whose rounds took three of every size, and the last one what was left",
+    )
     skipped: str | None = Field(default=None, description="why nothing was timed; null where it was")
+
+    @model_validator(mode="after")
+    def _rounds_hold_all_times(self) -> LatencyPoint:
+        held = sum(self.times_a_round)
+        if self.times_a_round and any(
+            len(times) not in (0, held) for times in (self.backbone_s, self.heads_s, self.step_s)
+        ):
+            raise ValueError(f"found times_a_round of {held} in all, need as many as each part has times")
+        return self
 
     @property
     def key(self) -> PointKey:
         """Return the combination alone."""
         return PointKey.model_validate({name: getattr(self, name) for name in PointKey.model_fields})
+
+    def with_rounds_of(self, later: LatencyPoint) -> LatencyPoint:
+        """Return the point with the rounds of a later sitting added; as it is where that one was skipped."""
+        if later.skipped is not None:
+            return self
+        parts = ("backbone_s", "heads_s", "step_s", "times_a_round")
+        peaks = [one.peak_memory_bytes for one in (self, later) if one.peak_memory_bytes is not None]
+        added: dict[str, Any] = {name: getattr(self, name) + getattr(later, name) for name in parts}
+        last = {"gpu": later.gpu, "peak_memory_bytes": max(peaks, default=None)}
+        return LatencyPoint.model_validate({**dict(self), **added, **last})
+
+    def by_round(self, part: Literal["backbone_s", "heads_s", "step_s"]) -> tuple[tuple[float, ...], ...]:
+        """Return the times of a part round by round; times within a round are moments apart."""
+        times: tuple[float, ...] = getattr(self, part)
+        counts = self.times_a_round or (_OLDER_TIMES_A_ROUND,) * -(-len(times) // _OLDER_TIMES_A_ROUND)
+        starts = [0, *accumulate(counts)]
+        rounds = (times[start:end] for start, end in pairwise(starts))
+        return tuple(one for one in rounds if one)
 
 
 class ModelFacts(Versioned):

@@ -44,11 +44,30 @@ class ChosenTree(Frozen):
     speedups: dict[Count, Amount] = Field(
         default={}, description="speedup by batch; empty where the cell was not asked for it"
     )
+    speedups_low: dict[Count, Amount] = Field(
+        default={},
+        description="lower bounds of these speedups; empty in older records; a batch that takes all prompts "
+        "at once has none",
+    )
+    speedups_high: dict[Count, Amount] = Field(
+        default={}, description="upper bounds of these speedups, of the same batches as the lower ones"
+    )
 
     @property
     def break_even(self) -> BreakEven | None:
         """Return up to which batch the tree pays; None where the cell was not asked for it."""
         return break_even(self.speedups) if self.speedups else None
+
+    @property
+    def break_even_range(self) -> tuple[int | None, int | None] | None:
+        """Return the largest batches whose bounds lie above 1, the lower bound's first; None without bounds.
+
+        A bound that lies above 1 at no batch gives None in its place.
+        """
+        if not self.speedups_low:
+            return None
+        low, high = (break_even(some).largest_batch for some in (self.speedups_low, self.speedups_high))
+        return low, high
 
 
 class CurveLabel(Frozen):
@@ -116,6 +135,12 @@ class ComposedCell(Versioned):
     speedup_high: tuple[Amount, ...] = Field(description="upper bounds of the speedups, one entry a tree")
     num_uncovered: Count = Field(description="trees of the sweep that the curve does not cover")
     chosen: tuple[ChosenTree, ...] = Field(description="what the searches chose for this cell")
+    timing_rounds: Count | None = Field(
+        default=None,
+        description="rounds in which the curve was timed, which intervals draw as they draw prompts; "
+        "null where they leave the error of the step times out: for a prediction, which has its bands, for "
+        "times of one round, and in older records",
+    )
     seconds_band: ErrorBand | None = Field(
         default=None,
         description="bounds of measured / predicted seconds of a step on curves that the step model had not "
@@ -224,6 +249,12 @@ class DecodedCell(Versioned):
     tree: Count = Field(description="index of the tree in trees.json")
     rows: tuple[DecodedRow, ...] = Field(description="one entry a prompt")
     differences: tuple[StepDifference, ...] = Field(description="where decoding left its replay, by prompt")
+    gap: KnownInterval | None = Field(
+        default=None,
+        description="composed speedup over the measured one, less 1; its interval draws the prompts of both "
+        "together and the rounds in which the curve was timed; null in older records, and where the curve's "
+        "timing does not show its error",
+    )
     elapsed_s: Seconds = Field(description="seconds that the whole cell took")
     ran_on: Annotated[RanOn | None, RAN_ON] = None
 

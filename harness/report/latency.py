@@ -46,6 +46,7 @@ from harness.report.provenance import (
     record_link,
     relative_folder,
 )
+from harness.report.tables.latency import render_timing
 
 _POINTS_NOTE = """\
 Medians of repeats, synchronised. *step cost*: the backbone's pass over so many nodes against one node at the
@@ -156,6 +157,7 @@ def render_points(record: LatencyRecord, *, dtype: str, mode: str) -> str:
     ]
     headers += ["heads, ms", "step, ms", "overhead"]
     lines = [table(headers, [_point_cells(record, point, among=points) for point in points]), _POINTS_NOTE]
+    lines.append(render_timing(points))
     predictions = [made for point in points if (made := prediction_of(record, point)) is not None]
     if predictions:
         lines.append(_roofline_error(prediction_error(predictions)))

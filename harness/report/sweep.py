@@ -46,6 +46,8 @@ from harness.report.provenance import (
     relative_folder,
 )
 from harness.report.tables.sweep import (
+    decoded_words,
+    interval_words,
     render_appendix_g,
     render_decoded,
     render_decoded_gap,
@@ -64,10 +66,11 @@ _DEVICE_NOTE = """\
 replayed on the trace. *step cost*: the backbone's pass over the tree against one node, without heads.
 *overhead*: a whole step against vanilla's, so that speedup = tokens/step / overhead. *composed*: a replay
 priced by measured step times of the same model. *predicted*: a replay priced by a model of the device's step.
-Brackets hold bootstrap intervals over prompts; those of predicted speedups and tokens/s are widened by the
-error of the predicted steps. *error > effect*: that error leaves open whether the tree is faster or slower
-than vanilla, so no tree and no speed is told. Rows that say the same are one row. *break-even*: up to which
-batch this tree is faster than vanilla; a batch takes as many steps as its slowest row."""
+*break-even*: up to which batch this tree is faster than vanilla; a batch takes as many steps as its slowest
+row. *error > effect*: the error of the predicted steps leaves open whether the tree is faster or slower than
+vanilla, so no tree and no speed is told. Rows that say the same are one row. Brackets hold bootstrap
+intervals over prompts; those of predicted speedups and tokens/s are widened by the error of the predicted
+steps."""
 _README_COLUMNS = (
     "device",
     "step times",
@@ -78,10 +81,14 @@ _README_COLUMNS = (
     "tokens/s",
     "break-even batch",
 )
+_DECODED_NOTE = """\
+*measured*: vanilla and a tree drawn by seed in turn on the same prompts. *gap*: composed over measured, less
+1."""
+_DECODED_COLUMNS = ("family", "nodes", "measured speedup", "composed", "gap")
 _README_NOTE = """\
 The fastest tree of each device, chosen on other text than it is judged on. *overhead*: a whole step against
-vanilla's, so that speedup = tokens/step / overhead. Brackets hold bootstrap intervals over prompts; the error
-of the step times is not in them. *break-even*: up to which batch this tree is faster than vanilla."""
+vanilla's, so that speedup = tokens/step / overhead. *break-even*: up to which batch this tree is faster than
+vanilla. Brackets hold bootstrap intervals over prompts."""
 _HYPOTHETICAL_NOTE = """\
 These rows join the trace with another model's steps, or with lengths that the text did not have: what its
 tokens/step would be worth there. None of it is a result."""
@@ -113,7 +120,7 @@ def render_sweep_report(
         section(
             "Which tree on which device",
             render_devices(headline_cells(record), record),
-            _DEVICE_NOTE,
+            f"{_DEVICE_NOTE} {interval_words(headline_cells(record))}",
             render_decoded_gap(record),
             _beyond(record),
         ),
@@ -153,11 +160,22 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
     return paragraphs(
         about,
         render_devices(measured, record, columns=_README_COLUMNS),
-        _README_NOTE,
+        f"{_README_NOTE} {interval_words(measured)}",
         render_decoded_gap(record),
+        _readme_decoded(record),
         _not_measured([one for one in cells if one.kind != "composed"], record),
         *images,
         record_link(record.folder, base=base, label=label),
+    )
+
+
+def _readme_decoded(record: SweepRecord) -> str:
+    """Return the decoded points, measured and composed, with what their brackets hold; empty without any."""
+    checks = decoded_checks(record)
+    if not checks:
+        return ""
+    return paragraphs(
+        render_decoded(record, columns=_DECODED_COLUMNS), f"{_DECODED_NOTE} {decoded_words(checks)}"
     )
 
 

@@ -7,7 +7,7 @@ between measured sizes too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,15 @@ def spec_data(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in data.items() if value is not None}
 
 
-def fake_point(key: PointKey) -> LatencyPoint:
-    """A point's raw times: three repeats around the truth, whose median it is."""
+def fake_point(key: PointKey, *, levels: Sequence[float] = (1.0,)) -> LatencyPoint:
+    """A point's raw times: in each round three around the truth, whose median it is, at the round's level.
+
+    One node meets the levels in their order and other sizes the other way round.
+    """
+    met = levels if key.num_nodes == 1 else levels[::-1]
 
     def around(seconds: float) -> tuple[float, ...]:
-        return (seconds * 1.5, seconds, seconds * 0.9)
+        return tuple(seconds * level * factor for level in met for factor in (1.5, 1, 0.9))
 
     place = {"context_tokens": key.context_tokens, "batch": key.batch}
     has_step = key.num_heads > 0 or key.num_nodes == 1
@@ -94,6 +98,7 @@ def fake_point(key: PointKey) -> LatencyPoint:
         backbone_s=around(backbone_s(key.num_nodes, **place)),
         heads_s=around(heads_s(key.num_heads)) if key.num_heads else (),
         step_s=around(step_s(key.num_nodes, key.num_heads, **place)) if has_step else (),
+        times_a_round=(3,) * len(levels) if len(levels) > 1 else (),
         peak_memory_bytes=2**30,
     )
 
@@ -144,10 +149,14 @@ def fake_batches(speedups: Mapping[int, float] | None = None) -> BatchTrials:
 
 
 def write_fake_latency(
-    folder: Path, *, skipped: Mapping[int, str] | None = None, **changes: Any
+    folder: Path,
+    *,
+    skipped: Mapping[int, str] | None = None,
+    levels: Sequence[float] = (1.0,),
+    **changes: Any,
 ) -> LatencyRecord:
-    """Write a sealed record; `skipped` gives numbers of nodes a reason not to be measured, `changes` go into
-    the spec.
+    """Write a sealed record; `skipped` gives numbers of nodes a reason not to be measured, `levels` are those
+    of the rounds, `changes` go into the spec.
     """
     folder.mkdir(parents=True)
     data = spec_data(**changes)
@@ -163,7 +172,7 @@ def write_fake_latency(
     points = [
         LatencyPoint(**dict(key), skipped=reasons[key.num_nodes])
         if key.num_nodes in reasons
-        else fake_point(key)
+        else fake_point(key, levels=levels)
         for key in spec.points("float32", ("eager", "packed"))
     ]
     write_bytes(

@@ -120,13 +120,14 @@ def made_up_spec(**changes: Any) -> SweepSpec:
     return parse_sweep(tomli_w.dumps(sweep_data(**changes)), where="the test")
 
 
-def made_up_plan(folder: Path, **changes: Any) -> SweepPlan:
-    """A plan on traces and a latency record that are written into a folder."""
+def made_up_plan(folder: Path, *, levels: Sequence[float] = (1.0,), **changes: Any) -> SweepPlan:
+    """A plan on traces and a latency record that are written into a folder; `levels` are of its rounds."""
     if not (folder / "trace.npz").exists():
         made_up_trace(1).save(folder / "trace.npz")
         made_up_trace(2, num_prompts=12).save(folder / "calibration.npz")
         write_fake_latency(
-            folder / "results" / "latency" / "fake" / "made-up-machine" / "20240119T120000Z-01234567"
+            folder / "results" / "latency" / "fake" / "made-up-machine" / "20240119T120000Z-01234567",
+            levels=levels,
         )
     return plan_sweep(made_up_spec(**changes), base_folder=folder, results=folder / "results")
 

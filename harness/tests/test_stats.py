@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import stats
 
+from harness.compose.composer import Composer, KnotPrices
+from harness.compose.curve import TimedPoints
+from harness.judge.checks import NOISE_ERRORS
+from harness.judge.claims.evidence import EQUIVALENCE_LEVEL
 from harness.judge.claims.findings import above, below, equivalence
+from harness.judge.claims.run import identity_gap
 from harness.judge.judgement import VerdictKind
-from harness.specs.suite import IntervalSpec
-from harness.stats import Interval, bootstrap_ratio, bootstrap_ratio_of_ratios, widened_level
+from harness.judge.step_costs import paired
+from harness.judge.totals import prompt_totals
+from harness.records.latency import LatencyPoint
+from harness.records.opened import open_trace
+from harness.records.run import RunRecord
+from harness.records.sweep_cells import CurveLabel
+from harness.records.trace import Trace
+from harness.report.readme import shown_record
+from harness.specs.latency import load_latency_spec
+from harness.specs.suite import IntervalSpec, load_suite
+from harness.stats import (
+    Interval,
+    Resamples,
+    bootstrap_groups,
+    bootstrap_ratio,
+    bootstrap_ratio_of_ratios,
+    bootstrap_totals,
+    widened_level,
+)
+from medusa_impl.tree import DraftTree
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEC = IntervalSpec(num_resamples=500)
 Columns = tuple[NDArray[np.float64], ...]
 
@@ -38,9 +65,9 @@ def speedup(columns: Columns, *, spec: IntervalSpec, seed: int) -> Interval:
     )
 
 
-@pytest.mark.parametrize("num_prompts", [8, 16, 80])
+@pytest.mark.parametrize("num_prompts", [8, 80])
 def test_a_nominal_95_percent_interval_covers_the_truth_nine_times_in_ten(num_prompts: int) -> None:
-    """Measured on 400 records each: 0.925 at n = 8, 0.930 at 16, 0.943 at 80. An unwidened interval covers
+    """Measured on 400 records each: 0.925 at n = 8, 0.943 at 80. An unwidened interval covers
     0.88 at n = 8 and fails.
     """
     _, medusa_s, vanilla_s = heterogeneous_prompts((2_000_000,), rng=np.random.default_rng(1))
@@ -53,6 +80,261 @@ def test_a_nominal_95_percent_interval_covers_the_truth_nine_times_in_ten(num_pr
     covered = np.mean([interval.low <= truth <= interval.high for interval in intervals])
     print(f"n = {num_prompts}: covers {covered:.4f}")
     assert 0.90 <= covered <= 0.98
+
+
+@dataclass(frozen=True)
+class Population:
+    """Prompts like those of the committed run: the logarithms of their counts are normal, with its moments.
+
+    Columns: tokens, steps and seconds of an arm with a tree; seconds of vanilla, whose steps are the tokens.
+    `noise` is the spread of a step timed apart from decoding.
+    """
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    num_prompts: int
+    noise: float
+
+    def drawn(self, rng: np.random.Generator) -> Columns:
+        """The columns of one record's prompts."""
+        logs = rng.multivariate_normal(self.mean, self.covariance, size=self.num_prompts)
+        return tuple(np.exp(logs).T)
+
+    @property
+    def totals(self) -> NDArray[np.float64]:
+        """The mean of each column over all prompts there could be."""
+        return np.asarray(np.exp(self.mean + np.diag(self.covariance) / 2))
+
+
+@pytest.fixture(scope="module")
+def population() -> Population:
+    """The prompts of the run in the README, as many as the embedded suite asks for."""
+    record = RunRecord(shown_record(ROOT / "README.md", "results"))
+    own, base = (prompt_totals(record, arm, timed=True) for arm in ("fastest", "vanilla"))
+    keys = [key for key in own if key in base]
+    rows = [(own[key].decode_tokens, own[key].steps, own[key].decode_s, base[key].decode_s) for key in keys]
+    logs = np.log(np.array(rows, dtype=np.float64))
+    asked = load_suite(ROOT / "suites" / "embedded.toml").prompts.per_category
+    assert asked is not None
+    return Population(
+        mean=logs.mean(axis=0),
+        covariance=np.cov(logs, rowvar=False),
+        num_prompts=asked * len({own[key].category for key in keys}),
+        noise=float(np.std(logs[:, 2] - logs[:, 1])),
+    )
+
+
+def covering(intervals: Iterable[Interval], truth: float) -> float:
+    """How many of the intervals hold the truth, as a share."""
+    return float(np.mean([one.low <= truth <= one.high for one in intervals]))
+
+
+def check_rate(covered: float, *, stated: float, records: int) -> None:
+    """Fail where so many records cover more seldom or more often than stated, two binomial errors granted.
+
+    A nominal rate counts as stated with what few prompts take off it: 0.02 (the table in `harness/stats.py`).
+    """
+    error = math.sqrt(stated * (1 - stated) / records)
+    print(f"covers {covered:.4f} of {records}, stated {stated:.4f}")
+    assert stated - 0.02 - 2 * error <= covered <= stated + 2 * error
+
+
+NUM_RECORDS = 800
+Routine = Callable[[Population, Columns, int], Interval]
+
+
+def rng_of(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def of_rate(_: Population, columns: Columns, seed: int) -> Interval:
+    return bootstrap_ratio(columns[0], columns[2], spec=SPEC, rng=rng_of(seed))
+
+
+def of_speedup(_: Population, columns: Columns, seed: int) -> Interval:
+    tokens, _steps, tree_s, vanilla_s = columns
+    return bootstrap_ratio_of_ratios(
+        tokens, tree_s, base_numerator=tokens, base_denominator=vanilla_s, spec=SPEC, rng=rng_of(seed)
+    )
+
+
+def of_overhead(_: Population, columns: Columns, seed: int) -> Interval:
+    tokens, steps, tree_s, vanilla_s = columns
+    return bootstrap_totals(
+        lambda a, b, c, d: (a / b) / (c / d), tree_s, steps, vanilla_s, tokens, spec=SPEC, rng=rng_of(seed)
+    )
+
+
+def of_groups(_: Population, columns: Columns, seed: int) -> Interval:
+    """Two categories of half the prompts each, the rate of one over that of the other."""
+    tokens, steps = columns[:2]
+    half = len(tokens) // 2
+    groups = [(tokens[:half], steps[:half]), (tokens[half:], steps[half:])]
+    return bootstrap_groups(lambda a, b: a / b, groups, spec=SPEC.model_copy(update={"seed": seed}))
+
+
+def of_resamples(_: Population, columns: Columns, seed: int) -> Interval:
+    tokens, steps = columns[:2]
+    resamples = Resamples(len(tokens), spec=SPEC.model_copy(update={"seed": seed}))
+    draws = resamples.totals(np.stack([tokens, steps], axis=1))
+    return resamples.interval(float(tokens.sum() / steps.sum()), draws[:, 0] / draws[:, 1])
+
+
+def of_identity(population: Population, columns: Columns, seed: int) -> Interval:
+    """DEF-spd at the level of an equivalence: steps timed apart scatter as much as decoded ones."""
+    tokens, steps, tree_s, vanilla_s = columns
+    rng = np.random.default_rng([seed, 1])
+    own_s, base_s = (
+        seconds / count * np.exp(rng.normal(0, population.noise, size=len(tokens)))
+        for seconds, count in ((tree_s, steps), (vanilla_s, tokens))
+    )
+    spec = SPEC.model_copy(update={"level": EQUIVALENCE_LEVEL})
+    parts = (own_s, base_s, steps, tree_s, tokens, vanilla_s)
+    return bootstrap_totals(identity_gap, *parts, spec=spec, rng=rng_of(seed))
+
+
+def mean_ratio(population: Population, top: int, bottom: int) -> float:
+    """The mean over prompts of one column over another."""
+    weights = np.zeros(4)
+    weights[top], weights[bottom] = 1, -1
+    return float(np.exp(weights @ population.mean + weights @ population.covariance @ weights / 2))
+
+
+def true_identity(population: Population) -> float:
+    """Mean separate steps over each other, against the decoded ones; both scatter by one noise."""
+    tokens, steps, tree_s, vanilla_s = population.totals
+    apart = mean_ratio(population, 2, 1) / mean_ratio(population, 3, 0)
+    return float(apart * (steps / tree_s) / (tokens / vanilla_s) - 1)
+
+
+ROUTINES: dict[str, tuple[Routine, Callable[[Population], float], float]] = {
+    "bootstrap_ratio": (of_rate, lambda of: of.totals[0] / of.totals[2], 0.95),
+    "bootstrap_ratio_of_ratios": (of_speedup, lambda of: of.totals[3] / of.totals[2], 0.95),
+    "bootstrap_totals": (
+        of_overhead,
+        lambda of: (of.totals[2] / of.totals[1]) / (of.totals[3] / of.totals[0]),
+        0.95,
+    ),
+    "bootstrap_groups": (of_groups, lambda _: 1.0, 0.95),
+    "Resamples": (of_resamples, lambda of: of.totals[0] / of.totals[1], 0.95),
+    "DEF-spd": (of_identity, true_identity, EQUIVALENCE_LEVEL),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINES)
+def test_every_interval_covers_at_its_rate_at_the_suites_own_number_of_prompts(
+    population: Population, name: str
+) -> None:
+    routine, truth, stated = ROUTINES[name]
+    rng = np.random.default_rng(11)
+    intervals = [routine(population, population.drawn(rng), record) for record in range(NUM_RECORDS)]
+    assert population.num_prompts == 16 and intervals[0].num_prompts == 16
+    check_rate(covering(intervals, truth(population)), stated=stated, records=NUM_RECORDS)
+
+
+@pytest.mark.parametrize("errors", [1.96, NOISE_ERRORS])
+def test_a_median_over_prompts_covers_at_the_rate_of_its_errors(
+    population: Population, errors: float
+) -> None:
+    """Logarithms of steps over steps are normal in such a population, so that their median is their mean.
+
+    The spread of the middle half is itself uncertain at 16 prompts: as many standard errors cover as a
+    t-distribution says, not a normal one.
+    """
+    rng = np.random.default_rng(12)
+    covered = []
+    for _ in range(2000):
+        _, steps, tree_s, _ = population.drawn(rng)
+        found = paired(np.log(tree_s / steps).tolist())
+        assert found is not None
+        covered.append(abs(found.median - (population.mean[2] - population.mean[1])) <= errors * found.error)
+    stated = float(2 * stats.t.cdf(errors, population.num_prompts - 1) - 1)
+    check_rate(float(np.mean(covered)), stated=stated, records=2000)
+
+
+TREE = DraftTree.from_paths([(0,), (1,), (0, 0)])
+STEP_S = {1: 0.04, TREE.num_nodes: 0.05}
+LEVEL, OWN, WITHIN = (
+    0.05,
+    0.05,
+    0.03,
+)  # spreads of a round's level, of a size's own part of it, of single times
+
+
+def timed_anew(rng: np.random.Generator, *, rounds: int) -> list[LatencyPoint]:
+    """A latency run of vanilla and a tree at two contexts: rounds have levels, and sizes their own."""
+    points = []
+    for context in (128, 256):
+        level = rng.normal(0, LEVEL, size=rounds)
+        for nodes, seconds in STEP_S.items():
+            logs = (level + rng.normal(0, OWN, size=rounds))[:, None] + rng.normal(
+                0, WITHIN, size=(rounds, 3)
+            )
+            times = tuple((seconds * np.exp(logs)).ravel().tolist())
+            points.append(
+                LatencyPoint(
+                    dtype="float32",
+                    mode="packed",
+                    num_nodes=nodes,
+                    num_heads=0 if nodes == 1 else TREE.depth,
+                    context_tokens=context,
+                    batch=1,
+                    backbone_s=times,
+                    heads_s=tuple(time / 10 for time in times) if nodes > 1 else (),
+                    step_s=times,
+                    times_a_round=(3,) * rounds,
+                )
+            )
+    return points
+
+
+def composed(trace: Trace, points: list[LatencyPoint], *, seed: int) -> tuple[Interval, Interval, Interval]:
+    """A composed speedup, the same without the error of the step times, and composed tokens/s."""
+    label = CurveLabel(
+        device="d", shape="s", dtype="float32", mode="packed", kind="measured", source="t", fingerprint="f"
+    )
+    composer = Composer(trace, knots=(128, 256), interval=SPEC.model_copy(update={"seed": seed}))
+    prices = KnotPrices(TimedPoints(points, label=label), knots=composer.knots, context="trace", batch=1)
+    vanilla, tree = (composer.seconds(one, prices) for one in (DraftTree.root_only(), TREE))
+    assert vanilla is not None and tree is not None
+    resamples, tokens = composer.resamples(len(tree.by_unit)), composer.steps(TREE).tokens
+    totals = resamples.totals(np.stack([vanilla.by_unit, tree.by_unit], axis=1))
+    estimate = vanilla.total / tree.total
+    return (
+        resamples.interval(estimate, vanilla.draws / tree.draws),
+        resamples.interval(estimate, totals[:, 0] / totals[:, 1]),
+        resamples.interval(tokens.sum() / tree.total, resamples.totals(tokens) / tree.draws),
+    )
+
+
+def test_composed_intervals_cover_at_their_rate_with_the_error_of_the_step_times(
+    population: Population,
+) -> None:
+    """Prompts drawn from the committed trace, a curve timed anew each time in as many rounds as the embedded
+    latency run takes. Without the error of the step times the interval covers 0.6 to 0.8.
+    """
+    num_records = 200
+    rounds = load_latency_spec(ROOT / "suites" / "latency" / "embedded.toml").repeats // 3
+    whole = open_trace(shown_record(ROOT / "README.md", "results") / "trace.npz")
+    rng = np.random.default_rng(13)
+    level_s = math.exp((LEVEL**2 + OWN**2) / 2)  # what levels add to a mean step, of any size
+    true = Composer(whole, knots=(128, 256), interval=SPEC)
+    vanilla_s, tree_s = (
+        float(true.steps(tree).steps.sum()) * STEP_S[tree.num_nodes] for tree in (DraftTree.root_only(), TREE)
+    )
+    tokens = float(true.steps(TREE).tokens.sum())
+    found = []
+    for record in range(num_records):
+        picks = rng.integers(len(whole.prompts), size=population.num_prompts)
+        prompts = tuple(
+            replace(whole.prompts[pick], key=f"p{number}") for number, pick in enumerate(picks.tolist())
+        )
+        trace = Trace(provenance=whole.provenance, prompts=prompts)
+        found.append(composed(trace, timed_anew(rng, rounds=rounds), seed=record))
+    speedups, prompts_alone, rates = zip(*found, strict=True)
+    check_rate(covering(speedups, vanilla_s / tree_s), stated=0.95, records=num_records)
+    check_rate(covering(rates, tokens / tree_s / level_s), stated=0.95, records=num_records)
+    assert covering(prompts_alone, vanilla_s / tree_s) < 0.85
 
 
 def test_widening_shrinks_with_prompts_and_never_narrows() -> None:

@@ -72,7 +72,7 @@ from harness.specs.forms.claims import (
     SpeedPeaksForm,
     TransferForm,
 )
-from harness.stats import bootstrap_totals
+from harness.stats import Floats, bootstrap_totals
 
 
 def judge_transfer(form: TransferForm, *, evidence: Evidence) -> Finding:
@@ -291,6 +291,17 @@ def _speed_identity(form: SpeedIdentityForm, evidence: Evidence) -> Finding:
     return replace(both, reason=f"{prefix}; {both.reason}")
 
 
+def identity_gap(
+    own_s: Floats, base_s: Floats, steps: Floats, seconds: Floats, base_steps: Floats, base_seconds: Floats
+) -> Floats:
+    """Return the overhead of separately timed steps over that of the decoded ones, less 1.
+
+    The first two are sums of separately timed steps, an arm's and its baseline's; the others count both
+    arms' decoding steps and their seconds. Each is summed over prompts.
+    """
+    return (own_s / base_s) * (steps / seconds) / (base_steps / base_seconds) - 1
+
+
 def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Evidence) -> Finding:
     arm, separate = compared.arm, compared.separate_overhead
     if separate is None:
@@ -310,9 +321,7 @@ def _identity_of(compared: Comparison, form: SpeedIdentityForm, evidence: Eviden
         raise NotTestable(f"no prompt has separately timed steps and a timed generation of {arm}")
     totals = [[side[key] for key in keys] for side in (own, base)]
     gap = bootstrap_totals(
-        lambda own_s, base_s, steps, seconds, base_steps, base_seconds: (
-            (own_s / base_s) * (steps / seconds) / (base_steps / base_seconds) - 1
-        ),
+        identity_gap,
         *apart_s,
         *(column(side, name) for side in totals for name in ("steps", "decode_s")),
         spec=spec.model_copy(update={"level": EQUIVALENCE_LEVEL}),

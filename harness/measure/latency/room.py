@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from harness.device.engine import best_device
 from harness.errors import UserError
-from harness.measure.latency.engine import chosen_modes, planned_facts
+from harness.measure.latency.engine import (
+    chosen_modes,
+    free_memory_bytes,
+    packs_weights,
+    planned_facts,
+)
 from harness.records.latency import ModelFacts
 from harness.specs.latency import DtypeName, LatencySpec, PointKey
 
@@ -35,6 +45,41 @@ def check_device(spec: LatencySpec, device: torch.device) -> None:
             where=f"the modes of {spec.name!r}",
             do="run it on a machine with a CUDA device, or give --modes eager",
         )
+
+
+def print_latency_plan(
+    spec: LatencySpec, *, console: Console, base_folder: Path | None = None
+) -> dict[str, int]:
+    """Print every point with its memory and why it would be skipped, and return the counts.
+
+    Nothing is loaded. Whether a mode is on offer shows only when the model is; `auto` is shown as `eager`.
+    """
+    device, facts = best_device(), planned_facts(spec, base_folder=base_folder)
+    free_bytes = free_memory_bytes(device)
+    table = Table("dtype", "mode", "batch", "context", "nodes", "heads", "GB", "skipped")
+    counts = {"points": 0, "skipped": 0}
+    for dtype in spec.dtypes:
+        packs = packs_weights(spec, dtype=dtype, device=device)
+        for key in spec.points(dtype, chosen_modes(spec, ("eager",))):
+            reason = skip_reason(
+                key, facts, packs=packs, free_bytes=free_bytes, memory_share=spec.memory_share
+            )
+            sizes = (key.batch, key.context_tokens, key.num_nodes, key.num_heads)
+            table.add_row(
+                dtype,
+                key.mode,
+                *map(str, sizes),
+                f"{facts.needed_bytes(key, packs=packs) / 1e9:.2f}",
+                reason or "",
+            )
+            counts = {"points": counts["points"] + 1, "skipped": counts["skipped"] + (reason is not None)}
+    console.print(table)
+    console.print(
+        f"{facts.name}: {counts['points']} points, {counts['skipped']} skipped; {free_bytes / 1e9:.2f} GB "
+        "free",
+        highlight=False,
+    )
+    return counts
 
 
 def skip_reason(

@@ -1,8 +1,9 @@
 """Record a latency run: every size on the device, then the tables of modes and of batches.
 
 Backbone, heads and whole steps are timed. All sizes after one context share a cache and are timed in turn.
-Its keys and values come from a real prefill of random tokens, in chunks, once a group; a timed step is
-dropped by forgetting it, so that every repeat sees the same context.
+Its keys and values come from a real prefill of random tokens, in chunks, once a group; what a visit to a
+size has kept is forgotten at the next one. Every point says how its steps followed each other, and in which
+rounds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from harness.device.clock import Clock, device_clock
 from harness.device.doctor import require_own_gpu
@@ -35,13 +35,12 @@ from harness.measure.latency.engine import (
     load_latency_engine,
     model_description,
     packs_weights,
-    planned_facts,
 )
-from harness.measure.latency.faults import UNPREPARED, noting_fault, release
+from harness.measure.latency.faults import PREPARING_MODES, UNPREPARED, noting_fault, release
 from harness.measure.latency.modes import measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt, table_prompts
 from harness.measure.latency.room import check_device, check_fits, skip_reason
-from harness.measure.latency.timers import measure_group
+from harness.measure.latency.timers import measure_group, visits_of
 from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
@@ -145,41 +144,6 @@ def _seal(store: Store[LatencyPoint], **facts: Any) -> None:
     )
 
 
-def print_latency_plan(
-    spec: LatencySpec, *, console: Console, base_folder: Path | None = None
-) -> dict[str, int]:
-    """Print every point with its memory and why it would be skipped, and return the counts.
-
-    Nothing is loaded. Whether a mode is on offer shows only when the model is; `auto` is shown as `eager`.
-    """
-    device, facts = best_device(), planned_facts(spec, base_folder=base_folder)
-    free_bytes = free_memory_bytes(device)
-    table = Table("dtype", "mode", "batch", "context", "nodes", "heads", "GB", "skipped")
-    counts = {"points": 0, "skipped": 0}
-    for dtype in spec.dtypes:
-        packs = packs_weights(spec, dtype=dtype, device=device)
-        for key in spec.points(dtype, chosen_modes(spec, ("eager",))):
-            reason = skip_reason(
-                key, facts, packs=packs, free_bytes=free_bytes, memory_share=spec.memory_share
-            )
-            sizes = (key.batch, key.context_tokens, key.num_nodes, key.num_heads)
-            table.add_row(
-                dtype,
-                key.mode,
-                *map(str, sizes),
-                f"{facts.needed_bytes(key, packs=packs) / 1e9:.2f}",
-                reason or "",
-            )
-            counts = {"points": counts["points"] + 1, "skipped": counts["skipped"] + (reason is not None)}
-    console.print(table)
-    console.print(
-        f"{facts.name}: {counts['points']} points, {counts['skipped']} skipped; {free_bytes / 1e9:.2f} GB "
-        "free",
-        highlight=False,
-    )
-    return counts
-
-
 class _Session:
     """One dtype's share of a run; nothing new is begun after `ends`, in monotonic seconds."""
 
@@ -204,6 +168,7 @@ class _Session:
         self.modes = chosen_modes(spec, self.available)
         self.plan = spec.points(dtype, self.modes)
         self.device = engine.runner.backbone.device
+        self.num_rounds = len(visits_of(spec.repeats))
 
     @property
     def num_planned(self) -> int:
@@ -241,8 +206,12 @@ class _Session:
         facts, peak = facts_of_engine(self.engine), 0
         packs = packs_weights(self.spec, dtype=self.dtype, device=self.device)
         groups = [list(members) for _, members in groupby(self.plan, key=lambda key: key.group)]
-        shown = f"{self.dtype}, groups of points"
-        for members in counted(groups, shown, total=len(groups), console=self.console):
+        shown = f"{self.dtype}, groups of points, round by round"
+        sittings = [(number, members) for number in range(self.num_rounds) for members in groups]
+        for number, members in counted(sittings, shown, total=len(sittings), console=self.console):
+            if number:
+                peak = max(peak, self._measure_again(members, number))
+                continue
             todo = [key for key in members if key not in done]
             reasons = {key: self._reason(key, facts, packs=packs) for key in todo}
             self.store.append(
@@ -253,19 +222,39 @@ class _Session:
                 )
             )
             if runnable := [key for key in todo if reasons[key] is None]:
-                peak = max(peak, self._measure_group(runnable))
+                one = not self._prepares(runnable)
+                peak = max(peak, self._measure_group(runnable, range(1 if one else self.num_rounds)))
         return max(peak, self._measure_instead())
 
-    def _measure_group(self, keys: Sequence[PointKey]) -> int:
-        """Time the points of one group; return the peak memory seen."""
+    def _measure_again(self, members: Sequence[PointKey], number: int) -> int:
+        """Time one more round of a group, unless the time is up; return the peak memory seen.
+
+        Minutes lie between the rounds of a group, so that what the machine's speed does in them shows in the
+        rounds. A mode that prepares its steps would prepare them anew: its rounds follow each other.
+        """
+        found = self._on_disk()
+        begun = [key for key in members if key in found and len(found[key].times_a_round) == number]
+        if not begun or self._prepares(begun) or time.monotonic() >= self.ends:
+            return 0
+        return self._measure_group(begun, range(number, number + 1))
+
+    def _prepares(self, keys: Sequence[PointKey]) -> bool:
+        return keys[0].mode in PREPARING_MODES
+
+    def _measure_group(self, keys: Sequence[PointKey], rounds: range) -> int:
+        """Time the points of one group in some rounds; return the peak memory seen."""
         dtype, mode, context_tokens, batch = keys[0].group
+        which = f"rounds {rounds[0] + 1} to {rounds[-1] + 1} of {self.num_rounds}"
         self.console.print(
-            f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes", highlight=False
+            f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes, {which}",
+            highlight=False,
         )
         with self.held():
-            points = measure_group(self.engine, keys, repeats=self.spec.repeats, clock=self.clock)
+            points = measure_group(
+                self.engine, keys, repeats=self.spec.repeats, rounds=rounds, clock=self.clock
+            )
         points = self._with_gpu(points)
-        self.store.append(*points)
+        self._keep(points)
         for reason in dict.fromkeys(point.skipped for point in points if point.skipped is not None):
             sizes = [point.num_nodes for point in points if point.skipped == reason]
             self._say(f"{dtype} {mode}, context {context_tokens}, batch {batch}, nodes {sizes}: {reason}")
@@ -282,8 +271,19 @@ class _Session:
         todo = [key for key in dict.fromkeys(map(_in_eager, failed)) if key in asked]
         for _, members in groupby(todo, key=lambda key: key.group):
             if time.monotonic() < self.ends:
-                peak = max(peak, self._measure_group(list(members)))
+                peak = max(peak, self._measure_group(list(members), range(self.num_rounds)))
         return peak
+
+    def _keep(self, points: Sequence[LatencyPoint]) -> None:
+        """Write points, or add their rounds to those that are on disk."""
+        found = self._on_disk()
+        if not any(point.key in found for point in points):
+            self.store.append(*points)
+            return
+        later = {point.key: point for point in points}
+        self.store.rewrite(
+            point.with_rounds_of(later[key]) if key in later else point for key, point in found.items()
+        )
 
     def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
         """Return the points with what the GPU's driver says after them; as they are where none is watched."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harness.compose.composer import Composer, KnotPrices
-from harness.compose.devices import StepTimes
+from harness.compose.composer import Composer, KnotPrices, Seconds
 from harness.compose.differences import decoded_difference
 from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.clock import Clock
@@ -22,6 +21,7 @@ from harness.records.sweep_cells import DecodedCell, DecodedRow, StepDifference
 from harness.records.trace import PromptTrace, Trace
 from harness.specs.suite import ArmSpec
 from harness.specs.sweep import SampledSetting
+from harness.stats import Interval
 from medusa_impl.tree import DraftTree
 
 _WARMUP_TOKENS = 12
@@ -76,9 +76,9 @@ def decode_point(
         knots=inputs.knots,
         interval=inputs.spec.interval,
     )
-    composed_vanilla_s, composed_medusa_s = (
-        _composed_seconds(part, task.curve, one) for one in (DraftTree.root_only(), tree)
-    )
+    prices = KnotPrices(task.curve, knots=part.knots, context="trace", batch=1)
+    composed_vanilla, composed_medusa = (part.seconds(one, prices) for one in (DraftTree.root_only(), tree))
+    assert composed_vanilla is not None and composed_medusa is not None  # only covered trees are drawn
     replay = part.index.replay(tree)
     rows, differences = list[DecodedRow](), list[StepDifference]()
     for number, (prompt, traced) in enumerate(pairs):
@@ -91,8 +91,8 @@ def decode_point(
                 vanilla_s=sum(plain.step_times_s),
                 medusa_s=sum(drafted.step_times_s),
                 medusa_steps=len(drafted.step_tokens),
-                composed_vanilla_s=composed_vanilla_s[number],
-                composed_medusa_s=composed_medusa_s[number],
+                composed_vanilla_s=float(composed_vanilla.by_unit[number]),
+                composed_medusa_s=float(composed_medusa.by_unit[number]),
             )
         )
         replayed = replay.hops(number).tolist()
@@ -104,6 +104,9 @@ def decode_point(
         tree=task.index,
         rows=tuple(rows),
         differences=tuple(differences),
+        gap=_gap(part, composed_vanilla, composed_medusa, rows=rows)
+        if task.curve.num_rounds is not None
+        else None,
         elapsed_s=clock() - started,
     )
 
@@ -127,14 +130,10 @@ def _both_arms(
     return runner(vanilla, None), runner(arm_of(SampledSetting(rule="greedy"), ()), tree)
 
 
-def _composed_seconds(part: Composer, curve: StepTimes, tree: DraftTree) -> list[float]:
-    """Return the seconds that a curve's prices give each prompt's replayed steps."""
-    steps = part.steps(tree)
-    prices = KnotPrices(curve, knots=part.knots, context="trace", batch=1)
-    values = prices.step(steps.num_nodes, steps.num_heads)
-    assert values is not None  # only covered trees are drawn
-    seconds: list[float] = (steps.shares @ values).tolist()
-    return seconds
+def _gap(part: Composer, vanilla: Seconds, tree: Seconds, *, rows: Sequence[DecodedRow]) -> Interval:
+    """Return how far the composed speedup is off the one that the rows measured."""
+    vanilla_s, tree_s = (np.array([getattr(row, name) for row in rows]) for name in ("vanilla_s", "medusa_s"))
+    return part.gap(vanilla, tree, vanilla_s=vanilla_s, tree_s=tree_s)
 
 
 def _in_turn(

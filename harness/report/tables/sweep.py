@@ -6,13 +6,14 @@ Appendix G.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import fsum
 
 from harness.compose.appendix_g import AppendixG
 from harness.judge.claims.sweep import sampled_counts, sweep_verdicts
 from harness.judge.judgement import ClaimVerdict
 from harness.judge.sweep import (
+    DecodedCheck,
     best_by_heads,
     decoded_checks,
     dense_points,
@@ -21,7 +22,7 @@ from harness.judge.sweep import (
     told_tokens_per_s,
 )
 from harness.records.sweep import SweepRecord
-from harness.records.sweep_cells import ComposedCell, SampledCell
+from harness.records.sweep_cells import ChosenTree, ComposedCell, SampledCell
 from harness.report.formatting import (
     ABSENT,
     WITHHELD,
@@ -58,8 +59,8 @@ at temperature 1, nats a token. It stands in for quality, and a judge's score ne
 and comparisons draw prompts whole."""
 _DECODED_NOTE = """\
 Trees drawn by seed, decoded for real with vanilla and Medusa in turn. *composed* is a replay priced by the
-latency record's step times on the same prompts; *gap* is composed over measured, less 1. *steps*: prompts on
-which decoding took another path than the replay."""
+latency record's step times on the same prompts. *steps*: prompts on which decoding took another path than the
+replay. *gap*: composed over measured, less 1."""
 
 
 def render_devices(
@@ -108,8 +109,18 @@ def _device_cells(one: ComposedCell, record: SweepRecord) -> list[object]:
         ratio(best.overhead),
         ratio_interval(speedup),
         rate_interval(told_tokens_per_s(one, record)),
-        best.break_even.words if best.break_even is not None else ABSENT,
+        _break_even(best),
     ]
+
+
+def _break_even(tree: ChosenTree) -> str:
+    """Return up to which batch a tree pays, and up to which its bounds leave open that it does."""
+    if tree.break_even is None:
+        return ABSENT
+    told = tree.break_even_range
+    if told is None or told[0] == told[1]:
+        return tree.break_even.words
+    return f"{tree.break_even.words} [{', '.join('none' if one is None else str(one) for one in told)}]"
 
 
 def render_quoted(rows: Sequence[QuotedRow]) -> str:
@@ -169,8 +180,11 @@ def _verdict_cells(verdict: ClaimVerdict) -> tuple[object, ...]:
     )
 
 
-def render_decoded(record: SweepRecord) -> str:
-    """Return the points that were decoded for real, measured and composed; empty where none was."""
+def render_decoded(record: SweepRecord, *, columns: Sequence[str] | None = None) -> str:
+    """Return the points that were decoded for real, measured and composed; empty where none was.
+
+    It has all columns and a summary, or those columns that `columns` names.
+    """
     checks = decoded_checks(record)
     if not checks:
         return ""
@@ -188,21 +202,59 @@ def render_decoded(record: SweepRecord) -> str:
                 len(sweep_tree.paths),
                 ratio_interval(check.measured),
                 ratio(check.composed),
-                percent(check.gap, signed=True),
+                _gap(check),
                 "yes" if check.is_within else "no",
                 differences,
                 check.device,
             )
         )
+    headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps", "device"]
+    if columns is not None:
+        return table(headers, rows, columns=columns)
     within = sum(check.is_within for check in checks)
     worst = max(abs(check.gap) for check in checks)
+    told = all(check.holds_timing for check in checks)
+    whose = "the interval of their gap" if told else "the run's own interval"
     summary = (
-        f"Of {count(len(checks), 'point')} {within} lie within the run's own interval; the largest gap is "
+        f"Of {count(len(checks), 'point')} {within} lie within {whose}; the largest gap is "
         f"{percent(worst)}. Beyond rounding ties, steps differ from the replay on "
         f"{count(sum(check.num_bugs for check in checks), 'prompt')}."
     )
-    headers = ["family", "nodes", "measured speedup", "composed", "gap", "within", "steps", "device"]
-    return f"{table(headers, rows)}\n\n{_DECODED_NOTE}\n\n{summary}"
+    return f"{table(headers, rows)}\n\n{_DECODED_NOTE} {decoded_words(checks)}\n\n{summary}"
+
+
+def _gap(check: DecodedCheck) -> str:
+    """Return a gap with its interval in percent."""
+    told, interval = percent(check.gap, signed=True), check.gap_interval
+    if interval is None or not math.isfinite(interval.low):
+        return told
+    low, high = (percent(bound, signed=True).removesuffix(" %") for bound in (interval.low, interval.high))
+    return f"{told} [{low}, {high}]"
+
+
+def decoded_words(checks: Sequence[DecodedCheck]) -> str:
+    """Return what the interval of a gap holds, and that the points are not independent."""
+    shared = "All points of a device share one curve of step times, and so its error."
+    if all(check.holds_timing for check in checks):
+        return f"Its bracket draws the prompts and the rounds in which the curve was timed. {shared}"
+    return f"Its bracket draws the prompts alone, not the error of the curve's step times. {shared}"
+
+
+def interval_words(cells: Sequence[ComposedCell]) -> str:
+    """Return what the brackets of cells on measured step times hold; nothing where there are none."""
+    measured = [one for one in cells if one.curve.kind == "measured"]
+    rounds = {one.timing_rounds for one in measured if one.timing_rounds is not None}
+    if not measured:
+        return ""
+    if not rounds:
+        return "The error of measured step times is not in them."
+    either = " or ".join(map(str, sorted(rounds)))
+    told = f"Those on measured step times draw the {either} rounds in which these were taken as well."
+    left_out = [one for one in measured if one.timing_rounds is None]
+    if not left_out:
+        return told
+    names = ", ".join(dict.fromkeys(one.curve.words for one in left_out))
+    return f"{told} That error is not in those of {names}."
 
 
 def render_decoded_gap(record: SweepRecord) -> str:
@@ -257,7 +309,7 @@ def render_nodes(record: SweepRecord) -> str:
             point.num_nodes,
             point.depth,
             ratio_interval(point.tokens_per_step),
-            ratio(fsum(near[point.num_nodes]) / len(near[point.num_nodes]))
+            ratio(math.fsum(near[point.num_nodes]) / len(near[point.num_nodes]))
             if point.num_nodes in near
             else ABSENT,
             len(near.get(point.num_nodes, ())) or ABSENT,

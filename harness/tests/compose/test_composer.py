@@ -327,6 +327,40 @@ def test_break_even_takes_the_batches_that_are_covered(plan: SweepPlan, measured
     assert set(compose_cell(plan, predicted, context="trace", batch=1).best.speedups) == {1, 2, 4}
 
 
+def test_cells_hold_the_error_of_the_step_times(plan: SweepPlan, measured: StepTimes, tmp_path: Path) -> None:
+    """Rounds at other levels leave every figure where it was and widen its interval; a cell says so."""
+    noisy = made_up_plan(tmp_path, levels=(0.8, 1.0, 1.2))
+    curve = next(one for one in noisy.curves if one.label.kind == "measured")
+    calm, wide = (
+        compose_cell(of, on, context="trace", batch=1) for of, on in ((plan, measured), (noisy, curve))
+    )
+    assert (calm.timing_rounds, wide.timing_rounds) == (None, 3)
+    assert wide.speedup == pytest.approx(calm.speedup)
+    drafted = [number for number, place in enumerate(calm.trees) if noisy.drafts[place].num_nodes > 1]
+    for number in drafted:
+        widths = [cell.speedup_high[number] - cell.speedup_low[number] for cell in (calm, wide)]
+        assert widths[1] > 1.5 * widths[0]
+    for name in ("speedup", "tokens_per_s"):
+        before, after = (getattr(cell.best, name) for cell in (calm, wide))
+        assert after.estimate == pytest.approx(before.estimate)
+        assert after.high - after.low > 1.5 * (before.high - before.low)
+    predicted = next(one for one in noisy.curves if one.label.kind == "predicted")
+    assert compose_cell(noisy, predicted, context="trace", batch=1).timing_rounds is None
+
+
+def test_break_even_has_bounds(plan: SweepPlan, measured: StepTimes) -> None:
+    """Each batch's bounds are those of an interval over batches of prompts; batch 1's are the tree's own."""
+    cell = compose_cell(plan, measured, context="trace", batch=1)
+    best = cell.best
+    assert set(best.speedups_low) == set(best.speedups_high) == set(best.speedups)
+    assert best.speedups_low[1] == pytest.approx(best.speedup.low, rel=1e-5)
+    assert best.speedups_high[1] == pytest.approx(best.speedup.high, rel=1e-5)
+    assert all(best.speedups_low[batch] <= best.speedups[batch] for batch in best.speedups)
+    open_one = best.model_copy(update={"speedups_low": {1: 0.9, 2: 0.8}, "speedups_high": {1: 1.2, 2: 1.1}})
+    assert open_one.break_even_range == (None, 2)
+    assert best.model_copy(update={"speedups_low": {}}).break_even_range is None
+
+
 def test_finished_cells_are_not_composed_again(plan: SweepPlan) -> None:
     cells = list(compose(plan))
     keys = [cell.key for cell in cells]

@@ -31,6 +31,7 @@ from harness.records.latency import POINTS_FILE, LatencyPoint, LatencyRecord, br
 from harness.records.probes import DeviceLimits
 from harness.report.latency import latency_headline, print_latency, render_latency_report
 from harness.report.readme import latency_block, shown_record, update_readme
+from harness.report.tables.latency import render_timing
 from harness.specs.latency import (
     LatencySpec,
     ModeName,
@@ -306,6 +307,21 @@ def test_curve_refuses_to_extrapolate(record: LatencyRecord, sizes: dict[str, in
     asked = {"num_nodes": 8, "num_heads": 5, "context_tokens": 256, "batch": 1, **sizes}
     with pytest.raises(UserError, match=found):
         curve_of(record, dtype="float32", mode="packed").seconds(**asked)
+
+
+def test_the_page_says_how_points_were_timed() -> None:
+    older = point(1, 0.01, backbone_s=(0.01,) * 9)
+    assert render_timing([]) == ""
+    assert render_timing([older]) == (
+        "1 point. Sizes after one context take turns, in 3 rounds. Every step comes after the same context."
+    )
+    told = older.model_copy(update={"times_a_round": (6, 3), "timing": "decoding"})
+    words = render_timing([told, told.model_copy(update={"skipped": "no room"})])
+    assert words.startswith(
+        "1 point. Sizes after one context take turns, in 2 rounds. One node is timed before"
+    )
+    assert "over a growing text" in words and "the same context" not in words
+    assert "in 2 to 3 rounds. A visit's" in render_timing([told, older])
 
 
 def test_curve_of_nothing_is_refused(record: LatencyRecord) -> None:

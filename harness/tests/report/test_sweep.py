@@ -15,9 +15,10 @@ from rich.console import Console
 from harness.cli.trees import print_device_search
 from harness.compose.appendix_g import CANDIDATES, simulate
 from harness.compose.plan import SweepPlan, choose_trees, gather_curves, with_chosen
+from harness.compose.replay import ReplayIndex
 from harness.compose.roofline import llama_7b_block, step_cost
 from harness.errors import UserError
-from harness.judge.sweep import headline_cells
+from harness.judge.sweep import decoded_checks, headline_cells
 from harness.judge.validate.record import validate_record
 from harness.paths import holds_absolute_path
 from harness.records.step_model import StepModel
@@ -25,7 +26,7 @@ from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
 from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
-from harness.report.formatting import WITHHELD, significant
+from harness.report.formatting import WITHHELD, ratio_interval, significant
 from harness.report.readme import shown_record, sweep_block, update_readme
 from harness.report.sweep import (
     _not_measured,
@@ -34,7 +35,7 @@ from harness.report.sweep import (
     render_sweep_report,
     sweep_headline,
 )
-from harness.report.tables.sweep import render_devices
+from harness.report.tables.sweep import decoded_words, interval_words, render_devices
 from harness.specs.claims import load_claims
 from harness.specs.hardware import load_hardware
 from harness.tests.compose.prices.planted import known_error
@@ -286,7 +287,31 @@ def test_search_for_a_device(home: Path, plan: SweepPlan, tmp_path: Path) -> Non
     assert "made-up CPU" in text and "independent" in text and "joint" in text and "root  #0" in text
     assert f"{plan.composer.index.replay(best.choice.tree()).tokens_per_step:.3f}" in text
     assert best.curve.label.kind == "measured" and f"the fastest: {best.curve.label.words}" in text
+    own = ReplayIndex(Trace.load(home / "calibration.npz"))
+    assert f"{best.speedup(own):.2f}, its error left out" in text
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_promised_speedup_holds_the_error_of_the_step_times(tmp_path: Path) -> None:
+    out = StringIO()
+    made_up_plan(tmp_path, levels=(0.9, 1.0, 1.1))
+    best = print_device_search(
+        Trace.load(tmp_path / "calibration.npz"),
+        device="made-up CPU",
+        shape=SHAPE,
+        dtype=None,
+        max_nodes=24,
+        check=None,
+        results=tmp_path / "results",
+        cache=None,
+        console=Console(file=out, width=220),
+    )
+    promised = best.composed
+    assert promised.low < promised.estimate < promised.high
+    assert promised.estimate == pytest.approx(
+        best.speedup(ReplayIndex(Trace.load(tmp_path / "calibration.npz"))), rel=0.05
+    )
+    assert ratio_interval(promised) in out.getvalue()
 
 
 def with_model(plan: SweepPlan, model: StepModel) -> SweepPlan:
@@ -401,6 +426,52 @@ def test_a_search_on_a_sure_prediction_gives_its_tree(home: Path) -> None:
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
 def test_committed_sweeps_are_sealed_and_sound(folder: Path) -> None:
     assert validate_record(folder) == ()
+
+
+def test_pages_say_what_their_brackets_hold(record: SweepRecord) -> None:
+    """Prompts alone in older records; the rounds of the curve's timing too in those that draw them."""
+    measured = [one for one in headline_cells(record) if one.curve.kind == "measured"]
+    assert interval_words([]) == ""
+    assert interval_words(measured) == "The error of measured step times is not in them."
+    timed = [one.model_copy(update={"timing_rounds": 6}) for one in measured]
+    assert interval_words(timed) == (
+        "Those on measured step times draw the 6 rounds in which these were taken as well."
+    )
+    both = interval_words([*timed, *measured])
+    assert both.startswith(interval_words(timed)) and measured[0].curve.words in both
+    predicted = [one for one in headline_cells(record) if one.curve.kind == "predicted"]
+    assert interval_words(predicted) == ""
+    checks = decoded_checks(record)
+    assert "draws the prompts alone" in decoded_words(checks)
+    held = [replace(one, holds_timing=True) for one in checks]
+    assert "the rounds in which the curve was timed" in decoded_words(held)
+    for page in (render_sweep_report(record), render_readme_sweep(record, base=record.folder)):
+        assert interval_words(measured) in page and decoded_words(checks) in page
+
+
+def test_a_gap_is_within_where_its_interval_holds_0(record: SweepRecord) -> None:
+    check = decoded_checks(record)[1]
+    assert check.gap_interval is not None
+    for low, high, within in ((-0.1, 0.3, True), (0.0, 0.3, True), (0.1, 0.3, False), (-0.3, -0.1, False)):
+        gap = check.gap_interval.model_copy(update={"low": low, "high": high})
+        assert replace(check, gap_interval=gap, holds_timing=True).is_within is within
+
+
+def test_break_even_tells_what_its_bounds_leave_open(record: SweepRecord) -> None:
+    cell = next(one for one in headline_cells(record) if one.curve.kind == "measured")
+    ranges = {}
+    for high in (0.9, 1.3):
+        best = cell.best.model_copy(
+            update={
+                "speedups": {1: 1.2, 2: 0.8},
+                "speedups_low": {1: 1.1, 2: 0.7},
+                "speedups_high": {1: 1.4, 2: high},
+            }
+        )
+        changed = cell.model_copy(update={"chosen": (best,)})
+        ranges[high] = render_devices([changed], record, columns=("device", "break-even batch"))
+    assert "crossing 1 at about 1.4" in ranges[0.9] and "[" not in ranges[0.9]
+    assert "crossing 1 at about 1.4 [1, 2]" in ranges[1.3]
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no sweep is committed yet")

@@ -88,7 +88,8 @@ def test_sizes_whose_capture_fails_are_timed_in_eager_mode_and_say_so(
     for point in by_mode["cuda_graph"]:
         assert (point.skipped or "").startswith("cuda_graph mode could not run it: ") and not point.backbone_s
     assert [point.num_nodes for point in by_mode["eager"]] == [1, 4, 8]
-    assert all(point.skipped is None and len(point.backbone_s) == 2 for point in by_mode["eager"])
+    assert all(point.skipped is None for point in by_mode["eager"])
+    assert [len(point.backbone_s) for point in by_mode["eager"]] == [4, 2, 2]  # one node beside both others
     assert record.manifest is not None and record.manifest.num_planned == 6
     assert said.count("cuda_graph mode could not run it") == 2, "one line for the curve, one for the table"
     assert "Traceback" not in said

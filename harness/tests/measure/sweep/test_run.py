@@ -30,7 +30,7 @@ from harness.device.machine import device_info, git_state
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256, write_json
 from harness.judge.schemas import json_schemas
-from harness.judge.sweep import decoded_checks
+from harness.judge.sweep import decoded_check, decoded_checks
 from harness.judge.validate.record import validate_record
 from harness.measure.sweep.cells import CellRunner
 from harness.measure.sweep.decoded import step_difference
@@ -72,7 +72,7 @@ def quick_and_steady() -> Iterator[None]:
 
 def measured_here(folder: Path, *, model: str, sha256: str) -> None:
     """The made-up latency record, as if it were of this machine and of that model."""
-    record = write_fake_latency(folder)
+    record = write_fake_latency(folder, levels=(0.9, 1.0, 1.1))
     here = device_info(CPU)
     environment = record.environment.model_copy(update={"device": here, "backbone_sha256": sha256})
     write_json(folder / "environment.json", Environment.model_validate(environment.model_dump()))
@@ -171,6 +171,19 @@ def test_greedy_points_decode_as_replayed(record: SweepRecord) -> None:
     assert all(check.num_bugs == check.num_ties == 0 for check in decoded_checks(record))
 
 
+def test_the_gap_of_a_decoded_point_holds_the_error_of_the_step_times(record: SweepRecord) -> None:
+    """The curve was timed in three rounds at three levels; over prompts alone the gap looks surer."""
+    assert {cell.timing_rounds for cell in record.composed} == {3}
+    for cell, check in zip(record.decoded, decoded_checks(record), strict=True):
+        alone = decoded_check(cell.model_copy(update={"gap": None}), spec=record.spec.interval)
+        assert check.holds_timing and not alone.holds_timing
+        assert cell.gap is not None and alone.gap_interval is not None
+        assert check.gap_interval == cell.gap
+        assert cell.gap.estimate == pytest.approx(alone.gap_interval.estimate) == check.gap
+        assert cell.gap.high - cell.gap.low > alone.gap_interval.high - alone.gap_interval.low
+        assert check.is_within is (cell.gap.low <= 0 <= cell.gap.high)
+
+
 def test_the_sampled_tree_at_temperature_0_is_the_replay(record: SweepRecord, home: Path) -> None:
     (cell,) = (cell for cell in record.sampled if cell.setting.rule == "greedy")
     assert cell.tree is not None
@@ -200,7 +213,7 @@ def test_sampled_rows(record: SweepRecord) -> None:
 
 def stripped(cell: AnyCell) -> dict[str, Any]:
     """A cell without what a clock made."""
-    data: dict[str, Any] = cell.model_dump(mode="json", exclude={"elapsed_s"})
+    data: dict[str, Any] = cell.model_dump(mode="json", exclude={"elapsed_s", "gap"})
     for row in data.get("rows", ()):
         row.pop("vanilla_s", None)
         row.pop("medusa_s", None)
