@@ -24,6 +24,7 @@ import typer
 from rich.markup import escape
 
 from harness.cli.ablate import ablate
+from harness.cli.compare import compare_command
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
 from harness.cli.gpu import gpu
@@ -49,6 +50,7 @@ app.command("new-suite")(new_suite)
 app.command()(reproduce)
 app.command()(report)
 app.command("claims")(claims_command)
+app.command("compare")(compare_command)
 app.command()(train)
 app.command()(calibrate)
 app.command()(distill)
