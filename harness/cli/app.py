@@ -28,6 +28,7 @@ from harness.cli.compare import compare_command
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
 from harness.cli.gpu import gpu
+from harness.cli.history import history
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
@@ -51,6 +52,7 @@ app.command()(reproduce)
 app.command()(report)
 app.command("claims")(claims_command)
 app.command("compare")(compare_command)
+app.command()(history)
 app.command()(train)
 app.command()(calibrate)
 app.command()(distill)

@@ -2,8 +2,8 @@
 
 Two runs of one commit on one machine are two samples of the same size, so their difference has sqrt(2) times
 the error of one. Many figures are held to their bands at once: the bands are widened (Bonferroni, on
-Student's t for so many prompts) so that at the intervals' level all of them hold together, and one figure outside says
-something. What repeated runs of one commit have differed by is added: nothing within it is news.
+Student's t for so many prompts) so that at the intervals' level all of them hold together, and one figure
+outside says something. What repeated runs of one commit have differed by is added: nothing within it is news.
 
 Where both runs decoded the same prompts to the same texts, what differs from prompt to prompt is common to
 both, and B over A is known much better than the band says. It then has to hold 1 as well, but only where the

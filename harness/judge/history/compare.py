@@ -318,8 +318,9 @@ def _drifts(a: TimedRecord, others: Sequence[TimedRecord]) -> tuple[dict[tuple[s
 
 
 def _times_hold(record: TimedRecord) -> bool:
-    is_run = isinstance(record, RunRecord)
-    return (run_holds(record, judge(record, claims=())) if is_run else latency_holds(record)).speeds
+    if isinstance(record, RunRecord):
+        return run_holds(record, judge(record, claims=())).speeds
+    return latency_holds(record).speeds
 
 
 def _is_repeat(one: TimedRecord, other: TimedRecord, *, like: TimedRecord) -> bool:

@@ -52,7 +52,10 @@ def differences(a: AnyRecord, b: AnyRecord) -> tuple[Difference, ...]:
         *(Difference(_group_of(name), name, *values) for name, *values in _between(*origins)),
         *_bandwidths(a, b),
         *(Difference("settings", name, *values) for name, *values in _between(*settings)),
-        *(Difference("trees", name, *values) for name, *values in _between(_trees(a), _trees(b))),
+        *(
+            Difference("trees", f"tree of {name}", *values)
+            for name, *values in _between(_trees(a), _trees(b))
+        ),
     ]
     order = ("code", "machine", "model", "settings", "trees")
     return tuple(sorted(found, key=lambda one: order.index(one.group)))
