@@ -187,8 +187,8 @@ def _of_run(judgement: Judgement) -> Iterator[tuple[tuple[str, str, Sort], Value
         if not math.isnan(rate.estimate):
             yield (arm.arm, "tokens/step", "count"), Value(rate.estimate, rate.low, rate.high)
         for name, interval in (
-            ("speedup", versus and versus.speedup),
-            ("overhead", versus and versus.overhead),
+            ("speedup", versus.speedup if versus is not None else None),
+            ("overhead", versus.overhead if versus is not None else None),
             ("tokens/s", arm.tokens_per_s),
         ):
             if interval is not None:

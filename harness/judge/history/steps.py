@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ def exact_steps(values: Sequence[float]) -> tuple[Step, ...]:
         for index, (before, after) in enumerate(itertools.pairwise(values), start=1)
         if not math.isclose(before, after, rel_tol=1e-9)
     ]
-    levels = [fmean(values[start:stop]) for start, stop in itertools.pairwise([0, *cuts, len(values)])]
+    levels = [values[start] for start in [0, *cuts][: len(values)]]
     return tuple(
         Step(cut, before, after) for cut, before, after in zip(cuts, levels, levels[1:], strict=False)
     )
