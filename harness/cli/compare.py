@@ -26,6 +26,10 @@ _RECORD = (
     "latency/embedded"
 )
 _MOST_OTHERS = 20  # records that are looked at for runs of one commit, the newest
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(help="record to hold this run against at its end, as compare does: a folder or a name"),
+]
 StrictOption = Annotated[
     bool,
     typer.Option("--strict", help="end with code 1 where B lies outside the band; else that is a finding"),
@@ -56,8 +60,13 @@ def compare_command(
     tell_comparison(first, second, claims=load_claims(claims), out=out, strict=strict)
 
 
-def promising_run(text: str) -> RunRecord:
-    """Return the run that another is held against. Raises: UserError where it is none, or not sealed."""
+def promising_run(text: str | None) -> RunRecord | None:
+    """Return the run that `--against` names, None where it names none.
+
+    Raises: UserError where that is no run, or not as it was sealed.
+    """
+    if text is None:
+        return None
     record = open_record(find_record(text))
     if not isinstance(record, RunRecord):
         raise UserError(
@@ -67,9 +76,9 @@ def promising_run(text: str) -> RunRecord:
 
 
 def finish_against(
-    folder: Path, promising: RunRecord, *, claims: Sequence[ClaimSpec], readme: Path | None
+    folder: Path, promising: RunRecord | None, *, claims: Sequence[ClaimSpec], readme: Path | None
 ) -> None:
-    """End a run as `finish` does, then hold it against the run that promises its band.
+    """End a run as `finish` does, then hold it against the run that promises its band, where there is one.
 
     The comparison's JSON is the last line, the run's own comes before it; the exit code is 2 where one of
     them says so.
@@ -79,7 +88,8 @@ def finish_against(
         finish(folder, claims=claims, readme=readme)
     except typer.Exit as ended:
         code = ExitCode(ended.exit_code)
-    tell_comparison(promising, open_record(folder), claims=claims)
+    if promising is not None:
+        tell_comparison(promising, open_record(folder), claims=claims)
     if code != ExitCode.OK:
         raise typer.Exit(code)
 
@@ -99,7 +109,8 @@ def tell_comparison(
             write_text(out, text)
         else:
             print(text)
-    print(json.dumps(comparison_headline(compared), allow_nan=False))
+    mark = {"unsealed": reason} if (reason := a.unsealed or b.unsealed) is not None else {}
+    print(json.dumps({**mark, **comparison_headline(compared)}, allow_nan=False))
     if not compared.is_valid:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
     if strict and compared.outcome == OUTSIDE:

@@ -1,0 +1,45 @@
+"""Which kinds of figures hold where a check fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.judge.checks import CHECKS
+from harness.judge.history.valid import TIMING_CHECKS, latency_holds, run_holds
+from harness.judge.run import judge
+from harness.records.run import Failure, RunRecord
+from harness.tests.fake_latency import write_fake_latency
+from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
+
+
+def test_the_checks_on_times_are_checks() -> None:
+    assert {check.__name__ for check in CHECKS} > TIMING_CHECKS
+
+
+def held(record: RunRecord) -> tuple[bool, bool, bool, tuple[str, ...]]:
+    found = run_holds(record, judge(record, claims=()))
+    return found.texts, found.speeds, found.all_that_was_asked, found.why
+
+
+def test_a_failed_check_takes_what_it_is_about(tmp_path: Path) -> None:
+    def other_text(parts: FakeParts) -> None:
+        parts.edit(lambda one: {"token_ids": (*one.token_ids[:-1], 499)}, arm="chain", limit=1)
+
+    def failing(parts: FakeParts) -> None:
+        first = parts.outcomes[0]
+        parts.outcomes[0] = Failure(trial=first.trial, order=0, error_type="ValueError", message="made up")
+
+    few: dict[str, Any] = {"rounds": 1, "num_prompts": 8}
+    assert held(write_fake_record(tmp_path / "sound", **few)) == (True, True, True, ())
+    slow = write_fake_record(tmp_path / "slow", step_s={"hf_greedy": STEP_S["hf_greedy"] / 2}, **few)
+    texts, speeds, asked, why = held(slow)
+    assert (texts, speeds, asked) == (True, False, False) and TIMING_CHECKS.issuperset(why) and why
+    assert held(write_fake_record(tmp_path / "text", spoil=other_text, **few))[:3] == (False, False, False)
+    assert held(write_fake_record(tmp_path / "failed", spoil=failing, **few))[:3] == (False, False, False)
+    silent = write_fake_record(tmp_path / "silent", reports_speed=False, **few)
+    assert held(silent) == (True, False, True, ())
+
+
+def test_a_latency_record_holds_where_nothing_beat_its_limits(tmp_path: Path) -> None:
+    assert latency_holds(write_fake_latency(tmp_path / "a")).all_that_was_asked
