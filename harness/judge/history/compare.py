@@ -186,7 +186,6 @@ def _compared(
         else _time(side, no_times, drift=drifts.get(side.a.key), num_figures=num_figures)
         for side in shared
     ]
-    subjects = [list(dict.fromkeys(subject for subject, _ in found)) for found in (mine, theirs)]
     return Compared(
         a=a,
         b=b,
@@ -195,10 +194,20 @@ def _compared(
         holds=holds,
         texts=texts,
         figures=tuple(figures),
-        only_in_a=tuple(name for name in subjects[0] if name not in subjects[1]),
-        only_in_b=tuple(name for name in subjects[1] if name not in subjects[0]),
+        only_in_a=_only_in(mine, theirs),
+        only_in_b=_only_in(theirs, mine),
         verdicts=verdicts,
         num_repeats=num_repeats,
+    )
+
+
+def _only_in(mine: Materials, theirs: Materials) -> tuple[str, ...]:
+    """Return the arms that one side alone has, and of shared arms the figures that it alone has."""
+    shared = {subject for subject, _ in theirs}
+    return tuple(
+        dict.fromkeys(
+            f"{key[0]}: {key[1]}" if key[0] in shared else key[0] for key in mine if key not in theirs
+        )
     )
 
 
@@ -275,14 +284,15 @@ def _count(
         return side.figure(NOT_COMPARABLE, "a failed check or trial takes its counts")
     if texts is None or not texts.is_exact:
         found = side.in_band(num_figures=num_figures, drift=None, narrows=False)
-        why = "drawn, or without a trace" if texts is None or not texts.inputs else ", ".join(texts.inputs)
-        differs = f"other inputs: {why}" if texts is not None and texts.inputs else why
-        return side.figure(found.outcome, found.reason or differs, band=found.band)
+        inputs = texts.inputs if texts is not None else ()
+        why = f"other inputs: {', '.join(inputs)}" if inputs else "drawn, or without a trace"
+        return side.figure(found.outcome, "; ".join(filter(None, (found.reason, why))), band=found.band)
     if texts.num_other:
         reason = f"{texts.num_other} of {texts.num_compared} texts or steps differ, and no tie explains it"
         return side.figure(OUTSIDE, f"{reason}; the first is {texts.first_other}")
     exact = f"{texts.num_compared} texts in the same steps"
-    return side.figure(WITHIN, f"{exact}, but for {texts.num_ties} ties" if texts.num_ties else exact)
+    ties = f"{texts.num_ties} tie{'s' if texts.num_ties > 1 else ''}"
+    return side.figure(WITHIN, f"{exact}, but for {ties}" if texts.num_ties else exact)
 
 
 def _time(side: _Sides, no_times: str | None, *, drift: float | None, num_figures: int) -> ComparedFigure:

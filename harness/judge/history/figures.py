@@ -94,7 +94,12 @@ class Material:
         resamples = Resamples(len(keys), spec=spec)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws = self.statistic(*resamples.totals(table).T)
-        return resamples.interval(estimate, np.nan_to_num(draws, nan=estimate))
+        return resamples.interval(estimate, _known(draws, estimate))
+
+
+def _known(draws: Floats, estimate: float) -> Floats:
+    """Return draws without the cases 0 / 0, which prompts without a step give; the estimate stands there."""
+    return np.where(np.isnan(draws), estimate, draws)
 
 
 def change(a: Material, b: Material, keys: Sequence[str], *, spec: IntervalSpec) -> Interval | None:
@@ -106,7 +111,7 @@ def change(a: Material, b: Material, keys: Sequence[str], *, spec: IntervalSpec)
     resamples = Resamples(len(keys), spec=spec)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = b.statistic(*resamples.totals(theirs).T) / a.statistic(*resamples.totals(mine).T)
-    return resamples.interval(estimate, np.nan_to_num(draws, nan=estimate))
+    return resamples.interval(estimate, _known(draws, estimate))
 
 
 def run_materials(record: RunRecord) -> dict[tuple[str, str], Material]:

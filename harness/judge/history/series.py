@@ -166,7 +166,9 @@ def _only_ties(since: TimedRecord, record: TimedRecord, *, arm: str) -> bool:
 def _value(entry: Entry, key: tuple[str, str, Sort]) -> Value | None:
     held = {"count": entry.holds.texts, "time": entry.holds.speeds, "memory": True, "checks": True}
     found = entry.figures.get(key)
-    return found if held[key[2]] and found is not None and math.isfinite(found.value) else None
+    if found is None or not held[key[2]] or not math.isfinite(found.value):
+        return None
+    return found if found.value > 0 or key[2] == "checks" else None  # levels are compared as logarithms
 
 
 def _entry(record: TimedRecord) -> Entry:

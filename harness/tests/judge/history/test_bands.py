@@ -81,3 +81,26 @@ def test_all_figures_of_a_second_run_lie_in_their_bands_together(num_prompts: in
         singly += any(not promised(a, num_figures=1).holds(b.estimate) for a, b in pairs)
     assert outside <= int(stats.binom.isf(1 / 500, 300, 0.05)) == 27
     assert singly > 40, "bands that are not widened would put some figure outside in a quarter of the pairs"
+
+
+def test_the_same_prompts_hold_one_together_with_the_bands() -> None:
+    """300 pairs of runs of six figures on the same sixteen prompts, whose times alone are drawn anew: either
+    rule may put a figure outside, and together they do so no more often than 5 %.
+    """
+    rng = np.random.default_rng(3)
+    num_prompts, num_figures, outside, unwidened = 16, 6, 0, 0
+    resamples = Resamples(num_prompts, spec=SPEC)
+    for _ in range(300):
+        prompts = np.exp(rng.normal(0, 0.2, (num_prompts, 1)))
+        a, b = (prompts * np.exp(rng.normal(0, 0.03, (num_prompts, num_figures))) for _ in range(2))
+        totals = resamples.totals(a), resamples.totals(b)
+        found = [False, False]
+        for one in range(num_figures):
+            sums = float(a[:, one].sum()), float(b[:, one].sum())
+            promise = promised(resamples.interval(sums[0], totals[0][:, one]), num_figures=num_figures)
+            ratio = resamples.interval(sums[1] / sums[0], totals[1][:, one] / totals[0][:, one])
+            found[0] |= not promise.holds(sums[1]) or not holds_one(ratio, num_figures=num_figures, drift=0.0)
+            found[1] |= not holds_one(ratio, num_figures=1, drift=0.0)
+        outside, unwidened = outside + found[0], unwidened + found[1]
+    assert outside <= int(stats.binom.isf(1 / 500, 300, 0.05))
+    assert unwidened > 40
