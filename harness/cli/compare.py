@@ -119,8 +119,8 @@ def tell_comparison(
 
 def _others_of(record: AnyRecord) -> Iterator[AnyRecord]:
     """Yield the sealed records that lie next to a record, the newest first."""
-    beside = sorted(record.folder.resolve().parent.glob("*/manifest.json"), reverse=True)
-    for manifest in beside[:_MOST_OTHERS]:
+    neighbours = sorted(record.folder.resolve().parent.glob("*/manifest.json"), reverse=True)
+    for manifest in neighbours[:_MOST_OTHERS]:
         if manifest.parent != record.folder.resolve():
             try:
                 yield open_record(manifest.parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from harness.compose.differences import (
     NearTokens,
@@ -21,7 +21,7 @@ from harness.records.trace import PromptTrace
 from harness.specs.suite import is_deterministic
 
 
-@dataclass
+@dataclass(frozen=True)
 class ArmTexts:
     """One arm's texts in two runs, by trial.
 
@@ -33,12 +33,12 @@ class ArmTexts:
 
     arm: str
     inputs: tuple[str, ...]
-    num_compared: int = 0
-    num_same: int = 0
-    num_ties: int = 0
-    num_other: int = 0
-    is_exact: bool = True
-    first_other: str = field(default="")
+    num_compared: int
+    num_same: int
+    num_ties: int
+    num_other: int
+    is_exact: bool
+    first_other: str
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,25 @@ def _differing(a: RunRecord, b: RunRecord, arm: str) -> Iterator[str]:
 def _arm_texts(a: RunRecord, b: RunRecord, arm: str) -> ArmTexts:
     theirs = {one.trial: one for one in b.generations if one.trial.arm == arm}
     pairs = [(one, theirs[one.trial]) for one in a.generations if one.trial in theirs]
-    found = ArmTexts(arm, differing_inputs(a, b, arm), num_compared=len(pairs))
-    found.num_same = sum(mine.token_ids == other.token_ids for mine, other in pairs)
-    if found.inputs:
-        found.is_exact = False
-        return found
+    inputs = differing_inputs(a, b, arm)
     reference = _reference(a, arm) if is_deterministic(a.suite.arm(arm)) else None
-    for mine, other in pairs:
-        if (mine.token_ids, mine.step_tokens) == (other.token_ids, other.step_tokens):
-            continue
-        kind = None if reference is None else _kind(a, mine, other, reference=reference)
-        if kind is None:  # drawn texts, or no trace: whether rounding explains it cannot be said
-            found.is_exact = False
-        elif kind == "tie":
-            found.num_ties += 1
-        else:
-            found.num_other += 1
-            found.first_other = found.first_other or mine.trial.prompt_key
-    return found
+    kinds = [
+        # None: drawn texts, or no trace, so that whether rounding explains it cannot be said
+        (mine.trial.prompt_key, reference and _kind(a, mine, other, reference=reference))
+        for mine, other in pairs
+        if not inputs and (mine.token_ids, mine.step_tokens) != (other.token_ids, other.step_tokens)
+    ]
+    unexplained = [key for key, kind in kinds if kind == "bug"]
+    return ArmTexts(
+        arm=arm,
+        inputs=inputs,
+        num_compared=len(pairs),
+        num_same=sum(mine.token_ids == other.token_ids for mine, other in pairs),
+        num_ties=sum(kind == "tie" for _, kind in kinds),
+        num_other=len(unexplained),
+        is_exact=not inputs and all(kind is not None for _, kind in kinds),
+        first_other=unexplained[0] if unexplained else "",
+    )
 
 
 def _reference(record: RunRecord, arm: str) -> _Reference | None:

@@ -253,10 +253,7 @@ def test_other_heads_with_other_tokens_a_step_lie_outside_their_band(tmp_path: P
     assert compared.holds is not None and compared.holds[1].texts, compared.holds
     one = figures(compared)["chain", "tokens/step"]
     assert one.band is not None and one.b is not None and one.b.estimate < one.band.low
-    assert (
-        one.outcome == OUTSIDE
-        and one.reason == "beyond what a second run gives; other inputs: heads"
-    )
+    assert one.outcome == OUTSIDE and one.reason == "beyond what a second run gives; other inputs: heads"
 
 
 def test_times_of_another_machine_are_refused_and_texts_are_compared(tmp_path: Path) -> None:
@@ -348,3 +345,20 @@ def test_records_of_two_kinds_are_refused_and_other_kinds_told_by_their_making(t
     compared = held(sweep, sweep)
     assert compared.outcome == NOT_COMPARABLE and compared.figures == () and compared.is_valid
     assert compared.no_times == "only figures of runs and of latency records are compared"
+
+
+@pytest.mark.parametrize("kind", ["suite", "latency"])
+def test_records_of_the_first_schema_are_compared(kind: str) -> None:
+    """Written before prompts were noted with separate steps, and before devices told their details."""
+    a, b = open_record(FIXTURES / kind), open_record(FIXTURES / kind)
+    compared = held(a, b)
+    assert compared.figures and compared.differences == ()
+    assert OUTSIDE not in {one.outcome for one in compared.figures}
+
+
+def test_an_unfinished_run_holds_no_figure(tmp_path: Path) -> None:
+    a = write(tmp_path / "a")
+    begun = write_fake_record(tmp_path / "b", omit=("manifest.json",), rounds=1).folder
+    compared = held(a, open_record(begun, unsealed=True))
+    assert not compared.is_valid and compared.outcome == NOT_COMPARABLE
+    assert compared.no_times is not None and "trials_complete" in compared.no_times
