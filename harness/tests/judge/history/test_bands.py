@@ -25,7 +25,7 @@ def test_one_figure_has_a_band_of_sqrt_2_intervals() -> None:
     assert band.low == pytest.approx(2.0 / 1.1 ** math.sqrt(2))
     assert band.high == pytest.approx(2.0 * 1.2 ** math.sqrt(2))
     assert band.holds(2.0) and band.holds(band.high) and not band.holds(band.high * 1.001)
-    assert not band.holds(band.low * 0.999)
+    assert not band.holds(band.low * 0.999) and Band(0.0, 0.0).holds(0.0)
 
 
 def test_many_figures_have_wider_bands_and_drift_is_added() -> None:
