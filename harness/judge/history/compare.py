@@ -104,6 +104,16 @@ class Compared:
         return _overall(one.outcome for one in self.figures)
 
     @property
+    def valid(self) -> dict[str, bool | None]:
+        """Return by kind of figure whether both records' hold; None where that is not known or not asked for."""
+        sides = self.holds or ()
+        asked = [one.speeds for one in sides if one.asks_speeds]
+        return {
+            "texts": all(one.texts for one in sides) if sides else None,
+            "speeds": all(asked) if asked else None,
+        }
+
+    @property
     def is_valid(self) -> bool:
         """Return whether both records hold all that they were asked for, each as it was sealed."""
         sealed = self.a.unsealed is None and self.b.unsealed is None

@@ -62,7 +62,7 @@ def comparison_headline(compared: Compared, *, base: Path | None = None) -> dict
         "outcome": compared.outcome,
         "texts": compared.counts_outcome,
         "speeds": compared.times_outcome,
-        "valid": compared.is_valid,
+        "valid": compared.valid,
         "speeds_not_compared": compared.no_times,
         "outside": [f"{one.subject}: {one.name}" for one in compared.figures if one.outcome == OUTSIDE],
         "num_figures": sum(one.outcome != NOT_COMPARABLE for one in compared.figures),

@@ -41,7 +41,8 @@ def test_two_runs_are_compared_on_standard_output_or_in_a_file(tmp_path: Path) -
     )
     told = last(ran.out)
     assert (told["outcome"], told["texts"], told["speeds"]) == ("within the band",) * 3
-    assert told["outside"] == [] and told["valid"] and told["num_differences"] == 0
+    assert told["outside"] == [] and told["num_differences"] == 0
+    assert told["valid"] == {"texts": True, "speeds": True}
     ran = command("compare", a, b, "--out", page)
     assert len(ran.out.splitlines()) == 1 and page.read_text().startswith("# B against A")
     assert str(tmp_path) not in page.read_text()
@@ -61,6 +62,7 @@ def test_figures_that_do_not_hold_end_with_code_2(tmp_path: Path) -> None:
     ran = command("compare", a, b)
     assert ran.code == ExitCode.INVALID_MEASUREMENT
     assert last(ran.out)["speeds"] == "not comparable" and last(ran.out)["texts"] == "within the band"
+    assert last(ran.out)["valid"] == {"texts": True, "speeds": False}
     assert "Times are not compared: the times of B do not hold" in ran.out
 
 
@@ -102,6 +104,7 @@ def test_a_run_is_held_against_another_at_its_end(micro: MicroRun, tmp_path: Pat
     assert told["compare"]["a"] == micro.record.folder.name
     assert told["texts"] == "within the band" and told["speeds"] == "not comparable"
     assert told["speeds_not_compared"] == "the suite of A reports no speed"
+    assert told["valid"] == {"texts": True, "speeds": None}
 
 
 def test_a_run_that_does_not_hold_keeps_its_code_and_is_compared(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_committed_records_are_compared_each_with_the_next_of_its_kind() -> None
             continue
         compared = compare(a, b, claims=())
         told = comparison_headline(compared, base=ROOT)
-        assert told["valid"] and render_comparison(compared).startswith("# B against A: ")
+        assert compared.is_valid and render_comparison(compared).startswith("# B against A: ")
         outcomes.append(told["outcome"])
     assert len(outcomes) >= 5
 
