@@ -105,7 +105,7 @@ class Compared:
 
     @property
     def valid(self) -> dict[str, bool | None]:
-        """Return by kind of figure whether both records' hold; None where that is not known or not asked for."""
+        """Return by kind of figure whether both records' hold; None where that is not known or asked for."""
         sides = self.holds or ()
         asked = [one.speeds for one in sides if one.asks_speeds]
         return {

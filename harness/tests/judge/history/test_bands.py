@@ -51,6 +51,12 @@ def test_a_sample_that_bounds_nothing_promises_nothing(bounds: Interval) -> None
     assert promised(bounds, num_figures=3) == Band(0.0, math.inf)
 
 
+def test_two_prompts_promise_little_and_yet_something() -> None:
+    """By hand: t of one degree at 0.05 / 2 is 12.706, at 0.05 / 4 it is 25.452 (tables of Student's t)."""
+    band = promised(interval(1.0, 1 / 1.1, 1.1, num_prompts=2), num_figures=2)
+    assert band.high == pytest.approx(1.1 ** (math.sqrt(2) * 25.452 / 12.706), rel=1e-4)
+
+
 def test_the_same_prompts_hold_one_or_not() -> None:
     """By hand: 1.05 [1.02, 1.08] misses one; a drift of 3 % or ten figures at once excuse it."""
     ratio = interval(1.05, 1.02, 1.08)
