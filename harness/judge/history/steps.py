@@ -112,7 +112,7 @@ def _most_gained(series: NDArray[np.float64]) -> NDArray[np.float64]:
     explained = np.full((length + 1, num_draws), -np.inf)
     explained[1:] = np.array([sums[:, stop] ** 2 / stop for stop in range(1, length + 1)])
     whole, most = explained[length].copy(), np.zeros(num_draws)
-    for num_cuts in range(1, min(_MOST_CUTS, length - 1) + 1):
+    for num_cuts in range(1, _MOST_CUTS + 1):
         better = np.full_like(explained, -np.inf)
         for stop in range(num_cuts + 1, length + 1):
             starts = np.arange(num_cuts, stop)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from harness.judge.history.provenance import Difference, differences, origin_of, settings_of
 from harness.records.opened import open_record
 from harness.records.run import RunRecord
@@ -80,3 +82,30 @@ def test_records_of_every_kind_say_where_they_come_from(tmp_path: Path) -> None:
         assert origin_of(record).started_utc and settings_of(record).model_dump()
     latency = write_fake_latency(tmp_path / "l")
     assert origin_of(latency).commit == latency.environment.commit
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        (40e9, 40.3e9, None),
+        (40e9, 40.5e9, ("40 GB/s", "40.5 GB/s")),
+        (40.5e9, 40e9, ("40.5 GB/s", "40 GB/s")),
+        (40e9, None, ("40 GB/s", None)),
+        (None, 40e9, (None, "40 GB/s")),
+        (None, None, None),
+    ],
+)
+def test_bandwidths_are_told_where_they_differ_by_more_than_their_noise(
+    tmp_path: Path, mine: float | None, theirs: float | None, told: tuple[str | None, str | None] | None
+) -> None:
+    def write_with(name: str, rate: float | None) -> RunRecord:
+        def spoil(parts: FakeParts) -> None:
+            limits = parts.device_limits
+            assert limits is not None
+            changed = {"read_bandwidth_bytes_per_s": rate}
+            parts.device_limits = None if rate is None else limits.model_copy(update=changed)
+
+        return write_fake_record(tmp_path / name, spoil=spoil, rounds=1, num_prompts=8)
+
+    found = differences(write_with("a", mine), write_with("b", theirs))
+    assert [(one.a, one.b) for one in found] == ([] if told is None else [told])

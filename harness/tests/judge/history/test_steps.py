@@ -104,3 +104,22 @@ def test_exact_figures_step_at_every_change() -> None:
     assert exact_steps([1.5, 1.5 * (1 + 1e-12)]) == () == exact_steps([2.0]) == exact_steps([])
     assert exact_steps([0.0, 2.0]) == (Step(1, 0.0, 2.0),)
     assert Step(1, 0.0, 2.0).ratio == math.inf
+
+
+def test_penalties_are_those_that_were_looked_at() -> None:
+    """Of `python -c "from harness.judge.history.steps import *; print(penalty_of(10))"` and so on."""
+    found = [penalty_of(length) for length in (5, 10, 20)]
+    assert found == pytest.approx([45.5, 55.4, 43.2], rel=0.01)
+
+
+@pytest.mark.parametrize(("share", "is_found"), [(1.02, True), (0.98, False)])
+def test_a_step_is_found_where_its_gain_is_above_the_penalty(share: float, is_found: bool) -> None:
+    """By hand: logarithms 0 and d in turns, so that the median difference is d; five of ten are shifted by s.
+
+    The gain of that cut is 5 * 5 / 10 * m^2 over the squared noise, where means lie m apart, here s + d / 5.
+    """
+    noise_sd = 0.01 / (0.6745 * math.sqrt(2))
+    shift = math.sqrt(share * penalty_of(10) / 2.5) * noise_sd - 0.01 / 5
+    logs = np.array([0.0, 0.01] * 5) + np.array([0.0] * 5 + [shift] * 5)
+    assert noise_of(logs) == pytest.approx(noise_sd)
+    assert [step.index for step in noisy_steps(list(np.exp(logs)))] == ([5] if is_found else [])

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.files import write_json
 from harness.judge.checks import CHECKS
-from harness.judge.history.valid import TIMING_CHECKS, latency_holds, run_holds
+from harness.judge.history.valid import TIMING_CHECKS, Holds, latency_holds, run_holds
 from harness.judge.run import judge
+from harness.records.latency import LatencyRecord
+from harness.records.probes import DeviceLimits
 from harness.records.run import Failure, RunRecord
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
@@ -42,4 +45,10 @@ def test_a_failed_check_takes_what_it_is_about(tmp_path: Path) -> None:
 
 
 def test_a_latency_record_holds_where_nothing_beat_its_limits(tmp_path: Path) -> None:
-    assert latency_holds(write_fake_latency(tmp_path / "a")).all_that_was_asked
+    record = write_fake_latency(tmp_path / "a")
+    assert latency_holds(record) == Holds(texts=True, speeds=True, asks_speeds=True)
+    slow = {"read_bandwidth_bytes_per_s": 1e12, "row_product_bytes_per_s": 1e12, "matmul_flop_per_s": 1e10}
+    write_json(record.folder / "device_limits.json", DeviceLimits(method="made up", **slow))
+    found = latency_holds(LatencyRecord(record.folder))
+    assert found == Holds(texts=True, speeds=False, asks_speeds=True, why=("within_limits",))
+    assert not found.all_that_was_asked
