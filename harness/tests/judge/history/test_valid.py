@@ -47,7 +47,11 @@ def test_a_failed_check_takes_what_it_is_about(tmp_path: Path) -> None:
 def test_a_latency_record_holds_where_nothing_beat_its_limits(tmp_path: Path) -> None:
     record = write_fake_latency(tmp_path / "a")
     assert latency_holds(record) == Holds(texts=True, speeds=True, asks_speeds=True)
-    slow = {"read_bandwidth_bytes_per_s": 1e12, "row_product_bytes_per_s": 1e12, "matmul_flop_per_s": 1e10}
+    slow: dict[str, Any] = {
+        "read_bandwidth_bytes_per_s": 1e12,
+        "row_product_bytes_per_s": 1e12,
+        "matmul_flop_per_s": 1e10,
+    }
     write_json(record.folder / "device_limits.json", DeviceLimits(method="made up", **slow))
     found = latency_holds(LatencyRecord(record.folder))
     assert found == Holds(texts=True, speeds=False, asks_speeds=True, why=("within_limits",))
