@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from harness.errors import UserError
+from harness.judge.history.bands import promised
 from harness.judge.history.compare import (
     NOT_COMPARABLE,
     OUTSIDE,
@@ -103,6 +104,15 @@ def test_figures_are_those_of_the_totals(tmp_path: Path) -> None:
     wall = found["chain", "wall tokens/s"].change
     assert wall is not None and 1 / 1.5 < wall.estimate < 1, "the prefill is as it was"
     assert found["vanilla", "tokens/s"].outcome == WITHIN and overhead.outcome == OUTSIDE
+
+
+def test_bands_are_widened_for_the_figures_that_have_one(tmp_path: Path) -> None:
+    """Exact counts are none of them, nor are the figures of a suite whose times are not compared."""
+    found = figures(held(write(tmp_path / "a"), write(tmp_path / "b", seed=1)))
+    banded = [one for one in found.values() if one.band is not None]
+    assert {one.name for one in banded} == {"tokens/s", "wall tokens/s", "speedup", "overhead"}
+    for one in banded:
+        assert one.a is not None and one.band == promised(one.a, num_figures=len(banded))
 
 
 def test_a_slow_arm_lies_outside_and_no_other(tmp_path: Path) -> None:
