@@ -63,7 +63,7 @@ def shared_python(session: nox.Session) -> str:
         "install",
         *pinned,
         "--editable",
-        f"{ROOT}[gpu,plots,ray]",
+        f"{ROOT}[gpu,history,plots,ray]",
         *groups,
         external=True,
     )

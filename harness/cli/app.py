@@ -24,9 +24,11 @@ import typer
 from rich.markup import escape
 
 from harness.cli.ablate import ablate
+from harness.cli.compare import compare_command
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
 from harness.cli.gpu import gpu
+from harness.cli.history import history
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
 from harness.cli.options import console, print_any_text
@@ -51,6 +53,8 @@ app.command()(reproduce)
 app.command()(report)
 app.command("claims")(claims_command)
 app.command()(results)
+app.command("compare")(compare_command)
+app.command()(history)
 app.command()(train)
 app.command()(calibrate)
 app.command()(distill)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.compare import AgainstOption, finish_against, promising_run
 from harness.cli.find import find_record, find_suite
 from harness.cli.finish import finish
 from harness.cli.options import (
@@ -51,6 +52,7 @@ def reproduce(
     claims: ClaimsOption = None,
     resume: ResumeOption = None,
     results: ResultsOption = None,
+    against: AgainstOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the plan and how many minutes it takes, and run nothing")
     ] = False,
@@ -64,6 +66,7 @@ def reproduce(
 
     spec, file = find_suite(suite)
     registry = load_claims(claims)
+    promising = promising_run(against)  # a wrong name ends here, not after the run
     options = RunOptions(
         results=results or default_results(),
         limit=limit,
@@ -86,7 +89,7 @@ def reproduce(
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
-    finish(folder, claims=registry, readme=readme)
+    finish_against(folder, promising, claims=registry, readme=readme)
 
 
 def claims_command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _KNOWN = "harness/tests/judge/known"  # answers worked out by hand
 _JUDGE, _CLAIMS = "harness/tests/judge", "harness/tests/judge/claims"
+_HISTORY = "harness/tests/judge/history"
 _OF_RUNS = (
     f"{_KNOWN}/test_runs.py",
     f"{_KNOWN}/test_identity.py",
@@ -73,6 +74,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/claims/standing.py": (f"{_KNOWN}/test_standings.py", f"{_CLAIMS}/test_standing.py"),
     "harness/judge/claims/sweep.py": _OF_SWEEPS,
     "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
+    "harness/judge/history/bands.py": (f"{_HISTORY}/test_bands.py", f"{_HISTORY}/test_compare.py"),
+    "harness/judge/history/comparable.py": (f"{_HISTORY}/test_comparable.py", f"{_HISTORY}/test_series.py"),
+    "harness/judge/history/compare.py": (f"{_HISTORY}/test_compare.py",),
+    "harness/judge/history/figures.py": (f"{_HISTORY}/test_compare.py",),
+    "harness/judge/history/provenance.py": (f"{_HISTORY}/test_provenance.py",),
+    "harness/judge/history/series.py": (f"{_HISTORY}/test_series.py",),
+    "harness/judge/history/steps.py": (f"{_HISTORY}/test_steps.py", f"{_HISTORY}/test_series.py"),
+    "harness/judge/history/texts.py": (f"{_HISTORY}/test_compare.py",),
+    "harness/judge/history/valid.py": (f"{_HISTORY}/test_valid.py",),
     "harness/judge/judgement.py": (
         f"{_KNOWN}/test_findings_of_checks.py",
         f"{_KNOWN}/test_edges_of_checks.py",
