@@ -142,6 +142,11 @@ def changed(result: PartResult, /, **changes: Any) -> PartResult:
             {},
             f"{PARTS_FILE}: found 1 parts that ended well, need as many as in manifest.json",
         ),
+        (
+            (TESTS, LATENCY),
+            {"num_accepted": 1},
+            f"{PARTS_FILE}: found 2 parts that ended well, need as many as in manifest.json",
+        ),
     ],
 )
 def test_each_fault_is_named(

@@ -35,34 +35,10 @@ from harness.records.profiles.kernels import Contender, KernelRaces, Race
 from harness.records.provenance import Provenance
 from harness.specs.gpu import GpuSpec, KernelsPart, LatencyPart, load_gpu_spec, schedule
 from harness.specs.latency import load_latency_spec
-from harness.tests.tiny_suite import QUIET, command, small_device_limits
+from harness.tests.tiny_suite import QUIET, command, small_device_limits, small_device_limits_of_others
 
 ROOT = code_folder().parent
 PARTS = ["tests", "limits", "latency", "suite", "rates", "kernels"]
-# Python imports this file before all others. The limits are small as in `small_device_limits`, in processes
-# of their own: these tests look at no figure of theirs.
-SITE = """
-from importlib.machinery import PathFinder
-
-find = PathFinder.find_spec
-
-class Finding:  # an object and no function, which pytest would bind as a method
-    def __call__(self, name, path=None, target=None):
-        if name.partition(".")[0] in HIDDEN:
-            return None
-        spec = find(name, path, target)
-        if name == "harness.device.limits":
-            run = spec.loader.exec_module
-
-            def run_small(module):
-                run(module)
-                module._BANDWIDTH_BYTES, module._MATMUL_SIZE, module._ROW_SHAPE = 2**20, 64, (8, 8)
-
-            spec.loader.exec_module = run_small
-        return spec
-
-PathFinder.find_spec = Finding()
-"""
 NO_NETWORK = """
 import socket
 
@@ -73,21 +49,18 @@ socket.socket.connect = socket.create_connection = no_network
 """
 
 
-def site_packages(place: Path, *, hidden: tuple[str, ...] = (), more: str = "") -> dict[str, str]:
-    """Return the environment of processes with small limits, and without some packages."""
-    (place / "sitecustomize.py").write_text(f"HIDDEN = {hidden}\n{SITE}{more}")
-    return {"PYTHONPATH": f"{place}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a machine without network, nox, git, pytest-benchmark and datasets."""
     place = tmp_path_factory.mktemp("hiding")
     return {
         **os.environ,
-        **site_packages(place, hidden=("nox", "datasets", "pytest_benchmark"), more=NO_NETWORK),
+        **small_device_limits_of_others(
+            place, hidden=("nox", "datasets", "pytest_benchmark"), more=NO_NETWORK
+        ),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whose list names what is hidden
         "PATH": str(place),
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -245,7 +218,7 @@ def test_a_part_that_runs_over_is_stopped_and_the_next_one_runs(
     Parts run in the checkout's folder, while the results folder goes from where the command was typed.
     """
     monkeypatch.chdir(tmp_path)
-    for name, value in site_packages(tmp_path).items():
+    for name, value in small_device_limits_of_others(tmp_path).items():
         monkeypatch.setenv(name, value)
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
