@@ -91,7 +91,11 @@ def profile_kernels_command(
         float, typer.Option("--time-budget", help="minutes after which no further race is begun", min=0)
     ] = 3.0,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file to write the record to; without it, one in results/profile")
+        Path | None,
+        typer.Option(
+            help="JSON file to write the record to; without it, one in results/profile, and another for "
+            "unfinished races"
+        ),
     ] = None,
 ) -> None:
     """Race several ways to compute a part of a step, such as attention under a tree's mask."""
@@ -99,13 +103,30 @@ def profile_kernels_command(
     from harness.records.machines.identity import machine_slug
     from harness.records.profiles.kernels import KernelRaces
 
+    unfinished: Path | None = None
+
     def keep(races: KernelRaces) -> None:
-        name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}.json"
-        target = out or default_results() / "profile" / name
+        nonlocal unfinished
+        name = f"kernels-{races.dtype}-{machine_slug(races.origin.device)}"
+        whole = default_results() / "profile" / f"{name}.json"
+        apart = whole.with_name(f"{name}-unfinished.json")
+        target = out or (apart if races.num_left_out else whole)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, races)
+        unfinished = target if target == apart else None
+        if target == whole:
+            apart.unlink(missing_ok=True)
 
-    races = race_kernels(
-        dtype=dtype, small=small, budget_s=60 * minutes, command=command_line(), console=console, keep=keep
-    )
+    try:
+        races = race_kernels(
+            dtype=dtype,
+            small=small,
+            budget_s=60 * minutes,
+            command=command_line(),
+            console=console,
+            keep=keep,
+        )
+    finally:
+        if unfinished is not None:
+            console.print(f"the races that were run are in {unfinished.name}; no whole file was replaced")
     finish_kernel_races(races)

@@ -41,6 +41,6 @@ def test_the_smallest_group_widens_the_interval() -> None:
 def test_a_group_of_one_prompt_bounds_nothing_and_an_empty_one_is_refused() -> None:
     alone = bootstrap_groups(ratio, [([2], [1]), ([1, 1], [1, 1])], spec=SPEC)
     assert (alone.estimate, alone.low, alone.high) == (2.0, -np.inf, np.inf)
-    for bad in (([], []), ([1, 2], [1])):
+    for bad in (([], []), ([1, 2], [1]), (2.0, 1.0), ([[1, 2]], [[1, 1]])):
         with pytest.raises(ValueError, match="a group without prompts or of columns of unlike shapes"):
             bootstrap_groups(ratio, [bad, ([1], [1])], spec=SPEC)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from harness.device.arms import ArmRunner, TimedGeneration
 from harness.device.engine import Engine, LoadedModel, load_engine, load_model
 from harness.device.prompts import warmup_prompts
 from harness.measure.run import RunOptions, run_suite
-from harness.paths import shipped
+from harness.paths import code_folder, shipped
 from harness.records.run import RunRecord
 from harness.records.store import Store
 from harness.records.trials import Failure, Generation
@@ -246,6 +247,42 @@ class TickClock:
     def __call__(self) -> float:
         self.reads += 1
         return float(self.reads)
+
+
+# What Python imports before all others in processes that are not forked.
+_SITE = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+class Finding:  # an object and no function, which pytest would bind as a method
+    def __call__(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            return None
+        spec = find(name, path, target)
+        if name == "harness.device.limits":
+            run = spec.loader.exec_module
+
+            def run_small(module):
+                run(module)
+                module._BANDWIDTH_BYTES, module._MATMUL_SIZE, module._ROW_SHAPE = 2**20, 64, (8, 8)
+
+            spec.loader.exec_module = run_small
+        return spec
+
+PathFinder.find_spec = Finding()
+"""
+
+
+def small_device_limits_of_others(
+    place: Path, *, hidden: tuple[str, ...] = (), more: str = ""
+) -> dict[str, str]:
+    """Return the environment in which other processes measure small limits, too, and find no hidden package.
+
+    A file in `place` sees to it; `more` is run at its end.
+    """
+    (place / "sitecustomize.py").write_text(f"HIDDEN = {hidden}\n{_SITE}{more}", encoding="utf-8")
+    return {"PYTHONPATH": f"{place}{os.pathsep}{code_folder().parent}"}
 
 
 @contextlib.contextmanager

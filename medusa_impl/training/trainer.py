@@ -70,6 +70,8 @@ def training_arguments(
         save_steps=save_steps,
         save_total_limit=1,
         logging_strategy="no",
+        # `compute_loss` refuses what this looks for, waiting for the device twice in each part of a batch.
+        logging_nan_inf_filter=False,
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -115,16 +115,28 @@ class WholeCheckpointTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load what `_save_optimizer_and_scheduler` has saved, sharded for this number of processes."""
-        if not self.is_fsdp_enabled or checkpoint is None:
+        """Load what `_save_optimizer_and_scheduler` has saved, for this number of processes.
+
+        Raises: UserError for a checkpoint without them.
+        """
+        if self.is_deepspeed_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
-        state = torch.load(
-            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
-        )
-        load_optimizer_state(self.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        # Always to the host first: transformers 5.17 names torch a device "cpu:0" here, which it cannot load
+        # to, where several processes train on a CPU.
+        sharded = self.is_fsdp_enabled
+        states = []
+        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+            file = Path(checkpoint) / name
+            if not file.is_file():  # the Trainer itself would silently begin with an empty optimiser
+                raise UserError(found=f"no {name}", need="a complete checkpoint", where=file.parent.name)
+            states.append(torch.load(file, map_location="cpu", mmap=sharded, weights_only=True))
+        if sharded:
+            load_optimizer_state(self.optimizer, states[0])
+        else:
+            self.optimizer.load_state_dict(states[0])
+        self.lr_scheduler.load_state_dict(states[1])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the parameters that learn.

@@ -21,7 +21,7 @@ from harness.tests.tiny_training import ablation_data, write_corpus, write_recip
 from medusa_impl.checkpoints.tensors import tensors_sha256
 
 RESULTS, WORK, OUT = "results", "work", "out"
-_LINE_FILES = ("generations.jsonl", "points.jsonl", "cells.jsonl", "arms.jsonl")
+_LINE_FILES = ("generations.jsonl", "points.jsonl", "cells.jsonl", "arms.jsonl", "parts.jsonl")
 # of a line, what a resume may rewrite or what differs between two runs of one thing
 _MARKS = ("timing_valid",)
 
@@ -31,21 +31,34 @@ class Job:
     """A command that writes into the folder where it is run.
 
     `held` returns what is measured there, by name, half-written lines left out; nothing of it may be lost.
-    `result` returns what has to come out as if nothing had happened. `makes_record` says that a sealed record
-    is what is made.
+    `result` returns what has to come out as if nothing had happened. Where a sealed record is what is made,
+    `spec_file` is its file by which it is told from others.
     """
 
     name: str
     arguments: Callable[[Path], list[str]]
     held: Callable[[Path], dict[str, Any]]
     result: Callable[[Path], Any]
-    makes_record: bool = True
+    spec_file: str | None = None
     prepare: Callable[[Path, Path], None] | None = None
 
 
 def write_run(inputs: Path, heads: Path) -> None:
     """Write a suite of the smoke model and of its trained heads."""
     _write_toml(inputs / "micro.toml", micro_data(heads, prompts={"source": "random", "limit": 3}))
+
+
+def write_plan(inputs: Path) -> None:
+    """Write an acceptance of two parts on the CPU: a file of tests, and the suite of `write_run`."""
+    test = inputs / "test_quick.py"
+    test.write_text("def test_quick() -> None:\n    assert True\n", encoding="utf-8")
+    of_suite = {"suite": str(inputs / "micro.toml"), "num_prompts": 3, "least_s": 8, "reserve_s": 2}
+    parts = [
+        {"part": "tests", "files": [str(test)], "limit_s": 120},
+        {"part": "suite", "limit_s": 240, **of_suite},
+    ]
+    plan = {"schema_version": 1, "kind": "gpu", "name": "tiny", "description": "for tests", "device": "cpu"}
+    _write_toml(inputs / "gpu.toml", {**plan, "minutes": 10.0, "parts": parts})
 
 
 def build(inputs: Path) -> None:
@@ -56,6 +69,7 @@ def build(inputs: Path) -> None:
     save_tiny_heads(heads, engine.heads, backbone_sha256=loaded.sha256)
     write_run(inputs, heads)
     _write_toml(inputs / "latency.toml", _latency_data(heads))
+    write_plan(inputs)
     write_corpus(inputs / "corpus.safetensors", engine)
     write_recipe(inputs, "joint", num_steps=24, autocast="bfloat16")
     arms = {
@@ -203,19 +217,19 @@ def _work_out(verb: str, file: str) -> Callable[[Path], list[str]]:
 JOBS: dict[str, Job] = {
     job.name: job
     for job in (
-        Job("reproduce", _of_results("reproduce", "micro.toml"), _measured, _texts),
+        Job("reproduce", _of_results("reproduce", "micro.toml"), _measured, _texts, "suite.toml"),
         Job(
             "train",
             _work_out("train", "joint.toml"),
             _steps,
             _tensors,
-            makes_record=False,
         ),
         Job(
             "sweep",
             _of_results("sweep", "sweep.toml", "--replay-only"),
             _measured,
             _keys("cells.jsonl", "kind", "curve", "trees"),
+            "sweep.toml",
             prepare=_copy_latency,
         ),
         Job(
@@ -223,20 +237,19 @@ JOBS: dict[str, Job] = {
             _of_results("latency", "latency.toml"),
             _measured,
             _keys("points.jsonl", "mode", "num_nodes", "num_heads", "batch"),
+            "spec.toml",
         ),
         Job(
             "distill",
             _work_out("distill", "distill.toml"),
             _answers,
             lambda folder: (sorted(_answers(folder)), sorted(_tensors(folder))),
-            makes_record=False,
         ),
         Job(
             "calibrate",
             lambda inputs: ["calibrate", str(inputs / "distill.toml"), "trained", "--work", WORK],
             _answers,
             _calibrated,
-            makes_record=False,
             prepare=_trained,
         ),
         Job(
@@ -244,6 +257,14 @@ JOBS: dict[str, Job] = {
             _of_results("ablate", "ablation.toml", "--work", WORK),
             _measured,
             _keys("arms.jsonl", "arm", "seed", "heads_sha256"),
+            "suite.toml",
+        ),
+        Job(
+            "gpu",
+            _of_results("gpu", "gpu.toml"),
+            _measured,
+            _keys("parts.jsonl", "part", "outcome", "told"),
+            "plan.toml",
         ),
     )
 }

@@ -149,24 +149,20 @@ def faults_of(job: Job, folder: Path, whole: Whole, *, held: dict[str, Any], aga
     left = [path for place in (RESULTS, OUT) for path in (folder / place).rglob("*.tmp")]
     if left:
         yield f"{len(left)} temporary files, the first {left[0].relative_to(folder)}"
-    if job.makes_record:
+    if job.spec_file is not None:
         yield from _record_faults(job, folder)
 
 
 def _records(job: Job, folder: Path) -> list[Path]:
-    """Return the records that a job made, without what was prepared for it."""
-    prepared = {"sweep": "latency"}.get(job.name, "")
-    spec_files = ("suite.toml", "spec.toml", "sweep.toml")
-    records = sorted({path.parent for name in spec_files for path in (folder / RESULTS).rglob(name)})
-    return [one for one in records if not prepared or prepared not in one.relative_to(folder).parts]
+    """Return the records of its own that a job made."""
+    found = (folder / RESULTS).rglob(job.spec_file) if job.spec_file is not None else ()
+    return sorted({path.parent for path in found})
 
 
 def _is_finished(job: Job, folder: Path) -> bool:
     """Return whether a job's record was whole, report and all, when the kill came."""
     files = ("manifest.json", "report.md")
-    return job.makes_record and any(
-        all((record / name).exists() for name in files) for record in _records(job, folder)
-    )
+    return any(all((record / name).exists() for name in files) for record in _records(job, folder))
 
 
 def _record_faults(job: Job, folder: Path) -> Iterator[str]:
@@ -180,6 +176,9 @@ def _record_faults(job: Job, folder: Path) -> Iterator[str]:
             yield f"{record.name} is not valid: {wrong[0]}"
         elif not (record / "report.md").exists():
             yield f"{record.name} has no report"
+    for sealed in sorted({path.parent for path in (folder / RESULTS).rglob("manifest.json")} - {*records}):
+        if wrong := validate_record(sealed):  # of another command, which this one ran
+            yield f"{sealed.name} is not valid: {wrong[0]}"
 
 
 def _inside(path: Any, folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,34 @@ def test_an_interrupt_keeps_the_races_that_were_run(tmp_path: Path, monkeypatch:
     kept = read_kernel_races(tmp_path / "new" / "kernels.json")
     assert [race.computation for race in kept.races] == ["product", *["attention"] * 4]
     assert kept.num_left_out == 3, "two of heads, one of top-k"
+
+
+def test_unfinished_races_replace_no_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt, or a budget, once left the first races in the place of an older file with all of them."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr("harness.cli.profile.default_results", lambda: tmp_path)
+    monkeypatch.setattr(kernels, "SMALL", replace(SMALL, attention=SMALL.attention[:1], nodes=(1,)))
+    assert command("profile-kernels").code == 0
+    (whole,) = (tmp_path / "profile").iterdir()
+    before = whole.read_bytes()
+    assert whole.name.startswith("kernels-float32-cpu") and read_kernel_races(whole).num_left_out == 0
+    cut = command("profile-kernels", "--time-budget", "0")
+    apart = whole.with_name(f"{whole.stem}-unfinished.json")
+    assert cut.code == 0 and f"the races that were run are in {apart.name}" in " ".join(cut.err.split())
+    assert whole.read_bytes() == before and len(read_kernel_races(apart).races) == 1
+
+    def interrupted(*given: object) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_heads", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            profile_kernels_command(dtype="float32", small=True, minutes=3.0, out=None)
+    assert whole.read_bytes() == before and len(read_kernel_races(apart).races) == 2
+    again = command("profile-kernels")
+    assert again.code == 0 and "the races that were run" not in again.err
+    assert list((tmp_path / "profile").iterdir()) == [whole] and whole.read_bytes() != before
 
 
 def test_the_table_compares_with_the_engine_s_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

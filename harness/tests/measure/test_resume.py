@@ -33,7 +33,17 @@ from harness.records.run import ARM_STEPS, RUN, RunRecord
 from harness.records.store import Store
 from harness.records.trials import Generation, TrialKey, read_outcomes
 from harness.specs.suite import SuiteSpec
-from harness.tests.tiny_suite import CHAIN, VANILLA, MicroRun, command, micro_data, run, write_suite
+from harness.tests.tiny_suite import (
+    CHAIN,
+    VANILLA,
+    MicroRun,
+    command,
+    micro_data,
+    run,
+    small_device_limits,
+    small_device_limits_of_others,
+    write_suite,
+)
 from harness.tests.tiny_text import DATED, save_text_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,7 +239,8 @@ def start(suite: Path, results: Path) -> subprocess.Popen[str]:
     """Start a run that Ctrl-C reaches, also where these tests run in the background and inherit an ignored
     SIGINT.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    small = small_device_limits_of_others(suite.parent)
+    environment = {**os.environ, **small, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     words = [sys.executable, "-m", "harness", "reproduce", str(suite), "--results", str(results)]
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -279,7 +290,8 @@ def test_ctrl_c_and_sigkill_lose_nothing(heads_file: Path, tmp_path: Path, monke
     killed = read_outcomes(folder / "generations.jsonl", allow_torn_tail=True)
     assert [one.trial for one in killed[: len(interrupted)]] == [one.trial for one in interrupted]
 
-    assert command("reproduce", suite, "--results", results).code == ExitCode.OK
+    with small_device_limits():
+        assert command("reproduce", suite, "--results", results).code == ExitCode.OK
     assert list(results.glob("micro/*/*")) == [folder]
     record = RunRecord(folder)
     assert [one.trial for one in record.outcomes[: len(killed)]] == [one.trial for one in killed]

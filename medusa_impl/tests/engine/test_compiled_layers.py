@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache
+from torch._inductor.codecache import PyCodeCache
 
 from medusa_impl.engine import compiled_layers, runner
 from medusa_impl.engine.backbone import Backbone
@@ -105,8 +106,17 @@ def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_why(monkeypatch:
     assert engine.note == "compiled mode fell back to eager: compiling failed: no compiler was found"
 
 
+@pytest.fixture
+def only_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace the layers into graphs as ever, and run these without generating code.
+
+    That takes most of the time, and is not ours.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
 @torch.inference_mode()
-def test_a_first_step_without_a_prompt_runs_as_it_is() -> None:
+def test_a_first_step_without_a_prompt_runs_as_it_is(only_traced: None) -> None:
     backbone = Backbone(tiny_llama())
     tokens, depths = torch.tensor([[3]]), torch.zeros(1, dtype=torch.long)
     visible = torch.ones(1, 1, dtype=torch.bool)
@@ -117,10 +127,11 @@ def test_a_first_step_without_a_prompt_runs_as_it_is() -> None:
         cache = backbone.new_cache(batch_size=1, max_length=20)
         found.append(backbone.forward(tokens, depths=depths, visible=visible, cache=cache).logits.clone())
     torch.testing.assert_close(found[0], found[1])
+    assert CompiledLayers.of(backbone).failure == ""
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3 text", "mixtral"])
-def test_families_that_differ_in_how_they_call_a_layer(family: str) -> None:
+def test_families_that_differ_in_how_they_call_a_layer(family: str, only_traced: None) -> None:
     """The cache by position, masks by layer type, experts."""
     assert family in FAMILIES
     backbone = Backbone(build(family))
@@ -128,6 +139,8 @@ def test_families_that_differ_in_how_they_call_a_layer(family: str) -> None:
     backbone.step_call = CompiledLayers(backbone)
     torch.testing.assert_close(logits_of(backbone, TREES[1]), expected, atol=1e-4, rtol=1e-4)
     assert 1 <= num_graphs() <= 2, "one for each type of layer"
+    call: Any = backbone.step_call
+    assert call.failure == ""
 
 
 def largest_allocation(cache: TreeCache, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -139,9 +152,12 @@ def largest_allocation(cache: TreeCache, backbone: Backbone, monkeypatch: pytest
         sizes.append(math.prod(size))
         return allocate(size, *others)
 
-    with fresh_cache(), monkeypatch.context() as patch:  # code that is there already has the other function
+    # Code that is loaded already has the other function. Its kernels stay on the disk: they allocate nothing.
+    PyCodeCache.cache_clear()
+    with monkeypatch.context() as patch:
         patch.setattr(guards, "_empty_strided_cpu", noting)
         logits_of(backbone, TREES[1], cache=cache)
+    PyCodeCache.cache_clear()
     assert len(sizes) > 5, "the code allocates what its products give"
     return max(sizes)
 

@@ -5,6 +5,7 @@ that does not, one that leaves it open, and every way in which a record is not t
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -209,6 +210,23 @@ def test_a_figure_is_the_papers_within_the_tolerance_or_not(
     verdict = judged(claims[claim_id], evidence(tmp_path / "record", claims[claim_id], spoil))
     assert verdict.kind is kind, verdict
     assert "within +-10%" in verdict.reason and claims[claim_id].literal is not None
+
+
+@pytest.mark.parametrize(
+    ("claim_id", "spoil", "shape"),
+    [
+        ("A1", speed("optimised_64", 2.2), r"speedup of optimised_64 2\.\d\dx \[\d\.\d\d, \d\.\d\d\]"),
+        ("T1-Vicuna7B-ovh", overhead(1.22), r"overhead of optimised_64 1\.\d\dx \[\d\.\d\d, \d\.\d\d\]"),
+        ("T1-Vicuna7B-acc", rate(3.47), r"tokens/step of optimised_64 3\.\d\d \[\d\.\d\d, \d\.\d\d\]"),
+        ("F3a-7B-base-tps", wall("vanilla", 45.4), r"tokens/s of vanilla 45\.\d \[\d+\.\d, \d+\.\d\]"),
+    ],
+)
+def test_a_figure_has_the_digits_of_its_kind(
+    tmp_path: Path, claims: dict[str, ClaimSpec], claim_id: str, spoil: Spoil, shape: str
+) -> None:
+    """Times over times and tokens/step to a hundredth, tokens/s to a tenth, as the paper prints them."""
+    verdict = judged(claims[claim_id], evidence(tmp_path / "record", claims[claim_id], spoil))
+    assert re.fullmatch(shape, verdict.ours), verdict.ours
 
 
 def test_one_category_is_judged_on_its_own_prompts(tmp_path: Path, claims: dict[str, ClaimSpec]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from harness.judge.claims.findings import Asked, Finding, combined
 from harness.judge.judgement import VerdictKind
 from harness.specs.suite import IntervalSpec
-from harness.stats import Interval, bootstrap_ratio, chance_above, least_detected
+from harness.stats import Interval, bootstrap_ratio, chance_above, chance_within, least_detected
 
 SPEC = IntervalSpec(level=0.95, num_resamples=400, seed=3)
 NUM_PROMPTS, SPREAD = 40, 0.3
@@ -61,6 +61,7 @@ def test_the_least_effect_is_found_four_times_in_five() -> None:
 def test_a_single_prompt_finds_nothing_and_one_without_spread_all() -> None:
     alone = Interval(estimate=2.0, low=-math.inf, high=math.inf, level=0.95, num_prompts=1)
     assert Asked(alone, 1.0).chance(100.0) == 0 and Asked(alone, 1.0).least == math.inf
+    assert chance_above(alone, bound=1.0, truth=100.0) == chance_within(alone, margin=9.0, truth=0.0) == 0
     exact = Interval(estimate=2.0, low=2.0, high=2.0, level=0.95, num_prompts=9)
     assert Asked(exact, 1.0).chance(1.01) == 1 and Asked(exact, 1.0).chance(1.0) == 0
     flat = exact.model_copy(update={"level": 0.9})

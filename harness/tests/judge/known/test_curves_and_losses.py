@@ -12,12 +12,22 @@ from hypothesis import strategies as st
 
 from harness.judge.claims.evidence import Evidence, Floats, halves, relative_gain
 from harness.judge.claims.findings import NotTestable
-from harness.judge.claims.heads import rising_losses
+from harness.judge.claims.heads import (
+    judge_accuracy_falls,
+    judge_loss_grows,
+    judge_more_candidates,
+    rising_losses,
+)
 from harness.judge.claims.trees import early_less_late_gain, judge_log_growth, log_fit, step_seconds
 from harness.judge.judgement import ParityReport, VerdictKind
 from harness.records.probes import StepCost, StepCosts
 from harness.records.trace import PromptTrace, Trace
-from harness.specs.forms.claims import LogGrowthForm
+from harness.specs.forms.claims import (
+    AccuracyFallsForm,
+    LogGrowthForm,
+    LossGrowsForm,
+    MoreCandidatesForm,
+)
 from harness.specs.suite import IntervalSpec
 from harness.tests.fake_record import FakeParts, write_fake_record
 
@@ -156,6 +166,65 @@ def test_positions_without_a_target_do_not_count() -> None:
 
 def test_one_text_alone_leaves_a_rise_open() -> None:
     assert rising_losses(losses(1.0, 2.0, num=1), bound=0.0, spec=SPEC).kind is OPEN
+
+
+def heads_evidence(folder: Path, ranks: list[list[int]], *, nll: bool = True) -> Evidence:
+    """Evidence with these ranks, a row a position, in each of four prompts; head k loses k nats.
+
+    At the end of the text, where head k has no target, ranks do not count.
+    """
+    record = write_fake_record(folder, rounds=1, num_prompts=4)
+    like = record.trace
+    assert like is not None
+    rows = np.array(ranks, dtype=np.int32)
+    heads = np.arange(1, rows.shape[1] + 1)
+    beyond = np.arange(1, len(rows) + 1)[:, None] + heads > len(rows)
+    losses = np.where(beyond, np.nan, heads).astype(np.float32)
+    prompts = tuple(
+        dataclasses.replace(
+            prompt,
+            tokens=np.full(len(rows), 9),
+            ended_by="budget",
+            ranks=np.where(beyond, -1, rows).astype(np.int32),
+            gaps=None,
+            nll=losses if nll else None,
+        )
+        for prompt in trace_of([0], like).prompts
+    )
+    provenance = like.provenance.model_copy(update={"max_new_tokens": len(rows)})
+    object.__setattr__(record, "trace", Trace(provenance=provenance, prompts=prompts))
+    return Evidence(record=record, arms=(), comparisons=(), parity=NO_PARITY)
+
+
+def test_losses_and_accuracies_of_two_heads_are_judged_and_of_one_are_not(tmp_path: Path) -> None:
+    loss = LossGrowsForm(test="loss_grows", bound=0.0, reason="made up for a test")
+    falls = AccuracyFallsForm(test="accuracy_falls", first=(1,), bound=0.0, reason="made up for a test")
+    one = heads_evidence(tmp_path / "one", [[0], [0], [1], [2], [9]])
+    two = heads_evidence(tmp_path / "two", [[0, 0], [0, 1], [0, 2], [1, 3], [0, 9], [9, 9]])
+    for evidence in (one, heads_evidence(tmp_path / "none", [[0, 0], [0, 1]], nll=False)):
+        with pytest.raises(NotTestable, match="no losses of two heads or more"):
+            judge_loss_grows(loss, evidence)
+    with pytest.raises(NotTestable, match="the trace has one head"):
+        judge_accuracy_falls(falls, one)
+    found = judge_loss_grows(loss, two)
+    assert found.kind is YES
+    assert found.ours == "rise in nats from head to head: 1.00 [1.00, 1.00]"
+    found = judge_accuracy_falls(falls, two)
+    assert found.kind is YES and found.ours == "top-1 80.0 %, 25.0 %"
+
+
+def test_how_often_a_head_is_right_on_top_and_among_its_first(tmp_path: Path) -> None:
+    """Of nine positions the last has no target, two are right on top and six among the first three."""
+    ranks = [[0], [0], [1], [1], [2], [2], [3], [9], [0]]
+    form = MoreCandidatesForm(test="more_candidates", head=1, first=3, bound=2.5, reason="made up for a test")
+    found = judge_more_candidates(form, heads_evidence(tmp_path / "record", ranks))
+    assert found.kind is YES and found.figure_kind == "measured"
+    assert found.ours == "top-1 and top-3: 25 % and 75 %; 3.00x [3.00, 3.00]"
+    assert "among its first 3 at 25 % and 75 % of 32 positions; the quotient lies above 2.5" in found.reason
+    at_it = judge_more_candidates(
+        form.model_copy(update={"bound": 3.0}), heads_evidence(tmp_path / "at", ranks)
+    )
+    assert at_it.kind is NO
 
 
 def test_a_steps_time_holds_the_heads_where_they_were_timed(tmp_path: Path) -> None:

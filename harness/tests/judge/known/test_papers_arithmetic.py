@@ -253,3 +253,69 @@ def test_sizes_exactly_the_tolerance_apart_are_the_same(
         test="simulated_length", batch=1, context_tokens=(128, 512), tolerance=0.25, **SHARED
     )
     assert judged(any_claim, form, {}).kind is YES
+
+
+@pytest.mark.parametrize(
+    ("printed", "batch", "prefill_tokens", "kind"),
+    [
+        (((1.0, 8.0), (1.01, 8.01)), 1, 200, YES),
+        (((1.0, 8.0), (1.01, 8.02)), 1, 200, NO),  # two half units are 0.01
+        (((1.0, 8.0), (1.0, 8.0)), 160, 200, YES),
+        (((1.0, 8.0), (1.0, 8.0)), 170, 200, NO),  # the A100 does 161 operations in the time of a byte
+        (((1.0, 8.0), (1.0, 8.0)), 1, 160, NO),
+    ],
+)
+def test_a_step_lies_below_the_ridge_and_a_prefill_above(
+    any_claim: ClaimSpec,
+    printed: tuple[tuple[float, ...], ...],
+    batch: int,
+    prefill_tokens: int,
+    kind: VerdictKind,
+) -> None:
+    """A row of weights does one operation a byte a token and row of the batch, less what inputs and outputs
+    add to the bytes; attention of one token does less than one.
+    """
+    form = forms.RegimesForm(
+        test="regimes",
+        device="a100-80gb-pcie",
+        batch=batch,
+        context_tokens=128,
+        prefill_tokens=prefill_tokens,
+        table="T",
+        half_unit=0.005,
+        reason=WHY,
+    )
+    grid = OperatorTable.model_construct(
+        rows=(1, 2), columns=(1, 64), tflop_per_s=((1.0, 1.0), (1.0, 1.0)), intensity=printed
+    )
+    found = judged(any_claim, form, {"T": grid})
+    step, prefill = (round(one / (1 + one / 6656 + one / 17920), 1) for one in (batch, prefill_tokens))
+    assert told(found) == (kind, f"{step:.1f} and {prefill:.0f} operations a byte around 161")
+    spread = max(abs(high - low) for low, high in zip(*printed, strict=True))
+    assert found.reason.endswith(f"attention's printed intensity moves by {spread:.3f}")
+
+
+@pytest.mark.parametrize(
+    ("plotted", "kind", "apart"),
+    [
+        ((2000.0, 300.0), YES, ("0.0%", "0.0%")),
+        ((2500.0, 300.0), YES, ("25.0%", "0.0%")),
+        ((2000.0, 225.0), YES, ("0.0%", "25.0%")),
+        ((2502.0, 300.0), NO, ("25.1%", "0.0%")),
+        ((2000.0, 224.7), NO, ("0.0%", "25.1%")),
+        ((4000.0, 600.0), NO, ("100.0%", "100.0%")),
+    ],
+)
+def test_plotted_limits_are_the_makers_to_within_a_share(
+    any_claim: ClaimSpec, plotted: tuple[float, float], kind: VerdictKind, apart: tuple[str, str]
+) -> None:
+    form = forms.VendorLimitsForm(
+        test="vendor_limits", gb_per_s=2000.0, tflop_per_s=300.0, tolerance=0.25, reason=WHY
+    )
+    figures = {"X": dict(zip(("gb_per_s", "tflop_per_s"), plotted, strict=True))}
+    found = judged(any_claim, form, figures)
+    assert told(found) == (kind, "2000 GB/s, 300 TFLOP/s")
+    assert found.reason == (
+        f"the maker states 2000 GB/s, {apart[0]} from the paper's, and 300 TFLOP/s, {apart[1]} from it; "
+        "allowed 25%"
+    )

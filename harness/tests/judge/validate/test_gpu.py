@@ -142,6 +142,11 @@ def changed(result: PartResult, /, **changes: Any) -> PartResult:
             {},
             f"{PARTS_FILE}: found 1 parts that ended well, need as many as in manifest.json",
         ),
+        (
+            (TESTS, LATENCY),
+            {"num_accepted": 1},
+            f"{PARTS_FILE}: found 2 parts that ended well, need as many as in manifest.json",
+        ),
     ],
 )
 def test_each_fault_is_named(
@@ -150,11 +155,12 @@ def test_each_fault_is_named(
     assert gpu_faults(write(tmp_path, *parts, **manifest)) == (fault,)
 
 
+@pytest.mark.parametrize("record", [None, "latency/tiny/x/y"])
 @pytest.mark.parametrize("outcome", ["stopped", "failed", "invalid", "skipped"])
-def test_a_part_that_did_not_end_well_needs_no_record_and_is_not_accepted(
-    outcome: Any, tmp_path: Path
+def test_a_part_that_did_not_end_well_needs_no_sealed_record_and_is_not_accepted(
+    outcome: Any, record: str | None, tmp_path: Path
 ) -> None:
-    part = changed(LATENCY, outcome=outcome, record=None, manifest_sha256=None)
+    part = changed(LATENCY, outcome=outcome, record=record, manifest_sha256=None)
     folder = write(tmp_path, TESTS, part, num_accepted=1)
     assert gpu_faults(folder) == () and not is_accepted(GpuRecord(folder))
 

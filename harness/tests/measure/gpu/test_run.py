@@ -35,26 +35,16 @@ from harness.records.profiles.kernels import Contender, KernelRaces, Race
 from harness.records.provenance import Provenance
 from harness.specs.gpu import GpuSpec, KernelsPart, LatencyPart, load_gpu_spec, schedule
 from harness.specs.latency import load_latency_spec
-from harness.tests.tiny_suite import QUIET, command, small_device_limits
+from harness.tests.tiny_suite import QUIET, command, small_device_limits, small_device_limits_of_others
 
 ROOT = code_folder().parent
 PARTS = ["tests", "limits", "latency", "suite", "rates", "kernels"]
-# What a packed checkout on a GPU machine lacks. Python imports this file before all others.
-HIDING = """
+NO_NETWORK = """
 import socket
-from importlib.machinery import PathFinder
-
-find = PathFinder.find_spec
-
-class Hiding:  # an object and no function, which pytest would bind as a method
-    def __call__(self, name, path=None, target=None):
-        hidden = name.partition(".")[0] in ("nox", "datasets", "pytest_benchmark")
-        return None if hidden else find(name, path, target)
 
 def no_network(*arguments):
     raise OSError("there is no network")
 
-PathFinder.find_spec = Hiding()
 socket.socket.connect = socket.create_connection = no_network
 """
 
@@ -63,12 +53,13 @@ socket.socket.connect = socket.create_connection = no_network
 def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a machine without network, nox, git, pytest-benchmark and datasets."""
     place = tmp_path_factory.mktemp("hiding")
-    (place / "sitecustomize.py").write_text(HIDING)
     return {
         **os.environ,
+        **small_device_limits_of_others(
+            place, hidden=("nox", "datasets", "pytest_benchmark"), more=NO_NETWORK
+        ),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whose list names what is hidden
         "PATH": str(place),
-        "PYTHONPATH": f"{place}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
     }
 
@@ -227,6 +218,8 @@ def test_a_part_that_runs_over_is_stopped_and_the_next_one_runs(
     Parts run in the checkout's folder, while the results folder goes from where the command was typed.
     """
     monkeypatch.chdir(tmp_path)
+    for name, value in small_device_limits_of_others(tmp_path).items():
+        monkeypatch.setenv(name, value)
     tests = tmp_path / "test_slow.py"
     tests.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(300)\n")
     over = {"part": "tests", "files": [str(tests)], "limit_s": 8, "least_s": 1}
