@@ -26,6 +26,7 @@ from rich.markup import escape
 from harness.cli.ablate import ablate
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
+from harness.cli.gate import gate
 from harness.cli.gpu import gpu
 from harness.cli.latency import latency
 from harness.cli.new_suite import new_suite
@@ -59,6 +60,7 @@ app.command("profile-training")(profile_training_command)
 app.command("profile-kernels")(profile_kernels_command)
 app.command()(latency)
 app.command()(gpu)
+app.command()(gate)
 app.command()(sweep)
 app.command()(devices)
 app.command("search-tree")(search_tree)
