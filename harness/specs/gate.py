@@ -63,7 +63,7 @@ class GateSpec(DataFile):
     alpha: _Share
     must_see: _Share
     power: _Share
-    mark_every: int = Field(default=4, ge=2, le=64)
+    mark_every: int = Field(default=5, ge=3, le=63)
     quality_prompts: int = Field(default=0, ge=0, le=1000)
     engine: Literal["auto", "eager", "packed"] = "auto"
     calibration_trace: DataPath | None = None
@@ -79,6 +79,15 @@ class GateSpec(DataFile):
         if list(self.looks) != sorted(self.looks) or self.looks[0] < 3:
             raise ValueError(
                 f"looks {list(self.looks)}, need growing numbers of blocks, the first at least 3"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _marks_keep_turns(self) -> GateSpec:
+        if self.mark_every % 2 == 0:
+            raise ValueError(
+                f"mark_every {self.mark_every}, need an odd number: the versions take the first step of a pair "
+                "in turn, and of an even one the unmarked pairs begin with one of them more often"
             )
         return self
 

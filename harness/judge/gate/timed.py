@@ -3,10 +3,10 @@
 In a block both versions decode one prompt with each arm, one step the one, one step the other. What drifts on
 a machine for longer than a step falls on both alike, so the unit is the pair of steps at one index:
 
-    step        0        1        2        3 (marked)     4  ..
-    taken       base     head     base     head           base
-                head     base     head     base           head
-    pair        d_0      d_1      d_2      parts alone    d_4
+    step        0        1        2        3        4 (marked)     5  ..
+    taken       base     head     base     head     base           head
+                head     base     head     base     head           base
+    pair        d_0      d_1      d_2      d_3      parts alone    d_5
 
 d is the logarithm of head over base. A block's change is the mean of its d without the fifth at either end:
 bursts that hit fewer steps than that do not count, and neither does a slowdown that does. Marked steps give
