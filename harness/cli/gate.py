@@ -43,7 +43,7 @@ def gate(
     from harness.gate.calibrate import keep_calibration
     from harness.gate.results import append_summary, write_gate
     from harness.gate.run import GateOptions, run_calibration, run_gate
-    from harness.report.gate import (
+    from harness.report.tables.gate import (
         calibration_headline,
         gate_headline,
         render_calibration,

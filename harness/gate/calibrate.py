@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_json
 from harness.paths import cache_dir
-from harness.records.gate import Calibration, read_calibration
+from harness.records.gate.record import Calibration, read_calibration
 from harness.records.provenance import DeviceInfo, machine_slug
 from harness.records.store import portable
 from harness.specs.gate import GateSpec

@@ -13,7 +13,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from harness.errors import ExitCode
 from harness.files import write_bytes, write_text
-from harness.records.gate import BMF_FILE, GATE_FILE, JUNIT_FILE, SUMMARY_FILE, Finding, GateRecord
+from harness.records.gate.record import BMF_FILE, GATE_FILE, JUNIT_FILE, SUMMARY_FILE, Finding, GateRecord
 from harness.records.provenance import machine_slug
 from harness.records.store import begun_folder
 

@@ -33,7 +33,7 @@ from harness.judge.gate.timed import (
 )
 from harness.measure.turns import Wanted
 from harness.paths import cache_dir, code_folder
-from harness.records.gate import Calibration, Finding, GateRecord, SideInfo, SideName, Turn, read_gate
+from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn, read_gate
 from harness.records.store import portable, utc_now
 from harness.specs.gate import TIMED, GateSpec, Quantity
 

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.judge.gate.timed import is_marked
 from harness.measure.turns import Fault, Ready, Request, Step, Text, Wanted
 from harness.paths import without_paths
-from harness.records.gate import SIDES, SideInfo, SideName, Turn
+from harness.records.gate.record import SIDES, SideInfo, SideName, Turn
 from harness.records.provenance import DeviceInfo
 from harness.specs.gate import GateSpec
 
@@ -202,6 +202,9 @@ def _process(name: SideName, folder: Path, wanted: Wanted) -> Iterator[subproces
     )
     try:
         yield process
+    except BaseException:
+        process.kill()  # what it still loads or decodes is of no use
+        raise
     finally:
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it is gone

@@ -86,8 +86,8 @@ class GateSpec(DataFile):
     def _marks_keep_turns(self) -> GateSpec:
         if self.mark_every % 2 == 0:
             raise ValueError(
-                f"mark_every {self.mark_every}, need an odd number: the versions take the first step of a pair "
-                "in turn, and of an even one the unmarked pairs begin with one of them more often"
+                f"mark_every {self.mark_every}, need an odd number: the versions begin the pairs of steps in "
+                "turn, and of an even one the unmarked pairs begin with one of them more often"
             )
         return self
 

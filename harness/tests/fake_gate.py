@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.judge.gate.timed import is_marked
 from harness.paths import shipped
-from harness.records.gate import SIDES, SideInfo, SideName, Turn
+from harness.records.gate.record import SIDES, SideInfo, SideName, Turn
 from harness.records.provenance import DeviceInfo
 from harness.specs.gate import GateSpec, load_gate_spec
 

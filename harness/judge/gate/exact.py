@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from harness.records.gate import SIDES, Finding, Outcome, SideInfo, SideName, Turn
+from harness.records.gate.record import SIDES, Finding, Outcome, SideInfo, SideName, Turn
 from harness.specs.gate import GateSpec, Quantity
 
 

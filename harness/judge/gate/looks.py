@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from harness.errors import ExitCode
-from harness.records.gate import Finding, Outcome
+from harness.records.gate.record import Finding, Outcome
 from harness.specs.gate import GateSpec, Quantity
 
 Floats = NDArray[np.float64]

@@ -34,7 +34,7 @@ from harness.judge.gate.looks import (
     smallest_seen,
     spent,
 )
-from harness.records.gate import SIDES, Finding, NoiseFloor, SideName, SlowedPart, Turn
+from harness.records.gate.record import SIDES, Finding, NoiseFloor, SideName, SlowedPart, Turn
 from harness.specs.gate import TIMED, GateSpec, Quantity
 
 RATIOS: tuple[Quantity, ...] = ("step_cost", "overhead", "speedup")  # all that a stored baseline can bear

@@ -26,7 +26,7 @@ from harness.gate.simulate import (
 from harness.judge.gate.looks import kept
 from harness.judge.gate.timed import Change, judge_timed
 from harness.paths import code_folder, shipped
-from harness.records.gate import Finding
+from harness.records.gate.record import Finding
 from harness.records.run import RunRecord
 from harness.specs.gate import GateSpec, load_gate_spec
 

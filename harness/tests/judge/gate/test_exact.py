@@ -8,7 +8,7 @@ from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
 from harness.judge.gate.exact import acceptance_counts, judge_exact
 from harness.paths import shipped
-from harness.records.gate import Finding, Turn
+from harness.records.gate.record import Finding, Turn
 from harness.records.trace import Trace
 from harness.tests.fake_gate import side, spec_of, turns_of
 from medusa_impl.tree import DraftTree

@@ -20,7 +20,7 @@ from harness.judge.gate.looks import (
     smallest_seen,
     spent,
 )
-from harness.records.gate import Finding, Outcome
+from harness.records.gate.record import Finding, Outcome
 from harness.specs.gate import Quantity
 from harness.tests.fake_gate import spec_of
 

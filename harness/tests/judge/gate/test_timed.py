@@ -25,7 +25,7 @@ from harness.judge.gate.timed import (
     timed_changes,
     timed_names,
 )
-from harness.records.gate import Turn
+from harness.records.gate.record import Turn
 from harness.tests.fake_gate import spec_of, turns_of
 
 SPEC = spec_of((4, 8))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import ExitCode
-from harness.records.gate import Calibration, Finding, GateRecord, SideInfo, SlowedPart
+from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SlowedPart
 from harness.report.formatting import ABSENT, cell, percent, significant, table
 from harness.safe_text import page_text
 
