@@ -134,6 +134,8 @@ def main() -> None:
             _tell(error)
     if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
         resumes = "interrupted: what was measured is on disk; the same command resumes"
+        if "gate" in sys.argv[1:2]:  # whose looks are those of one sitting
+            resumes = "interrupted: a gate keeps nothing of what it measured; the same command starts it anew"
         with contextlib.suppress(OSError):
             console.print(resumes, soft_wrap=True)
     if code == ExitCode.PIPE_CLOSED:  # Python flushes once more at its end, and must not fail there

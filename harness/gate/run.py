@@ -65,7 +65,7 @@ def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: 
     began, started_utc = time.monotonic(), utc_now()
     stored = None if options.baseline is None else read_gate(options.baseline)
     with interrupted_by_term(), _folders(options, console=console) as (folders, base_from):
-        wanted = wanted_of(spec, spec_file)
+        wanted = wanted_of(spec, spec_file, num_sides=len(folders))
         console.print(f"{spec.name}: loading {' and '.join(folders)}")
         with started(folders, wanted) as sides:
             infos = {name: side.info for name, side in sides.items()}
@@ -90,9 +90,9 @@ def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: 
     )
 
 
-def wanted_of(spec: GateSpec, spec_file: Path) -> Wanted:
+def wanted_of(spec: GateSpec, spec_file: Path, *, num_sides: int = 2) -> Wanted:
     """Return what both versions load; paths go from the gate's folder, else are of each version's data."""
-    return Wanted(suite=spec.suite_data(), base_folder=str(spec_file.parent.absolute()))
+    return Wanted(suite=spec.suite_data(), base_folder=str(spec_file.parent.absolute()), num_sides=num_sides)
 
 
 @contextlib.contextmanager
@@ -252,6 +252,8 @@ def _record(
         timed = no_times(spec, only=only)
         num_quiet = len({turn.prompt_key for turn in quiet_turns(taken.turns, spec)})
         notes.append(f"times are withheld: {num_quiet} quiet blocks, need {spec.looks[0]}")
+    if foreign := {turn.block for turn in taken.turns if turn.num_foreign}:
+        notes.append(f"another process used the GPU in {len(foreign)} blocks: their times are not judged")
     quiet = (*past, *quiet_turns(taken.turns, spec))
     findings = (*timed, *judge_exact((*past, *taken.turns), infos, spec))
     parts = parts_of(quiet, spec)

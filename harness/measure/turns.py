@@ -29,10 +29,11 @@ if TYPE_CHECKING:  # torch is loaded by the processes that measure, not by the g
 
 
 class Wanted(Frozen):
-    """What both sides decode: a suite as data, whose paths go from a folder or are of shipped data."""
+    """What the sides decode: a suite as data, whose paths go from a folder or are of shipped data."""
 
     suite: dict[str, Any]
     base_folder: str | None
+    num_sides: int
 
 
 class Ready(Frozen):
@@ -99,7 +100,7 @@ class Worker:
     runners: dict[str, ArmRunner]
     seeds: dict[str, int | None]
     prompts: tuple[Prompt, ...]
-    hold: contextlib.AbstractContextManager[None] | None = None
+    num_sides: int
     watch: Any = None
     _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
     _token_ids: list[int] = field(default_factory=list)
@@ -177,13 +178,18 @@ class Worker:
             mean_log_likelihood=score,
             step_tokens=step_tokens,
             peak_memory_bytes=peak,
-            num_foreign=num_foreign(self.watch.num_others() if self.watch is not None else None),
+            num_foreign=num_foreign(
+                self.watch.num_others() if self.watch is not None else None, num_sides=self.num_sides
+            ),
         )
 
 
-def num_foreign(num_others: int | None) -> int:
-    """Return how many processes on a GPU are neither this side nor the other one; 0 where nothing tells."""
-    return max((num_others or 0) - 1, 0)
+def num_foreign(num_others: int | None, *, num_sides: int) -> int:
+    """Return how many processes on a GPU are of no side of the gate; 0 where nothing tells.
+
+    `num_others` are all but this side's own.
+    """
+    return max((num_others or 0) - (num_sides - 1), 0)
 
 
 def load(wanted: Wanted) -> tuple[Worker, Ready]:
@@ -213,7 +219,7 @@ def load(wanted: Wanted) -> tuple[Worker, Ready]:
         for arm in suite.arms
     }
     seeds = {arm.name: arm.seeds[0] if arm.seeds else None for arm in suite.arms}
-    worker = Worker(engine, runners, seeds, prompts, watch=watch)
+    worker = Worker(engine, runners, seeds, prompts, wanted.num_sides, watch=watch)
     _warm_up(worker, warmup[0])
     return worker, _ready(suite, worker, trees)
 

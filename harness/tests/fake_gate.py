@@ -45,6 +45,7 @@ def turns_of(
     slower_part: str | None = None,
     others: Callable[[int], float] = lambda block: 0.0,
     noise: float = 0.0,
+    seed: int = 3,
     tree_tokens: Sequence[int] = TREE_TOKENS,
     text: Callable[[SideName, str, int], str] = lambda side, arm, block: "same",
 ) -> tuple[Turn, ...]:
@@ -52,7 +53,7 @@ def turns_of(
 
     `slower_part` alone grows where it is named. Step times drift by a third over the gate.
     """
-    rng, found = np.random.default_rng(3), []
+    rng, found = np.random.default_rng(seed), []
     for block in range(num_blocks):
         for arm in spec.timed_arms:
             tokens = [1] * 24 if arm.method == "vanilla" else list(tree_tokens)
