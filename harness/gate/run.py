@@ -71,7 +71,7 @@ def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: 
             infos = {name: side.info for name, side in sides.items()}
             past: tuple[Turn, ...] = ()
             if stored is not None:
-                past = _past_turns(stored, infos["head"])
+                past = past_turns(stored, infos["head"], spec)
                 infos = {"base": stored.sides["head"], **infos}
             notes = _checked(spec, sides, infos)
             taken = take_looks(
@@ -109,8 +109,11 @@ def _folders(options: GateOptions, *, console: Console) -> Iterator[tuple[dict[S
         yield {"base": folder, "head": head}, base
 
 
-def _past_turns(stored: GateRecord, head: SideInfo) -> tuple[Turn, ...]:
-    """Return a stored gate's turns as the base's. Raises: UserError for one of another device or texts."""
+def past_turns(stored: GateRecord, head: SideInfo, spec: GateSpec) -> tuple[Turn, ...]:
+    """Return a stored gate's quiet turns and scored texts as the base's.
+
+    Raises: UserError for a record of another device or of other prompts.
+    """
     then = stored.sides["head"]
     if not same_device(then.device, head.device):
         raise UserError(
@@ -126,7 +129,8 @@ def _past_turns(stored: GateRecord, head: SideInfo) -> tuple[Turn, ...]:
             where="--baseline",
             do="take one anew",
         )
-    return for_baseline(stored.turns)
+    scored = (turn for turn in stored.turns if turn.purpose == "scored")
+    return for_baseline((*quiet_turns(stored.turns, spec), *scored))
 
 
 def _checked(spec: GateSpec, sides: Mapping[SideName, Side], infos: Mapping[SideName, SideInfo]) -> list[str]:

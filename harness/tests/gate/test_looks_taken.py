@@ -14,7 +14,7 @@ import pytest
 
 import harness.gate.run
 from harness.errors import ExitCode, UserError
-from harness.gate.run import GateOptions, Taken, _checked, _record, take_looks
+from harness.gate.run import GateOptions, Taken, _checked, _record, past_turns, take_looks
 from harness.gate.sides import Spent, first_at
 from harness.gate.worktree import Base
 from harness.paths import CACHE_VARIABLE
@@ -122,6 +122,19 @@ def test_a_gate_that_runs_out_of_time_after_a_look_judges_what_is_there(
     """Five quiet blocks at the end of the time: a look of its own, with the error up to there."""
     taken = take(monkeypatch, others=lambda number: 0.9 if number > 4 else 0.0, seconds=0.5, noise=0.5)
     assert taken.looks == [4, 5]
+
+
+def test_a_stored_record_serves_with_its_quiet_blocks_on_its_own_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = record_of(take(monkeypatch, others=lambda number: 0.9 if number == 1 else 0.0))
+    past = past_turns(stored, side(), SPEC)
+    assert {turn.side for turn in past} == {"base"} and {turn.block for turn in past} == {0, 2, 3, 4}
+    other = side().device.model_copy(update={"name": "Another processor"})
+    with pytest.raises(UserError, match=r"found a baseline of another device \(A processor, 2 cores\)"):
+        past_turns(stored, side(device=other), SPEC)
+    with pytest.raises(UserError, match="found a baseline of other prompts"):
+        past_turns(stored, side(prompts_sha256="other"), SPEC)
 
 
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **head: Any) -> list[str]:
