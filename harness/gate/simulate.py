@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from harness.errors import ExitCode, UserError
@@ -63,7 +63,7 @@ class Counted:
         return float(found.low), float(found.high)
 
 
-def window_changes(step_s: Sequence[float], *, num_pairs: int, mark_every: int) -> Floats:
+def window_changes(step_s: ArrayLike, *, num_pairs: int, mark_every: int) -> Floats:
     """Return the changes of step and backbone of every window of a text's steps, dealt out in turn.
 
     Shapes: [W, 2]; none for a text that is too short. A text with fewer steps is one window.

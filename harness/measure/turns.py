@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # torch is loaded by the processes that measure, not by the g
     from harness.device.arms import ArmRunner
     from harness.device.engine import Engine
     from harness.device.prompts import Prompt
+
+
+_WARMUP_STEPS = 12
 
 
 class Wanted(Frozen):
@@ -254,17 +258,20 @@ def _runner(
 
 
 def _warm_up(worker: Worker, prompt: Prompt) -> None:
-    """Decode a prompt that is not measured with each arm, with parts and without, so that all is captured."""
+    """Take steps on a prompt that is not measured with each arm, with parts and without.
+
+    So kernels are loaded and, where steps are recorded, all of them are.
+    """
     from harness.device.clock import Marks, SectionTimer
+    from medusa_impl.engine.sections import no_section
 
     with worker._device():
         for arm, runner in worker.runners.items():
-            runner.generate(prompt.prompt_ids, seed=worker.seeds[arm])
-            runner.record()
-            marks = Marks(SectionTimer(runner.clock))
-            for _ in runner.steps(prompt.prompt_ids, seed=worker.seeds[arm], section=marks):
-                continue
-            runner.record(section=marks)
+            for section in (no_section, Marks(SectionTimer(runner.clock))):
+                steps = runner.steps(prompt.prompt_ids, seed=worker.seeds[arm], section=section)
+                for _ in itertools.islice(steps, _WARMUP_STEPS):
+                    continue
+                runner.record(section=section)
 
 
 def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:

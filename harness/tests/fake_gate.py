@@ -37,6 +37,11 @@ def side(**changes: object) -> SideInfo:
     return known.model_copy(update=changes)
 
 
+def pair(base: SideInfo, head: SideInfo) -> dict[SideName, SideInfo]:
+    """Return both versions by name."""
+    return {"base": base, "head": head}
+
+
 def turns_of(
     spec: GateSpec,
     *,

@@ -75,15 +75,15 @@ def slow_down(clone: Path, share: float) -> None:
     (clone / CHANGED).write_text(text + SLOWED.replace("{share}", repr(share)), encoding="utf-8")
 
 
-def gate_in(clone: Path, *words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+def gate_in(clone: Path, *words: str | Path, captures: bool = False) -> subprocess.CompletedProcess[str]:
     """Return `medusa-repro gate` as it ended in a clone, with the clone's own code."""
     return subprocess.run(
         [sys.executable, "-m", "harness", "gate", *map(str, words)],
         cwd=clone,
         env={**os.environ, "PYTHONPATH": str(clone)},
+        capture_output=captures,
         text=True,
         check=False,
-        **options,  # type: ignore[call-overload]
     )
 
 

@@ -16,7 +16,7 @@ from harness.judge.gate.timed import judge_timed, most_slowed, no_times, parts_o
 from harness.records.gate.record import GateRecord, read_gate
 from harness.records.store import portable
 from harness.report.tables.gate import gate_headline, render_gate_summary
-from harness.tests.fake_gate import side, spec_of, turns_of
+from harness.tests.fake_gate import pair, side, spec_of, turns_of
 
 SPEC = spec_of((4, 8))
 REPEAT = "nox -s gate -- --base " + "a" * 40
@@ -31,7 +31,7 @@ def record(*, slower: float = 0.0, withheld: bool = False, noise: float = 0.0) -
         noise=noise,
     )
     timed = judge_timed(timed_changes(turns, SPEC), SPEC, num_blocks=8, judged_at=4)
-    sides = {"base": side(), "head": side(dirty=True)}
+    sides = pair(side(), side(dirty=True))
     findings = ((no_times(SPEC) if withheld else timed), judge_exact(turns, sides, SPEC))
     both, parts = (*findings[0], *findings[1]), parts_of(turns, SPEC)
     return GateRecord(

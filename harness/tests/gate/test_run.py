@@ -17,8 +17,6 @@ from harness.paths import CACHE_VARIABLE, code_folder
 from harness.records.gate.record import GATE_FILE
 from harness.tests.gate.planted import CHANGED, clone_as_it_is, gate_in, git, slow_down
 
-QUIET = {"capture_output": True, "timeout": 900}
-
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gated(clone: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return gate_in(clone, "smoke", *words, **QUIET)
+    return gate_in(clone, "smoke", *words, captures=True)
 
 
 def test_a_planted_slowdown_is_a_regression_and_its_record_serves_as_a_baseline(

@@ -10,15 +10,15 @@ from harness.judge.gate.exact import acceptance_counts, judge_exact
 from harness.paths import shipped
 from harness.records.gate.record import Finding, Turn
 from harness.records.trace import Trace
-from harness.tests.fake_gate import side, spec_of, turns_of
+from harness.tests.fake_gate import pair, side, spec_of, turns_of
 from medusa_impl.tree import DraftTree
 
 SPEC = spec_of((4, 8))
-BOTH = {"base": side(), "head": side()}
+BOTH = pair(side(), side())
 
 
 def found(turns: tuple[Turn, ...] | list[Turn], **sides: object) -> dict[str, Finding]:
-    infos = {"base": side(), "head": side(**sides)}
+    infos = pair(side(), side(**sides))
     return {one.name: one for one in judge_exact(turns, infos, SPEC)}
 
 
@@ -46,11 +46,11 @@ def test_a_tree_that_loses_a_hundredth_of_its_tokens_a_step_is_always_worse(num_
     tree = grow(trace, num_nodes=num_nodes, values="joint").tree
     cut = without_leaves(tree, index, share=0.01)
     replays = {name: index.replay(one).tokens_per_step for name, one in (("base", tree), ("head", cut))}
-    infos = {name: side(replayed_tokens_per_step={"tree": replays[name]}) for name in ("base", "head")}
+    infos = pair(*(side(replayed_tokens_per_step={"tree": replays[name]}) for name in ("base", "head")))
     turns = turns_of(SPEC, num_blocks=2)
     judged = {one.name: one for one in judge_exact(turns, infos, SPEC)}["tokens_per_step/tree"]
     assert judged.outcome == "worse" and judged.change is not None and judged.change >= 0.01
-    swapped = {"base": infos["head"], "head": infos["base"]}
+    swapped = pair(infos["head"], infos["base"])
     back = {one.name: one for one in judge_exact(turns, swapped, SPEC)}["tokens_per_step/tree"]
     assert back.outcome == "better"
 
