@@ -85,15 +85,15 @@ def _change(finding: Finding) -> str:
 
 
 def _seen(record: GateRecord) -> list[str]:
-    """Say which slowdown this runner's noise lets the gate find, where that is more than it must see."""
+    """Say which slowdown of a step this runner lets the gate find, where it is more than it must see."""
     must, power = record.gate["must_see"], record.gate["power"]
-    blind = [one for one in record.findings if one.sees is not None and one.sees > must]
-    if not blind:
+    steps = [one for one in record.findings if one.quantity == "step_s" and one.sees is not None]
+    worst = max(steps, key=lambda one: one.sees or 0.0, default=None)
+    if worst is None or worst.sees is None or worst.sees <= must:
         return []
-    worst = max(blind, key=lambda one: one.sees or 0.0)
     return [
-        f"This runner is too noisy to find {percent(must)} in {percent(power)} of gates: what it can hold is "
-        f"{percent(worst.sees)} for {worst.name}, the noisiest quantity."
+        f"This runner is too noisy to find steps that are {percent(must)} slower in {percent(power)} of gates: "
+        f"what it can hold is {percent(worst.sees)}, by {worst.name}."
     ]
 
 
