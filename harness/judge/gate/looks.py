@@ -26,6 +26,7 @@ from harness.records.gate.record import Finding, Outcome
 from harness.specs.gate import GateSpec, Quantity
 
 Floats = NDArray[np.float64]
+_FURTHEST = math.log(1e9)
 RATES: tuple[Quantity, ...] = ("speedup", "tokens_per_s")  # of which less is worse
 
 
@@ -54,8 +55,12 @@ def log_margin(quantity: Quantity, margin: float) -> float:
 
 
 def as_share(quantity: Quantity, change: float) -> float:
-    """Return the logarithm of a change as a share of the base's value, positive where the head is worse."""
-    return -math.expm1(-change) if quantity in RATES else math.expm1(change)
+    """Return the logarithm of a change as a share of the base's value, positive where the head is worse.
+
+    A bound beyond a change by a factor of 10^9, which a few blocks may give at an early look, stays there.
+    """
+    held = max(-_FURTHEST, min(change, _FURTHEST))
+    return -math.expm1(-held) if quantity in RATES else math.expm1(held)
 
 
 def outcome_of(low: float, high: float, *, margin: float) -> Outcome:

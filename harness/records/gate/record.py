@@ -76,11 +76,11 @@ class Finding(Frozen):
     base: Finite | None = Field(description="the base's value, in the quantity's unit")
     head: Finite | None = Field(description="the head's value")
     change: Finite | None = Field(description="by how much the head is worse, in the margin's unit")
-    low: float | None = Field(default=None, description="lower bound of the change; null where it is exact")
-    high: float | None = Field(default=None, description="upper bound of the change; null where it is exact")
+    low: Finite | None = Field(default=None, description="lower bound of the change; null where it is exact")
+    high: Finite | None = Field(default=None, description="upper bound of the change; null where it is exact")
     level: Share | None = Field(default=None, description="coverage of the interval, all corrections made")
     margin: Amount = Field(description="how much worse does not count")
-    sees: float | None = Field(
+    sees: Finite | None = Field(
         default=None, description="the slowdown that this quantity's noise lets the last look find"
     )
     num_blocks: Count | None = Field(default=None, description="blocks that it was decided from")

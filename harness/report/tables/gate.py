@@ -92,7 +92,8 @@ def _seen(record: GateRecord) -> list[str]:
     if worst is None or worst.sees is None or worst.sees <= must:
         return []
     return [
-        f"This runner is too noisy to find steps that are {percent(must)} slower in {percent(power)} of gates: "
+        f"This runner is too noisy to find steps that are {percent(must)} slower in {percent(power)} of "
+        "gates: "
         f"what it can hold is {percent(worst.sees)}, by {worst.name}."
     ]
 

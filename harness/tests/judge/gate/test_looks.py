@@ -86,6 +86,8 @@ def test_a_margin_and_a_change_are_the_same_share(quantity: Quantity) -> None:
     """5 % more seconds and 5 % fewer tokens a second are not one logarithm, and each is its own margin."""
     assert as_share(quantity, log_margin(quantity, 0.05)) == pytest.approx(0.05)
     lost = quantity in ("speedup", "tokens_per_s")
+    for far in (1e4, -1e4, math.inf, -math.inf):
+        assert math.isfinite(as_share(quantity, far))
     assert as_share(quantity, math.log(2)) == pytest.approx(0.5 if lost else 1.0)
 
 
