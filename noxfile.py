@@ -211,6 +211,12 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
+def gate(session: nox.Session) -> None:
+    """Is this checkout worse than the merge base with main? --base REV, --calibrate and others follow --."""
+    run_module(session, "harness", "gate")
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Alter files in ten ways and run the commands that read them; --limit, --kind and others follow --."""
     run_module(session, "harness.tests.fuzz")

@@ -29,6 +29,7 @@ _COMMANDS = {
     "ablation": "ablate",
     "recipe": "train",
     "gpu": "gpu",
+    "gate": "gate",
 }
 # what recipes called themselves before 0.2.0, and what to write instead
 _OLD_KINDS = {

@@ -27,6 +27,7 @@ from harness.cli.ablate import ablate
 from harness.cli.compare import compare_command
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
+from harness.cli.gate import gate
 from harness.cli.gpu import gpu
 from harness.cli.history import history
 from harness.cli.latency import latency
@@ -65,6 +66,7 @@ app.command("profile-training")(profile_training_command)
 app.command("profile-kernels")(profile_kernels_command)
 app.command()(latency)
 app.command()(gpu)
+app.command()(gate)
 app.command()(sweep)
 app.command()(devices)
 app.command("search-tree")(search_tree)
@@ -138,6 +140,8 @@ def main() -> None:
             _tell(error)
     if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code without a word
         resumes = "interrupted: what was measured is on disk; the same command resumes"
+        if "gate" in sys.argv[1:2]:  # whose looks are those of one sitting
+            resumes = "interrupted: a gate keeps nothing of what it measured; the same command starts it anew"
         with contextlib.suppress(OSError):
             console.print(resumes, soft_wrap=True)
     if code == ExitCode.PIPE_CLOSED:  # Python flushes once more at its end, and must not fail there

@@ -12,7 +12,7 @@ from harness.files import read_text
 from harness.paths import default_results, shipped
 from harness.specs.suite import SuiteSpec, load_suite
 
-Kind = Literal["suite", "latency", "sweep", "ablation", "recipe", "gpu"]
+Kind = Literal["suite", "latency", "sweep", "ablation", "recipe", "gpu", "gate"]
 # A kind is a folder of suites/; suites themselves lie at its top, together with the registries.
 _FOLDERS: dict[Kind, str] = {
     "suite": "",
@@ -21,6 +21,7 @@ _FOLDERS: dict[Kind, str] = {
     "ablation": "ablations",
     "recipe": "recipes",
     "gpu": "gpu",
+    "gate": "gate",
 }
 _RECORD_NAME = re.compile(r"\d{8}T\d{6}Z-[\w-]+")  # the time and the commit of its beginning
 _OLD_PREFIXES = {"latency_": "latency", "sweep_": "sweeps"}  # of file names in suites/ before 0.2.0

@@ -1,347 +1,347 @@
-"""Is the engine of one git worktree slower than that of another?
-
-    python -m harness.gate.run BASE HEAD          two folders, each a checkout of this project
-
-Two processes, one a version, load the same model. For each prompt and each number of tree nodes they decode
-in turns, base head head base, and the next prompt begins with the other one: what drifts on the machine falls
-on both alike. A generation's figure is the lower quartile of its step times: what disturbs a machine makes
-steps longer, never shorter. The ratio of the totals over prompts, head over base, has an interval from a
-bootstrap over prompts. The engine is slower where that interval lies wholly above 1 + margin, for any number
-of nodes, and not slower where it lies wholly below. Where other processes used more than a share of the cores
-in too many turns, neither is said: on a busy machine such intervals once took one version for two.
-
-Exit codes: 0 not slower, 1 slower, 2 neither can be said, or the texts differ; 3 user error.
-"""
+"""Is this checkout worse than its base? Both decode in turn and are judged at looks fixed before."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
+from rich.console import Console
 
-import harness.measure.turns
-from harness.errors import ExitCode, UserError
-from harness.files import Frozen, write_json
-from harness.measure.turns import Ready, Request, Turn, Wanted
-from harness.paths import shipped
-from harness.specs.suite import IntervalSpec
-from harness.stats import Interval, bootstrap_ratio
+from harness.errors import UserError
+from harness.gate.calibrate import calibration_of, check_margins, gate_sha256, same_device
+from harness.gate.sides import Side, started, take_block
+from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, worktree
+from harness.judge.gate.exact import judge_exact
+from harness.judge.gate.looks import exit_code, is_decided, kept
+from harness.judge.gate.timed import (
+    RATIOS,
+    Change,
+    calibrated,
+    disturbed_blocks,
+    for_baseline,
+    judge_timed,
+    most_slowed,
+    next_prompt,
+    no_times,
+    parts_of,
+    quiet_turns,
+    tails_apart,
+    timed_changes,
+)
+from harness.measure.turns import Wanted
+from harness.paths import cache_dir, code_folder
+from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn, read_gate
+from harness.records.store import portable, utc_now
+from harness.specs.gate import TIMED, GateSpec, Quantity
 
-SideName = Literal["base", "head"]
-Outcome = Literal["slower", "not slower", "inconclusive"]
-Ask = Callable[[SideName, Request], Turn]
-_LEAST_PROMPTS = 8
-_QUANTILE = 0.25
-_DISTURBED_TURNS = 0.1  # the share of turns that others may have disturbed
-
-
-class TurnTaken(Turn):
-    """One turn as it was taken: which side, prompt and size."""
-
-    side: SideName
-    prompt: int
-    num_nodes: int
-
-
-class Comparison(Frozen):
-    """All turns of a comparison, for a closer look."""
-
-    turns: tuple[TurnTaken, ...]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Step times of one number of nodes, head over base."""
-
-    num_nodes: int
-    ratio: Interval
-    outcome: Outcome
+_LEAST_BLOCKS = 3  # that a spread can be taken of
 
 
 @dataclass(frozen=True)
-class Side:
-    """One version's process, loaded and waiting for turns."""
+class GateOptions:
+    """What a command line says of a gate: the base's revision or a stored record, and how it was typed."""
 
-    name: SideName
-    ready: Ready
-    process: subprocess.Popen[str]
-
-    def ask(self, request: Request) -> Turn:
-        """Return one turn. Raises: UserError where the process ended."""
-        return Turn.model_validate_json(_exchange(self.process, request.model_dump_json(), name=self.name))
+    command: str
+    base: str | None = None
+    baseline: Path | None = None
 
 
-def order_of(prompt: int) -> tuple[SideName, ...]:
-    """Return the four turns of a prompt: base first on even prompts, head first on odd ones."""
-    return ("base", "head", "head", "base") if prompt % 2 == 0 else ("head", "base", "base", "head")
+@dataclass
+class Taken:
+    """What was decoded so far, and what the looks found."""
+
+    turns: list[Turn] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)
+    findings: dict[str, Finding] = field(default_factory=dict)
+    looks: list[int] = field(default_factory=list)
+    longest_s: float = 0.0
 
 
-def take_turns(ask: Ask, *, nodes: Sequence[int], num_prompts: int) -> Iterator[TurnTaken]:
-    """Yield every turn of every prompt and number of nodes."""
-    for prompt in range(num_prompts):
-        for num_nodes in nodes:
-            request = Request(prompt=prompt, num_nodes=num_nodes)
-            for side in order_of(prompt):
-                turn = ask(side, request)
-                yield TurnTaken(**turn.model_dump(), side=side, prompt=prompt, num_nodes=num_nodes)
-
-
-def compare(
-    turns: Sequence[TurnTaken], *, margin: float, interval: IntervalSpec | None = None
-) -> tuple[Compared, ...]:
-    """Return head over base for each number of nodes, from the lower quartile of each generation's steps.
-
-    Raises: ValueError where a side lacks a prompt that the other has.
-    """
-    spec, compared = interval or IntervalSpec(), []
-    for num_nodes in sorted({turn.num_nodes for turn in turns}):
-        totals: dict[SideName, list[float]] = {"base": [], "head": []}
-        for prompt in sorted({turn.prompt for turn in turns}):
-            for side, column in totals.items():
-                of_side = [
-                    float(np.quantile(turn.step_s, _QUANTILE))
-                    for turn in turns
-                    if (turn.num_nodes, turn.prompt, turn.side) == (num_nodes, prompt, side) and turn.step_s
-                ]
-                if len(of_side) != 2:
-                    raise ValueError(f"found {len(of_side)} turns of {side} on prompt {prompt}, need 2")
-                column.append(sum(of_side))
-        ratio = bootstrap_ratio(
-            totals["head"], totals["base"], spec=spec, rng=np.random.default_rng(spec.seed)
-        )
-        compared.append(Compared(num_nodes, ratio, outcome_of(ratio, margin=margin)))
-    return tuple(compared)
-
-
-def outcome_of(ratio: Interval, *, margin: float) -> Outcome:
-    """Return what an interval of head over base says of a slowdown by more than the margin."""
-    if ratio.low > 1 + margin:
-        return "slower"
-    return "not slower" if ratio.high <= 1 + margin else "inconclusive"
-
-
-def disturbed_share(turns: Sequence[TurnTaken], *, others: float) -> float:
-    """Return the share of turns in which other processes used more than `others` of all cores' time."""
-    return sum(turn.others_share > others for turn in turns) / len(turns)
-
-
-def undecided(compared: Sequence[Compared]) -> tuple[Compared, ...]:
-    """Return the same ratios without what they say."""
-    return tuple(replace(one, outcome="inconclusive") for one in compared)
-
-
-def differing_texts(turns: Sequence[TurnTaken]) -> int:
-    """Return on how many prompts and sizes the two sides decoded other tokens."""
-    texts: dict[tuple[int, int], set[str]] = {}
-    for turn in turns:
-        texts.setdefault((turn.prompt, turn.num_nodes), set()).add(turn.text_sha256)
-    return sum(len(found) > 1 for found in texts.values())
-
-
-def exit_code(compared: Sequence[Compared], *, num_differing: int) -> ExitCode:
-    """Return what the comparison says to a shell."""
-    if any(one.outcome == "slower" for one in compared):
-        return ExitCode.GATE_REGRESSION
-    if num_differing or any(one.outcome == "inconclusive" for one in compared):
-        return ExitCode.INVALID_MEASUREMENT
-    return ExitCode.OK
-
-
-@contextlib.contextmanager
-def started(folders: Mapping[SideName, Path], wanted: Wanted) -> Iterator[dict[SideName, Side]]:
-    """Start both sides, and end them afterwards.
-
-    Raises: UserError for a folder that is no checkout, a side that does not load, or one that runs other code
-    than its folder's.
-    """
-    with contextlib.ExitStack() as stack:
-        processes = {name: stack.enter_context(_process(name, folders[name], wanted)) for name in folders}
-        sides: dict[SideName, Side] = {}
-        for name, process in processes.items():
-            ready = Ready.model_validate_json(_exchange(process, None, name=name))
-            if Path(ready.code) != folders[name].resolve():
-                raise UserError(
-                    found=f"a {name} that runs the code of another folder",
-                    need="its own",
-                    where=folders[name].name,
-                    do="name the root of a checkout",
-                )
-            sides[name] = Side(name, ready, process)
-        yield sides
-
-
-@contextlib.contextmanager
-def _process(name: SideName, folder: Path, wanted: Wanted) -> Iterator[subprocess.Popen[str]]:
-    if not (folder / "harness" / "device" / "arms.py").is_file():
-        raise UserError(
-            found=f"no checkout of this project as {name}",
-            need="a folder with harness/ and medusa_impl/",
-            where=folder.name,
-            do="name the root of a git worktree",
-        )
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(Path(harness.measure.turns.__file__)), wanted.model_dump_json()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder.resolve())},  # before what the environment has installed
-    )
-    try:
-        yield process
-    finally:
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):  # it is gone
-            process.stdin.close()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _exchange(process: subprocess.Popen[str], request: str | None, *, name: str) -> str:
-    """Send a request, where there is one, and return the answer's line."""
-    assert process.stdin is not None and process.stdout is not None
-    line = ""
-    with contextlib.suppress(BrokenPipeError):
-        if request is not None:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
-    if not line:
-        raise UserError(
-            found=f"the {name} ended without an answer",
-            need="a version that decodes the suite",
-            where="its process, whose own words stand above",
-        )
-    return line
-
-
-def run(arguments: argparse.Namespace) -> ExitCode:
-    """Compare two worktrees as the command line says; print one line a size and one of JSON.
-
-    Raises: UserError as `started` does, and for a suite with too few prompts.
-    """
-    if arguments.prompts < _LEAST_PROMPTS:
-        raise UserError(
-            found=f"{arguments.prompts} prompts",
-            need=f"at least {_LEAST_PROMPTS}: an interval over fewer holds everything",
-            where="--prompts",
-        )
-    wanted = Wanted(
-        suite=str(arguments.suite.absolute()),
-        num_prompts=arguments.prompts,
-        max_new_tokens=arguments.tokens,
-        nodes=tuple(int(word) for word in arguments.nodes.split(",")),
-    )
-    turns: list[TurnTaken] = []
-    with started({"base": arguments.base, "head": arguments.head}, wanted) as sides:
-        ready = {name: side.ready for name, side in sides.items()}
-        if (found := min(one.num_prompts for one in ready.values())) < wanted.num_prompts:
-            raise UserError(
-                found=f"{found} prompts",
-                need=f"{wanted.num_prompts}",
-                where=arguments.suite.name,
-                do="ask for fewer",
+def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: Console) -> GateRecord:
+    """Return the record of a gate. Raises: UserError for what cannot be measured or compared."""
+    began, started_utc = time.monotonic(), utc_now()
+    stored = None if options.baseline is None else read_gate(options.baseline)
+    with interrupted_by_term(), _folders(options, console=console) as (folders, base_from):
+        wanted = wanted_of(spec, spec_file, num_sides=len(folders))
+        console.print(f"{spec.name}: loading {' and '.join(folders)}")
+        with started(folders, wanted) as sides:
+            infos = {name: side.info for name, side in sides.items()}
+            past: tuple[Turn, ...] = ()
+            if stored is not None:
+                past = past_turns(stored, infos["head"], spec)
+                infos = {"base": stored.sides["head"], **infos}
+            notes = _checked(spec, sides, infos)
+            taken = take_looks(
+                sides, spec, past=past, deadline=began + 60 * spec.minutes, console=console, stops=True
             )
-        for turn in take_turns(
-            lambda side, request: sides[side].ask(request), nodes=wanted.nodes, num_prompts=found
-        ):
-            turns.append(turn)
-            if len(turns) % (4 * len(wanted.nodes)) == 0:
-                print(f"{turn.prompt + 1} of {found} prompts", file=sys.stderr)
-    compared, num_differing = compare(turns, margin=arguments.margin), differing_texts(turns)
-    disturbed = disturbed_share(turns, others=arguments.others)
-    if disturbed > _DISTURBED_TURNS:
-        compared = undecided(compared)
-    _tell(
-        compared,
-        ready,
-        num_differing=num_differing,
-        margin=arguments.margin,
-        num_prompts=found,
-        disturbed=disturbed,
+    return _record(
+        spec,
+        taken,
+        infos,
+        past=past,
+        notes=notes,
+        base_from=base_from,
+        options=options,
+        started_utc=started_utc,
+        elapsed_s=time.monotonic() - began,
     )
-    if arguments.out is not None:
-        write_json(arguments.out, Comparison(turns=tuple(turns)))
-    return exit_code(compared, num_differing=num_differing)
 
 
-def _tell(
-    compared: Sequence[Compared],
-    ready: Mapping[SideName, Ready],
+def wanted_of(spec: GateSpec, spec_file: Path, *, num_sides: int = 2) -> Wanted:
+    """Return what both versions load; paths go from the gate's folder, else are of each version's data."""
+    return Wanted(suite=spec.suite_data(), base_folder=str(spec_file.parent.absolute()), num_sides=num_sides)
+
+
+@contextlib.contextmanager
+def _folders(options: GateOptions, *, console: Console) -> Iterator[tuple[dict[SideName, Path], Base]]:
+    """Yield the folders to run, with where the base comes from."""
+    head = code_folder().parent
+    if options.baseline is not None:
+        yield {"head": head}, Base("", f"stored record {options.baseline.name}")
+        return
+    root = checkout_root(code_folder())
+    base = base_of(root, options.base)
+    console.print(f"base: {base.commit[:12]}, {base.found}")
+    with worktree(root, base.commit, home=cache_dir() / "gate" / "worktrees") as folder:
+        yield {"base": folder, "head": head}, base
+
+
+def past_turns(stored: GateRecord, head: SideInfo, spec: GateSpec) -> tuple[Turn, ...]:
+    """Return a stored gate's quiet turns and scored texts as the base's.
+
+    Raises: UserError for a record of another device or of other prompts.
+    """
+    then = stored.sides["head"]
+    if not same_device(then.device, head.device):
+        raise UserError(
+            found=f"a baseline of another device ({then.device.name}, {then.device.num_cores} cores)",
+            need=f"one of this device ({head.device.name}, {head.device.num_cores} cores)",
+            where="--baseline",
+            do="take one here: medusa-repro gate --calibrate keeps its record",
+        )
+    if then.prompts_sha256 != head.prompts_sha256:
+        raise UserError(
+            found="a baseline of other prompts",
+            need="the same gate's",
+            where="--baseline",
+            do="take one anew",
+        )
+    scored = (turn for turn in stored.turns if turn.purpose == "scored")
+    return for_baseline((*quiet_turns(stored.turns, spec), *scored))
+
+
+def _checked(spec: GateSpec, sides: Mapping[SideName, Side], infos: Mapping[SideName, SideInfo]) -> list[str]:
+    """Return what a reader has to know of both versions before any figure.
+
+    Raises: UserError for too few prompts, other prompts, or a margin below this runner's noise floor.
+    """
+    for name, side in sides.items():
+        if len(side.ready.prompt_keys) < spec.looks[-1]:
+            raise UserError(
+                found=f"{len(side.ready.prompt_keys)} prompts in the {name}",
+                need=f"{spec.looks[-1]}, one a block of the last look",
+                where=f"the gate {spec.name!r}",
+                do="name more prompts, or end its looks earlier",
+            )
+    base, head = infos["base"], infos["head"]
+    if base.prompts_sha256 != head.prompts_sha256:
+        raise UserError(
+            found="other prompts in the base", need="the same token ids in both", where="the base's own data"
+        )
+    notes = [
+        f"the {name}'s checkout differs from its commit: it was measured as it is"
+        for name, info in infos.items()
+        if info.dirty
+    ]
+    if base.commit == head.commit and not head.dirty and base.commit is not None:
+        notes.append("base and head are the same commit")
+    if base.backbone_sha256 != head.backbone_sha256:
+        notes.append("base and head have different weights")
+    if base.mode != head.mode:
+        notes.append(f"the base's engine is {base.mode}, the head's {head.mode}")
+    calibration = calibration_of(spec, head.device)
+    if calibration is None:
+        notes.append("this runner is not calibrated: medusa-repro gate --calibrate says what it can see")
+    else:
+        check_margins(spec, calibration)
+    return notes
+
+
+def take_looks(
+    sides: Mapping[SideName, Side],
+    spec: GateSpec,
     *,
-    num_differing: int,
-    margin: float,
-    num_prompts: int,
-    disturbed: float,
-) -> None:
-    for one in compared:
-        bounds = f"[{one.ratio.low:.4f}, {one.ratio.high:.4f}]"
-        print(f"{one.num_nodes} nodes: head takes {one.ratio.estimate:.4f} {bounds} of base: {one.outcome}")
-    if num_differing:
-        print(f"texts differ on {num_differing} of {num_prompts * len(compared)} prompts and sizes")
-    if disturbed > _DISTURBED_TURNS:
-        print(f"other processes disturbed {100 * disturbed:.0f} % of the turns: run it on a quiet machine")
-    told = {
-        "commits": {name: one.commit for name, one in ready.items()},
-        "modes": {name: one.mode for name, one in ready.items()},
-        "device": ready["base"].device,
-        "dtype": ready["base"].dtype,
-        "margin": margin,
-        "num_prompts": num_prompts,
-        "texts_differ": num_differing,
-        "disturbed": disturbed,
-        "nodes": {
-            one.num_nodes: {
-                **one.ratio.model_dump(include={"estimate", "low", "high"}),
-                "outcome": one.outcome,
-            }
-            for one in compared
-        },
-    }
-    print(json.dumps(told))
+    past: Sequence[Turn],
+    deadline: float,
+    console: Console,
+    stops: bool,
+) -> Taken:
+    """Decode block after block and judge at each look, until all is decided or the time is used up.
+
+    Without `stops` all blocks are taken. A disturbed block is kept and taken again.
+    """
+    taken, only = Taken(), judged_quantities(past)
+    keys = sides["head"].ready.prompt_keys
+    for look in spec.looks:
+        if not _take_blocks(taken, sides, spec, keys=keys, wanted=look, deadline=deadline, console=console):
+            console.print("the gate's time is used up")
+        quiet = quiet_turns(taken.turns, spec)
+        num_quiet = len({turn.prompt_key for turn in quiet})
+        before = taken.looks[-1] if taken.looks else 0
+        if num_quiet < _LEAST_BLOCKS or num_quiet == before:
+            break
+        changes = timed_changes((*past, *quiet), spec, only=only)
+        now = judge_timed(changes, spec, num_blocks=num_quiet, judged_at=before)
+        taken.findings = kept(taken.findings, now)
+        taken.looks.append(num_quiet)
+        open_ = sum(not is_decided(finding) for finding in taken.findings.values())
+        console.print(f"look at {num_quiet} blocks: {open_} of {len(now)} timed quantities open")
+        if num_quiet < look or (stops and not open_):
+            break
+    return taken
 
 
-def parsed(words: Sequence[str] | None) -> argparse.Namespace:
-    """Return the command line's words."""
-    parser = argparse.ArgumentParser(prog="python -m harness.gate.run", description=__doc__.split("\n")[0])
-    parser.add_argument("base", type=Path, help="worktree of the version before")
-    parser.add_argument("head", type=Path, help="worktree of the version after")
-    parser.add_argument(
-        "--suite", type=Path, default=shipped("embedded.toml"), help="whose model and prompts"
+def judged_quantities(past: Sequence[Turn]) -> tuple[Quantity, ...]:
+    """Return the timed quantities that are judged: ratios alone where the base's times are another day's."""
+    return RATIOS if past else TIMED
+
+
+def _take_blocks(
+    taken: Taken,
+    sides: Mapping[SideName, Side],
+    spec: GateSpec,
+    *,
+    keys: Sequence[str],
+    wanted: int,
+    deadline: float,
+    console: Console,
+) -> bool:
+    """Take blocks until so many are quiet; return whether they are."""
+    while True:
+        quiet = {turn.prompt_key for turn in quiet_turns(taken.turns, spec)}
+        key = next_prompt(keys, tried=taken.tried, quiet=quiet, wanted=wanted)
+        if key is None:
+            return True
+        if (begun := time.monotonic()) + taken.longest_s > deadline:
+            return False
+        number, prompt = len(taken.tried), keys.index(key)
+        scores = prompt < spec.quality_prompts and key not in taken.tried
+        block = take_block(sides, spec, number=number, prompt=prompt, scores=scores)
+        taken.turns += block
+        taken.tried.append(key)
+        taken.longest_s = max(taken.longest_s, time.monotonic() - begun)
+        if disturbed_blocks(block, spec):
+            console.print(f"block {number + 1}: other processes disturbed it; it is taken again")
+
+
+def _record(
+    spec: GateSpec,
+    taken: Taken,
+    infos: Mapping[SideName, SideInfo],
+    *,
+    past: Sequence[Turn],
+    notes: list[str],
+    base_from: Base,
+    options: GateOptions,
+    started_utc: str,
+    elapsed_s: float,
+) -> GateRecord:
+    """Return the record of what was taken, with what follows from it."""
+    only = judged_quantities(past)
+    timed = tuple(taken.findings.values())
+    if not taken.looks or taken.looks[-1] < spec.looks[0]:
+        timed = no_times(spec, only=only)
+        num_quiet = len({turn.prompt_key for turn in quiet_turns(taken.turns, spec)})
+        notes.append(f"times are withheld: {num_quiet} quiet blocks, need {spec.looks[0]}")
+    if foreign := {turn.block for turn in taken.turns if turn.num_foreign}:
+        notes.append(f"another process used the GPU in {len(foreign)} blocks: their times are not judged")
+    quiet = (*past, *quiet_turns(taken.turns, spec))
+    findings = (*timed, *judge_exact((*past, *taken.turns), infos, spec))
+    parts = parts_of(quiet, spec)
+    for arm in tails_apart(quiet, spec, share=spec.must_see):
+        notes.append(
+            f"the total step time of {arm} changed otherwise than its middle steps: look at the turns"
+        )
+    return GateRecord(
+        gate=portable(spec),
+        command=options.command,
+        repeat=repeat_command(spec, base_from, options),
+        started_utc=started_utc,
+        elapsed_s=elapsed_s,
+        sides=dict(infos),
+        base_from=base_from.found,
+        disturbed_blocks=tuple(sorted(disturbed_blocks(taken.turns, spec))),
+        looks_taken=tuple(taken.looks),
+        findings=findings,
+        slowed=most_slowed(parts, findings),
+        parts=parts,
+        notes=tuple(notes),
+        exit_code=exit_code(findings, spec),
+        turns=tuple(taken.turns),
     )
-    parser.add_argument("--prompts", type=int, default=_LEAST_PROMPTS, help="how many prompts are decoded")
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens of each generation")
-    parser.add_argument("--nodes", default="1,8,64", help="tree nodes, root included, with commas")
-    parser.add_argument("--margin", type=float, default=0.01, help="a slowdown by this share does not count")
-    parser.add_argument(
-        "--others", type=float, default=0.1, help="share of all cores that others may use in a turn"
+
+
+def repeat_command(spec: GateSpec, base: Base, options: GateOptions) -> str:
+    """Return the command that measures the same again here."""
+    name = "" if spec.name == "gate" else f" {spec.name}"
+    if options.baseline is not None:
+        return f"nox -s gate --{name} --baseline {options.baseline.name}"
+    return f"nox -s gate --{name} --base {base.commit}"
+
+
+def run_calibration(
+    spec: GateSpec, *, spec_file: Path, num_runs: int, console: Console
+) -> tuple[Calibration, tuple[GateRecord, ...]]:
+    """Return this runner's calibration, from runs of this checkout against itself, and their records."""
+    head = code_folder().parent
+    runs: list[tuple[Change, ...]] = []
+    records = []
+    options = GateOptions(command="medusa-repro gate --calibrate")
+    for number in range(num_runs):
+        began, started_utc = time.monotonic(), utc_now()
+        console.print(f"{spec.name}: run {number + 1} of {num_runs} against itself")
+        with (
+            interrupted_by_term(),
+            started({"base": head, "head": head}, wanted_of(spec, spec_file)) as sides,
+        ):
+            infos = {name: side.info for name, side in sides.items()}
+            deadline = began + 60 * spec.minutes
+            taken = take_looks(sides, spec, past=(), deadline=deadline, console=console, stops=False)
+        changes = timed_changes(quiet_turns(taken.turns, spec), spec)
+        if not changes or len(changes[0].values) < spec.looks[0]:
+            raise UserError(
+                found=f"{len(changes[0].values) if changes else 0} quiet blocks",
+                need=f"{spec.looks[0]} for a calibration",
+                where="this machine",
+                do="stop what else runs on it",
+            )
+        runs.append(changes)
+        base = Base(infos["head"].commit or "HEAD", "itself, for the runner's calibration")
+        records.append(
+            _record(
+                spec,
+                taken,
+                infos,
+                past=(),
+                notes=[],
+                base_from=base,
+                options=options,
+                started_utc=started_utc,
+                elapsed_s=time.monotonic() - began,
+            )
+        )
+    info = records[-1].sides["head"]
+    calibration = Calibration(
+        gate=spec.name,
+        gate_sha256=gate_sha256(spec),
+        device=info.device,
+        commit=info.commit,
+        taken_utc=utc_now(),
+        num_runs=num_runs,
+        num_blocks=sum(len(one[0].values) for one in runs),
+        floors=calibrated(runs, spec),
     )
-    parser.add_argument("--out", type=Path, help="JSON file for all turns")
-    return parser.parse_args(words)
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        return run(parsed(words))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return ExitCode.USER_ERROR
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return calibration, tuple(records)

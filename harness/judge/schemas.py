@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
+from harness.records.gate.record import Calibration, GateRecord
 from harness.records.gpu.parts import CorpusRate, PartResult, TestCounts
 from harness.records.gpu.record import GpuManifest
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
@@ -26,6 +27,7 @@ from harness.records.sweep_cells import SweepCell
 from harness.records.trace import TraceHeader
 from harness.records.trials import TrialOutcome
 from harness.specs.ablation import AblationSpec
+from harness.specs.gate import GateSpec
 from harness.specs.gpu import GpuSpec
 from harness.specs.latency import LatencySpec
 from harness.specs.suite import SuiteSpec
@@ -49,6 +51,9 @@ _MODELS: dict[str, type[BaseModel]] = {
     "ablation_step": StepPoint,
     "ablation_tree": ArmTree,
     "ablation_manifest": AblationManifest,
+    "gate_spec": GateSpec,
+    "gate": GateRecord,
+    "gate_calibration": Calibration,
     "gpu_plan": GpuSpec,
     "gpu_part": PartResult,
     "gpu_tests": TestCounts,

@@ -1,165 +1,320 @@
-"""Timed generations on request, so that two versions of this code take turns, each in a process of its own.
+"""Decoding step by step on request, so that two versions of this code take their steps in turn.
 
 The gate starts this file by its path, once for each version, and lets Python find `harness` and `medusa_impl`
 in that version's folder. So what is imported here from them has to be there in both; a base that is older
-than this file is no obstacle. Requests and answers are lines of JSON on standard input and output.
+than this file is no obstacle. Requests and answers are lines of JSON on standard input and output. What goes
+wrong is answered as a `Fault`, in one line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
+import resource
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
-
+from harness.errors import UserError
 from harness.files import Frozen
 
 if TYPE_CHECKING:  # torch is loaded by the processes that measure, not by the gate
     from harness.device.arms import ArmRunner
     from harness.device.engine import Engine
+    from harness.device.prompts import Prompt
+
+
+_WARMUP_STEPS = 12
 
 
 class Wanted(Frozen):
-    """What both sides decode: the first prompts of a suite, at these numbers of nodes."""
+    """What the sides decode: a suite as data, whose paths go from a folder or are of shipped data."""
 
-    suite: str
-    num_prompts: int
-    max_new_tokens: int
-    nodes: tuple[int, ...]
+    suite: dict[str, Any]
+    base_folder: str | None
+    num_sides: int
 
 
 class Ready(Frozen):
-    """What a side says once it is loaded: whose code it runs, where, and how."""
+    """What a side says once it is loaded: whose code it runs, where, how, and what its trees promise."""
 
     code: str
     commit: str | None
-    device: str
+    dirty: bool | None
+    device: dict[str, Any]
     mode: str
     dtype: str
-    num_prompts: int
+    prompt_keys: tuple[str, ...]
+    prompts_sha256: str
+    backbone_sha256: str
+    replayed_tokens_per_step: dict[str, float]
 
 
 class Request(Frozen):
-    """One turn: decode this prompt with a tree of so many nodes; one node is vanilla decoding."""
+    """One thing to do: begin a text, take one step of it, end it, or decode and score a whole one.
 
-    prompt: int
-    num_nodes: int
-
-
-class Turn(Frozen):
-    """The answer: seconds of each step after the prefill, what stands for the text, and what others did.
-
-    `others_share` is the share of all cores' time that other processes used meanwhile.
+    `marked` asks for the times of the step's parts; `holds` lets this side hold the device for both.
     """
 
-    step_s: tuple[float, ...]
+    do: Literal["begin", "step", "end", "score"]
+    prompt: int = 0
+    arm: str = ""
+    marked: bool = False
+    holds: bool = False
+
+
+class Step(Frozen):
+    """One step: seconds, kept tokens, whether the text is at its end, and seconds by part where marked.
+
+    The answer to `begin` is the prefill as such a step.
+    """
+
+    step_s: float
+    num_tokens: int
+    ended: bool
+    parts_s: dict[str, float] = {}
+
+
+class Text(Frozen):
+    """A text at its end: what stands for it, its likelihood where scored, and the process's memory."""
+
     text_sha256: str
-    others_share: float
+    mean_log_likelihood: float | None = None
+    step_tokens: tuple[int, ...] = ()
+    peak_memory_bytes: int
+    num_foreign: int
 
 
-@dataclass(frozen=True)
-class _Spent:
-    """Seconds: of the clock, of all cores that were busy, of those that were busy for this process."""
+class Fault(Frozen):
+    """Why a side cannot go on, in one line."""
 
-    clock_s: float
-    busy_s: float
-    own_s: float
-
-    @staticmethod
-    def until_now() -> _Spent:
-        cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        idle_s = cores.idle + getattr(cores, "iowait", 0.0)
-        guests_s = getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)  # counted in user, too
-        return _Spent(time.perf_counter(), sum(cores) - idle_s - guests_s, own.user + own.system)
-
-    def others_share(self, after: _Spent) -> float:
-        """Return the share of all cores' time between two moments that other processes used."""
-        others_s = (after.busy_s - self.busy_s) - (after.own_s - self.own_s)
-        cores_s = (after.clock_s - self.clock_s) * (psutil.cpu_count() or 1)
-        return min(1.0, max(0.0, others_s / cores_s))
+    fault: str
 
 
-def main(wanted: Wanted) -> None:
-    """Load the suite's model, say so, and answer requests until there are no more."""
+@dataclass
+class Worker:
+    """One loaded version, with the text that it is at."""
+
+    engine: Engine
+    runners: dict[str, ArmRunner]
+    seeds: dict[str, int | None]
+    prompts: tuple[Prompt, ...]
+    num_sides: int
+    watch: Any = None
+    _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
+    _token_ids: list[int] = field(default_factory=list)
+    _clock: Any = None
+    _marks: Any = None
+    _holding: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def answer(self, request: Request) -> Frozen:
+        """Do what is asked and return what came of it."""
+        if request.do == "begin":
+            return self._begin(request)
+        if request.do == "step":
+            return self._step(marked=request.marked)
+        if request.do == "end":
+            self._holding.close()
+            return self._text(self._token_ids)
+        return self._score(request)
+
+    def _begin(self, request: Request) -> Step:
+        from harness.device.clock import Marks, SectionTimer
+
+        if request.holds:
+            self._holding.enter_context(self._device())
+        runner = self.runners[request.arm]
+        self._marks = Marks(SectionTimer(runner.clock))
+        self._marks.on = False
+        self._steps = runner.steps(
+            self.prompts[request.prompt].prompt_ids, seed=self.seeds[request.arm], section=self._marks
+        )
+        self._clock, self._token_ids = runner.clock, []
+        return self._step(marked=False)
+
+    def _step(self, *, marked: bool) -> Step:
+        self._marks.on = marked
+        self._marks.timer.seconds.clear()
+        started = self._clock()
+        step = next(self._steps)
+        step_s = self._clock() - started
+        self._token_ids.extend(step.tokens[0])
+        return Step(
+            step_s=step_s,
+            num_tokens=len(step.tokens[0]),
+            ended=step.ended[0] is not None,
+            parts_s=dict(self._marks.timer.seconds) if marked else {},
+        )
+
+    def _score(self, request: Request) -> Text:
+        from harness.device.trace import Text as Decoded
+        from harness.measure.probes import mean_log_likelihood
+
+        prompt = self.prompts[request.prompt]
+        with self._device():
+            done = self.runners[request.arm].generate(prompt.prompt_ids, seed=self.seeds[request.arm])
+            score = mean_log_likelihood(self.engine, Decoded(prompt, done.token_ids, done.ended_by))
+        return self._text(done.token_ids, step_tokens=done.step_tokens, score=score)
+
+    def _device(self) -> contextlib.AbstractContextManager[None]:
+        from harness.device.locks import device_turns
+        from harness.safe_text import SafeConsole
+
+        return device_turns(self.engine.runner.backbone.device, console=SafeConsole(stderr=True))()
+
+    def _text(
+        self, token_ids: Sequence[int], *, step_tokens: tuple[int, ...] = (), score: float | None = None
+    ) -> Text:
+        """Return a text at its end, with what the process held and who else is on its GPU."""
+        import torch
+
+        device = self.engine.runner.backbone.device
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+        if device.type == "cuda":
+            peak = int(torch.cuda.max_memory_allocated(device))
+        return Text(
+            text_sha256=hashlib.sha256(json.dumps(list(token_ids)).encode()).hexdigest(),
+            mean_log_likelihood=score,
+            step_tokens=step_tokens,
+            peak_memory_bytes=peak,
+            num_foreign=num_foreign(
+                self.watch.num_others() if self.watch is not None else None, num_sides=self.num_sides
+            ),
+        )
+
+
+def num_foreign(num_others: int | None, *, num_sides: int) -> int:
+    """Return how many processes on a GPU are of no side of the gate; 0 where nothing tells.
+
+    `num_others` are all but this side's own.
+    """
+    return max((num_others or 0) - (num_sides - 1), 0)
+
+
+def load(wanted: Wanted) -> tuple[Worker, Ready]:
+    """Load what is wanted, warm it up, and return it with what it says of itself."""
     from harness.device.clock import device_clock
     from harness.device.engine import best_device, load_model
-    from harness.device.locks import device_turns
-    from harness.device.machine import checkout_state, device_info
-    from harness.device.prompts import suite_prompts
+    from harness.device.gpu.watch import gpu_watch
+    from harness.device.prompts import check_lengths, suite_prompts, take_date, warmup_prompts
     from harness.measure.session import suite_engine
     from harness.safe_text import SafeConsole
-    from harness.specs.suite import load_suite
+    from harness.specs.suite import SuiteSpec
 
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # standard output, which nothing else may write to
-    sys.stdout = sys.stderr
-    file, console, device = Path(wanted.suite), SafeConsole(stderr=True), best_device()
-    suite = load_suite(file)
-    suite = suite.model_copy(
-        update={"prompts": suite.prompts.model_copy(update={"limit": wanted.num_prompts})}
-    )
-    loaded = load_model(suite.model, device=device, base_folder=file.parent)
-    prompts = suite_prompts(
-        suite, loaded, prompts_file=None, base_folder=file.parent, allow_hub=False, console=console
-    )
-    engine = suite_engine(suite, loaded, base_folder=file.parent)
-    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    suite = SuiteSpec.model_validate(wanted.suite)
+    folder = None if wanted.base_folder is None else Path(wanted.base_folder)
+    console, device = SafeConsole(stderr=True), best_device()
+    watch = gpu_watch(device)
+    loaded = load_model(suite.model, device=device, base_folder=folder)
+    take_date(loaded)
+    prompts = suite_prompts(suite, loaded, base_folder=folder, console=console)
+    engine = suite_engine(suite, loaded, base_folder=folder)
+    check_lengths(prompts, engine, max_new_tokens=suite.max_new_tokens)
+    trees = _trees(suite, engine, folder)
+    warmup = warmup_prompts(suite, loaded)
+    longest = max(len(prompt.prompt_ids) for prompt in (*prompts, *warmup))
     runners = {
-        nodes: _runner(engine, nodes, wanted, longest=longest, clock=device_clock(device))
-        for nodes in wanted.nodes
+        arm.name: _runner(engine, arm, trees, suite, longest=longest, clock=device_clock(device))
+        for arm in suite.arms
     }
-    held = device_turns(device, console=console)
-    with held():
-        for runner in runners.values():  # warms kernels up, and captures what is captured
-            runner.generate(prompts[-1].prompt_ids, seed=None)
-    ready = Ready(
-        code=str(Path(sys.modules["harness"].__path__[0]).resolve().parent),
-        commit=checkout_state()[0],
-        device=device_info(device).name,
-        mode=engine.runner.mode,
-        dtype=suite.model.dtype,
-        num_prompts=len(prompts),
+    seeds = {arm.name: arm.seeds[0] if arm.seeds else None for arm in suite.arms}
+    worker = Worker(engine, runners, seeds, prompts, wanted.num_sides, watch=watch)
+    _warm_up(worker, warmup[0])
+    return worker, _ready(suite, worker, trees)
+
+
+def _trees(suite: Any, engine: Engine, folder: Path | None) -> dict[str, Any]:
+    from harness.compose.trees import resolve_trees
+    from harness.device.trace import calibration_of
+    from harness.paths import resolve_path
+
+    calibration = None
+    if suite.calibration_trace is not None:
+        calibration = calibration_of(engine, resolve_path(suite.calibration_trace, base_folder=folder))
+    num_heads = engine.heads.num_heads
+    return dict(
+        resolve_trees(suite.arms, calibration=calibration, costs=(), num_heads=num_heads, base_folder=folder)
     )
-    print(ready.model_dump_json(), file=answers, flush=True)
-    for line in sys.stdin:
-        request = Request.model_validate_json(line)
-        with held():
-            before = _Spent.until_now()
-            result = runners[request.num_nodes].generate(prompts[request.prompt].prompt_ids, seed=None)
-            others_share = before.others_share(_Spent.until_now())
-        digest = hashlib.sha256(json.dumps(list(result.token_ids)).encode()).hexdigest()
-        turn = Turn(step_s=result.step_times_s, text_sha256=digest, others_share=others_share)
-        print(turn.model_dump_json(), file=answers, flush=True)
 
 
-def _runner(engine: Engine, nodes: int, wanted: Wanted, *, longest: int, clock: Any) -> ArmRunner:
-    """Return what decodes with a tree of so many nodes: what hangs where moves no step time."""
+def _runner(
+    engine: Engine, arm: Any, trees: dict[str, Any], suite: Any, *, longest: int, clock: Any
+) -> ArmRunner:
     from harness.device.arms import ArmRunner
-    from harness.measure.latency.timers import comb_tree
-    from harness.specs.suite import ArmSpec, ChainTree, GreedyAcceptance
 
-    vanilla = ArmSpec(name="vanilla", method="vanilla")
-    drafted = ArmSpec(
-        name="medusa",
-        method="medusa",
-        baseline="vanilla",
-        tree=ChainTree(kind="chain", depth=1),  # stands for the real one below
-        acceptance=GreedyAcceptance(),
-    )
     return ArmRunner(
         engine,
-        vanilla if nodes == 1 else drafted,
-        tree=None if nodes == 1 else comb_tree(nodes, depth=engine.heads.num_heads),
-        max_new_tokens=wanted.max_new_tokens,
+        arm,
+        tree=trees[arm.name].tree() if arm.name in trees else None,
+        max_new_tokens=suite.max_new_tokens,
         max_prompt_tokens=longest,
         clock=clock,
     )
 
 
+def _warm_up(worker: Worker, prompt: Prompt) -> None:
+    """Take steps on a prompt that is not measured with each arm, with parts and without.
+
+    So kernels are loaded and, where steps are recorded, all of them are.
+    """
+    from harness.device.clock import Marks, SectionTimer
+    from medusa_impl.engine.sections import no_section
+
+    with worker._device():
+        for arm, runner in worker.runners.items():
+            for section in (no_section, Marks(SectionTimer(runner.clock))):
+                steps = runner.steps(prompt.prompt_ids, seed=worker.seeds[arm], section=section)
+                for _ in itertools.islice(steps, _WARMUP_STEPS):
+                    continue
+                runner.record(section=section)
+
+
+def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
+    from harness.device.machine import checkout_state, device_info
+
+    commit, dirty = checkout_state()
+    told = [[prompt.key, list(prompt.prompt_ids)] for prompt in worker.prompts]
+    promised = {name: tree.predicted_tokens_per_step for name, tree in trees.items()}
+    return Ready(
+        code=str(Path(sys.modules["harness"].__path__[0]).resolve().parent),
+        commit=commit,
+        dirty=dirty,
+        device=device_info(worker.engine.runner.backbone.device).model_dump(),
+        mode=worker.engine.runner.mode,
+        dtype=suite.model.dtype,
+        prompt_keys=tuple(prompt.key for prompt in worker.prompts),
+        prompts_sha256=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        backbone_sha256=worker.engine.loaded.sha256,
+        replayed_tokens_per_step={name: value for name, value in promised.items() if value is not None},
+    )
+
+
+def main(wanted: Wanted) -> int:
+    """Load, say so, and answer requests until there are no more."""
+    import torch
+
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # standard output, which nothing else may write to
+    sys.stdout = sys.stderr
+    try:
+        worker, ready = load(wanted)
+        print(ready.model_dump_json(), file=answers, flush=True)
+        with torch.inference_mode():
+            for line in sys.stdin:
+                done = worker.answer(Request.model_validate_json(line))
+                print(done.model_dump_json(), file=answers, flush=True)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # of whatever version: the gate says it in one line
+        words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(Fault(fault=" ".join(words.split())[:500]).model_dump_json(), file=answers, flush=True)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(Wanted.model_validate_json(sys.argv[1]))
+    sys.exit(main(Wanted.model_validate_json(sys.argv[1])))

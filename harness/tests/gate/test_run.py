@@ -1,195 +1,143 @@
-"""The comparison of two versions' engines: turns, verdicts, a slowdown planted into a copy of the code."""
+"""A gate end to end over real clones: a planted slowdown, a base that does not run, a stored baseline.
+
+The model is tiny and the machine may be busy, so that only a slowdown by several times is planted here; what
+a gate sees of 5 % is drawn from recorded steps in `test_simulate.py`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from harness.errors import ExitCode
-from harness.gate.run import (
-    Compared,
-    TurnTaken,
-    compare,
-    differing_texts,
-    disturbed_share,
-    exit_code,
-    order_of,
-    outcome_of,
-    take_turns,
-    undecided,
-)
-from harness.measure.turns import Request, Turn, _Spent
-from harness.paths import code_folder, shipped
-from harness.stats import Interval
-
-ROOT = code_folder().parent
-NODES = (1, 8, 64)
-SLOWED = """
-
-_steps = ArmRunner.steps
+from harness.paths import CACHE_VARIABLE, code_folder
+from harness.records.gate.record import GATE_FILE
+from harness.tests.gate.planted import CHANGED, clone_as_it_is, gate_in, git, slow_down
 
 
-def _slow_steps(runner, *arguments, **options):
-    import time
-
-    for step in _steps(runner, *arguments, **options):
-        time.sleep(0.004)
-        yield step
-
-
-ArmRunner.steps = _slow_steps
-"""
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkout = code_folder().parent
+    if not (checkout / ".git").exists():
+        pytest.skip("this code lies in no git checkout")
+    return clone_as_it_is(checkout, tmp_path_factory.mktemp("gate") / "clone")
 
 
-def turns(
-    factor: float, *, noise: float = 0.0, other_text: int | None = None, others: float = 0.0
-) -> list[TurnTaken]:
-    """Eight prompts on a machine that slows down by a third; the head takes `factor` times as long.
-
-    In every fourth turn other processes use a share of the cores.
-    """
-    taken: list[TurnTaken] = []
-
-    def ask(side: str, request: Request) -> Turn:
-        drift = 1 + len(taken) / (3 * 4 * 8 * len(NODES))
-        own = 1 + noise * (-1) ** request.prompt if side == "head" else 1.0
-        step_s = request.num_nodes * drift * own * (factor if side == "head" else 1.0)
-        differs = side == "head" and request.prompt == other_text
-        nothing = TurnTaken(step_s=(), text_sha256="", others_share=0.0, side="base", prompt=0, num_nodes=1)
-        taken.append(nothing)
-        text = "b" if differs else "a"
-        steps = (step_s, step_s, step_s, 100 * step_s)
-        return Turn(step_s=steps, text_sha256=text, others_share=others if len(taken) % 4 == 0 else 0.0)
-
-    return list(take_turns(ask, nodes=NODES, num_prompts=8))
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep worktrees and calibrations of a test in a folder of its own; the tiny model needs no asset."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path / "cache"
 
 
-def test_turns_are_base_head_head_base_and_the_next_prompt_begins_with_the_other() -> None:
-    assert order_of(0) == ("base", "head", "head", "base")
-    assert order_of(1) == ("head", "base", "base", "head")
-    taken = turns(1.0)
-    assert len(taken) == 8 * 3 * 4
-    assert [turn.side for turn in taken[:4]] == list(order_of(0)) and taken[0].num_nodes == 1
-    assert [turn.side for turn in taken[12:16]] == list(order_of(1)) and taken[4].num_nodes == 8
+def gated(clone: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    return gate_in(clone, "smoke", *words, captures=True)
 
 
-@pytest.mark.parametrize(
-    ("factor", "noise", "outcome"),
-    [
-        (1.0, 0.0, "not slower"),
-        (0.9, 0.02, "not slower"),
-        (1.1, 0.02, "slower"),
-        (1.02, 0.2, "inconclusive"),
-    ],
-)
-def test_a_slowdown_is_seen_through_a_drift_that_is_larger(factor: float, noise: float, outcome: str) -> None:
-    compared = compare(turns(factor, noise=noise), margin=0.01)
-    assert [one.num_nodes for one in compared] == list(NODES)
-    for one in compared:
-        assert one.ratio.estimate == pytest.approx(factor, rel=0.01) and one.outcome == outcome
-
-
-def test_a_side_that_lacks_a_turn_is_refused() -> None:
-    with pytest.raises(ValueError, match="found 1 turns of base on prompt 7, need 2"):
-        compare([turn for turn in turns(1.0) if turn != turns(1.0)[-2]], margin=0.01)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "outcome"),
-    [
-        (1.011, 1.2, "slower"),
-        (1.01, 1.2, "inconclusive"),
-        (0.9, 1.01, "not slower"),
-        (0.9, 1.011, "inconclusive"),
-        (float("-inf"), float("inf"), "inconclusive"),
-    ],
-)
-def test_what_an_interval_says(low: float, high: float, outcome: str) -> None:
-    ratio = Interval(estimate=1.0, low=low, high=high, level=0.95, num_prompts=8)
-    assert outcome_of(ratio, margin=0.01) == outcome
-
-
-def test_exit_codes_say_slower_first_then_that_nothing_can_be_said() -> None:
-    ratio = Interval(estimate=1.0, low=0.9, high=1.1, level=0.95, num_prompts=8)
-    slower, fine, open_ = (
-        Compared(1, ratio, "slower"),
-        Compared(8, ratio, "not slower"),
-        Compared(64, ratio, "inconclusive"),
-    )
-    assert exit_code([fine, fine], num_differing=0) == ExitCode.OK
-    assert exit_code([fine, open_, slower], num_differing=3) == ExitCode.GATE_REGRESSION
-    assert exit_code([fine, open_], num_differing=0) == ExitCode.INVALID_MEASUREMENT
-    assert exit_code([fine, fine], num_differing=1) == ExitCode.INVALID_MEASUREMENT
-
-
-def test_on_a_busy_machine_nothing_is_said() -> None:
-    """On a loaded machine the same engine once seemed 1.15 [1.01, 1.30] times as slow as itself."""
-    assert disturbed_share(turns(1.0), others=0.1) == 0
-    assert disturbed_share(turns(1.0, others=0.3), others=0.1) == 0.25
-    assert disturbed_share(turns(1.0, others=0.3), others=0.3) == 0
-    compared = undecided(compare(turns(1.1), margin=0.01))
-    assert {one.outcome for one in compared} == {"inconclusive"}
-    assert exit_code(compared, num_differing=0) == ExitCode.INVALID_MEASUREMENT
-
-
-def test_the_share_of_others_leaves_out_what_is_our_own() -> None:
-    before = _Spent(clock_s=10.0, busy_s=100.0, own_s=5.0)
-    cores = psutil.cpu_count() or 1
-    assert before.others_share(_Spent(12.0, 100.0 + 1.5 * cores, 5.0 + 0.5 * cores)) == pytest.approx(0.5)
-    assert before.others_share(_Spent(12.0, 100.0, 6.0)) == 0, "clocks of coarse ticks"
-    now = _Spent.until_now()
-    assert now.clock_s > 0 and now.busy_s > now.own_s > 0
-
-
-def test_texts_that_differ_are_counted_by_prompt_and_size() -> None:
-    assert differing_texts(turns(1.0)) == 0
-    assert differing_texts(turns(1.0, other_text=3)) == len(NODES)
-
-
-def gate(base: Path, head: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "harness.gate.run", base, head, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def test_a_slowdown_planted_into_a_copy_of_the_code_is_found(tmp_path: Path) -> None:
-    """4 ms more a step, in the code of the copy alone: so each side runs its own code."""
-    copy = tmp_path / "head"
-    for package in ("harness", "medusa_impl", "suites"):
-        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("tests", "__pycache__"))
-    arms = copy / "harness" / "device" / "arms.py"
-    arms.write_text(arms.read_text(encoding="utf-8") + SLOWED, encoding="utf-8")
-    words = ("--suite", shipped("smoke.toml"), "--tokens", "6", "--nodes", "1,8", "--others", "1")
-    done = gate(ROOT, copy, *words, "--out", tmp_path / "turns.json")
+def test_a_planted_slowdown_is_a_regression_and_its_record_serves_as_a_baseline(
+    clone: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "job.md"))
+    slow_down(clone, 6.0)
+    try:
+        done = gated(clone, "--base", "HEAD", "--results", tmp_path / "results")
+    finally:
+        git(clone, "checkout", "--quiet", "--", str(CHANGED))
     assert done.returncode == ExitCode.GATE_REGRESSION, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["num_prompts"] == 8 and last["texts_differ"] == 0
-    assert {nodes: found["outcome"] for nodes, found in last["nodes"].items()} == {
-        "1": "slower",
-        "8": "slower",
+    assert last["outcome"] == "REGRESSION" and last["dirty"] is True and last["valid"]["speeds"] is True
+    outcomes = {name: one["outcome"] for name, one in last["findings"].items()}
+    assert outcomes["step_s/vanilla"] == outcomes["step_s/tree"] == outcomes["tokens_per_s/tree"] == "worse"
+    assert {outcomes[name] for name in ("parity/tree", "parity/vanilla", "tokens_per_step/tree")} == {
+        "equivalent"
     }
-    assert len(json.loads((tmp_path / "turns.json").read_text())["turns"]) == 8 * 2 * 4
+    assert outcomes["quality/typical"] == "equivalent"
+    assert last["slowed"]["part"] == "host", "the time was planted outside of every marked part"
+    (folder,) = (tmp_path / "results" / "gate" / "smoke").glob("*/*")
+    assert {path.name for path in folder.iterdir()} == {
+        "gate.json",
+        "junit.xml",
+        "bmf.json",
+        "summary.md",
+        "headline.json",
+    }
+    assert json.loads((folder / "headline.json").read_text()) == last
+    summary = (folder / "summary.md").read_text()
+    base = git(clone, "rev-parse", "HEAD")
+    assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base}\n```")
+    assert "differs from its commit: it was measured as it is" in summary
+    assert (tmp_path / "job.md").read_text().strip() == summary.strip()
+    assert list((cache / "gate" / "worktrees").iterdir()) == []
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+    _as_baseline(clone, folder, tmp_path)
 
 
-def test_a_folder_that_is_no_checkout_and_too_few_prompts_are_one_line(tmp_path: Path) -> None:
-    done = gate(ROOT, tmp_path, "--suite", shipped("smoke.toml"))
+def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
+    """The slowed head as a baseline: ratios alone are compared, and nobody else's device."""
+    done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
+    assert done.returncode != ExitCode.USER_ERROR, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    timed = {name.split("/")[0] for name in last["findings"]} & {
+        "step_s",
+        "tokens_per_s",
+        "overhead",
+        "speedup",
+    }
+    assert timed == {"overhead", "speedup"}
+    assert last["findings"]["parity/tree"]["outcome"] == "equivalent"
+    data = json.loads((folder / GATE_FILE).read_text())
+    data["sides"]["head"]["device"]["name"] = "Another processor"
+    (folder / GATE_FILE).write_text(json.dumps(data))
+    done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
     assert done.returncode == ExitCode.USER_ERROR
-    assert (
-        "error: found no checkout of this project as head" in done.stderr and "Traceback" not in done.stderr
-    )
-    done = gate(ROOT, ROOT, "--suite", shipped("smoke.toml"), "--prompts", "7")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "found a baseline of another device (Another processor" in line
+    data["schema_version"] = 99
+    (folder / GATE_FILE).write_text(json.dumps(data))
+    done = gated(clone, "--baseline", folder)
+    assert done.returncode == ExitCode.USER_ERROR and "found schema_version 99; need at most 1" in done.stderr
+
+
+def test_a_base_that_does_not_run_is_one_line(clone: Path, tmp_path: Path) -> None:
+    head = git(clone, "rev-parse", "HEAD")
+    text = (clone / CHANGED).read_text(encoding="utf-8")
+    (clone / CHANGED).write_text(text.replace("class ArmRunner", "class NoSuchRunner"), encoding="utf-8")
+    git(clone, "commit", "--quiet", "--all", "--message", "Break")
+    broken = git(clone, "rev-parse", "HEAD")
+    git(clone, "reset", "--quiet", "--hard", head)
+    done = gated(clone, "--base", broken, "--results", tmp_path / "results")
+    assert done.returncode == ExitCode.USER_ERROR and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "found a base that does not run (ImportError: cannot import name 'ArmRunner'" in line
+    assert line.endswith("to mend it: name another --base") and str(tmp_path) not in line
+    assert not (tmp_path / "results").exists() and len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--base", "nowhere"), "found no revision 'nowhere'"),
+        (("--base", "HEAD", "--calibrate"), "found --base and --calibrate"),
+        (("--base", "HEAD", "--baseline", "x"), "found --base and --baseline"),
+        (("--baseline", "nothing.json"), "found no readable nothing.json"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(clone: Path, words: tuple[str, ...], found: str) -> None:
+    done = gated(clone, *words)
+    assert done.returncode == ExitCode.USER_ERROR and "Traceback" not in done.stderr
+    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
+    assert found in done.stderr
+
+
+def test_without_git_one_line_says_what_to_do(clone: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    git(clone, "archive", "--output", str(tmp_path / "all.tar"), "HEAD", "harness", "medusa_impl", "suites")
+    subprocess.run(["tar", "-xf", tmp_path / "all.tar", "-C", exported], check=True)
+    done = gated(exported)
     assert done.returncode == ExitCode.USER_ERROR
-    assert "error: found 7 prompts; need at least 8" in done.stderr
+    assert "error: found no git checkout" in done.stderr and "--baseline FOLDER" in done.stderr

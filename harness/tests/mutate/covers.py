@@ -74,6 +74,13 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/claims/standing.py": (f"{_KNOWN}/test_standings.py", f"{_CLAIMS}/test_standing.py"),
     "harness/judge/claims/sweep.py": _OF_SWEEPS,
     "harness/judge/claims/verdicts.py": (*_OF_RUNS, f"{_CLAIMS}/test_sweep.py"),
+    "harness/judge/gate/exact.py": (f"{_JUDGE}/gate/test_exact.py",),
+    "harness/judge/gate/looks.py": (f"{_JUDGE}/gate/test_looks.py", f"{_JUDGE}/gate/test_timed.py"),
+    "harness/judge/gate/timed.py": (
+        f"{_JUDGE}/gate/test_timed.py",
+        "harness/tests/gate/test_simulate.py",
+        "harness/tests/gate/test_results.py",
+    ),
     "harness/judge/history/bands.py": (f"{_HISTORY}/test_bands.py", f"{_HISTORY}/test_compare.py"),
     "harness/judge/history/comparable.py": (f"{_HISTORY}/test_comparable.py", f"{_HISTORY}/test_series.py"),
     "harness/judge/history/compare.py": (f"{_HISTORY}/test_compare.py",),

@@ -1,0 +1,148 @@
+"""The base's code in a git worktree of its own, which is gone again when the gate ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from harness.errors import UserError
+
+MAIN_NAMES = ("main", "origin/main", "master", "origin/master")
+_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Base:
+    """The commit to compare with, and how it was found."""
+
+    commit: str
+    found: str
+
+
+def checkout_root(folder: Path) -> Path:
+    """Return the root of the git checkout that tracks a folder.
+
+    Raises: UserError where there is none, or no git.
+    """
+    root = _git(folder, "rev-parse", "--show-toplevel")
+    tracked = root is not None and _git(folder, "ls-files", "--error-unmatch", "--", ".") is not None
+    if root is None or not tracked:
+        raise UserError(
+            found="no git checkout",
+            need="one, whose merge base with main is measured as the base",
+            where="the folder of this code",
+            do="run it in a clone, or compare with a stored record: --baseline FOLDER",
+        )
+    return Path(root)
+
+
+def base_of(root: Path, revision: str | None) -> Base:
+    """Return the base: a revision, or the merge base of this checkout with main.
+
+    Raises: UserError for a revision that git does not know, or where no main is found.
+    """
+    if revision is not None:
+        commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        if commit is None:
+            raise UserError(
+                found=f"no revision {revision!r}",
+                need="a commit, branch or tag that this clone holds",
+                where="--base",
+                do="fetch it, or name another",
+            )
+        return Base(commit, f"revision {revision}")
+    for name in MAIN_NAMES:
+        commit = _git(root, "merge-base", "HEAD", name)
+        if commit is not None:
+            return Base(commit, f"merge base with {name}")
+    raise UserError(
+        found="no branch main",
+        need=f"one of {', '.join(MAIN_NAMES)}, with history in common",
+        where="this clone",
+        do="name the base: --base REVISION, or fetch main with its history",
+    )
+
+
+@contextlib.contextmanager
+def worktree(root: Path, commit: str, *, home: Path) -> Iterator[Path]:
+    """Check a commit out into a folder below `home`, and remove it afterwards.
+
+    The folder's name says whose it is, so that what a killed gate left is known and removed by the next one.
+    Raises: UserError where git cannot.
+    """
+    remove_stale(home)
+    home.mkdir(parents=True, exist_ok=True)
+    own = psutil.Process()
+    folder = home / f"{own.pid}-{int(own.create_time())}-{commit[:12]}"
+    quiet = ("-c", "core.hooksPath=/dev/null")  # a checkout here runs nothing
+    try:
+        if _git(root, *quiet, "worktree", "add", "--detach", "--quiet", str(folder), commit) is None:
+            raise UserError(
+                found=f"no worktree of {commit[:12]}",
+                need="git to check it out",
+                where="the cache folder",
+                do="look for room on the disk, and run git worktree prune",
+            )
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def remove_stale(home: Path) -> tuple[str, ...]:
+    """Remove the worktrees of gates that are gone, and return their names."""
+    gone = [folder for folder in sorted(home.glob("*-*-*")) if not _is_owned(folder.name)]
+    for folder in gone:
+        _remove(folder)
+    return tuple(folder.name for folder in gone)
+
+
+def _is_owned(name: str) -> bool:
+    pid, begun, _ = name.split("-", 2)
+    try:
+        return int(psutil.Process(int(pid)).create_time()) == int(begun)
+    except (ValueError, psutil.Error):
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a worktree's files, and let its clone forget it."""
+    clone = None
+    with contextlib.suppress(OSError):  # of a worktree that git did not finish
+        told = (folder / ".git").read_text(encoding="utf-8").strip().removeprefix("gitdir: ")
+        clone = Path(told).parents[1]  # its own folder lies in .git/worktrees
+    shutil.rmtree(folder, ignore_errors=True)
+    if clone is not None and clone.is_dir():
+        _git(clone, "worktree", "prune")
+
+
+@contextlib.contextmanager
+def interrupted_by_term() -> Iterator[None]:
+    """Let a request to end be an interrupt meanwhile, so that what was begun is put away."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Return what git says, without its last newline; None where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,139 @@
+"""The base's worktree: found by real git, and gone again however the gate ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.errors import UserError
+from harness.gate.worktree import base_of, checkout_root, interrupted_by_term, remove_stale, worktree
+from harness.paths import code_folder
+
+HOLDS = """
+import signal, sys, time
+from pathlib import Path
+from harness.gate.worktree import interrupted_by_term, worktree
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background may have put off
+with interrupted_by_term(), worktree(Path(sys.argv[1]), sys.argv[2], home=Path(sys.argv[3])) as folder:
+    print(folder.name, flush=True)
+    time.sleep(120)
+"""
+
+
+def git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """Return a clone with two commits on main and one on a branch that left main at the first."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "config", "user.email", "nobody@example.org")
+    git(folder, "config", "user.name", "nobody")
+    for text in ("one", "two"):
+        (folder / "file.txt").write_text(text)
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", text)
+    git(folder, "switch", "-qc", "branch", "HEAD~1")
+    (folder / "other.txt").write_text("three")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "three")
+    return folder
+
+
+def test_the_base_is_the_merge_base_with_main_or_what_is_named(clone: Path) -> None:
+    base = base_of(clone, None)
+    assert base.commit == git(clone, "rev-parse", "main~1") and base.found == "merge base with main"
+    assert base_of(clone, "main").commit == git(clone, "rev-parse", "main")
+    with pytest.raises(UserError, match="found no revision 'nowhere'"):
+        base_of(clone, "nowhere")
+    with pytest.raises(UserError, match="found no revision '--all'"):
+        base_of(clone, "--all")
+    git(clone, "branch", "-m", "main", "trunk")
+    with pytest.raises(UserError, match="found no branch main"):
+        base_of(clone, None)
+
+
+def test_without_a_checkout_or_git_one_line_says_so(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkout_root(clone) == clone.resolve()
+    (tmp_path / "bare").mkdir()
+    (clone / "untracked").mkdir()
+    for folder in (tmp_path / "bare", clone / "untracked"):
+        with pytest.raises(UserError, match=r"found no git checkout.*--baseline"):
+            checkout_root(folder)
+    monkeypatch.setenv("PATH", str(tmp_path / "bare"))
+    with pytest.raises(UserError, match="found no git checkout"):
+        checkout_root(clone)
+
+
+def test_a_worktree_holds_the_commit_and_is_gone_afterwards(clone: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with worktree(clone, git(clone, "rev-parse", "main"), home=home) as folder:
+        assert (folder / "file.txt").read_text() == "two" and not (folder / "other.txt").exists()
+        assert remove_stale(home) == (), "its gate is alive"
+        assert len(git(clone, "worktree", "list").splitlines()) == 2
+    assert list(home.iterdir()) == [] and len(git(clone, "worktree", "list").splitlines()) == 1
+    with pytest.raises(UserError, match="found no worktree of"), worktree(clone, "f" * 40, home=home):
+        pass
+    assert list(home.iterdir()) == []
+
+
+def test_a_checkout_runs_no_hook_of_the_clone(clone: Path, tmp_path: Path) -> None:
+    hook = clone / ".git" / "hooks" / "post-checkout"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\n")
+    hook.chmod(0o755)
+    with worktree(clone, git(clone, "rev-parse", "main"), home=tmp_path / "home"):
+        assert not (tmp_path / "ran").exists()
+    git(clone, "checkout", "-q", "main")
+    assert (tmp_path / "ran").exists(), "an ordinary checkout runs it"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_gate_leaves_no_worktree_behind(clone: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """After SIGTERM and SIGINT at once; what SIGKILL leaves, the next gate removes before it starts."""
+    home = tmp_path / "home"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, clone, git(clone, "rev-parse", "main"), home],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(code_folder().parent)},
+    )
+    assert process.stdout is not None
+    name = process.stdout.readline().strip()
+    assert (home / name / "file.txt").exists()
+    process.send_signal(number)
+    process.wait(30)
+    if number == signal.SIGKILL:
+        assert (home / name).exists() and remove_stale(home) == (name,)
+    assert list(home.iterdir()) == [] and len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
+    """The number of a killed gate may be given out again; the time of its beginning is not."""
+    home, own = tmp_path / "home", psutil.Process()
+    for name in (f"{own.pid}-{int(own.create_time()) - 5}-abc", "no-number-abc", f"{2**22 + 1}-1-abc"):
+        (home / name).mkdir(parents=True)
+    assert len(remove_stale(home)) == 3 and list(home.iterdir()) == []
+
+
+def test_a_request_to_end_is_an_interrupt_only_meanwhile() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupted_by_term():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == before
