@@ -178,7 +178,7 @@ def _run_block(
     rule = session.suite.disturbance
     turn_steps = rule.turn_steps if rule is not None else 0
     with device_turn(session):
-        for group in _groups(block):
+        for group in _groups(block) if turn_steps else [block]:
             in_turns = [one for one in group if turn_steps and runners[one.trial.arm].takes_turns]
             alone = [one for one in group if one not in in_turns]
             for one in alone:

@@ -25,7 +25,7 @@ from harness.safe_text import SafeConsole
 from harness.specs.latency import parse_latency_spec
 from harness.specs.suite import parse_suite
 from harness.tests.device.gpu.fake_nvml import FakeNvml
-from harness.tests.tiny_suite import CHAIN, VANILLA, micro_data, small_device_limits, smoke_suite
+from harness.tests.tiny_suite import CHAIN, UNDISTURBED, VANILLA, micro_data, small_device_limits, smoke_suite
 
 QUIET_LOOKS = 3
 
@@ -56,7 +56,10 @@ def test_trials_next_to_another_process_are_marked(
 ) -> None:
     monkeypatch.setattr(run_module, "require_own_gpu", lambda: watch)
     out = io.StringIO()
-    suite = parse_suite(tomli_w.dumps(micro_data(heads_file, arms=[VANILLA, CHAIN])), where="the test")
+    alone = {**UNDISTURBED, "turn_steps": 0}  # a look after each trial
+    suite = parse_suite(
+        tomli_w.dumps(micro_data(heads_file, arms=[VANILLA, CHAIN], disturbance=alone)), where="the test"
+    )
     with small_device_limits():
         folder = run_suite(
             suite, suite_file=None, options=RunOptions(results=tmp_path), console=SafeConsole(file=out)

@@ -257,7 +257,7 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
     ("suite", "arm_steps.jsonl", lambda text: '{"any": "thing"}\n', "arm_steps.jsonl: found "),
     ("suite", "arm_steps.jsonl", lambda text: text + text, "need it once"),
     ("suite", "arm_steps.jsonl", _lines(lambda rows: rows[0].update(arm="other")), "found arm 'other'"),
-    ("suite", "arm_steps.jsonl", _lines(_steps_of_a_round_more), "one a round"),
+    ("suite", "arm_steps.jsonl", _lines(_steps_of_a_round_more), "each time that its block was run"),
     ("suite", "generations.jsonl", lambda text: text + text, "a second line of the same attempt"),
     ("suite", "generations.jsonl", _lines(_faster), "a second line of the same attempt"),
     ("suite", "generations.jsonl", _lines(_next_attempt), "found a valid timing of"),
