@@ -47,7 +47,7 @@ GENERATION_COLUMNS: Mapping[str, str] = {
     "prefill_s": "seconds until the first token",
     "decode_s": "seconds on the decode clock, which starts at the first token",
     "wall_s": "prefill_s + decode_s",
-    "timing_valid": "false where the block was cut by a kill and its times may not be used",
+    "timing_valid": "false where a kill cut the block or other work disturbed it: its times may not be used",
     "peak_memory_bytes": "peak memory during the trial",
     "cache_bytes": "size of the key-value cache",
     "load_average": "one-minute load average of the machine when the trial ended",
@@ -83,7 +83,7 @@ def generations_frame(record: RunRecord) -> pd.DataFrame:
     """
     outcomes: list[Generation | Failure] = [*record.generations, *_last_failures(record)]
     outcomes.sort(key=lambda outcome: outcome.order)
-    rows = [{**_origin(record, outcome), **_measurements(outcome)} for outcome in outcomes]
+    rows = [{**_origin(record, outcome), **_measurements(record, outcome)} for outcome in outcomes]
     frame = pd.DataFrame(rows, columns=list(GENERATION_COLUMNS))
     kinds = {name: "Int64" for name in _WHOLE_NUMBERS} | {name: "string" for name in _WORDS}
     kinds |= {name: "Float64" for name in ("prefill_s", "decode_s", "wall_s", "load_average")}
@@ -109,7 +109,7 @@ def steps_frame(record: RunRecord) -> pd.DataFrame:
                 "tokens": tokens,
                 "step_s": seconds,
                 "context_tokens": known,
-                "timing_valid": generation.timing_valid,
+                "timing_valid": record.is_timed(generation),
             }
             rows.append({**origin, **measured})
             known += tokens
@@ -167,7 +167,7 @@ def _origin(record: RunRecord, outcome: Generation | Failure) -> dict[str, Any]:
     }
 
 
-def _measurements(outcome: Generation | Failure) -> dict[str, Any]:
+def _measurements(record: RunRecord, outcome: Generation | Failure) -> dict[str, Any]:
     shared = {"status": outcome.kind, "order": outcome.order, "attempt": outcome.attempt}
     if isinstance(outcome, Failure):
         return {**shared, "error_type": outcome.error_type, "message": outcome.message}
@@ -181,5 +181,6 @@ def _measurements(outcome: Generation | Failure) -> dict[str, Any]:
         "decode_s",
         "wall_s",
     )
-    more = ("timing_valid", "peak_memory_bytes", "cache_bytes", "load_average")
-    return {**shared, **{name: getattr(outcome, name) for name in (*names, *more)}}
+    more = ("peak_memory_bytes", "cache_bytes", "load_average")
+    measured = {name: getattr(outcome, name) for name in (*names, *more)}
+    return {**shared, **measured, "timing_valid": record.is_timed(outcome)}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from harness.records.export import generations_frame, steps_frame
 from harness.records.trials import (
     Failure,
     Generation,
@@ -168,3 +169,14 @@ def test_a_withheld_record_is_a_view(tmp_path: Path) -> None:
     assert record.reports_speed and not view.reports_speed and record.withholding(None) is record
     assert view.generations == record.generations and "withheld" in view.why_no_speed
     assert record.why_no_speed == "suite fake reports no speed"
+
+
+def test_an_exported_table_says_whose_times_may_not_be_used(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        with_rule(parts)
+        parts.edit(lambda one: {"processor": seen(0.5)}, prompt_key="mt_bench-81", arm="chain")
+
+    record = write_fake_record(tmp_path, rounds=1, num_prompts=2, spoil=spoil)
+    for frame in (generations_frame(record), steps_frame(record)):
+        assert not frame[frame.prompt_key == "mt_bench-81"].timing_valid.any(), "all arms of the block"
+        assert frame[frame.prompt_key != "mt_bench-81"].timing_valid.all()
