@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +16,20 @@ import pytest
 
 import harness.gate.run
 from harness.errors import ExitCode, UserError
-from harness.gate.run import GateOptions, Taken, _checked, _record, past_turns, take_looks
+from harness.gate.calibrate import check_margins
+from harness.gate.run import (
+    GateOptions,
+    Taken,
+    _checked,
+    _record,
+    past_turns,
+    run_calibration,
+    take_looks,
+)
 from harness.gate.sides import Spent, first_at
 from harness.gate.worktree import Base
 from harness.paths import CACHE_VARIABLE
-from harness.records.gate.record import GateRecord, Turn
+from harness.records.gate.record import Calibration, GateRecord, Turn
 from harness.safe_text import SafeConsole
 from harness.specs.gate import GateSpec
 from harness.tests.fake_gate import side, spec_of, turns_of
@@ -28,6 +39,7 @@ SIDES: Any = {
     name: SimpleNamespace(ready=SimpleNamespace(prompt_keys=tuple(f"prompt-{i}" for i in range(8))))
     for name in ("base", "head")
 }
+COMMIT = "a" * 40
 QUIET = SafeConsole(file=io.StringIO())
 
 
@@ -153,6 +165,49 @@ def test_what_differs_besides_the_code_is_said(tmp_path: Path, monkeypatch: pyte
     few: Any = {"head": SimpleNamespace(ready=SimpleNamespace(prompt_keys=("a",)))}
     with pytest.raises(UserError, match="found 1 prompts in the head; need 8"):
         _checked(SPEC, few, {"base": side(), "head": side()})
+
+
+def calibrated_at(monkeypatch: pytest.MonkeyPatch, *, noise: float, others: float = 0.0) -> Calibration:
+    """Calibrate a runner on which a step's time scatters by so much."""
+    numbers = itertools.count()
+
+    def take_block(
+        sides: object, spec: GateSpec, *, number: int, prompt: int, scores: bool
+    ) -> tuple[Turn, ...]:
+        time.sleep(0.001)
+        named = {"block": number, "prompt_key": f"prompt-{prompt}", "others_share": others}
+        turns = turns_of(spec, num_blocks=1, seed=next(numbers), noise=noise)
+        return tuple(turn.model_copy(update=named) for turn in turns)
+
+    @contextlib.contextmanager
+    def started(folders: dict[str, Path], wanted: object) -> Iterator[Any]:
+        assert set(folders) == {"base", "head"} and len(set(folders.values())) == 1, "one version, twice"
+        yield {
+            name: SimpleNamespace(ready=one.ready, info=side(commit=COMMIT)) for name, one in SIDES.items()
+        }
+
+    monkeypatch.setattr(harness.gate.run, "take_block", take_block)
+    monkeypatch.setattr(harness.gate.run, "started", started)
+    spec = SPEC.model_copy(update={"minutes": 0.01})
+    calibration, records = run_calibration(spec, spec_file=Path("gate.toml"), num_runs=3, console=QUIET)
+    assert len(records) == 3 and all(one.exit_code == ExitCode.OK or noise > 0.01 for one in records)
+    return calibration
+
+
+def test_a_calibration_says_how_much_a_change_of_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet, noisy = (calibrated_at(monkeypatch, noise=noise) for noise in (0.002, 0.1))
+    assert (quiet.num_runs, quiet.num_blocks, quiet.commit) == (3, 24, COMMIT)
+    name = "step_s/tree"
+    assert 0 < quiet.floors[name].floor < 0.005 < 0.02 < noisy.floors[name].floor
+    assert quiet.floors[name].sees < 0.05, "the slowdown that the gate must see"
+    check_margins(SPEC, quiet)
+    with pytest.raises(UserError, match="the noise floor of this runner"):
+        check_margins(SPEC, noisy)
+
+
+def test_a_runner_that_others_use_cannot_be_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="found 0 quiet blocks; need 4 for a calibration"):
+        calibrated_at(monkeypatch, noise=0.002, others=0.9)
 
 
 def test_the_versions_take_the_first_step_of_a_pair_in_turn() -> None:
