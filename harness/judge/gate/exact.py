@@ -108,8 +108,9 @@ def _acceptance(once: Mapping[tuple[SideName, str, str], Turn], spec: GateSpec, 
         for side in SIDES
     }
     found = []
-    for index, reached in enumerate(zip(counts["base"], counts["head"], strict=False)):
-        values = {side: hits / tried for side, (hits, tried) in zip(SIDES, reached, strict=True)}
+    values: dict[SideName, float]
+    for index, (base, head) in enumerate(zip(counts["base"], counts["head"], strict=False)):
+        values = {"base": base[0] / base[1], "head": head[0] / head[1]}
         change = values["base"] - values["head"]
         found.append(_exact("acceptance", arm, values, change=change, margin=margin, depth=index + 1))
     if len(counts["base"]) > len(counts["head"]):  # the head never came so deep

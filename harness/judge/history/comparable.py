@@ -28,11 +28,9 @@ def machine_classes(records: Sequence[TimedRecord]) -> list[list[int]]:
     none are a group of their own, the last.
     """
     groups: list[list[int]] = []
-    unmeasured: list[int] = []
-    for index in sorted(range(len(records)), key=lambda index: bandwidth_of(records[index]) or 0.0):
-        if bandwidth_of(records[index]) is None:
-            unmeasured.append(index)
-            continue
+    rates = [bandwidth_of(record) for record in records]
+    unmeasured = [index for index, rate in enumerate(rates) if rate is None]
+    for _, index in sorted((rate, index) for index, rate in enumerate(rates) if rate is not None):
         home = next(
             (group for group in groups if why_not_compared(records[group[0]], records[index]) is None), None
         )

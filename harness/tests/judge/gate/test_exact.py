@@ -75,13 +75,13 @@ def test_acceptance_by_depth_is_a_share_of_the_steps_that_came_so_far() -> None:
     assert acceptance_counts([(3, 1, 2)]) == [(1, 2), (1, 1)]
     assert acceptance_counts([(1, 1), (4,)]) == [], "no step but last ones accepted any"
     assert acceptance_counts([]) == []
-    whole = turns_of(SPEC, num_blocks=2, tree_tokens=(3, 1, 3, 1, 1))
+    whole = turns_of(SPEC, num_blocks=2, tree_tokens=(3, 1, 2, 1, 1))
     fewer = turns_of(SPEC, num_blocks=2, tree_tokens=(2, 1, 2, 1, 1))
     mixed = [turn for turn in whole if turn.side == "base"] + [turn for turn in fewer if turn.side == "head"]
     judged = found(mixed)
     assert judged["acceptance/tree/depth_1"].outcome == "equivalent"
     assert judged["acceptance/tree/depth_2"].outcome == "worse", "the head never comes so deep"
-    assert (judged["acceptance/tree/depth_2"].base, judged["acceptance/tree/depth_2"].head) == (1.0, 0.0)
+    assert (judged["acceptance/tree/depth_2"].base, judged["acceptance/tree/depth_2"].head) == (0.5, 0.0)
 
 
 def test_one_text_of_another_version_is_worse_in_float32() -> None:
