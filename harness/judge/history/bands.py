@@ -41,13 +41,18 @@ def joint_factor(level: float, *, num_prompts: int, num_figures: int) -> float:
     return float(stats.t.isf(share / 2 / max(1, num_figures), freedom)) / single
 
 
+def bounds_a_figure(one: Interval) -> bool:
+    """Return whether an interval bounds a figure above 0 on both sides; a single prompt's does not."""
+    return one.low > 0 and one.high < math.inf and one.num_prompts > 1
+
+
 def promised(a: Interval, *, num_figures: int, drift: float = 0.0) -> Band:
     """Return where the same figure of a second run lies, together with the other figures of the comparison.
 
     `drift` is the largest |log| of the ratio between runs of one commit. Sides are taken as logarithms, each
     by itself, so that a lopsided interval gives a lopsided band. A figure that is not above 0 has no band.
     """
-    if not (math.isfinite(a.low) and math.isfinite(a.high)) or a.low <= 0 or a.num_prompts < 2:
+    if not bounds_a_figure(a):
         return Band(0.0, math.inf)
     widen = math.sqrt(2) * joint_factor(a.level, num_prompts=a.num_prompts, num_figures=num_figures)
     down, up = math.log(a.estimate / a.low), math.log(a.high / a.estimate)

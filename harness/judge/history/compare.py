@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from harness.errors import UserError
-from harness.judge.history.bands import Band, holds_one, promised
+from harness.judge.history.bands import Band, bounds_a_figure, holds_one, promised
 from harness.judge.history.comparable import TimedRecord, why_not_compared
 from harness.judge.history.figures import COUNTS, Material, change, latency_materials, run_materials
 from harness.judge.history.provenance import Difference, differences, origin_of, settings_of
@@ -137,7 +138,7 @@ def compare(
             holds=(run_holds(a, judgements[0]), run_holds(b, judgements[1])),
             texts=compare_texts(a, b),
             spec=a.suite.interval,
-            verdicts=_changed_verdicts(*judgements),
+            verdicts=changed_verdicts(*judgements),
             others=[one for one in others if isinstance(one, RunRecord)],
         )
     if isinstance(a, LatencyRecord) and isinstance(b, LatencyRecord):
@@ -236,10 +237,7 @@ class _Sides:
     @property
     def is_bounded(self) -> bool:
         """Return whether A's interval promises anything."""
-        one = self.of_a
-        if one is None or self.of_b is None:
-            return False
-        return one.low > 0 and math.isfinite(one.high) and one.num_prompts > 1
+        return self.of_a is not None and self.of_b is not None and bounds_a_figure(self.of_a)
 
     def is_judged(self, drift: float | None) -> bool:
         """Return whether anything says how far another run may lie: prompts do, repeats in a row do not."""
@@ -356,14 +354,16 @@ def _is_repeat(one: TimedRecord, other: TimedRecord, *, like: TimedRecord) -> bo
     )
 
 
-def _changed_verdicts(a: Judgement, b: Judgement) -> tuple[VerdictChange, ...]:
+def changed_verdicts(a: Judgement, b: Judgement) -> tuple[VerdictChange, ...]:
     """Return the tests of claims that came out differently; those that only one record has are left out."""
 
     def numbered(verdicts: Iterable[ClaimVerdict]) -> dict[tuple[str, str, int], ClaimVerdict]:
         found: dict[tuple[str, str, int], ClaimVerdict] = {}
+        seen: Counter[tuple[str, str]] = Counter()
         for one in verdicts:
-            number = sum(key[:2] == (one.claim_id, one.form) for key in found)
-            found[one.claim_id, one.form, number] = one
+            test = one.claim_id, one.form
+            found[*test, seen[test]] = one
+            seen[test] += 1
         return found
 
     mine, theirs = numbered(a.verdicts), numbered(b.verdicts)

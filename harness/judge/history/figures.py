@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from harness.judge.step_costs import paired, separate_s_by_prompt
 from harness.judge.totals import PromptTotals, prompt_totals
@@ -82,7 +83,8 @@ class Material:
             return None
         estimate = float(self.statistic(*table.sum(axis=0)))
         if self.errors is not None:
-            half = 2 * math.sqrt(sum(self.errors[key] ** 2 for key in keys))
+            error = math.sqrt(sum(self.errors[key] ** 2 for key in keys))
+            half = float(stats.norm.ppf((1 + spec.level) / 2)) * error
             bounds = (estimate - half, estimate + half) if half else (-math.inf, math.inf)
             return Interval(
                 estimate=estimate,

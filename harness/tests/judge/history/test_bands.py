@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.judge.history.bands import Band, holds_one, joint_factor, promised
+from harness.judge.history.bands import Band, bounds_a_figure, holds_one, joint_factor, promised
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, Resamples
 
@@ -48,7 +48,8 @@ def test_many_figures_have_wider_bands_and_drift_is_added() -> None:
     ],
 )
 def test_a_sample_that_bounds_nothing_promises_nothing(bounds: Interval) -> None:
-    assert promised(bounds, num_figures=3) == Band(0.0, math.inf)
+    assert promised(bounds, num_figures=3) == Band(0.0, math.inf) and not bounds_a_figure(bounds)
+    assert bounds_a_figure(interval(1.0, 0.9, 1.1, num_prompts=2))
 
 
 def test_two_prompts_promise_little_and_yet_something() -> None:

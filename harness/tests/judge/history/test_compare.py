@@ -19,14 +19,19 @@ from harness.judge.history.compare import (
     WITHIN,
     Compared,
     ComparedFigure,
+    changed_verdicts,
     compare,
     materials_of,
 )
+from harness.judge.history.figures import Material
+from harness.judge.judgement import VerdictKind
 from harness.records.opened import AnyRecord, open_record
 from harness.records.probes import DeviceLimits
 from harness.records.run import RunRecord
 from harness.records.trials import Generation
 from harness.specs.claims import load_claims
+from harness.specs.suite import IntervalSpec
+from harness.tests.fake_judgement import judge, verdict
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
 
@@ -373,3 +378,33 @@ def test_an_unfinished_run_holds_no_figure(tmp_path: Path) -> None:
     compared = held(a, open_record(begun, unsealed=True))
     assert not compared.is_valid and compared.outcome == NOT_COMPARABLE
     assert compared.no_times is not None and "trials_complete" in compared.no_times
+
+
+def test_of_several_forms_of_a_claim_each_is_held_against_its_own(tmp_path: Path) -> None:
+    judged = judge(write_fake_record(tmp_path, rounds=1, num_prompts=4))
+    first, second = verdict("T3-9", reason="one"), verdict("T3-9", reason="two", decides=False)
+    fails = {"kind": VerdictKind.NOT_REPRODUCED}
+    a = judged.model_copy(update={"verdicts": (first, second, verdict("Q9"))})
+    for changed, other in (
+        (0, (first.model_copy(update=fails), second)),
+        (1, (first, second.model_copy(update=fails))),
+    ):
+        b = judged.model_copy(update={"verdicts": (*other, verdict("F9", **fails))})
+        (found,) = changed_verdicts(a, b)
+        assert (found.claim_id, found.form, found.b) == ("T3-9", "transfer", fails["kind"].value), changed
+    assert changed_verdicts(a, a) == ()
+
+
+def test_steps_without_prompts_have_the_interval_of_their_own_errors() -> None:
+    """By hand: errors of 0.3 and 0.4 are 0.5 together, and a normal 95 % interval reaches 1.96 of it."""
+    steps = Material(
+        subject="float32 packed",
+        name="tree steps, s",
+        statistic=lambda total: total,
+        columns={"1": (2.0,), "8": (3.0,)},
+        errors={"1": 0.3, "8": 0.4},
+        num_repeats=6,
+    )
+    found = steps.on(["1", "8"], spec=IntervalSpec(level=0.95))
+    assert found is not None and (found.estimate, found.num_prompts) == (5.0, 6)
+    assert found.high - 5.0 == pytest.approx(1.95996 * 0.5, rel=1e-5) == 5.0 - found.low
