@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.files import canonical_sha256, write_json
@@ -26,7 +28,12 @@ def same_device(one: DeviceInfo, other: DeviceInfo) -> bool:
 
 def gate_sha256(spec: GateSpec) -> str:
     """Return what stands for all that a gate measures: the noise of another one is another noise."""
-    return canonical_sha256({name: value for name, value in portable(spec).items() if name not in _WORDS})
+    return data_sha256(portable(spec))
+
+
+def data_sha256(data: Mapping[str, Any]) -> str:
+    """Return the same of a gate's data, as its record holds them."""
+    return canonical_sha256({name: value for name, value in data.items() if name not in _WORDS})
 
 
 def calibration_file(spec: GateSpec, device: DeviceInfo) -> Path:

@@ -11,7 +11,13 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.errors import UserError
-from harness.gate.calibrate import calibration_of, check_margins, gate_sha256, same_device
+from harness.gate.calibrate import (
+    calibration_of,
+    check_margins,
+    data_sha256,
+    gate_sha256,
+    same_device,
+)
 from harness.gate.sides import Side, started, take_block
 from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, worktree
 from harness.judge.gate.exact import judge_exact
@@ -110,11 +116,31 @@ def _folders(options: GateOptions, *, console: Console) -> Iterator[tuple[dict[S
 
 
 def past_turns(stored: GateRecord, head: SideInfo, spec: GateSpec) -> tuple[Turn, ...]:
-    """Return a stored gate's quiet turns and scored texts as the base's.
+    """Return a stored gate's turns as the base's.
 
-    Raises: UserError for a record of another device or of other prompts.
+    Raises: UserError for a record without a head, of another gate, device, model or engine, or of other
+    prompts.
     """
-    then = stored.sides["head"]
+    then = stored.sides.get("head")
+    if then is None or data_sha256(stored.gate) != gate_sha256(spec):
+        raise UserError(
+            found="a baseline of another gate" if then is not None else "a baseline without a head",
+            need=f"one of {spec.name!r} as it is now",
+            where="--baseline",
+            do="take one here: medusa-repro gate --calibrate keeps its record",
+        )
+    for what, mine, theirs in (
+        ("dtype", head.dtype, then.dtype),
+        ("engine", head.mode, then.mode),
+        ("model", head.backbone_sha256, then.backbone_sha256),
+    ):
+        if mine != theirs:
+            raise UserError(
+                found=f"a baseline of another {what} ({theirs[:16]})",
+                need=mine[:16],
+                where="--baseline",
+                do="take one anew",
+            )
     if not same_device(then.device, head.device):
         raise UserError(
             found=f"a baseline of another device ({then.device.name}, {then.device.num_cores} cores)",
@@ -129,8 +155,7 @@ def past_turns(stored: GateRecord, head: SideInfo, spec: GateSpec) -> tuple[Turn
             where="--baseline",
             do="take one anew",
         )
-    scored = (turn for turn in stored.turns if turn.purpose == "scored")
-    return for_baseline((*quiet_turns(stored.turns, spec), *scored))
+    return for_baseline(stored.turns)
 
 
 def _checked(spec: GateSpec, sides: Mapping[SideName, Side], infos: Mapping[SideName, SideInfo]) -> list[str]:
@@ -193,7 +218,7 @@ def take_looks(
         before = taken.looks[-1] if taken.looks else 0
         if num_quiet < _LEAST_BLOCKS or num_quiet == before:
             break
-        changes = timed_changes((*past, *quiet), spec, only=only)
+        changes = timed_changes((*quiet_turns(past, spec), *quiet), spec, only=only)
         now = judge_timed(changes, spec, num_blocks=num_quiet, judged_at=before)
         taken.findings = kept(taken.findings, now)
         taken.looks.append(num_quiet)
@@ -258,10 +283,14 @@ def _record(
         notes.append(f"times are withheld: {num_quiet} quiet blocks, need {spec.looks[0]}")
     if foreign := {turn.block for turn in taken.turns if turn.num_foreign}:
         notes.append(f"another process used the GPU in {len(foreign)} blocks: their times are not judged")
-    quiet = (*past, *quiet_turns(taken.turns, spec))
+    quiet = (*quiet_turns(past, spec), *quiet_turns(taken.turns, spec))
     findings = (*timed, *judge_exact((*past, *taken.turns), infos, spec))
-    parts = parts_of(quiet, spec)
-    for arm in tails_apart(quiet, spec, share=spec.must_see):
+    if past and not quiet_turns(past, spec):
+        notes.append("the baseline's blocks were all disturbed: its times are not judged")
+    # Times of another day, or of too few quiet blocks, are not shown.
+    are_shown = not past and all(one.outcome != "withheld" for one in timed)
+    parts = parts_of(quiet, spec) if are_shown else ()
+    for arm in tails_apart(quiet, spec, share=spec.must_see) if are_shown else ():
         notes.append(
             f"the total step time of {arm} changed otherwise than its middle steps: look at the turns"
         )

@@ -433,15 +433,14 @@ def machine_quiet(record: RunRecord) -> CheckOutcome:
         return _skipped("machine_quiet", "the suite reports no speed")
     if rule is None:
         return _loaded_little(record)
-    prompts = {one.prompt_key for one in record.tries}
-    quiet = {one.prompt_key for one in record.tries if one.is_quiet}
+    prompts, needed = {one.prompt_key for one in record.tries}, record.num_quiet_needed
     reasons = [words for one in record.tries for words in one.disturbances]
-    needed = max(1, ceil(rule.min_quiet_share * len(prompts)))
     num_disturbed = sum(bool(one.disturbances) for one in record.tries)
-    found = f"{len(quiet)} of {len(prompts)} prompts with a quiet block, {num_disturbed} blocks disturbed"
+    num_quiet = len(record.quiet_prompts)
+    found = f"{num_quiet} of {len(prompts)} prompts with a quiet block, {num_disturbed} blocks disturbed"
     return _outcome(
         "machine_quiet",
-        len(quiet) >= needed,
+        num_quiet >= needed,
         found=found + _first(", by", reasons),
         need=f"{needed} prompts with one",
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from functools import cached_property
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -153,16 +154,32 @@ class RunRecord(RecordFolder):
 
     @property
     def failures(self) -> tuple[Failure, ...]:
-        """Return the trials that failed and were not repeated with success."""
-        done = {outcome.trial for outcome in self.outcomes if isinstance(outcome, Generation)}
-        return tuple(
-            outcome for outcome in self.outcomes if isinstance(outcome, Failure) and outcome.trial not in done
-        )
+        """Return the trials that failed and were not repeated with success afterwards."""
+        left: list[Failure] = []
+        for outcome in self.outcomes:
+            if isinstance(outcome, Failure):
+                left.append(outcome)
+            else:
+                left = [failure for failure in left if failure.trial != outcome.trial]
+        return tuple(left)
 
     @cached_property
     def tries(self) -> tuple[BlockTry, ...]:
         """Return the blocks as they were run, repeats and those that a kill cut included."""
-        return block_tries(self.outcomes, rule=self.suite.disturbance)
+        # prompt lookup drafts as many tokens as it finds, so its steps are of many widths
+        stock = {arm.name for arm in self.suite.arms if arm.method not in ("vanilla", "medusa")}
+        return block_tries(self.outcomes, rule=self.suite.disturbance, unlike_steps=stock)
+
+    @cached_property
+    def quiet_prompts(self) -> frozenset[str]:
+        """Return the prompts with a block that nothing disturbed."""
+        return frozenset(one.prompt_key for one in self.tries if one.is_quiet)
+
+    @property
+    def num_quiet_needed(self) -> int:
+        """Return how many such prompts the suite's rule asks for; 0 without a rule."""
+        rule, prompts = self.suite.disturbance, {one.prompt_key for one in self.tries}
+        return 0 if rule is None else max(1, ceil(rule.min_quiet_share * len(prompts)))
 
     @cached_property
     def generations(self) -> tuple[Generation, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -196,11 +196,17 @@ class Generation(Versioned):
         """Return the seconds with the prefill."""
         return self.prefill_s + self.decode_s
 
-    def disturbances(self, rule: DisturbanceRule | None) -> tuple[str, ...]:
-        """Return in words what disturbed it by a rule; nothing without one."""
+    def disturbances(
+        self, rule: DisturbanceRule | None, *, unlike_steps: Container[str] = ()
+    ) -> tuple[str, ...]:
+        """Return in words what disturbed it by a rule; nothing without one.
+
+        `unlike_steps` are arms whose steps differ in width by themselves: none of theirs is a long one.
+        """
         if rule is None:
             return ()
-        return disturbances(self.step_times_s, self.processor, self.gpu, rule=rule)
+        alike = () if self.trial.arm in unlike_steps else self.step_times_s
+        return disturbances(alike, self.processor, self.gpu, rule=rule)
 
 
 class Failure(Versioned):
@@ -241,11 +247,15 @@ _OUTCOME: TypeAdapter[Generation | Failure] = TypeAdapter(TrialOutcome)
 
 
 def block_tries(
-    outcomes: Sequence[Generation | Failure], *, rule: DisturbanceRule | None
+    outcomes: Sequence[Generation | Failure],
+    *,
+    rule: DisturbanceRule | None,
+    unlike_steps: Container[str] = (),
 ) -> tuple[BlockTry, ...]:
     """Return the blocks as they were run, in the order of their outcomes.
 
-    A repeat of a trial begins a new try. A try is whole if it has every trial of its block that any try has.
+    A repeat of a trial begins a new try. `unlike_steps` is as in `Generation.disturbances`.
+    A try is whole if it has every trial of its block that any try has.
     """
     runs: list[list[Generation | Failure]] = []
     trials: dict[tuple[str, int], set[TrialKey]] = {}
@@ -265,7 +275,7 @@ def block_tries(
                 f"{one.trial.arm}: {words}"
                 for one in run
                 if isinstance(one, Generation)
-                for words in one.disturbances(rule)
+                for words in one.disturbances(rule, unlike_steps=unlike_steps)
             ),
         )
         for run in runs

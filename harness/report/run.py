@@ -196,6 +196,8 @@ def render_headline_arm(record: RunRecord, judgement: Judgement) -> str:
     if not record.reports_speed:
         return f"{text}. {spread}"
     comparison = comparisons_by_arm(judgement)[arm.arm]
+    if (num_timed := comparison.speedup.num_prompts) != rate.num_prompts:
+        spread += f" Speeds are of the {num_timed} prompts with a quiet block, tokens/step of all."
     return (
         f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup "
         f"{ratio_interval(comparison.speedup)}** over "

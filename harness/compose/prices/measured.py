@@ -97,6 +97,8 @@ def _told_apart(curve: TimedCurve, *, among: Iterable[TimedCurve]) -> TimedCurve
 def newest_runs(results: Path) -> tuple[RunRecord, ...]:
     """Return the newest sealed run of every suite and machine, in the order of their paths.
 
+    Runs with too few quiet blocks, whose times are not used, are passed over.
+
     A folder of older records may hold several machines: each has its newest.
     Raises: UserError for a run that is not as it was sealed.
     """
@@ -106,7 +108,8 @@ def newest_runs(results: Path) -> tuple[RunRecord, ...]:
             continue
         of_machine = kept.setdefault(manifest.parent.parent, [])
         record = RunRecord.open(manifest.parent)
-        if all(not_comparable(machine_of(record), machine_of(one)) for one in of_machine):
+        is_other = all(not_comparable(machine_of(record), machine_of(one)) for one in of_machine)
+        if is_other and len(record.quiet_prompts) >= record.num_quiet_needed:
             of_machine.append(record)
     return tuple(sorted((one for found in kept.values() for one in found), key=lambda one: one.folder))
 
@@ -177,7 +180,8 @@ def curve_of_run(record: RunRecord) -> TimedCurve | None:
         return None
     device = _device_of(environment.device)
     limits = limits_of(device, dtype, measured=record.device_limits)
-    costs = (*(record.step_costs.costs if record.step_costs is not None else ()), *record.arm_steps)
+    quiet = (one for one in record.arm_steps if one.is_quiet(record.suite.disturbance))
+    costs = (*(record.step_costs.costs if record.step_costs is not None else ()), *quiet)
     if limits is None or not costs:
         return None
     return TimedCurve(

@@ -25,12 +25,13 @@ def machine_classes(records: Sequence[TimedRecord]) -> list[list[int]]:
 
     A record joins the first group with whose first record it can be compared. They are taken from the lowest
     bandwidth on, so that no group spans more than the ratio between two of its records; those that measured
-    none are a group of their own, the last.
+    none come last.
     """
     groups: list[list[int]] = []
     rates = [bandwidth_of(record) for record in records]
-    unmeasured = [index for index, rate in enumerate(rates) if rate is None]
-    for _, index in sorted((rate, index) for index, rate in enumerate(rates) if rate is not None):
+    measured = sorted((rate, index) for index, rate in enumerate(rates) if rate is not None)
+    unmeasured = (index for index, rate in enumerate(rates) if rate is None)
+    for index in (*(index for _, index in measured), *unmeasured):
         home = next(
             (group for group in groups if why_not_compared(records[group[0]], records[index]) is None), None
         )
@@ -38,7 +39,7 @@ def machine_classes(records: Sequence[TimedRecord]) -> list[list[int]]:
             groups.append([index])
         else:
             home.append(index)
-    return [sorted(group) for group in (*groups, unmeasured) if group]
+    return [sorted(group) for group in groups]
 
 
 def bandwidth_of(record: TimedRecord) -> float | None:

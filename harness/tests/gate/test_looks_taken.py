@@ -28,6 +28,7 @@ from harness.gate.run import (
 )
 from harness.gate.sides import Spent, first_at
 from harness.gate.worktree import Base
+from harness.judge.gate.timed import quiet_turns
 from harness.paths import CACHE_VARIABLE
 from harness.records.gate.record import Calibration, GateRecord, Turn
 from harness.safe_text import SafeConsole
@@ -114,6 +115,7 @@ def test_a_machine_that_is_never_quiet_loses_its_times_and_nothing_else(
     assert record.looks_taken == () and record.exit_code == ExitCode.INVALID_MEASUREMENT
     outcomes = {one.name: one.outcome for one in record.findings}
     assert outcomes["step_s/tree"] == outcomes["speedup/tree"] == "withheld"
+    assert record.parts == () and record.slowed is None
     assert outcomes["tokens_per_step/tree"] == outcomes["parity/tree"] == "equivalent"
     assert any("times are withheld: 0 quiet blocks, need 4" in note for note in record.notes)
     lost = record_of(taken, replayed_tokens_per_step={"tree": 1.98})
@@ -141,10 +143,20 @@ def test_a_stored_record_serves_with_its_quiet_blocks_on_its_own_device_alone(
 ) -> None:
     stored = record_of(take(monkeypatch, others=lambda number: 0.9 if number == 1 else 0.0))
     past = past_turns(stored, side(), SPEC)
-    assert {turn.side for turn in past} == {"base"} and {turn.block for turn in past} == {0, 2, 3, 4}
+    assert {turn.side for turn in past} == {"base"}
+    assert {turn.block for turn in quiet_turns(past, SPEC)} == {0, 2, 3, 4}, "texts are judged of all"
     other = side().device.model_copy(update={"name": "Another processor"})
     with pytest.raises(UserError, match=r"found a baseline of another device \(A processor, 2 cores\)"):
         past_turns(stored, side(device=other), SPEC)
+    for what, changes in (("engine", {"mode": "eager"}), ("dtype", {"dtype": "bfloat16"})):
+        with pytest.raises(UserError, match=f"found a baseline of another {what}"):
+            past_turns(stored, side(**changes), SPEC)
+    with pytest.raises(UserError, match="found a baseline of another model"):
+        past_turns(stored, side(backbone_sha256="other"), SPEC)
+    with pytest.raises(UserError, match="found a baseline of another gate"):
+        past_turns(stored, side(), SPEC.model_copy(update={"max_new_tokens": 24}))
+    with pytest.raises(UserError, match="found a baseline without a head"):
+        past_turns(stored.model_copy(update={"sides": {"base": side()}}), side(), SPEC)
     with pytest.raises(UserError, match="found a baseline of other prompts"):
         past_turns(stored, side(prompts_sha256="other"), SPEC)
 
