@@ -92,15 +92,15 @@ class CheckStatus(StrEnum):
 class CheckOutcome(Frozen):
     """One named validity check on one record: found X, need Y.
 
-    `guards` is the kind of figure that a failure makes invalid. Texts carry tokens/step, replays, parity and
-    likelihoods, and speeds as well; checks of `speeds` look at times alone.
+    One `of_times` looks at times alone, and where it fails so do speeds alone. The others guard texts, which
+    carry tokens/step, replays, parity and likelihoods, and speeds as well.
     """
 
     name: str
     status: CheckStatus
     found: str
     need: str
-    guards: Literal["texts", "speeds"] = "texts"
+    of_times: bool = False
 
 
 class Divergence(Frozen):
@@ -217,7 +217,7 @@ class Judgement(Frozen):
     @property
     def valid_texts(self) -> bool:
         """Return whether texts, and what follows from them without a clock, are valid."""
-        return all(check.guards != "texts" for check in self.failed)
+        return all(check.of_times for check in self.failed)
 
     @property
     def valid_speeds(self) -> bool | None:
@@ -240,6 +240,6 @@ def withheld_by(checks: Iterable[CheckOutcome]) -> str | None:
     failed = [
         f"{one.name} found {one.found}, and needs {one.need}"
         for one in checks
-        if one.status is CheckStatus.FAILED and one.guards == "speeds"
+        if one.status is CheckStatus.FAILED and one.of_times
     ]
     return "; ".join(failed) or None

@@ -144,7 +144,7 @@ def _steps(entries: Sequence[Entry], key: tuple[str, str, Sort]) -> tuple[Marked
     return tuple(
         _marked(step, told[step.index][0], told[step.index - 1][0], is_count=key[2] == "count")
         for step in steps
-        if key[2] != "count"
+        if not is_exact  # of failed checks no arm is told, and so no tie
         or not _only_ties(told[step.index - 1][0].record, told[step.index][0].record, arm=key[0])
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.compose.prices.measured import newest_runs
 from harness.errors import ExitCode, InvalidMeasurement
 from harness.judge.judgement import CheckStatus, Judgement, VerdictKind
 from harness.judge.metrics import comparisons
@@ -15,7 +16,7 @@ from harness.judge.validate.record import validate_record
 from harness.records.run import RunRecord
 from harness.records.trials import Generation
 from harness.report.readme import render_results
-from harness.report.run import headline, render_report
+from harness.report.run import headline, render_headline_arm, render_report
 from harness.tests.fake_judgement import judge as unchecked
 from harness.tests.fake_record import FakeParts, write_fake_record
 from harness.tests.records.test_disturbance import repeated, seen, with_rule
@@ -65,6 +66,9 @@ def test_the_speed_of_the_quiet_prompts_stands(tmp_path: Path) -> None:
         assert one.overhead.estimate == pytest.approx(other.overhead.estimate)
         assert one.overhead.num_prompts == 4 and other.overhead.num_prompts == NUM_PROMPTS
     assert [one.acceleration_rate for one in half.arms] == [one.acceleration_rate for one in plain.arms]
+    told = render_headline_arm(write(tmp_path / "again", 4), half)
+    assert "over 8 prompts. Speeds are of the 4 prompts with a quiet block, tokens/step of all." in told
+    assert "Speeds are of" not in render_headline_arm(write(tmp_path / "whole", 0), plain)
 
 
 def test_too_few_quiet_prompts_lose_the_speeds_and_nothing_else(tmp_path: Path) -> None:
@@ -96,6 +100,13 @@ def test_too_few_quiet_prompts_lose_the_speeds_and_nothing_else(tmp_path: Path) 
     assert set(told["headline_arm"]) == {"arm", "num_nodes", "tokens_per_step"}
     readme = render_results(shown, found, base=tmp_path)
     assert "*Speeds are withheld*: machine_quiet found 3 of 8" in readme and "tokens/s " not in readme
+
+
+def test_the_page_of_devices_passes_over_it(tmp_path: Path) -> None:
+    place = tmp_path / "fake" / "machine"
+    older, newer = write(place / "20240101T000000Z-a", 0), write(place / "20240102T000000Z-b", 5)
+    assert [one.folder for one in newest_runs(tmp_path)] == [older.folder]
+    assert newer.num_quiet_needed == 4 and len(newer.quiet_prompts) == 3 and older.num_quiet_needed == 4
 
 
 def test_the_command_ends_with_code_2(tmp_path: Path) -> None:

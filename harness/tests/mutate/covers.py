@@ -91,6 +91,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/judge/history/texts.py": (f"{_HISTORY}/test_compare.py",),
     "harness/judge/history/valid.py": (f"{_HISTORY}/test_valid.py",),
     "harness/judge/judgement.py": (
+        f"{_JUDGE}/test_withheld.py",
         f"{_KNOWN}/test_findings_of_checks.py",
         f"{_KNOWN}/test_edges_of_checks.py",
         "harness/tests/report/test_run.py",

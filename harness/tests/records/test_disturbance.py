@@ -180,3 +180,38 @@ def test_an_exported_table_says_whose_times_may_not_be_used(tmp_path: Path) -> N
     for frame in (generations_frame(record), steps_frame(record)):
         assert not frame[frame.prompt_key == "mt_bench-81"].timing_valid.any(), "all arms of the block"
         assert frame[frame.prompt_key != "mt_bench-81"].timing_valid.all()
+
+
+def test_steps_of_many_widths_are_no_long_ones(tmp_path: Path) -> None:
+    """An arm of `generate`, such as prompt lookup, takes steps of as many tokens as it finds."""
+    bursts = ((0.02,) * 4 + (0.1,)) * 5
+
+    def spoil(parts: FakeParts, arm: str) -> None:
+        with_rule(parts)
+        parts.edit(lambda one: {"step_times_s": (*bursts, *bursts)[: one.num_steps]}, arm=arm)
+
+    def tries(arm: str) -> list[bool]:
+        folder = tmp_path / arm
+        record = write_fake_record(folder, rounds=1, num_prompts=2, spoil=lambda parts: spoil(parts, arm))
+        return [one.is_quiet for one in record.tries]
+
+    assert tries("hf_greedy") == [True, True] and tries("chain") == [False, False]
+
+
+def test_a_trial_that_fails_after_it_succeeded_is_a_failure(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts, *, first: bool) -> None:
+        trial, num = parts.outcomes[0].trial, len(parts.outcomes)
+        failure = Failure(
+            trial=trial, attempt=0 if first else 1, order=0, error_type="RuntimeError", message="planted"
+        )
+        parts.outcomes.insert(0 if first else num, failure)
+        if first:
+            parts.outcomes[1] = parts.outcomes[1].model_copy(update={"attempt": 1})
+
+    mended = write_fake_record(
+        tmp_path / "mended", rounds=1, num_prompts=2, spoil=lambda parts: spoil(parts, first=True)
+    )
+    broken = write_fake_record(
+        tmp_path / "broken", rounds=1, num_prompts=2, spoil=lambda parts: spoil(parts, first=False)
+    )
+    assert mended.failures == () and len(broken.failures) == 1

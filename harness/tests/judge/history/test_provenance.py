@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from harness.judge.history.provenance import Difference, differences, origin_of, settings_of
+from harness.judge.history.texts import differing_inputs
 from harness.records.opened import open_record
+from harness.records.provenance import TunedOrigin
 from harness.records.run import RunRecord
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_record import FakeParts, write_fake_record
@@ -109,3 +111,28 @@ def test_bandwidths_are_told_where_they_differ_by_more_than_their_noise(
 
     found = differences(write_with("a", mine), write_with("b", theirs))
     assert [(one.a, one.b) for one in found] == ([] if told is None else [told])
+
+
+def test_a_table_that_one_side_lacks_is_one_name(tmp_path: Path) -> None:
+    def spoil(parts: FakeParts) -> None:
+        parts.suite_text += "\n[disturbance]\nmax_repeats = 1\n"
+
+    a, b = write(tmp_path / "a"), write_fake_record(tmp_path / "b", spoil=spoil, rounds=1, num_prompts=8)
+    for one, other in ((a, b), (b, a)):
+        assert [found.name for found in differences(one, other)] == ["disturbance"]
+
+
+def test_an_arm_on_the_original_minds_no_tuned_backbone(tmp_path: Path) -> None:
+    def tuned(digit: str) -> TunedOrigin:
+        digest = digit * 64
+        return TunedOrigin(
+            backbone_sha256=digest,
+            adapter_sha256=digest,
+            heads_sha256=digest,
+            weight_bytes=1,
+            packed_bytes=0,
+            heads_bytes=1,
+        )
+
+    a, b = (write(tmp_path / digit, tuned=tuned(digit)) for digit in "ab")
+    assert differing_inputs(a, b, "chain") == () == differing_inputs(a, b, "vanilla")

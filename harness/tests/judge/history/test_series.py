@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.judge.history.series import MachineHistory, Series, machine_history
+from harness.judge.history.series import MachineHistory, Series, _only_ties, machine_history
+from harness.judge.latency import mode_rows
 from harness.records.latency import LatencyRecord
 from harness.records.probes import DeviceLimits
 from harness.records.run import RunRecord
@@ -118,7 +119,9 @@ def test_tokens_a_step_have_no_noise_so_every_change_is_a_step(tmp_path: Path) -
     (marked,) = series_of(history, "optimised_64", "tokens/step").steps
     assert marked.entry.name == "third" and marked.since.name == "day02"
     assert series_of(history, "vanilla", "tokens/step").steps == ()
-    assert any(name.startswith("tree of") for name in marked.differing)
+    assert marked.differing[0].startswith("tree of") and marked.differing[-1] == "commit", (
+        "what decides first"
+    )
 
 
 def test_three_records_are_too_few_for_a_step_in_times(tmp_path: Path) -> None:
@@ -143,5 +146,32 @@ def test_latency_records_have_modes_and_steps_at_the_smallest_context(tmp_path: 
     name = "overhead of 64 nodes, 5 heads, after 256 tokens"
     overhead = series_of(history, "float32 packed", name).value(entry)
     assert overhead is not None and overhead.value == pytest.approx(0.0215 / 0.011125)
+    share = series_of(history, "float32 packed", "bandwidth share").value(entry)
+    (row,) = [one for one in mode_rows(record) if (one.dtype, one.mode) == ("float32", "packed")]
+    assert share is not None and share.value == row.bandwidth_share and share.value > 0
     speed = series_of(history, "float32 packed", "tokens/s").value(entry)
     assert speed is not None and speed.value == pytest.approx(20)
+
+
+def test_texts_that_do_not_hold_leave_a_gap_in_tokens_a_step(tmp_path: Path) -> None:
+    def wrong(parts: FakeParts) -> None:
+        parts.edit(lambda one: {"step_tokens": one.step_tokens[:-1]}, arm="chain", limit=1)
+
+    record = write_fake_record(tmp_path, rounds=1, num_prompts=8, spoil=wrong)
+    history = machine_history("made-up", [record])
+    (entry,) = history.entries
+    assert not entry.holds.texts and series_of(history, "vanilla", "tokens/step").value(entry) is None
+
+
+def test_a_change_of_ties_alone_is_told_of_the_arm_itself(tmp_path: Path) -> None:
+    """Of two runs of one tree and model `chain` has the same texts, `cartesian` one that nothing explains."""
+
+    def other(parts: FakeParts) -> None:
+        parts.edit(lambda one: {"token_ids": (*one.token_ids[:-1], 499)}, arm="cartesian", limit=1)
+
+    since, record = (
+        write(tmp_path / "a", 1),
+        write_fake_record(tmp_path / "b", rounds=1, num_prompts=8, jitter=0.0, spoil=other),
+    )
+    assert _only_ties(since, record, arm="chain") and _only_ties(since, record, arm="vanilla")
+    assert not _only_ties(since, record, arm="cartesian") and not _only_ties(since, record, arm="none")

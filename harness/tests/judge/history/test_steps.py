@@ -13,6 +13,7 @@ from harness.judge.history.steps import (
     LEAST_RECORDS,
     MOST_RECORDS,
     Step,
+    _most_gained,
     exact_steps,
     noise_of,
     noisy_steps,
@@ -123,3 +124,14 @@ def test_a_step_is_found_where_its_gain_is_above_the_penalty(share: float, is_fo
     logs = np.array([0.0, 0.01] * 5) + np.array([0.0] * 5 + [shift] * 5)
     assert noise_of(logs) == pytest.approx(noise_sd)
     assert [step.index for step in noisy_steps(list(np.exp(logs)))] == ([5] if is_found else [])
+
+
+def test_three_cuts_may_gain_more_than_fewer() -> None:
+    """By hand: levels 0, 5, 0, 5 over 2, 6, 6, 2 values. Three cuts explain all 100 squares, 33.3 a cut; two
+    explain 62.5 at most and one 25. The values swing by 0.1 to either side, so that their noise is known.
+    """
+    swing = 0.1 * np.resize([1.0, -1.0], 16)
+    series = np.repeat([0.0, 5.0, 0.0, 5.0], [2, 6, 6, 2]) + swing
+    noise = 0.2 / (0.6745 * np.sqrt(2))
+    (gained,) = _most_gained(series[None])
+    assert gained * noise**2 == pytest.approx(100 / 3, rel=0.02)

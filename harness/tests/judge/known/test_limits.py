@@ -267,3 +267,14 @@ def test_a_step_of_no_time_is_left_to_other_checks(tmp_path: Path) -> None:
 
     told = {one.what for one in run_shares(write_fake_record(tmp_path, spoil=spoil, num_prompts=4))}
     assert "reading of vanilla" not in told and "reading of chain" in told
+
+
+@pytest.mark.parametrize(("more", "reads"), [(0, True), (1, False)])
+def test_a_runs_cached_weights_are_not_read_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int, reads: bool
+) -> None:
+    assert CACHED_BYTES == {"cpu": 1_073_741_824, "cuda": 268_435_456}
+    monkeypatch.setattr("harness.judge.limits.CACHED_BYTES", {"cuda": WEIGHT_BYTES + more})
+    told = [one.what for one in run_shares(run_with(tmp_path, limits_of(1e12, 1e12)))]
+    assert ("reading of vanilla" in told) is reads and ("reading over 1 nodes" in told) is reads
+    assert "products over 1 nodes" in told
