@@ -84,7 +84,7 @@ def compare(record: RunRecord, arm: str, *, baseline: str) -> Comparison | None:
         identity_gap=float(
             abs(speedup.estimate - rates[0] / rates[1] / overhead.estimate) / speedup.estimate
         ),
-        speedup_by_medians=float(rates[0] / rates[1] / median_overhead),
+        speedup_by_medians=speedup.estimate * overhead.estimate / median_overhead,
     )
 
 

@@ -99,7 +99,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/latency.py": _OF_GRIDS,
     "harness/judge/limits.py": (f"{_KNOWN}/test_limits.py",),
-    "harness/judge/metrics.py": _OF_FIGURES,
+    "harness/judge/metrics.py": (f"{_JUDGE}/test_withheld.py", *_OF_FIGURES),
     "harness/judge/parity.py": (
         f"{_KNOWN}/test_known_steps.py",
         f"{_JUDGE}/test_parity.py",
