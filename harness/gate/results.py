@@ -51,7 +51,7 @@ def junit(record: GateRecord) -> bytes:
         if finding.outcome == "worse":
             case.result = [Failure(f"worse: {told(finding)}", "worse")]
         elif finding.outcome == "withheld":
-            case.result = [Error("withheld: the machine was not quiet enough", "withheld")]
+            case.result = [Error("withheld: too few quiet blocks in the time that there was", "withheld")]
         elif finding.outcome == "inconclusive":
             case.result = [Skipped(f"inconclusive: {told(finding)}", "inconclusive")]
         suite.add_testcase(case)

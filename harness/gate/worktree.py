@@ -59,10 +59,13 @@ def base_of(root: Path, revision: str | None) -> Base:
                 do="fetch it, or name another",
             )
         return Base(commit, f"revision {revision}")
-    for name in MAIN_NAMES:
-        commit = _git(root, "merge-base", "HEAD", name)
-        if commit is not None:
-            return Base(commit, f"merge base with {name}")
+    # Of a branch here and the one that was fetched, one may be behind: the nearer merge base counts.
+    known = [(commit, name) for name in MAIN_NAMES if (commit := _git(root, "merge-base", "HEAD", name))]
+    if known:
+        commit, name = min(
+            known, key=lambda one: int(_git(root, "rev-list", "--count", f"{one[0]}..HEAD") or 0)
+        )
+        return Base(commit, f"merge base with {name}")
     raise UserError(
         found="no branch main",
         need=f"one of {', '.join(MAIN_NAMES)}, with history in common",
@@ -118,9 +121,9 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):  # of a worktree that git did not finish
         told = (folder / ".git").read_text(encoding="utf-8").strip().removeprefix("gitdir: ")
         clone = Path(told).parents[1]  # its own folder lies in .git/worktrees
-    shutil.rmtree(folder, ignore_errors=True)
     if clone is not None and clone.is_dir():
-        _git(clone, "worktree", "prune")
+        _git(clone, "worktree", "remove", "--force", "--force", str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

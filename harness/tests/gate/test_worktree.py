@@ -65,6 +65,30 @@ def test_the_base_is_the_merge_base_with_main_or_what_is_named(clone: Path) -> N
         base_of(clone, None)
 
 
+def test_a_main_that_is_behind_is_not_the_base(clone: Path) -> None:
+    """A branch that left the fetched main at its second commit has nothing to do with that commit."""
+    git(clone, "update-ref", "refs/remotes/origin/main", "main")
+    git(clone, "switch", "-qc", "later", "main")
+    (clone / "more.txt").write_text("four")
+    git(clone, "add", "-A")
+    git(clone, "commit", "-qm", "four")
+    git(clone, "branch", "-qf", "main", "main~1")
+    base = base_of(clone, None)
+    assert (base.commit, base.found) == (
+        git(clone, "rev-parse", "origin/main"),
+        "merge base with origin/main",
+    )
+
+
+def test_a_users_own_worktree_stays_known(clone: Path, tmp_path: Path) -> None:
+    """One on a disk that is not there now, which `git worktree prune` would forget."""
+    git(clone, "worktree", "add", "-q", "--detach", str(tmp_path / "away"), "main")
+    (tmp_path / "away").rename(tmp_path / "unplugged")
+    with worktree(clone, git(clone, "rev-parse", "main"), home=tmp_path / "home"):
+        pass
+    assert len(git(clone, "worktree", "list").splitlines()) == 2
+
+
 def test_without_a_checkout_or_git_one_line_says_so(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
