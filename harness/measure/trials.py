@@ -137,13 +137,15 @@ def _repeat_disturbed(
     none quiet: a neighbour that stays is not waited for.
     """
     rule, peak = session.suite.disturbance, 0
-    for number in range(rule.max_repeats if rule is not None else 0):
+    if rule is None:
+        return peak
+    for number in range(rule.max_repeats):
         again = _disturbed(session, plan)
         if not again or not has_time():
             break
         session.console.print(
             f"other work disturbed {len(again)} of the blocks: repeating them, round {number + 1} of at most "
-            f"{rule.max_repeats if rule is not None else 0}"
+            f"{rule.max_repeats}"
         )
         blocks = counted(again, "repeats, blocks", total=len(again), console=session.console)
         for block in (block for block in blocks if has_time()):

@@ -141,7 +141,7 @@ class Generation(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Literal["generation"] = Field(default="generation", description="tells it from a failure")
     trial: TrialKey = Field(description="what was run")
-    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
+    order: Count = Field(description="index in the plan of the run, from 0; arms of a prompt may take turns")
     attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
     category: str | None = Field(description="category of the prompt; null where it has none")
     prompt_tokens: Count = Field(description="number of tokens of the prompt")
@@ -215,7 +215,7 @@ class Failure(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     kind: Literal["failure"] = Field(default="failure", description="tells it from a generation")
     trial: TrialKey = Field(description="what was run")
-    order: Count = Field(description="index in the order in which the run takes its trials, from 0")
+    order: Count = Field(description="index in the plan of the run, from 0; arms of a prompt may take turns")
     attempt: Count = Field(default=0, description="0 for the first try, one more for each repeat")
     error_type: str = Field(description="class of the exception")
     message: str = Field(description="what the exception said, without paths, at most 500 characters")

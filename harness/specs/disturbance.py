@@ -30,7 +30,7 @@ class DisturbanceRule(Spec):
     min_quiet_share: _Share = 0.5
     reason: str = (
         "A thread that finds its core taken makes all others wait, so 5 % of all cores' time can lengthen a "
-        "trial by about as much as arms differ. In committed records of quiet CPUs 97 of 100 trials spend "
-        "less than a tenth of their time in steps of over twice the median. Half of the prompts still pair "
-        "every arm with its baseline."
+        "trial by about as much as arms differ. In the committed records of CPUs from before this rule 1 of "
+        "1,280 trials of this engine spends more than a tenth of its time in steps of over twice the median. "
+        "Half of the prompts still pair every arm with its baseline."
     )

@@ -140,7 +140,7 @@ def _in_words(name: str, mine: str, theirs: str) -> str:
     """Return `stepping 1 against 2`; of instruction sets only those that not both have."""
     if name == INSTRUCTION_SETS:
         mine_alone, theirs_alone = _alone(mine, theirs), _alone(theirs, mine)
-        return f"{name} beside those of both: {mine_alone} against {theirs_alone}"
+        return f"{name} besides those of both: {mine_alone} against {theirs_alone}"
     return f"{name} {mine} against {theirs}"
 
 

@@ -23,6 +23,6 @@ def render_timing(points: Sequence[LatencyPoint]) -> str:
     rounds = sorted({num_rounds(point) for point in timed})
     told = " to ".join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))
     sizes = f"Sizes after one context take turns, in {told} {'round' if rounds[-1] == 1 else 'rounds'}."
-    beside = " One node is timed before each other size." if all(one.times_a_round for one in timed) else ""
+    first = " One node is timed before each other size." if all(one.times_a_round for one in timed) else ""
     visits = " ".join(words for kind, words in _FOLLOW.items() if kind in {one.timing for one in timed})
-    return f"{count(len(timed), 'point')}. {sizes}{beside} {visits}"
+    return f"{count(len(timed), 'point')}. {sizes}{first} {visits}"

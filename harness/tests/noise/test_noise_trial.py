@@ -25,6 +25,7 @@ from harness.tests.noise.trial import (
     taken_up,
     told,
 )
+from harness.tests.noise.turns import SLOWED, Neighbour, newest_embedded, recorded_steps, schedule, spread
 
 
 def test_bursts_take_their_share_of_the_time_and_follow_from_the_seed() -> None:
@@ -71,3 +72,31 @@ def test_a_trial_goes_on_from_its_file(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / "a"), run_of(tmp_path / "b", num_disturbed=8)]
     saved(tmp_path / "runs.jsonl", runs)
     assert taken_up(tmp_path / "runs.jsonl") == runs and taken_up(tmp_path / "none.jsonl") == []
+
+
+def test_turns_spread_a_burst_over_all_arms() -> None:
+    """Fewer runs than `python -m harness.tests.noise.turns`, which prints 400."""
+    steps = recorded_steps(newest_embedded())
+    alone, turns = (spread(steps, turn_steps=turn_steps, mean_s=2.0, num_runs=60) for turn_steps in (0, 4))
+    assert turns < alone / 3 and alone > 0.05
+
+
+def test_a_neighbour_slows_by_its_share_of_the_time() -> None:
+    """By hand: a third of the time at 1 / 1.8 of the speed leaves 2/3 + 1/3/1.8 of it."""
+    machine = Neighbour(5, mean_s=0.5)
+    took = sum(machine.takes(0.02) for _ in range(100_000))
+    assert took == pytest.approx(2000 / (2 / 3 + 1 / 3 / SLOWED), rel=0.03)
+
+
+def test_turns_and_one_after_another_take_the_same_steps() -> None:
+    lengths = {"a": 5, "b": 2}
+    assert list(schedule(lengths, "ab", 2)) == [
+        ("a", 0),
+        ("a", 1),
+        ("b", 0),
+        ("b", 1),
+        ("a", 2),
+        ("a", 3),
+        ("a", 4),
+    ]
+    assert list(schedule(lengths, "ba", 0)) == [("b", 0), ("b", 1), *(("a", step) for step in range(5))]

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from harness.records.export import generations_frame, steps_frame
+from harness.records.run import RunRecord
 from harness.records.trials import (
     Failure,
     Generation,
@@ -21,6 +22,7 @@ from harness.records.trials import (
 from harness.specs.disturbance import DisturbanceRule
 from harness.stats import long_share
 from harness.tests.fake_record import FakeParts, write_fake_record
+from harness.tests.test_layers import ROOT
 
 RULE = DisturbanceRule()
 STEADY = (0.02,) * 20
@@ -215,3 +217,15 @@ def test_a_trial_that_fails_after_it_succeeded_is_a_failure(tmp_path: Path) -> N
         tmp_path / "broken", rounds=1, num_prompts=2, spoil=lambda parts: spoil(parts, first=False)
     )
     assert mended.failures == () and len(broken.failures) == 1
+
+
+def test_the_reason_of_the_default_rule_is_what_the_committed_records_give() -> None:
+    folders = [path.parent for path in (ROOT / "results").glob("embedded*/cpu-*/*/generations.jsonl")]
+    records = [one for one in map(RunRecord.open, folders) if one.suite.disturbance is None]
+    own = [
+        long_share(one.step_times_s, factor=RULE.long_step) > RULE.max_long_share
+        for record in records
+        for one in record.generations
+        if record.suite.arm(one.trial.arm).method in ("vanilla", "medusa")
+    ]
+    assert f"{sum(own)} of {len(own):,} trials of this engine" in RULE.reason

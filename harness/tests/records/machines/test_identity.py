@@ -93,7 +93,7 @@ def test_two_processors_are_told_by_all_that_they_say(epyc: DeviceInfo, xeon: De
         "family 25 against 6",
         "model 17 against 143",
         "stepping 1 against 8",
-        "instruction sets beside those of both: none against avx_vnni, amx_bf16, amx_int8",
+        "instruction sets besides those of both: none against avx_vnni, amx_bf16, amx_int8",
         "cache level 1 32K against 48K",
         "cache level 2 1024K against 2048K",
         "cache level 3 262144K against 107520K",
@@ -104,7 +104,7 @@ def test_two_processors_are_told_by_all_that_they_say(epyc: DeviceInfo, xeon: De
 def test_one_flag_less_is_another_machine(tmp_path: Path, xeon: DeviceInfo) -> None:
     fewer = cpu(tmp_path / "fewer", XEON.replace(" amx_int8", ""), XEON_CACHES)
     assert identity_of(xeon).differences(identity_of(fewer)) == (
-        "instruction sets beside those of both: amx_int8 against none",
+        "instruction sets besides those of both: amx_int8 against none",
     )
     assert machine_slug(fewer) != machine_slug(xeon)
     unknown = cpu(tmp_path / "unknown", XEON.replace(" serialize", ""), XEON_CACHES)
