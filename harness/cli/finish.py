@@ -15,7 +15,7 @@ from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import read_text, write_bytes
 from harness.judge.judgement import CheckStatus
-from harness.judge.limits import latency_within_limits
+from harness.judge.latency_checks import latency_checks
 from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.ablation import AblationRecord, newest_ablations
@@ -110,9 +110,9 @@ def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:
 
     _write_report(record, render_latency_report(record))
     print_latency(SafeConsole(), record)
-    outcome = latency_within_limits(record)
-    is_valid = outcome.status is not CheckStatus.FAILED
-    if not is_valid:
+    failed = [one for one in latency_checks(record) if one.status is CheckStatus.FAILED]
+    is_valid = not failed
+    for outcome in failed:
         console.print(
             f"INVALID: {outcome.name}: found {outcome.found}; need {outcome.need}",
             highlight=False,

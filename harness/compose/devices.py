@@ -205,17 +205,17 @@ def find_latency_records(
 ) -> tuple[LatencyRecord, ...]:
     """Return the newest sealed latency record of each spec and machine under a results folder.
 
-    They come in the order of their paths.
+    They come in the order of their paths. Records that others disturbed are passed over.
     Raises: UserError for a name of which there is no sealed record, or a record that was altered.
     """
     newest: dict[tuple[str, str], Path] = {}
     for manifest in sorted(results.glob("latency/*/*/*/manifest.json"), key=lambda path: path.parent.name):
         spec, machine = manifest.parts[-4], manifest.parts[-3]
-        if names == "all" or spec in names:
+        if (names == "all" or spec in names) and LatencyRecord.open(manifest.parent).is_quiet:
             newest[spec, machine] = manifest.parent
     missing = [] if names == "all" else [name for name in names if name not in {spec for spec, _ in newest}]
     if missing:
-        need = "a sealed record of that spec under results/latency"
+        need = "a sealed record of that spec under results/latency, taken while others left the machine alone"
         raise UserError(
             found=f"no latency record {missing[0]!r}",
             need=need,
@@ -229,7 +229,15 @@ def measured_curves(record: LatencyRecord, *, dtypes: Sequence[str] = ()) -> tup
     """Return a record's curves, one a dtype, in the mode that decoding takes there.
 
     `dtypes` narrows them down.
+    Raises: UserError for a record that others disturbed, by the rule of its spec.
     """
+    if not record.is_quiet:
+        raise UserError(
+            found="times taken while others used the machine",
+            need="a record that the rule of its spec calls quiet",
+            where=record.folder.name,
+            do="run medusa-repro latency again with nothing else running",
+        )
     timed = dict.fromkeys((point.dtype, point.mode) for point in record.points if point.step_s)
     curves = []
     for dtype in dict.fromkeys(dtype for dtype, _ in timed):

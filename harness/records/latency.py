@@ -19,7 +19,13 @@ from harness.records.probes import DeviceLimits
 from harness.records.provenance import ENGINE_IDENTITY, Environment
 from harness.records.run import ArmTree
 from harness.records.store import LineFile, StoreKind
-from harness.records.trials import GpuObservation
+from harness.records.trials import (
+    GpuObservation,
+    MachineObservation,
+    ProcessorObservation,
+    disturbed_by_others,
+)
+from harness.specs.disturbance import OthersRule
 from harness.specs.latency import DtypeName, HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ModelShape, ShapeSpec
 from harness.versions import VERSION, Versioned, read_versioned_lines
@@ -32,6 +38,15 @@ POINTS_FILE, MODEL_FILE, MODES_FILE, BATCHES_FILE = "points.jsonl", "model.json"
 
 Timing = Literal["fixed", "decoding"]
 _OLDER_TIMES_A_ROUND = 3  # of records that do not say
+
+
+class DisturbedTimes(Frozen):
+    """Times of a point that were taken again, since others used the machine meanwhile: kept, never used."""
+
+    backbone_s: tuple[StepSeconds, ...] = Field(description="seconds of each forward pass")
+    heads_s: tuple[Seconds, ...] = Field(description="seconds of each call of the heads")
+    step_s: tuple[StepSeconds, ...] = Field(description="seconds of each whole step")
+    machine: MachineObservation = Field(description="what was seen of the machine meanwhile")
 
 
 class LatencyPoint(Versioned, PointKey):
@@ -57,7 +72,8 @@ class LatencyPoint(Versioned, PointKey):
     gpu: GpuObservation | None = Field(
         default=None,
         description="the GPU after the points of the same dtype, mode, context and batch, and who else used "
-        "it; null on a CPU, without its driver's package, and in older records",
+        "it; of several rounds the first that it was shared or held back in, else the last; null on a CPU, "
+        "without its driver's package, and in older records",
     )
     timing: Timing = Field(
         default="fixed",
@@ -70,6 +86,14 @@ class LatencyPoint(Versioned, PointKey):
         description="how many of the times of each part every round over the sizes took, in order; a step of "
         "one node is timed before each other size, so that its rounds are longer; empty in older records, "
         "whose rounds took three of every size, and the last one what was left",
+    )
+    processor: tuple[ProcessorObservation, ...] = Field(
+        default=(),
+        description="what the host's cores did in each sitting that the times are of, over all sizes of the "
+        "same dtype, mode, context and batch; empty in older records, and where compilers run beside",
+    )
+    disturbed: tuple[DisturbedTimes, ...] = Field(
+        default=(), description="times that were disturbed and taken again, by the rule of spec.toml"
     )
     skipped: str | None = Field(default=None, description="why nothing was timed; null where it was")
 
@@ -91,11 +115,20 @@ class LatencyPoint(Versioned, PointKey):
         """Return the point with the rounds of a later sitting added; as it is where that one was skipped."""
         if later.skipped is not None:
             return self
-        parts = ("backbone_s", "heads_s", "step_s", "times_a_round")
+        parts = ("backbone_s", "heads_s", "step_s", "times_a_round", "processor", "disturbed")
         peaks = [one.peak_memory_bytes for one in (self, later) if one.peak_memory_bytes is not None]
         added: dict[str, Any] = {name: getattr(self, name) + getattr(later, name) for name in parts}
-        last = {"gpu": later.gpu, "peak_memory_bytes": max(peaks, default=None)}
+        was_free = self.gpu is None or not (self.gpu.is_shared or self.gpu.is_held_back)
+        last = {"gpu": later.gpu if was_free else self.gpu, "peak_memory_bytes": max(peaks, default=None)}
         return LatencyPoint.model_validate({**dict(self), **added, **last})
+
+    def disturbances(self, rule: OthersRule | None) -> tuple[str, ...]:
+        """Return in words what disturbed the times in use by a rule; nothing without one."""
+        if rule is None:
+            return ()
+        seen = self.processor or (None,)
+        found = (words for one in seen for words in disturbed_by_others(one, self.gpu, rule=rule))
+        return tuple(dict.fromkeys(found))
 
     def by_round(self, part: Literal["backbone_s", "heads_s", "step_s"]) -> tuple[tuple[float, ...], ...]:
         """Return the times of a part round by round; times within a round are moments apart."""
@@ -188,6 +221,10 @@ class ModeTrial(Frozen):
     step_tokens: tuple[Count, ...] = Field(description="kept tokens of each decoding step after the prefill")
     step_times_s: tuple[StepSeconds, ...] = Field(description="seconds of each of these steps")
     prefill_s: StepSeconds = Field(description="seconds until the first token is on the host")
+    machine: MachineObservation = Field(
+        default=MachineObservation(),
+        description="what was seen of the machine over all modes on the prompt; empty in older records",
+    )
 
 
 class ModeTrials(Versioned):
@@ -196,6 +233,9 @@ class ModeTrials(Versioned):
     schema_version: Annotated[Literal[1], VERSION] = 1
     auto: dict[DtypeName, ModeName] = Field(description="mode that `auto` takes, by dtype")
     trials: tuple[ModeTrial, ...] = Field(description="one entry a dtype, mode and prompt")
+    disturbed: tuple[ModeTrial, ...] = Field(
+        default=(), description="trials that were disturbed and run again, by the rule of spec.toml"
+    )
 
 
 class BatchTrial(Frozen):
@@ -208,6 +248,10 @@ class BatchTrial(Frozen):
     num_tokens: Count = Field(description="tokens after the first of each prompt, of all prompts together")
     num_steps: Count = Field(description="decoding steps, the prefill left out")
     decode_s: StepSeconds = Field(description="seconds that these steps took together")
+    machine: MachineObservation = Field(
+        default=MachineObservation(),
+        description="what was seen of the machine over both methods on these prompts; empty in older records",
+    )
 
 
 class BatchTrials(Versioned):
@@ -218,6 +262,9 @@ class BatchTrials(Versioned):
     mode: ModeName = Field(description="mode of the engine")
     tree: ArmTree = Field(description="the tree that Medusa decodes with")
     trials: tuple[BatchTrial, ...] = Field(description="one entry a method, group of prompts and round")
+    disturbed: tuple[BatchTrial, ...] = Field(
+        default=(), description="trials that were disturbed and run again, by the rule of spec.toml"
+    )
 
 
 class LatencyManifest(Versioned):
@@ -271,6 +318,21 @@ class LatencyRecord(RecordFolder):
     @cached_property
     def manifest(self) -> LatencyManifest | None:
         return self._optional("manifest.json", LatencyManifest)
+
+    @cached_property
+    def quiet_share(self) -> float | None:
+        """Return the share of timed sizes and trials that nothing disturbed; None where there are none."""
+        timed = [point for point in self.points if point.backbone_s]
+        disturbed = [bool(point.disturbances(self.spec.disturbance)) for point in timed]
+        for trials in (self.modes.trials if self.modes else (), self.batches.trials if self.batches else ()):
+            disturbed += [bool(one.machine.disturbances(self.spec.disturbance)) for one in trials]
+        return 1 - sum(disturbed) / len(disturbed) if disturbed else None
+
+    @property
+    def is_quiet(self) -> bool:
+        """Return whether its times may be used by the rule of its spec; older records have none."""
+        rule, share = self.spec.disturbance, self.quiet_share
+        return rule is None or share is None or share >= rule.min_quiet_share
 
     def limits(self, dtype: str) -> DeviceLimits | None:
         """Return what the device could do in that dtype."""

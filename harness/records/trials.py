@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from harness.bounds import Amount, Count, Finite, Seconds, Share, Whole
 from harness.files import Frozen
-from harness.specs.disturbance import DisturbanceRule
+from harness.specs.disturbance import DisturbanceRule, OthersRule
 from harness.stats import long_share
 from harness.versions import VERSION, Versioned, read_versioned_lines
 
@@ -58,8 +58,13 @@ class ProcessorObservation(Frozen):
     @property
     def others_share(self) -> float:
         """Return the share of all cores' time that was not ours to have, for certain: ticks are taken off."""
+        return self.others_cores / self.num_cores if self.num_cores else 0.0
+
+    @property
+    def others_cores(self) -> float:
+        """Return how many cores on average were not ours to have, for certain: ticks are taken off."""
         certain_s = self.others_s + (self.steal_s or 0.0) - TICK_S * self.num_cores
-        return max(0.0, certain_s) / (self.clock_s * self.num_cores) if self.clock_s > 0 else 0.0
+        return max(0.0, certain_s) / self.clock_s if self.clock_s > 0 else 0.0
 
 
 class GpuObservation(Frozen):
@@ -113,17 +118,45 @@ def disturbances(
 
     Units: seconds.
     """
-    found = []
-    if processor is not None and processor.others_share > rule.max_others_share:
-        found.append(f"others used {processor.others_share:.0%} of all cores")
     share = long_share(step_times_s, factor=rule.long_step)
     if share > rule.max_long_share:
-        found.append(f"{share:.0%} of the time in steps of over {rule.long_step:g} times the median")
+        steps = f"{share:.0%} of the time in steps of over {rule.long_step:g} times the median"
+        return (*disturbed_by_others(processor, gpu, rule=rule), steps)
+    return disturbed_by_others(processor, gpu, rule=rule)
+
+
+def disturbed_by_others(
+    processor: ProcessorObservation | None, gpu: GpuObservation | None, *, rule: OthersRule
+) -> tuple[str, ...]:
+    """Return in words what others did to the machine that the rule does not allow; nothing where nothing."""
+    found = []
+    if processor is not None and (
+        processor.others_share > rule.max_others_share or processor.others_cores > rule.max_others_cores
+    ):
+        used = f"{processor.others_share:.0%} of all cores"
+        if processor.others_share <= rule.max_others_share:
+            used = f"{processor.others_cores:.1f} of {processor.num_cores} cores"
+        found.append(f"others used {used}")
     if gpu is not None and gpu.is_shared:
         found.append("another process used the GPU")
     if gpu is not None and gpu.is_held_back:
         found.append("the GPU's clocks were lowered")
     return tuple(found)
+
+
+class MachineObservation(Frozen):
+    """What was seen of the machine over some times."""
+
+    processor: ProcessorObservation | None = Field(
+        default=None, description="what the host's cores did meanwhile; null where compilers run beside"
+    )
+    gpu: GpuObservation | None = Field(
+        default=None, description="the GPU afterwards; null on a CPU, and without its driver's package"
+    )
+
+    def disturbances(self, rule: OthersRule | None) -> tuple[str, ...]:
+        """Return in words what disturbed these times by a rule; nothing without one."""
+        return disturbed_by_others(self.processor, self.gpu, rule=rule) if rule is not None else ()
 
 
 class TrialKey(Frozen):

@@ -14,7 +14,7 @@ from harness.compose.curve import curve_of, step_cost_of
 from harness.compose.roofline import Prediction, prediction_error
 from harness.judge.judgement import CheckStatus
 from harness.judge.latency import BatchPoint, ModeRow, batch_points, mode_rows, prediction_of, read_share
-from harness.judge.limits import latency_within_limits
+from harness.judge.latency_checks import latency_checks
 from harness.records.latency import STOCK, LatencyPoint, LatencyRecord, break_even
 from harness.records.sweep import PredictionError
 from harness.report.formatting import (
@@ -35,8 +35,8 @@ from harness.report.formatting import (
     significant,
     table,
 )
-from harness.report.limits import limits_note, limits_validity
-from harness.report.noise import gpu_rows
+from harness.report.limits import latency_validity, limits_note
+from harness.report.noise import gpu_rows, processor_rows, render_latency_disturbance
 from harness.report.provenance import (
     describe_commit,
     describe_device,
@@ -76,7 +76,7 @@ def render_latency_report(record: LatencyRecord) -> str:
                 "Commit": describe_commit(environment),
             },
         ),
-        limits_validity(record),
+        latency_validity(record),
         section("Table of modes", render_modes_table(record)),
         section("Speed against batch", render_batches(record)),
         *(
@@ -84,6 +84,7 @@ def render_latency_report(record: LatencyRecord) -> str:
             for dtype, mode in _curves(record)
         ),
         section("Skipped", _render_skipped(record)),
+        section("Disturbance", render_latency_disturbance(record)),
         section("Provenance", _render_provenance(record)),
     )
 
@@ -248,7 +249,7 @@ def latency_headline(record: LatencyRecord, *, base: Path | None = None) -> dict
         ],
         "speedup_by_batch": {str(batch): speedup for batch, speedup in speedups.items()},
         "break_even": break_even(speedups).words if speedups else None,
-        "valid": latency_within_limits(record).status is not CheckStatus.FAILED,
+        "valid": all(one.status is not CheckStatus.FAILED for one in latency_checks(record)),
         "record": relative_folder(record.folder, base=base or Path.cwd()),
     }
 
@@ -365,6 +366,7 @@ def _render_provenance(record: LatencyRecord) -> str:
         ("device", describe_device(environment)),
         *((f"device: {name}", value) for name, value in sorted(environment.device.details.items())),
         *((f"device limits, {dtype}", _limits(record, dtype)) for dtype in record.spec.dtypes),
+        *processor_rows([seen for point in record.points for seen in point.processor], noun="sitting"),
         *gpu_rows([point.gpu for point in record.points if point.backbone_s], noun="point"),
         ("weights that a step reads", weights),
         ("weights", f"SHA-256 {environment.backbone_sha256[:16]}"),

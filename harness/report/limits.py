@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from harness.judge.judgement import CheckStatus
-from harness.judge.limits import latency_within_limits
+from harness.judge.latency_checks import latency_checks
 from harness.records.latency import LatencyRecord
 from harness.records.probes import DeviceLimits
-from harness.report.formatting import cell
+from harness.report.formatting import cell, paragraphs
 
 UNDER_MEASURED = "limits under-measured"
+_MEANS = {
+    "within_limits": "The device's limits were measured too low, so no share of them may be cited.",
+    "machine_quiet": "Others used the machine meanwhile, so no time may be cited.",
+}
 
 
 def under_measured_note(*measured: DeviceLimits | None) -> str:
@@ -26,14 +30,13 @@ def limits_note(record: LatencyRecord) -> str:
     return under_measured_note(*(record.limits(dtype) for dtype in record.spec.dtypes))
 
 
-def limits_validity(record: LatencyRecord) -> str:
-    """Return whether anything in a latency record was faster than its limits, or why that is not asked."""
-    outcome = latency_within_limits(record)
-    if outcome.status is CheckStatus.SKIPPED:
-        return limits_note(record)
-    if outcome.status is CheckStatus.PASSED:
-        return f"**Valid**: {cell(outcome.found)}; need {outcome.need}."
-    return (
-        f"**INVALID.** The device's limits were measured too low, so no share of them may be cited: found "
-        f"{cell(outcome.found)}; need {outcome.need}."
-    )
+def latency_validity(record: LatencyRecord) -> str:
+    """Return what the checks of a latency record's times found, or why one is not asked."""
+    checks = latency_checks(record)
+    failed = [one for one in checks if one.status is CheckStatus.FAILED]
+    if failed:
+        told = "; ".join(f"found {cell(one.found)}; need {cell(one.need)}" for one in failed)
+        return f"**INVALID.** {' '.join(_MEANS[one.name] for one in failed)} {told[0].upper()}{told[1:]}."
+    passed = [one for one in checks if one.status is CheckStatus.PASSED]
+    valid = "; ".join(f"{cell(one.found)} (need {cell(one.need)})" for one in passed)
+    return paragraphs(f"**Valid**: {valid}." if valid else "", limits_note(record))

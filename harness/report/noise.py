@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from harness.records.latency import LatencyPoint, LatencyRecord
 from harness.records.run import RunRecord
-from harness.records.trials import BlockTry, GpuObservation, ProcessorObservation
-from harness.report.formatting import cell, count, percent, table
-from harness.specs.disturbance import DisturbanceRule
+from harness.records.trials import BlockTry, GpuObservation, MachineObservation, ProcessorObservation
+from harness.report.formatting import cell, count, paragraphs, percent, table
+from harness.specs.disturbance import DisturbanceRule, OthersRule
 
 _MOST_TRIES = 20  # that the report lists; all are in the record
 _FIRST_REASONS = 2
@@ -46,10 +47,47 @@ def render_disturbance(record: RunRecord) -> str:
     return "\n\n".join(filter(None, (_rule(rule), told, tries)))
 
 
+def render_latency_disturbance(record: LatencyRecord) -> str:
+    """Return the rule by which times of a latency record were taken again, and what it did; empty without."""
+    rule = record.spec.disturbance
+    if rule is None:
+        return ""
+    told = (
+        "Set before the run: a sitting (one round over sizes that share a cache, one text in all modes, or "
+        f"one batch) is disturbed if others used {_others_bound(rule)}, or another process or heat held the "
+        f"GPU back. It is timed again at once, up to {count(rule.max_repeats, 'time')}; the last times are "
+        f"used, and all are kept. Times are withheld where less than {percent(rule.min_quiet_share)} of all "
+        f"sizes and trials are quiet. {cell(rule.reason)}"
+    )
+    tables = [one for one in (record.modes, record.batches) if one is not None]
+    trials = [trial for one in tables for trial in one.trials]
+    timed = [point for point in record.points if point.backbone_s]
+    rows = [
+        ("sizes", len(timed), sum(len(one.disturbed) for one in timed), _disturbed(timed, rule)),
+        (
+            "trials of the tables",
+            len(trials),
+            sum(len(one.disturbed) for one in tables),
+            _disturbed([trial.machine for trial in trials], rule),
+        ),
+    ]
+    headers = ["what", "timed", "taken again", "still disturbed"]
+    return paragraphs(told, table(headers, [row for row in rows if row[1]]))
+
+
+def _disturbed(seen: Sequence[LatencyPoint | MachineObservation], rule: OthersRule) -> int:
+    return sum(bool(one.disturbances(rule)) for one in seen)
+
+
+def _others_bound(rule: OthersRule) -> str:
+    share = percent(rule.max_others_share)
+    return f"more than {share} of all cores, or more than {rule.max_others_cores:g} cores"
+
+
 def _rule(rule: DisturbanceRule) -> str:
     return (
         "Set before the run: a block (one prompt, all arms) is disturbed if in one of its trials others used "
-        f"more than {percent(rule.max_others_share)} of all cores, or more than "
+        f"{_others_bound(rule)}, or more than "
         f"{percent(rule.max_long_share)} of the decoding time lay in steps of over {rule.long_step:g} times "
         "the median of the steps around them, or another process or heat held the GPU back. It is repeated "
         f"up to {count(rule.max_repeats, 'time')} while there is time; both tries are kept. Speeds come from "

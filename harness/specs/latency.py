@@ -27,6 +27,7 @@ from harness.specs.bounds import (
     TextLength,
     TokenCount,
 )
+from harness.specs.disturbance import LatencyDisturbance
 from harness.specs.suite import FastestTree, IntervalSpec, ModelSpec, SearchedTree, TreeSpec
 from medusa_impl.recipes import MAX_HEADS, HeadArchitecture
 
@@ -171,6 +172,7 @@ class LatencySpec(DataFile):
     modes_table: ModesTable | None = None
     batch_table: BatchTable | None = None
     interval: IntervalSpec = IntervalSpec()
+    disturbance: LatencyDisturbance | None = None  # runs take the default; records without one are older
 
     @model_validator(mode="after")
     def _consistent(self) -> LatencySpec:

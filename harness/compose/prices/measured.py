@@ -122,7 +122,12 @@ def _kind(folder: Path) -> RecordKind | None:
 
 
 def curves_of_latency(record: LatencyRecord) -> tuple[TimedCurve, ...]:
-    """Return a latency record's curves, one a dtype; none in a dtype whose limits are not known."""
+    """Return a latency record's curves, one a dtype; none in a dtype whose limits are not known.
+
+    A record that others disturbed has none.
+    """
+    if not record.is_quiet:
+        return ()
     facts, found = record.facts, list[TimedCurve]()
     heads = HeadsForm(
         num_heads=max(facts.num_heads, 1),

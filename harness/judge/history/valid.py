@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.judge.judgement import CheckStatus, Judgement
-from harness.judge.limits import latency_within_limits
+from harness.judge.latency_checks import latency_checks
 from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 
@@ -38,6 +38,5 @@ def run_holds(record: RunRecord, judgement: Judgement) -> Holds:
 
 def latency_holds(record: LatencyRecord) -> Holds:
     """Return whether a latency record's times hold; of texts it has few, which bend under nothing."""
-    outcome = latency_within_limits(record)
-    is_sound = outcome.status is not CheckStatus.FAILED
-    return Holds(texts=True, speeds=is_sound, asks_speeds=True, why=() if is_sound else (outcome.name,))
+    why = tuple(one.name for one in latency_checks(record) if one.status is CheckStatus.FAILED)
+    return Holds(texts=True, speeds=not why, asks_speeds=True, why=why)

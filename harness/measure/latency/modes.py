@@ -6,8 +6,11 @@ Everything that is compared takes turns on the same texts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 from harness.compose.curve import LatencyCurve
 from harness.compose.trees import resolve_trees
@@ -18,6 +21,7 @@ from harness.device.locks import Held
 from harness.device.trace import calibration_of
 from harness.measure.latency.faults import PREPARING_MODES, UNPREPARED, noting_fault
 from harness.measure.latency.prompts import LatencyPrompt, random_prompts
+from harness.measure.latency.sittings import Sitting, Watch
 from harness.paths import resolve_path
 from harness.records.latency import STOCK, BatchTrial, BatchTrials, LatencyPoint, ModeTrial
 from harness.records.probes import StepCost
@@ -31,6 +35,8 @@ from medusa_impl.tree import DraftTree
 _WARMUP_TOKENS = 12
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
 _STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
+_NO_WATCH = Watch()
+_Trial = TypeVar("_Trial", ModeTrial, BatchTrial)
 
 
 def measure_modes(
@@ -42,13 +48,13 @@ def measure_modes(
     max_new_tokens: int,
     clock: Clock,
     held: Held = contextlib.nullcontext,
-    note: Callable[[str], None] = lambda _: None,
-) -> tuple[ModeTrial, ...]:
+    watch: Watch = _NO_WATCH,
+) -> tuple[tuple[ModeTrial, ...], tuple[ModeTrial, ...]]:
     """Decode each prompt greedily in every mode and by Hugging Face `generate`, in turn.
 
     Each prompt begins with another of them. A mode that runs out of memory or cannot prepare a step is left
-    out with all its trials, and `note` is told; without `generate`, with which all are compared, nothing is
-    left.
+    out with all its trials, and `watch` is told; without `generate`, with which all are compared, nothing is
+    left. The second value holds the trials that were disturbed and run again.
     """
     names: list[str] = [STOCK, *modes]
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
@@ -73,19 +79,37 @@ def measure_modes(
         for name, runner in runners.items():
             with noting(name):
                 _warm_up(engine, name, runner, prompts)
-    trials: list[ModeTrial] = []
+
+    def in_turn(number: int, prompt: LatencyPrompt) -> list[ModeTrial]:
+        first, trials = number % len(names), []
+        for name in (*names[first:], *names[:first]):
+            if name not in faults:
+                with noting(name):
+                    trials.append(_mode_trial(engine, name, runners[name], prompt, dtype=dtype))
+                if name not in (STOCK, engine.runner.mode):  # the engine fell back by itself
+                    faults.setdefault(name, f"{name} {UNPREPARED}: {engine.runner.note}")
+        return trials
+
+    quiet: list[ModeTrial] = []
+    disturbed: list[ModeTrial] = []
     for number, prompt in enumerate(prompts):
-        first = number % len(names)
+        measure, what = partial(in_turn, number, prompt), f"{prompt.key} in all modes"
         with held():
-            for name in (*names[first:], *names[:first]):
-                if name not in faults:
-                    with noting(name):
-                        trials.append(_mode_trial(engine, name, runners[name], prompt, dtype=dtype))
-                    if name not in (STOCK, engine.runner.mode):  # the engine fell back by itself
-                        faults.setdefault(name, f"{name} {UNPREPARED}: {engine.runner.note}")
+            *earlier, last = watch.sittings(measure, what=what, modes=tuple(names))
+        quiet += _seen(last)
+        disturbed += [trial for sitting in earlier for trial in _seen(sitting)]
     for name, reason in faults.items():
-        note(f"the table of modes leaves out {name}: {reason}")
-    return () if STOCK in faults else tuple(trial for trial in trials if trial.mode not in faults)
+        watch.note(f"the table of modes leaves out {name}: {reason}")
+    if STOCK in faults:
+        return (), ()
+    return tuple(one for one in quiet if one.mode not in faults), tuple(
+        one for one in disturbed if one.mode not in faults
+    )
+
+
+def _seen(sitting: Sitting[list[_Trial]]) -> list[_Trial]:
+    """Return the trials of a sitting, each with what was seen of the machine over it."""
+    return [trial.model_copy(update={"machine": sitting.machine}) for trial in sitting.timed]
 
 
 def _mode_trial(
@@ -116,13 +140,13 @@ def measure_batches(
     clock: Clock,
     held: Held = contextlib.nullcontext,
     base_folder: Path | None = None,
-    note: Callable[[str], None] = lambda _: None,
+    watch: Watch = _NO_WATCH,
 ) -> BatchTrials | None:
     """Decode the same texts with vanilla and with Medusa, B at a time for each batch B.
 
     The engine keeps its present mode. Every batch decodes all prompts, in as many groups as it takes; within
     a group the two take turns in being first. A batch that runs out of memory, or that the mode cannot
-    prepare, is left out, and `note` is told. The result is None where none is left.
+    prepare, is left out, and `watch` is told. The result is None where none is left.
     """
     table = spec.batch_table
     assert table is not None
@@ -147,25 +171,34 @@ def measure_batches(
                         max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens),
                         clock=clock,
                     )
-    trials: list[BatchTrial] = []
-    for number in range(table.rounds):
-        for batch in table.batches:
-            for start in range(0, len(texts), batch):
-                if batch in faults:
-                    break
-                turns = ("vanilla", "medusa") if (number + start // batch) % 2 == 0 else ("medusa", "vanilla")
-                with held(), noting(batch):
-                    for method in turns:
-                        drafted = tree.tree() if method == "medusa" else None
-                        group = texts[start : start + batch]
-                        done = _decode_together(
-                            engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock
-                        )
-                        trials.append(_batch_trial(drafted, group, done, number=number))
+
+    def both(number: int, batch: int, start: int) -> list[BatchTrial]:
+        group, trials = texts[start : start + batch], []
+        turns = ("vanilla", "medusa") if (number + start // batch) % 2 == 0 else ("medusa", "vanilla")
+        with noting(batch):
+            for method in turns:
+                drafted = tree.tree() if method == "medusa" else None
+                done = _decode_together(
+                    engine, drafted, group, max_new_tokens=table.max_new_tokens, clock=clock
+                )
+                trials.append(_batch_trial(drafted, group, done, number=number))
+        return trials
+
+    quiet: list[BatchTrial] = []
+    disturbed: list[BatchTrial] = []
+    for number, batch in product(range(table.rounds), table.batches):
+        for start in range(0, len(texts), batch):
+            if batch in faults:
+                break
+            measure, what = partial(both, number, batch, start), f"batch {batch}, round {number + 1}"
+            with held():
+                *earlier, last = watch.sittings(measure, what=what, modes=(mode,))
+            quiet += _seen(last)
+            disturbed += [trial for sitting in earlier for trial in _seen(sitting)]
     for batch, reason in faults.items():
-        note(f"speed against batch leaves out batch {batch}: {reason}")
-    kept = tuple(trial for trial in trials if trial.batch not in faults)
-    return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=kept) if kept else None
+        watch.note(f"speed against batch leaves out batch {batch}: {reason}")
+    kept, again = (tuple(one for one in some if one.batch not in faults) for some in (quiet, disturbed))
+    return BatchTrials(dtype=dtype, mode=mode, tree=tree, trials=kept, disturbed=again) if kept else None
 
 
 def _batch_trial(

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ from harness.measure.latency.faults import PREPARING_MODES, UNPREPARED, noting_f
 from harness.measure.latency.modes import measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt, table_prompts
 from harness.measure.latency.room import check_device, check_fits, skip_reason
+from harness.measure.latency.sittings import Watch, points_of
 from harness.measure.latency.timers import measure_group, visits_of
-from harness.measure.session import tell_of_others
 from harness.records.latency import (
     BATCHES_FILE,
     LATENCY,
@@ -56,6 +57,7 @@ from harness.records.latency import (
     limits_file,
 )
 from harness.records.store import NO_REPORT, Store
+from harness.specs.disturbance import LatencyDisturbance
 from harness.specs.latency import DtypeName, LatencySpec, ModeName, PointKey
 from medusa_impl.engine.memory import peak_memory_bytes
 
@@ -79,6 +81,8 @@ def run_latency(
     What a time budget leaves undone is recorded as skipped, with that reason.
     Raises: UserError for input that cannot be run, or a resume of another run.
     """
+    if spec.disturbance is None:
+        spec = spec.model_copy(update={"disturbance": LatencyDisturbance()})
     started = time.monotonic()
     ends = math.inf if options.time_budget_s is None else started + options.time_budget_s
     device, base_folder = best_device(), spec_file.parent if spec_file is not None else None
@@ -161,7 +165,7 @@ class _Session:
         gpu: GpuWatch | None = None,
         ends: float = math.inf,
     ) -> None:
-        self.gpu, self.ends = gpu, ends
+        self.watch, self.ends = Watch(spec.disturbance, gpu, ends=ends, note=self._say), ends
         self.spec, self.engine, self.dtype, self.store = spec, engine, dtype, store
         self.clock, self.held, self.console, self.free_bytes = clock, held, console, free_bytes
         self.available = engine.runner.available_modes()
@@ -249,11 +253,12 @@ class _Session:
             f"{dtype} {mode}: context {context_tokens}, batch {batch}, {len(keys)} sizes, {which}",
             highlight=False,
         )
+        measure = partial(
+            measure_group, self.engine, keys, repeats=self.spec.repeats, rounds=rounds, clock=self.clock
+        )
         with self.held():
-            points = measure_group(
-                self.engine, keys, repeats=self.spec.repeats, rounds=rounds, clock=self.clock
-            )
-        points = self._with_gpu(points)
+            sittings = self.watch.sittings(measure, what=f"{dtype} {mode}", modes=(mode,))
+        points = points_of(sittings)
         self._keep(points)
         for reason in dict.fromkeys(point.skipped for point in points if point.skipped is not None):
             sizes = [point.num_nodes for point in points if point.skipped == reason]
@@ -285,14 +290,6 @@ class _Session:
             point.with_rounds_of(later[key]) if key in later else point for key, point in found.items()
         )
 
-    def _with_gpu(self, points: tuple[LatencyPoint, ...]) -> tuple[LatencyPoint, ...]:
-        """Return the points with what the GPU's driver says after them; as they are where none is watched."""
-        if self.gpu is None:
-            return points
-        seen = self.gpu.observe()
-        tell_of_others(self.console, seen)
-        return tuple(point.model_copy(update={"gpu": seen}) for point in points)
-
     def _measure_modes(self, prompts: Sequence[LatencyPrompt], *, auto: ModeName) -> None:
         table = self.spec.modes_table
         record = LatencyRecord(self.store.folder)
@@ -305,7 +302,7 @@ class _Session:
         shown = "table of modes, warm-up and prompts"
         total = 1 + table.num_prompts
         with counted_holds(self.held, shown, total=total, console=self.console) as held:
-            trials = measure_modes(
+            trials, again = measure_modes(
                 self.engine,
                 self.dtype,
                 modes,
@@ -313,9 +310,10 @@ class _Session:
                 max_new_tokens=table.max_new_tokens,
                 clock=self.clock,
                 held=held,
-                note=self._say,
+                watch=self.watch,
             )
-        after = ModeTrials(auto={**before.auto, self.dtype: auto}, trials=(*before.trials, *trials))
+        autos, both = {**before.auto, self.dtype: auto}, (*before.trials, *trials)
+        after = ModeTrials(auto=autos, trials=both, disturbed=(*before.disturbed, *again))
         write_json(self.store.folder / MODES_FILE, after)
 
     def _measure_batches(
@@ -339,7 +337,7 @@ class _Session:
                 clock=self.clock,
                 held=held,
                 base_folder=base_folder,
-                note=self._say,
+                watch=self.watch,
             )
         if batches is not None:
             write_json(path, batches)

@@ -16,7 +16,13 @@ from safetensors.torch import load_file
 
 from harness.tests.fake_sweep import made_up_plan, sweep_data
 from harness.tests.fuzz.world import write_model, write_trained
-from harness.tests.tiny_suite import micro_data, save_tiny_heads, smoke_suite, train_tiny_engine
+from harness.tests.tiny_suite import (
+    BESIDE_ANYTHING,
+    micro_data,
+    save_tiny_heads,
+    smoke_suite,
+    train_tiny_engine,
+)
 from harness.tests.tiny_training import ablation_data, write_corpus, write_recipe
 from medusa_impl.checkpoints.tensors import tensors_sha256
 
@@ -101,6 +107,7 @@ def _latency_data(heads: Path) -> dict[str, Any]:
         "prompts": {"source": "random", "prompt_tokens": 9},
         "grids": [{"num_nodes": [1, 4, 8], "num_heads": [3], "context_tokens": [24]}],
         "modes_table": {"num_prompts": 2, "max_new_tokens": 6, "context_tokens": 24, "sizes": [1, 8]},
+        "disturbance": BESIDE_ANYTHING,
         "batch_table": {
             "batches": [1, 2],
             "tree": {"kind": "chain", "depth": 3},

@@ -25,7 +25,15 @@ from harness.safe_text import SafeConsole
 from harness.specs.latency import parse_latency_spec
 from harness.specs.suite import parse_suite
 from harness.tests.device.gpu.fake_nvml import FakeNvml
-from harness.tests.tiny_suite import CHAIN, UNDISTURBED, VANILLA, micro_data, small_device_limits, smoke_suite
+from harness.tests.tiny_suite import (
+    BESIDE_ANYTHING,
+    CHAIN,
+    UNDISTURBED,
+    VANILLA,
+    micro_data,
+    small_device_limits,
+    smoke_suite,
+)
 
 QUIET_LOOKS = 3
 
@@ -100,6 +108,7 @@ def test_points_of_a_latency_run_hold_what_became_of_the_gpu(
         "repeats": 1,
         "prompts": {"source": "random", "prompt_tokens": 9},
         "grids": grids,
+        "disturbance": BESIDE_ANYTHING,
     }
     with small_device_limits():
         folder = run_latency(

@@ -98,6 +98,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *_OF_RUNS,
     ),
     "harness/judge/latency.py": _OF_GRIDS,
+    "harness/judge/latency_checks.py": ("harness/tests/measure/latency/test_disturbed.py",),
     "harness/judge/limits.py": (f"{_KNOWN}/test_limits.py",),
     "harness/judge/metrics.py": (f"{_JUDGE}/test_withheld.py", *_OF_FIGURES),
     "harness/judge/parity.py": (

@@ -26,6 +26,7 @@ from harness.measure.latency.modes import measure_batches, measure_modes
 from harness.measure.latency.prompts import LatencyPrompt
 from harness.measure.latency.room import check_device
 from harness.measure.latency.run import LatencyOptions, run_latency
+from harness.measure.latency.sittings import Watch
 from harness.measure.latency.timers import measure_group
 from harness.records.latency import STOCK, BatchTrials, LatencyRecord
 from harness.report.latency import latency_headline, render_latency_report
@@ -122,14 +123,14 @@ def test_an_engine_that_falls_back_by_itself_gives_no_times_of_the_mode(
         "cuda_graph mode could not run it: cuda_graph mode is not available here: fell back to eager"
     )
     told: list[str] = []
-    trials = measure_modes(
+    trials, _ = measure_modes(
         engine,
         "float32",
         ["eager", "cuda_graph"],
         prompts()[:1],
         max_new_tokens=4,
         clock=TickClock(),
-        note=told.append,
+        watch=Watch(note=told.append),
     )
     assert {trial.mode for trial in trials} == {STOCK, "eager"} and len(told) == 1
 
@@ -147,14 +148,14 @@ def test_memory_that_runs_out_in_the_table_of_modes_leaves_that_mode_out(
     monkeypatch.setattr(ArmRunner, "generate", full)
     monkeypatch.setattr(StepRunner, "available_modes", lambda runner: ("packed", "eager"))
     told: list[str] = []
-    trials = measure_modes(
+    trials, _ = measure_modes(
         engine,
         "float32",
         ["packed", "eager"],
         prompts()[:3],
         max_new_tokens=5,
         clock=TickClock(),
-        note=told.append,
+        watch=Watch(note=told.append),
     )
     assert [trial.prompt_key for trial in trials if trial.mode == "eager"] == ["p0", "p1", "p2"]
     assert {trial.mode for trial in trials} == {STOCK, "eager"}
@@ -191,7 +192,7 @@ def test_memory_that_runs_out_at_a_batch_leaves_that_batch_out(
 
     def batches() -> BatchTrials | None:
         return measure_batches(
-            engine, spec, [], prompts(), dtype="float32", clock=TickClock(), note=told.append
+            engine, spec, [], prompts(), dtype="float32", clock=TickClock(), watch=Watch(note=told.append)
         )
 
     found = batches()

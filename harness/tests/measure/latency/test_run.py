@@ -59,6 +59,7 @@ from harness.records.store import Store
 from harness.specs.latency import HeadsForm, LatencySpec, ModeName, PointKey, parse_latency_spec
 from harness.specs.shapes import ShapeSpec
 from harness.tests.tiny_suite import (
+    BESIDE_ANYTHING,
     QUIET,
     Ran,
     TickClock,
@@ -115,6 +116,7 @@ def tiny_spec(heads_file: Path | None, **changes: Any) -> dict[str, Any]:
         "modes_table": {"num_prompts": 2, "max_new_tokens": 6, "context_tokens": 24, "sizes": [1, 8, 32]},
         "batch_table": {"batches": [1, 2], "tree": {"kind": "fastest", "max_nodes": 6}, "max_new_tokens": 6},
         "interval": {"num_resamples": 100},
+        "disturbance": BESIDE_ANYTHING,
         **changes,
     }
     return {name: value for name, value in data.items() if value is not None}
@@ -464,7 +466,7 @@ def test_modes_decode_the_same_prompts_in_turn_at_known_speeds(engine: Engine) -
     ]
     modes: list[ModeName] = [mode for mode in engine.runner.available_modes() if mode != "compiled"]
     with WorkClock(engine.loaded.model) as clock:
-        trials = measure_modes(engine, "float32", modes, prompts, max_new_tokens=7, clock=clock)
+        trials, _ = measure_modes(engine, "float32", modes, prompts, max_new_tokens=7, clock=clock)
     names = [STOCK, *modes]
     turns = [[trial.mode for trial in trials if trial.prompt_key == prompt.key] for prompt in prompts]
     assert turns == [[*names[first % len(names) :], *names[: first % len(names)]] for first in range(3)]

@@ -49,7 +49,15 @@ from harness.specs.suite import SuiteSpec, parse_suite
 from harness.specs.sweep import ClusterSpec, SampledSetting, SweepSpec, parse_sweep
 from harness.tests.fake_latency import write_fake_latency
 from harness.tests.fake_sweep import sweep_data
-from harness.tests.tiny_suite import QUIET, Ran, command, micro_data, smoke_suite, write_suite
+from harness.tests.tiny_suite import (
+    BESIDE_ANYTHING,
+    QUIET,
+    Ran,
+    command,
+    micro_data,
+    smoke_suite,
+    write_suite,
+)
 from medusa_impl.tree import DraftTree
 
 ray: Any = pytest.importorskip("ray", reason="needs medusa-repro[ray]")
@@ -87,6 +95,7 @@ def latency_data(heads_file: Path) -> dict[str, Any]:
         "modes": ["eager"],
         "repeats": 1,
         "grids": [{"num_nodes": [1, 16], "num_heads": [1, 4], "context_tokens": [16, 64]}],
+        "disturbance": BESIDE_ANYTHING,
     }
 
 
