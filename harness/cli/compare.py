@@ -12,10 +12,10 @@ import typer
 from harness.cli.find import find_record
 from harness.cli.finish import finish
 from harness.cli.marked import marked_lines
-from harness.cli.options import ClaimsOption, UnsealedOption
+from harness.cli.options import ClaimsOption, ResultsOption, UnsealedOption
 from harness.errors import ExitCode, UserError
 from harness.files import write_text
-from harness.judge.history.compare import OUTSIDE, compare
+from harness.judge.history.compare import NOT_COMPARABLE, OUTSIDE, compare
 from harness.records.opened import AnyRecord, open_record
 from harness.records.run import RunRecord
 from harness.report.tables.compare import comparison_headline, render_comparison
@@ -23,7 +23,7 @@ from harness.specs.claims import ClaimSpec, load_claims
 
 _RECORD = (
     "a record's folder, its name, or a name under results/, which means its newest record: embedded, "
-    "latency/embedded"
+    "latency/embedded, embedded/MACHINE"
 )
 _MOST_OTHERS = 20  # records that are looked at for runs of one commit, the newest
 AgainstOption = Annotated[
@@ -32,7 +32,11 @@ AgainstOption = Annotated[
 ]
 StrictOption = Annotated[
     bool,
-    typer.Option("--strict", help="end with code 1 where B lies outside the band; else that is a finding"),
+    typer.Option(
+        "--strict",
+        help="end with code 1 where B lies outside the band, and with 3 where nothing can be compared; "
+        "without it both are findings",
+    ),
 ]
 
 
@@ -42,13 +46,14 @@ def compare_command(
     claims: ClaimsOption = None,
     out: Annotated[Path | None, typer.Option(help="file for the page; without it standard output")] = None,
     strict: StrictOption = False,
+    results: ResultsOption = None,
     unsealed: UnsealedOption = False,
 ) -> None:
     """Say in what two records of one kind differ, and whether B lies in the band that A promises.
 
     This needs no device.
     """
-    folders = find_record(a), find_record(b)
+    folders = find_record(a, results=results), find_record(b, results=results)
     if folders[0].resolve() == folders[1].resolve():
         raise UserError(
             found=f"one record twice, {folders[0].name}",
@@ -100,7 +105,7 @@ def tell_comparison(
     """Print record B held against record A, or write it into a file; end with one JSON line.
 
     Raises: typer.Exit with 2 where a record's figures do not hold, and, if `strict`, with 1 where B lies
-    outside the band. UserError for records of two kinds.
+    outside the band. UserError for records of two kinds, and, if `strict`, where nothing can be compared.
     """
     compared = compare(a, b, claims=claims, others=_others_of(a))
     text = render_comparison(compared)
@@ -115,6 +120,13 @@ def tell_comparison(
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
     if strict and compared.outcome == OUTSIDE:
         raise typer.Exit(ExitCode.GATE_REGRESSION)
+    if strict and compared.outcome == NOT_COMPARABLE:
+        raise UserError(
+            found="no figure that can be compared",
+            need="one at least, since --strict asks for a decision",
+            where=f"{a.folder.name} and {b.folder.name}",
+            do="name two records of one suite and one machine",
+        )
 
 
 def _others_of(record: AnyRecord) -> Iterator[AnyRecord]:

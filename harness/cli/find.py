@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
+from harness.cli.options import console
 from harness.errors import UserError
 from harness.files import read_text
 from harness.paths import default_results, shipped
@@ -33,27 +34,37 @@ def find_suite(text: str) -> tuple[SuiteSpec, Path]:
     return load_suite(path), path
 
 
-def find_record(text: str) -> Path:
+def find_record(text: str, *, results: Path | None = None) -> Path:
     """Return a record: the path as given, or the newest sealed one of a name in the results folder.
 
-    `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records;
-    the last part of a record's folder, which a command's last line gives, names that record.
+    `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records,
+    and a machine's folder behind it those of that machine; where several machines have some, the choice is
+    told. The last part of a record's folder, which a command's last line gives, names that record.
     """
     if Path(text).exists():
         return Path(text)
+    home = results or default_results()
     if _RECORD_NAME.fullmatch(text):
-        found = sorted(path for path in default_results().rglob(text) if path.is_dir())
+        found = sorted(path for path in home.rglob(text) if path.is_dir())
         if found:
             return found[0]
-    sealed = sorted((default_results() / text).glob("*/*/manifest.json"), key=lambda path: path.parent.name)
+    of_machine, of_all = ((home / text).glob(form) for form in ("*/manifest.json", "*/*/manifest.json"))
+    sealed = sorted((*of_machine, *of_all), key=lambda path: path.parent.name)
     if not sealed:
         raise UserError(
             found=f"no record {text!r}",
             need="a record's folder, or a name under results/ that has a finished record",
-            where="results/",
+            where=f"{home.name}/",
             do="name a folder, or a name such as embedded, latency/embedded or sweep/embedded",
         )
-    return sealed[-1].parent
+    newest = sealed[-1].parent
+    machines = {path.parent.parent for path in sealed}
+    if len(machines) > 1:
+        told = (
+            f"{text}: the newest record of {len(machines)} machines is {newest.name}, of {newest.parent.name}"
+        )
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return newest
 
 
 def find_data(text: str, *, kind: Kind) -> Path:

@@ -147,6 +147,7 @@ class AblationRecord(RecordFolder):
     Raises: UserError for a missing, truncated, altered or unreadable file.
     """
 
+    noun = "an ablation's record"
     core = ("suite.toml", "environment.json", TREE_FILE, ARMS_FILE)
 
     @cached_property

@@ -128,6 +128,7 @@ class RunRecord(RecordFolder):
     """
 
     withheld: str | None = None  # why its speeds are not shown, in words
+    noun = "a run's record"
     core = ("suite.toml", "environment.json", "trees.json", GENERATIONS_FILE)
 
     @cached_property

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -153,7 +152,7 @@ def compare(
         )
     if type(a) is not type(b):
         raise UserError(
-            found=f"{a.noun} and {b.noun}" if a.noun != b.noun else "records of two kinds",
+            found=f"{a.noun} and {b.noun}",
             need="two records of one kind",
             where="the command line",
         )
@@ -177,7 +176,7 @@ def _compared(
     others: Sequence[TimedRecord],
 ) -> Compared:
     mine, theirs = materials_of(a), materials_of(b)
-    no_times = why_not_compared(a, b) or _withheld(holds)
+    no_times = _withheld(holds) or why_not_compared(a, b)
     drifts, num_repeats = _drifts(a, [one for one in others if one.folder.resolve() != b.folder.resolve()])
     by_arm = {one.arm: one for one in texts}
     shared = [_Sides(mine[key], theirs[key], spec) for key in mine if key in theirs]
@@ -357,20 +356,18 @@ def _is_repeat(one: TimedRecord, other: TimedRecord, *, like: TimedRecord) -> bo
 def changed_verdicts(a: Judgement, b: Judgement) -> tuple[VerdictChange, ...]:
     """Return the tests of claims that came out differently; those that only one record has are left out."""
 
-    def numbered(verdicts: Iterable[ClaimVerdict]) -> dict[tuple[str, str, int], ClaimVerdict]:
-        found: dict[tuple[str, str, int], ClaimVerdict] = {}
-        seen: Counter[tuple[str, str]] = Counter()
+    def by_test(verdicts: Iterable[ClaimVerdict]) -> dict[tuple[str, str], list[ClaimVerdict]]:
+        found: dict[tuple[str, str], list[ClaimVerdict]] = {}
         for one in verdicts:
-            test = one.claim_id, one.form
-            found[*test, seen[test]] = one
-            seen[test] += 1
+            found.setdefault((one.claim_id, one.form), []).append(one)
         return found
 
-    mine, theirs = numbered(a.verdicts), numbered(b.verdicts)
+    mine, theirs = by_test(a.verdicts), by_test(b.verdicts)
+    pairs = (pair for test in mine for pair in zip(mine[test], theirs.get(test, ()), strict=False))
     return tuple(
-        VerdictChange(key[0], key[1], mine[key].kind.value, theirs[key].kind.value)
-        for key in mine
-        if key in theirs and mine[key].kind is not theirs[key].kind
+        VerdictChange(one.claim_id, one.form, one.kind.value, other.kind.value)
+        for one, other in pairs
+        if one.kind is not other.kind
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_outside_the_band_is_a_finding_and_an_error_only_if_strict(tmp_path: Pat
     assert command("compare", a, b, "--strict").code == ExitCode.GATE_REGRESSION
     assert command("compare", a, a.parent / "a" / ".." / "b", "--strict").code == ExitCode.GATE_REGRESSION
     assert command("compare", b, b.parent / "a", "--strict").code == ExitCode.GATE_REGRESSION
+
+
+def test_nothing_to_compare_is_no_success_if_strict(tmp_path: Path) -> None:
+    """It ended with 0, as if B lay within the band."""
+    for name in ("a", "b"):
+        shutil.copytree(FIXTURES / "sweep", tmp_path / name)
+    ran = command("compare", tmp_path / "a", tmp_path / "b")
+    assert ran.code == ExitCode.OK and last(ran.out)["outcome"] == "not comparable"
+    ran = command("compare", tmp_path / "a", tmp_path / "b", "--strict")
+    assert ran.code == ExitCode.USER_ERROR and last(ran.out)["outcome"] == "not comparable"
+    assert "found no figure that can be compared" in ran.error_line
+
+
+def test_records_are_found_in_another_results_folder(tmp_path: Path) -> None:
+    names = ("20260101T000000Z-aaaaaaaa", "20260102T000000Z-bbbbbbbb")
+    for name in names:
+        write(tmp_path / "results" / "micro" / "cpu-x" / name)
+    ran = command("compare", names[0], "micro", "--results", tmp_path / "results")
+    assert ran.code == ExitCode.OK and last(ran.out)["outcome"] == "within the band"
 
 
 def test_figures_that_do_not_hold_end_with_code_2(tmp_path: Path) -> None:

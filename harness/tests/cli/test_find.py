@@ -23,6 +23,21 @@ def test_a_record_is_found_by_the_name_that_a_commands_last_line_gives() -> None
             find_record(unknown)
 
 
+def test_a_name_of_several_machines_tells_which_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest of any machine was taken in silence."""
+    for machine, name in (("cpu-a", "20260101T000000Z-aaaaaaaa"), ("cpu-b", "20260102T000000Z-bbbbbbbb")):
+        folder = tmp_path / "micro" / machine / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    assert find_record("micro", results=tmp_path).parent.name == "cpu-b"
+    told = capsys.readouterr().err
+    assert told == "micro: the newest record of 2 machines is 20260102T000000Z-bbbbbbbb, of cpu-b\n"
+    assert find_record("micro/cpu-a", results=tmp_path).name == "20260101T000000Z-aaaaaaaa"
+    assert capsys.readouterr().err == ""
+
+
 def test_a_path_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / NAME).mkdir()
     monkeypatch.chdir(tmp_path)

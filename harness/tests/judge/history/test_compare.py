@@ -24,9 +24,11 @@ from harness.judge.history.compare import (
     materials_of,
 )
 from harness.judge.history.figures import Material
+from harness.judge.history.texts import differing_inputs
 from harness.judge.judgement import VerdictKind
 from harness.records.opened import AnyRecord, open_record
-from harness.records.probes import DeviceLimits
+from harness.records.probes import DeviceLimits, StepCost, StepCosts
+from harness.records.provenance import TunedOrigin
 from harness.records.run import RunRecord
 from harness.records.trials import Generation
 from harness.specs.claims import load_claims
@@ -361,6 +363,65 @@ def test_records_of_two_kinds_are_refused_and_other_kinds_told_by_their_making(t
     compared = held(sweep, sweep)
     assert compared.outcome == NOT_COMPARABLE and compared.figures == () and compared.is_valid
     assert compared.no_times == "only figures of runs and of latency records are compared"
+    assert compared.valid == {"texts": None, "speeds": None}, "of these kinds it is not known"
+    both = {"latency": "a latency record", "gpu": "a record of a GPU machine"}
+    for one, other in (("latency", "gpu"), ("gpu", "latency")):
+        with pytest.raises(UserError, match=f"found {both[one]} and {both[other]}; need two records"):
+            held(open_record(FIXTURES / one), open_record(FIXTURES / other))
+    with pytest.raises(UserError, match="found a run's record and a sweep's record; need"):
+        held(run, sweep)
+
+
+def test_validity_is_told_by_kind_of_figure(tmp_path: Path) -> None:
+    a = write(tmp_path / "a")
+    assert held(a, write(tmp_path / "b", seed=1)).valid == {"texts": True, "speeds": True}
+    slow = write(tmp_path / "c", step_s={"hf_greedy": STEP_S["hf_greedy"] / 2})
+    assert held(a, slow).valid == {"texts": True, "speeds": False} == held(slow, a).valid
+
+
+def test_step_costs_are_formed_on_prompts_that_arm_and_baseline_were_timed_on(tmp_path: Path) -> None:
+    """By hand: the chain takes 3, 4, 5 s on prompts 81 to 83, vanilla 1, 2, 4 s on 82 to 84."""
+
+    def spoil(parts: FakeParts) -> None:
+        seconds = {"chain": {81: 3.0, 82: 4.0, 83: 5.0}, "vanilla": {82: 1.0, 83: 2.0, 84: 4.0}}
+        rows = [
+            StepCost(
+                arm=arm,
+                prompt_key=f"mt_bench-{number}",
+                num_nodes=1 if arm == "vanilla" else 5,
+                num_heads=0 if arm == "vanilla" else 4,
+                context_tokens=8,
+                backbone_s=(taken,),
+                step_s=(taken,),
+            )
+            for arm, prompts in seconds.items()
+            for number, taken in prompts.items()
+        ]
+        parts.step_costs = StepCosts(costs=tuple(rows))
+
+    made = materials_of(write(tmp_path / "a", spoil))["chain", "step cost"]
+    assert made.columns == {"mt_bench-82": (4.0, 1.0), "mt_bench-83": (5.0, 2.0)}
+
+
+def test_arms_mind_the_backbone_that_they_decode_on(tmp_path: Path) -> None:
+    """`chain` decodes on the tuned backbone here, vanilla on the original: each minds its own alone."""
+
+    def tuned(digit: str) -> TunedOrigin:
+        digest = digit * 64
+        hashes = {"backbone_sha256": digest, "adapter_sha256": digest, "heads_sha256": digest}
+        return TunedOrigin(**hashes, weight_bytes=1, packed_bytes=0, heads_bytes=1)
+
+    a = write(tmp_path / "a", of_environment(tuned=tuned("a")))
+    b = write(tmp_path / "b", of_environment(tuned=tuned("b")))
+    c = write(tmp_path / "c", of_environment(backbone_sha256="e" * 64, tuned=tuned("a")))
+    for record in (a, b, c):
+        arms = [
+            arm.model_copy(update={"backbone": "tuned"}) if arm.name == "chain" else arm
+            for arm in record.suite.arms
+        ]
+        record.suite = record.suite.model_copy(update={"arms": tuple(arms)})
+    assert differing_inputs(a, b, "chain") == ("model", "heads") and differing_inputs(a, b, "vanilla") == ()
+    assert differing_inputs(a, c, "vanilla") == ("model",) and differing_inputs(a, c, "chain") == ()
 
 
 @pytest.mark.parametrize("kind", ["suite", "latency"])
