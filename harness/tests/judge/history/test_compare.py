@@ -408,7 +408,7 @@ def test_arms_mind_the_backbone_that_they_decode_on(tmp_path: Path) -> None:
 
     def tuned(digit: str) -> TunedOrigin:
         digest = digit * 64
-        hashes = {"backbone_sha256": digest, "adapter_sha256": digest, "heads_sha256": digest}
+        hashes: dict[str, Any] = dict.fromkeys(("backbone_sha256", "adapter_sha256", "heads_sha256"), digest)
         return TunedOrigin(**hashes, weight_bytes=1, packed_bytes=0, heads_bytes=1)
 
     a = write(tmp_path / "a", of_environment(tuned=tuned("a")))
