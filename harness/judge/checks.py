@@ -530,7 +530,8 @@ def bandwidth_sane(record: RunRecord) -> CheckOutcome:
     }
     known = {arm: share for arm, share in shares.items() if share is not None}
     if not known:
-        return _skipped("bandwidth_sane", "no bandwidth was measured")
+        was_measured = record.device_limits is not None
+        return _skipped("bandwidth_sane", "no quiet step" if was_measured else "no bandwidth was measured")
     found = ", ".join(f"{arm} reads at {share:.2f} of the measured bandwidth" for arm, share in known.items())
     return _outcome(
         "bandwidth_sane",
@@ -555,7 +556,7 @@ def steps_as_timed_apart(record: RunRecord) -> CheckOutcome:
     ratios = {arm.name: decoded_over_apart(record, arm.name) for arm in _on_our_engine(record)}
     known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
     if not known:
-        return _skipped("steps_as_timed_apart", "no arm has separate steps and four prompts")
+        return _skipped("steps_as_timed_apart", "no arm has quiet steps, separate ones too, on four prompts")
     is_cpu = record.environment.device.kind == "cpu"
     shorter = MAX_APART if is_cpu else MAX_WAITS_APART
     wrong = []

@@ -172,13 +172,19 @@ def _known_seconds(
 ) -> tuple[dict[str, float], str | None]:
     """Return each arm's seconds a generation, and the record that they are from.
 
-    It is the newest of the suite's model, of this machine's folder before the one that older records of its
-    name lie in, and of both before any other.
+    It is the newest of the suite's model: of this machine's folder before the one that older records of its
+    name lie in, of both before other machines with this kind of device, and of those before any other.
     """
     newest = sorted(results.glob("*/*/*/manifest.json"), key=lambda path: path.parent.name, reverse=True)
     folders = machine_folders(device)
-    ranks = {name: rank for rank, name in enumerate(folders)}
-    for path in sorted(newest, key=lambda path: ranks.get(path.parent.parent.name, len(folders))):
+
+    def rank(manifest: Path) -> int:
+        machine = manifest.parent.parent.name
+        if machine in folders:
+            return folders.index(machine)
+        return len(folders) + (not machine.startswith(f"{device.kind}-"))
+
+    for path in sorted(newest, key=rank):
         try:
             record = RunRecord.open(path.parent)
             is_other = record.suite.model != suite.model

@@ -161,7 +161,9 @@ def _steps(history: MachineHistory) -> str:
             " to ".join(
                 _number(level, sort=series.sort) for level in (marked.step.before, marked.step.after)
             ),
-            percent(marked.step.ratio - 1, signed=True) if marked.step.before else ABSENT,
+            percent(marked.step.ratio - 1, signed=True)
+            if marked.step.before and series.sort != "checks"
+            else ABSENT,
             f"`{marked.since.name}`",
             _some(marked.differing),
         )

@@ -26,7 +26,7 @@ SUITES = sorted(
 )
 
 
-def write(results: Path, day: int, *, factor: float = 1.0) -> Path:
+def write(results: Path, day: int, *, factor: float = 1.0, **seconds: float) -> Path:
     def spoil(parts: FakeParts) -> None:
         parts.environment = parts.environment.model_copy(
             update={"commit": f"{day:040x}", "started_utc": f"2024-01-{day:02d}T10:00:00Z"}
@@ -34,6 +34,7 @@ def write(results: Path, day: int, *, factor: float = 1.0) -> Path:
 
     step_s = {arm: time * (1 + 0.0025 * (day % 3)) for arm, time in STEP_S.items()}
     step_s["chain"] *= factor
+    step_s |= seconds
     folder = results / "fake" / "machine" / f"202401{day:02d}T100000Z-{day:08x}"
     return write_fake_record(folder, spoil=spoil, step_s=step_s, rounds=1, num_prompts=8, jitter=0.0).folder
 
@@ -125,3 +126,15 @@ def test_every_committed_suite_has_a_history(suite: str, tmp_path: Path) -> None
     if suite == "embedded":
         assert told["machines"]["cpu-amd-epyc-2c"]["classes"] == 2, "34 and 77 GB/s"
         assert "stands for machines whose times cannot be compared" in ran.out
+
+
+def test_a_number_of_failed_checks_has_no_percentage(tmp_path: Path) -> None:
+    """From one to none was a change of -100 %."""
+    results = tmp_path / "results"
+    write(results, 1, hf_greedy=STEP_S["hf_greedy"] / 2)
+    write(results, 2)
+    assert command("history", "fake", "--results", results).code == ExitCode.OK
+    page = (results / "fake" / "history.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    (row,) = [row for row in rows if row[1:2] == ["failed checks"] and " to " in row[3]]
+    assert row[3:5] == ["1 to 0", "–"]

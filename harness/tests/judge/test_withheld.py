@@ -102,6 +102,14 @@ def test_too_few_quiet_prompts_lose_the_speeds_and_nothing_else(tmp_path: Path) 
     assert "*Speeds are withheld*: machine_quiet found 3 of 8" in readme and "tokens/s " not in readme
 
 
+def test_checks_without_a_quiet_step_say_so(tmp_path: Path) -> None:
+    """They said that no bandwidth was measured, which it was."""
+    checks = {one.name: one for one in judge(write(tmp_path, NUM_PROMPTS)).checks}
+    told = {name: checks[name].found for name in ("bandwidth_sane", "steps_as_timed_apart")}
+    assert told["bandwidth_sane"] == "no quiet step"
+    assert told["steps_as_timed_apart"] == "no arm has quiet steps, separate ones too, on four prompts"
+
+
 def test_the_page_of_devices_passes_over_it(tmp_path: Path) -> None:
     place = tmp_path / "fake" / "machine"
     older, newer = write(place / "20240101T000000Z-a", 0), write(place / "20240102T000000Z-b", 5)

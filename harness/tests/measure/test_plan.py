@@ -66,6 +66,7 @@ def test_fewer_prompts_are_a_prefix_of_more() -> None:
 OLD = DeviceInfo(kind="cpu", name="box", num_cores=2, num_threads=2, memory_bytes=8_000_000_000)
 HERE = OLD.model_copy(update={"details": {"family": "25", "model": "17", "stepping": "1"}})
 OTHER = OLD.model_copy(update={"name": "abacus"})
+GPU = OLD.model_copy(update={"kind": "cuda", "name": "card"})
 
 
 def test_minutes_are_of_this_machine_before_one_of_its_name_before_any_other(tmp_path: Path) -> None:
@@ -75,6 +76,11 @@ def test_minutes_are_of_this_machine_before_one_of_its_name_before_any_other(tmp
         return _known_seconds(record.suite, results=tmp_path, device=HERE)[1]
 
     for device, stem, told in (
+        (
+            GPU,
+            "20240104T000000Z-d",
+            " of cuda-card-2c (another machine: kind cuda against cpu; name card against box)",
+        ),
         (OTHER, "20240103T000000Z-c", " of cpu-abacus-2c (another machine: name abacus against box)"),
         (
             OLD,
