@@ -27,6 +27,7 @@ from harness.report.run_evidence import (
     render_profile,
     render_step_costs,
 )
+from harness.report.tables.acceptance import render_acceptance
 from harness.report.tables.run import (
     CONSISTENCY_NOTE,
     VERDICT_NOTE,
@@ -69,6 +70,7 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
             not_tested,
         ),
         section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
+        section("Acceptance", render_acceptance(record)),
         section("Per category of prompt", render_category_tables(record, judgement)),
         section("Predicted against measured", render_predictions(record, judgement)),
         section("Where a step goes", render_profile(record)),
