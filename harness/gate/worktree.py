@@ -47,7 +47,8 @@ def checkout_root(folder: Path) -> Path:
 def base_of(root: Path, revision: str | None) -> Base:
     """Return the base: a revision, or the merge base of this checkout with main.
 
-    Raises: UserError for a revision that git does not know, or where no main is found.
+    A merge base that is this very checkout would compare it with itself: its first parent is taken instead.
+    Raises: UserError for a revision that git does not know, where no main is found, or for a first commit.
     """
     if revision is not None:
         commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
@@ -65,13 +66,30 @@ def base_of(root: Path, revision: str | None) -> Base:
         commit, name = min(
             known, key=lambda one: int(_git(root, "rev-list", "--count", f"{one[0]}..HEAD") or 0)
         )
-        return Base(commit, f"merge base with {name}")
+        return _with_a_change(root, commit, name=name)
     raise UserError(
         found="no branch main",
         need=f"one of {', '.join(MAIN_NAMES)}, with history in common",
         where="this clone",
         do="name the base: --base REVISION, or fetch main with its history",
     )
+
+
+def _with_a_change(root: Path, commit: str, *, name: str) -> Base:
+    """Return the merge base as it is where this checkout differs from it, else the commit before it."""
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    if commit != head or changed != "":
+        return Base(commit, f"merge base with {name}")
+    parent = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^1")
+    if parent is None:
+        raise UserError(
+            found="a checkout that is its own merge base with main, and no commit before it",
+            need="two versions to compare",
+            where="this clone",
+            do="name the base: --base REVISION, or fetch the history",
+        )
+    return Base(parent, f"first parent: HEAD is the merge base with {name} and nothing is changed")
 
 
 @contextlib.contextmanager

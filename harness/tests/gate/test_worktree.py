@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from harness.errors import UserError
-from harness.gate.worktree import base_of, checkout_root, interrupted_by_term, remove_stale, worktree
+from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, remove_stale, worktree
 from harness.paths import code_folder
 
 HOLDS = """
@@ -63,6 +63,30 @@ def test_the_base_is_the_merge_base_with_main_or_what_is_named(clone: Path) -> N
     git(clone, "branch", "-m", "main", "trunk")
     with pytest.raises(UserError, match="found no branch main"):
         base_of(clone, None)
+
+
+def test_a_clean_main_is_compared_with_the_commit_before_it(clone: Path) -> None:
+    """It was compared with itself, and nothing said so."""
+    git(clone, "switch", "-q", "main")
+    first, second = git(clone, "rev-parse", "main~1"), git(clone, "rev-parse", "main")
+    (clone / "new.txt").write_text("no file of the project's yet")
+    base = base_of(clone, None)
+    assert base.commit == first
+    assert base.found == "first parent: HEAD is the merge base with main and nothing is changed"
+    (clone / "file.txt").write_text("changed")
+    assert base_of(clone, None) == Base(second, "merge base with main"), "what is not committed is the change"
+    git(clone, "checkout", "-q", "--", "file.txt")
+    assert base_of(clone, "main").commit == second, "whoever names it gets it"
+    git(clone, "switch", "-q", "--detach", "main~1")
+    with pytest.raises(UserError, match=r"and no commit before it; need two versions.*--base REVISION"):
+        base_of(clone, None)
+
+
+def test_of_a_merge_on_main_the_first_parent_is_the_base(clone: Path) -> None:
+    git(clone, "switch", "-q", "main")
+    before = git(clone, "rev-parse", "main")
+    git(clone, "merge", "-q", "--no-ff", "-m", "merge", "branch")
+    assert base_of(clone, None).commit == before
 
 
 def test_a_main_that_is_behind_is_not_the_base(clone: Path) -> None:
