@@ -11,6 +11,7 @@ import typer
 
 from harness.cli.find import find_data
 from harness.cli.options import ResultsOption, command_line, console
+from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, UserError
 from harness.files import write_text
 from harness.paths import default_results
@@ -41,8 +42,9 @@ def gate(
     regression, 2 that times are withheld or too noisy.
     """
     from harness.gate.calibrate import keep_calibration
+    from harness.gate.repeat import GateOptions
     from harness.gate.results import append_summary, write_gate
-    from harness.gate.run import GateOptions, run_calibration, run_gate
+    from harness.gate.run import run_calibration, run_gate
     from harness.report.tables.gate import (
         calibration_headline,
         gate_headline,
@@ -56,15 +58,26 @@ def gate(
     spec, home = load_gate_spec(file), results or default_results()
     if minutes is not None:
         spec = spec.model_copy(update={"minutes": minutes})
+    options = GateOptions(
+        command=command_line(),
+        gate=name,
+        base=base,
+        baseline=baseline,
+        runs=runs if calibrate else None,
+        minutes=minutes,
+        results=results,
+        is_trusted=os.environ.get(TRUST_VARIABLE) == "1",
+    )
     if calibrate:
-        calibration, records = run_calibration(spec, spec_file=file, num_runs=runs, console=console)
+        calibration, records = run_calibration(
+            spec, spec_file=file, num_runs=runs, options=options, console=console
+        )
         kept = keep_calibration(spec, calibration)
         folder = write_gate(home, records[-1], summary=render_gate_summary(records[-1]))
         console.print(f"kept as {kept.name}; the last run's record: {folder.name}")
         SafeConsole().print(render_calibration(calibration), soft_wrap=True)
         print(json.dumps(calibration_headline(calibration), allow_nan=False))
         return
-    options = GateOptions(command=command_line(), base=base, baseline=baseline)
     record = run_gate(spec, spec_file=file, options=options, console=console)
     summary = render_gate_summary(record)
     folder = write_gate(home, record, summary=summary)

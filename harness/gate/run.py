@@ -18,6 +18,7 @@ from harness.gate.calibrate import (
     gate_sha256,
     same_device,
 )
+from harness.gate.repeat import GateOptions, repeat_of
 from harness.gate.sides import Side, started, take_block
 from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, worktree
 from harness.judge.gate.exact import judge_exact
@@ -44,15 +45,6 @@ from harness.records.store import portable, utc_now
 from harness.specs.gate import TIMED, GateSpec, Quantity
 
 _LEAST_BLOCKS = 3  # that a spread can be taken of
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """What a command line says of a gate: the base's revision or a stored record, and how it was typed."""
-
-    command: str
-    base: str | None = None
-    baseline: Path | None = None
 
 
 @dataclass
@@ -294,10 +286,13 @@ def _record(
         notes.append(
             f"the total step time of {arm} changed otherwise than its middle steps: look at the turns"
         )
+    again = repeat_of(options, base_commit=base_from.commit)
+    if again.cut:
+        notes.append(f"to repeat it, name the folder of {', '.join(again.cut)} as well: no record holds it")
     return GateRecord(
         gate=portable(spec),
         command=options.command,
-        repeat=repeat_command(spec, base_from, options),
+        repeat=again.command,
         started_utc=started_utc,
         elapsed_s=elapsed_s,
         sides=dict(infos),
@@ -313,22 +308,13 @@ def _record(
     )
 
 
-def repeat_command(spec: GateSpec, base: Base, options: GateOptions) -> str:
-    """Return the command that measures the same again here."""
-    name = "" if spec.name == "gate" else f" {spec.name}"
-    if options.baseline is not None:
-        return f"nox -s gate --{name} --baseline {options.baseline.name}"
-    return f"nox -s gate --{name} --base {base.commit}"
-
-
 def run_calibration(
-    spec: GateSpec, *, spec_file: Path, num_runs: int, console: Console
+    spec: GateSpec, *, spec_file: Path, num_runs: int, options: GateOptions, console: Console
 ) -> tuple[Calibration, tuple[GateRecord, ...]]:
     """Return this runner's calibration, from runs of this checkout against itself, and their records."""
     head = code_folder().parent
     runs: list[tuple[Change, ...]] = []
     records = []
-    options = GateOptions(command="medusa-repro gate --calibrate")
     for number in range(num_runs):
         began, started_utc = time.monotonic(), utc_now()
         console.print(f"{spec.name}: run {number + 1} of {num_runs} against itself")

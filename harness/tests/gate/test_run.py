@@ -7,6 +7,7 @@ a gate sees of 5 % is drawn from recorded steps in `test_simulate.py`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def test_a_planted_slowdown_is_a_regression_and_its_record_serves_as_a_baseline(
     assert json.loads((folder / "headline.json").read_text()) == last
     summary = (folder / "summary.md").read_text()
     base = git(clone, "rev-parse", "HEAD")
-    assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base}\n```")
+    place = Path(os.path.relpath(tmp_path / "results", clone)).as_posix()
+    assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base} --results {place}\n```")
     assert "differs from its commit: it was measured as it is" in summary
     assert (tmp_path / "job.md").read_text().strip() == summary.strip()
     assert list((cache / "gate" / "worktrees").iterdir()) == []
