@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from harness.cli.find import find_data
+from harness.cli.finish import finish, write_gate_report
 from harness.cli.options import ResultsOption, command_line, console
 from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, UserError
-from harness.files import write_text
 from harness.paths import default_results
 from harness.safe_text import SafeConsole
 
@@ -73,19 +74,16 @@ def gate(
             spec, spec_file=file, num_runs=runs, options=options, console=console
         )
         kept = keep_calibration(spec, calibration)
-        folder = write_gate(home, records[-1], summary=render_gate_summary(records[-1]))
+        folder = write_gate(home, records[-1], headline=partial(gate_headline, records[-1]))
+        write_gate_report(folder)
         console.print(f"kept as {kept.name}; the last run's record: {folder.name}")
         SafeConsole().print(render_calibration(calibration), soft_wrap=True)
         print(json.dumps(calibration_headline(calibration), allow_nan=False))
         return
     record = run_gate(spec, spec_file=file, options=options, console=console)
-    summary = render_gate_summary(record)
-    folder = write_gate(home, record, summary=summary)
-    line = json.dumps(gate_headline(record, folder=folder.name), allow_nan=False)
-    write_text(folder / "headline.json", line + "\n")
-    append_summary(summary, os.environ)
-    SafeConsole().print(summary, soft_wrap=True)
-    print(line)
+    folder = write_gate(home, record, headline=partial(gate_headline, record))
+    append_summary(render_gate_summary(record), os.environ)
+    finish(folder, claims=(), readme=None)
     if record.exit_code != ExitCode.OK:
         raise typer.Exit(record.exit_code)
 

@@ -40,7 +40,8 @@ from harness.judge.gate.timed import (
 )
 from harness.measure.turns import Wanted
 from harness.paths import cache_dir, code_folder
-from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn, read_gate
+from harness.records.gate.folder import stored_gate
+from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn
 from harness.records.store import portable, utc_now
 from harness.specs.gate import TIMED, GateSpec, Quantity
 
@@ -61,7 +62,7 @@ class Taken:
 def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: Console) -> GateRecord:
     """Return the record of a gate. Raises: UserError for what cannot be measured or compared."""
     began, started_utc = time.monotonic(), utc_now()
-    stored = None if options.baseline is None else read_gate(options.baseline)
+    stored, is_sealed = (None, True) if options.baseline is None else stored_gate(options.baseline)
     with interrupted_by_term(), _folders(options, console=console) as (folders, base_from):
         wanted = wanted_of(spec, spec_file, num_sides=len(folders))
         console.print(f"{spec.name}: loading {' and '.join(folders)}")
@@ -71,7 +72,8 @@ def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: 
             if stored is not None:
                 past = past_turns(stored, infos["head"], spec)
                 infos = {"base": stored.sides["head"], **infos}
-            notes = _checked(spec, sides, infos)
+            notes = [] if is_sealed else ["the baseline has no seal: nothing says that it is as it was made"]
+            notes += _checked(spec, sides, infos)
             taken = take_looks(
                 sides, spec, past=past, deadline=began + 60 * spec.minutes, console=console, stops=True
             )

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,8 @@ class Ready(Frozen):
     code: str
     commit: str | None
     dirty: bool | None
+    python: str
+    packages: dict[str, str]
     device: dict[str, Any]
     mode: str
     dtype: str
@@ -275,7 +278,7 @@ def _warm_up(worker: Worker, prompt: Prompt) -> None:
 
 
 def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
-    from harness.device.machine import checkout_state, device_info
+    from harness.device.machine import checkout_state, device_info, package_versions
 
     commit, dirty = checkout_state()
     told = [[prompt.key, list(prompt.prompt_ids)] for prompt in worker.prompts]
@@ -284,6 +287,8 @@ def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
         code=str(Path(sys.modules["harness"].__path__[0]).resolve().parent),
         commit=commit,
         dirty=dirty,
+        python=platform.python_version(),
+        packages=package_versions(),
         device=device_info(worker.engine.runner.backbone.device).model_dump(),
         mode=worker.engine.runner.mode,
         dtype=suite.model.dtype,

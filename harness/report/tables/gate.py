@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import ExitCode
+from harness.records.gate.folder import GateFolder
 from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SlowedPart
-from harness.report.formatting import ABSENT, cell, percent, significant, table
+from harness.report.formatting import ABSENT, cell, heading, page, percent, significant, table
+from harness.report.provenance import describe_commit, describe_device, describe_finish
 from harness.safe_text import page_text
 
 _WORDS = {
@@ -36,6 +38,22 @@ def render_gate_summary(record: GateRecord) -> str:
     lines += [f"- {cell(note)}" for note in record.notes]
     lines.append(f"The same again here:\n\n```\n{record.repeat}\n```")
     return page_text("\n\n".join(lines) + "\n")
+
+
+def render_gate_report(record: GateFolder) -> str:
+    """Return the whole report of a gate: where it comes from, then its summary."""
+    origin = record.origin
+    title = heading(
+        f"A gate: `{cell(record.spec.name)}`",
+        record.spec.description,
+        {
+            "Device": cell(describe_device(origin)),
+            "Date": origin.started_utc[:10],
+            "Commit": describe_commit(origin),
+            "Finished": describe_finish(origin, record.manifest),
+        },
+    )
+    return page(title, render_gate_summary(record.gate).rstrip("\n"))
 
 
 def _version(side: SideInfo) -> str:
@@ -119,7 +137,7 @@ def _parts(record: GateRecord) -> str:
     return _table(rows)
 
 
-def gate_headline(record: GateRecord, *, folder: str) -> dict[str, Any]:
+def gate_headline(record: GateRecord, folder: str) -> dict[str, Any]:
     """Return what the command's last line says."""
     timed = [one for one in record.findings if one.num_blocks is not None or one.outcome == "withheld"]
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +14,8 @@ from harness.gate.results import append_summary, bmf, junit, write_gate
 from harness.judge.gate.exact import judge_exact
 from harness.judge.gate.looks import exit_code
 from harness.judge.gate.timed import judge_timed, most_slowed, no_times, parts_of, timed_changes
+from harness.judge.validate.record import validate_record
+from harness.records.gate.folder import GateFolder
 from harness.records.gate.record import GateRecord, read_gate
 from harness.records.store import portable
 from harness.report.tables.gate import gate_headline, render_gate_summary
@@ -113,10 +116,13 @@ def test_the_last_line_says_which_kind_of_figure_is_valid() -> None:
 
 def test_a_record_is_written_whole_and_read_back(tmp_path: Path) -> None:
     made = record(slower=0.08)
-    folder = write_gate(tmp_path, made, summary="text")
+    headline = partial(gate_headline, made)
+    folder = write_gate(tmp_path, made, headline=headline)
     assert folder.relative_to(tmp_path).parts[:3] == ("gate", "gate", "cpu-a-processor-2c")
     assert read_gate(folder) == made and read_gate(folder / "gate.json") == made
-    assert write_gate(tmp_path, made, summary="text") != folder, "no record is written over"
+    assert json.loads((folder / "headline.json").read_text()) == headline(folder.name)
+    assert GateFolder.open(folder).gate == made and validate_record(folder) == ()
+    assert write_gate(tmp_path, made, headline=headline) != folder, "no record is written over"
     assert made.exit_code == ExitCode.GATE_REGRESSION
 
 

@@ -17,6 +17,7 @@ from harness.errors import ExitCode
 from harness.paths import CACHE_VARIABLE, code_folder
 from harness.records.gate.record import GATE_FILE
 from harness.tests.gate.planted import CHANGED, clone_as_it_is, gate_in, git, slow_down
+from harness.tests.tiny_suite import command
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +64,32 @@ def test_a_planted_slowdown_is_a_regression_and_its_record_serves_as_a_baseline(
         "gate.json",
         "junit.xml",
         "bmf.json",
-        "summary.md",
         "headline.json",
+        "manifest.json",
+        "report.md",
     }
     assert json.loads((folder / "headline.json").read_text()) == last
-    summary = (folder / "summary.md").read_text()
+    summary = (folder / "report.md").read_text()
     base = git(clone, "rev-parse", "HEAD")
     place = Path(os.path.relpath(tmp_path / "results", clone)).as_posix()
     assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base} --results {place}\n```")
     assert "differs from its commit: it was measured as it is" in summary
-    assert (tmp_path / "job.md").read_text().strip() == summary.strip()
+    assert summary.rstrip().endswith((tmp_path / "job.md").read_text().strip())
+    _as_any_record(folder)
     assert list((cache / "gate" / "worktrees").iterdir()) == []
     assert len(git(clone, "worktree", "list").splitlines()) == 1
     _as_baseline(clone, folder, tmp_path)
+
+
+def _as_any_record(folder: Path) -> None:
+    """`validate` and `report` open it; a regression is a valid measurement."""
+    said = (folder / "report.md").read_bytes()
+    checked = command("validate", folder)
+    assert checked.code == 0 and json.loads(checked.out.splitlines()[-1])["num_faults"] == 0
+    (folder / "report.md").unlink()
+    told = command("report", folder)
+    assert told.code == 0 and (folder / "report.md").read_bytes() == said
+    assert told.out.splitlines()[-1] == (folder / "headline.json").read_text().strip()
 
 
 def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
@@ -94,6 +108,9 @@ def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
     data = json.loads((folder / GATE_FILE).read_text())
     data["sides"]["head"]["device"]["name"] = "Another processor"
     (folder / GATE_FILE).write_text(json.dumps(data))
+    done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
+    assert done.returncode == ExitCode.USER_ERROR and "as sealed; in gate.json" in done.stderr
+    (folder / "manifest.json").unlink()
     done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
     assert done.returncode == ExitCode.USER_ERROR
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
