@@ -17,6 +17,7 @@ from harness.errors import UserError
 
 MAIN_NAMES = ("main", "origin/main", "master", "origin/master")
 _SECONDS = 300
+_WRITTEN_BY_RUNS = (":(top,exclude)results", ":(top,exclude)README.md")  # as for a record's `dirty`
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def base_of(root: Path, revision: str | None) -> Base:
 def _with_a_change(root: Path, commit: str, *, name: str) -> Base:
     """Return the merge base as it is where this checkout differs from it, else the commit before it."""
     head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(root, "status", "--porcelain", "--", ":(top)", *_WRITTEN_BY_RUNS)
     if commit != head or changed != "":
         return Base(commit, f"merge base with {name}")
     parent = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^1")

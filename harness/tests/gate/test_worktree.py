@@ -69,13 +69,17 @@ def test_a_clean_main_is_compared_with_the_commit_before_it(clone: Path) -> None
     """It was compared with itself, and nothing said so."""
     git(clone, "switch", "-q", "main")
     first, second = git(clone, "rev-parse", "main~1"), git(clone, "rev-parse", "main")
-    (clone / "new.txt").write_text("no file of the project's yet")
+    (clone / "results").mkdir()
+    (clone / "results" / "gate.json").write_text("what a run writes is no change of the code")
     base = base_of(clone, None)
     assert base.commit == first
     assert base.found == "first parent: HEAD is the merge base with main and nothing is changed"
     (clone / "file.txt").write_text("changed")
     assert base_of(clone, None) == Base(second, "merge base with main"), "what is not committed is the change"
     git(clone, "checkout", "-q", "--", "file.txt")
+    (clone / "new.txt").write_text("so is a new file")
+    assert base_of(clone, None).commit == second
+    (clone / "new.txt").unlink()
     assert base_of(clone, "main").commit == second, "whoever names it gets it"
     git(clone, "switch", "-q", "--detach", "main~1")
     with pytest.raises(UserError, match=r"and no commit before it; need two versions.*--base REVISION"):
