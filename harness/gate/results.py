@@ -25,6 +25,7 @@ from harness.records.gate.record import (
 )
 from harness.records.machines.identity import machine_slug
 from harness.records.store import begun_folder, hashes, utc_now
+from harness.specs.gate import TIMED
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
@@ -71,7 +72,10 @@ def junit(record: GateRecord) -> bytes:
         if finding.outcome == "worse":
             case.result = [Failure(f"worse: {told(finding)}", "worse")]
         elif finding.outcome == "withheld":
-            case.result = [Error("withheld: too few quiet blocks in the time that there was", "withheld")]
+            why = "too few quiet blocks in the time that there was"
+            if finding.quantity not in TIMED:
+                why = "nothing that both versions decoded"
+            case.result = [Error(f"withheld: {why}", "withheld")]
         elif finding.outcome == "inconclusive":
             case.result = [Skipped(f"inconclusive: {told(finding)}", "inconclusive")]
         suite.add_testcase(case)

@@ -166,6 +166,25 @@ def test_the_most_memory_of_each_version_is_compared() -> None:
     assert judged.outcome == "worse" and judged.change == pytest.approx(0.2)
 
 
+def test_what_had_nothing_to_compare_is_withheld_by_name() -> None:
+    """It was left out in silence: a gate that compared no text at all found nothing wrong."""
+    spec = SPEC.model_copy(update={"quality_prompts": 2})
+    bare = pair(side(replayed_tokens_per_step={}), side(replayed_tokens_per_step={}))
+    judged = judge_exact((), bare, spec)
+    assert [(one.name, one.outcome, one.change) for one in judged] == [
+        ("tokens_per_step/tree", "withheld", None),
+        ("parity/vanilla", "withheld", None),
+        ("parity/tree", "withheld", None),
+        ("quality/vanilla_sampled", "withheld", None),
+        ("quality/typical", "withheld", None),
+        ("peak_memory", "withheld", None),
+    ]
+    assert {one.margin for one in judged if one.quantity == "parity"} == {SPEC.margin("parity")}
+    half = [turn for turn in turns_of(SPEC, num_blocks=2) if (turn.side, turn.arm) != ("head", "tree")]
+    lost = {one.name for one in judge_exact(half, BOTH, SPEC) if one.outcome == "withheld"}
+    assert lost == {"parity/tree"}, "the replay still tells the tokens a step"
+
+
 def test_a_quantity_without_a_margin_is_not_judged() -> None:
     bare = SPEC.model_copy(update={"margins": SPEC.margins[:1]})
     assert [one.name for one in judge_exact(turns_of(SPEC, num_blocks=2), BOTH, bare)] == [
