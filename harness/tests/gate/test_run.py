@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import pytest
 
 from harness.errors import ExitCode
@@ -18,6 +23,8 @@ from harness.paths import CACHE_VARIABLE, code_folder
 from harness.records.gate.record import GATE_FILE
 from harness.tests.gate.planted import CHANGED, clone_as_it_is, gate_in, git, slow_down
 from harness.tests.tiny_suite import command
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,55 @@ def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
     (folder / GATE_FILE).write_text(json.dumps(data))
     done = gated(clone, "--baseline", folder)
     assert done.returncode == ExitCode.USER_ERROR and "found schema_version 99; need at most 1" in done.stderr
+
+
+def test_a_killed_gate_takes_its_processes_and_its_worktree_with_it(
+    clone: Path, tmp_path: Path, cache: Path
+) -> None:
+    """They went on for up to 24 s, until a model was loaded and the next request did not come."""
+    gate = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "harness",
+            "gate",
+            "smoke",
+            "--base",
+            "HEAD",
+            "--results",
+            tmp_path / "results",
+        ],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        sides = until(lambda: versions_of(gate.pid), seconds=60)
+        time.sleep(1)  # while they load
+    finally:
+        gate.kill()
+        gate.wait()
+    _, alive = psutil.wait_procs(sides, timeout=2)
+    assert alive == []
+    until(lambda: not list((cache / "gate" / "worktrees").iterdir()), seconds=20)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1 and not (tmp_path / "results").exists()
+
+
+def versions_of(pid: int) -> list[psutil.Process]:
+    """Return the processes of both versions of a gate; none before both are there."""
+    children = psutil.Process(pid).children()
+    found = [one for one in children if any(word.endswith("turns.py") for word in one.cmdline())]
+    return found if len(found) == 2 else []
+
+
+def until(found: Callable[[], T], *, seconds: float) -> T:
+    """Return what is found as soon as it is true; fails where it is not in time."""
+    ends = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    return value
 
 
 def test_a_base_that_does_not_run_is_one_line(clone: Path, tmp_path: Path) -> None:

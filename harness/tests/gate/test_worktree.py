@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import psutil
 import pytest
 
 from harness.errors import UserError
-from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, remove_stale, worktree
+from harness.gate.worktree import (
+    Base,
+    _host,
+    base_of,
+    checkout_root,
+    interrupted_by_term,
+    remove_stale,
+    worktree,
+)
 from harness.paths import code_folder
 
 HOLDS = """
@@ -156,7 +165,7 @@ def test_a_checkout_runs_no_hook_of_the_clone(clone: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_gate_leaves_no_worktree_behind(clone: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """After SIGTERM and SIGINT at once; what SIGKILL leaves, the next gate removes before it starts."""
+    """Not after SIGKILL either: what it leaves, another process removes."""
     home = tmp_path / "home"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS, clone, git(clone, "rev-parse", "main"), home],
@@ -170,17 +179,41 @@ def test_a_killed_gate_leaves_no_worktree_behind(clone: Path, tmp_path: Path, nu
     assert (home / name / "file.txt").exists()
     process.send_signal(number)
     process.wait(30)
-    if number == signal.SIGKILL:
-        assert (home / name).exists() and remove_stale(home) == (name,)
+    ends = time.monotonic() + (20 if number == signal.SIGKILL else 0)
+    while list(home.iterdir()) and time.monotonic() < ends:
+        time.sleep(0.05)
     assert list(home.iterdir()) == [] and len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+def test_what_a_gate_and_its_minder_left_the_next_one_removes(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, commit = tmp_path / "home", git(clone, "rev-parse", "main")
+    with worktree(clone, commit, home=home) as folder:
+        left = home / folder.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+        git(clone, "worktree", "move", str(folder), str(left))
+        monkeypatch.setattr(platform, "node", lambda: "another-host")
+        assert remove_stale(home) == (), "another host's: its processes are not to be seen here"
+        monkeypatch.undo()
+        assert remove_stale(home) == (left.name,)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+    assert platform.node() not in left.name
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
     """The number of a killed gate may be given out again; the time of its beginning is not."""
-    home, own = tmp_path / "home", psutil.Process()
-    for name in (f"{own.pid}-{int(own.create_time()) - 5}-abc", "no-number-abc", f"{2**22 + 1}-1-abc"):
+    home, own, host = tmp_path / "home", psutil.Process(), _host()
+    begun = int(own.create_time())
+    gone = {f"{host}-{own.pid}-{begun - 5}-abc", f"{host}-no-number-abc", f"{host}-{2**22 + 1}-1-abc"}
+    kept = {
+        f"{host}-{own.pid}-{begun}-abc",
+        f"{host}-{own.pid}-{begun + 1}-abc",
+        f"{'0' * 12}-1-1-abc",
+        "1-1-a",
+    }
+    for name in gone | kept:
         (home / name).mkdir(parents=True)
-    assert len(remove_stale(home)) == 3 and list(home.iterdir()) == []
+    assert set(remove_stale(home)) == gone and {path.name for path in home.iterdir()} == kept
 
 
 def test_a_request_to_end_is_an_interrupt_only_meanwhile() -> None:
