@@ -296,12 +296,16 @@ def results_pull_request(session: nox.Session) -> None:
         session.log("nothing to propose: these pages are committed")
         return
     branch = f"results-{git(session, 'write-tree')[:12]}"  # one content, one branch
-    if git(session, *CREDENTIALS, "ls-remote", "origin", f"refs/heads/{branch}"):
+    title = "Bring the tables of results up to date"
+    is_pushed = bool(git(session, *CREDENTIALS, "ls-remote", "origin", f"refs/heads/{branch}"))
+    # A branch alone is no proposal: a run before may have been refused its pull request.
+    asks = ("gh", "pr", "list", "--head", branch, "--state", "all", "--json", "number", "--jq", ".[].number")
+    if is_pushed and str(session.run(*asks, silent=True, stderr=None, external=True)).strip():
         session.log(f"nothing to propose: {branch} holds the same")
         return
-    title = "Bring the tables of results up to date"
-    git(session, *COMMITTER, "commit", "--message", title)
-    git(session, *CREDENTIALS, "push", "origin", f"HEAD:refs/heads/{branch}")
+    if not is_pushed:
+        git(session, *COMMITTER, "commit", "--message", title)
+        git(session, *CREDENTIALS, "push", "origin", f"HEAD:refs/heads/{branch}")
     body = (
         "Records of GPU runners, and the pages that they give. Drop older records of the same device first."
     )

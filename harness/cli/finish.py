@@ -20,6 +20,7 @@ from harness.judge.run import judge
 from harness.paths import default_results
 from harness.records.ablation import AblationRecord, newest_ablations
 from harness.records.folder import REPORT_FILE, UNSEALED_REPORT_FILE, RecordFolder
+from harness.records.gate.folder import GateFolder
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord, open_record
@@ -87,6 +88,8 @@ def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) 
         return _tell_ablation(record, claims, shows_block=shows_block)
     if isinstance(record, GpuRecord):
         return _tell_gpu(record)
+    if isinstance(record, GateFolder):
+        return _tell_gate(record)
     return _tell_run(record, claims)
 
 
@@ -165,6 +168,24 @@ def _tell_gpu(record: GpuRecord) -> Told:
     _write_report(record, render_gpu_report(record))
     print_gpu(SafeConsole(), record)
     return Told(gpu_headline(record), None, is_accepted(record))
+
+
+def _tell_gate(record: GateFolder) -> Told:
+    """Write the report and print the summary; a regression is a valid measurement."""
+    from harness.report.tables.gate import gate_headline, render_gate_report, render_gate_summary
+
+    _write_report(record, render_gate_report(record))
+    SafeConsole().print(render_gate_summary(record.gate), soft_wrap=True)
+    is_valid = record.gate.exit_code != ExitCode.INVALID_MEASUREMENT
+    return Told(gate_headline(record.gate, record.folder.name), None, is_valid)
+
+
+def write_gate_report(folder: Path) -> None:
+    """Write the report of a sealed gate."""
+    from harness.report.tables.gate import render_gate_report
+
+    record = GateFolder.open(folder)
+    _write_report(record, render_gate_report(record))
 
 
 def _tell_sweep(record: SweepRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from harness.cli.find import find_data
+from harness.cli.finish import finish, write_gate_report
 from harness.cli.options import ResultsOption, command_line, console
+from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, UserError
-from harness.files import write_text
 from harness.paths import default_results
 from harness.safe_text import SafeConsole
 
@@ -41,8 +43,9 @@ def gate(
     regression, 2 that times are withheld or too noisy.
     """
     from harness.gate.calibrate import keep_calibration
+    from harness.gate.repeat import GateOptions
     from harness.gate.results import append_summary, write_gate
-    from harness.gate.run import GateOptions, run_calibration, run_gate
+    from harness.gate.run import run_calibration, run_gate
     from harness.report.tables.gate import (
         calibration_headline,
         gate_headline,
@@ -56,23 +59,31 @@ def gate(
     spec, home = load_gate_spec(file), results or default_results()
     if minutes is not None:
         spec = spec.model_copy(update={"minutes": minutes})
+    options = GateOptions(
+        command=command_line(),
+        gate=name,
+        base=base,
+        baseline=baseline,
+        runs=runs if calibrate else None,
+        minutes=minutes,
+        results=results,
+        is_trusted=os.environ.get(TRUST_VARIABLE) == "1",
+    )
     if calibrate:
-        calibration, records = run_calibration(spec, spec_file=file, num_runs=runs, console=console)
+        calibration, records = run_calibration(
+            spec, spec_file=file, num_runs=runs, options=options, console=console
+        )
         kept = keep_calibration(spec, calibration)
-        folder = write_gate(home, records[-1], summary=render_gate_summary(records[-1]))
+        folder = write_gate(home, records[-1], headline=partial(gate_headline, records[-1]))
+        write_gate_report(folder)
         console.print(f"kept as {kept.name}; the last run's record: {folder.name}")
         SafeConsole().print(render_calibration(calibration), soft_wrap=True)
         print(json.dumps(calibration_headline(calibration), allow_nan=False))
         return
-    options = GateOptions(command=command_line(), base=base, baseline=baseline)
     record = run_gate(spec, spec_file=file, options=options, console=console)
-    summary = render_gate_summary(record)
-    folder = write_gate(home, record, summary=summary)
-    line = json.dumps(gate_headline(record, folder=folder.name), allow_nan=False)
-    write_text(folder / "headline.json", line + "\n")
-    append_summary(summary, os.environ)
-    SafeConsole().print(summary, soft_wrap=True)
-    print(line)
+    folder = write_gate(home, record, headline=partial(gate_headline, record))
+    append_summary(render_gate_summary(record), os.environ)
+    finish(folder, claims=(), readme=None)
     if record.exit_code != ExitCode.OK:
         raise typer.Exit(record.exit_code)
 

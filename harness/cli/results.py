@@ -21,10 +21,12 @@ from harness.cli.options import ResultsOption, console
 from harness.cli.reproduce import claims_command
 from harness.errors import ExitCode, UserError
 from harness.files import file_sha256
+from harness.judge.history.provenance import origin_of
 from harness.judge.validate.record import validate_record
 from harness.paths import default_results
 from harness.records.folder import MANIFEST_FILE, REPORT_FILE, RecordKind, kind_of
 from harness.records.opened import open_record
+from harness.records.provenance import Provenance
 from harness.report.profiles import committed_profiles
 from harness.report.readme import block_names, shown_record, training_block, update_readme
 from harness.specs.claims import ClaimSpec, load_claims
@@ -38,6 +40,7 @@ _FOLDER_OF: dict[RecordKind, tuple[str, ...]] = {
     "latency": ("latency",),
     "sweep": ("sweep",),
     "gpu": ("gpu",),
+    "gate": ("gate",),
     "suite": (),
     "ablation": (),
 }
@@ -166,7 +169,7 @@ def _take(folder: Path, name: str, *, home: Path, claims: Sequence[ClaimSpec]) -
     if faults := validate_record(folder):
         raise UserError(found=faults[0], need="a sound record", where=name)
     record = open_record(folder)
-    _check_commit(json.loads(record.file(record.origin_file).read_text(encoding="utf-8")), where=name)
+    _check_commit(origin_of(record), where=name)
     place = Path(*_FOLDER_OF[kind_of(folder)], name)
     target = home / place
     if target.exists():
@@ -185,8 +188,8 @@ def _take(folder: Path, name: str, *, home: Path, claims: Sequence[ClaimSpec]) -
     return place.as_posix()
 
 
-def _check_commit(origin: dict[str, object], *, where: str) -> None:
-    if not origin.get("commit") or origin.get("dirty") is not False:
+def _check_commit(origin: Provenance, *, where: str) -> None:
+    if not origin.commit or origin.dirty is not False:
         raise UserError(
             found="no commit, or a checkout with changes", need="a record of a committed version", where=where
         )

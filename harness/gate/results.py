@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,26 @@ from typing import Any
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from harness.errors import ExitCode
-from harness.files import write_bytes, write_text
-from harness.records.gate.record import BMF_FILE, GATE_FILE, JUNIT_FILE, SUMMARY_FILE, Finding, GateRecord
+from harness.files import write_bytes, write_json, write_text
+from harness.records.folder import MANIFEST_FILE
+from harness.records.gate.folder import GateManifest
+from harness.records.gate.record import (
+    BMF_FILE,
+    GATE_FILE,
+    HEADLINE_FILE,
+    JUNIT_FILE,
+    Finding,
+    GateRecord,
+)
 from harness.records.machines.identity import machine_slug
-from harness.records.store import begun_folder
+from harness.records.store import begun_folder, hashes, utc_now
+from harness.specs.gate import TIMED
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 
 
-def write_gate(results: Path, record: GateRecord, *, summary: str) -> Path:
-    """Write a gate's folder, at once or not at all, and return it."""
+def write_gate(results: Path, record: GateRecord, *, headline: Callable[[str], Mapping[str, Any]]) -> Path:
+    """Write a gate's folder, its seal last, and return it; `headline` gives its last line by its name."""
     head = record.sides["head"]
     home = results / "gate" / record.gate["name"] / machine_slug(head.device)
     stem = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{(head.commit or 'nocommit')[:8]}"
@@ -30,9 +40,20 @@ def write_gate(results: Path, record: GateRecord, *, summary: str) -> Path:
         write_text(draft / GATE_FILE, record.model_dump_json() + "\n")
         write_bytes(draft / JUNIT_FILE, junit(record))
         write_text(draft / BMF_FILE, json.dumps(bmf(record), indent=1, allow_nan=False) + "\n")
-        write_text(draft / SUMMARY_FILE, summary)
 
-    return begun_folder(home, stem, begin)
+    folder = begun_folder(home, stem, begin)
+    write_text(folder / HEADLINE_FILE, json.dumps(headline(folder.name), allow_nan=False) + "\n")
+    manifest = GateManifest(
+        kind="gate",
+        gate=record.gate["name"],
+        num_turns=len(record.turns),
+        num_findings=len(record.findings),
+        finished_utc=utc_now(),
+        elapsed_s=record.elapsed_s,
+        sha256=hashes(folder),
+    )
+    write_json(folder / MANIFEST_FILE, manifest)
+    return folder
 
 
 def append_summary(summary: str, environ: Mapping[str, str]) -> None:
@@ -51,7 +72,10 @@ def junit(record: GateRecord) -> bytes:
         if finding.outcome == "worse":
             case.result = [Failure(f"worse: {told(finding)}", "worse")]
         elif finding.outcome == "withheld":
-            case.result = [Error("withheld: too few quiet blocks in the time that there was", "withheld")]
+            why = "too few quiet blocks in the time that there was"
+            if finding.quantity not in TIMED:
+                why = "nothing that both versions decoded"
+            case.result = [Error(f"withheld: {why}", "withheld")]
         elif finding.outcome == "inconclusive":
             case.result = [Skipped(f"inconclusive: {told(finding)}", "inconclusive")]
         suite.add_testcase(case)

@@ -18,6 +18,7 @@ from harness.gate.calibrate import (
     gate_sha256,
     same_device,
 )
+from harness.gate.repeat import GateOptions, repeat_of
 from harness.gate.sides import Side, started, take_block
 from harness.gate.worktree import Base, base_of, checkout_root, interrupted_by_term, worktree
 from harness.judge.gate.exact import judge_exact
@@ -39,20 +40,12 @@ from harness.judge.gate.timed import (
 )
 from harness.measure.turns import Wanted
 from harness.paths import cache_dir, code_folder
-from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn, read_gate
+from harness.records.gate.folder import stored_gate
+from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SideName, Turn
 from harness.records.store import portable, utc_now
 from harness.specs.gate import TIMED, GateSpec, Quantity
 
 _LEAST_BLOCKS = 3  # that a spread can be taken of
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """What a command line says of a gate: the base's revision or a stored record, and how it was typed."""
-
-    command: str
-    base: str | None = None
-    baseline: Path | None = None
 
 
 @dataclass
@@ -69,7 +62,7 @@ class Taken:
 def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: Console) -> GateRecord:
     """Return the record of a gate. Raises: UserError for what cannot be measured or compared."""
     began, started_utc = time.monotonic(), utc_now()
-    stored = None if options.baseline is None else read_gate(options.baseline)
+    stored, is_sealed = (None, True) if options.baseline is None else stored_gate(options.baseline)
     with interrupted_by_term(), _folders(options, console=console) as (folders, base_from):
         wanted = wanted_of(spec, spec_file, num_sides=len(folders))
         console.print(f"{spec.name}: loading {' and '.join(folders)}")
@@ -79,7 +72,8 @@ def run_gate(spec: GateSpec, *, spec_file: Path, options: GateOptions, console: 
             if stored is not None:
                 past = past_turns(stored, infos["head"], spec)
                 infos = {"base": stored.sides["head"], **infos}
-            notes = _checked(spec, sides, infos)
+            notes = [] if is_sealed else ["the baseline has no seal: nothing says that it is as it was made"]
+            notes += _checked(spec, sides, infos)
             taken = take_looks(
                 sides, spec, past=past, deadline=began + 60 * spec.minutes, console=console, stops=True
             )
@@ -294,10 +288,13 @@ def _record(
         notes.append(
             f"the total step time of {arm} changed otherwise than its middle steps: look at the turns"
         )
+    again = repeat_of(options, base_commit=base_from.commit)
+    if again.cut:
+        notes.append(f"to repeat it, name the folder of {', '.join(again.cut)} as well: no record holds it")
     return GateRecord(
         gate=portable(spec),
         command=options.command,
-        repeat=repeat_command(spec, base_from, options),
+        repeat=again.command,
         started_utc=started_utc,
         elapsed_s=elapsed_s,
         sides=dict(infos),
@@ -313,22 +310,13 @@ def _record(
     )
 
 
-def repeat_command(spec: GateSpec, base: Base, options: GateOptions) -> str:
-    """Return the command that measures the same again here."""
-    name = "" if spec.name == "gate" else f" {spec.name}"
-    if options.baseline is not None:
-        return f"nox -s gate --{name} --baseline {options.baseline.name}"
-    return f"nox -s gate --{name} --base {base.commit}"
-
-
 def run_calibration(
-    spec: GateSpec, *, spec_file: Path, num_runs: int, console: Console
+    spec: GateSpec, *, spec_file: Path, num_runs: int, options: GateOptions, console: Console
 ) -> tuple[Calibration, tuple[GateRecord, ...]]:
     """Return this runner's calibration, from runs of this checkout against itself, and their records."""
     head = code_folder().parent
     runs: list[tuple[Change, ...]] = []
     records = []
-    options = GateOptions(command="medusa-repro gate --calibrate")
     for number in range(num_runs):
         began, started_utc = time.monotonic(), utc_now()
         console.print(f"{spec.name}: run {number + 1} of {num_runs} against itself")

@@ -192,8 +192,9 @@ def _process(name: SideName, folder: Path, wanted: Wanted) -> Iterator[subproces
             where=folder.name,
             do="name a revision that holds them",
         )
+    words = wanted.model_copy(update={"gate_pid": os.getpid()}).model_dump_json()
     process = subprocess.Popen(
-        [sys.executable, "-P", str(Path(harness.measure.turns.__file__)), wanted.model_dump_json()],
+        [sys.executable, "-P", str(Path(harness.measure.turns.__file__)), words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
+import platform
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +19,19 @@ from types import FrameType
 import psutil
 
 from harness.errors import UserError
+from harness.paths import code_folder
 
 MAIN_NAMES = ("main", "origin/main", "master", "origin/master")
 _SECONDS = 300
+_CLOCK_S = 2  # by which the time of a process's beginning may change, when the clock is set right
+_MINDER = """
+import sys
+sys.stdin.buffer.read()
+from pathlib import Path
+from harness.gate.worktree import remove_for_good
+remove_for_good(Path(sys.argv[1]))
+"""
+_WRITTEN_BY_RUNS = (":(top,exclude)results", ":(top,exclude)README.md")  # as for a record's `dirty`
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,8 @@ def checkout_root(folder: Path) -> Path:
 def base_of(root: Path, revision: str | None) -> Base:
     """Return the base: a revision, or the merge base of this checkout with main.
 
-    Raises: UserError for a revision that git does not know, or where no main is found.
+    A merge base that is this very checkout would compare it with itself: its first parent is taken instead.
+    Raises: UserError for a revision that git does not know, where no main is found, or for a first commit.
     """
     if revision is not None:
         commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
@@ -65,7 +81,7 @@ def base_of(root: Path, revision: str | None) -> Base:
         commit, name = min(
             known, key=lambda one: int(_git(root, "rev-list", "--count", f"{one[0]}..HEAD") or 0)
         )
-        return Base(commit, f"merge base with {name}")
+        return _with_a_change(root, commit, name=name)
     raise UserError(
         found="no branch main",
         need=f"one of {', '.join(MAIN_NAMES)}, with history in common",
@@ -74,18 +90,37 @@ def base_of(root: Path, revision: str | None) -> Base:
     )
 
 
+def _with_a_change(root: Path, commit: str, *, name: str) -> Base:
+    """Return the merge base as it is where this checkout differs from it, else the commit before it."""
+    head = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--", ":(top)", *_WRITTEN_BY_RUNS)
+    if commit != head or changed != "":
+        return Base(commit, f"merge base with {name}")
+    parent = _git(root, "rev-parse", "--verify", "--quiet", "HEAD^1")
+    if parent is None:
+        raise UserError(
+            found="a checkout that is its own merge base with main, and no commit before it",
+            need="two versions to compare",
+            where="this clone",
+            do="name the base: --base REVISION, or fetch the history",
+        )
+    return Base(parent, f"first parent: HEAD is the merge base with {name} and nothing is changed")
+
+
 @contextlib.contextmanager
 def worktree(root: Path, commit: str, *, home: Path) -> Iterator[Path]:
     """Check a commit out into a folder below `home`, and remove it afterwards.
 
-    The folder's name says whose it is, so that what a killed gate left is known and removed by the next one.
+    Where this process is killed, another one removes it. Where that is killed, too, the folder's name says
+    whose it is, and the next gate on this host removes it.
     Raises: UserError where git cannot.
     """
     remove_stale(home)
     home.mkdir(parents=True, exist_ok=True)
     own = psutil.Process()
-    folder = home / f"{own.pid}-{int(own.create_time())}-{commit[:12]}"
+    folder = home / f"{_host()}-{own.pid}-{int(own.create_time())}-{commit[:12]}"
     quiet = ("-c", "core.hooksPath=/dev/null")  # a checkout here runs nothing
+    minder = _minder(folder)
     try:
         if _git(root, *quiet, "worktree", "add", "--detach", "--quiet", str(folder), commit) is None:
             raise UserError(
@@ -97,22 +132,56 @@ def worktree(root: Path, commit: str, *, home: Path) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
+        minder.kill()
+        minder.communicate()
+
+
+def _minder(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a process that removes a worktree when this one ends, however it ends.
+
+    It waits for the end of a pipe that this process alone holds, in a session of its own, so that what ends
+    all processes of a terminal leaves it alone.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", _MINDER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder.parent,
+        env={**os.environ, "PYTHONPATH": str(code_folder().parent)},
+        start_new_session=True,
+    )
 
 
 def remove_stale(home: Path) -> tuple[str, ...]:
-    """Remove the worktrees of gates that are gone, and return their names."""
-    gone = [folder for folder in sorted(home.glob("*-*-*")) if not _is_owned(folder.name)]
+    """Remove the worktrees of this host's gates that are gone, and return their names."""
+    gone = [folder for folder in sorted(home.glob("*-*-*-*")) if _is_stale(folder.name)]
     for folder in gone:
         _remove(folder)
     return tuple(folder.name for folder in gone)
 
 
-def _is_owned(name: str) -> bool:
-    pid, begun, _ = name.split("-", 2)
-    try:
-        return int(psutil.Process(int(pid)).create_time()) == int(begun)
-    except (ValueError, psutil.Error):
+def _is_stale(name: str) -> bool:
+    """Return whether a worktree is of this host and its gate is gone; of another host nobody here knows."""
+    host, pid, begun, _ = name.split("-", 3)
+    if host != _host():
         return False
+    try:
+        return abs(psutil.Process(int(pid)).create_time() - int(begun)) > _CLOCK_S
+    except (ValueError, psutil.Error):
+        return True
+
+
+def _host() -> str:
+    """Return what stands for this host in a name, and does not tell it."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+
+
+def remove_for_good(folder: Path) -> None:
+    """Remove a worktree whose gate was killed, while git or a version's process may still write into it."""
+    for _ in range(10):
+        _remove(folder)
+        time.sleep(0.1)
 
 
 def _remove(folder: Path) -> None:

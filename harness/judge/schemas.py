@@ -12,6 +12,7 @@ from harness.errors import UserError
 from harness.files import write_bytes
 from harness.judge.judgement import Judgement
 from harness.records.ablation import AblationManifest, ArmResult, StepPoint
+from harness.records.gate.folder import GateManifest
 from harness.records.gate.record import Calibration, GateRecord
 from harness.records.gpu.parts import CorpusRate, PartResult, TestCounts
 from harness.records.gpu.record import GpuManifest
@@ -54,6 +55,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "gate_spec": GateSpec,
     "gate": GateRecord,
     "gate_calibration": Calibration,
+    "gate_manifest": GateManifest,
     "gpu_plan": GpuSpec,
     "gpu_part": PartResult,
     "gpu_tests": TestCounts,

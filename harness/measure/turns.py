@@ -9,11 +9,14 @@ wrong is answered as a `Fault`, in one line.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
 import os
+import platform
 import resource
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,14 +33,19 @@ if TYPE_CHECKING:  # torch is loaded by the processes that measure, not by the g
 
 
 _WARMUP_STEPS = 12
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Wanted(Frozen):
-    """What the sides decode: a suite as data, whose paths go from a folder or are of shipped data."""
+    """What the sides decode: a suite as data, whose paths go from a folder or are of shipped data.
+
+    `gate_pid` is the process that asks; with its end the side ends, too.
+    """
 
     suite: dict[str, Any]
     base_folder: str | None
     num_sides: int
+    gate_pid: int | None = None
 
 
 class Ready(Frozen):
@@ -46,6 +54,8 @@ class Ready(Frozen):
     code: str
     commit: str | None
     dirty: bool | None
+    python: str
+    packages: dict[str, str]
     device: dict[str, Any]
     mode: str
     dtype: str
@@ -275,7 +285,7 @@ def _warm_up(worker: Worker, prompt: Prompt) -> None:
 
 
 def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
-    from harness.device.machine import checkout_state, device_info
+    from harness.device.machine import checkout_state, device_info, package_versions
 
     commit, dirty = checkout_state()
     told = [[prompt.key, list(prompt.prompt_ids)] for prompt in worker.prompts]
@@ -284,6 +294,8 @@ def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
         code=str(Path(sys.modules["harness"].__path__[0]).resolve().parent),
         commit=commit,
         dirty=dirty,
+        python=platform.python_version(),
+        packages=package_versions(),
         device=device_info(worker.engine.runner.backbone.device).model_dump(),
         mode=worker.engine.runner.mode,
         dtype=suite.model.dtype,
@@ -294,8 +306,24 @@ def _ready(suite: Any, worker: Worker, trees: dict[str, Any]) -> Ready:
     )
 
 
+def end_with(parent: int) -> None:
+    """Let the system kill this process as soon as its parent is gone, and end here where it already is.
+
+    A pipe that ends is noticed between two requests alone, which is late while a model is loaded. Where the
+    system is not Linux, that is all there is. The thread that started this process has to live as long as it.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def main(wanted: Wanted) -> int:
     """Load, say so, and answer requests until there are no more."""
+    if wanted.gate_pid is not None:
+        end_with(wanted.gate_pid)
     import torch
 
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")  # standard output, which nothing else may write to

@@ -22,7 +22,7 @@ from harness.versions import ReadFrom, check_version
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
-RecordKind = Literal["suite", "latency", "sweep", "ablation", "gpu"]
+RecordKind = Literal["suite", "latency", "sweep", "ablation", "gpu", "gate"]
 
 MANIFEST_FILE, REPORT_FILE, UNSEALED_REPORT_FILE = "manifest.json", "report.md", "report-unsealed.md"
 # what was asked for, where the spec in the record is shorter: a time budget was used up
@@ -37,6 +37,7 @@ _FILES_OF: Mapping[RecordKind, tuple[str, ...]] = {
     "sweep": ("sweep.toml", "cells.jsonl"),
     "ablation": ("arms.jsonl", "tree.json"),
     "gpu": ("plan.toml", "parts.jsonl"),
+    "gate": ("gate.json",),
     "suite": ("suite.toml", "generations.jsonl"),
 }
 
@@ -45,6 +46,7 @@ _SPEC_OF: Mapping[RecordKind, str] = {
     "sweep": "sweep.toml",
     "ablation": "suite.toml",
     "gpu": "plan.toml",
+    "gate": "gate.json",
     "suite": "suite.toml",
 }
 
@@ -76,6 +78,7 @@ class RecordFolder(ABC):
     """
 
     noun, finished, again = "a record folder", "a finished run", "run the suite again"
+    mend_unsealed = "resume it with the same command"
     core: ClassVar[tuple[str, ...]] = ()
     origin_file: ClassVar[str] = "environment.json"
 
@@ -121,7 +124,7 @@ class RecordFolder(ABC):
                 found="no manifest.json",
                 need=f"{self.finished}: its seal is written last",
                 where=self.folder.name,
-                do="resume it with the same command",
+                do=self.mend_unsealed,
             )
             return
         do, sealed = f"restore the file or {self.again}", self.manifest.sha256

@@ -7,6 +7,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.records.ablation import AblationRecord
 from harness.records.folder import MANIFEST_FILE, RecordKind, kind_of
+from harness.records.gate.folder import GateFolder
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.machines.comparable import MeasuredMachine
@@ -14,16 +15,22 @@ from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.records.trace import Trace
 
-AnyRecord = RunRecord | LatencyRecord | SweepRecord | AblationRecord | GpuRecord
+AnyRecord = RunRecord | LatencyRecord | SweepRecord | AblationRecord | GpuRecord | GateFolder
 RECORDS: dict[
     RecordKind,
-    type[RunRecord] | type[LatencyRecord] | type[SweepRecord] | type[AblationRecord] | type[GpuRecord],
+    type[RunRecord]
+    | type[LatencyRecord]
+    | type[SweepRecord]
+    | type[AblationRecord]
+    | type[GpuRecord]
+    | type[GateFolder],
 ] = {
     "suite": RunRecord,
     "latency": LatencyRecord,
     "sweep": SweepRecord,
     "ablation": AblationRecord,
     "gpu": GpuRecord,
+    "gate": GateFolder,
 }
 LOOK = "; to look at it all the same: --unsealed"
 
@@ -46,7 +53,7 @@ def open_record(folder: Path, *, unsealed: bool = False) -> AnyRecord:
 def machine_of(record: AnyRecord) -> MeasuredMachine:
     """Return the machine that a record was made on, with its best measured bandwidth of all dtypes.
 
-    Trainings and sweeps measure none.
+    Trainings, sweeps and gates measure none.
     """
     if isinstance(record, RunRecord):
         return MeasuredMachine.of(record.environment.device, [record.device_limits])
@@ -55,7 +62,7 @@ def machine_of(record: AnyRecord) -> MeasuredMachine:
         return MeasuredMachine.of(record.environment.device, limits)
     if isinstance(record, GpuRecord):
         return MeasuredMachine.of(record.origin.device, record.limits.values())
-    origin = record.origin if isinstance(record, SweepRecord) else record.environment
+    origin = record.origin if isinstance(record, SweepRecord | GateFolder) else record.environment
     return MeasuredMachine(origin.device)
 
 

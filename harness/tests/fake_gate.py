@@ -18,8 +18,9 @@ PARTS = {"backbone": 0.8, "heads": 0.1, "cache": 0.05}
 
 
 def spec_of(looks: Sequence[int] = (4, 8), **changes: object) -> GateSpec:
-    """Return the shipped gate with other looks."""
-    return load_gate_spec(shipped("gate", "gate.toml")).model_copy(update={"looks": tuple(looks), **changes})
+    """Return the shipped gate with other looks; no text is scored unless `changes` ask for it."""
+    known = {"looks": tuple(looks), "quality_prompts": 0}
+    return load_gate_spec(shipped("gate", "gate.toml")).model_copy(update={**known, **changes})
 
 
 def side(**changes: object) -> SideInfo:

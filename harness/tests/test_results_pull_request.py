@@ -14,7 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 GH = """\
 #!/bin/sh
+case "$2" in
+list) cat "$GH_WORDS.numbers" 2> /dev/null; exit 0 ;;
+esac
 printf '%s\\n' "$@" >> "$GH_WORDS"
+if [ -e "$GH_WORDS.refuses" ]; then
+    echo "pull request create failed: GitHub Actions is not permitted to create pull requests" >&2
+    exit 1
+fi
+echo 7 > "$GH_WORDS.numbers"
 """
 
 
@@ -95,6 +103,28 @@ def test_what_differs_is_proposed_once(repository: Repository, tmp_path: Path) -
     again = repository.propose(folder)
     assert again.returncode == 0 and "holds the same" in again.stderr
     assert repository.told.read_text().splitlines() == words and repository.branches() == [branch]
+
+
+def test_a_pull_request_that_is_refused_fails_and_is_asked_for_again(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """The branch was there, so the next run took it for proposed: green, and no pull request."""
+    folder, refuses = pages(tmp_path / "pages", readme="new\n"), Path(f"{repository.told}.refuses")
+    refuses.touch()
+    for tries in (1, 2):
+        ran = repository.propose(folder)
+        assert ran.returncode != 0 and "not permitted to create pull requests" in ran.stdout + ran.stderr
+        assert repository.told.read_text().splitlines().count("create") == tries
+        subprocess.run(
+            ["git", "reset", "--quiet", "--hard", repository.git("rev-parse", "main").strip()],
+            cwd=repository.checkout,
+            check=True,
+        )
+    (branch,) = repository.branches()
+    refuses.unlink()
+    assert repository.propose(folder).returncode == 0
+    words = repository.told.read_text().splitlines()
+    assert words.count("create") == 3 and words.count(branch) == 3 and repository.branches() == [branch]
 
 
 def test_nothing_is_proposed_where_nothing_differs(repository: Repository, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from harness.tests.workflow_rules import (
     run_lines,
     runs_for,
     sessions_of,
+    value_of,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,9 +196,39 @@ def test_a_labelled_commit_of_this_repository_is_measured() -> None:
     """Else the rules on forks would hold for a job that never runs."""
     (gate,) = (one for one in WORKFLOWS if one.name == "gate.yml")
     assert runs_for(gate.jobs["gpu"]["if"], label_event())
-    assert runs_for(gate.jobs["gpu"]["if"], {"github.event_name": "schedule"})
+    assert not runs_for(gate.jobs["gpu"]["if"], {"github.event_name": "push"})
     assert runs_for(gate.jobs["gpu"]["if"], {"github.event_name": "workflow_dispatch"})
     assert not any(runs_for(gate.jobs["gpu"]["if"], event) for event in UNTRUSTED.values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "devices"),
+    [(None, []), ("", []), ("[]", []), ('["A100"]', ["A100"]), ('["H100", "L4"]', ["H100", "L4"])],
+)
+def test_what_starts_by_the_clock_goes_to_the_named_devices_alone(
+    variable: str | None, devices: list[str]
+) -> None:
+    """A device without a runner kept a job in the queue for a day, every night."""
+    for name, job in (("gate.yml", "gpu"), ("results.yml", "measure")):
+        (one,) = (each for each in WORKFLOWS if each.name == name)
+        event: dict[str, Any] = {
+            "github.event_name": "schedule",
+            "github.ref": "refs/heads/main",
+            "vars.SCHEDULED_DEVICES": variable,
+            "vars.GPU_DEVICES": '["GH200"]',
+        }
+        assert runs_for(one.jobs[job]["if"], event) == bool(devices)
+        matrix = one.jobs[job]["strategy"]["matrix"]["device"]
+        if devices:
+            assert value_of(matrix, event) == devices
+        asked = {**event, "github.event_name": "workflow_dispatch"}
+        assert runs_for(one.jobs[job]["if"], asked) and value_of(matrix, asked) == ["GH200"]
+        assert value_of(matrix, {**asked, "inputs.devices": '["L4"]'}) == ["L4"]
+        assert value_of(matrix, {**asked, "vars.GPU_DEVICES": None}) == ["A100", "H100", "L4"]
+    labelled = {**label_event(), "vars.SCHEDULED_DEVICES": variable, "vars.GPU_DEVICES": '["GH200"]'}
+    (gate,) = (each for each in WORKFLOWS if each.name == "gate.yml")
+    assert runs_for(gate.jobs["gpu"]["if"], labelled)
+    assert value_of(gate.jobs["gpu"]["strategy"]["matrix"]["device"], labelled) == ["GH200"]
 
 
 def test_a_fork_gets_the_gate_on_a_machine_of_github() -> None:
@@ -220,7 +251,13 @@ def test_variables_and_runner_labels_are_told_of() -> None:
     """A maintainer who sets none of them gets a gate that nobody can start by a label."""
     section = (ROOT / "harness" / "README.md").read_text(encoding="utf-8").split("## Workflows")[1]
     named = {name for one in WORKFLOWS for name in re.findall(r"vars\.(\w+)", one.text)}
-    assert named == {"GPU_DEVICES", "GATE_MAINTAINERS", "GATE_BASE", "PIP_EXTRA_INDEX_URL"}
+    assert named == {
+        "GPU_DEVICES",
+        "SCHEDULED_DEVICES",
+        "GATE_MAINTAINERS",
+        "GATE_BASE",
+        "PIP_EXTRA_INDEX_URL",
+    }
     assert all(f"`{name}`" in section for name in named)
     for label in ("self-hosted", "gpu", "A100", "H100", "L4", "gate", *(one.name for one in WORKFLOWS)):
         assert f"`{label}`" in section or f"`{label}:" in section or f"`{label}`:" in section, label

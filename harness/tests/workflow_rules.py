@@ -196,9 +196,12 @@ def runs_for(condition: str | None, event: Mapping[str, Any]) -> bool:
 
     A name that the event lacks is empty, as on GitHub.
     """
-    if condition is None:
-        return True
-    text = condition.strip().removeprefix("${{").removesuffix("}}")
+    return condition is None or bool(value_of(condition, event))
+
+
+def value_of(expression: str, event: Mapping[str, Any]) -> Any:
+    """Return the value of an expression of a workflow for an event; a name that it lacks is empty."""
+    text = expression.strip().removeprefix("${{").removesuffix("}}")
     text = _NAME.sub(lambda match: f"value({match[0]!r})", text)
     text = re.sub(r"!(?!=)", " not ", text.replace("&&", " and ").replace("||", " or "))
     known = {
@@ -208,7 +211,7 @@ def runs_for(condition: str | None, event: Mapping[str, Any]) -> bool:
         "fromJSON": json.loads,
         "cancelled": lambda: False,
     }
-    return bool(eval(" ".join(text.split()), known))
+    return eval(" ".join(text.split()), known)
 
 
 def _fork_faults(one: Workflow) -> Iterator[str]:

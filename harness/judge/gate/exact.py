@@ -24,7 +24,31 @@ def judge_exact(
     found += _parity(turns, spec)
     found += _quality(once, spec)
     found += _memory(turns, spec)
-    return tuple(found)
+    return (*found, *_not_judged(found, spec))
+
+
+def _not_judged(found: Sequence[Finding], spec: GateSpec) -> list[Finding]:
+    """Return what the gate has a margin for and had nothing of both versions to compare, as withheld.
+
+    Acceptance is not among them: where no step accepted a draft token, there is no depth to speak of.
+    """
+    timed, sampled = (tuple(arm.name for arm in arms) for arms in (spec.timed_arms, spec.sampled_arms))
+    drafting = tuple(arm.name for arm in spec.timed_arms if arm.method == "medusa")
+    asked: dict[Quantity, tuple[str | None, ...]] = {
+        "tokens_per_step": drafting,
+        "parity": timed,
+        "quality": sampled if spec.quality_prompts else (),
+        "peak_memory": (None,),
+    }
+    there = {(one.quantity, one.arm) for one in found}
+    return [
+        Finding(
+            quantity=quantity, arm=arm, base=None, head=None, change=None, margin=margin, outcome="withheld"
+        )
+        for quantity, arms in asked.items()
+        for arm in arms
+        if (margin := spec.margin(quantity)) is not None and (quantity, arm) not in there
+    ]
 
 
 def _first_turns(turns: Sequence[Turn]) -> dict[tuple[SideName, str, str], Turn]:

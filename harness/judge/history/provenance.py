@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from harness.judge.history.comparable import bandwidth_of
+from harness.records.gate.folder import GateFolder
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.opened import AnyRecord
@@ -36,7 +37,7 @@ class Difference:
 
 def origin_of(record: AnyRecord) -> Provenance:
     """Return where a record of any kind comes from."""
-    return record.origin if isinstance(record, SweepRecord | GpuRecord) else record.environment
+    return record.origin if isinstance(record, SweepRecord | GpuRecord | GateFolder) else record.environment
 
 
 def settings_of(record: AnyRecord) -> BaseModel:

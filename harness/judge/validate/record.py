@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from harness.judge.validate.ablation import ablation_faults
+from harness.judge.validate.gate import gate_faults
 from harness.judge.validate.gpu import gpu_faults
 from harness.judge.validate.latency import latency_faults
 from harness.judge.validate.run import run_faults
@@ -27,5 +28,6 @@ def validate_record(folder: Path) -> tuple[str, ...]:
         "sweep": sweep_faults,
         "ablation": ablation_faults,
         "gpu": gpu_faults,
+        "gate": gate_faults,
     }
     return faults[kind_of(folder)](folder)

@@ -1,7 +1,7 @@
 """What a gate leaves on disk: the turns of both versions, what was found of each quantity, and a baseline.
 
-A gate's folder holds `gate.json`, all of it in one file, and what others read: `junit.xml`, `bmf.json`,
-`summary.md`. A calibration is one file a device and gate, in the cache.
+A gate's folder holds `gate.json`, all of it in one file, what others read (`junit.xml`, `bmf.json`,
+`headline.json`), its seal and its report. A calibration is one file a device and gate, in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SideName = Literal["base", "head"]
 Purpose = Literal["timed", "scored"]
 Outcome = Literal["better", "equivalent", "worse", "inconclusive", "withheld"]
 SIDES: tuple[SideName, ...] = ("base", "head")
-GATE_FILE, JUNIT_FILE, BMF_FILE, SUMMARY_FILE = "gate.json", "junit.xml", "bmf.json", "summary.md"
+GATE_FILE, JUNIT_FILE, BMF_FILE, HEADLINE_FILE = "gate.json", "junit.xml", "bmf.json", "headline.json"
 
 
 class Turn(Frozen):
@@ -57,6 +57,10 @@ class SideInfo(Frozen):
 
     commit: str | None = Field(description="commit of its code; null outside a git checkout")
     dirty: bool | None = Field(description="whether tracked files differed from it; null where unknown")
+    python: str = Field(default="unknown", description="version of Python; unknown in older records")
+    packages: dict[str, str] = Field(
+        default={}, description="versions of the packages that can move a figure; none in older records"
+    )
     device: DeviceInfo = Field(description="the device under test")
     mode: str = Field(description="mode of the engine")
     dtype: str = Field(description="dtype of the backbone")

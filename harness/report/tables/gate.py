@@ -6,36 +6,55 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.errors import ExitCode
+from harness.records.gate.folder import GateFolder
 from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SlowedPart
-from harness.report.formatting import ABSENT, cell, percent, significant, table
+from harness.report.formatting import ABSENT, cell, heading, page, percent, significant, table
+from harness.report.provenance import describe_commit, describe_device, describe_finish
 from harness.safe_text import page_text
+from harness.specs.gate import TIMED, Quantity
 
 _WORDS = {
     ExitCode.OK: "no regression",
     ExitCode.GATE_REGRESSION: "REGRESSION",
     ExitCode.INVALID_MEASUREMENT: "not decided",
 }
+_TEXTS: tuple[Quantity, ...] = ("parity", "tokens_per_step", "acceptance", "quality")
 _PLAIN = ("acceptance", "quality")  # whose change is a difference, not a share
 
 
 def render_gate_summary(record: GateRecord) -> str:
     """Return the summary of a gate, which ends with the command that repeats it."""
     base, head = record.sides["base"], record.sides["head"]
-    verdict = _WORDS[ExitCode(record.exit_code)]
     lines = [
-        f"## Gate `{cell(record.gate['name'])}`: {verdict}",
+        f"## Gate `{cell(record.gate['name'])}`: {_verdict(record)}",
         f"Head {_version(head)} against base {_version(base)} ({cell(record.base_from)}), on "
         f"{cell(head.device.name)}, {head.device.num_cores} cores, {head.dtype}, engine {cell(head.mode)}. "
         f"{_looks(record)}",
     ]
     if record.slowed is not None:
         lines.append(f"**{_slowed(record.slowed)}**")
-    lines += [_findings(record), *_seen(record)]
+    lines += [_decided(record), _findings(record), *_seen(record)]
     if record.parts:
         lines.append(_parts(record))
     lines += [f"- {cell(note)}" for note in record.notes]
     lines.append(f"The same again here:\n\n```\n{record.repeat}\n```")
     return page_text("\n\n".join(lines) + "\n")
+
+
+def render_gate_report(record: GateFolder) -> str:
+    """Return the whole report of a gate: where it comes from, then its summary."""
+    origin = record.origin
+    title = heading(
+        f"A gate: `{cell(record.spec.name)}`",
+        record.spec.description,
+        {
+            "Device": cell(describe_device(origin)),
+            "Date": origin.started_utc[:10],
+            "Commit": describe_commit(origin),
+            "Finished": describe_finish(origin, record.manifest),
+        },
+    )
+    return page(title, render_gate_summary(record.gate).rstrip("\n"))
 
 
 def _version(side: SideInfo) -> str:
@@ -50,6 +69,41 @@ def _looks(record: GateRecord) -> str:
         f"Looks after blocks: {taken}, of {', '.join(map(str, record.gate['looks']))} planned; "
         f"{disturbed} disturbed block{'s' if disturbed != 1 else ''}; {record.elapsed_s:.0f} s."
     )
+
+
+def _undecided(record: GateRecord) -> list[Finding]:
+    return [one for one in record.findings if one.outcome in ("inconclusive", "withheld")]
+
+
+def _verdict(record: GateRecord) -> str:
+    word = _WORDS[ExitCode(record.exit_code)]
+    return f"{word} in what was decided" if record.exit_code == ExitCode.OK and _undecided(record) else word
+
+
+def _decided(record: GateRecord) -> str:
+    """Say how many quantities are decided, which are not, and why that may be no fault."""
+    undecided, total = _undecided(record), len(record.findings)
+    worse = sum(one.outcome == "worse" for one in record.findings)
+    line = f"Decided: {total - len(undecided)} of {total} quantities, {worse or 'none'} of them worse."
+    if not undecided:
+        return line
+    line += f" Not decided: {'; '.join(map(_left_open, undecided))}."
+    if record.exit_code == ExitCode.OK and any(one.quantity == "step_s" for one in record.findings):
+        must = percent(_must_see(record))
+        line += f" That does not fail the gate: by their intervals no arm's steps are {must} slower."
+    return line
+
+
+def _left_open(finding: Finding) -> str:
+    if finding.high is None:
+        return f"{finding.name}, of which there is no figure"
+    return (
+        f"{finding.name}, which may be up to {percent(finding.high)} worse (margin {percent(finding.margin)})"
+    )
+
+
+def _must_see(record: GateRecord) -> float:
+    return float(record.gate["must_see"])
 
 
 def _findings(record: GateRecord) -> str:
@@ -85,16 +139,23 @@ def _change(finding: Finding) -> str:
 
 
 def _seen(record: GateRecord) -> list[str]:
-    """Say which slowdown of a step this runner lets the gate find, where it is more than it must see."""
-    must, power = record.gate["must_see"], record.gate["power"]
+    """Say which slowdown of a step this runner lets the gate find, where it is more than it must see.
+
+    That is about gates to come; where this one decided its steps all the same, it says so.
+    """
+    must, power = _must_see(record), record.gate["power"]
     steps = [one for one in record.findings if one.quantity == "step_s" and one.sees is not None]
     worst = max(steps, key=lambda one: one.sees or 0.0, default=None)
     if worst is None or worst.sees is None or worst.sees <= must:
         return []
+    if any(one.outcome == "inconclusive" and (one.high is None or one.high >= must) for one in steps):
+        return [
+            f"This runner is too noisy to find steps that are {percent(must)} slower in {percent(power)} of "
+            f"gates: what it can hold is {percent(worst.sees)}, by {worst.name}."
+        ]
     return [
-        f"This runner is too noisy to find steps that are {percent(must)} slower in {percent(power)} of "
-        "gates: "
-        f"what it can hold is {percent(worst.sees)}, by {worst.name}."
+        f"Whether steps are {percent(must)} slower was decided here. At this noise not every gate would: the "
+        f"slowdown that {percent(power)} of them find is {percent(worst.sees)}, by {worst.name}."
     ]
 
 
@@ -119,9 +180,8 @@ def _parts(record: GateRecord) -> str:
     return _table(rows)
 
 
-def gate_headline(record: GateRecord, *, folder: str) -> dict[str, Any]:
+def gate_headline(record: GateRecord, folder: str) -> dict[str, Any]:
     """Return what the command's last line says."""
-    timed = [one for one in record.findings if one.num_blocks is not None or one.outcome == "withheld"]
     return {
         "gate": record.gate["name"],
         "outcome": _WORDS[ExitCode(record.exit_code)],
@@ -130,7 +190,8 @@ def gate_headline(record: GateRecord, *, folder: str) -> dict[str, Any]:
         "head": record.sides["head"].commit,
         "dirty": record.sides["head"].dirty,
         "device": record.sides["head"].device.name,
-        "valid": {"texts": True, "speeds": all(one.outcome != "withheld" for one in timed)},
+        "valid": {"texts": _is_valid(record, _TEXTS), "speeds": _is_valid(record, TIMED)},
+        "undecided": [one.name for one in _undecided(record)],
         "looks": list(record.looks_taken),
         "disturbed_blocks": len(record.disturbed_blocks),
         "findings": {one.name: _short(one) for one in record.findings},
@@ -138,6 +199,12 @@ def gate_headline(record: GateRecord, *, folder: str) -> dict[str, Any]:
         "repeat": record.repeat,
         "record": folder,
     }
+
+
+def _is_valid(record: GateRecord, quantities: Sequence[Quantity]) -> bool:
+    """Return whether something was compared of these quantities, and all of them that the gate judges."""
+    found = [one for one in record.findings if one.quantity in quantities]
+    return bool(found) and all(one.outcome != "withheld" for one in found)
 
 
 def _short(finding: Finding) -> Mapping[str, Any]:

@@ -164,6 +164,23 @@ def test_sound_records_of_other_machines_are_taken_over_and_others_are_not(
     assert command("results", "--results", home, "--check").code == ExitCode.OK
 
 
+def test_a_gates_record_is_taken_over_under_its_own_folder_and_its_page_is_made(
+    home: Path, tmp_path: Path
+) -> None:
+    place = "made/cpu-a-machine-2c/20261127T222307Z-50c6ceda"
+    shutil.copytree(FIXTURES / "gate", tmp_path / "down" / "gate-cpu" / place)
+    said = last(command("results", "--results", home, "--take", tmp_path / "down"))
+    assert said["taken"] == [f"gate/{place}"] and said["left_out"] == {} and said["invalid"] == []
+    page = (home / "gate" / place / "report.md").read_text()
+    assert page.startswith("# A gate: `smoke`") and "The same again here:" in page
+    assert command("results", "--results", home, "--check").code == ExitCode.OK
+    undecided = tmp_path / "other" / place.replace("222307", "222308")
+    shutil.copytree(FIXTURES / "gate", undecided)
+    resealed(undecided, "gate.json", exit_code=int(ExitCode.INVALID_MEASUREMENT))
+    said = last(command("results", "--results", home, "--take", tmp_path / "other"))
+    assert said["taken"] == [] and "found an invalid measurement" in str(said["left_out"])
+
+
 def test_it_asks_for_folders_that_are_there(tmp_path: Path, home: Path) -> None:
     assert command("results", "--results", tmp_path / "absent").code == ExitCode.USER_ERROR
     assert command("results", "--results", home, "--take", tmp_path / "absent").code == ExitCode.USER_ERROR

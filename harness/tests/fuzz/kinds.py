@@ -119,6 +119,7 @@ _LINE_FILES = (
     ("ablation", "arms.jsonl"),
     ("gpu", "parts.jsonl"),
 )
+_OPEN_IN_GATES = ("sides", "details", "packages", "parts_s", "replayed_tokens_per_step")
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -177,6 +178,8 @@ KINDS: dict[str, Kind] = {
             (
                 *(_sealed(kind, file, LINES) for kind, file in _LINE_FILES),
                 *(_resealed(kind, file, LINES, *_LINES_STRICT) for kind, file in _LINE_FILES),
+                _sealed("gate", "gate.json", JSON),
+                _resealed("gate", "gate.json", JSON, *_LINES_STRICT, open_tables=_OPEN_IN_GATES),
             ),
         ),
         Kind(
@@ -189,7 +192,7 @@ KINDS: dict[str, Kind] = {
                     SCHEMA,
                     checked=_manifest_parts,
                 )
-                for kind in ("suite", "latency", "sweep", "ablation", "gpu")
+                for kind in ("suite", "latency", "sweep", "ablation", "gpu", "gate")
             ),
         ),
         Kind(

@@ -67,7 +67,7 @@ def build(folder: Path) -> None:
     (folder / "conversations.json").write_text(json.dumps(CONVERSATIONS, indent=1), encoding="utf-8")
     shutil.copyfile(shipped("claims.toml"), folder / "claims.toml")
     shutil.copyfile(FIXTURES / "trace.npz", folder / "trace.npz")
-    for kind in ("suite", "latency", "sweep", "ablation", "gpu"):
+    for kind in ("suite", "latency", "sweep", "ablation", "gpu", "gate"):
         shutil.copytree(FIXTURES / kind, folder / f"{kind}-record", dirs_exist_ok=True)
     _write_suites(folder)
 

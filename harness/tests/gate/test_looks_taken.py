@@ -17,8 +17,8 @@ import pytest
 import harness.gate.run
 from harness.errors import ExitCode, UserError
 from harness.gate.calibrate import check_margins
+from harness.gate.repeat import GateOptions
 from harness.gate.run import (
-    GateOptions,
     Taken,
     _checked,
     _record,
@@ -201,7 +201,11 @@ def calibrated_at(monkeypatch: pytest.MonkeyPatch, *, noise: float, others: floa
     monkeypatch.setattr(harness.gate.run, "take_block", take_block)
     monkeypatch.setattr(harness.gate.run, "started", started)
     spec = SPEC.model_copy(update={"minutes": 0.01})
-    calibration, records = run_calibration(spec, spec_file=Path("gate.toml"), num_runs=3, console=QUIET)
+    options = GateOptions(command="medusa-repro gate --calibrate --minutes 0.01", runs=3, minutes=0.01)
+    calibration, records = run_calibration(
+        spec, spec_file=Path("gate.toml"), num_runs=3, options=options, console=QUIET
+    )
+    assert {one.repeat for one in records} == {"nox -s gate -- --calibrate --minutes 0.01"}
     assert len(records) == 3 and all(one.exit_code == ExitCode.OK or noise > 0.01 for one in records)
     return calibration
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +14,8 @@ from harness.gate.results import append_summary, bmf, junit, write_gate
 from harness.judge.gate.exact import judge_exact
 from harness.judge.gate.looks import exit_code
 from harness.judge.gate.timed import judge_timed, most_slowed, no_times, parts_of, timed_changes
+from harness.judge.validate.record import validate_record
+from harness.records.gate.folder import GateFolder
 from harness.records.gate.record import GateRecord, read_gate
 from harness.records.store import portable
 from harness.report.tables.gate import gate_headline, render_gate_summary
@@ -22,20 +25,28 @@ SPEC = spec_of((4, 8))
 REPEAT = "nox -s gate -- --base " + "a" * 40
 
 
-def record(*, slower: float = 0.0, withheld: bool = False, noise: float = 0.0) -> GateRecord:
+def record(
+    *,
+    slower: float = 0.0,
+    withheld: bool = False,
+    noise: float = 0.0,
+    num_blocks: int = 8,
+    quality_prompts: int = 0,
+) -> GateRecord:
+    spec = SPEC.model_copy(update={"quality_prompts": quality_prompts})
     turns = turns_of(
-        SPEC,
-        num_blocks=8,
+        spec,
+        num_blocks=num_blocks,
         factor=lambda arm, block: 1 + slower,
         slower_part="heads" if slower else None,
         noise=noise,
     )
-    timed = judge_timed(timed_changes(turns, SPEC), SPEC, num_blocks=8, judged_at=4)
+    timed = judge_timed(timed_changes(turns, spec), spec, num_blocks=8, judged_at=4)
     sides = pair(side(), side(dirty=True))
-    findings = ((no_times(SPEC) if withheld else timed), judge_exact(turns, sides, SPEC))
-    both, parts = (*findings[0], *findings[1]), parts_of(turns, SPEC)
+    findings = ((no_times(spec) if withheld else timed), judge_exact(turns, sides, spec))
+    both, parts = (*findings[0], *findings[1]), parts_of(turns, spec)
     return GateRecord(
-        gate=portable(SPEC),
+        gate=portable(spec),
         command="medusa-repro gate",
         repeat=REPEAT,
         started_utc="2026-11-27T20:00:00Z",
@@ -48,7 +59,7 @@ def record(*, slower: float = 0.0, withheld: bool = False, noise: float = 0.0) -
         slowed=most_slowed(parts, both),
         parts=parts,
         notes=("the head's checkout differs from its commit: it was measured as it is",),
-        exit_code=exit_code(both, SPEC),
+        exit_code=exit_code(both, spec),
         turns=turns,
     )
 
@@ -71,6 +82,61 @@ def test_a_runner_that_is_too_noisy_says_what_it_can_hold() -> None:
     assert "too noisy to find steps that are 5.0 % slower in 95.0 % of gates: what it can hold is" in text
     assert f"{100 * (worst.sees or 0):.1f} %, by {worst.name}." in text
     assert "too noisy" not in render_gate_summary(record())
+
+
+def judged(*changes: dict[str, object], code: int) -> GateRecord:
+    """Return a quiet record in which some findings came out otherwise, by their names."""
+    changed = {str(one["name"]): {key: one[key] for key in one if key != "name"} for one in changes}
+    made = record()
+    findings = tuple(one.model_copy(update=changed.get(one.name, {})) for one in made.findings)
+    return made.model_copy(update={"findings": findings, "exit_code": code})
+
+
+def test_what_was_decided_and_what_was_not_is_said_under_exit_code_0() -> None:
+    """ "too noisy" stood under "no regression", and no word of what had been left open."""
+    fine = render_gate_summary(record())
+    assert "Decided: 13 of 13 quantities, none of them worse.\n" in fine and "Not decided" not in fine
+    left = judged(
+        {"name": "overhead/tree", "outcome": "inconclusive", "high": 0.061},
+        {"name": "step_s/tree", "outcome": "equivalent", "sees": 0.08},
+        code=ExitCode.OK,
+    )
+    text = render_gate_summary(left)
+    assert text.startswith("## Gate `gate`: no regression in what was decided\n")
+    assert (
+        "Decided: 12 of 13 quantities, none of them worse. Not decided: overhead/tree, which may be up to "
+        "6.1 % worse (margin 3.0 %). That does not fail the gate: by their intervals no arm's steps are "
+        "5.0 % slower."
+    ) in text
+    assert "too noisy" not in text and "Whether steps are 5.0 % slower was decided here." in text
+    assert "the slowdown that 95.0 % of them find is 8.0 %, by step_s/tree." in text
+    assert gate_headline(left, "x")["undecided"] == ["overhead/tree"]
+
+
+def test_what_was_not_decided_is_said_under_the_other_exit_codes() -> None:
+    blind = judged(
+        {"name": "step_s/tree", "outcome": "inconclusive", "high": 0.05, "sees": 0.08},
+        code=ExitCode.INVALID_MEASUREMENT,
+    )
+    text = render_gate_summary(blind)
+    assert (
+        text.startswith("## Gate `gate`: not decided\n") and "This runner is too noisy to find steps" in text
+    )
+    assert "Not decided: step_s/tree, which may be up to 5.0 % worse (margin 2.5 %).\n" in text
+    seen = judged(
+        {"name": "step_s/tree", "outcome": "inconclusive", "high": 0.049, "sees": 0.08}, code=ExitCode.OK
+    )
+    assert "too noisy" not in render_gate_summary(seen)
+    worse = judged(
+        {"name": "overhead/tree", "outcome": "worse"},
+        {"name": "step_s/tree", "outcome": "inconclusive", "high": 0.2, "sees": 0.08},
+        code=ExitCode.GATE_REGRESSION,
+    )
+    text = render_gate_summary(worse)
+    assert "Decided: 12 of 13 quantities, 1 of them worse. Not decided: step_s/tree" in text
+    assert "does not fail" not in text and "This runner is too noisy" in text
+    without = render_gate_summary(record(withheld=True))
+    assert "Not decided: step_s/vanilla, of which there is no figure;" in without
 
 
 def test_junit_has_a_test_a_quantity_whose_result_is_its_outcome() -> None:
@@ -103,20 +169,42 @@ def test_bencher_gets_the_heads_value_within_bounds() -> None:
 
 
 def test_the_last_line_says_which_kind_of_figure_is_valid() -> None:
-    line = gate_headline(record(withheld=True), folder="x")
+    line = gate_headline(record(withheld=True), "x")
     assert line["valid"] == {"texts": True, "speeds": False} and line["exit_code"] == 2
-    line = gate_headline(record(slower=0.08), folder="x")
+    line = gate_headline(record(slower=0.08), "x")
     assert line["valid"] == {"texts": True, "speeds": True} and line["exit_code"] == 1
     assert line["slowed"]["part"] == "heads" and line["findings"]["step_s/tree"]["outcome"] == "worse"
     json.dumps(line, allow_nan=False)
 
 
+def test_texts_are_valid_where_they_were_compared() -> None:
+    """It was a constant: true of a gate that had decoded nothing."""
+    nothing = record(num_blocks=0, withheld=True)
+    left = {one.name for one in nothing.findings if one.outcome != "withheld"}
+    assert left == {"tokens_per_step/tree"}, "which is replayed, not decoded"
+    assert nothing.exit_code == ExitCode.INVALID_MEASUREMENT
+    assert gate_headline(nothing, "x")["valid"] == {"texts": False, "speeds": False}
+    unscored = record(quality_prompts=2)
+    assert unscored.exit_code == ExitCode.INVALID_MEASUREMENT
+    assert gate_headline(unscored, "x")["valid"] == {"texts": False, "speeds": True}
+    assert gate_headline(unscored, "x")["undecided"] == ["quality/vanilla_sampled", "quality/typical"]
+    for name, valid in (("parity/tree", False), ("acceptance/tree/depth_1", False), ("peak_memory", True)):
+        lost = judged({"name": name, "outcome": "withheld"}, code=2)
+        assert gate_headline(lost, "x")["valid"] == {"texts": valid, "speeds": True}, name
+    timed = tuple(one for one in record().findings if one.quantity == "step_s")
+    line = gate_headline(record().model_copy(update={"findings": timed}), "x")
+    assert line["valid"] == {"texts": False, "speeds": True}, "nothing was checked of texts"
+
+
 def test_a_record_is_written_whole_and_read_back(tmp_path: Path) -> None:
     made = record(slower=0.08)
-    folder = write_gate(tmp_path, made, summary="text")
+    headline = partial(gate_headline, made)
+    folder = write_gate(tmp_path, made, headline=headline)
     assert folder.relative_to(tmp_path).parts[:3] == ("gate", "gate", "cpu-a-processor-2c")
     assert read_gate(folder) == made and read_gate(folder / "gate.json") == made
-    assert write_gate(tmp_path, made, summary="text") != folder, "no record is written over"
+    assert json.loads((folder / "headline.json").read_text()) == headline(folder.name)
+    assert GateFolder.open(folder).gate == made and validate_record(folder) == ()
+    assert write_gate(tmp_path, made, headline=headline) != folder, "no record is written over"
     assert made.exit_code == ExitCode.GATE_REGRESSION
 
 

@@ -7,15 +7,24 @@ a gate sees of 5 % is drawn from recorded steps in `test_simulate.py`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import pytest
 
 from harness.errors import ExitCode
 from harness.paths import CACHE_VARIABLE, code_folder
 from harness.records.gate.record import GATE_FILE
 from harness.tests.gate.planted import CHANGED, clone_as_it_is, gate_in, git, slow_down
+from harness.tests.tiny_suite import command
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +71,32 @@ def test_a_planted_slowdown_is_a_regression_and_its_record_serves_as_a_baseline(
         "gate.json",
         "junit.xml",
         "bmf.json",
-        "summary.md",
         "headline.json",
+        "manifest.json",
+        "report.md",
     }
     assert json.loads((folder / "headline.json").read_text()) == last
-    summary = (folder / "summary.md").read_text()
+    summary = (folder / "report.md").read_text()
     base = git(clone, "rev-parse", "HEAD")
-    assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base}\n```")
+    place = Path(os.path.relpath(tmp_path / "results", clone)).as_posix()
+    assert summary.rstrip().endswith(f"nox -s gate -- smoke --base {base} --results {place}\n```")
     assert "differs from its commit: it was measured as it is" in summary
-    assert (tmp_path / "job.md").read_text().strip() == summary.strip()
+    assert summary.rstrip().endswith((tmp_path / "job.md").read_text().strip())
+    _as_any_record(folder)
     assert list((cache / "gate" / "worktrees").iterdir()) == []
     assert len(git(clone, "worktree", "list").splitlines()) == 1
     _as_baseline(clone, folder, tmp_path)
+
+
+def _as_any_record(folder: Path) -> None:
+    """`validate` and `report` open it; a regression is a valid measurement."""
+    said = (folder / "report.md").read_bytes()
+    checked = command("validate", folder)
+    assert checked.code == 0 and json.loads(checked.out.splitlines()[-1])["num_faults"] == 0
+    (folder / "report.md").unlink()
+    told = command("report", folder)
+    assert told.code == 0 and (folder / "report.md").read_bytes() == said
+    assert told.out.splitlines()[-1] == (folder / "headline.json").read_text().strip()
 
 
 def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
@@ -93,6 +116,9 @@ def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
     data["sides"]["head"]["device"]["name"] = "Another processor"
     (folder / GATE_FILE).write_text(json.dumps(data))
     done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
+    assert done.returncode == ExitCode.USER_ERROR and "as sealed; in gate.json" in done.stderr
+    (folder / "manifest.json").unlink()
+    done = gated(clone, "--baseline", folder, "--results", tmp_path / "again")
     assert done.returncode == ExitCode.USER_ERROR
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "found a baseline of another device (Another processor" in line
@@ -100,6 +126,55 @@ def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
     (folder / GATE_FILE).write_text(json.dumps(data))
     done = gated(clone, "--baseline", folder)
     assert done.returncode == ExitCode.USER_ERROR and "found schema_version 99; need at most 1" in done.stderr
+
+
+def test_a_killed_gate_takes_its_processes_and_its_worktree_with_it(
+    clone: Path, tmp_path: Path, cache: Path
+) -> None:
+    """They went on for up to 24 s, until a model was loaded and the next request did not come."""
+    gate = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "harness",
+            "gate",
+            "smoke",
+            "--base",
+            "HEAD",
+            "--results",
+            tmp_path / "results",
+        ],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        sides = until(lambda: versions_of(gate.pid), seconds=60)
+        time.sleep(1)  # while they load
+    finally:
+        gate.kill()
+        gate.wait()
+    _, alive = psutil.wait_procs(sides, timeout=2)
+    assert alive == []
+    until(lambda: not list((cache / "gate" / "worktrees").iterdir()), seconds=20)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1 and not (tmp_path / "results").exists()
+
+
+def versions_of(pid: int) -> list[psutil.Process]:
+    """Return the processes of both versions of a gate; none before both are there."""
+    children = psutil.Process(pid).children()
+    found = [one for one in children if any(word.endswith("turns.py") for word in one.cmdline())]
+    return found if len(found) == 2 else []
+
+
+def until(found: Callable[[], T], *, seconds: float) -> T:
+    """Return what is found as soon as it is true; fails where it is not in time."""
+    ends = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    return value
 
 
 def test_a_base_that_does_not_run_is_one_line(clone: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import psutil
 import pytest
 
 from harness.errors import UserError
-from harness.gate.worktree import base_of, checkout_root, interrupted_by_term, remove_stale, worktree
+from harness.gate.worktree import (
+    Base,
+    _host,
+    base_of,
+    checkout_root,
+    interrupted_by_term,
+    remove_stale,
+    worktree,
+)
 from harness.paths import code_folder
 
 HOLDS = """
@@ -63,6 +72,34 @@ def test_the_base_is_the_merge_base_with_main_or_what_is_named(clone: Path) -> N
     git(clone, "branch", "-m", "main", "trunk")
     with pytest.raises(UserError, match="found no branch main"):
         base_of(clone, None)
+
+
+def test_a_clean_main_is_compared_with_the_commit_before_it(clone: Path) -> None:
+    """It was compared with itself, and nothing said so."""
+    git(clone, "switch", "-q", "main")
+    first, second = git(clone, "rev-parse", "main~1"), git(clone, "rev-parse", "main")
+    (clone / "results").mkdir()
+    (clone / "results" / "gate.json").write_text("what a run writes is no change of the code")
+    base = base_of(clone, None)
+    assert base.commit == first
+    assert base.found == "first parent: HEAD is the merge base with main and nothing is changed"
+    (clone / "file.txt").write_text("changed")
+    assert base_of(clone, None) == Base(second, "merge base with main"), "what is not committed is the change"
+    git(clone, "checkout", "-q", "--", "file.txt")
+    (clone / "new.txt").write_text("so is a new file")
+    assert base_of(clone, None).commit == second
+    (clone / "new.txt").unlink()
+    assert base_of(clone, "main").commit == second, "whoever names it gets it"
+    git(clone, "switch", "-q", "--detach", "main~1")
+    with pytest.raises(UserError, match=r"and no commit before it; need two versions.*--base REVISION"):
+        base_of(clone, None)
+
+
+def test_of_a_merge_on_main_the_first_parent_is_the_base(clone: Path) -> None:
+    git(clone, "switch", "-q", "main")
+    before = git(clone, "rev-parse", "main")
+    git(clone, "merge", "-q", "--no-ff", "-m", "merge", "branch")
+    assert base_of(clone, None).commit == before
 
 
 def test_a_main_that_is_behind_is_not_the_base(clone: Path) -> None:
@@ -128,7 +165,7 @@ def test_a_checkout_runs_no_hook_of_the_clone(clone: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_gate_leaves_no_worktree_behind(clone: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """After SIGTERM and SIGINT at once; what SIGKILL leaves, the next gate removes before it starts."""
+    """Not after SIGKILL either: what it leaves, another process removes."""
     home = tmp_path / "home"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS, clone, git(clone, "rev-parse", "main"), home],
@@ -142,17 +179,41 @@ def test_a_killed_gate_leaves_no_worktree_behind(clone: Path, tmp_path: Path, nu
     assert (home / name / "file.txt").exists()
     process.send_signal(number)
     process.wait(30)
-    if number == signal.SIGKILL:
-        assert (home / name).exists() and remove_stale(home) == (name,)
+    ends = time.monotonic() + (20 if number == signal.SIGKILL else 0)
+    while list(home.iterdir()) and time.monotonic() < ends:
+        time.sleep(0.05)
     assert list(home.iterdir()) == [] and len(git(clone, "worktree", "list").splitlines()) == 1
+
+
+def test_what_a_gate_and_its_minder_left_the_next_one_removes(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, commit = tmp_path / "home", git(clone, "rev-parse", "main")
+    with worktree(clone, commit, home=home) as folder:
+        left = home / folder.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+        git(clone, "worktree", "move", str(folder), str(left))
+        monkeypatch.setattr(platform, "node", lambda: "another-host")
+        assert remove_stale(home) == (), "another host's: its processes are not to be seen here"
+        monkeypatch.undo()
+        assert remove_stale(home) == (left.name,)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+    assert platform.node() not in left.name
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path: Path) -> None:
     """The number of a killed gate may be given out again; the time of its beginning is not."""
-    home, own = tmp_path / "home", psutil.Process()
-    for name in (f"{own.pid}-{int(own.create_time()) - 5}-abc", "no-number-abc", f"{2**22 + 1}-1-abc"):
+    home, own, host = tmp_path / "home", psutil.Process(), _host()
+    begun = int(own.create_time())
+    gone = {f"{host}-{own.pid}-{begun - 5}-abc", f"{host}-no-number-abc", f"{host}-{2**22 + 1}-1-abc"}
+    kept = {
+        f"{host}-{own.pid}-{begun}-abc",
+        f"{host}-{own.pid}-{begun + 1}-abc",
+        f"{'0' * 12}-1-1-abc",
+        "1-1-a",
+    }
+    for name in gone | kept:
         (home / name).mkdir(parents=True)
-    assert len(remove_stale(home)) == 3 and list(home.iterdir()) == []
+    assert set(remove_stale(home)) == gone and {path.name for path in home.iterdir()} == kept
 
 
 def test_a_request_to_end_is_an_interrupt_only_meanwhile() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,16 @@ def test_a_folder_without_this_project_is_refused(tmp_path: Path) -> None:
         started({"base": tmp_path, "head": tmp_path}, wanted_of(SPEC, FILE)),
     ):
         pass
+
+
+def test_a_side_whose_gate_is_gone_ends_before_it_loads() -> None:
+    """The gate may end before its side can ask to end with it."""
+    wanted = wanted_of(SPEC, FILE).model_copy(update={"gate_pid": os.getppid()})
+    code = (
+        "import sys; from harness.measure.turns import Wanted, main; "
+        "main(Wanted.model_validate_json(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, wanted.model_dump_json()], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")

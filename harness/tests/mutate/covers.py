@@ -82,6 +82,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "harness/tests/gate/test_simulate.py",
         "harness/tests/gate/test_results.py",
     ),
+    "harness/judge/validate/gate.py": (f"{_JUDGE}/validate/test_gate.py",),
     "harness/judge/history/bands.py": (f"{_HISTORY}/test_bands.py", f"{_HISTORY}/test_compare.py"),
     "harness/judge/history/comparable.py": (f"{_HISTORY}/test_comparable.py", f"{_HISTORY}/test_series.py"),
     "harness/judge/history/compare.py": (f"{_HISTORY}/test_compare.py",),

@@ -10,6 +10,7 @@ made anew. `fixtures/v1/` was cut, at version 1 of all files, from
     sweep              results/sweep/embedded/cpu-amd-epyc-2c/20261123T191353Z-381fd0e6
     ablation           results/embedded_training_quick/cpu-amd-epyc-2c/20261123T222817Z-ca4ed959
     gpu                medusa-repro gpu --device cpu, at bc3d0a5a
+    gate               medusa-repro gate smoke --base HEAD --minutes 3 --results ../../gfix, at 50c6ced
     step_profile.json, training_profile.json    results/profile/ embedded- and training-embedded_medusa1-
     trace.npz          results/embedded_full/trace-mt-bench-80.npz
 """
@@ -212,12 +213,24 @@ def copy_gpu(source: Path, target: Path) -> Data:
     return {}
 
 
+def cut_gate(source: Path, target: Path) -> Data:
+    """Keep every turn with its first steps: looks and findings name how many there were."""
+    record = read(source / "gate.json")
+    for turn in record["turns"]:
+        turn["step_s"], turn["step_tokens"] = turn["step_s"][:NUM_STEPS], turn["step_tokens"][:NUM_STEPS]
+        turn["parts_s"] = {part: times[:1] for part, times in turn["parts_s"].items()}
+    write(target / "gate.json", record)
+    copy(source, target, "bmf.json", "headline.json", "junit.xml")
+    return {}
+
+
 CUTS = {
     "suite": cut_run,
     "latency": cut_latency,
     "sweep": cut_sweep,
     "ablation": cut_ablation,
     "gpu": copy_gpu,
+    "gate": cut_gate,
 }
 
 

@@ -23,6 +23,7 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.records.ablation import ARMS_FILE, AblationRecord
 from harness.records.folder import RecordKind, kind_of
+from harness.records.gate.folder import GateFolder
 from harness.records.gpu.record import GpuRecord
 from harness.records.latency import LatencyRecord
 from harness.records.profiles.step import read_step_profile
@@ -35,6 +36,7 @@ from harness.report.latency import render_latency_report
 from harness.report.profiles import render_step_profile, training_headline
 from harness.report.run import render_report
 from harness.report.sweep import render_sweep_report
+from harness.report.tables.gate import render_gate_report
 from harness.report.tables.gpu import render_gpu_report
 from harness.specs.claims import load_claims
 from harness.tests.records.cut_record import cut
@@ -57,6 +59,8 @@ def report_of(folder: Path) -> str:
         return render_ablation(ablation, ablation_rows(ablation), verdicts, has_curves=False)
     if kind == "gpu":
         return render_gpu_report(GpuRecord(folder))
+    if kind == "gate":
+        return render_gate_report(GateFolder(folder))
     run = RunRecord(folder)
     return render_report(run, judge(run, claims=claims))
 
@@ -152,8 +156,11 @@ def raised(path: Path) -> None:
         )
 
 
+FOR_OTHERS = ("bmf.json", "headline.json", "junit.xml")  # forms of other programs, without a version of ours
 FILES = sorted(
-    path.relative_to(FIXTURES / "v1").as_posix() for path in (FIXTURES / "v1").rglob("*") if path.is_file()
+    path.relative_to(FIXTURES / "v1").as_posix()
+    for path in (FIXTURES / "v1").rglob("*")
+    if path.is_file() and path.name not in FOR_OTHERS
 )
 
 

@@ -21,13 +21,14 @@ from harness.specs.latency import HeadsForm
 
 ROOT = Path(__file__).resolve().parents[3]
 FIXTURES = Path(__file__).parent / "fixtures" / "v1"
-KINDS: tuple[RecordKind, ...] = ("suite", "latency", "sweep", "ablation", "gpu")
+KINDS: tuple[RecordKind, ...] = ("suite", "latency", "sweep", "ablation", "gpu", "gate")
 DATA = {
     "suite": "trees.json",
     "latency": "model.json",
     "sweep": "trees.json",
     "ablation": "tree.json",
     "gpu": "tests.json",
+    "gate": "bmf.json",
 }
 
 

@@ -84,6 +84,41 @@ def test_acceptance_by_depth_is_a_share_of_the_steps_that_came_so_far() -> None:
     assert (judged["acceptance/tree/depth_2"].base, judged["acceptance/tree/depth_2"].head) == (0.5, 0.0)
 
 
+def test_the_first_depth_that_the_head_never_reaches_is_judged_by_the_counts_of_that_depth() -> None:
+    """Counts that differ at each depth; the head is cut off after depth 1, 2 or 3.
+
+    Of ten steps of the base 8 accepted one token or more, 5 two or more, 3 three or more, 2 four.
+    """
+    steps = (
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+        4,
+        5,
+        5,
+        1,
+    )  # kept tokens, one more than were accepted; the last is left out
+    assert acceptance_counts([steps]) == [(8, 10), (5, 8), (3, 5), (2, 3)]
+    shares = {1: 8 / 10, 2: 5 / 8, 3: 3 / 5, 4: 2 / 3}
+    whole = turns_of(SPEC, num_blocks=2, tree_tokens=steps)
+    for deepest in (0, 1, 2, 3):
+        cut = turns_of(SPEC, num_blocks=2, tree_tokens=[min(one, deepest + 1) for one in steps])
+        mixed = [turn for turn in whole if turn.side == "base"] + [
+            turn for turn in cut if turn.side == "head"
+        ]
+        depths = {one.depth: one for one in found(mixed).values() if one.quantity == "acceptance"}
+        assert set(depths) == set(range(1, deepest + 2)), "what lies deeper follows from it"
+        for depth, one in depths.items():
+            assert depth is not None and one.base == pytest.approx(shares[depth])
+            assert one.head == pytest.approx(shares[depth] if depth <= deepest else 0.0)
+            assert one.change == pytest.approx(0.0 if depth <= deepest else shares[depth])
+            assert one.outcome == ("equivalent" if depth <= deepest else "worse")
+
+
 def test_one_text_of_another_version_is_worse_in_float32() -> None:
     turns = turns_of(
         SPEC,
@@ -129,6 +164,25 @@ def test_the_most_memory_of_each_version_is_compared() -> None:
     ]
     judged = found(turns)["peak_memory"]
     assert judged.outcome == "worse" and judged.change == pytest.approx(0.2)
+
+
+def test_what_had_nothing_to_compare_is_withheld_by_name() -> None:
+    """It was left out in silence: a gate that compared no text at all found nothing wrong."""
+    spec = SPEC.model_copy(update={"quality_prompts": 2})
+    bare = pair(side(replayed_tokens_per_step={}), side(replayed_tokens_per_step={}))
+    judged = judge_exact((), bare, spec)
+    assert [(one.name, one.outcome, one.change) for one in judged] == [
+        ("tokens_per_step/tree", "withheld", None),
+        ("parity/vanilla", "withheld", None),
+        ("parity/tree", "withheld", None),
+        ("quality/vanilla_sampled", "withheld", None),
+        ("quality/typical", "withheld", None),
+        ("peak_memory", "withheld", None),
+    ]
+    assert {one.margin for one in judged if one.quantity == "parity"} == {SPEC.margin("parity")}
+    half = [turn for turn in turns_of(SPEC, num_blocks=2) if (turn.side, turn.arm) != ("head", "tree")]
+    lost = {one.name for one in judge_exact(half, BOTH, SPEC) if one.outcome == "withheld"}
+    assert lost == {"parity/tree"}, "the replay still tells the tokens a step"
 
 
 def test_a_quantity_without_a_margin_is_not_judged() -> None:

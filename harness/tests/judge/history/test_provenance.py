@@ -78,7 +78,7 @@ def test_settings_trees_and_bandwidths_are_named(tmp_path: Path) -> None:
 
 
 def test_records_of_every_kind_say_where_they_come_from(tmp_path: Path) -> None:
-    for kind in ("suite", "latency", "sweep", "ablation", "gpu"):
+    for kind in ("suite", "latency", "sweep", "ablation", "gpu", "gate"):
         record = open_record(FIXTURES / kind)
         assert differences(record, record) == ()
         assert origin_of(record).started_utc and settings_of(record).model_dump()

@@ -304,7 +304,7 @@ SEALED_LIES: list[tuple[str, str, Callable[[str], str], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["suite", "latency", "sweep", "ablation", "gpu"])
+@pytest.mark.parametrize("kind", ["suite", "latency", "sweep", "ablation", "gpu", "gate"])
 def test_a_record_cannot_have_taken_longer_than_there_was(kind: str, tmp_path: Path) -> None:
     """`nox -s fuzz` found it: a manifest with any number of seconds was valid."""
     shutil.copytree(FIXTURE / kind, tmp_path / "record")
