@@ -13,7 +13,7 @@ from harness.compose.trees import grow
 from harness.judge.claims.evidence import Evidence, halves
 from harness.judge.claims.findings import NotTestable
 from harness.judge.claims.run import judge_transfer
-from harness.judge.claims.trees import log_fit
+from harness.judge.claims.trees import _correlation, log_fit
 from harness.judge.judgement import ParityReport, VerdictKind
 from harness.records.probes import StepCosts
 from harness.specs.forms.claims import LogGrowthForm, SpeedPeaksForm
@@ -108,3 +108,13 @@ def test_a_flat_curve_divides_nothing_by_nothing() -> None:
     with np.errstate(all="raise"):
         intercept, slope, fit = log_fit(totals, SIZES)
     assert (intercept.tolist(), slope.tolist(), fit.tolist()) == ([2.0] * 3, [0.0] * 3, [0.0] * 3)
+
+
+def test_correlations_of_many_draws_are_those_of_numpy() -> None:
+    """Column by column, ties and all; where all ranks are equal there is none."""
+    rng = np.random.default_rng(0)
+    ranks, stated = rng.integers(0, 4, size=(6, 20)).astype(float), np.array([3.0, 1.0, 2.0, 5.0, 4.0, 4.0])
+    expected = [np.corrcoef(column, stated)[0, 1] for column in ranks.T]
+    assert _correlation(ranks, stated) == pytest.approx(expected)
+    assert float(_correlation(np.full((6, 1), 2.0), stated)[0]) == 0.0
+    assert float(_correlation(ranks[:, 0], stated)) == pytest.approx(expected[0])
