@@ -129,6 +129,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "harness/stats.py": (
         f"{_KNOWN}/test_intervals.py",
         "harness/tests/test_stats.py",
+        "harness/tests/records/test_disturbance.py",
         "harness/tests/test_groups.py",
         f"{_CLAIMS}/test_power.py",
         f"{_JUDGE}/test_metrics.py",

@@ -50,6 +50,7 @@ def seen(others_share: float, *, clock_s: float = 4.0) -> ProcessorObservation:
             (0.02,) * 20 + (0.06,) * 20,
             0.0,
         ),  # what stays long is not long beside its neighbours
+        ((0.02,) * 20 + (0.06,) * 7 + (0.02,) * 20, 0.0),  # nor where most of the nine around are as long
         ((0.02, 0.5), 0.0),
         ((0.02, 0.5, 0.02), 0.5 / 0.54),
         ((), 0.0),
