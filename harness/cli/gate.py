@@ -6,7 +6,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,10 @@ from harness.device.loading.folder import TRUST_VARIABLE
 from harness.errors import ExitCode, UserError
 from harness.paths import default_results
 from harness.safe_text import SafeConsole
+
+if TYPE_CHECKING:
+    from harness.gate.repeat import GateOptions
+    from harness.specs.gate import GateSpec
 
 
 def gate(
@@ -42,16 +46,10 @@ def gate(
     Both are measured in turn, step by step, and judged at looks that are fixed before. Exit code 1 is a
     regression, 2 that times are withheld or too noisy.
     """
-    from harness.gate.calibrate import keep_calibration
     from harness.gate.repeat import GateOptions
     from harness.gate.results import append_summary, write_gate
-    from harness.gate.run import run_calibration, run_gate
-    from harness.report.tables.gate import (
-        calibration_headline,
-        gate_headline,
-        render_calibration,
-        render_gate_summary,
-    )
+    from harness.gate.run import run_gate
+    from harness.report.tables.gate import gate_headline, render_gate_summary
     from harness.specs.gate import load_gate_spec
 
     _check_options(base, baseline, calibrate=calibrate)
@@ -70,15 +68,7 @@ def gate(
         is_trusted=os.environ.get(TRUST_VARIABLE) == "1",
     )
     if calibrate:
-        calibration, records = run_calibration(
-            spec, spec_file=file, num_runs=runs, options=options, console=console
-        )
-        kept = keep_calibration(spec, calibration)
-        folder = write_gate(home, records[-1], headline=partial(gate_headline, records[-1]))
-        write_gate_report(folder)
-        console.print(f"kept as {kept.name}; the last run's record: {folder.name}")
-        SafeConsole().print(render_calibration(calibration), soft_wrap=True)
-        print(json.dumps(calibration_headline(calibration), allow_nan=False))
+        _calibrate(spec, file, num_runs=runs, options=options, home=home)
         return
     record = run_gate(spec, spec_file=file, options=options, console=console)
     folder = write_gate(home, record, headline=partial(gate_headline, record))
@@ -86,6 +76,24 @@ def gate(
     finish(folder, claims=(), readme=None)
     if record.exit_code != ExitCode.OK:
         raise typer.Exit(record.exit_code)
+
+
+def _calibrate(spec: GateSpec, file: Path, *, num_runs: int, options: GateOptions, home: Path) -> None:
+    """Keep this runner's noise in the cache, write the record of the last run, print both."""
+    from harness.gate.calibrate import keep_calibration
+    from harness.gate.results import write_gate
+    from harness.gate.run import run_calibration
+    from harness.report.tables.gate import calibration_headline, gate_headline, render_calibration
+
+    calibration, records = run_calibration(
+        spec, spec_file=file, num_runs=num_runs, options=options, console=console
+    )
+    kept = keep_calibration(spec, calibration)
+    folder = write_gate(home, records[-1], headline=partial(gate_headline, records[-1]))
+    write_gate_report(folder)
+    console.print(f"kept as {kept.name}; the last run's record: {folder.name}")
+    SafeConsole().print(render_calibration(calibration), soft_wrap=True)
+    print(json.dumps(calibration_headline(calibration), allow_nan=False))
 
 
 def _check_options(base: str | None, baseline: Path | None, *, calibrate: bool) -> None:

@@ -61,6 +61,16 @@ def describe_finish(origin: Provenance, manifest: Finished | None) -> str:
     return describe_end(origin.started_utc, manifest.finished_utc, elapsed_s=manifest.elapsed_s)
 
 
+def origin_facts(origin: Provenance, manifest: Finished | None) -> dict[str, str]:
+    """Return what a report's heading says of where its record comes from, safe to be shown."""
+    return {
+        "Device": cell(describe_device(origin)),
+        "Date": origin.started_utc[:10],
+        "Commit": describe_commit(origin),
+        "Finished": describe_finish(origin, manifest),
+    }
+
+
 def describe_limits(limits: DeviceLimits) -> str:
     """Return what the device can do and how that was measured."""
     rows = limits.row_product_bytes_per_s

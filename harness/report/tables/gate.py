@@ -9,7 +9,7 @@ from harness.errors import ExitCode
 from harness.records.gate.folder import GateFolder
 from harness.records.gate.record import Calibration, Finding, GateRecord, SideInfo, SlowedPart
 from harness.report.formatting import ABSENT, cell, heading, page, percent, significant, table
-from harness.report.provenance import describe_commit, describe_device, describe_finish
+from harness.report.provenance import origin_facts
 from harness.safe_text import page_text
 from harness.specs.gate import TIMED, Quantity
 
@@ -43,17 +43,8 @@ def render_gate_summary(record: GateRecord) -> str:
 
 def render_gate_report(record: GateFolder) -> str:
     """Return the whole report of a gate: where it comes from, then its summary."""
-    origin = record.origin
-    title = heading(
-        f"A gate: `{cell(record.spec.name)}`",
-        record.spec.description,
-        {
-            "Device": cell(describe_device(origin)),
-            "Date": origin.started_utc[:10],
-            "Commit": describe_commit(origin),
-            "Finished": describe_finish(origin, record.manifest),
-        },
-    )
+    facts = origin_facts(record.origin, record.manifest)
+    title = heading(f"A gate: `{cell(record.spec.name)}`", record.spec.description, facts)
     return page(title, render_gate_summary(record.gate).rstrip("\n"))
 
 

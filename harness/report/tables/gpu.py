@@ -12,10 +12,8 @@ from harness.records.gpu.record import GpuRecord
 from harness.report.formatting import cell, count, heading, page, section, significant, table
 from harness.report.kernels import render_kernel_races
 from harness.report.provenance import (
-    describe_commit,
-    describe_device,
-    describe_finish,
     how_to_repeat,
+    origin_facts,
     path_within,
     relative_folder,
 )
@@ -35,12 +33,7 @@ def render_gpu_report(record: GpuRecord) -> str:
         heading(
             f"A GPU machine: plan `{record.spec.name}`",
             record.spec.description,
-            {
-                "Device": cell(describe_device(origin)),
-                "Date": origin.started_utc[:10],
-                "Commit": describe_commit(origin),
-                "Finished": describe_finish(origin, record.manifest),
-            },
+            origin_facts(origin, record.manifest),
         ),
         section("Parts", f"{_parts(record)}\n\n{_NOTE}"),
         section("Device limits", _limits(record)),
