@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -111,6 +112,10 @@ def _as_baseline(clone: Path, folder: Path, tmp_path: Path) -> None:
         "speedup",
     }
     assert timed == {"overhead", "speedup"}
+    (again,) = (tmp_path / "again" / "gate" / "smoke").glob("*/*")
+    assert command("validate", again).code == 0 and "has no seal" not in (again / "report.md").read_text()
+    words = shlex.split(last["repeat"])
+    assert (clone / words[words.index("--baseline") + 1]).resolve() == folder.resolve()
     assert last["findings"]["parity/tree"]["outcome"] == "equivalent"
     data = json.loads((folder / GATE_FILE).read_text())
     data["sides"]["head"]["device"]["name"] = "Another processor"

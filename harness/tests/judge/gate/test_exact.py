@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from harness.compose.replay import ReplayIndex
 from harness.compose.trees import grow
-from harness.judge.gate.exact import acceptance_counts, judge_exact
+from harness.judge.gate.exact import _exact, acceptance_counts, judge_exact
 from harness.paths import shipped
-from harness.records.gate.record import Finding, Turn
+from harness.records.gate.record import Finding, SideName, Turn
 from harness.records.trace import Trace
 from harness.tests.fake_gate import pair, side, spec_of, turns_of
 from medusa_impl.tree import DraftTree
@@ -62,12 +64,39 @@ def test_the_margin_itself_does_not_count_and_just_beyond_it_does() -> None:
     assert (at.outcome, beyond.outcome) == ("equivalent", "worse")
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_a_change_at_the_margin_but_for_rounding_is_none(margin: float) -> None:
+    """A billionth more is what rounding may leave; beyond it on either side a change is one."""
+    values: dict[SideName, float] = {"base": 1.0, "head": 1.0}
+    end = margin + 1e-9
+    changes = (math.nextafter(-end, -1), -end, 0.0, end, math.nextafter(end, 1))
+    said = [_exact("quality", "a", values, change=change, margin=margin).outcome for change in changes]
+    assert said == ["better", "equivalent", "equivalent", "equivalent", "worse"]
+
+
 def test_without_a_trace_the_decoded_counts_are_compared() -> None:
     whole, fewer = turns_of(SPEC, num_blocks=2), turns_of(SPEC, num_blocks=2, tree_tokens=(2, 1) * 6)
     mixed = [turn for turn in whole if turn.side == "base"] + [turn for turn in fewer if turn.side == "head"]
     judged = found(mixed, replayed_tokens_per_step={})["tokens_per_step/tree"]
     assert judged.base == pytest.approx(22 / 12) and judged.head == pytest.approx(18 / 12)
     assert judged.outcome == "worse"
+
+
+@pytest.mark.parametrize("short", ["base", "head"])
+def test_a_prompt_that_one_version_alone_decoded_does_not_count(short: str) -> None:
+    """Two prompts, of which the second has other counts and was cut off in one of the versions."""
+    first, second = (2, 2, 1, 1), (3, 3, 3, 3)
+    turns = [
+        turn.model_copy(update={"step_tokens": second}) if turn.block == 1 and turn.arm == "tree" else turn
+        for turn in turns_of(SPEC, num_blocks=2, tree_tokens=first)
+        if (turn.block, turn.side) != (1, short)
+    ]
+    judged = found(turns, replayed_tokens_per_step={})
+    rate = judged["tokens_per_step/tree"]
+    assert (rate.base, rate.head, rate.outcome) == (6 / 4, 6 / 4, "equivalent")
+    depth = judged["acceptance/tree/depth_1"]
+    assert depth.base == depth.head == pytest.approx(2 / 3), "the last step is left out"
+    assert "acceptance/tree/depth_2" not in judged
 
 
 def test_acceptance_by_depth_is_a_share_of_the_steps_that_came_so_far() -> None:
