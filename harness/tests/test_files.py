@@ -118,7 +118,7 @@ def _reads_otherwise(call: ast.Call) -> bool:
         name == "open"
         and not any("b" in str(mode) for mode in modes)
         and ast.unparse(owner) not in ("Store", "archive", "os", "kind")
-        and not ast.unparse(owner).endswith("Record")
+        and not ast.unparse(owner).endswith(("Record", "GateFolder"))
     ):
         return all(keyword.arg != "encoding" for keyword in call.keywords)
     return name in ("read_text", "write_text") and all(keyword.arg != "encoding" for keyword in call.keywords)

@@ -6,7 +6,7 @@ Everything that is compared takes turns on the same texts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from harness.device.clock import Clock
 from harness.device.engine import Engine
 from harness.device.locks import Held
 from harness.device.trace import calibration_of
+from harness.files import Frozen
 from harness.measure.latency.faults import PREPARING_MODES, UNPREPARED, noting_fault
 from harness.measure.latency.prompts import LatencyPrompt, random_prompts
 from harness.measure.latency.sittings import Sitting, Watch
@@ -36,7 +37,7 @@ _WARMUP_TOKENS = 12
 _VANILLA = ArmSpec(name="vanilla", method="vanilla")
 _STOCK = ArmSpec(name=STOCK, method="hf_greedy", baseline="vanilla")
 _NO_WATCH = Watch()
-_Trial = TypeVar("_Trial", ModeTrial, BatchTrial)
+_Trial = TypeVar("_Trial", bound=Frozen)
 
 
 def measure_modes(
@@ -90,14 +91,8 @@ def measure_modes(
                     faults.setdefault(name, f"{name} {UNPREPARED}: {engine.runner.note}")
         return trials
 
-    quiet: list[ModeTrial] = []
-    disturbed: list[ModeTrial] = []
-    for number, prompt in enumerate(prompts):
-        measure, what = partial(in_turn, number, prompt), f"{prompt.key} in all modes"
-        with held():
-            *earlier, last = watch.sittings(measure, what=what, modes=tuple(names))
-        quiet += _seen(last)
-        disturbed += [trial for sitting in earlier for trial in _seen(sitting)]
+    sits = ((f"{one.key} in all modes", partial(in_turn, number, one)) for number, one in enumerate(prompts))
+    quiet, disturbed = _sat(sits, watch=watch, held=held, modes=tuple(names))
     for name, reason in faults.items():
         watch.note(f"the table of modes leaves out {name}: {reason}")
     if STOCK in faults:
@@ -105,6 +100,27 @@ def measure_modes(
     return tuple(one for one in quiet if one.mode not in faults), tuple(
         one for one in disturbed if one.mode not in faults
     )
+
+
+def _sat(
+    sits: Iterable[tuple[str, Callable[[], list[_Trial]]]],
+    *,
+    watch: Watch,
+    held: Held,
+    modes: tuple[str, ...],
+) -> tuple[list[_Trial], list[_Trial]]:
+    """Return the trials of all sittings, and those that were disturbed and run again.
+
+    Each has what was seen of the machine over it. `sits` says in words what is measured, and how.
+    """
+    quiet: list[_Trial] = []
+    disturbed: list[_Trial] = []
+    for what, measure in sits:
+        with held():
+            *earlier, last = watch.sittings(measure, what=what, modes=modes)
+        quiet += _seen(last)
+        disturbed += [trial for sitting in earlier for trial in _seen(sitting)]
+    return quiet, disturbed
 
 
 def _seen(sitting: Sitting[list[_Trial]]) -> list[_Trial]:
@@ -159,18 +175,13 @@ def measure_batches(
         device = engine.runner.backbone.device
         return noting_fault(mode, device=device, note=lambda reason: faults.update({batch: reason}))
 
+    few_tokens = min(_WARMUP_TOKENS, table.max_new_tokens)
     with held():
         for batch in table.batches:
             others = random_prompts(engine, [len(prompt.prompt_ids) for prompt in texts[:batch]])
             with noting(batch):
                 for drafted in (None, tree.tree()):
-                    _decode_together(
-                        engine,
-                        drafted,
-                        others,
-                        max_new_tokens=min(_WARMUP_TOKENS, table.max_new_tokens),
-                        clock=clock,
-                    )
+                    _decode_together(engine, drafted, others, max_new_tokens=few_tokens, clock=clock)
 
     def both(number: int, batch: int, start: int) -> list[BatchTrial]:
         group, trials = texts[start : start + batch], []
@@ -184,17 +195,13 @@ def measure_batches(
                 trials.append(_batch_trial(drafted, group, done, number=number))
         return trials
 
-    quiet: list[BatchTrial] = []
-    disturbed: list[BatchTrial] = []
-    for number, batch in product(range(table.rounds), table.batches):
-        for start in range(0, len(texts), batch):
-            if batch in faults:
-                break
-            measure, what = partial(both, number, batch, start), f"batch {batch}, round {number + 1}"
-            with held():
-                *earlier, last = watch.sittings(measure, what=what, modes=(mode,))
-            quiet += _seen(last)
-            disturbed += [trial for sitting in earlier for trial in _seen(sitting)]
+    sits = (
+        (f"batch {batch}, round {number + 1}", partial(both, number, batch, start))
+        for number, batch in product(range(table.rounds), table.batches)
+        for start in range(0, len(texts), batch)
+        if batch not in faults
+    )
+    quiet, disturbed = _sat(sits, watch=watch, held=held, modes=(mode,))
     for batch, reason in faults.items():
         watch.note(f"speed against batch leaves out batch {batch}: {reason}")
     kept, again = (tuple(one for one in some if one.batch not in faults) for some in (quiet, disturbed))

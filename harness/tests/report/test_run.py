@@ -51,6 +51,7 @@ SECTIONS = (
     "Verdicts",
     "Not tested",
     "Arms",
+    "Acceptance",
     "Per category of prompt",
     "Predicted against measured",
     "Where a step goes",
