@@ -213,6 +213,18 @@ def least_detected(interval: Interval, *, bound: float, chance: float = 0.8) -> 
     return bound + half + error * float(stats.norm.ppf(chance)) if math.isfinite(half) else math.inf
 
 
+def units_needed(interval: Interval, *, distance: float, chance: float = 0.8) -> float:
+    """Return of how many units such an interval clears a bound `distance` from its estimate that often.
+
+    Units are those that it was drawn over, prompts as a rule: with more of them it narrows by their root. The
+    estimate is taken for the true value. Infinite where more of them would not decide.
+    """
+    error, half = spread_of(interval)
+    if distance <= 0 or not math.isfinite(half):
+        return math.inf
+    return interval.num_prompts * ((half + error * float(stats.norm.ppf(chance))) / distance) ** 2
+
+
 def widened_level(level: float, *, num_prompts: int) -> float:
     """Return the level at which a percentile interval of few prompts covers at about `level`.
 

@@ -81,7 +81,12 @@ def promising_run(text: str | None) -> RunRecord | None:
 
 
 def finish_against(
-    folder: Path, promising: RunRecord | None, *, claims: Sequence[ClaimSpec], readme: Path | None
+    folder: Path,
+    promising: RunRecord | None,
+    *,
+    claims: Sequence[ClaimSpec],
+    readme: Path | None,
+    shows_all: bool = False,
 ) -> None:
     """End a run as `finish` does, then hold it against the run that promises its band, where there is one.
 
@@ -90,7 +95,7 @@ def finish_against(
     """
     code = ExitCode.OK
     try:
-        finish(folder, claims=claims, readme=readme)
+        finish(folder, claims=claims, readme=readme, shows_all=shows_all)
     except typer.Exit as ended:
         code = ExitCode(ended.exit_code)
     if promising is not None:

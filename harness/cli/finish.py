@@ -30,6 +30,7 @@ from harness.records.profiles.training import TrainingProfile, read_training_pro
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.formatting import marked_page
+from harness.report.provenance import relative_folder
 from harness.report.readme import (
     Block,
     ablation_block,
@@ -39,7 +40,8 @@ from harness.report.readme import (
     training_block,
     update_readme,
 )
-from harness.report.run import headline, print_verdicts, render_report
+from harness.report.run import headline, render_report
+from harness.report.tables.ending import print_ending
 from harness.safe_text import SafeConsole, page_text
 from harness.specs.claims import ClaimSpec
 
@@ -53,7 +55,14 @@ class Told:
     is_valid: bool = True
 
 
-def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None, unsealed: bool = False) -> None:
+def finish(
+    record: Path,
+    *,
+    claims: Sequence[ClaimSpec],
+    readme: Path | None,
+    unsealed: bool = False,
+    shows_all: bool = False,
+) -> None:
     """Write the report of a record, print its figures, end with one JSON line and its exit code.
 
     `record` is the folder of a record of any kind, or the file of a profile. With `unsealed` an unfinished or
@@ -70,7 +79,7 @@ def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None, un
         return
     opened = open_record(record, unsealed=unsealed)
     with marked_lines(opened.unsealed):
-        told = _tell(opened, claims, shows_block=readme is not None)
+        told = _tell(opened, claims, shows_block=readme is not None, shows_all=shows_all)
     mark = {"unsealed": opened.unsealed} if opened.unsealed is not None else {}
     print(json.dumps({**mark, **told.headline}, allow_nan=False))
     if readme is not None and told.block is not None:
@@ -79,7 +88,7 @@ def finish(record: Path, *, claims: Sequence[ClaimSpec], readme: Path | None, un
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
-def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) -> Told:
+def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool, shows_all: bool) -> Told:
     if isinstance(record, LatencyRecord):
         return _tell_latency(record, shows_block=shows_block)
     if isinstance(record, SweepRecord):
@@ -90,7 +99,7 @@ def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool) 
         return _tell_gpu(record)
     if isinstance(record, GateFolder):
         return _tell_gate(record)
-    return _tell_run(record, claims)
+    return _tell_run(record, claims, shows_all=shows_all)
 
 
 def _write_report(record: RecordFolder, text: str) -> None:
@@ -99,11 +108,12 @@ def _write_report(record: RecordFolder, text: str) -> None:
     write_bytes(record.folder / name, marked_page(text, unsealed=record.unsealed).encode())
 
 
-def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec]) -> Told:
+def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec], *, shows_all: bool) -> Told:
     judgement = judge(record, claims=claims)
     record = record.withholding(judgement.withheld)
     _write_report(record, render_report(record, judgement))
-    print_verdicts(SafeConsole(), judgement)
+    where = relative_folder(record.folder / REPORT_FILE, base=Path.cwd())
+    print_ending(SafeConsole(), record, judgement, report=where, shows_all=shows_all)
     is_valid = judgement.valid and not record.failures
     return Told(headline(judgement, record), run_block(record, judgement), is_valid)
 

@@ -20,6 +20,9 @@ RecipeArgument = Annotated[str, typer.Argument(help="name of a shipped recipe, o
 ResultsOption = Annotated[Path | None, typer.Option(help="folder for records; without it results/")]
 ResumeOption = Annotated[Path | None, typer.Option(help="folder of the unfinished run to go on with")]
 ClaimsOption = Annotated[Path | None, typer.Option(help="TOML file of your own claims to judge instead")]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="print every verdict, those by arithmetic on the paper's figures too")
+]
 HubOption = Annotated[
     bool, typer.Option("--hub", help="let missing models be fetched from the Hugging Face hub")
 ]

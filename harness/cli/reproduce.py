@@ -12,6 +12,7 @@ from harness.cli.compare import AgainstOption, finish_against, promising_run
 from harness.cli.find import find_record, find_suite
 from harness.cli.finish import finish
 from harness.cli.options import (
+    AllOption,
     ClaimsOption,
     HubOption,
     ResultsOption,
@@ -60,6 +61,7 @@ def reproduce(
         Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
     ] = None,
     hub: HubOption = False,
+    shows_all: AllOption = False,
 ) -> None:
     """Run a suite, judge it by the paper's claims, write a report; the same command resumes a cut-off run."""
     from harness.measure.run import RunOptions, effective_suite, run_suite
@@ -89,7 +91,7 @@ def reproduce(
         )
         return
     folder = run_suite(spec, suite_file=file, options=options, console=console)
-    finish_against(folder, promising, claims=registry, readme=readme)
+    finish_against(folder, promising, claims=registry, readme=readme, shows_all=shows_all)
 
 
 def claims_command(
@@ -123,9 +125,12 @@ def report(
         Path | None, typer.Option(help="file between whose markers the tables are written, such as README.md")
     ] = None,
     unsealed: UnsealedOption = False,
+    shows_all: AllOption = False,
 ) -> None:
     """Judge a record of any kind again and write its report. This needs no device.
 
     A record that is not as it was sealed is refused.
     """
-    finish(find_record(record), claims=load_claims(claims), readme=readme, unsealed=unsealed)
+    finish(
+        find_record(record), claims=load_claims(claims), readme=readme, unsealed=unsealed, shows_all=shows_all
+    )

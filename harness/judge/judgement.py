@@ -162,8 +162,10 @@ class ClaimVerdict(Frozen):
 
     Where `decides` is false, it is the verdict of a further form, which is shown and does not count.
     `turns` says with which other values of this project's settings the verdict is another one. `power` says
-    what a sample of this size and spread can tell; it is empty where the test is exact. `is_ours` marks a
-    statement of this project about the paper's figures, which does not count either.
+    what a sample of this size and spread can tell; it is empty where the test is exact. `prompts_needed` says
+    how many prompts would decide an inconclusive one, None where that is not known. `is_ours` marks a
+    statement of this project about the paper's figures, which does not count either; `is_claim` is false of
+    what no result claims: definitions, settings, facts about code, figures of others.
     """
 
     claim_id: str
@@ -177,8 +179,10 @@ class ClaimVerdict(Frozen):
     reason: str
     turns: tuple[str, ...] = ()
     power: str = ""
+    prompts_needed: int | None = None
     decides: bool = True
     is_ours: bool = False
+    is_claim: bool = True
 
     @property
     def counts(self) -> bool:

@@ -46,6 +46,7 @@ from harness.report.tables.ablation import (
     row_cells,
 )
 from harness.report.tables.run import render_verdicts
+from harness.report.tables.words import shown
 from harness.specs.ablation import START_ARM
 from harness.stats import Interval
 
@@ -193,7 +194,7 @@ def print_ablation(console: Console, rows: Sequence[AblationRow], verdicts: Sequ
     for verdict in verdicts:
         if verdict.kind is not VerdictKind.NOT_TESTED:
             console.print(
-                f"{verdict.claim_id}: {verdict.kind.value} ({verdict.ours})", highlight=False, markup=False
+                f"{verdict.claim_id}: {shown(verdict)} ({verdict.ours})", highlight=False, markup=False
             )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.judge.claims.standing import RecordVerdict, Standing
 from harness.report.formatting import ABSENT, count, page, paragraphs, section, table
 from harness.report.tables.run import marked_verdict, named_claims
+from harness.report.tables.words import WORDS_NOTE, shown
 from harness.specs.claims import ClaimsFile, Group
 
 CLAIMS_PAGE = "claims.md"
@@ -24,10 +25,11 @@ GROUPS: dict[Group, str] = {
 _NOTE = """\
 *record*: the one that decides, by the rule above, whatever it finds. In brackets after a verdict: what it is
 with other values of settings that are this project's own. *power*: how often samples of this size and spread
-say `reproduced`, at the size that the paper states, where there is no difference, or from which size on in
+say that it holds, at the size that the paper states, where there is no difference, or from which size on in
 80 %; and at the bound itself, where it is an error. *elsewhere*: what other records find by the same
-test, where it is not the same; of a speed it says where that machine shares no more than the name. A claim
-that fails is a finding, not an error."""
+test, where it is not the same; of a speed it says where that machine shares no more than the name.
+"""
+_NOTE += WORDS_NOTE
 
 
 def render_claims_page(registry: ClaimsFile, standings: Sequence[Standing]) -> str:
@@ -132,7 +134,7 @@ def _differing(standing: Standing, other: RecordVerdict) -> str:
     mine, apart = standing.decides, standing.apart(other)
     is_one_name = mine is not None and mine.record.split("/")[-2] == other.record.split("/")[-2]
     why = f"; {apart}" if apart is not None and is_one_name else ""
-    return f"{other.verdict.kind.value} ({_link(other)}{why})"
+    return f"{shown(other.verdict)} ({_link(other)}{why})"
 
 
 def _link(found: RecordVerdict) -> str:

@@ -45,15 +45,13 @@ from harness.report.tables.run import (
     verdicts_in_words,
     verdicts_on_run,
 )
+from harness.report.tables.words import WORDS_NOTE
 from harness.safe_text import page_text
 
 _ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
-_VERDICT_NOTE = """\
-*Reproduced*: the claim's shape (an order, a sign, a trend, an identity) holds on this model; its interval
-lies on the claim's side of a bound that was set before the run. *Inconclusive*: the interval holds the
-bound. Claims in one row are decided by one test and count once. A claim that fails is a finding, not an
-error. Why each verdict is what it is, and the claims that rest on the paper's own figures, stand in the
-report."""
+_VERDICT_NOTE = f"""\
+{WORDS_NOTE} Claims in one row are decided by one test and count once. Why each verdict is what it is, and the
+claims that rest on the paper's own figures, stand in the report."""
 _ARMS_NOTE = """\
 *tokens/step*: tokens that one decoding step yields on average; vanilla's is 1. *overhead*: mean step
 latency against the baseline arm's, draft heads and bookkeeping included. *speedup*: tokens/s against the

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement, VerdictKind, by_test
+from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records.run import RunRecord
-from harness.report.formatting import ABSENT, cell, count, heading, megabytes, page, ratio_interval, section
+from harness.report.formatting import cell, count, heading, megabytes, page, ratio_interval, section
 from harness.report.limits import under_measured_note
 from harness.report.noise import render_disturbance
 from harness.report.provenance import describe_commit, describe_device, relative_folder, render_provenance
@@ -35,7 +30,7 @@ from harness.report.tables.run import (
     comparisons_by_arm,
     count_verdicts,
     estimates_note,
-    named_claims,
+    headline_arm,
     render_arms_table,
     render_category_tables,
     render_consistency_table,
@@ -44,16 +39,7 @@ from harness.report.tables.run import (
     render_verdict_table,
     verdicts_in_words,
 )
-from harness.specs.suite import FastestTree
 from harness.stats import Interval
-
-_STYLES = {
-    VerdictKind.REPRODUCED: "green",
-    VerdictKind.NOT_REPRODUCED: "red",
-    VerdictKind.INCONCLUSIVE: "yellow",
-    VerdictKind.NOT_DECIDABLE: "dim",
-    VerdictKind.NOT_TESTED: "dim",
-}
 
 
 def render_report(record: RunRecord, judgement: Judgement) -> str:
@@ -128,21 +114,6 @@ def render_summary(record: RunRecord, judgement: Judgement) -> str:
     return section(
         "Summary", start, verdicts, render_headline_arm(record, judgement), _no_speed_reason(record)
     )
-
-
-def headline_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
-    """Return the arm that the run is told by, chosen before it ran; None where it has no figure.
-
-    It is the one that the suite names, else the one whose tree is the fastest by its calibration text, else
-    the first that drafts.
-    """
-    suite = record.suite
-    fastest = [name for name in suite.greedy_arms if isinstance(suite.arm(name).tree, FastestTree)]
-    name = next(iter([*filter(None, [suite.headline_arm]), *fastest, *suite.greedy_arms]), None)
-    arm = next((arm for arm in judgement.arms if arm.arm == name), None)
-    if arm is None or not isfinite(arm.acceleration_rate.estimate):
-        return None
-    return arm if not record.reports_speed or arm.arm in comparisons_by_arm(judgement) else None
 
 
 def headline(judgement: Judgement, record: RunRecord, *, base: Path | None = None) -> dict[str, Any]:
@@ -245,38 +216,3 @@ def _arms(record: RunRecord, judgement: Judgement) -> list[str]:
         render_latency_table(record, judgement),
         under_measured_note(record.device_limits) if speed else "",
     ]
-
-
-def print_verdicts(console: Console, judgement: Judgement) -> None:
-    """Print the paper's claims that were tested with their verdicts, and how many were not."""
-    grid = Table(title=f"Claims tested by suite {judgement.suite}")
-    for column in ("claim", "what the paper states", "paper", "ours", "verdict"):
-        grid.add_column(column, no_wrap=column in ("claim", "verdict"))
-    for verdict, *others in by_test(judgement.verdicts):
-        if verdict.kind is not VerdictKind.NOT_TESTED and verdict.counts:
-            figures = (
-                named_claims([(one.claim_id, "") for one in (verdict, *others)], short=True),
-                verdict.stated,
-                verdict.paper_figure or ABSENT,
-                verdict.ours or ABSENT,
-            )
-            grid.add_row(
-                *(Text(figure) for figure in figures), Text(verdict.kind.value, style=_STYLES[verdict.kind])
-            )
-    if not judgement.valid_texts:
-        console.print(
-            Text("INVALID: a validity check failed; the figures below may not be cited.", style="bold red")
-        )
-    elif judgement.withheld is not None:
-        console.print(
-            Text(f"No speed is shown, since checks of times failed: {judgement.withheld}.", style="bold red")
-        )
-    console.print(grid)
-    not_tested = count_verdicts(judgement)[VerdictKind.NOT_TESTED.value]
-    if not_tested:
-        console.print(
-            Text(
-                f"{count(not_tested, 'further claim')} not tested: the report says what each would take.",
-                style="dim",
-            )
-        )

@@ -10,9 +10,10 @@ from typing import Literal, TypeVar
 
 from harness.judge.judgement import VerdictKind
 from harness.specs.forms.paper import Form, VariedForm
-from harness.stats import FigureKind, Interval, chance_above, chance_within, least_detected
+from harness.stats import FigureKind, Interval, chance_above, chance_within, least_detected, units_needed
 
 FormT = TypeVar("FormT", bound=Form)
+_MOST_PROMPTS = 100_000  # a claim that needs more is decided by none
 
 _WORST_FIRST = (
     VerdictKind.NOT_TESTED,
@@ -55,6 +56,15 @@ class Asked:
         return least_detected(self.interval, bound=self.bound)
 
     @property
+    def prompts_needed(self) -> float:
+        """Return with how many prompts such an interval would decide four times in five, if it is right.
+
+        Infinite where the estimate lies on the bound.
+        """
+        far = abs(self.interval.estimate) if self.side == "within" else self.interval.estimate
+        return units_needed(self.interval, distance=abs(far - self.bound))
+
+    @property
     def _turned(self) -> Asked:
         flipped = {
             "estimate": -self.interval.estimate,
@@ -84,6 +94,14 @@ class Finding:
     figure_kind: FigureKind | None
     turns: tuple[str, ...] = ()
     asked: tuple[Asked, ...] = ()
+
+    @property
+    def prompts_needed(self) -> int | None:
+        """Return how many prompts would decide what is open; None where nothing is, or no number would."""
+        open_ones = [one for one in self.asked if one.kind is VerdictKind.INCONCLUSIVE]
+        most = max((one.prompts_needed for one in open_ones), default=math.inf)
+        is_open = self.kind is VerdictKind.INCONCLUSIVE
+        return math.ceil(most) if is_open and most < _MOST_PROMPTS else None
 
     def power(self, effects: Sequence[float] = ()) -> str:
         """Return what samples of this size and spread can tell; empty for a test that is exact.
@@ -146,7 +164,7 @@ def varied(form: FormT, test: Callable[[FormT], Finding]) -> Finding:
             elif other.kind is found.kind:
                 same.append(name)
             else:
-                turns.append(f"{other.kind.value} with {name}")
+                turns.append(f"{holds(other.kind)} with {name}")
     notes = (
         f"it turns: {', '.join(turns)}" if turns else "",
         f"the same with {', '.join(same)}" if same else "",

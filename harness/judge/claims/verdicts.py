@@ -52,8 +52,10 @@ def verdict(
         reason=finding.reason,
         turns=finding.turns,
         power=finding.power(by.effects if by is not None else ()),
+        prompts_needed=finding.prompts_needed,
         decides=decides,
         is_ours=claim.kind in _OURS,
+        is_claim=claim.kind == "claim",
     )
 
 

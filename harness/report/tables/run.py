@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from harness.judge.judgement import (
     MAX_MEDIANS_APART,
@@ -17,6 +18,7 @@ from harness.judge.metrics import compare, original_baseline
 from harness.records.run import RunRecord
 from harness.report.formatting import (
     ABSENT,
+    count,
     megabytes,
     milliseconds,
     percent,
@@ -25,19 +27,20 @@ from harness.report.formatting import (
     ratio_interval,
     table,
 )
-from harness.specs.suite import GreedyAcceptance
+from harness.report.tables.words import WORDS_NOTE, shown
+from harness.specs.suite import FastestTree, GreedyAcceptance
 
 VERDICT_NOTE = """\
 *Kind of figure*: `measured` in this run; `replayed` from its trace of ranks; `composed` of a replay and
 measured step times; `predicted` by a model of the hardware; `computed` from the paper's own figures. In
-brackets the form of the test: `literal` = the paper's own model and setting; `transfer` = the claim's shape
-(an order, a sign, a trend, an identity), which should hold on any model; `paper-only` = arithmetic that needs
-no run. `inconclusive` = the interval lies on both sides of the bound that was fixed before the run. `not
-decidable here` = the device fixes the outcome before the run. A claim that fails is a finding, not an error.
-*power* = how often samples of this size and spread say `reproduced`: at the size that the paper states, where
-there is no difference, or from which size on in 80 %; and at the bound itself, where it is an error. Claims
-in one row are decided by one test and count once. *also* = a further form of the claim above it: it decides
-nothing and is not counted."""
+brackets the form of the test: `literal` = the paper's own model and setting; `transfer` = the claim's shape,
+which should hold on any model; `paper-only` = arithmetic that needs no run. *Cannot be decided here*: the
+device fixes the outcome before the run. *power* = how often samples of this size and spread say that it
+holds: at the size that the paper states, where there is no difference, or from which size on in 80 %; and at
+the bound itself, where it is an error. Claims in one row are decided by one test and count once. *also* = a
+further form of the claim above it: it decides nothing and is not counted.
+"""
+VERDICT_NOTE += WORDS_NOTE
 _MOST_IDS = 4  # in a row of a short table
 
 PAPER_STATES, WE_STATE = "what the paper states", "what we state of the paper"
@@ -72,6 +75,21 @@ def comparisons_by_arm(judgement: Judgement) -> dict[str, Comparison]:
     return {comparison.arm: comparison for comparison in judgement.comparisons}
 
 
+def headline_arm(record: RunRecord, judgement: Judgement) -> ArmMetrics | None:
+    """Return the arm that the run is told by, chosen before it ran; None where it has no figure.
+
+    It is the one that the suite names, else the one whose tree is the fastest by its calibration text, else
+    the first that drafts.
+    """
+    suite = record.suite
+    fastest = [name for name in suite.greedy_arms if isinstance(suite.arm(name).tree, FastestTree)]
+    name = next(iter([*filter(None, [suite.headline_arm]), *fastest, *suite.greedy_arms]), None)
+    arm = next((arm for arm in judgement.arms if arm.arm == name), None)
+    if arm is None or not isfinite(arm.acceleration_rate.estimate):
+        return None
+    return arm if not record.reports_speed or arm.arm in comparisons_by_arm(judgement) else None
+
+
 def count_verdicts(judgement: Judgement) -> dict[str, int]:
     """Return how many of the paper's claims got each verdict, kinds without any included.
 
@@ -82,22 +100,34 @@ def count_verdicts(judgement: Judgement) -> dict[str, int]:
 
 
 def verdicts_in_words(judgement: Judgement) -> str:
-    """Return how many claims got each verdict, and how many of those decided rest on arithmetic alone."""
-    undecided = (VerdictKind.NOT_TESTED, VerdictKind.NOT_DECIDABLE)
-    counted = [verdict for verdict in judgement.verdicts if verdict.counts and verdict.kind not in undecided]
-    tested = [group[0] for group in by_test(counted)]
-    counts = ", ".join(
-        f"{number} {kind}"
-        for kind, number in count_verdicts(judgement).items()
-        if number or kind != VerdictKind.NOT_DECIDABLE.value
+    """Return how many claims came out how, how many of the decided rest on arithmetic, and how many are left.
+
+    Of what was not tested only claims count: definitions, settings and figures of others are none.
+    """
+    counts = count_verdicts(judgement)
+    holds, fails, opens, nowhere = (
+        counts[kind.value]
+        for kind in (
+            VerdictKind.REPRODUCED,
+            VerdictKind.NOT_REPRODUCED,
+            VerdictKind.INCONCLUSIVE,
+            VerdictKind.NOT_DECIDABLE,
+        )
     )
-    alone = sum(verdict.form == "paper-only" for verdict in tested)
-    if not alone:
-        return f"{counts}."
-    return (
-        f"{counts}. Of the {len(tested)} tested {len(tested) - alone} rest on this run, {alone} on "
-        "arithmetic with the paper's figures."
-    )
+    tested = [group[0] for group in by_test(one for one in judgement.verdicts if one.counts)]
+    alone = sum(one.form == "paper-only" and one.kind is not VerdictKind.NOT_TESTED for one in tested)
+    parts = [
+        f"{holds} hold",
+        f"{fails} {'fails' if fails == 1 else 'fail'}",
+        f"{opens} {'is' if opens == 1 else 'are'} open",
+        f"{nowhere} cannot be decided here" if nowhere else "",
+    ]
+    text = ", ".join(filter(None, parts)) + "."
+    if alone:
+        rest = "rests" if alone == 1 else "rest"
+        text += f" {alone} of them {rest} on arithmetic with the paper's figures, the others on this run."
+    left = sum(one.kind is VerdictKind.NOT_TESTED and one.is_claim and one.counts for one in tested)
+    return text + (f" Not tested by it: {count(left, 'further claim')}." if left else "")
 
 
 def render_verdict_table(judgement: Judgement) -> str:
@@ -302,7 +332,7 @@ def _tested(judgement: Judgement) -> list[ClaimVerdict]:
 
 def marked_verdict(verdict: ClaimVerdict) -> str:
     """Return a verdict for a table's cell, with what it turns to where our own settings have other values."""
-    word = f"**{verdict.kind.value}**" if verdict.decides else f"also: {verdict.kind.value}"
+    word = f"**{shown(verdict)}**" if verdict.decides else f"also: {shown(verdict)}"
     return f"{word} ({', '.join(verdict.turns)})" if verdict.turns else word
 
 

@@ -36,6 +36,7 @@ from harness.report.formatting import (
     significant,
     table,
 )
+from harness.report.tables.words import shown
 from harness.specs.claims import ClaimSpec
 from harness.specs.quoted import QuotedRow
 
@@ -175,7 +176,7 @@ def _verdict_cells(verdict: ClaimVerdict) -> tuple[object, ...]:
         f"{verdict.claim_id} ({verdict.place})",
         verdict.stated,
         ours,
-        f"**{verdict.kind.value}**",
+        f"**{shown(verdict)}**",
         verdict.reason,
     )
 

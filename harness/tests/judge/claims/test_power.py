@@ -82,3 +82,46 @@ def test_power_names_the_papers_size_where_it_is_stated_and_multiplies_chances()
     assert part.power((0.9,)).startswith("< 1 %") and part.power((1.3,)).startswith("> 99 %")
     exact = Finding(VerdictKind.REPRODUCED, "", "", "computed")
     assert exact.power((2.0,)) == ""
+
+
+def test_so_many_prompts_decide_what_is_open_four_times_in_five() -> None:
+    """Drawn: 40 prompts whose mean is 1.05 leave it open; as many as are needed show it to be above 1."""
+    rng, truth = np.random.default_rng(4), 1.05
+    half = 1.96 * SPREAD / math.sqrt(NUM_PROMPTS)
+    few = Interval(estimate=truth, low=truth - half, high=truth + half, level=0.95, num_prompts=NUM_PROMPTS)
+    asked = Asked(few, 1.0)
+    assert asked.kind is VerdictKind.INCONCLUSIVE
+    needed = math.ceil(asked.prompts_needed)
+    assert 250 < needed < 320, "(1.96 + 0.84)^2 times the spread over the distance, squared, is 282"
+    means = truth + SPREAD / math.sqrt(needed) * rng.standard_normal(4000)
+    found = np.mean(means - 1.96 * SPREAD / math.sqrt(needed) > 1.0)
+    assert abs(found - 0.8) < 0.04
+    turned = Asked(few, 1.0, "below")
+    assert turned.prompts_needed == asked.prompts_needed, "it would show the contrary as soon"
+
+
+def test_a_difference_within_its_margin_needs_prompts_by_its_room() -> None:
+    half = 0.06
+    for estimate, room in ((0.0, 0.05), (-0.02, 0.03), (0.08, 0.03)):
+        interval = Interval(
+            estimate=estimate, low=estimate - half, high=estimate + half, level=0.9, num_prompts=40
+        )
+        one = Asked(interval, 0.05, "within")
+        alone = Asked(interval, estimate - room)
+        assert one.prompts_needed == pytest.approx(alone.prompts_needed)
+
+
+def test_no_number_of_prompts_decides_a_bound_that_was_hit_or_a_claim_that_is_not_open() -> None:
+    def finding(estimate: float, *, kind: VerdictKind = VerdictKind.INCONCLUSIVE) -> Finding:
+        interval = Interval(estimate=estimate, low=0.9, high=1.2, level=0.95, num_prompts=16)
+        decided = Interval(estimate=3.0, low=2.0, high=4.0, level=0.95, num_prompts=16)
+        return Finding(kind, "", "", "measured", asked=(Asked(interval, 1.0), Asked(decided, 1.0)))
+
+    needed = finding(1.05).prompts_needed
+    assert needed == math.ceil(finding(1.05).asked[0].prompts_needed), "of the part that is open alone"
+    assert finding(1.0).prompts_needed is None and finding(1.0001).prompts_needed is None
+    assert finding(1.05, kind=VerdictKind.NOT_REPRODUCED).prompts_needed is None
+    exact = Finding(VerdictKind.INCONCLUSIVE, "", "", "computed")
+    assert exact.prompts_needed is None
+    single = Interval(estimate=2.0, low=-math.inf, high=math.inf, level=0.95, num_prompts=1)
+    assert Asked(single, 1.0).prompts_needed == math.inf
