@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from harness.judge.anatomy.oracle import oracles
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records.run import RunRecord
 from harness.report.formatting import cell, count, heading, megabytes, page, ratio_interval, section
@@ -23,6 +24,7 @@ from harness.report.run_evidence import (
     render_step_costs,
 )
 from harness.report.tables.acceptance import render_acceptance
+from harness.report.tables.oracle import oracle_sentence, render_oracles
 from harness.report.tables.run import (
     CONSISTENCY_NOTE,
     VERDICT_NOTE,
@@ -57,6 +59,7 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
         ),
         section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
         section("Acceptance", render_acceptance(record)),
+        section("How far from the best", render_oracles(record, judgement)),
         section("Per category of prompt", render_category_tables(record, judgement)),
         section("Predicted against measured", render_predictions(record, judgement)),
         section("Where a step goes", render_profile(record)),
@@ -174,8 +177,13 @@ def render_headline_arm(record: RunRecord, judgement: Judgement) -> str:
     return (
         f"{text} at {ratio_interval(comparison.overhead)} times the step latency: **speedup "
         f"{ratio_interval(comparison.speedup)}** over "
-        f"`{comparison.baseline}` (decode clock). {spread}"
+        f"`{comparison.baseline}` (decode clock). {spread}{_oracle_of(record, arm.arm)}"
     )
+
+
+def _oracle_of(record: RunRecord, arm: str) -> str:
+    found = next((one for one in oracles(record) if one.arm == arm), None)
+    return f" {oracle_sentence(found)}" if found is not None else ""
 
 
 def _no_speed_reason(record: RunRecord) -> str:

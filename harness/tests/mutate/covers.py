@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "harness/judge/ablation.py": _OF_ABLATIONS,
     "harness/judge/anatomy/acceptance.py": ("harness/tests/judge/anatomy/test_acceptance.py",),
+    "harness/judge/anatomy/oracle.py": ("harness/tests/judge/anatomy/test_oracle.py",),
     "harness/judge/checks.py": (
         f"{_KNOWN}/test_edges_of_forms.py",
         f"{_KNOWN}/test_findings_of_checks.py",

@@ -12,6 +12,8 @@ from harness.judge.anatomy.oracle import oracle_step_s, oracles
 from harness.records.probes import StepCost, StepCosts
 from harness.records.run import RunRecord
 from harness.records.trials import Generation
+from harness.report.formatting import percent, ratio_interval
+from harness.report.run import render_report
 from harness.tests.fake_judgement import judge
 from harness.tests.fake_record import FakeParts, write_fake_record
 
@@ -97,3 +99,7 @@ def test_the_default_records_oracle_gives_back_its_speedups() -> None:
         assert one.speedup.estimate / (one.acceptance * one.cost) == pytest.approx(speedup.estimate, rel=0.01)
     (fastest,) = (one for one in found if one.arm == "fastest")
     assert fastest.of == "optimised" and 1.5 < fastest.speedup.estimate < 1.8
+    report = render_report(record, judge(record))
+    assert "## How far from the best" in report
+    told = f"The best that these heads allow on this device is {ratio_interval(fastest.speedup)}; "
+    assert f"{told}{percent(fastest.cost_share)} of the gap is the step's cost." in report
