@@ -14,7 +14,7 @@ from harness.cli.marked import marked_lines
 from harness.cli.options import console
 from harness.errors import ExitCode, UserError
 from harness.files import read_text, write_bytes
-from harness.judge.judgement import CheckStatus
+from harness.judge.judgement import CheckStatus, Judgement
 from harness.judge.latency_checks import latency_checks
 from harness.judge.run import judge
 from harness.paths import default_results
@@ -111,11 +111,24 @@ def _write_report(record: RecordFolder, text: str) -> None:
 def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec], *, shows_all: bool) -> Told:
     judgement = judge(record, claims=claims)
     record = record.withholding(judgement.withheld)
-    _write_report(record, render_report(record, judgement))
+    _write_report(record, render_report(record, judgement, figures=_drawn(record, judgement)))
     where = relative_folder(record.folder / REPORT_FILE, base=Path.cwd())
     print_ending(SafeConsole(), record, judgement, report=where, shows_all=shows_all)
     is_valid = judgement.valid and not record.failures
     return Told(headline(judgement, record), run_block(record, judgement), is_valid)
+
+
+def _drawn(record: RunRecord, judgement: Judgement) -> tuple[str, ...]:
+    """Draw a run's figures next to its report and return their names; none without matplotlib."""
+    if not record.reports_speed or record.unsealed is not None:
+        return ()
+    from harness.report.figures.run import draw_run
+
+    try:
+        return draw_run(record, judgement, record.folder / "figures")
+    except UserError as error:
+        _say_no("figures", error)
+        return ()
 
 
 def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:

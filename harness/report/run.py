@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.judge.anatomy.oracle import oracles
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records.run import RunRecord
+from harness.report.figures.run import ACCEPTANCE_FILE, SPEED_FILE, speed_title
 from harness.report.formatting import cell, count, heading, megabytes, page, ratio_interval, section
 from harness.report.limits import under_measured_note
 from harness.report.noise import render_disturbance
@@ -44,12 +46,13 @@ from harness.report.tables.run import (
 from harness.stats import Interval
 
 
-def render_report(record: RunRecord, judgement: Judgement) -> str:
-    """Return the whole report of a run."""
+def render_report(record: RunRecord, judgement: Judgement, *, figures: Sequence[str] = ()) -> str:
+    """Return the whole report of a run; `figures` are those of `figures.run` that were drawn next to it."""
     not_tested, own = render_not_tested_table(judgement), render_consistency_table(judgement)
     return page(
         render_heading(record),
         render_summary(record, judgement),
+        _picture(SPEED_FILE, speed_title(record, judgement), among=figures),
         section("Verdicts", _invalid_note(judgement), render_verdict_table(judgement), VERDICT_NOTE),
         section("Is the paper consistent?", own, CONSISTENCY_NOTE) if own else "",
         section(
@@ -58,7 +61,11 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
             not_tested,
         ),
         section("Arms", _invalid_note(judgement), *_arms(record, judgement)),
-        section("Acceptance", render_acceptance(record)),
+        section(
+            "Acceptance",
+            _picture(ACCEPTANCE_FILE, "How acceptance falls with depth", among=figures),
+            render_acceptance(record),
+        ),
         section("How far from the best", render_oracles(record, judgement)),
         section("Per category of prompt", render_category_tables(record, judgement)),
         section("Predicted against measured", render_predictions(record, judgement)),
@@ -72,6 +79,10 @@ def render_report(record: RunRecord, judgement: Judgement) -> str:
         section("Failures", render_failures(record)),
         section("Provenance", render_provenance(record)),
     )
+
+
+def _picture(name: str, title: str, *, among: Sequence[str]) -> str:
+    return f"![{cell(' '.join(title.split()))}](figures/{name})" if name in among else ""
 
 
 def render_heading(record: RunRecord) -> str:
