@@ -18,11 +18,12 @@ from harness.records.gpu.parts import CorpusRate, PartResult, TestCounts
 from harness.records.gpu.record import GpuManifest
 from harness.records.latency import BatchTrials, LatencyManifest, LatencyPoint, ModelFacts, ModeTrials
 from harness.records.probes import DeviceLimits, HeadsControl, Profile, Rounding, StepCost, StepCosts
+from harness.records.profiles.drawn import DrawnStep
 from harness.records.profiles.kernels import KernelRaces
 from harness.records.profiles.step import StepProfile
 from harness.records.profiles.training import TrainingProfile
 from harness.records.provenance import Environment
-from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest
+from harness.records.run import ArmTree, ArmTrees, Likelihoods, Manifest, TokenTexts
 from harness.records.sweep import SweepManifest, SweepOrigin, SweepTrees
 from harness.records.sweep_cells import SweepCell
 from harness.records.trace import TraceHeader
@@ -45,6 +46,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "heads_control": HeadsControl,
     "rounding": Rounding,
     "likelihoods": Likelihoods,
+    "tokens": TokenTexts,
     "manifest": Manifest,
     "judgement": Judgement,
     "ablation_spec": AblationSpec,
@@ -73,6 +75,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "sweep_manifest": SweepManifest,
     "step_profile": StepProfile,
     "training_profile": TrainingProfile,
+    "drawn_step": DrawnStep,
     "kernel_races": KernelRaces,
 }
 

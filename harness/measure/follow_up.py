@@ -14,7 +14,16 @@ from harness.measure import probes
 from harness.measure.session import Session, greedy_vanilla
 from harness.records.folder import file_of
 from harness.records.probes import Profile, StepCosts
-from harness.records.run import ARM_STEPS, TIE_SHIFTS, TRACE_FILE, Likelihood, Likelihoods, RunRecord
+from harness.records.run import (
+    ARM_STEPS,
+    TIE_SHIFTS,
+    TOKENS_FILE,
+    TRACE_FILE,
+    Likelihood,
+    Likelihoods,
+    RunRecord,
+    TokenTexts,
+)
 from harness.records.trials import Generation
 
 
@@ -30,10 +39,26 @@ def follow_up(session: Session, runners: Mapping[str, ArmRunner]) -> None:
         limits = better_limits(record.device_limits, session.device, dtype, clock=session.clock)
         write_json(folder / "device_limits.json", limits)
     _score_sampled(session, record.generations)
+    _write_token_texts(session, record.generations)
     costs = record.step_costs.costs if record.step_costs is not None else ()
     by_size = tuple(cost for cost in costs if cost.arm is None)
     of_arms = [one for one in ARM_STEPS.done(folder) if one.is_quiet(session.suite.disturbance)]
     write_json(folder / "step_costs.json", StepCosts(costs=(*by_size, *of_arms)))
+
+
+def _write_token_texts(session: Session, generations: Sequence[Generation]) -> None:
+    """Write what each kept token reads as; nothing for a model without a tokenizer."""
+    tokenizer = session.engine.loaded.tokenizer
+    ids = sorted({token for one in generations for token in one.token_ids})
+    if tokenizer is None or not ids:
+        return
+
+    def text(*tokens: int) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    before = text(ids[0])  # some tokenizers drop the blank that a text begins with
+    texts = {token: text(ids[0], token).removeprefix(before) for token in ids}
+    write_json(session.store.folder / TOKENS_FILE, TokenTexts(texts=texts))
 
 
 def _trace_vanilla(session: Session, record: RunRecord) -> None:

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -206,13 +206,17 @@ def _fill_record(
 ) -> None:
     """Probe, decode, score and seal."""
     suite, store, prompts = session.suite, session.store, session.prompts
+    began = [("loading", started), ("preparing", time.monotonic())]
     with device_turn(session):
         trees = prepare(session, calibrations, base_folder=base_folder)
     runners = arm_runners(session, trees)
     plan = make_plan(suite, [prompt.key for prompt in prompts])
+    began.append(("decoding", time.monotonic()))
     peak = run_blocks(session, runners, plan, started=started, budget_s=budget_s)
+    began.append(("following", time.monotonic()))
     with device_turn(session):
         follow_up(session, runners)
+    began.append(("", time.monotonic()))
     outcomes = RunRecord(store.folder).outcomes
     done = len({outcome.trial.prompt_key for outcome in outcomes})
     rounds = 1 + max(outcome.trial.round for outcome in outcomes)
@@ -234,6 +238,7 @@ def _fill_record(
         num_generations=len(record.generations),
         num_failures=len(record.failures),
         elapsed_s=time.monotonic() - started,
+        stages_s={name: end - begin for (name, begin), (_, end) in pairwise(began)},
         peak_memory_bytes=max(peak, peak_memory_bytes(session.device)),
     )
 

@@ -2,10 +2,10 @@
 
 A record folder holds `suite.toml`, `environment.json`, `trees.json`, `generations.jsonl` (appended line by
 line), what is measured apart from the trials (`step_costs.json`, `profile.json`, `device_limits.json`,
-`heads_control.json`, in half precision `rounding.json`), `trace.npz`, and, last, `manifest.json`, which seals
-it with the SHA-256 of every other file. What a suite's tuned backbone has of its own has `-tuned` in its name
-(`file_of`). Where a time budget was used up, `suite.toml` is what was run and `asked.toml` what was asked.
-No clock, device or torch is needed to read one.
+`heads_control.json`, in half precision `rounding.json`), `trace.npz`, `tokens.json`, and, last,
+`manifest.json`, which seals it with the SHA-256 of every other file. What a suite's tuned backbone has of its
+own has `-tuned` in its name (`file_of`). Where a time budget was used up, `suite.toml` is what was run and
+`asked.toml` what was asked. No clock, device or torch is needed to read one.
 """
 
 from __future__ import annotations
@@ -43,11 +43,22 @@ from medusa_impl.tree import DraftTree
 CALIBRATION_FILE, TRACE_FILE = "calibration.npz", "trace.npz"
 GENERATIONS_FILE, ARM_STEPS_FILE = "generations.jsonl", "arm_steps.jsonl"
 HEADS_CONTROL_FILE, ROUNDING_FILE = "heads_control.json", "rounding.json"
+TOKENS_FILE = "tokens.json"
 
 TIE_MARGIN_FLOAT32 = 5e-4  # rounding moved top-two gaps by at most 8e-5 in trials
 # Both runs may shift, each by up to the largest, from the pass whose gap classes them; and a few hundred
 # positions miss the rarest shift.
 TIE_SHIFTS = 2.0
+
+
+class TokenTexts(Versioned):
+    """What the kept tokens of a record read as, for pages that show its texts."""
+
+    schema_version: Annotated[Literal[1], VERSION] = 1
+    texts: dict[Count, str] = Field(
+        description="text of each token id that a generation kept, as it reads after another token; a part "
+        "of a character reads as a replacement mark"
+    )
 
 
 class ArmTree(Versioned):
@@ -98,6 +109,11 @@ class Manifest(Versioned):
     num_failures: Count = Field(description="trials that failed and were not repeated with success")
     finished_utc: Annotated[Utc, FINISHED_UTC]
     elapsed_s: Annotated[Seconds, ELAPSED_S]
+    stages_s: dict[Literal["loading", "preparing", "decoding", "following"], Seconds] = Field(
+        default={},
+        description="seconds of each stage of that session: loading and packing the model, timing steps and "
+        "growing trees, the trials, and what follows them; empty in older records",
+    )
     peak_memory_bytes: Count = Field(
         description="most bytes allocated in that session (on a CPU: resident in memory)"
     )
@@ -301,6 +317,11 @@ class RunRecord(RecordFolder):
     @cached_property
     def likelihoods(self) -> Likelihoods | None:
         return self._optional("likelihoods.json", Likelihoods)
+
+    @cached_property
+    def token_texts(self) -> TokenTexts | None:
+        """Return what kept tokens read as; None in older records, and for models without a tokenizer."""
+        return self._optional(TOKENS_FILE, TokenTexts)
 
     @cached_property
     def trace(self) -> Trace | None:

@@ -10,6 +10,8 @@ from typing import Any
 from harness.judge.anatomy.oracle import oracles
 from harness.judge.judgement import ArmMetrics, CheckStatus, Judgement
 from harness.records.run import RunRecord
+from harness.report.anatomy.acceptance import render_acceptance
+from harness.report.anatomy.oracle import oracle_sentence, render_oracles
 from harness.report.figures.run import ACCEPTANCE_FILE, SPEED_FILE, speed_title
 from harness.report.formatting import cell, count, heading, megabytes, page, ratio_interval, section
 from harness.report.limits import under_measured_note
@@ -25,8 +27,6 @@ from harness.report.run_evidence import (
     render_profile,
     render_step_costs,
 )
-from harness.report.tables.acceptance import render_acceptance
-from harness.report.tables.oracle import oracle_sentence, render_oracles
 from harness.report.tables.run import (
     CONSISTENCY_NOTE,
     VERDICT_NOTE,

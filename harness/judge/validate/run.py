@@ -21,6 +21,7 @@ from harness.records.run import (
     CALIBRATION_FILE,
     HEADS_CONTROL_FILE,
     ROUNDING_FILE,
+    TOKENS_FILE,
     TRACE_FILE,
     RunRecord,
     planned_trials,
@@ -45,6 +46,7 @@ def run_faults(folder: Path) -> tuple[str, ...]:
         "profile.json": lambda: record.profile,
         "device_limits.json": lambda: record.device_limits,
         "likelihoods.json": lambda: record.likelihoods,
+        TOKENS_FILE: lambda: record.token_texts,
         "manifest.json": lambda: record.manifest,
     }
     for backbone in get_args(BackboneName):

@@ -16,7 +16,7 @@ from harness.device.locks import device_turns
 from harness.errors import UserError
 from harness.files import write_json
 from harness.measure.latency.faults import release
-from harness.measure.training_profile import profile_training
+from harness.measure.profiles.training import profile_training
 from harness.records.gpu.parts import CorpusRate
 from harness.records.gpu.record import CORPUS_FILE, TRAINING_FILE
 from harness.safe_text import SafeConsole

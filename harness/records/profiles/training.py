@@ -2,7 +2,7 @@
 
     share = sum over dtypes (counted operations / matrix throughput) / seconds of a step
 
-How a profile is taken stands in `measure/training_profile.py`.
+How a profile is taken stands in `measure/profiles/training.py`.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from harness.judge.run import judge
 from harness.judge.validate.record import validate_record
 from harness.measure.run import _check_step_shapes
 from harness.records.run import RunRecord
-from harness.report.run import headline_arm, render_report
-from harness.report.tables.run import arms_note
+from harness.report.run import render_report
+from harness.report.tables.run import arms_note, headline_arm
 from harness.specs.recipe import JointRecipe
 from harness.specs.suite import FastestTree, TinyModelSpec, parse_suite
 from harness.tests.judge.test_speed_checks import NAMES as SPEED_CHECKS

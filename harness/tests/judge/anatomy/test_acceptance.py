@@ -10,8 +10,8 @@ import pytest
 from harness.judge.anatomy.acceptance import acceptances
 from harness.records.run import RunRecord
 from harness.records.trials import Generation
+from harness.report.anatomy.acceptance import render_acceptance, vllm_counters
 from harness.report.run import render_report
-from harness.report.tables.acceptance import render_acceptance, vllm_counters
 from harness.tests.fake_judgement import judge
 from harness.tests.fake_record import FakeParts, write_fake_record
 

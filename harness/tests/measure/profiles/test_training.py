@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from torch import nn
 from torch.optim import optimizer
 
-import harness.measure.training_profile
+import harness.measure.profiles.training
 import medusa_impl.training.medusa1
 from harness.device.engine import Engine
 from harness.errors import ExitCode, UserError
-from harness.measure.training_profile import heads_stages, joint_stages, one_batch, profile_training
+from harness.measure.profiles.training import heads_stages, joint_stages, one_batch, profile_training
 from harness.measure.watch import BACKBONE, HEADS_PARTS, OTHER, PartClock, ProductCounter, StepWatch
 from harness.paths import holds_absolute_path
 from harness.records.profiles.training import (
@@ -95,7 +95,7 @@ def profiled(data: dict[str, Any], *, num_steps: int = 1) -> TrainingProfile:
 def heads_profile(folder: Path) -> TrainingProfile:
     with pytest.MonkeyPatch.context() as patch:
         # one batch is all there is: its targets are known
-        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)
+        patch.setattr(harness.measure.profiles.training, "_STATE_BATCHES", 1)
         return profiled(heads_data(folder), num_steps=2)
 
 
@@ -165,7 +165,7 @@ def test_heads_alone_are_counted_as_by_hand(heads_profile: TrainingProfile, fold
 def test_a_backbone_that_runs_with_the_heads_is_a_part_of_its_own(folder: Path) -> None:
     """Where no states are kept; the heads' parts are those that they have without it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.measure.training_profile, "_STATE_BATCHES", 1)
+        patch.setattr(harness.measure.profiles.training, "_STATE_BATCHES", 1)
         profile = profiled(heads_data(folder, features="none"))
     for stage in profile.stages:
         assert [part.name for part in stage.parts] == [BACKBONE, *HEADS_PARTS]

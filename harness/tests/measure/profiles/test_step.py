@@ -19,8 +19,8 @@ from harness.device.prompts import suite_prompts
 from harness.device.trace import calibration_of, record_trace
 from harness.errors import ExitCode, UserError
 from harness.files import write_json
+from harness.measure.profiles.step import kept_contexts, measure_sizes, nested_trees
 from harness.measure.run import describe
-from harness.measure.step_profile import kept_contexts, measure_sizes, nested_trees
 from harness.paths import holds_absolute_path
 from harness.records.profiles.step import PARTS, SizeProfile, StepProfile, parse_sizes, read_step_profile
 from harness.records.run import ArmTree

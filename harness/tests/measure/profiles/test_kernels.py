@@ -14,8 +14,8 @@ import torch
 
 from harness.cli.profile import profile_kernels_command
 from harness.errors import UserError
-from harness.measure import kernels
-from harness.measure.kernels import SMALL, num_races, run_races
+from harness.measure.profiles import kernels
+from harness.measure.profiles.kernels import SMALL, num_races, run_races
 from harness.records.profiles.kernels import Contender, KernelRaces, Race, read_kernel_races
 from harness.report.kernels import kernels_headline, render_kernel_races
 from harness.tests.tiny_suite import command
