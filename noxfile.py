@@ -28,9 +28,12 @@ SHARED, OLDEST = ROOT / ".nox" / "shared", ROOT / ".nox" / "oldest"
 PYPROJECT = ROOT / "pyproject.toml"
 
 
-def shared_python(session: nox.Session) -> str:
+def shared_python(session: nox.Session, *, for_readers: bool = False) -> str:
     """Return the Python of the shared environment, made or brought up to date first where its stamp does not
     match.
+
+    Those who read results alone get what measures, judges and reports; the first session of those who work on
+    the code adds linters, types and tests.
     """
     python = SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     constraints = os.environ.get("MEDUSA_REPRO_CONSTRAINTS", str(ROOT / "constraints.txt"))
@@ -47,11 +50,13 @@ def shared_python(session: nox.Session) -> str:
     ]
     fingerprint = hashlib.sha256(b"\0".join(inputs)).hexdigest()
     stamp = SHARED / "installed.sha256"
-    if stamp.is_file() and stamp.read_text() == fingerprint:
+    enough = {f"all {fingerprint}", *([f"reader {fingerprint}"] if for_readers else [])}
+    if stamp.is_file() and stamp.read_text() in enough:
         return str(python)
 
     stamp.unlink(missing_ok=True)  # an install that is cut short leaves no stamp
-    groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), "lint", "types", "tests")
+    extras, wanted = ("plots", ()) if for_readers else ("gpu,history,plots,ray", ("lint", "types", "tests"))
+    groups = nox.project.dependency_groups(nox.project.load_toml(PYPROJECT), *wanted)
     pinned = ["--constraint", constraints] if constraints else []
     session.run(
         sys.executable, "-m", "virtualenv", "--quiet", "--python", sys.executable, str(SHARED), external=True
@@ -63,11 +68,11 @@ def shared_python(session: nox.Session) -> str:
         "install",
         *pinned,
         "--editable",
-        f"{ROOT}[gpu,history,plots,ray]",
+        f"{ROOT}[{extras}]",
         *groups,
         external=True,
     )
-    stamp.write_text(fingerprint)
+    stamp.write_text(f"{'reader' if for_readers else 'all'} {fingerprint}")
     return str(python)
 
 
@@ -134,9 +139,10 @@ def oldest_python(session: nox.Session) -> str:
     return str(python)
 
 
-def run_module(session: nox.Session, module: str, *args: str) -> None:
+def run_module(session: nox.Session, module: str, *args: str, for_readers: bool = False) -> None:
     """Run `python -m module args`, then what the user wrote after `--`, in the shared environment."""
-    session.run(shared_python(session), "-m", module, *args, *session.posargs, external=True)
+    python = shared_python(session, for_readers=for_readers)
+    session.run(python, "-m", module, *args, *session.posargs, external=True)
 
 
 # Both read what they bring with them and ask no network.
@@ -248,7 +254,7 @@ def mutate(session: nox.Session) -> None:
 @nox.session
 def reproduce(session: nox.Session) -> None:
     """Fetch, measure, judge and report: the embedded suite, or the one named after --."""
-    run_module(session, "harness", "reproduce")
+    run_module(session, "harness", "reproduce", for_readers=True)
 
 
 @nox.session

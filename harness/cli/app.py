@@ -12,6 +12,7 @@ import os
 import sys
 import tomllib
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from harness.cli.ablate import ablate
 from harness.cli.compare import compare_command
 from harness.cli.data import assets, doctor, export_command, schemas, validate
 from harness.cli.devices import devices
+from harness.cli.explain import explain
 from harness.cli.gate import gate
 from harness.cli.gpu import gpu
 from harness.cli.history import history
@@ -47,33 +49,40 @@ from harness.paths import code_folder, without_paths
 
 DISTRIBUTION = "medusa-repro"
 
+# Each verb with the command that does it, and what its help ends with.
+_VERBS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("assets", assets, "medusa-repro assets smollm2-135m-instruct mt-bench"),
+    ("new-suite", new_suite, "medusa-repro new-suite --model ./my-model --out mine.toml"),
+    ("reproduce", reproduce, "medusa-repro reproduce embedded --limit 4"),
+    ("report", report, "medusa-repro report embedded --all"),
+    ("claims", claims_command, "medusa-repro claims --readme README.md"),
+    ("results", results, "medusa-repro results --check"),
+    ("compare", compare_command, "medusa-repro compare embedded 20261125T202908Z-e4ce6458"),
+    ("history", history, "medusa-repro history latency/embedded"),
+    ("train", train, "medusa-repro train embedded_medusa1 --dry-run"),
+    ("calibrate", calibrate, "medusa-repro calibrate embedded_medusa1 ./heads"),
+    ("distill", distill, "medusa-repro distill mine.toml"),
+    ("ablate", ablate, "medusa-repro ablate embedded_training_quick"),
+    ("trace", trace, "medusa-repro trace embedded trace.npz"),
+    ("profile", profile, "medusa-repro profile embedded"),
+    ("profile-training", profile_training_command, "medusa-repro profile-training embedded_medusa1"),
+    ("profile-kernels", profile_kernels_command, "medusa-repro profile-kernels"),
+    ("latency", latency, "medusa-repro latency gpu --shape vicuna-7b-v1.5 --dry-run"),
+    ("gpu", gpu, "medusa-repro gpu --dry-run"),
+    ("gate", gate, "medusa-repro gate --base HEAD~1"),
+    ("sweep", sweep, "medusa-repro sweep embedded --replay-only"),
+    ("devices", devices, "medusa-repro devices"),
+    ("search-tree", search_tree, "medusa-repro search-tree suites/embedded/calibration.npz"),
+    ("doctor", doctor, "medusa-repro doctor"),
+    ("validate", validate, "medusa-repro validate embedded"),
+    ("explain", explain, 'medusa-repro explain "Why is the sky blue?" --nodes 12'),
+    ("export", export_command, "medusa-repro export embedded figures.csv --format csv"),
+    ("schemas", schemas, "medusa-repro schemas ./schemas"),
+)
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-app.command()(assets)
-app.command("new-suite")(new_suite)
-app.command()(reproduce)
-app.command()(report)
-app.command("claims")(claims_command)
-app.command()(results)
-app.command("compare")(compare_command)
-app.command()(history)
-app.command()(train)
-app.command()(calibrate)
-app.command()(distill)
-app.command()(ablate)
-app.command()(trace)
-app.command()(profile)
-app.command("profile-training")(profile_training_command)
-app.command("profile-kernels")(profile_kernels_command)
-app.command()(latency)
-app.command()(gpu)
-app.command()(gate)
-app.command()(sweep)
-app.command()(devices)
-app.command("search-tree")(search_tree)
-app.command()(doctor)
-app.command()(validate)
-app.command("export")(export_command)
-app.command()(schemas)
+for _name, _verb, _example in _VERBS:
+    app.command(_name, epilog=f"Example: {_example}")(_verb)
 
 
 def code_version(code: Path) -> str:

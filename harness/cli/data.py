@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.table import Column, Table
@@ -15,13 +15,17 @@ from harness.cli.find import find_record
 from harness.cli.marked import marked_lines
 from harness.cli.options import HubOption, UnsealedOption, console
 from harness.errors import ExitCode, UserError
+from harness.judge.run import judge
 from harness.judge.schemas import write_schemas
 from harness.judge.validate.record import validate_record
 from harness.paths import cache_dir
-from harness.records.export import export
+from harness.records.export import export, write_target
 from harness.records.folder import kind_of
 from harness.records.opened import open_record
 from harness.records.run import RunRecord
+from harness.records.sweep import SweepRecord
+from harness.report.tables.logbook import FORMATS, LogbookFormat, logbook_bytes
+from harness.report.tables.schedule import schedule_data
 from harness.safe_text import SafeConsole
 from harness.specs.assets import load_asset_specs
 
@@ -79,14 +83,28 @@ def export_command(
         str,
         typer.Argument(help="a run's folder, or a name under results/, which means its newest record"),
     ],
-    target: Annotated[Path, typer.Argument(help=".csv or .parquet file to write")],
+    target: Annotated[
+        Path, typer.Argument(help="file to write: .csv or .parquet for trials and steps, any for a --format")
+    ],
     steps: Annotated[
         bool, typer.Option("--steps", help="write one row for each decoding step, not for each trial")
     ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="write verdicts and figures instead, as csv, parquet, bmf (Bencher) or trackio (a CSV for "
+            "trackio.import_csv); vllm: counters of accepted drafts under vLLM's names; schedule: of a "
+            "sweep, the best tree of each batch",
+        ),
+    ] = None,
     unsealed: UnsealedOption = False,
 ) -> None:
-    """Write a run's record as one flat table, for pandas and the like."""
+    """Write a run's record as one flat table for pandas and the like, or its findings for other tools."""
     folder = find_record(record)
+    if form is not None:
+        _export_findings(folder, target, form=form, steps=steps, unsealed=unsealed)
+        return
     if (kind := kind_of(folder)) != "suite":
         raise UserError(
             found=f"a record of kind {kind!r}", need="a run: only runs have a flat table", where=folder.name
@@ -98,6 +116,32 @@ def export_command(
         with marked_lines(opened.unsealed):
             print(f"{target.name}: every row says so in its column record")
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
+
+
+def _export_findings(folder: Path, target: Path, *, form: str, steps: bool, unsealed: bool) -> None:
+    """Write what was found of a sealed record in a format of other tools.
+
+    Raises: UserError for a format or record that do not go together, or a target that cannot be written.
+    """
+    if steps or unsealed:
+        raise UserError(
+            found="--format with --steps or --unsealed", need="one of them", where="the command line"
+        )
+    if form not in (*FORMATS, "schedule"):
+        raise UserError(
+            found=f"format {form!r}", need=f"one of {[*FORMATS, 'schedule']}", where="the command line"
+        )
+    opened = open_record(folder)
+    if form == "schedule" and isinstance(opened, SweepRecord):
+        content = (json.dumps(schedule_data(opened), indent=1, allow_nan=False) + "\n").encode()
+    elif form != "schedule" and isinstance(opened, RunRecord):
+        judgement = judge(opened)
+        record = opened.withholding(judgement.withheld)
+        content = logbook_bytes(record, judgement, form=cast(LogbookFormat, form))
+    else:
+        need = "a sweep" if form == "schedule" else "a run"
+        raise UserError(found=opened.noun, need=f"{need}'s record for --format {form}", where=folder.name)
+    write_target(target, content)
 
 
 def schemas(folder: Annotated[Path, typer.Argument(help="folder to write the schemas to")]) -> None:

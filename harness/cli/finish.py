@@ -30,6 +30,7 @@ from harness.records.profiles.training import TrainingProfile, read_training_pro
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.formatting import marked_page
+from harness.report.pages.run import PAGE_FILE, render_page
 from harness.report.provenance import relative_folder
 from harness.report.readme import (
     Block,
@@ -38,6 +39,7 @@ from harness.report.readme import (
     run_block,
     sweep_block,
     training_block,
+    trees_block,
     update_readme,
 )
 from harness.report.run import headline, render_report
@@ -48,10 +50,10 @@ from harness.specs.claims import ClaimSpec
 
 @dataclass(frozen=True)
 class Told:
-    """What is left to say of a record whose report is written: the JSON line, the README's block."""
+    """What is left to say of a record whose report is written: the JSON line, the blocks of pages."""
 
     headline: dict[str, Any]
-    block: Block | None
+    blocks: tuple[Block, ...] = ()
     is_valid: bool = True
 
 
@@ -60,14 +62,17 @@ def finish(
     *,
     claims: Sequence[ClaimSpec],
     readme: Path | None,
+    also: Sequence[Path] = (),
     unsealed: bool = False,
     shows_all: bool = False,
+    html: bool = True,
 ) -> None:
     """Write the report of a record, print its figures, end with one JSON line and its exit code.
 
-    `record` is the folder of a record of any kind, or the file of a profile. With `unsealed` an unfinished or
-    altered record is told of too: every line, the JSON and the report say so, the exit code is 2, and neither
-    the report of the sealed record nor a README is touched.
+    `record` is the folder of a record of any kind, or the file of a profile; `also` are further pages with
+    markers, besides the README. A run has a page for browsers as well, if `html` is. With `unsealed` an
+    unfinished or altered record is told of too: every line, the JSON and the report say so, the exit code is
+    2, and neither the report of the sealed record nor a README is touched.
     Raises: UserError for a folder or file that holds no record, or one that is not as it was sealed.
     """
     if unsealed and readme is not None:
@@ -79,16 +84,21 @@ def finish(
         return
     opened = open_record(record, unsealed=unsealed)
     with marked_lines(opened.unsealed):
-        told = _tell(opened, claims, shows_block=readme is not None, shows_all=shows_all)
+        shows_block = readme is not None or bool(also)
+        told = _tell(opened, claims, shows_block=shows_block, shows_all=shows_all, html=html)
     mark = {"unsealed": opened.unsealed} if opened.unsealed is not None else {}
     print(json.dumps({**mark, **told.headline}, allow_nan=False))
-    if readme is not None and told.block is not None:
-        update_readme(readme, told.block)
+    if told.blocks:
+        for page in (*also, readme):
+            if page is not None:
+                update_readme(page, *told.blocks)
     if opened.unsealed is not None or not told.is_valid:
         raise typer.Exit(ExitCode.INVALID_MEASUREMENT)
 
 
-def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool, shows_all: bool) -> Told:
+def _tell(
+    record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool, shows_all: bool, html: bool
+) -> Told:
     if isinstance(record, LatencyRecord):
         return _tell_latency(record, shows_block=shows_block)
     if isinstance(record, SweepRecord):
@@ -99,7 +109,7 @@ def _tell(record: AnyRecord, claims: Sequence[ClaimSpec], *, shows_block: bool, 
         return _tell_gpu(record)
     if isinstance(record, GateFolder):
         return _tell_gate(record)
-    return _tell_run(record, claims, shows_all=shows_all)
+    return _tell_run(record, claims, shows_all=shows_all, html=html)
 
 
 def _write_report(record: RecordFolder, text: str) -> None:
@@ -108,14 +118,16 @@ def _write_report(record: RecordFolder, text: str) -> None:
     write_bytes(record.folder / name, marked_page(text, unsealed=record.unsealed).encode())
 
 
-def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec], *, shows_all: bool) -> Told:
+def _tell_run(record: RunRecord, claims: Sequence[ClaimSpec], *, shows_all: bool, html: bool) -> Told:
     judgement = judge(record, claims=claims)
     record = record.withholding(judgement.withheld)
     _write_report(record, render_report(record, judgement, figures=_drawn(record, judgement)))
-    where = relative_folder(record.folder / REPORT_FILE, base=Path.cwd())
+    if html and record.unsealed is None:
+        write_bytes(record.folder / PAGE_FILE, render_page(record, judgement).encode())
+    where = relative_folder(record.folder / (PAGE_FILE if html else REPORT_FILE), base=Path.cwd())
     print_ending(SafeConsole(), record, judgement, report=where, shows_all=shows_all)
     is_valid = judgement.valid and not record.failures
-    return Told(headline(judgement, record), run_block(record, judgement), is_valid)
+    return Told(headline(judgement, record), (run_block(record, judgement),), is_valid)
 
 
 def _drawn(record: RunRecord, judgement: Judgement) -> tuple[str, ...]:
@@ -145,9 +157,8 @@ def _tell_latency(record: LatencyRecord, *, shows_block: bool) -> Told:
             markup=False,
             soft_wrap=True,
         )
-    return Told(
-        latency_headline(record), latency_block(record) if shows_block and is_valid else None, is_valid
-    )
+    blocks = (latency_block(record),) if shows_block and is_valid else ()
+    return Told(latency_headline(record), blocks, is_valid)
 
 
 def write_latency_report(folder: Path) -> None:
@@ -175,13 +186,13 @@ def _tell_ablation(record: AblationRecord, claims: Sequence[ClaimSpec], *, shows
     has_curves = record.unsealed is None and (folder / CURVES_FILE).exists()
     _write_report(record, render_ablation(record, rows, verdicts, has_curves=has_curves))
     print_ablation(SafeConsole(), rows, verdicts)
-    block = None
+    blocks: tuple[Block, ...] = ()
     if shows_block:
         above = folder.resolve().parents
         others = newest_ablations(above[2]) if len(above) > 2 else ()
         elsewhere = decided_elsewhere(claims, record, others)
-        block = ablation_block(record, rows, verdicts, elsewhere=elsewhere)
-    return Told(ablation_headline(record, rows, verdicts), block)
+        blocks = (ablation_block(record, rows, verdicts, elsewhere=elsewhere),)
+    return Told(ablation_headline(record, rows, verdicts), blocks)
 
 
 def _tell_gpu(record: GpuRecord) -> Told:
@@ -190,7 +201,7 @@ def _tell_gpu(record: GpuRecord) -> Told:
 
     _write_report(record, render_gpu_report(record))
     print_gpu(SafeConsole(), record)
-    return Told(gpu_headline(record), None, is_accepted(record))
+    return Told(gpu_headline(record), is_valid=is_accepted(record))
 
 
 def _tell_gate(record: GateFolder) -> Told:
@@ -200,7 +211,7 @@ def _tell_gate(record: GateFolder) -> Told:
     _write_report(record, render_gate_report(record))
     SafeConsole().print(render_gate_summary(record.gate), soft_wrap=True)
     is_valid = record.gate.exit_code != ExitCode.INVALID_MEASUREMENT
-    return Told(gate_headline(record.gate, record.folder.name), None, is_valid)
+    return Told(gate_headline(record.gate, record.folder.name), is_valid=is_valid)
 
 
 def write_gate_report(folder: Path) -> None:
@@ -228,7 +239,7 @@ def _tell_sweep(record: SweepRecord, claims: Sequence[ClaimSpec], *, shows_block
     print_sweep(SafeConsole(), record)
     return Told(
         sweep_headline(record, claims=claims),
-        sweep_block(record, figures=names) if shows_block else None,
+        (sweep_block(record, figures=names), trees_block(record)) if shows_block else (),
         all(failed.key.startswith("curve ") for failed in record.failed),
     )
 

@@ -26,7 +26,7 @@ def profile(
     hub: HubOption = False,
 ) -> None:
     """Say where the time of a decoding step goes, for vanilla and for trees of growing size."""
-    from harness.measure.step_profile import profile_suite
+    from harness.measure.profiles.step import profile_suite
     from harness.records.profiles.step import parse_sizes
 
     sizes = parse_sizes(nodes)
@@ -67,7 +67,7 @@ def profile_training_command(
     hub: HubOption = False,
 ) -> None:
     """Say what share of a device's matrix throughput training reaches, and where its other time goes."""
-    from harness.measure.training_profile import profile_training
+    from harness.measure.profiles.training import profile_training
     from harness.records.machines.identity import machine_slug
     from harness.specs.recipe import load_recipe
 
@@ -99,7 +99,7 @@ def profile_kernels_command(
     ] = None,
 ) -> None:
     """Race several ways to compute a part of a step, such as attention under a tree's mask."""
-    from harness.measure.kernels import race_kernels
+    from harness.measure.profiles.kernels import race_kernels
     from harness.records.machines.identity import machine_slug
     from harness.records.profiles.kernels import KernelRaces
 

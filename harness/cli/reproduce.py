@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,12 +24,17 @@ from harness.cli.options import (
     console,
 )
 from harness.files import write_text
-from harness.judge.claims.standing import finished_records, standings
+from harness.judge.claims.standing import (
+    RecordVerdict,
+    finished_records,
+    standings_of,
+    verdicts_by_claim,
+)
 from harness.paths import default_results
 from harness.report.claims import CLAIMS_PAGE, GROUPS, render_claims_page
-from harness.report.readme import claims_block, update_readme
+from harness.report.readme import answer_block, claims_block, update_readme
 from harness.safe_text import SafeConsole
-from harness.specs.claims import load_claims, load_registry
+from harness.specs.claims import ClaimsFile, load_claims, load_registry
 
 
 def reproduce(
@@ -66,8 +72,7 @@ def reproduce(
     """Run a suite, judge it by the paper's claims, write a report; the same command resumes a cut-off run."""
     from harness.measure.run import RunOptions, effective_suite, run_suite
 
-    spec, file = find_suite(suite)
-    registry = load_claims(claims)
+    (spec, file), registry = find_suite(suite), load_claims(claims)
     promising = promising_run(against)  # a wrong name ends here, not after the run
     options = RunOptions(
         results=results or default_results(),
@@ -104,12 +109,27 @@ def claims_command(
     """Say where every claim stands over all records, and write the page claims.md into the results folder."""
     home = results or default_results()
     registry = load_registry(claims)
-    found = standings(registry, finished_records(home))
-    write_text(home / CLAIMS_PAGE, render_claims_page(registry, found))
-    if readme is not None:
-        update_readme(readme, claims_block(found, results=home))
+    found = standings_of(
+        registry, make_claims_page(home, registry, pages=[readme] if readme is not None else [])
+    )
     counts = {group: sum(one.group == group for one in found) for group in GROUPS}
     print(json.dumps({"entries": len(found), **counts}))
+
+
+def make_claims_page(
+    home: Path, registry: ClaimsFile, *, pages: Sequence[Path]
+) -> dict[str, list[RecordVerdict]]:
+    """Write the page of all claims into a results folder, and their blocks into pages.
+
+    The result is what every record finds of each claim.
+    """
+    verdicts = verdicts_by_claim(registry, finished_records(home))
+    found = standings_of(registry, verdicts)
+    write_text(home / CLAIMS_PAGE, render_claims_page(registry, found))
+    blocks = claims_block(found, results=home), answer_block(registry, found, results=home)
+    for page in pages:
+        update_readme(page, *blocks)
+    return verdicts
 
 
 def report(

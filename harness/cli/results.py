@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,22 +18,36 @@ import typer
 from harness.cli.devices import devices
 from harness.cli.finish import finish
 from harness.cli.options import ResultsOption, console
-from harness.cli.reproduce import claims_command
+from harness.cli.reproduce import make_claims_page
 from harness.errors import ExitCode, UserError
-from harness.files import file_sha256
+from harness.files import file_sha256, write_text
 from harness.judge.history.provenance import origin_of
 from harness.judge.validate.record import validate_record
 from harness.paths import default_results
 from harness.records.folder import MANIFEST_FILE, REPORT_FILE, RecordKind, kind_of
 from harness.records.opened import open_record
 from harness.records.provenance import Provenance
+from harness.report.pages.index import INDEX_FILE, entries, render_index
+from harness.report.pages.run import PAGE_FILE
 from harness.report.profiles import committed_profiles
-from harness.report.readme import block_names, shown_record, training_block, update_readme
-from harness.specs.claims import ClaimSpec, load_claims
+from harness.report.readme import (
+    block_names,
+    records_block,
+    shown_record,
+    training_block,
+    update_readme,
+)
+from harness.specs.claims import ClaimSpec, load_claims, load_registry
 
 README_FILE = "README.md"
 _MEASURES_NOTHING = "smoke"  # records of that suite, which git ignores
-_OVER_ALL_RECORDS = ("claims", "devices", "training")  # blocks that link no record of their own
+_OVER_ALL_RECORDS = (
+    "answer",
+    "claims",
+    "devices",
+    "records",
+    "training",
+)  # blocks that link no record of their own
 _PICTURES = (".png", ".svg")
 # Kinds with a folder of their own under results/; runs and ablations lie there by their suite's name.
 _FOLDER_OF: dict[RecordKind, tuple[str, ...]] = {
@@ -114,13 +128,18 @@ def results(
 def make_pages(home: Path, *, claims: Sequence[ClaimSpec]) -> list[str]:
     """Write every page, figure and README table again; return the records whose measurement is invalid.
 
+    Tables stand in the README next to the results folder and in the one within it.
     Raises: UserError for a record that is not as it was sealed, and for a README table of no one record.
     """
-    readme = home.parent / README_FILE
-    names = block_names(readme) if readme.is_file() else ()
-    shown = {shown_record(readme, name).resolve(): name for name in names if name not in _OVER_ALL_RECORDS}
+    pages = [page for page in (home.parent / README_FILE, home / README_FILE) if page.is_file()]
+    names = {page: block_names(page) for page in pages}
+    shown: dict[Path, list[Path]] = {}
+    for page in pages:
+        for name in names[page]:
+            if name not in _OVER_ALL_RECORDS:
+                shown.setdefault(shown_record(page, name).resolve(), []).append(page)
     records = _sealed(home)
-    if missing := [name for folder, name in shown.items() if folder not in records]:
+    if missing := [folder.name for folder in shown if folder not in records]:
         raise UserError(
             found=f"README tables of records that are not there: {', '.join(missing)}",
             need="each table's record under results/",
@@ -130,14 +149,30 @@ def make_pages(home: Path, *, claims: Sequence[ClaimSpec]) -> list[str]:
     invalid = []
     for folder in records:
         console.print(folder.relative_to(home.resolve()).as_posix(), highlight=False)
-        if not _told(folder, claims, readme=readme if folder in shown else None):
+        if not _told(folder, claims, pages=tuple(dict.fromkeys(shown.get(folder, ())))):
             invalid.append(folder.name)
-    with contextlib.redirect_stdout(io.StringIO()):
-        claims_command(results=home, readme=readme if "claims" in names else None)
-        devices(results=home, readme=readme if "devices" in names else None)
-    if "training" in names:
-        update_readme(readme, training_block(committed_profiles(home)))
+    _make_overviews(home, names)
     return invalid
+
+
+def _make_overviews(home: Path, names: Mapping[Path, Sequence[str]]) -> None:
+    """Write the pages over all records, and blocks that show them; `names` are the blocks by page."""
+
+    def showing(*wanted: str) -> list[Path]:
+        return [page for page in names if set(wanted) & set(names[page])]
+
+    registry = load_registry(None)
+    verdicts = make_claims_page(home, registry, pages=showing("claims", "answer"))
+    found = entries(home)
+    write_text(home / INDEX_FILE, render_index(found, registry, verdicts))
+    for page in showing("records"):
+        update_readme(page, records_block(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        of_devices: list[Path | None] = [*showing("devices")]
+        for place in of_devices or [None]:
+            devices(results=home, readme=place)
+    for page in showing("training"):
+        update_readme(page, training_block(committed_profiles(home)))
 
 
 def take_records(source: Path, home: Path, *, claims: Sequence[ClaimSpec]) -> Taken:
@@ -181,7 +216,7 @@ def _take(folder: Path, name: str, *, home: Path, claims: Sequence[ClaimSpec]) -
         copy.mkdir(parents=True)
         for file in (*record.manifest.sha256, MANIFEST_FILE):
             shutil.copyfile(record.file(Path(file).name), copy / Path(file).name)
-        if not _told(copy, claims, readme=None):
+        if not _told(copy, claims, pages=()):
             raise UserError(found="an invalid measurement", need="one that passed its checks", where=name)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(copy, target)
@@ -195,11 +230,12 @@ def _check_commit(origin: Provenance, *, where: str) -> None:
         )
 
 
-def _told(folder: Path, claims: Sequence[ClaimSpec], *, readme: Path | None) -> bool:
+def _told(folder: Path, claims: Sequence[ClaimSpec], *, pages: Sequence[Path]) -> bool:
     """Write a record's report as `report` does, without its output; return whether its figures are valid."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            finish(folder, claims=claims, readme=readme)
+            has_page = (folder / PAGE_FILE).exists()  # a committed record has one where somebody kept it
+            finish(folder, claims=claims, readme=None, also=pages, html=has_page)
     except typer.Exit as end:
         return end.exit_code == ExitCode.OK
     return True

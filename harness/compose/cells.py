@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from harness.compose.composer import KnotPrices, figure_kind
 from harness.compose.devices import PredictedCurve, StepTimes
 from harness.compose.plan import SweepPlan
+from harness.compose.schedule import schedule
 from harness.errors import UserError
 from harness.records.sweep_cells import AnyCell, ChosenTree, ComposedCell, Context, FailedCell, composed_key
 from medusa_impl.tree import DraftTree
@@ -60,11 +61,12 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
     num_steps = [float(composer.steps(plan.drafts[index], batch=batch).steps.sum()) for index in figures]
     seconds = [one.total for one in figures.values()]
     model = curve.model if isinstance(curve, PredictedCurve) else None
+    kind = figure_kind(curve, shape=plan.spec.shape, model_sha256=provenance.model_hash, context=context)
     return ComposedCell(
         curve=curve.label,
         context=context,
         batch=batch,
-        kind=figure_kind(curve, shape=plan.spec.shape, model_sha256=provenance.model_hash, context=context),
+        kind=kind,
         beyond_share=_beyond(lengths, curve.contexts)
         if context == "trace"
         else _beyond(np.array([context]), curve.contexts),
@@ -78,6 +80,7 @@ def compose_cell(plan: SweepPlan, curve: StepTimes, *, context: Context, batch: 
         speedup_high=tuple(map(_rounded, high.tolist())),
         num_uncovered=len(plan.trees) - len(figures),
         chosen=_chosen(plan, prices, lengths=lengths),
+        schedule=schedule(plan, curve, context=context) if batch == 1 and kind == "composed" else (),
         timing_rounds=curve.num_rounds,
         seconds_band=model.seconds_band if model is not None else None,
         overhead_band=model.overhead_band if model is not None else None,

@@ -212,7 +212,7 @@ def choose_trees(
     choices: dict[str, tuple[CostChoice, ...]] = {}
     for curve in curves:
         for context in spec.contexts:
-            for batch in spec.batches:
+            for batch in _searched_batches(spec, curve):
                 price = KnotPrices(curve, knots=composer.knots, context=context, batch=batch).price_at(usual)
                 if price(1, 0) is None:
                     continue  # the cell itself says that its curve does not reach
@@ -225,6 +225,12 @@ def choose_trees(
                     search=partial(search_both, space, price),
                 )
     return choices
+
+
+def _searched_batches(spec: SweepSpec, curve: StepTimes) -> list[int]:
+    """Return at which batches trees are searched: the cells', and on measured curves the schedule's."""
+    more = spec.break_even_batches if curve.label.kind == "measured" else ()
+    return sorted({*spec.batches, *more})
 
 
 def search_both(space: SearchSpace, price: Price) -> list[CostChoice]:

@@ -139,6 +139,11 @@ def export(record: RunRecord, target: Path, *, table: ExportTable = "generations
         buffer = io.BytesIO()
         frame.to_parquet(buffer, index=False)
         content = buffer.getvalue()
+    write_target(target, content)
+
+
+def write_target(target: Path, content: bytes) -> None:
+    """Write a file that the command line names. Raises: UserError where it cannot be written."""
     try:
         write_bytes(target, content)
     except OSError as error:

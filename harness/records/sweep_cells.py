@@ -107,6 +107,20 @@ class CurveLabel(Frozen):
         return f"{self.device}, {self.shape}, {self.dtype}{mode} ({self.kind})"
 
 
+class ScheduledTree(Frozen):
+    """The tree that a batch is to be decoded with on a device, and what it is worth there."""
+
+    batch: Count = Field(description="rows that decode together")
+    tree: Count = Field(description="index of the tree in trees.json; the root alone is plain decoding")
+    tokens_per_s: Amount = Field(description="tokens a second of all rows together")
+    vanilla_tokens_per_s: Amount = Field(description="tokens a second of plain decoding at this batch")
+    speedup: Amount = Field(description="the first over the second")
+    speedup_low: Amount | None = Field(
+        default=None, description="its lower bound; null where one batch takes all prompts"
+    )
+    speedup_high: Amount | None = Field(default=None, description="its upper bound, as the lower one")
+
+
 class ComposedCell(Versioned):
     """All trees on one curve at one batch: columns of figures, one entry a tree that the curve covers."""
 
@@ -135,6 +149,11 @@ class ComposedCell(Versioned):
     speedup_high: tuple[Amount, ...] = Field(description="upper bounds of the speedups, one entry a tree")
     num_uncovered: Count = Field(description="trees of the sweep that the curve does not cover")
     chosen: tuple[ChosenTree, ...] = Field(description="what the searches chose for this cell")
+    schedule: tuple[ScheduledTree, ...] = Field(
+        default=(),
+        description="the tree of each batch on this curve, where the cell is of batch 1 and its figures are "
+        "composed; empty in other cells and in older records",
+    )
     timing_rounds: Count | None = Field(
         default=None,
         description="rounds in which the curve was timed, which intervals draw as they draw prompts; "

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.judge.anatomy.oracle import oracles
 from harness.judge.claims.standing import RecordVerdict, Standing
-from harness.report.formatting import ABSENT, count, page, paragraphs, section, table
-from harness.report.tables.run import marked_verdict, named_claims
+from harness.judge.run import judge
+from harness.records.run import RunRecord
+from harness.report.anatomy.oracle import oracle_sentence
+from harness.report.figures.run import SPEED_FILE, speed_title
+from harness.report.formatting import ABSENT, cell, count, page, paragraphs, percent, section, table
+from harness.report.provenance import describe_origin, path_within
+from harness.report.tables.ending import answer
+from harness.report.tables.run import headline_arm, marked_verdict, named_claims
 from harness.report.tables.words import WORDS_NOTE, shown
 from harness.specs.claims import ClaimsFile, Group
 
 CLAIMS_PAGE = "claims.md"
+_WEIGHTS = ("abstract", "tables and figures", "text", "appendix", "code, blog and other papers")
 GROUPS: dict[Group, str] = {
     "decided": "Decided",
     "open": "Open",
@@ -40,6 +49,10 @@ def render_claims_page(registry: ClaimsFile, standings: Sequence[Standing]) -> s
         f"{count(len(standings), 'entry', plural='entries')} of the registry, once each. "
         "`medusa-repro claims` makes this page from the finished records next to it.",
         render_counts(standings),
+        "The claims among them, by where the paper makes them:",
+        render_weights(standings),
+        "All entries, by their kind:",
+        render_kinds(standings),
         f"Where several records test a claim, this decides: {rule.reason}" if rule is not None else "",
         *(_render_group(group, title, standings) for group, title in GROUPS.items()),
     )
@@ -53,6 +66,53 @@ def render_counts(standings: Sequence[Standing]) -> str:
         rows.append((title, len(held), sum(one.claim.kind == "claim" for one in held)))
     whole = ("all", len(standings), sum(one.claim.kind == "claim" for one in standings))
     return table(["group", "entries", "of them claims"], [*rows, whole])
+
+
+def weight_of(place: str) -> str:
+    """Return where in the paper something is stated, by how much of the paper rests on it."""
+    if place.startswith("Abstract"):
+        return "abstract"
+    if re.match(r"(Table|Fig)", place):
+        return "tables and figures"
+    if place.startswith("App"):
+        return "appendix"
+    return "text" if place.startswith("Section") else "code, blog and other papers"
+
+
+def render_weights(standings: Sequence[Standing]) -> str:
+    """Return how many claims of each weight are decided, open or out of reach."""
+    rows = []
+    claims = [one for one in standings if one.claim.kind == "claim"]
+    for weight in _WEIGHTS:
+        held = [one for one in claims if weight_of(one.claim.place) == weight]
+        decided = sum(one.group == "decided" for one in held)
+        rows.append(
+            (weight, len(held), decided, *_left(held), percent(decided / len(held) if held else None))
+        )
+    decided = sum(one.group == "decided" for one in claims)
+    whole = ("all", len(claims), decided, *_left(claims), percent(decided / len(claims) if claims else None))
+    headers = ["stated in", "claims", "decided", "open", "out of reach here", "share decided"]
+    return table(headers, [*rows, whole])
+
+
+def _left(held: Sequence[Standing]) -> tuple[int, int]:
+    """Return how many are open, and how many need what is not at hand or cannot be decided here."""
+    opens = sum(one.group == "open" for one in held)
+    return opens, sum(one.group not in ("decided", "open") for one in held)
+
+
+def render_kinds(standings: Sequence[Standing]) -> str:
+    """Return how many entries there are of each kind, and how many of them are decided."""
+    kinds = dict.fromkeys(one.claim.kind for one in standings)
+    rows = [
+        (
+            kind,
+            sum(one.claim.kind == kind for one in standings),
+            sum(one.claim.kind == kind and one.group == "decided" for one in standings),
+        )
+        for kind in kinds
+    ]
+    return table(["kind", "entries", "decided"], rows)
 
 
 def render_readme_claims(standings: Sequence[Standing], *, results: Path, base: Path) -> str:
@@ -78,6 +138,59 @@ def render_readme_claims(standings: Sequence[Standing], *, results: Path, base: 
         f"{count(alone, 'test')} rest on arithmetic with the paper's figures alone.{elsewhere}",
         render_counts(standings),
         f"Each claim with the record that decides it: [`{CLAIMS_PAGE}`]({link}).",
+    )
+
+
+def render_readme_answer(
+    registry: ClaimsFile, standings: Sequence[Standing], *, results: Path, base: Path
+) -> str:
+    """Return a README's answer: the headline run in a sentence, its picture, and the claims people know.
+
+    The headline run is the record that decides the first known claim.
+    """
+    by_id = {one.claim.id: one for one in standings}
+    known = {one.claim: one.words for one in registry.known if one.claim in by_id}
+    rows = [_known_row(by_id[claim], words, results=results, base=base) for claim, words in known.items()]
+    return paragraphs(
+        *_headline_run(by_id[next(iter(known))] if known else None, results=results, base=base),
+        table(["the paper says", "here", "our figure", "the paper's", "record"], rows) if rows else "",
+        WORDS_NOTE,
+    )
+
+
+def _headline_run(found: Standing | None, *, results: Path, base: Path) -> tuple[str, ...]:
+    """Return sentence, origin and picture of the run that decides a claim; nothing without one."""
+    if found is None or found.decides is None or found.decides.source != "run":
+        return ()
+    record = RunRecord.open(results / found.decides.record)
+    judgement = judge(record, claims=[found.claim])
+    record = record.withholding(judgement.withheld)
+    about = f"Measured with {describe_origin(record.environment)}."
+    best = next(
+        (one for one in oracles(record) if (arm := headline_arm(record, judgement)) and one.arm == arm.arm),
+        None,
+    )
+    home, picture = path_within(record.folder, base=base), record.folder / "figures" / SPEED_FILE
+    title = " ".join(speed_title(record, judgement).split())
+    image = f"![{cell(title)}]({home}/figures/{SPEED_FILE})" if home and picture.is_file() else ""
+    told = f"**{cell(answer(record, judgement))}**"
+    return (f"{told} {oracle_sentence(best)}" if best is not None else told), about, image
+
+
+def _known_row(one: Standing, words: str, *, results: Path, base: Path) -> tuple[object, ...]:
+    """Return a known claim's row: what is said, how it stands, both figures, and the record that decides."""
+    figure = one.claim.figure or ABSENT
+    if one.decides is None:
+        return words, f"not tested: needs {_needs(one)}", ABSENT, figure, ABSENT
+    verdict = one.decides.verdict
+    link = path_within(results / one.decides.record, base=base)
+    name = "/".join(one.decides.record.split("/")[:-2])
+    return (
+        f"{words} ({one.claim.id})",
+        f"**{shown(verdict)}**",
+        verdict.ours,
+        figure,
+        f"[{name}]({link}/report.md)" if link is not None else name,
     )
 
 

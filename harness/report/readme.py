@@ -1,11 +1,14 @@
-"""The README's generated blocks, written between markers so that no figure in them is typed by hand.
+"""Generated blocks of the README and of results/README.md, so that no figure in them is typed by hand.
 
 Every block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. `medusa-repro report RECORD --readme
 README.md` writes the block of a record of any kind:
 
     NAME              shows
     results           a run
+    answer            the headline run and the claims that people know, over all records
     claims            all claims, over all records
+    records           all records, over all records
+    trees             which tree pays on which device, of a sweep
     modes             a latency record
     sweep             a sweep
     devices           what a step costs by device, over all latency records (`medusa-repro devices`)
@@ -31,14 +34,15 @@ from harness.records.latency import LatencyRecord
 from harness.records.run import RunRecord
 from harness.records.sweep import SweepRecord
 from harness.report.ablation import render_readme_ablation
-from harness.report.claims import render_readme_claims
+from harness.report.claims import render_readme_answer, render_readme_claims
 from harness.report.devices import render_readme_devices
 from harness.report.formatting import VERDICT_COLUMNS, paragraphs
 from harness.report.latency import render_readme_modes
+from harness.report.pages.index import Entry, render_records_table
 from harness.report.profiles import render_readme_training
 from harness.report.provenance import describe_origin, record_link
 from harness.report.run import render_headline_arm
-from harness.report.sweep import render_readme_sweep
+from harness.report.sweep import render_readme_sweep, render_readme_trees
 from harness.report.tables.run import (
     render_arms_table,
     render_verdicts,
@@ -47,6 +51,7 @@ from harness.report.tables.run import (
 )
 from harness.report.tables.words import WORDS_NOTE
 from harness.safe_text import page_text
+from harness.specs.claims import ClaimsFile
 
 _ARM_COLUMNS = ("arm", "against", "nodes", "tokens/step", "overhead", "speedup", "tokens/s")
 _VERDICT_NOTE = f"""\
@@ -100,6 +105,15 @@ def sweep_block(record: SweepRecord, *, figures: Sequence[str] = ()) -> Block:
     return Block("sweep", lambda base: render_readme_sweep(record, base=base, figures=shown))
 
 
+def trees_block(record: SweepRecord) -> Block:
+    """Return the block of a sweep's short table: which tree on which measured device.
+
+    Raises: UserError for a record that is not sealed or was altered.
+    """
+    record.check_seal()
+    return Block("trees", lambda base: render_readme_trees(record, base=base))
+
+
 def ablation_block(
     record: AblationRecord,
     rows: Sequence[AblationRow],
@@ -124,6 +138,16 @@ def claims_block(standings: Sequence[Standing], *, results: Path) -> Block:
     return Block("claims", lambda base: render_readme_claims(standings, results=results, base=base))
 
 
+def answer_block(registry: ClaimsFile, standings: Sequence[Standing], *, results: Path) -> Block:
+    """Return the block of a README's answer: the headline run and the claims that people know."""
+    return Block("answer", lambda base: render_readme_answer(registry, standings, results=results, base=base))
+
+
+def records_block(found: Sequence[Entry]) -> Block:
+    """Return the block of all committed records, for a page in the results folder."""
+    return Block("records", lambda base: render_records_table(found))
+
+
 def devices_block(
     measured: Sequence[MeasuredRow], predicted: Sequence[PredictedRow], *, results: Path
 ) -> Block:
@@ -138,17 +162,19 @@ def training_block(paths: Sequence[Path]) -> Block:
     return Block("training", lambda base: render_readme_training(paths, base=base))
 
 
-def update_readme(readme: Path, block: Block) -> None:
-    """Write a block into a README; a README that shows it already is not touched.
+def update_readme(readme: Path, *blocks: Block) -> None:
+    """Write blocks into a README, those that it has markers for; one that shows them already is not touched.
 
-    Raises: UserError for a README that cannot be read or lacks the block's markers.
+    Raises: UserError for a README that cannot be read, or has markers of none of them.
     """
-    text = read_text(readme, need="a Markdown file with markers")
-    content = page_text(block.render(readme.parent))
-    try:
-        updated = replace_block(text, name=block.name, content=content)
-    except UserError as error:
-        raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
+    text = updated = read_text(readme, need="a Markdown file with markers")
+    shown = [one for one in blocks if f"<!-- begin:{one.name} -->" in text] or blocks[:1]
+    for block in shown:
+        content = page_text(block.render(readme.parent))
+        try:
+            updated = replace_block(updated, name=block.name, content=content)
+        except UserError as error:
+            raise UserError(found=error.found, need=error.need, where=readme.name, do=error.do) from error
     if updated != text:
         write_bytes(readme, updated.encode())
 

@@ -45,6 +45,7 @@ from harness.report.provenance import (
     record_link,
     relative_folder,
 )
+from harness.report.tables.schedule import render_schedules
 from harness.report.tables.sweep import (
     decoded_words,
     interval_words,
@@ -124,6 +125,7 @@ def render_sweep_report(
             render_decoded_gap(record),
             _beyond(record),
         ),
+        section("Which tree for which batch", render_schedules(record)),
         section("Verdicts", render_sweep_verdicts(record, registry)),
         section("Figures", *(f"![{name}]({name})" for name in figures)),
         section("Quoted", render_quoted(load_quoted())),
@@ -166,6 +168,18 @@ def render_readme_sweep(record: SweepRecord, *, base: Path, figures: Sequence[st
         _not_measured([one for one in cells if one.kind != "composed"], record),
         *images,
         record_link(record.folder, base=base, label=label),
+    )
+
+
+def render_readme_trees(record: SweepRecord, *, base: Path) -> str:
+    """Return which tree pays on which measured device, and what it is worth there, in a short table."""
+    measured = [one for one in headline_cells(record) if one.kind == "composed"]
+    return paragraphs(
+        render_devices(measured, record, columns=_README_COLUMNS),
+        "The fastest tree of each measured device, chosen on other text than the "
+        f"{count(record.origin.trace.num_prompts, 'prompt')} it is judged on; speedup = tokens/step / "
+        "overhead, with intervals over prompts. *break-even*: up to which batch it is faster than vanilla.",
+        record_link(record.folder, base=base, label="All trees, devices and predictions"),
     )
 
 

@@ -140,11 +140,20 @@ class DecidingRule(Spec):
         )
 
 
+class KnownClaim(Spec):
+    """A claim that people ask about first, in words that need no paper."""
+
+    claim: str = Field(min_length=1)
+    words: str = Field(min_length=1)
+
+
 class ClaimsFile(Spec):
     """A registry: roles of arms, shared texts and literal forms by name, and the claims.
 
     `groups` says, by the names of `needs`, where a claim stands that no record tests; `decides` which record
     decides one that several test. `forms` are forms that several claims share, and so decide together.
+    `known` are the claims of a README's short table, in its order; the first is the headline's.
+    One that is no claim of the file is passed over, so that a copy with fewer claims is a registry, too.
     """
 
     schema_version: Literal[1]
@@ -154,6 +163,7 @@ class ClaimsFile(Spec):
     groups: dict[str, Group] = Field(default_factory=dict)
     literal: dict[str, LiteralForm] = Field(default_factory=dict)
     forms: dict[str, TransferForm | TrainingForm] = Field(default_factory=dict)
+    known: tuple[KnownClaim, ...] = Field(default=(), max_length=12)
     claims: tuple[ClaimSpec, ...]
 
     def group_of(self, claim: ClaimSpec) -> Group:

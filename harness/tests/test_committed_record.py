@@ -33,6 +33,6 @@ def test_records_of_every_kind_are_committed() -> None:
 
 
 def test_readme_tables_are_what_its_record_gives() -> None:
-    readme = ROOT / "README.md"
+    readme = ROOT / "results" / "README.md"
     record = RunRecord(shown_record(readme, "results"))
     assert shows(readme, run_block(record, judge(record)))

@@ -109,7 +109,7 @@ class Population:
 @pytest.fixture(scope="module")
 def population() -> Population:
     """The prompts of the run in the README, as many as the embedded suite asks for."""
-    record = RunRecord(shown_record(ROOT / "README.md", "results"))
+    record = RunRecord(shown_record(ROOT / "results" / "README.md", "results"))
     own, base = (prompt_totals(record, arm, timed=True) for arm in ("fastest", "vanilla"))
     keys = [key for key in own if key in base]
     rows = [(own[key].decode_tokens, own[key].steps, own[key].decode_s, base[key].decode_s) for key in keys]
@@ -315,7 +315,7 @@ def test_composed_intervals_cover_at_their_rate_with_the_error_of_the_step_times
     """
     num_records = 200
     rounds = load_latency_spec(ROOT / "suites" / "latency" / "embedded.toml").repeats // 3
-    whole = open_trace(shown_record(ROOT / "README.md", "results") / "trace.npz")
+    whole = open_trace(shown_record(ROOT / "results" / "README.md", "results") / "trace.npz")
     rng = np.random.default_rng(13)
     level_s = math.exp((LEVEL**2 + OWN**2) / 2)  # what levels add to a mean step, of any size
     true = Composer(whole, knots=(128, 256), interval=SPEC)

@@ -6,7 +6,7 @@ kept where it differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -117,6 +117,17 @@ def finished_records(results: Path) -> Records:
 
 def standings(registry: ClaimsFile, records: Records) -> tuple[Standing, ...]:
     """Return where each claim stands, in the order of the registry, once each."""
+    found = verdicts_by_claim(registry, records)
+    return standings_of(registry, found)
+
+
+def standings_of(registry: ClaimsFile, found: Mapping[str, Sequence[RecordVerdict]]) -> tuple[Standing, ...]:
+    """Return where each claim stands by what records found of it, the deciding record's verdict first."""
+    return tuple(_standing(claim, registry, found.get(claim.id, [])) for claim in registry.claims)
+
+
+def verdicts_by_claim(registry: ClaimsFile, records: Records) -> dict[str, list[RecordVerdict]]:
+    """Return what every record finds of each claim, by its id; the record that decides stands first."""
     timed = {claim.id for claim in registry.claims if isinstance(claim.transfer, _SPEED_FORMS)}
     runs = _of_runs(registry, records)
     found: dict[str, list[RecordVerdict]] = {}
@@ -127,7 +138,7 @@ def standings(registry: ClaimsFile, records: Records) -> tuple[Standing, ...]:
                 found.setdefault(one.verdict.claim_id, []).append(one)
     for one in (*_of_trainings(registry, records), *_of_sweeps(registry, records)):
         found.setdefault(one.verdict.claim_id, []).append(one)
-    return tuple(_standing(claim, registry, found.get(claim.id, [])) for claim in registry.claims)
+    return found
 
 
 def _standing(claim: ClaimSpec, registry: ClaimsFile, found: Sequence[RecordVerdict]) -> Standing:

@@ -11,6 +11,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.stats import Interval
+from medusa_impl.tree import DraftTree
 
 
 @contextmanager
@@ -75,6 +76,21 @@ def bar_lengths(intervals: Sequence[Interval]) -> tuple[list[float], list[float]
     low = [one.estimate - one.low if np.isfinite(one.low) else 0.0 for one in intervals]
     high = [one.high - one.estimate if np.isfinite(one.high) else 0.0 for one in intervals]
     return [max(0.0, value) for value in low], [max(0.0, value) for value in high]
+
+
+def tree_layout(tree: DraftTree) -> list[float]:
+    """Return how far to the right each node stands.
+
+    Leaves stand one apart in the order of their paths, parents in the middle of their children.
+    """
+    across = [0.0] * tree.num_nodes
+    leaves = sorted(tree.leaves, key=lambda leaf: tree.paths[leaf])
+    for place, leaf in enumerate(leaves):
+        across[leaf] = float(place)
+    for node in range(tree.num_nodes - 1, -1, -1):
+        if tree.children[node]:
+            across[node] = sum(across[child] for child in tree.children[node]) / len(tree.children[node])
+    return across
 
 
 def plain_ticks(axes: Any, ticks: Sequence[int]) -> None:

@@ -146,8 +146,8 @@ def acceptance_title(found: Sequence[Acceptance]) -> str:
     if len(rates) < 2:
         return "How acceptance falls with depth"
     return (
-        f"{one.arm} accepts a first draft in {100 * rates[0]:.0f} % of its steps,\nand after that a second in "
-        f"{100 * rates[1]:.0f} %"
+        f"{one.arm} accepts a first draft in {100 * rates[0]:.0f} % of its steps,\n"
+        f"and after that a second in {100 * rates[1]:.0f} %"
     )
 
 

@@ -26,11 +26,19 @@ from harness.judge.sweep import (
 )
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell, SampledCell
-from harness.report.figures.canvas import bar_lengths, bars, new_figure, plain_ticks, save_figure, styled
+from harness.report.figures.canvas import (
+    bar_lengths,
+    bars,
+    new_figure,
+    plain_ticks,
+    save_figure,
+    styled,
+    tree_layout,
+)
+from harness.report.figures.schedule import draw_schedule
 from harness.specs.hardware import load_hardware
 from harness.specs.suite import IntervalSpec
 from harness.stats import Interval, bootstrap_ratio
-from medusa_impl.tree import DraftTree
 
 FORMATS = ("svg", "png")
 _BLUE, _ORANGE, _GREY, _GREEN = "#1f5a99", "#c8641b", "#7a7a7a", "#2e7d4f"
@@ -211,21 +219,6 @@ def draw_chosen_tree(figure: Any, record: SweepRecord) -> bool:
     return True
 
 
-def tree_layout(tree: DraftTree) -> list[float]:
-    """Return how far to the right each node stands.
-
-    Leaves stand one apart in the order of their paths, parents in the middle of their children.
-    """
-    across = [0.0] * tree.num_nodes
-    leaves = sorted(tree.leaves, key=lambda leaf: tree.paths[leaf])
-    for place, leaf in enumerate(leaves):
-        across[leaf] = float(place)
-    for node in range(tree.num_nodes - 1, -1, -1):
-        if tree.children[node]:
-            across[node] = sum(across[child] for child in tree.children[node]) / len(tree.children[node])
-    return across
-
-
 def draw_roofline(figure: Any, record: SweepRecord) -> bool:
     """Draw what devices can do against operational intensity, with steps of several sizes (Figs 9 to 17)."""
     axes = figure.subplots()
@@ -395,6 +388,7 @@ _FIGURES: dict[str, Draw] = {
     "fig6_tree": draw_chosen_tree,
     "roofline": draw_roofline,
     "devices": draw_heat_map,
+    "schedule": draw_schedule,
     "decoded": draw_decoded,
     "appendix_g": draw_simulated,
 }

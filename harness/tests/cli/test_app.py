@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from importlib import metadata
@@ -74,6 +75,15 @@ def test_help_tells_what_a_command_does(name: str) -> None:
         assert parameter.name in ("help", "hub") or getattr(parameter, "help", None), (
             f"{name} {parameter.name} has no help"
         )
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_ends_with_an_example_that_the_command_takes(name: str) -> None:
+    ran = command(name, "--help")
+    (example,) = re.findall(r"Example: (.*?)\s*$", " ".join(ran.out.split()))
+    program, verb, *words = shlex.split(example)
+    assert (program, verb) == ("medusa-repro", name)
+    COMMANDS[name].make_context(name, list(words))
 
 
 def test_a_checkout_says_its_version_and_code_elsewhere_that_of_the_environment(tmp_path: Path) -> None:

@@ -566,5 +566,5 @@ def test_committed_records_are_sealed_and_sound(folder: Path) -> None:
 
 @pytest.mark.skipif(not COMMITTED, reason="no latency record is committed yet")
 def test_readme_shows_what_its_latency_record_gives() -> None:
-    readme = ROOT / "README.md"
+    readme = ROOT / "results" / "README.md"
     assert shows(readme, latency_block(LatencyRecord(shown_record(readme, "modes"))))

@@ -463,7 +463,7 @@ def test_the_readme_shows_the_committed_ablations_that_decide_claims_each_claim_
     for record in (one for one in others if one.spec.decides_claims):
         verdicts, elsewhere = training_verdicts(claims, record), decided_elsewhere(claims, record, others)
         block = ablation_block(record, ablation_rows(record), verdicts, elsewhere=elsewhere)
-        assert shows(ROOT / "README.md", block)
+        assert shows(ROOT / "results" / "README.md", block)
         decided += [
             one.claim_id
             for one in verdicts

@@ -79,7 +79,7 @@ def test_measured_devices_stand_before_predicted_ones() -> None:
     assert "(engine before)" in page
     # the committed page and the README show what the records give
     assert (RESULTS / DEVICES_PAGE).read_text(encoding="utf-8") == page
-    assert shows(ROOT / "README.md", devices_block(measured, predicted, results=RESULTS))
+    assert shows(RESULTS / "README.md", devices_block(measured, predicted, results=RESULTS))
     said = devices_headline(measured, predicted, models)
     assert json.loads(json.dumps(said))["models"]["cuda"]["costs"] == models["cuda"].costs.model_dump()
     assert said["withheld"] == page.count(WITHHELD + " | " + WITHHELD)
@@ -108,6 +108,11 @@ def test_without_records_the_page_is_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["23,440"])
 def test_no_roofline_speed_is_left_where_people_read(word: str) -> None:
     """A sweep's report once told 23,440 tokens/s for an H200 whose error was larger than any effect."""
-    pages = [ROOT / "README.md", RESULTS / DEVICES_PAGE, *RESULTS.glob("sweep/*/*/*/report.md")]
+    pages = [
+        ROOT / "README.md",
+        RESULTS / "README.md",
+        RESULTS / DEVICES_PAGE,
+        *RESULTS.glob("sweep/*/*/*/report.md"),
+    ]
     assert len(pages) > 2
     assert [page.name for page in pages if word in page.read_text(encoding="utf-8")] == []

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_readme_shows_the_committed_profiles() -> None:
-    assert shows(ROOT / "README.md", training_block(committed_profiles(ROOT / "results")))
+    assert shows(ROOT / "results" / "README.md", training_block(committed_profiles(ROOT / "results")))
 
 
 def test_every_stage_has_a_row_and_its_parts() -> None:

@@ -53,17 +53,28 @@ def test_wrong_markers_are_refused(text: str, found: str) -> None:
         replace_block(text, name="results", content="new")
 
 
-def test_every_block_of_the_readme_is_of_one_form_and_has_its_command() -> None:
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_every_block_of_a_page_is_of_one_form_and_has_its_command(page: str) -> None:
     """Two blocks had markers of a form of their own, and the table of trainings was written into the one of
     results when the two lists of markers met in one file.
     """
-    text, told = (ROOT / "README.md").read_text(), harness.report.readme.__doc__ or ""
+    text, told = (ROOT / page).read_text(), harness.report.readme.__doc__ or ""
     names = re.findall(r"<!-- begin:(\w+) -->", text)
     assert re.findall(r"<!-- end:(\w+) -->", text) == names and not re.search(
         r"<!-- \w+:(begin|end) -->", text
     )
     suites = {record.spec.name for record in newest_ablations(ROOT / "results")}
     assert all(name in suites or f"    {name} " in told for name in names)
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    """It had 450 lines, 39 kB of them tables, and the map of the repository at line 269."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    rows = [line for line in lines[: lines.index("## Which tree on which device")] if line.startswith("| ")]
+    assert 2 < len(rows) <= 13, "the claims people know, at most twelve, and the table's head"
+    trees = lines[lines.index("## Which tree on which device") : lines.index("## Your own model")]
+    assert 2 < sum(line.startswith("| ") for line in trees) <= 11
 
 
 def test_content_with_a_marker_is_refused() -> None:

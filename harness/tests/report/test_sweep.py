@@ -25,9 +25,10 @@ from harness.records.step_model import StepModel
 from harness.records.sweep import SweepRecord
 from harness.records.sweep_cells import ComposedCell
 from harness.records.trace import Trace
-from harness.report.figures.sweep import FORMATS, draw_figures, tree_layout
+from harness.report.figures.canvas import tree_layout
+from harness.report.figures.sweep import FORMATS, draw_figures
 from harness.report.formatting import WITHHELD, ratio_interval, significant
-from harness.report.readme import shown_record, sweep_block, update_readme
+from harness.report.readme import shown_record, sweep_block, trees_block, update_readme
 from harness.report.sweep import (
     _not_measured,
     print_sweep,
@@ -476,7 +477,8 @@ def test_break_even_tells_what_its_bounds_leave_open(record: SweepRecord) -> Non
 
 @pytest.mark.skipif(not COMMITTED, reason="no sweep is committed yet")
 def test_readme_shows_what_its_sweep_gives() -> None:
-    readme = ROOT / "README.md"
-    folder = shown_record(readme, "sweep")
+    page, readme = ROOT / "results" / "README.md", ROOT / "README.md"
+    folder = shown_record(page, "sweep")
     figures = [f"figures/{path.name}" for path in sorted((folder / "figures").glob("*.svg"))]
-    assert shows(readme, sweep_block(SweepRecord(folder), figures=figures))
+    assert shows(page, sweep_block(SweepRecord(folder), figures=figures))
+    assert shown_record(readme, "trees") == folder and shows(readme, trees_block(SweepRecord(folder)))

@@ -11,10 +11,21 @@ from pydantic import ValidationError
 
 from harness.judge.claims.standing import Records, Standing, finished_records, standings
 from harness.judge.judgement import VerdictKind
+from harness.judge.run import judge
 from harness.records.run import RunRecord
 from harness.records.trials import Failure
-from harness.report.claims import CLAIMS_PAGE, GROUPS, render_claims_page
-from harness.report.readme import claims_block
+from harness.report.claims import (
+    CLAIMS_PAGE,
+    GROUPS,
+    render_claims_page,
+    render_kinds,
+    render_readme_answer,
+    render_weights,
+    weight_of,
+)
+from harness.report.readme import answer_block, claims_block
+from harness.report.tables.ending import answer
+from harness.report.tables.words import shown
 from harness.specs.claims import ClaimsFile, DecidingRule, Group, load_registry
 from harness.tests.readme_blocks import shows
 from harness.tests.test_layers import ROOT
@@ -198,4 +209,48 @@ def test_the_committed_page_and_the_readme_show_what_the_records_give(
     named = [claim_id for cell in first_cells for claim_id in cell.split(" (")[0].split(", ")]
     ids = {claim.id for claim in registry.claims}
     assert sorted(claim_id for claim_id in named if claim_id in ids) == sorted(ids)
-    assert shows(ROOT / "README.md", claims_block(found, results=RESULTS))
+    assert shows(RESULTS / "README.md", claims_block(found, results=RESULTS))
+    assert shows(ROOT / "README.md", answer_block(registry, found, results=RESULTS))
+
+
+def test_the_answer_is_told_by_the_record_that_decides_the_headline(
+    registry: ClaimsFile, found: tuple[Standing, ...]
+) -> None:
+    text = render_readme_answer(registry, found, results=RESULTS, base=ROOT)
+    headline = next(one for one in found if one.claim.id == registry.known[0].claim)
+    assert headline.decides is not None
+    record = RunRecord.open(RESULTS / headline.decides.record)
+    assert text.startswith(f"**{answer(record, judge(record))}** The best that these heads allow")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(registry.known) <= 12
+    by_id = {one.claim.id: one for one in found}
+    for row, known in zip(rows, registry.known, strict=True):
+        decides = by_id[known.claim].decides
+        assert known.words in row
+        assert decides is None or (
+            shown(decides.verdict) in row and f"(results/{decides.record}/report.md)" in row
+        )
+    assert "*Direction holds*: the claim's shape" in text
+
+
+def test_entries_are_counted_by_weight_and_by_kind(found: tuple[Standing, ...]) -> None:
+    claims = [one for one in found if one.claim.kind == "claim"]
+    for rendered, whole in ((render_weights(found), len(claims)), (render_kinds(found), len(found))):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in rendered.splitlines()[2:]]
+        held = [int(row[1]) for row in rows if row[0] != "all"]
+        assert sum(held) == whole
+        decided = [int(row[2]) for row in rows if row[0] != "all"]
+        assert all(few <= many for few, many in zip(decided, held, strict=True))
+    assert [
+        weight_of(place) for place in ("Abstract; Section 1", "Table 3", "Fig 4", "App. B.1", "README")
+    ] == [
+        "abstract",
+        "tables and figures",
+        "tables and figures",
+        "appendix",
+        "code, blog and other papers",
+    ]
+
+
+def test_known_claims_are_claims_of_the_registry(registry: ClaimsFile) -> None:
+    assert {one.claim for one in registry.known} <= {claim.id for claim in registry.claims}
