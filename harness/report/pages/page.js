@@ -1,6 +1,8 @@
 "use strict";
 // Tables sort by a column, and the player shows a text as its steps brought it, next to plain decoding.
 
+const SVG = "http://www.w3.org/2000/svg";
+
 function sortTable(button) {
   const head = button.closest("th"), table = head.closest("table"), body = table.tBodies[0];
   const column = [...head.parentNode.children].indexOf(head);
@@ -115,14 +117,14 @@ function startPlayer(data) {
   pick();
 }
 
-const SVG = "http://www.w3.org/2000/svg";
-
 function drawTree(home, tree) {
   home.replaceChildren();
   if (!tree) return;
   const [width, height] = tree.size;
   const picture = document.createElementNS(SVG, "svg");
   picture.setAttribute("viewBox", "-8 -8 " + (width + 16) + " " + (height + 16));
+  picture.setAttribute("width", width + 16);
+  picture.setAttribute("height", height + 16);
   picture.setAttribute("role", "img");
   picture.setAttribute("aria-label", "the tree of " + tree.nodes.length + " nodes, the accepted path lit");
   for (const node of tree.nodes) {
