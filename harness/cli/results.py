@@ -133,13 +133,13 @@ def make_pages(home: Path, *, claims: Sequence[ClaimSpec]) -> list[str]:
     """
     pages = [page for page in (home.parent / README_FILE, home / README_FILE) if page.is_file()]
     names = {page: block_names(page) for page in pages}
-    shown: dict[Path, list[Path]] = {}
+    shown: dict[Path, dict[Path, str]] = {}  # by record: the pages that show it, and in which block
     for page in pages:
         for name in names[page]:
             if name not in _OVER_ALL_RECORDS:
-                shown.setdefault(shown_record(page, name).resolve(), []).append(page)
+                shown.setdefault(shown_record(page, name).resolve(), {})[page] = name
     records = _sealed(home)
-    if missing := [folder.name for folder in shown if folder not in records]:
+    if missing := [name for folder, by in shown.items() if folder not in records for name in by.values()]:
         raise UserError(
             found=f"README tables of records that are not there: {', '.join(missing)}",
             need="each table's record under results/",
@@ -149,7 +149,7 @@ def make_pages(home: Path, *, claims: Sequence[ClaimSpec]) -> list[str]:
     invalid = []
     for folder in records:
         console.print(folder.relative_to(home.resolve()).as_posix(), highlight=False)
-        if not _told(folder, claims, pages=tuple(dict.fromkeys(shown.get(folder, ())))):
+        if not _told(folder, claims, pages=tuple(shown.get(folder, ()))):
             invalid.append(folder.name)
     _make_overviews(home, names)
     return invalid

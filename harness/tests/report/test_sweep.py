@@ -215,6 +215,7 @@ def test_figures_are_drawn(record: SweepRecord, tmp_path: Path) -> None:
         "fig6_tree",
         "roofline",
         "devices",
+        "schedule",
         "decoded",
         "appendix_g",
     )
