@@ -89,7 +89,12 @@ def test_human_eval(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"no gzip at all", gzip.compress(b"{}\n")[:-9], gzip.compress(b"{}\n"), gzip.compress(b"{half\n")],
+    [
+        b"no gzip at all",
+        gzip.compress(b"{}\n", mtime=0)[:-9],
+        gzip.compress(b"{}\n", mtime=0),
+        gzip.compress(b"{half\n", mtime=0),
+    ],
 )
 def test_human_eval_that_cannot_be_read(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tasks.gz").write_bytes(content)
