@@ -35,7 +35,13 @@ from harness.specs.claims import load_claims
 from harness.specs.suite import IntervalSpec
 from harness.tests.fake_judgement import judge, verdict
 from harness.tests.fake_latency import write_fake_latency
-from harness.tests.fake_record import STEP_S, FakeParts, write_fake_record
+from harness.tests.fake_record import (
+    BACKBONE_ONE_NODE_S,
+    STEP_S,
+    FakeParts,
+    node_cost,
+    write_fake_record,
+)
 
 Spoil = Callable[[FakeParts], object]
 FIXTURES = Path(__file__).resolve().parents[2] / "records" / "fixtures" / "v1"
@@ -151,6 +157,32 @@ def test_a_drift_that_one_commit_showed_is_no_finding(tmp_path: Path) -> None:
     drifted = write(tmp_path / "r", seed=2, **slower("optimised_64", by=1.05))
     one = figures(held(a, b, others=[drifted]))["optimised_64", "speedup"]
     assert one.outcome == WITHIN and one.reason == ""
+
+
+def test_drift_is_read_from_the_figures_that_two_repeats_share(tmp_path: Path) -> None:
+    """One of them timed no steps apart by prompt, and so has no step cost."""
+
+    def with_costs(parts: FakeParts) -> None:
+        keys = sorted({one.trial.prompt_key for one in parts.outcomes})
+        rows = [
+            StepCost(
+                arm=arm,
+                prompt_key=key,
+                num_nodes=nodes,
+                num_heads=nodes - 1,
+                context_tokens=8,
+                backbone_s=(BACKBONE_ONE_NODE_S * node_cost(nodes),),
+                step_s=(STEP_S[arm],),
+            )
+            for arm, nodes in (("vanilla", 1), ("chain", 6))
+            for key in keys
+        ]
+        generic = tuple(one for one in parts.step_costs.costs if one.arm is None) if parts.step_costs else ()
+        parts.step_costs = StepCosts(costs=(*generic, *rows))
+
+    a, b = write(tmp_path / "a", with_costs), write(tmp_path / "b", with_costs, seed=1)
+    found = figures(held(a, b, others=[write(tmp_path / "r", seed=2)]))
+    assert found["chain", "speedup"].drift is not None and found["chain", "step cost"].drift is None
 
 
 @pytest.mark.parametrize(
