@@ -8,14 +8,25 @@ from pathlib import Path
 
 from harness.judge.anatomy.oracle import oracles
 from harness.judge.claims.standing import RecordVerdict, Standing
+from harness.judge.judgement import Judgement
 from harness.judge.run import judge
 from harness.records.run import RunRecord
 from harness.report.anatomy.oracle import oracle_sentence
 from harness.report.figures.run import SPEED_FILE, speed_title
-from harness.report.formatting import ABSENT, cell, count, page, paragraphs, percent, section, table
+from harness.report.formatting import (
+    ABSENT,
+    cell,
+    count,
+    page,
+    paragraphs,
+    percent,
+    ratio_interval,
+    section,
+    table,
+)
 from harness.report.provenance import describe_origin, path_within
 from harness.report.tables.ending import answer
-from harness.report.tables.run import headline_arm, marked_verdict, named_claims
+from harness.report.tables.run import comparisons_by_arm, headline_arm, marked_verdict, named_claims
 from harness.report.tables.words import WORDS_NOTE, shown
 from harness.specs.claims import ClaimsFile, Group
 
@@ -151,10 +162,14 @@ def render_readme_answer(
     by_id = {one.claim.id: one for one in standings}
     known = {one.claim: one.words for one in registry.known if one.claim in by_id}
     rows = [_known_row(by_id[claim], words, results=results, base=base) for claim, words in known.items()]
+    claims = [one for one in standings if one.claim.kind == "claim"]
+    decided = sum(one.group == "decided" for one in claims)
     return paragraphs(
         *_headline_run(by_id[next(iter(known))] if known else None, results=results, base=base),
-        table(["the paper says", "here", "our figure", "the paper's", "record"], rows) if rows else "",
+        f"{decided} of the {len(claims)} claims are decided so far; these are those that people ask about. "
+        "*vanilla*: the model alone, on the same engine. Brackets hold 95 % intervals over prompts.",
         WORDS_NOTE,
+        table(["the paper says", "here", "our figure", "the paper's", "record"], rows) if rows else "",
     )
 
 
@@ -173,8 +188,34 @@ def _headline_run(found: Standing | None, *, results: Path, base: Path) -> tuple
     home, picture = path_within(record.folder, base=base), record.folder / "figures" / SPEED_FILE
     title = " ".join(speed_title(record, judgement).split())
     image = f"![{cell(title)}]({home}/figures/{SPEED_FILE})" if home and picture.is_file() else ""
-    told = f"**{cell(answer(record, judgement))}**"
-    return (f"{told} {oracle_sentence(best)}" if best is not None else told), about, image
+    where = f"one {record.environment.device.name} ({record.environment.device.kind})"
+    told = [f"**{cell(answer(record, judgement, where=where))}**", _largest(record, judgement)]
+    told.append(oracle_sentence(best) if best is not None else "")
+    return " ".join(filter(None, told)), about, image
+
+
+def _largest(record: RunRecord, judgement: Judgement) -> str:
+    """Return what the headline arm's largest sibling does, where its tree is larger; else nothing."""
+    arm, compared = headline_arm(record, judgement), comparisons_by_arm(judgement)
+    if arm is None or not record.reports_speed:
+        return ""
+    backbone = record.suite.arm(arm.arm).backbone
+    siblings = [
+        one
+        for one in judgement.arms
+        if one.arm in record.suite.greedy_arms
+        and one.arm in compared
+        and record.suite.arm(one.arm).backbone == backbone
+    ]
+    largest = max(siblings, key=lambda one: (one.num_nodes, one.acceleration_rate.estimate), default=arm)
+    if largest.num_nodes <= arm.num_nodes:
+        return ""
+    found = compared[largest.arm]
+    return (
+        f"Its tree has {count(arm.num_nodes, 'node')}. With {largest.num_nodes} nodes (`{largest.arm}`) it "
+        f"is {ratio_interval(found.speedup)}, since a step then costs {ratio_interval(found.overhead)} times "
+        "vanilla's."
+    )
 
 
 def _known_row(one: Standing, words: str, *, results: Path, base: Path) -> tuple[object, ...]:

@@ -33,8 +33,11 @@ _SHORT = {
 _IDS_WIDTH, _LEAST_OURS = 12, 16
 
 
-def answer(record: RunRecord, judgement: Judgement) -> str:
-    """Return in a sentence or two whether it is faster, by how much, and whether the texts are the same."""
+def answer(record: RunRecord, judgement: Judgement, *, where: str = "this machine") -> str:
+    """Return in a sentence or two whether it is faster, by how much, and whether the texts are the same.
+
+    `where` names the machine.
+    """
     if not judgement.valid_texts:
         return "INVALID: a validity check of the texts failed, so no figure of this run may be cited."
     arm, parity = headline_arm(record, judgement), _same_texts(judgement)
@@ -49,8 +52,8 @@ def answer(record: RunRecord, judgement: Judgement) -> str:
     stated = next((one for one in judgement.verdicts if one.claim_id == _HEADLINE_CLAIM), None)
     paper = f"; the paper says {stated.paper_figure} of models from 7B on" if stated is not None else ""
     return (
-        f"Medusa (arm {arm.arm}) decodes {ratio_interval(compared.speedup)} times as fast as vanilla on this "
-        f"machine{paper}. {parity}"
+        f"Medusa (arm {arm.arm}) decodes {ratio_interval(compared.speedup)} times as fast as vanilla on "
+        f"{where}{paper}. {parity}"
     )
 
 

@@ -23,6 +23,7 @@ from harness.report.claims import (
     render_weights,
     weight_of,
 )
+from harness.report.formatting import ratio_interval
 from harness.report.readme import answer_block, claims_block
 from harness.report.tables.ending import answer
 from harness.report.tables.words import shown
@@ -220,7 +221,10 @@ def test_the_answer_is_told_by_the_record_that_decides_the_headline(
     headline = next(one for one in found if one.claim.id == registry.known[0].claim)
     assert headline.decides is not None
     record = RunRecord.open(RESULTS / headline.decides.record)
-    assert text.startswith(f"**{answer(record, judge(record))}** The best that these heads allow")
+    where = "one AMD EPYC (cpu)"
+    assert text.startswith(f"**{answer(record, judge(record), where=where)}** Its tree has 4 nodes. With 64 ")
+    (large,) = [one for one in judge(record, claims=()).comparisons if one.arm == "optimised"]
+    assert f"(`optimised`) it is {ratio_interval(large.speedup)}, since a step then costs" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(registry.known) <= 12
     by_id = {one.claim.id: one for one in found}
