@@ -18,6 +18,7 @@ from harness.report.tables.words import WORDS_NOTE, shown
 from harness.specs.claims import ClaimsFile
 
 INDEX_FILE = "index.html"
+_MEASURES_NOTHING = "smoke"  # records of that suite, which git ignores
 _MARKS = {
     VerdictKind.REPRODUCED: "✓",
     VerdictKind.NOT_REPRODUCED: "✗",
@@ -47,13 +48,15 @@ class Entry:
 
 
 def entries(results: Path) -> tuple[Entry, ...]:
-    """Return every sealed record of a results folder, the newest of each kind and name first.
+    """Return every sealed record of a results folder that measures something, the newest of a name first.
 
     Raises: UserError for a record that is not as it was sealed.
     """
     found = []
     for manifest in sorted(results.rglob("manifest.json")):
         folder = manifest.parent
+        if _MEASURES_NOTHING in folder.relative_to(results).parts:
+            continue
         record = open_record(folder)
         place = folder.relative_to(results).as_posix()
         origin = origin_of(record)

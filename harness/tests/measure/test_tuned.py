@@ -122,7 +122,8 @@ def test_the_report_says_which_model_is_which_and_compares_across(record: RunRec
     assert baseline is not None and baseline.name == "vanilla"
     across = compare(record, "medusa2", baseline="vanilla")
     assert across is not None and f"{across.speedup.estimate:.2f}" in note and "times `vanilla`" in note
-    best = headline_arm(record, judge(record))
+    judgement = judge(record)  # whose times a busy machine may disturb
+    best = headline_arm(record.withholding(judgement.withheld), judgement)
     assert best is not None and best.arm == "chain", "the headline is of arms that repeat the original's text"
     assert "Heads of the tuned backbone:" in text and "| tuned backbone |" in text
 

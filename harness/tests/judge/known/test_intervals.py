@@ -229,11 +229,11 @@ def test_a_form_is_judged_with_other_settings_and_says_what_turns() -> None:
     assert varied(growth(), test) == Finding(YES, "o", "why", "measured")
     found = varied(growth(vary={"max_rank": (3, 5, 2)}), test)
     assert found.reason == (
-        "why; it turns: not reproduced with max_rank 3; the same with max_rank 5; not tested with max_rank 2"
+        "why; it turns: fails with max_rank 3; the same with max_rank 5; not tested with max_rank 2"
     )
-    assert found.kind is YES and found.turns == ("not reproduced with max_rank 3",)
+    assert found.kind is YES and found.turns == ("fails with max_rank 3",)
     turning = varied(growth(vary={"max_rank": (3,)}), test)
-    assert turning.reason == "why; it turns: not reproduced with max_rank 3"
+    assert turning.reason == "why; it turns: fails with max_rank 3"
     same = varied(growth(vary={"min_r_squared": (0.25,)}), test)
     assert (same.reason, same.turns) == ("why; the same with min_r_squared 0.25", ())
     plain = LossGrowsForm(test="loss_grows", bound=0.0, reason="made up for a test")

@@ -118,9 +118,9 @@ def test_a_speed_is_decided_elsewhere_only_on_a_machine_that_is_not_comparable(r
         of_counts = standing._standing(counted, registry, [first, second])
         assert of_counts.apart(second) is None and not of_counts.is_decided_elsewhere
         shown = claims._differing(one, second)
-        assert shown == f"reproduced ([fast box](fast/box/two/report.md){f'; {why}' if why else ''})"
+        assert shown == f"direction holds ([fast box](fast/box/two/report.md){f'; {why}' if why else ''})"
     elsewhere = RecordVerdict("fast/gpu/two", "run", verdict("X", YES), machine(77))
-    assert claims._differing(one, elsewhere) == "reproduced ([fast gpu](fast/gpu/two/report.md))"
+    assert claims._differing(one, elsewhere) == "direction holds ([fast gpu](fast/gpu/two/report.md))"
     unknown = RecordVerdict("fast/box/two", "run", verdict("X", YES))
     assert one.apart(unknown) is None
     decided = standing._standing(timed, registry, [second, first])

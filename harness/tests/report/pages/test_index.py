@@ -25,7 +25,7 @@ def records() -> Records:
 def test_committed_pages_show_every_record_once(records: Records) -> None:
     found, registry = entries(RESULTS), load_registry(None)
     places = [path.parent.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.rglob("manifest.json"))]
-    assert sorted(one.place for one in found) == sorted(places)
+    assert sorted(one.place for one in found) == sorted(one for one in places if not one.startswith("smoke/"))
     page = render_index(found, registry, verdicts_by_claim(registry, records))
     assert (RESULTS / INDEX_FILE).read_text(encoding="utf-8") == page
     for one in found:
