@@ -38,8 +38,8 @@ def find_record(text: str, *, results: Path | None = None) -> Path:
     """Return a record: the path as given, or the newest sealed one of a name in the results folder.
 
     `embedded` names runs of that suite, `latency/embedded` and `sweep/embedded` the other kinds of records,
-    and a machine's folder behind it those of that machine; where several machines have some, the choice is
-    told. The last part of a record's folder, which a command's last line gives, names that record.
+    `embedded/MACHINE` those of one machine's folder; where several machines have some, the choice is told.
+    The last part of a record's folder, which a command's last line gives, names that record.
     """
     if Path(text).exists():
         return Path(text)

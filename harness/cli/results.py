@@ -27,7 +27,7 @@ from harness.paths import default_results
 from harness.records.folder import MANIFEST_FILE, REPORT_FILE, RecordKind, kind_of
 from harness.records.opened import open_record
 from harness.records.provenance import Provenance
-from harness.report.pages.index import INDEX_FILE, entries, render_index
+from harness.report.pages.index import INDEX_FILE, MEASURES_NOTHING, entries, render_index
 from harness.report.pages.run import PAGE_FILE
 from harness.report.profiles import committed_profiles
 from harness.report.readme import (
@@ -40,7 +40,6 @@ from harness.report.readme import (
 from harness.specs.claims import ClaimSpec, load_claims, load_registry
 
 README_FILE = "README.md"
-_MEASURES_NOTHING = "smoke"  # records of that suite, which git ignores
 _OVER_ALL_RECORDS = (
     "answer",
     "claims",
@@ -244,13 +243,13 @@ def _told(folder: Path, claims: Sequence[ClaimSpec], *, pages: Sequence[Path]) -
 def _sealed(home: Path) -> list[Path]:
     """Return the folders of all sealed records, in order."""
     found = (path.parent for path in home.resolve().rglob(MANIFEST_FILE))
-    return sorted(one for one in found if _MEASURES_NOTHING not in one.relative_to(home.resolve()).parts)
+    return sorted(one for one in found if MEASURES_NOTHING not in one.relative_to(home.resolve()).parts)
 
 
 def _copy_without_pages(home: Path, folder: Path) -> Path:
     """Copy results and README without the pages and figures of sealed records; return the results."""
     copy = folder / home.name
-    shutil.copytree(home, copy, ignore=shutil.ignore_patterns(_MEASURES_NOTHING))
+    shutil.copytree(home, copy, ignore=shutil.ignore_patterns(MEASURES_NOTHING))
     if (home.parent / README_FILE).is_file():
         shutil.copyfile(home.parent / README_FILE, folder / README_FILE)
     for record in _sealed(copy):
@@ -269,7 +268,7 @@ def _contents(home: Path) -> dict[str, str]:
     return {
         path.relative_to(home.parent).as_posix(): file_sha256(path)
         for path in sorted(files)
-        if path.is_file() and _MEASURES_NOTHING not in path.relative_to(home.parent).parts
+        if path.is_file() and MEASURES_NOTHING not in path.relative_to(home.parent).parts
     }
 
 

@@ -90,7 +90,7 @@ class LatencyPoint(Versioned, PointKey):
     processor: tuple[ProcessorObservation, ...] = Field(
         default=(),
         description="what the host's cores did in each sitting that the times are of, over all sizes of the "
-        "same dtype, mode, context and batch; empty in older records, and where compilers run beside",
+        "same dtype, mode, context and batch; empty in older records, and where compilers run meanwhile",
     )
     disturbed: tuple[DisturbedTimes, ...] = Field(
         default=(), description="times that were disturbed and taken again, by the rule of spec.toml"

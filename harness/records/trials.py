@@ -148,7 +148,7 @@ class MachineObservation(Frozen):
     """What was seen of the machine over some times."""
 
     processor: ProcessorObservation | None = Field(
-        default=None, description="what the host's cores did meanwhile; null where compilers run beside"
+        default=None, description="what the host's cores did meanwhile; null where compilers run as well"
     )
     gpu: GpuObservation | None = Field(
         default=None, description="the GPU afterwards; null on a CPU, and without its driver's package"

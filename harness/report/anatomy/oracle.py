@@ -16,7 +16,7 @@ each; their product is its speedup over the arm's. *gap that is cost*: of the ga
 
 
 def render_oracles(record: RunRecord, judgement: Judgement) -> str:
-    """Return each arm's speedup beside its oracle's, and what parts them; empty where that is not known."""
+    """Return each arm's speedup and its oracle's, and what parts the two; empty where that is not known."""
     found, compared = oracles(record), comparisons_by_arm(judgement)
     rows = [
         (

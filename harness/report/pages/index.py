@@ -18,7 +18,7 @@ from harness.report.tables.words import WORDS_NOTE, shown
 from harness.specs.claims import ClaimsFile
 
 INDEX_FILE = "index.html"
-_MEASURES_NOTHING = "smoke"  # records of that suite, which git ignores
+MEASURES_NOTHING = "smoke"  # records of that suite, which git ignores
 _MARKS = {
     VerdictKind.REPRODUCED: "✓",
     VerdictKind.NOT_REPRODUCED: "✗",
@@ -55,7 +55,7 @@ def entries(results: Path) -> tuple[Entry, ...]:
     found = []
     for manifest in sorted(results.rglob("manifest.json")):
         folder = manifest.parent
-        if _MEASURES_NOTHING in folder.relative_to(results).parts:
+        if MEASURES_NOTHING in folder.relative_to(results).parts:
             continue
         record = open_record(folder)
         place = folder.relative_to(results).as_posix()
