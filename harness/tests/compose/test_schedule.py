@@ -23,18 +23,13 @@ from medusa_impl.tree import DraftTree
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("schedule")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> SweepPlan:
+    return made_up_plan(tmp_path_factory.mktemp("plan"))
 
 
 @pytest.fixture(scope="module")
-def plan(home: Path) -> SweepPlan:
-    return made_up_plan(home)
-
-
-@pytest.fixture(scope="module")
-def record(plan: SweepPlan, home: Path) -> SweepRecord:
-    return write_sweep(home / "records" / "some-sweep", plan)
+def record(plan: SweepPlan, tmp_path_factory: pytest.TempPathFactory) -> SweepRecord:
+    return write_sweep(tmp_path_factory.mktemp("records") / "some-sweep", plan)
 
 
 def test_each_batch_has_its_own_tree_with_its_own_price(plan: SweepPlan) -> None:
